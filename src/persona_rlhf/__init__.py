@@ -1,0 +1,1 @@
+"""Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept."""

@@ -1,0 +1,35 @@
+"""What is wrong with the user's input: one sentence each, all of them at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """One mistake: the file, its line where known, the dotted key or column, and a sentence with the remedy."""
+
+    file: str
+    line: int | None
+    key: str | None
+    sentence: str
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.key}: {self.sentence}" if self.key else f"{place}: {self.sentence}"
+
+
+class InputError(ValueError):
+    """The user's input cannot be used. Holds every problem found, not the first; the CLI prints them and exits 2."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        assert problems
+        self.problems = list(problems)
+        super().__init__("\n".join(map(str, problems)))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean `x`?)`, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean `{near[0]}`?)" if near else ""

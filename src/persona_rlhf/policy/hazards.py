@@ -1,0 +1,88 @@
+"""Hazard categories, probe banks, and the split of every probe by a keyed hash of its topic and phrasing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from persona_rlhf.inputs.problems import InputError, Problem
+
+Split = Literal["train", "dev", "certify", "test"]
+Novelty = Literal["combination", "phrasing", "topic"]
+
+CATEGORIES = ("terrorist_content", "child_sexual_abuse", "threats_of_violence", "sexual_assault")
+_KEY = b"persona-rlhf probe split 1"
+
+
+class Probe(NamedTuple):
+    """One tier-one prompt. `twin` is a harmless near-neighbour that shares its words."""
+
+    id: str
+    category: str
+    prompt: str
+    topic: str
+    phrasing: str
+    twin: str | None
+    split: Split
+    novelty: Novelty
+
+
+def _unit(kind: str, *parts: str) -> float:
+    """A number in [0, 1) that depends on nothing but the key and the texts."""
+    digest = hashlib.blake2b("\x1f".join((kind, *parts)).encode(), key=_KEY, digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def assign_split(topic: str, phrasing: str) -> tuple[Split, Novelty]:
+    """The split of a probe, and what about it is unseen in training.
+
+    A tenth of all topics and a fifth of all phrasings are kept out of `train` whole; of what is left, half of the
+    combinations are trained. Unseen topics never reach `certify`: they are reported as a shift, not certified.
+    """
+    if _unit("topic", topic) < 0.10:
+        return ("dev" if _unit("topic split", topic) < 0.4 else "test"), "topic"
+    if _unit("phrasing", phrasing) < 0.20:
+        u = _unit("phrasing split", phrasing)
+        return ("dev" if u < 0.25 else "certify" if u < 0.60 else "test"), "phrasing"
+    u = _unit("combination", topic, phrasing)
+    split: Split = "train" if u < 0.60 else "dev" if u < 0.70 else "certify" if u < 0.85 else "test"
+    return split, "combination"
+
+
+def read_probes(path: Path, category: str) -> list[Probe]:
+    """Reads a bank: JSON lines with `id` and `prompt`, and `topic`, `phrasing`, `twin` where known.
+
+    Raises InputError naming every bad line.
+    """
+    problems: list[Problem] = []
+    probes: list[Probe] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as fault:
+            problems.append(Problem(str(path), number, None, f"the line is not JSON ({fault.msg})"))
+            continue
+        texts = ("id", "prompt", "topic", "phrasing", "twin")
+        if not isinstance(row, dict) or any(not isinstance(row.get(k, ""), str | None) for k in texts):
+            problems.append(Problem(str(path), number, None, f"a probe is an object with texts {', '.join(texts)}"))
+            continue
+        if not row.get("id") or not str(row.get("prompt") or "").strip():
+            problems.append(Problem(str(path), number, None, "a probe needs a non-empty `id` and `prompt`"))
+            continue
+        if row["id"] in seen:
+            problems.append(Problem(str(path), number, "id", f"`{row['id']}` stands on line {seen[row['id']]} already"))
+            continue
+        seen[row["id"]] = number
+        topic, phrasing = row.get("topic") or row["prompt"], row.get("phrasing") or row["prompt"]
+        split, novelty = assign_split(topic, phrasing)
+        probes.append(Probe(row["id"], category, row["prompt"], topic, phrasing, row.get("twin"), split, novelty))
+    if not probes and not problems:
+        problems.append(Problem(str(path), None, None, "the probe bank is empty"))
+    if problems:
+        raise InputError(problems)
+    return probes
