@@ -1,0 +1,63 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import beta
+
+from persona_rlhf.evaluation.intervals import (
+    bootstrap,
+    fewest_trials,
+    interval,
+    lower_bound,
+    most_misses,
+    upper_bound,
+)
+
+
+def oracle_lower(k: int, n: int, delta: float) -> float:
+    return 0.0 if k == 0 else float(beta.ppf(delta, k, n - k + 1))
+
+
+@given(st.data(), st.integers(1, 1200), st.sampled_from([0.5, 0.05, 0.025, 0.05 / 54, 1e-6]))
+def test_bounds_equal_scipys_beta_quantiles(data, n, delta):
+    k = data.draw(st.integers(0, n))
+    assert lower_bound(k, n, delta) == pytest.approx(oracle_lower(k, n, delta), abs=1e-9)
+    assert upper_bound(k, n, delta) == pytest.approx(1 - oracle_lower(n - k, n, delta), abs=1e-9)
+    two = interval(k, n)
+    assert two.low <= k / n <= two.high
+
+
+def test_the_figures_the_policy_speaks_of():
+    assert fewest_trials(0.97, 0.05) == 99
+    assert most_misses(640, 0.97, 0.05) == 11
+    assert most_misses(640, 0.97, 0.025) == 10
+    assert most_misses(98, 0.97, 0.05) == -1
+    assert lower_bound(299, 300, 0.05) == pytest.approx(0.9843, abs=1e-4)
+
+
+def test_nothing_counted_promises_nothing():
+    assert interval(0, 0) == (0.0, 1.0)
+    assert lower_bound(0, 0, 0.05) == 0.0
+
+
+def test_half_a_success_is_rounded_outward():
+    assert interval(2.5, 10).low == interval(2, 10).low
+    assert interval(2.5, 10).high == interval(3, 10).high
+
+
+@pytest.mark.parametrize(("k", "n", "delta"), [(3, 2, 0.05), (-1, 2, 0.05), (1, 2, 0.0), (1, 2, 1.0)])
+def test_nonsense_is_refused(k, n, delta):
+    with pytest.raises(ValueError):
+        lower_bound(k, n, delta)
+
+
+def test_bootstrap_is_seeded_and_covers():
+    values = [math.sin(i) for i in range(40)]
+    first, again, other = bootstrap(values), bootstrap(values), bootstrap(values, seed=1)
+    assert first == again != other
+    first = bootstrap(values, "median")
+    assert first.low <= sorted(values)[20] <= first.high
+    assert bootstrap([3.0]) == (3.0, 3.0)
+    with pytest.raises(ValueError):
+        bootstrap([])
