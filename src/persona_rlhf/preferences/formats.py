@@ -40,10 +40,13 @@ def read_rows(path: Path | str) -> Iterator[RawRow | Problem]:
             yield from read_file(file)
     elif place.exists():
         yield from read_file(place)
-    elif _HUB_ID.fullmatch(str(path)) and _reader(place) is None:
+    elif _HUB_ID.fullmatch(str(path)) and _reader(place) is None and not place.parent.is_dir():
         yield from _hub(str(path))
     else:
-        raise InputError([Problem(str(path), None, None, "there is no such file or folder; check the path")])
+        near = (
+            did_you_mean(place.name, (entry.name for entry in place.parent.iterdir())) if place.parent.is_dir() else ""
+        )
+        raise InputError([Problem(str(path), None, None, f"there is no such file or folder{near}; check the path")])
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -181,8 +184,10 @@ def _saved(folder: Path) -> Iterator[RawRow | Problem]:
 
 def _hub(name: str) -> Iterator[RawRow | Problem]:
     import datasets
+    import huggingface_hub
 
     try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)  # says at once what `datasets` says after many retries
         for part, rows in datasets.load_dataset(name, streaming=True).items():
             yield from _numbered(f"{name}:{part}", rows)
     except Exception as fault:  # no network, no such id, no access: one remedy

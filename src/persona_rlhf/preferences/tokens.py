@@ -1,0 +1,212 @@
+"""Pairs as token rows: what the model reads (the prompt) and what it is judged on (the completion).
+
+A row is always the prompt exactly as `prompt_ids` gives it to generation, followed by the answer up to and with the
+token that ends the turn. Only the base's own chat template decides what that looks like.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.preferences.messages import Message, Prompt
+from persona_rlhf.preferences.pairs import PreferencePair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What some templates ask for: no chain of thought before an answer that has none, and no date that would change the
+# tokens overnight (the day is the default of the templates that write one).
+_TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+
+
+class Row(NamedTuple):
+    """Token ids of one answer to one prompt; the completion ends with the end of the turn."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole row."""
+        return len(self.prompt) + len(self.completion)
+
+
+class PairRow(NamedTuple):
+    """A pair with its two rows, which share their prompt."""
+
+    pair: PreferencePair
+    chosen: Row
+    rejected: Row
+
+
+class UserRows(NamedTuple):
+    """One user's rows, each split in file order."""
+
+    user_id: str
+    train: list[PairRow]
+    heldout: list[PairRow]
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens from which the base writes its answer to these messages.
+
+    Raises InputError where the base has no chat template, or the text itself holds one of its control tokens (it
+    could open a turn of its own).
+    """
+    _need_template(tokenizer)
+    token = control_token((message.content for message in messages), tokenizer)
+    if token is not None:
+        raise InputError([Problem("prompt", None, None, f"the text holds the control token `{token}`; take it out")])
+    return tuple(_encode([_render(messages, tokenizer)], tokenizer)[0])
+
+
+def tokenize(pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, context: int) -> list[UserRows]:
+    """The rows of every user, in the order the users first appear; `context` is in tokens.
+
+    Rows longer than the context are returned too: `screening.fit` drops them with a reason. Raises InputError where
+    the base has no usable chat template, and naming each pair whose prompt alone fills the context.
+    """
+    _need_template(tokenizer)
+    if not pairs:
+        return []
+    prompts, texts = _rendered(pairs, tokenizer)
+    closing = _closing(pairs[0].prompt, tokenizer)
+    unique = list(dict.fromkeys(prompts))
+    ids = _encode([*unique, *(text for both in texts for text in both)], tokenizer)
+    ids_of_prompt = {text: tuple(row) for text, row in zip(unique, ids, strict=False)}
+    _prompts_fit([(pair, len(ids_of_prompt[prompt])) for pair, prompt in zip(pairs, prompts, strict=True)], context)
+
+    users: dict[str, UserRows] = {}
+    answers = iter(ids[len(unique) :])
+    for pair, prompt, (chosen, rejected) in zip(pairs, prompts, texts, strict=True):
+        head = ids_of_prompt[prompt]
+        row = PairRow(
+            pair,
+            Row(head, _completion(head, next(answers), chosen[len(prompt) :], closing, tokenizer)),
+            Row(head, _completion(head, next(answers), rejected[len(prompt) :], closing, tokenizer)),
+        )
+        user = users.setdefault(pair.user_id, UserRows(pair.user_id, [], []))
+        (user.train if pair.split == "train" else user.heldout).append(row)
+    return list(users.values())
+
+
+def control_token(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The first control token (end of turn, start of text, ...) that is written out in one of the texts."""
+    pattern = _control_pattern(tokenizer)
+    return next((found.group() for text in texts if (found := pattern.search(text))), None)
+
+
+def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special.update(tokenizer.all_special_tokens)
+    longest_first = sorted((token for token in special if token), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
+
+
+def _need_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        remedy = "take an instruction-tuned base, or put a chat_template.jinja beside its tokenizer"
+        raise InputError([_base_problem(tokenizer, f"the base has no chat template; {remedy}")])
+
+
+def _base_problem(tokenizer: PreTrainedTokenizerBase, sentence: str) -> Problem:
+    return Problem(tokenizer.name_or_path or "the base's tokenizer", None, "chat_template", sentence)
+
+
+def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, answer: str | None = None) -> str:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    if answer is not None:
+        turns.append({"role": "assistant", "content": answer})
+    text = tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=answer is None, **_TEMPLATE_SETTINGS
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of rendered texts: nothing is added, since the template has written the start of text itself."""
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _rendered(
+    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Every pair's prompt, and its two whole conversations, which begin with that prompt."""
+    import jinja2
+
+    problems: list[Problem] = []
+    known: dict[Prompt, str] = {}
+    prompts: list[str] = []
+    texts: list[tuple[str, str]] = []
+    for pair in pairs:
+        try:
+            if (prompt := known.get(pair.prompt)) is None:
+                prompt = known[pair.prompt] = _render(pair.prompt, tokenizer)
+            both = _render(pair.prompt, tokenizer, pair.chosen), _render(pair.prompt, tokenizer, pair.rejected)
+        except jinja2.TemplateError as fault:
+            sentence = f"the base's chat template does not take this conversation ({fault}); change it or the base"
+            problems.append(Problem(pair.file, pair.line, "prompt", sentence))
+            continue
+        if not all(text.startswith(prompt) for text in both):
+            sentence = "the template writes a prompt differently before an answer than for generation, so that no"
+            raise InputError([_base_problem(tokenizer, f"{sentence} answer can be scored; mend the template")])
+        prompts.append(prompt)
+        texts.append(both)
+    if problems:
+        raise InputError(problems)
+    return prompts, texts
+
+
+def _closing(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the template writes after an answer, from the token that ends the turn on (Qwen: `<|im_end|>`, a new line).
+
+    Only that first token is the model's to write; what follows is the template's.
+    """
+    answer = "Yes"
+    text = _render(prompt, tokenizer, answer)
+    tail = text[text.rindex(answer) + len(answer) :] if answer in text else ""
+    end = _control_pattern(tokenizer).search(tail)
+    if end is None:
+        sentence = "the template ends an answer with no special token, so that no answer would ever end; add one"
+        raise InputError([_base_problem(tokenizer, sentence)])
+    return tuple(_encode([tail[end.start() :]], tokenizer)[0])
+
+
+def _completion(
+    prompt: tuple[int, ...],
+    whole: list[int],
+    text: str,
+    closing: tuple[int, ...],
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[int, ...]:
+    """The tokens of a conversation that follow its prompt, up to and with the end of the turn."""
+    if tuple(whole[: len(prompt)]) == prompt:
+        ids = whole[len(prompt) :]
+    else:
+        # The answer's first characters melt into the prompt's last token (a line feed after a line feed). Generation
+        # starts from the prompt's own tokens, so the answer is tokenized alone, if the tokenizer leaves it unchanged.
+        ids = _encode([text], tokenizer)[0]
+        if tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != text:
+            sentence = "a prompt's tokens are not the beginning of the conversation's, so that no answer can be scored"
+            raise InputError([_base_problem(tokenizer, f"{sentence}; end the generation prompt with a special token")])
+    if tuple(ids[-len(closing) :]) != closing:
+        sentence = "the template does not end every answer in the same way, so that its end cannot be found"
+        raise InputError([_base_problem(tokenizer, f"{sentence}; mend the template")])
+    return tuple(ids[: len(ids) - len(closing) + 1])
+
+
+def _prompts_fit(lengths: Sequence[tuple[PreferencePair, int]], context: int) -> None:
+    remedy = "shorten it, or take a base with a longer context"
+    problems = [
+        Problem(pair.file, pair.line, "prompt", f"has {length:,} tokens and fills the context of {context:,}; {remedy}")
+        for pair, length in lengths
+        if length >= context
+    ]
+    if problems:
+        raise InputError(problems)
