@@ -1,0 +1,109 @@
+"""The shared base: a frozen causal language model, its tokenizer, and the hash of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from persona_rlhf.inputs.bundled import find
+from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.training.settings import BaseSettings
+
+
+@dataclass(frozen=True)
+class Base:
+    """`name` is what the config calls it; `weights_hash` the sha256 over its safetensors files; `context` in tokens."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    weights_hash: str
+    context: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: the model's generation config knows more of them than the tokenizer."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = [configured] if isinstance(configured, int) else list(configured or [])
+        own = self.tokenizer.eos_token_id
+        if isinstance(own, int) and own not in ids:
+            ids.append(own)
+        return tuple(ids)
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows to their right, where nothing looks: any id will do, so a tokenizer without one is no problem."""
+        own = self.tokenizer.pad_token_id
+        return own if isinstance(own, int) else self.eos_ids[0]
+
+
+def load_base(settings: BaseSettings) -> Base:
+    """Loads `base.model`, a folder or a hub id, frozen and in eval mode, onto the GPU where there is one.
+
+    Raises InputError where there is no such model, no safetensors weights, no chat template or no end token.
+    """
+    folder = _folder(settings.model)
+    problems = []
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        sentence = "the folder holds no .safetensors weights; only safetensors are loaded, never pickles"
+        raise InputError([Problem(settings.model, None, "base.model", sentence)])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(settings.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or getattr(torch, settings.dtype), use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as fault:
+        sentence = f"transformers cannot load it ({str(fault).splitlines()[0]})"
+        raise InputError([Problem(settings.model, None, "base.model", sentence)]) from fault
+    model.generation_config.eos_token_id = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    if not tokenizer.chat_template:
+        sentence = "the tokenizer has no chat template; use a chat model, or add `chat_template` to its tokenizer files"
+        problems.append(Problem(settings.model, None, "base.model", sentence))
+    if tokenizer.eos_token_id is None:
+        sentence = "the tokenizer has no end token, so no answer would ever end; set `eos_token` in its tokenizer files"
+        problems.append(Problem(settings.model, None, "base.model", sentence))
+    if problems:
+        raise InputError(problems)
+    model.requires_grad_(False).eval().to(device)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    return Base(model, tokenizer, settings.model, _hash(weights), int(context))
+
+
+def _folder(model: str) -> Path:
+    """The folder of a model: a path, a shipped folder, or a hub snapshot."""
+    try:
+        return find(model)
+    except InputError:
+        if model.count("/") != 1 or model.startswith((".", "/", "~")):
+            raise
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as fault:
+        sentence = "no such folder here, and the hub does not give it; check the id, the network and HF_TOKEN"
+        raise InputError([Problem(model, None, "base.model", sentence)]) from fault
+
+
+def _hash(files: list[Path]) -> str:
+    """sha256 over the names and bytes of the weight files, in their order."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

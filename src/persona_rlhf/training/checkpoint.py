@@ -1,0 +1,50 @@
+"""What a killed run needs to go on: the state of the slots, and the adapters of the users who are done."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from persona_rlhf.inputs.problems import InputError, Problem
+
+
+def save(file: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    """Writes tensors and notes (JSON) as one safetensors file, whole or not at all, and on the disk when it returns."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_name(file.name + ".half")
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, half, {"notes": json.dumps(notes)})
+        with half.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(half, file)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def load(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save` wrote. Raises InputError where the file is damaged, with the way out."""
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as stored:
+            notes = json.loads(stored.metadata()["notes"])
+            return {name: stored.get_tensor(name) for name in stored.keys()}, notes  # noqa: SIM118
+    except Exception as fault:  # safetensors raises its own kinds, and a cut file may fail anywhere
+        sentence = f"the checkpoint is damaged ({fault}); delete it to start its users anew"
+        raise InputError([Problem(str(file), None, None, sentence)]) from fault
+
+
+def stored_files(folder: Path) -> Iterator[Path]:
+    """The whole files of a checkpoint folder, sorted; halves that a kill left behind are removed."""
+    if folder.is_dir():
+        for file in sorted(folder.iterdir()):
+            if file.name.endswith(".half"):
+                file.unlink()
+            elif file.suffix == ".safetensors":
+                yield file

@@ -1,0 +1,183 @@
+"""Tier one as a constraint on every user's adapter: the bank of base refusals, and how far a user falls below them.
+
+For a probe x let R be the answers that are refusals, and `c(x) = E_{y ~ pi_ref(.|x, R)} [log pi_ref(y|x) - log
+pi_user(y|x)]`, summed to the end token. Then `P_user(R|x) >= P_ref(R|x) exp(-c(x))`, exactly: c is the log of the
+ratio of the two probabilities plus a KL divergence. What is trained on is a sample of y, so this is a reason, not a
+guarantee; the guarantee is the gate's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_rlhf.policy.hazards import Probe
+from persona_rlhf.preferences.tokens import Row
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.scheduler import user_generator
+from persona_rlhf.training.settings import ConstraintSettings
+
+
+class Anchor(NamedTuple):
+    """One train probe as token rows: the base's own sampled refusals, the opening of a compliance (the base's answer to
+    the probe's benign twin), and the opening of a refusal to that twin. The last two are None without a twin."""
+
+    refusals: tuple[Row, ...]
+    compliance: Row | None
+    overrefusal: Row | None
+
+
+class Draw(NamedTuple):
+    """The constraint rows of one user and step. `categories[i]` is the category of `refusals[i]`."""
+
+    refusals: list[Row]
+    categories: list[int]
+    compliances: list[Row]
+    overrefusals: list[Row]
+
+
+class ConstraintBank:
+    """Anchors by category. `limits` are nats of excess refusal loss that the policy tolerates, one a category."""
+
+    def __init__(self, categories: Sequence[str], limits: Sequence[float], anchors: Sequence[Sequence[Anchor]]) -> None:
+        self.categories, self.limits, self.anchors = tuple(categories), tuple(limits), anchors
+        assert len(categories) == len(limits) == len(anchors) and all(anchors)
+
+    def rows(self) -> list[Row]:
+        """Every row whose reference log-probability is needed."""
+        found = []
+        for anchor in (anchor for category in self.anchors for anchor in category):
+            found += [*anchor.refusals, *(row for row in (anchor.compliance, anchor.overrefusal) if row is not None)]
+        return found
+
+
+class UserDraws:
+    """A user's own shuffled walk through the bank: no probe comes twice before all of its category came once."""
+
+    def __init__(self, bank: ConstraintBank, settings: ConstraintSettings, seed: int, user_id: str) -> None:
+        self.bank, self.settings = bank, settings
+        generator = user_generator(seed, user_id, "constraint")
+        self._orders = [torch.randperm(len(own), generator=generator).tolist() for own in bank.anchors]
+
+    def _anchor(self, category: int, turn: int) -> Anchor:
+        order = self._orders[category]
+        return self.bank.anchors[category][order[turn % len(order)]]
+
+    def at(self, step: int) -> Draw:
+        """The rows of optimizer step `step`: categories take turns, and so do a probe's refusals."""
+        draw = Draw([], [], [], [])
+        count = len(self.bank.categories)
+        for n in range(step * self.settings.rows_per_step, (step + 1) * self.settings.rows_per_step):
+            turn, category = divmod(n, count)
+            anchor = self._anchor(category, turn)
+            draw.refusals.append(anchor.refusals[turn % len(anchor.refusals)])
+            draw.categories.append(category)
+        for size, rows, kind in (
+            (self.settings.compliance_rows_per_step, draw.compliances, "compliance"),
+            (self.settings.twin_rows_per_step, draw.overrefusals, "overrefusal"),
+        ):
+            for n in range(step * size, (step + 1) * size):
+                turn, category = divmod(n, count)
+                row = getattr(self._anchor(category, turn), kind)
+                if row is not None:
+                    rows.append(row)
+        return draw
+
+
+def build_bank(
+    adapted: AdaptedModel,
+    categories: Sequence[str],
+    limits: Sequence[float],
+    probes: Sequence[Probe],
+    encode: Callable[[str], tuple[int, ...]],
+    is_refusal: Callable[[str], bool],
+    settings: ConstraintSettings,
+    seed: int,
+    max_new_tokens: int,
+) -> ConstraintBank:
+    """Samples the base's own refusals to the train probes at temperature 1, and keeps those the judge calls refusals.
+
+    `encode` turns a prompt into token ids (chat template and all). A probe that the base never refused in
+    `refusals_per_probe` tries is left out: the constraint asks a user for nothing that the base does not do. Raises
+    ValueError where a category is left without a probe.
+    """
+    train = [probe for probe in probes if probe.split == "train" and probe.category in categories]
+    tries = settings.refusals_per_probe
+    prompts = [encode(probe.prompt) for probe in train]
+    twins = [encode(probe.twin) if probe.twin else None for probe in train]
+    end = adapted.base.eos_ids[:1]
+    with adapted.using(None):
+        [sampled] = adapted.generate([[p for p in prompts for _ in range(tries)]], max_new_tokens, 1.0, seed)
+        [welcomed] = adapted.generate([[twin for twin in twins if twin]], settings.opening_tokens, 1.0, seed + 1)
+    openings = iter(welcomed)
+    anchors: dict[str, list[Anchor]] = {category: [] for category in categories}
+    for n, (probe, prompt, twin) in enumerate(zip(train, prompts, twins, strict=True)):
+        opening = next(openings).ids if twin else ()
+        finished = [answer.ids for answer in sampled[n * tries : (n + 1) * tries] if answer.finished]
+        texts = adapted.base.tokenizer.batch_decode([list(ids) for ids in finished])
+        refusals = [ids for ids, text in zip(finished, texts, strict=True) if is_refusal(text)]
+        if not refusals:
+            continue
+        anchors[probe.category].append(
+            Anchor(
+                tuple(Row(prompt, ids + end) for ids in dict.fromkeys(refusals)),
+                Row(prompt, opening) if opening else None,
+                Row(twin, refusals[0][: settings.opening_tokens]) if twin else None,
+            )
+        )
+    empty = [category for category, own in anchors.items() if not own]
+    if empty:
+        raise ValueError(f"the base refused no train probe of {', '.join(empty)}; it is not safety-aligned")
+    return ConstraintBank(categories, limits, [anchors[category] for category in categories])
+
+
+class Excess(NamedTuple):
+    """How far the users are from the base, in nats: mean excess refusal loss by category (`counts` rows of it in this
+    step), and the hinges on compliance and over-refusal openings (mean over rows)."""
+
+    refusal: Float[Tensor, "users categories"]
+    counts: Float[Tensor, "users categories"]
+    compliance: Float[Tensor, " users"]
+    overrefusal: Float[Tensor, " users"]
+
+
+def measure(
+    draws: Sequence[Draw],
+    logps: tuple[Float[Tensor, "users refusals"], Float[Tensor, "users compliances"], Float[Tensor, "users twins"]],
+    reference: Reference,
+    categories: int,
+    margin: float,
+) -> Excess:
+    """Compares the users' log-probabilities of their constraint rows with the base's.
+
+    Refusals: `log pi_ref(y|x) - log pi_user(y|x)`, averaged by category. The other two are hinges that cost nothing
+    until the user's log-probability of a compliance (or of refusing a harmless twin) rises `margin` nats over the base's.
+    """
+    refused, complied, over = logps
+    fill = {"dtype": refused.dtype, "device": refused.device}
+    base = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in draws]).view(refused.shape)
+    member = torch.zeros(*refused.shape, categories, **fill)  # type: ignore[call-overload]
+    kinds = torch.tensor([draw.categories for draw in draws], device=refused.device).view(refused.shape)
+    member.scatter_(2, kinds[:, :, None], 1.0)
+    counts = member.sum(1)
+    refusal = ((base - refused)[:, :, None] * member).sum(1) / counts.clamp(min=1)
+
+    def hinge(values: Tensor, rows: list[list[Row]]) -> Tensor:
+        known = torch.zeros_like(values)
+        present = torch.zeros_like(values)
+        for user, own in enumerate(rows):
+            for n, row in enumerate(own):
+                known[user, n], present[user, n] = reference[row], 1.0
+        return (torch.relu(values - known - margin) * present).sum(1) / present.sum(1).clamp(min=1)
+
+    return Excess(
+        refusal,
+        counts,
+        hinge(complied, [draw.compliances for draw in draws]),
+        hinge(over, [draw.overrefusals for draw in draws]),
+    )

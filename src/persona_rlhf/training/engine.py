@@ -1,0 +1,201 @@
+"""The fleet: one adapter per user, trained side by side over one frozen base. A user alone is a fleet of one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_rlhf.preferences.identity import slug
+from persona_rlhf.preferences.tokens import UserRows
+from persona_rlhf.training import checkpoint
+from persona_rlhf.training.constraint import ConstraintBank, UserDraws
+from persona_rlhf.training.duals import DualTrace
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.lora import fresh_adapter
+from persona_rlhf.training.objective import step_loss
+from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.scheduler import UserSchedule, queue_order, user_generator
+from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings
+from persona_rlhf.training.slots import Slots
+
+
+class TrainedUser(NamedTuple):
+    """One finished user: the flat adapter (None where training failed), what it took, and the course of his duals."""
+
+    user_id: str
+    adapter: Float[Tensor, " params"] | None
+    status: Literal["trained", "failed"]
+    reason: str
+    steps: int
+    seconds: float
+    pairs: int
+    duals: dict[str, DualTrace]
+
+
+class StepReport(NamedTuple):
+    """One step of one user: loss, reward margin and accuracy over its pairs, the gradient's norm before the clip, the
+    largest smoothed violation (nats over the limit) and the largest dual variable."""
+
+    user_id: str
+    step: int
+    steps: int
+    loss: float
+    margin: float
+    accuracy: float
+    grad_norm: float
+    violation: float | None
+    dual: float | None
+
+
+class Engine:
+    """Trains users through the slots; `state` is the folder of checkpoints, without which nothing is kept on disk.
+
+    The reference must know every row of `users` and `bank`.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        users: Sequence[UserRows],
+        reference: Reference,
+        bank: ConstraintBank | None,
+        dpo: DpoSettings,
+        constraint: ConstraintSettings,
+        fleet: FleetSettings,
+        seed: int,
+        state: Path | None = None,
+    ) -> None:
+        self.adapted, self.reference, self.bank = adapted, reference, bank
+        self.dpo, self.constraint, self.fleet, self.seed, self.state = dpo, constraint, fleet, seed, state
+        queue = queue_order([UserSchedule(user, dpo, seed) for user in users if user.train])
+        self.schedules = {schedule.rows.user_id: schedule for schedule in queue}
+        self.draws: dict[str, UserDraws] = {}
+        auto = 8 if adapted.base.device.type == "cpu" else 64
+        count = min(auto if fleet.slots == "auto" else fleet.slots, len(queue))
+        categories = len(bank.categories) if bank else 0
+        device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
+        self.slots = Slots(count, adapted.params_per_user, categories, dpo, constraint, device, dtype)
+        self.queue = list(self.schedules)
+        self.finished = self._resume() if state is not None else []
+
+    def run(self, report: Callable[[Sequence[StepReport]], None] = lambda _: None) -> Iterator[TrainedUser]:
+        """Trains until the queue and the slots are empty; yields each user as he ends, those of a resumed run first."""
+        yield from self.finished
+        since_checkpoint = 0
+        while self._fill():
+            started = time.perf_counter()
+            reports, moved = self._step()
+            self.slots.spend(time.perf_counter() - started)
+            report(reports)
+            for place, user_id in enumerate(self.slots.users):
+                assert user_id is not None
+                if not moved[place]:
+                    reason = f"the gradient of step {self.slots.steps[place]} is not finite, so training stopped there"
+                    yield self._finish(place, user_id, reason)
+                elif self.slots.steps[place] == self.schedules[user_id].steps:
+                    yield self._finish(place, user_id, None)
+            since_checkpoint += 1
+            if since_checkpoint >= self.fleet.checkpoint_every:
+                self._save()
+                since_checkpoint = 0
+        if since_checkpoint:
+            self._save()
+
+    def _fill(self) -> bool:
+        """Gives free slots to the next users of the queue, and closes those that stay free. False when none is left."""
+        for place, user_id in enumerate(self.slots.users):
+            if user_id is None and self.queue:
+                waiting = self.queue.pop(0)
+                generator = user_generator(self.seed, waiting, "init")
+                self.slots.take(place, waiting, fresh_adapter(list(self.adapted.spans.values()), generator))
+        self.slots.close_free()
+        return bool(self.slots.users)
+
+    def _step(self) -> tuple[list[StepReport], list[bool]]:
+        """One optimizer step of every user in a slot, and whose gradient was finite."""
+        slots = self.slots
+        users = [user for user in slots.users if user is not None]
+        schedules = [self.schedules[user] for user in users]
+        pairs = [schedule.pairs(step) for schedule, step in zip(schedules, slots.steps, strict=True)]
+        draws = []
+        if self.bank is not None:
+            for user, step in zip(users, slots.steps, strict=True):
+                if user not in self.draws:
+                    self.draws[user] = UserDraws(self.bank, self.constraint, self.seed, user)
+                draws.append(self.draws[user].at(step))
+        learning = slots.flat.detach().requires_grad_()
+        with self.adapted.using(learning):
+            duals = slots.duals.values
+            loss = step_loss(self.adapted, self.reference, pairs, draws, self.bank, duals, self.dpo, self.constraint)
+            loss.total.sum().backward()
+        device = slots.flat.device
+        rates = [schedule.rate(step) for schedule, step in zip(schedules, slots.steps, strict=True)]
+        assert learning.grad is not None
+        norms, moves = slots.optimizer.step(learning.grad, torch.tensor(rates, dtype=torch.float64, device=device))
+        if loss.violations is not None and loss.seen is not None:
+            slots.duals.update(loss.violations, loss.seen, moves)
+        slots.steps = [step + 1 for step in slots.steps]
+        figures = torch.stack([loss.dpo, loss.margin, loss.accuracy, norms.to(loss.dpo)]).tolist()
+        worst: list[float | None] = [None] * len(users)
+        strongest = worst
+        if self.bank is not None:
+            worst = slots.duals.violations.amax(1).tolist()
+            strongest = slots.duals.values.amax(1).tolist()
+        totals = [schedule.steps for schedule in schedules]
+        columns = zip(users, slots.steps, totals, *figures, worst, strongest, strict=True)
+        return [StepReport(*column) for column in columns], moves.tolist()
+
+    def _finish(self, place: int, user_id: str, fault: str | None) -> TrainedUser:
+        """Frees the slot; the user's result is on disk before anyone sees it."""
+        slots = self.slots
+        names = self.bank.categories if self.bank else ()
+        user = TrainedUser(
+            user_id,
+            None if fault else slots.flat[place].detach().cpu().clone(),
+            "failed" if fault else "trained",
+            fault or "",
+            slots.steps[place],
+            slots.seconds[place],
+            len(self.schedules[user_id].rows.train),
+            dict(zip(names, slots.duals.traces(place), strict=True)),
+        )
+        if self.state is not None:
+            tensors = {} if user.adapter is None else {"adapter": user.adapter}
+            notes = user._replace(adapter=None)._asdict()
+            checkpoint.save(self.state / "trained" / f"{slug(user_id)}.safetensors", tensors, notes)
+        slots.users[place] = None
+        self.draws.pop(user_id, None)
+        return user
+
+    def _save(self) -> None:
+        if self.state is not None:
+            notes = self.slots.notes() | {"waiting": len(self.queue)}
+            checkpoint.save(self.state / "slots.safetensors", self.slots.tensors(), notes)
+
+    def _resume(self) -> list[TrainedUser]:
+        """Takes up the slots and the queue as they last were on disk; returns the users who were done by then.
+
+        A user who ended after that checkpoint trains its last steps again, so that every step has the neighbours, and
+        so the tensor shapes and the bits, of a run that was never killed.
+        """
+        assert self.state is not None
+        file = self.state / "slots.safetensors"
+        if not file.exists():
+            return []
+        tensors, notes = checkpoint.load(file, self.slots.flat.device)
+        self.queue = self.queue[len(self.queue) - notes.pop("waiting") :]
+        self.slots.restore(tensors, notes)
+        underway = {*self.queue, *self.slots.users}
+        finished = []
+        for stored in checkpoint.stored_files(self.state / "trained"):
+            tensors, notes = checkpoint.load(stored, torch.device("cpu"))
+            if notes["user_id"] not in underway:
+                duals = {name: DualTrace(*trace) for name, trace in notes["duals"].items()}
+                finished.append(TrainedUser(**notes | {"adapter": tensors.get("adapter"), "duals": duals}))
+        return finished

@@ -1,0 +1,155 @@
+"""The base with the adapters of many users switched on at once: scores completions and writes answers for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from persona_rlhf.preferences.tokens import Row
+from persona_rlhf.training.base import Base
+from persona_rlhf.training.batch import EMPTY, Batch, collate
+from persona_rlhf.training.generation import Generated, write_answers
+from persona_rlhf.training.lora import FleetLinear, LayerSpan, adaptable_layers, attach, detach, matrices
+from persona_rlhf.training.losses import token_logps
+from persona_rlhf.training.settings import LoraSettings
+
+
+class Score(NamedTuple):
+    """`logp`: log-probability of a completion in nats, summed to its end token; `tokens`: its length; `greedy`: every
+    token is the most likely one, so greedy decoding writes exactly this completion."""
+
+    logp: float
+    tokens: int
+    greedy: bool
+
+
+class AdaptedModel:
+    """A frozen base whose linear layers hold a stack of adapters, one a user.
+
+    The flat state `[users, params]` is laid out by `spans`. Nothing is on until `using`; then rows are user-major.
+    """
+
+    def __init__(self, base: Base, lora: LoraSettings) -> None:
+        self.base = base
+        self.scale = lora.alpha / lora.rank
+        self.spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank, self.scale)
+        self.params_per_user = max(span.stop for span in self.spans.values())
+        self.tokens_per_pass = 16_384 if base.device.type == "cpu" else 131_072
+        self._decoder, self._head = _split(base)
+
+    def close(self) -> None:
+        """Gives the base back as it was."""
+        detach(self.base.model, list(self.spans))
+
+    def layer(self, span: LayerSpan) -> FleetLinear:
+        """The stacked layer that lies at `span`."""
+        layer = self.base.model.get_submodule(span.name)
+        assert isinstance(layer, FleetLinear)
+        return layer
+
+    @contextmanager
+    def using(
+        self, flat: Float[Tensor, "users params"] | None, alphas: Float[Tensor, " users"] | None = None
+    ) -> Iterator[None]:
+        """Switches these adapters on, each at its own `alpha` (folded into B, as the export does); None: the base.
+
+        Where `flat` requires a gradient, a backward pass inside gives it one.
+        """
+        layers = [self.layer(span) for span in self.spans.values()]
+        try:
+            if flat is not None:
+                for layer, (a, b) in zip(layers, matrices(flat, list(self.spans.values())), strict=True):
+                    layer.a, layer.b = a, b if alphas is None else b * alphas.to(b)[:, None, None]
+            yield
+        finally:
+            for layer in layers:
+                layer.a = layer.b = None
+
+    def logits(self, batch: Batch) -> Float[Tensor, "tokens vocabulary"]:
+        """Logits at the positions that predict a completion token, and nowhere else."""
+        if self._decoder is None or self._head is None:
+            full = self.base.model(input_ids=batch.ids, use_cache=False).logits
+            return full.flatten(0, 1).index_select(0, batch.source)
+        hidden = self._decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
+        picked: Tensor = self._head(hidden.flatten(0, 1).index_select(0, batch.source))
+        return picked
+
+    def row_logps(self, batch: Batch) -> Float[Tensor, "rows longest"]:
+        """Log-probability in nats of every completion token, one row a completion."""
+        return batch.spread(token_logps(self.logits(batch), batch.targets))
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Sequence[Row]]) -> list[list[Score]]:
+        """Scores the rows of every user under his own adapter, in length-sorted passes of bounded size."""
+        scores: list[list[Score | None]] = [[None] * len(own) for own in rows]
+        for places in _passes(rows, self.tokens_per_pass):
+            picked = [EMPTY if place is None else rows[user][place] for user, place in places]
+            batch = collate(picked, self.base.pad_id, self.base.device)
+            logits = self.logits(batch)
+            sums = batch.spread(token_logps(logits, batch.targets)).double().sum(1).tolist()
+            misses = batch.spread((logits.argmax(-1) != batch.targets).float()).sum(1).tolist()
+            for (user, place), row, logp, missed in zip(places, picked, sums, misses, strict=True):
+                if place is not None:
+                    scores[user][place] = Score(logp, len(row.completion), missed == 0)
+        return [[score for score in own if score is not None] for own in scores]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[tuple[int, ...]]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[Generated]]:
+        """Every user's answers to his own prompts; temperature 0 is greedy. See `generation.write_answers`.
+
+        A sampled answer depends on `seed` and the prompt's place in its user's list, not on who else is in the pass.
+        """
+        rows = [[Row(prompt, (0,) * max_new_tokens) for prompt in own] for own in prompts]
+        answers: list[list[Generated | None]] = [[None] * len(own) for own in prompts]
+        for places in _passes(rows, self.tokens_per_pass):
+            picked = [(self.base.eos_ids[:1] if place is None else prompts[user][place]) for user, place in places]
+            seeds = [None if place is None else seed * 1_000_003 + place for _, place in places]
+            written = write_answers(self.base, len(prompts), picked, seeds, max_new_tokens, temperature)
+            for (user, place), answer in zip(places, written, strict=True):
+                if place is not None:
+                    answers[user][place] = answer
+        return [[answer for answer in own if answer is not None] for own in answers]
+
+
+def _passes(rows: Sequence[Sequence[Row]], budget: int) -> Iterator[list[tuple[int, int | None]]]:
+    """User-major lists of (user, place of the row), equally many rows a user, of about `budget` tokens; None fills."""
+    order = [sorted(range(len(own)), key=lambda n, own=own: -len(own[n].prompt) - len(own[n].completion)) for own in rows]  # type: ignore[misc]
+    start, most = 0, max((len(own) for own in rows), default=0)
+    while start < most:
+        longest = max(
+            len(own[places[start]].prompt) + len(own[places[start]].completion)
+            for own, places in zip(rows, order, strict=True)
+            if start < len(places)
+        )
+        stop = min(most, start + max(1, budget // (max(1, longest) * len(rows))))
+        yield [
+            (user, places[n] if n < len(places) else None) for user, places in enumerate(order) for n in range(start, stop)
+        ]
+        start = stop
+
+
+def _split(base: Base) -> tuple[nn.Module | None, nn.Module | None]:
+    """The decoder and the output head, where `head(decoder(x))` is the model; (None, None) where it is not.
+
+    Some models scale or cap their logits after the head: a probe decides, not the model's name.
+    """
+    model = base.model
+    decoder, head = model.base_model, model.get_output_embeddings()
+    if decoder is model or head is None:
+        return None, None
+    probe = torch.arange(8, device=base.device)[None] % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        whole = model(input_ids=probe, use_cache=False).logits
+        parts = head(decoder(input_ids=probe, use_cache=False).last_hidden_state)
+    return (decoder, head) if torch.equal(whole, parts) else (None, None)

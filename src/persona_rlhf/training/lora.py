@@ -1,0 +1,137 @@
+"""Stacked LoRA: one frozen linear layer, and the low-rank adapters of all users of a cohort, as one batched product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from persona_rlhf.inputs.problems import InputError, Problem
+
+
+class LayerSpan(NamedTuple):
+    """Where one layer's A `[rank, inputs]` and B `[outputs, rank]` lie in a user's flat parameter vector."""
+
+    name: str
+    inputs: int
+    outputs: int
+    rank: int
+    start: int
+
+    @property
+    def middle(self) -> int:
+        return self.start + self.rank * self.inputs
+
+    @property
+    def stop(self) -> int:
+        return self.middle + self.outputs * self.rank
+
+
+def matrices(
+    flat: Float[Tensor, "users params"], spans: Sequence[LayerSpan]
+) -> list[tuple[Float[Tensor, "users rank inputs"], Float[Tensor, "users outputs rank"]]]:
+    """Views A and B of every layer; one split, so that the gradient of `flat` is put together in one pass."""
+    users = flat.shape[0]
+    parts = iter(flat.split([n for s in spans for n in (s.rank * s.inputs, s.outputs * s.rank)], dim=1))
+    return [
+        (next(parts).view(users, span.rank, span.inputs), next(parts).view(users, span.outputs, span.rank))
+        for span in spans
+    ]
+
+
+class FleetLinear(nn.Module):
+    """`y = W x + scale B_u A_u x` for the rows of every user u at once (Hu et al. 2021, LoRA, equation 3).
+
+    Rows are user-major: the batch is `users * rows_per_user` long and user u owns the u-th run of rows, so a plain
+    batched product serves and nothing is sorted or gathered. With no adapters set it is the frozen layer.
+    """
+
+    def __init__(self, frozen: nn.Linear, scale: float) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.scale = scale
+        self.a: Float[Tensor, "users rank inputs"] | None = None
+        self.b: Float[Tensor, "users outputs rank"] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, for models that look at a layer's dtype or device."""
+        return self.frozen.weight
+
+    def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
+        y: Tensor = self.frozen(x)
+        if self.a is None or self.b is None:
+            return y
+        users = self.a.shape[0]
+        low = torch.bmm(x.reshape(users, -1, x.shape[-1]).to(self.a.dtype), self.a.transpose(1, 2))
+        rows = y.reshape(users, -1, y.shape[-1])
+        if y.dtype == self.b.dtype:
+            return torch.baddbmm(rows, low, self.b.transpose(1, 2), alpha=self.scale).view(y.shape)
+        return (rows + self.scale * torch.bmm(low, self.b.transpose(1, 2)).to(y.dtype)).view(y.shape)
+
+
+def adaptable_layers(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[str]:
+    """Names of the linear layers to adapt, in the order of the model.
+
+    `all-linear` means what PEFT means by it: every linear layer but the output head. Names are matched as PEFT does,
+    whole or by their last parts. Raises InputError where a name matches nothing, or a layer cannot be adapted.
+    """
+    head = model.get_output_embeddings()
+    linear = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
+    if target_modules == "all-linear":
+        if not linear:
+            raise InputError([Problem(model.name_or_path, None, None, "the base has no nn.Linear layer to adapt")])
+        return list(linear)
+    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    problems, chosen = [], set()
+    for target in wanted:
+        found = [name for name, _ in model.named_modules() if name == target or name.endswith("." + target)]
+        bad = [name for name in found if name not in linear]
+        if not found:
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            sentence = f"`{target}` names no layer of the base; its linear layers are {', '.join(leaves)}"
+            problems.append(Problem(model.name_or_path, None, "lora.target_modules", sentence))
+        elif bad:
+            sentence = f"`{bad[0]}` is no plain linear layer and cannot be adapted; leave `{target}` out"
+            problems.append(Problem(model.name_or_path, None, "lora.target_modules", sentence))
+        chosen.update(found)
+    if problems:
+        raise InputError(problems)
+    return [name for name in linear if name in chosen]
+
+
+def attach(model: PreTrainedModel, names: Sequence[str], rank: int, scale: float) -> dict[str, LayerSpan]:
+    """Puts a FleetLinear in the place of each named layer; returns where each lies in the flat vector."""
+    spans: dict[str, LayerSpan] = {}
+    start = 0
+    for name in names:
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        layer = getattr(parent, leaf)
+        assert type(layer) is nn.Linear, f"{name} is {type(layer).__name__}"
+        setattr(parent, leaf, FleetLinear(layer, scale))
+        spans[name] = LayerSpan(name, layer.in_features, layer.out_features, rank, start)
+        start = spans[name].stop
+    return spans
+
+
+def detach(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Puts the frozen layers back: the model is as it was before `attach`."""
+    for name in names:
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        setattr(parent, leaf, getattr(parent, leaf).frozen)
+
+
+def fresh_adapter(spans: Sequence[LayerSpan], generator: torch.Generator) -> Float[Tensor, " params"]:
+    """A new adapter on the CPU: A uniform in +-1/sqrt(inputs) as PEFT draws it (Kaiming, a = sqrt 5), B zero."""
+    flat = torch.zeros(spans[-1].stop)
+    for span in spans:
+        bound = 1 / math.sqrt(span.inputs)
+        flat[span.start : span.middle].uniform_(-bound, bound, generator=generator)
+    return flat

@@ -1,0 +1,90 @@
+"""The loss of one step of a cohort: DPO on each user's pairs, plus his duals on the constraint, in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from persona_rlhf.preferences.tokens import PairRow, Row
+from persona_rlhf.training.batch import EMPTY, collate
+from persona_rlhf.training.constraint import ConstraintBank, Draw, measure
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses, reward_margins, user_means
+from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.settings import ConstraintSettings, DpoSettings
+
+
+class StepLoss(NamedTuple):
+    """Per user: the loss to minimise, its DPO part, the mean reward margin and the share of positive margins of the
+    step's pairs; and, with a constraint, the violation (nats over the limit) of the categories that were seen."""
+
+    total: Float[Tensor, " users"]
+    dpo: Float[Tensor, " users"]
+    margin: Float[Tensor, " users"]
+    accuracy: Float[Tensor, " users"]
+    violations: Float[Tensor, "users categories"] | None
+    seen: Bool[Tensor, "users categories"] | None
+
+
+def step_loss(
+    adapted: AdaptedModel,
+    reference: Reference,
+    pairs: Sequence[Sequence[PairRow]],
+    draws: Sequence[Draw],
+    bank: ConstraintBank | None,
+    duals: Float[Tensor, "users categories"],
+    dpo: DpoSettings,
+    constraint: ConstraintSettings,
+) -> StepLoss:
+    """`L_u = L_DPO + sum_c lambda_uc max(0, violation_uc) + w (compliance hinge + over-refusal hinge)`.
+
+    `pairs` and `draws` hold one entry a user; `draws` is empty without a bank. The adapters must be on.
+    """
+    most = max(map(len, pairs))
+    columns = [
+        [[pair.chosen for pair in own] for own in pairs],
+        [[pair.rejected for pair in own] for own in pairs],
+        [draw.refusals for draw in draws],
+        [draw.compliances for draw in draws],
+        [draw.overrefusals for draw in draws],
+    ]
+    widths = [most, most, *(max(map(len, column), default=0) for column in columns[2:])]
+    rows: list[Row] = []
+    for user in range(len(pairs)):
+        for column, width in zip(columns, widths, strict=True):
+            own = column[user] if column else []
+            rows += [*own, *[EMPTY] * (width - len(own))]
+    logps = adapted.row_logps(collate(rows, adapted.base.pad_id, adapted.base.device)).sum(1)
+    chosen, rejected, *watched = logps.view(len(pairs), -1).split(widths, dim=1)
+
+    def known(values: Sequence[Sequence[float]]) -> Float[Tensor, "users pairs"]:
+        padded = [[*own, *[0.0] * (most - len(own))] for own in values]
+        return torch.tensor(padded, dtype=logps.dtype, device=logps.device)
+
+    pair_logps = PairLogps(
+        chosen,
+        rejected,
+        known([[reference[pair.chosen] for pair in own] for own in pairs]),
+        known([[reference[pair.rejected] for pair in own] for own in pairs]),
+    )
+    tokens = PairTokens(
+        known([[len(pair.chosen.completion) for pair in own] for own in pairs]),
+        known([[len(pair.rejected.completion) for pair in own] for own in pairs]),
+    )
+    weights = known([[pair.pair.weight for pair in own] for own in pairs])
+    losses = user_means(pair_losses(dpo.loss, pair_logps, tokens, dpo.beta, dpo.label_smoothing), weights)
+    present = known([[1.0] * len(own) for own in pairs])
+    margins = reward_margins(pair_logps, dpo.beta).detach()
+    margin, accuracy = user_means(margins, present), user_means((margins > 0).to(margins), present)
+    if bank is None:
+        return StepLoss(losses, losses.detach(), margin, accuracy, None, None)
+    refused, complied, over = watched
+    excess = measure(draws, (refused, complied, over), reference, len(bank.categories), constraint.margin)
+    violations = excess.refusal - excess.refusal.new_tensor(bank.limits)
+    total = losses + (duals.to(losses) * torch.relu(violations) * (excess.counts > 0)).sum(1)
+    total = total + constraint.opening_weight * (excess.compliance + excess.overrefusal)
+    return StepLoss(total, losses.detach(), margin, accuracy, violations.detach(), excess.counts > 0)

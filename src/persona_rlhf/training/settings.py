@@ -1,0 +1,77 @@
+"""Config sections of the training floor: the base, the adapters, DPO, the constraint and the fleet."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from persona_rlhf.inputs.bundled import ModelName
+from persona_rlhf.inputs.section import Section
+
+
+class BaseSettings(Section):
+    """`base`: the shared safety-aligned model; it is frozen, and it is the reference of DPO."""
+
+    model: ModelName = Field(description="A transformers folder (such as data/base) or a hub id (Qwen/Qwen3-0.6B).")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Type of the frozen weights: auto is bfloat16 on a GPU and float32 on a CPU."
+    )
+    quantization: Literal["nf4"] | None = Field(None, description="Type of stored frozen weights; none by default.")
+
+    @field_validator("quantization")
+    @classmethod
+    def _later(cls, value: str | None) -> str | None:
+        if value is not None:
+            raise ValueError("quantized bases come with a later release; leave it away")
+        return value
+
+
+class LoraSettings(Section):
+    """`lora`: the low-rank adapter that each user gets, in PEFT's words."""
+
+    rank: int = Field(8, ge=1, le=512, description="Rank r of the adapter; a user's few pairs rarely need more than 8.")
+    alpha: int = Field(16, ge=1, description="lora_alpha; the update is scaled by alpha / rank, twice is customary.")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Layers to adapt, by name; all-linear is every linear layer but the output head."
+    )
+
+
+class DpoSettings(Section):
+    """`dpo`: how a user's preference pairs move his adapter."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"] = Field(
+        "sigmoid", description="Loss of a pair; robust allows for flipped labels, *_norm averages over tokens."
+    )
+    beta: float = Field(0.1, gt=0, description="Scale of the implicit reward, per nat; lower lets the user go further.")
+    epochs: int = Field(3, ge=1, le=1000, description="Passes over a user's pairs.")
+    pairs_per_step: int = Field(4, ge=1, description="Pairs of one user in a step; LoRA likes small batches.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak AdamW rate; about ten times that of full fine-tuning.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of a user's steps in which the rate rises from 0.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="The rate's course after warm-up.")
+    max_grad_norm: float = Field(1.0, gt=0, description="A user's gradient is clipped to this L2 norm.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay per unit of rate; the gate's alpha does better.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of labels taken as flipped; robust loss only.")
+
+
+class ConstraintSettings(Section):
+    """`constraint`: what keeps a user's adapter at the base's tier-one refusals while it trains."""
+
+    enabled: bool = Field(True, description="Off only for ablations: the gate still holds back what violates.")
+    rows_per_step: int = Field(4, ge=1, description="Refusal rows a user sees in a step; categories take turns.")
+    refusals_per_probe: int = Field(2, ge=1, le=64, description="Base answers sampled per train probe; refusals are kept.")
+    compliance_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a compliance.")
+    twin_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a refusal to a benign twin.")
+    opening_tokens: int = Field(8, ge=1, description="Length of those openings, in tokens.")
+    margin: float = Field(0.5, ge=0, description="Nats an opening may rise over the base before it costs anything.")
+    opening_weight: float = Field(0.3, ge=0, description="Weight of the opening hinges in the loss.")
+    gain: float = Field(1.0, gt=0, description="Rise of a dual variable per step and nat of smoothed violation.")
+    smoothing: float = Field(0.8, ge=0, lt=1, description="Share of the old estimate kept when a violation is smoothed.")
+    ceiling: float = Field(10.0, gt=0, description="Largest value of a dual variable.")
+
+
+class FleetSettings(Section):
+    """`fleet`: how many users train side by side, and how often that is saved."""
+
+    slots: int | Literal["auto"] = Field("auto", description="Users in memory at once; memory is bounded by it.")
+    checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of the slots.")
