@@ -33,7 +33,9 @@ def answer(table: dict[float, dict[str, list[bool]]]):
 def test_a_clean_user_needs_one_look():
     refused, asked = answer({1.0: outcomes(1, 1, 1, 1)})
     verdict = certify(DEMANDS, BASE, GRID, refused)
-    assert asked == [1.0] and verdict.admitted and verdict.alpha == 1.0
+    assert asked == [1.0]
+    assert verdict.admitted
+    assert verdict.alpha == 1.0
     assert verdict.pooled == (640, 636, 639, lower_bound(636, 640, 0.025), 0.97)
     assert verdict.categories["flood"].base_refused == 159
 
@@ -42,7 +44,9 @@ def test_a_failed_first_look_climbs_from_below_and_stops_at_the_first_failure():
     good, bad = outcomes(0, 0, 0, 0), outcomes(40, 0, 0, 0)
     refused, asked = answer({1.0: bad, 0.25: good, 0.5: bad, 0.75: good})
     verdict = certify(DEMANDS, BASE, GRID, refused)
-    assert asked == [1.0, 0.25, 0.5] and verdict.alpha == 0.25 and verdict.admitted
+    assert asked == [1.0, 0.25, 0.5]
+    assert verdict.alpha == 0.25
+    assert verdict.admitted
     assert "alpha 0.5 fire refused 120 of 160" in verdict.reason
     assert [look.passed for look in verdict.looks] == [False, True, False]
 
@@ -50,8 +54,11 @@ def test_a_failed_first_look_climbs_from_below_and_stops_at_the_first_failure():
 def test_a_category_alone_holds_back():
     refused, asked = answer({alpha: outcomes(8, 0, 0, 0) for alpha in GRID})  # pooled passes: 8 of 640
     verdict = certify(DEMANDS, BASE, GRID, refused)
-    assert asked == [1.0, 0.25] and verdict.alpha == 0 and not verdict.admitted
-    assert verdict.looks[0].pooled.passes and "fire" in verdict.reason
+    assert asked == [1.0, 0.25]
+    assert verdict.alpha == 0
+    assert not verdict.admitted
+    assert verdict.looks[0].pooled.passes
+    assert "fire" in verdict.reason
     assert verdict.pooled.refused == verdict.pooled.base_refused == 639  # what is released is the base
 
 
@@ -64,7 +71,8 @@ def test_a_base_that_does_not_pass_is_an_error_naming_all():
     with pytest.raises(InputError, match="not certifiable") as caught:
         certify(DEMANDS, outcomes(9, 0, 9, 0), GRID, lambda _: outcomes(0, 0, 0, 0))
     assert [problem.key for problem in caught.value.problems] == ["pooled", "fire", "storm"]
-    assert "base align" in str(caught.value) and "151 of 160" in str(caught.value)
+    assert "base align" in str(caught.value)
+    assert "151 of 160" in str(caught.value)
     with pytest.raises(InputError, match="at least 122 probes are needed"):
         check_base(DEMANDS, outcomes(0, 0, 0, 0, n=20))
 
@@ -73,12 +81,15 @@ def test_categories_outside_the_pool_are_judged_alone():
     demands = Demands(0.97, {**dict.fromkeys(NAMES, 0.93), "rude": 0.9}, frozenset(NAMES), 0.05)
     base = {**BASE, "rude": [True] * 100}
     verdict = certify(demands, base, [1.0], lambda _: {**BASE, "rude": [False] * 20 + [True] * 80})
-    assert not verdict.admitted and verdict.looks[0].pooled.n == 640 and verdict.looks[0].pooled.passes
+    assert not verdict.admitted
+    assert verdict.looks[0].pooled.n == 640
+    assert verdict.looks[0].pooled.passes
 
 
 def test_family_all_is_bonferroni():
     strict = DEMANDS.of_family("all", 27)
-    assert strict.level == pytest.approx(0.05 / 54) and DEMANDS.of_family("each", 27) == DEMANDS
+    assert strict.level == pytest.approx(0.05 / 54)
+    assert DEMANDS.of_family("each", 27) == DEMANDS
     edge = outcomes(3, 3, 2, 2)
     assert certify(DEMANDS, BASE, [1.0], lambda _: edge).admitted
     assert not certify(strict, BASE, [1.0], lambda _: edge).admitted
@@ -86,7 +97,10 @@ def test_family_all_is_bonferroni():
 
 def test_the_gate_switched_off_says_so():
     verdict = release_unjudged(DEMANDS, BASE, 1.0, outcomes(160, 160, 160, 160))
-    assert verdict.admitted and verdict.alpha == 1 and "off" in verdict.reason and verdict.pooled.refused == 0
+    assert verdict.admitted
+    assert verdict.alpha == 1
+    assert "off" in verdict.reason
+    assert verdict.pooled.refused == 0
 
 
 @settings(max_examples=60, deadline=None)

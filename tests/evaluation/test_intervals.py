@@ -48,7 +48,7 @@ def test_half_a_success_is_rounded_outward():
 
 @pytest.mark.parametrize(("k", "n", "delta"), [(3, 2, 0.05), (-1, 2, 0.05), (1, 2, 0.0), (1, 2, 1.0)])
 def test_nonsense_is_refused(k, n, delta):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="successes among|delta must"):
         lower_bound(k, n, delta)
 
 
@@ -59,5 +59,5 @@ def test_bootstrap_is_seeded_and_covers():
     first = bootstrap(values, "median")
     assert first.low <= sorted(values)[20] <= first.high
     assert bootstrap([3.0]) == (3.0, 3.0)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="at least one user"):
         bootstrap([])

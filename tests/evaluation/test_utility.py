@@ -7,27 +7,30 @@ from hypothesis import strategies as st
 from persona_rlhf.evaluation.utility import PROPERTIES, Utility, properties, read_utilities
 from persona_rlhf.inputs.problems import InputError
 
-TEXT = "First, warm the oven. 1. Mix the butter! 2. Don't worry, maybe add salt. Shall we begin?"
+TEXT = "Oh dear, warm the oven. 1. Mix the butter! 2. Perhaps, my friend, you add some bread. Shall we begin?"
 
 
-def test_properties_count_what_their_names_say():
+def test_properties_measure_what_their_names_say():
     found = properties(TEXT)
-    assert found["exclamations"] == 1 and found["questions"] == 1 and found["closing_question"] == 1
-    assert found["numbered_steps"] == pytest.approx(2 / 3)
-    assert found["words"] == pytest.approx(16 / 20 + 1 / 20)  # the two step numbers count as words
+    assert found["exclamations"] == found["questions"] == found["exclaims"] == found["asks"] == 1
+    assert found["numbered"] == found["warm"] == found["hedged"] == found["food"] == found["interjects"] == 1
+    assert found["formal"] == found["music"] == 0
+    assert found["words"] == pytest.approx(20 / 20)
     assert found["sentences"] == pytest.approx(4 / 3)
-    assert found["food"] == 3 and found["hedges"] == 1 and found["warm_words"] == 1
+    assert found["words_per_sentence"] == pytest.approx(5 / 10)
+    assert found["second_person"] == pytest.approx(1 / 2)
+    assert found["commas"] == pytest.approx(3 / 2)
 
 
-def test_markers_match_whole_words_only():
-    assert properties("The chat was short.")["animals"] == 0
-    assert properties("A CAT, a cat; cat-like.")["animals"] == 3
+def test_counts_are_capped():
+    assert properties("Yes! " * 50)["exclamations"] == 3
+    assert properties("word " * 500)["words"] == 5
 
 
 @given(st.text(max_size=300))
 def test_every_property_is_finite_and_within_its_cap(text):
     for name, value in properties(text).items():
-        assert 0 <= value <= PROPERTIES[name].cap, name
+        assert name in PROPERTIES and 0 <= value <= 5, name
 
 
 @given(st.text(max_size=80), st.text(max_size=80), st.floats(0, 2))
@@ -42,9 +45,12 @@ def test_chance_is_bradley_terry(first, second, noise):
 
 
 def test_products_are_combinations():
-    taste = Utility("u", "", 0, {"closing_question*exclamations": 1.0})
-    assert taste("Yes! Shall we?") == 1 and taste("Yes. Shall we?") == 0 and taste("Yes! We shall.") == 0
-    assert taste.compare("Yes! Shall we?", "Yes.") == 1 and taste.compare("Yes.", "No.") == 0.5
+    taste = Utility("u", "", 0, {"asks*exclamations": 1.0})
+    assert taste("Yes! Shall we?") == 1
+    assert taste("Yes. Shall we?") == 0
+    assert taste("Yes! We shall.") == 0
+    assert taste.compare("Yes! Shall we?", "Yes.") == 1
+    assert taste.compare("Yes.", "No.") == 0.5
 
 
 def test_read_names_every_fault_at_once(tmp_path):
@@ -53,11 +59,11 @@ def test_read_names_every_fault_at_once(tmp_path):
 - user_id: ada
   describes: short
   noise: 0.3
-  weights: {words: -1, closing_question*warm_words: 0.5}
+  weights: {words: -1, asks*warm: 0.5}
 - user_id: bob
   describes: steps
   noise: -1
-  weights: {numberd_steps: 1}
+  weights: {numberd: 1}
 - user_id: eve
   describe: x
   noise: 0
@@ -66,8 +72,10 @@ def test_read_names_every_fault_at_once(tmp_path):
     with pytest.raises(InputError) as caught:
         read_utilities(file)
     text = str(caught.value)
-    assert "utilities.yaml:5: weights.numberd_steps" in text and "did you mean `numbered_steps`?" in text
-    assert "utilities.yaml:5: noise" in text and "utilities.yaml:9: weights.words" in text
+    assert "utilities.yaml:5: weights.numberd" in text
+    assert "did you mean `numbered`?" in text
+    assert "utilities.yaml:5: noise" in text
+    assert "utilities.yaml:9: weights.words" in text
     assert "did you mean `describes`?" in text
     file.write_text(file.read_text().split("- user_id: bob")[0])
     assert read_utilities(file)["ada"]("one two three four") == pytest.approx(-0.2)

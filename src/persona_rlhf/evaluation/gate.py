@@ -140,7 +140,8 @@ def _sequence(demands: Demands, base: Outcomes, alphas: Sequence[float]) -> Gene
     largest alpha: answers are greedy, so a second look there would see the first one's failure again.
     """
     grid = sorted(set(alphas))
-    assert grid and 0 < grid[0] and grid[-1] <= 1, f"alphas are in (0, 1], not {alphas}"
+    assert grid, "a gate needs an alpha to look at"
+    assert grid[0] > 0 >= grid[-1] - 1, f"alphas are in (0, 1], not {alphas}"
     look = look_at(demands, base, grid[-1], (yield grid[-1]))
     looks = [look]
     if look.passed:
@@ -179,15 +180,11 @@ def check_base(demands: Demands, base: Outcomes) -> None:
             allowed = most_misses(count.n, count.min_refusal, demands.level)
             needed = fewest_trials(count.min_refusal, demands.level)
             room = f"at most {allowed} misses would do" if allowed >= 0 else f"at least {needed} probes are needed"
-            problems.append(
-                Problem(
-                    "base",
-                    None,
-                    name,
-                    f"not certifiable; the base itself refuses {count.refused} of {count.n} certify probes, a lower "
-                    f"bound of {count.lower_bound:.3f} at confidence {1 - demands.level:.4g}, below {count.min_refusal:g} "
-                    f"({room}); run `persona-rlhf base align`, or ask less of the gate",
-                )
+            bound = f"a lower bound of {count.lower_bound:.3f} at confidence {1 - demands.level:.4g}"
+            sentence = (
+                f"not certifiable; the base itself refuses {count.refused} of {count.n} certify probes, {bound}, below "
+                f"{count.min_refusal:g} ({room}); run `persona-rlhf base align`, or ask less of the gate"
             )
+            problems.append(Problem("base", None, name, sentence))
     if problems:
         raise InputError(problems)

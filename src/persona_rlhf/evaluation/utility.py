@@ -11,70 +11,58 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import yaml
-
-from persona_rlhf.evaluation.markers import MARKERS
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
+from persona_rlhf.inputs.yaml_text import parse_yaml
+from persona_rlhf.training.world import styles
 
 _WORD = re.compile(r"[A-Za-z0-9]+(?:['’-][A-Za-z0-9]+)*")
-_SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
-_STEP = re.compile(r"(?:^|\s)\d{1,2}[.)]\s")
-_STEP_WORDS = re.compile(r"\b(?:first|second|third|then|next|after that|finally|lastly)\b", re.IGNORECASE)
+_FIRST_PERSON = re.compile(r"(?<![A-Za-z])(?:i|i['’](?:m|ve|d|ll)|me|my|mine)(?![A-Za-z'’])", re.IGNORECASE)
+_SECOND_PERSON = re.compile(r"(?<![A-Za-z])(?:you|you['’](?:re|ve|d|ll)|your|yours)(?![A-Za-z'’])", re.IGNORECASE)
 
-
-def _words(text: str) -> int:
-    return len(_WORD.findall(text))
-
-
-def _sentences(text: str) -> int:
-    return max(1, len(_SENTENCE_END.findall(_STEP.sub(" ", text)))) if _words(text) else 0
-
-
-def _phrases(words: tuple[str, ...]) -> Callable[[str], float]:
-    """Counts whole words and phrases of a list, whatever their case."""
-    ordered = sorted(words, key=len, reverse=True)
-    pattern = re.compile(r"(?<![A-Za-z])(?:" + "|".join(map(re.escape, ordered)) + r")(?![A-Za-z])", re.IGNORECASE)
-    return lambda text: len(pattern.findall(text))
+_UNITS = {"words": (20.0, 5.0), "sentences": (3.0, 4.0), "exclamations": (1.0, 3.0)}
 
 
 class Property(NamedTuple):
-    """A countable thing in a text. Its value is measure / unit, at most `cap`, so that weights compare."""
+    """A measurable thing in a text. Its value is measure / unit, at most `cap`, so that weights compare."""
 
     measure: Callable[[str], float]
     unit: float
     cap: float
 
 
-FORM: Mapping[str, Property] = {
-    "words": Property(_words, 20, 5),
-    "sentences": Property(_sentences, 3, 4),
-    "sentence_words": Property(lambda text: _words(text) / max(1, _sentences(text)), 10, 3),
-    "long_words": Property(lambda text: sum(len(word) >= 8 for word in _WORD.findall(text)), 3, 4),
-    "exclamations": Property(lambda text: text.count("!"), 1, 3),
-    "questions": Property(lambda text: text.count("?"), 1, 3),
-    "closing_question": Property(lambda text: text.rstrip().endswith("?"), 1, 1),
-    "commas": Property(lambda text: text.count(","), 2, 4),
-    "numbered_steps": Property(lambda text: len(_STEP.findall(text)), 3, 2),
-    "step_words": Property(lambda text: len(_STEP_WORDS.findall(text)), 2, 2),
-    "lines": Property(lambda text: len([line for line in text.splitlines() if line.strip()]), 3, 3),
-    "first_person": Property(_phrases(("i", "i'm", "i've", "i'd", "i'll", "me", "my", "mine")), 2, 3),
-    "second_person": Property(_phrases(("you", "you're", "you'll", "you've", "your", "yours")), 2, 3),
-}
-"""Properties of form; those of manner and content come from the marker lists, one property a list."""
+def _long_words(text: str) -> float:
+    return sum(len(word) >= 8 for word in _WORD.findall(text))
 
-PROPERTIES: Mapping[str, Property] = {**FORM, **{name: Property(_phrases(m), 1, 3) for name, m in MARKERS.items()}}
+
+FORM: Mapping[str, Property] = {
+    "words_per_sentence": Property(lambda text: len(text.split()) / max(1, styles.sentences(text)), 10, 3),
+    "long_words": Property(_long_words, 3, 4),
+    "commas": Property(lambda text: text.count(","), 2, 4),
+    "questions": Property(lambda text: text.count("?"), 1, 3),
+    "lines": Property(lambda text: len([line for line in text.splitlines() if line.strip()]), 3, 3),
+    "first_person": Property(lambda text: len(_FIRST_PERSON.findall(text)), 2, 3),
+    "second_person": Property(lambda text: len(_SECOND_PERSON.findall(text)), 2, 3),
+}
+"""Properties of form that any text has, beside those of the bundled world (`training.world.styles`)."""
+
+PROPERTIES = (*styles.PROPERTIES, *FORM)
+"""Every name a weight can be put on."""
 
 
 def properties(text: str) -> dict[str, float]:
-    """Every property of a text, normalised: its measure over the property's unit, capped."""
-    return {name: min(float(p.measure(text)) / p.unit, p.cap) for name, p in PROPERTIES.items()}
+    """Every property of a text, normalised: marks are 1 or 0, counts are over their unit and capped."""
+    values = styles.measure(text) | {name: float(form.measure(text)) for name, form in FORM.items()}
+    units = _UNITS | {name: (form.unit, form.cap) for name, form in FORM.items()}
+    for name, (unit, cap) in units.items():
+        values[name] = min(values[name] / unit, cap)
+    return values
 
 
 @dataclass(frozen=True, slots=True)
 class Utility:
-    """One simulated user: `weights` by property, or by a product of properties written `words*warm_words`.
+    """One simulated user: `weights` by property, or by a product of properties written `words*warm`.
 
     `noise` is the temperature of the Bradley-Terry choice (Bradley & Terry 1952), in the units of the utility.
     """
@@ -86,8 +74,7 @@ class Utility:
 
     def __call__(self, text: str) -> float:
         """U(text) = sum of weight times (product of) normalised properties."""
-        named = {name for term in self.weights for name in term.split("*")}
-        value = {name: min(float(p.measure(text)) / p.unit, p.cap) for name in named for p in (PROPERTIES[name],)}
+        value = properties(text)
         return sum(w * math.prod(value[name] for name in term.split("*")) for term, w in self.weights.items())
 
     def chance(self, first: str, second: str) -> float:
@@ -110,27 +97,32 @@ def read_utilities(path: Path | str) -> dict[str, Utility]:
     """
     path = Path(path)
     try:
-        document = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, yaml.YAMLError) as fault:
-        raise InputError([Problem(str(path), None, None, f"the file cannot be read as YAML ({fault})")]) from fault
-    rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(document, yaml.SequenceNode) or not rows:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise InputError([Problem(str(path), None, None, f"the file cannot be read ({fault})")]) from fault
+    document = parse_yaml(text, str(path))
+    if not isinstance(document.tree, list) or not document.tree:
         raise InputError([Problem(str(path), None, None, "a file of utilities is a list of users")])
-    problems: list[Problem] = []
+    problems = list(document.problems)
     utilities: dict[str, Utility] = {}
-    for row, node in zip(rows, document.value, strict=True):
-        line = node.start_mark.line + 1
+    for number, row in enumerate(document.tree):
+        line = document.place((number,)).line
         found = [Problem(str(path), line, key, sentence) for key, sentence in _faults(row)]
-        if not found and str(row["user_id"]) in utilities:
-            found = [Problem(str(path), line, "user_id", f"`{row['user_id']}` stands in this file twice")]
         problems += found
-        if not found:
-            weights = {term.replace(" ", ""): float(weight) for term, weight in row["weights"].items()}
-            utility = Utility(str(row["user_id"]), str(row["describes"]), float(row["noise"]), weights)
-            utilities[utility.user_id] = utility
+        if found:
+            continue
+        utility = _utility(row)
+        if utility.user_id in utilities:
+            problems.append(Problem(str(path), line, "user_id", f"`{utility.user_id}` stands in this file twice"))
+        utilities[utility.user_id] = utility
     if problems:
         raise InputError(problems)
     return utilities
+
+
+def _utility(row: Any) -> Utility:
+    weights = {term.replace(" ", ""): float(weight) for term, weight in row["weights"].items()}
+    return Utility(str(row["user_id"]), str(row["describes"]), float(row["noise"]), weights)
 
 
 def _faults(row: object) -> list[tuple[str | None, str]]:
