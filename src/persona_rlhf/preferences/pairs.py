@@ -18,7 +18,18 @@ from persona_rlhf.preferences.heldout import held_out
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.preferences.messages import Message, Prompt, answer_of, implicit_prompt, prompt_of
 
-__all__ = ["Message", "PreferencePair", "Prompt", "Reading", "Split", "parse_row", "read", "read_pairs", "slug"]
+__all__ = [
+    "Message",
+    "PreferencePair",
+    "Prompt",
+    "Reading",
+    "Split",
+    "first_problems",
+    "parse_row",
+    "read",
+    "read_pairs",
+    "slug",
+]
 
 Split = Literal["train", "heldout"]
 
@@ -85,7 +96,7 @@ def read(path: Path | str, heldout: float) -> Reading:
     if not rows:
         problems.append(Problem(str(path), None, None, "there are no rows in it; write one preference per row"))
     if problems:
-        raise InputError(_first(problems))
+        raise InputError(first_problems(problems))
     _assign_splits(pairs, undecided, heldout)
     return Reading(pairs, unknown)
 
@@ -176,7 +187,8 @@ def _assign_splits(pairs: list[PreferencePair], undecided: list[int], share: flo
         pairs[place] = replace(pair, split=decided.get((pair.user_id, pair.prompt), hashed))
 
 
-def _first(problems: list[Problem]) -> list[Problem]:
+def first_problems(problems: list[Problem]) -> list[Problem]:
+    """What fits a screen of them, and a sentence that counts the rest."""
     if len(problems) <= _SHOWN:
         return problems
     rest = len(problems) - _SHOWN

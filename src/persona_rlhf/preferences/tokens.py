@@ -7,7 +7,7 @@ token that ends the turn. Only the base's own chat template decides what that lo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from persona_rlhf.inputs.problems import InputError, Problem
@@ -57,9 +57,11 @@ def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) 
     could open a turn of its own).
     """
     _need_template(tokenizer)
-    token = control_token((message.content for message in messages), tokenizer)
-    if token is not None:
-        raise InputError([Problem("prompt", None, None, f"the text holds the control token `{token}`; take it out")])
+    control = control_tokens(tokenizer)
+    found = next((found for message in messages if (found := control.search(message.content))), None)
+    if found is not None:
+        sentence = f"the text holds the base's control token `{found.group()}`; take it out"
+        raise InputError([Problem("prompt", None, None, sentence)])
     return tuple(_encode([_render(messages, tokenizer)], tokenizer)[0])
 
 
@@ -93,13 +95,8 @@ def tokenize(pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase
     return list(users.values())
 
 
-def control_token(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The first control token (end of turn, start of text, ...) that is written out in one of the texts."""
-    pattern = _control_pattern(tokenizer)
-    return next((found.group() for text in texts if (found := pattern.search(text))), None)
-
-
-def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches what a text must not write out: the tokens with which the template opens and ends turns."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special.update(tokenizer.all_special_tokens)
     longest_first = sorted((token for token in special if token), key=len, reverse=True)
@@ -171,7 +168,7 @@ def _closing(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[int, .
     answer = "Yes"
     text = _render(prompt, tokenizer, answer)
     tail = text[text.rindex(answer) + len(answer) :] if answer in text else ""
-    end = _control_pattern(tokenizer).search(tail)
+    end = control_tokens(tokenizer).search(tail)
     if end is None:
         sentence = "the template ends an answer with no special token, so that no answer would ever end; add one"
         raise InputError([_base_problem(tokenizer, sentence)])

@@ -1,0 +1,119 @@
+"""Other people's preference files, written as ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.preferences.columns import shown
+from persona_rlhf.preferences.formats import read_file
+from persona_rlhf.preferences.pairs import first_problems
+
+Convert = Callable[[Mapping[str, object]], dict[str, str] | str]
+
+
+class ImportSummary(NamedTuple):
+    """What became of a file: rows read, pairs written, their users, and the rows left out by reason."""
+
+    format: str
+    rows: int
+    pairs: int
+    users: int
+    left_out: dict[str, int]
+    path: Path
+
+
+def import_cragc25(src: Path, out: Path) -> ImportSummary:
+    """Converts CRAGC-25, the Crowd RAG Corpus 2025 (Gienapp et al., SIGIR 2025; CC-BY 4.0).
+
+    `src` is its annotations, one judgement per line (.jsonl or .jsonl.gz), or a folder that holds
+    `annotations.jsonl.gz`. The label is the forced choice between two answers in overall quality. Sex, age and country
+    of the workers are personal data and are not copied. Raises InputError naming every row that is not of this format.
+    """
+    if src.is_dir():
+        names = ("annotations.jsonl.gz", "annotations.jsonl")
+        found = next((src / name for name in names if (src / name).exists()), None)
+        if found is None:
+            raise InputError([Problem(str(src), None, None, f"the folder holds no {names[0]}; give the file's path")])
+        src = found
+    return _convert("cragc25", _from_cragc25, src, out)
+
+
+FORMATS: Mapping[str, Callable[[Path, Path], ImportSummary]] = {"cragc25": import_cragc25}
+
+
+def _from_cragc25(row: Mapping[str, object]) -> dict[str, str] | str:
+    columns = ("user", "query_id", "query", "a_id", "b_id", "a", "b")
+    wrong = next((name for name in columns if not isinstance(row.get(name), str)), None)
+    if wrong is not None:
+        raise ValueError(f"column `{wrong}` must be a text, not {shown(row.get(wrong))}; is this a CRAGC-25 file?")
+    choice = row.get("choice")
+    label = choice.get("quality_overall") if isinstance(choice, Mapping) else None
+    if label in ("N", None):
+        return "no choice in overall quality"
+    if label not in ("A", "B"):
+        raise ValueError(f"`choice.quality_overall` is {shown(label)}; it must be A or B")
+    text = {name: str(row[name]) for name in columns}
+    chosen, rejected = ("a", "b") if label == "A" else ("b", "a")
+    return {
+        "user_id": text["user"],
+        "prompt": text["query"],
+        "chosen": text[chosen],
+        "rejected": text[rejected],
+        "id": f"{text['query_id']}/{text[f'{chosen}_id']}/{text[f'{rejected}_id']}/{text['user']}",
+        "source": "cragc25",
+    }
+
+
+def _convert(name: str, convert: Convert, src: Path, out: Path) -> ImportSummary:
+    """Reads `src` row by row and puts `out` in place whole, or not at all."""
+    if not src.is_file():
+        raise InputError([Problem(str(src), None, None, "there is no such file; check the path")])
+    if out.is_dir() or out.suffix != ".jsonl":
+        raise InputError([Problem(str(out), None, None, "the output is one file of JSON lines; name it *.jsonl")])
+    if out.exists() and out.samefile(src):
+        raise InputError([Problem(str(out), None, None, "the output would replace its source; name another file")])
+    problems: list[Problem] = []
+    lines: list[str] = []
+    users: set[str] = set()
+    left_out: Counter[str] = Counter()
+    rows = 0
+    for item in read_file(src):
+        if isinstance(item, Problem):
+            problems.append(item)
+            continue
+        rows += 1
+        try:
+            if not isinstance(item.row, Mapping):
+                raise ValueError(f"a row is an object with named columns, not {shown(item.row)}")
+            pair = convert(item.row)
+        except ValueError as fault:
+            problems.append(Problem(item.file, item.line, None, str(fault)))
+            continue
+        if isinstance(pair, str):
+            left_out[pair] += 1
+            continue
+        users.add(pair["user_id"])
+        lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
+    if problems:
+        raise InputError(first_problems(problems))
+    _write(out, lines)
+    return ImportSummary(name, rows, len(lines), len(users), dict(left_out), out)
+
+
+def _write(out: Path, lines: list[str]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(lines)
+        Path(unfinished).replace(out)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,172 @@
+"""Which pairs are trained on, and why the others are not."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from persona_rlhf.policy.judges import is_refusal
+from persona_rlhf.preferences.messages import Prompt
+from persona_rlhf.preferences.pairs import PreferencePair
+from persona_rlhf.preferences.tokens import PairRow, UserRows, control_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from persona_rlhf.policy.tiers import Policy
+    from persona_rlhf.preferences.settings import ScreeningSettings
+
+Action = Literal["dropped", "quarantined", "flagged"]
+Refuses = Callable[[Sequence[Prompt]], Sequence[bool]]
+
+
+class Dropped(NamedTuple):
+    """A pair and what was found: `dropped` cannot teach, `quarantined` must not, `flagged` is trained all the same."""
+
+    pair: PreferencePair
+    reason: str  # "kind: what exactly"
+    action: Action
+
+    @property
+    def kind(self) -> str:
+        """The reason's first words, by which reports count."""
+        return self.reason.partition(":")[0]
+
+
+class Screened(NamedTuple):
+    """The pairs that go on, in file order, and everything that was found."""
+
+    kept: list[PreferencePair]
+    dropped: list[Dropped]
+
+
+class Fitted(NamedTuple):
+    """The rows that fit the base, and the pairs that do not."""
+
+    rows: list[UserRows]
+    dropped: list[Dropped]
+
+
+def screen(
+    pairs: Sequence[PreferencePair],
+    policy: Policy,
+    settings: ScreeningSettings,
+    refuses: Refuses | None,
+) -> Screened:
+    """Drops the pairs that cannot teach, and quarantines those that teach against tier one.
+
+    Dropped: an empty text, identical answers, a repetition of an earlier pair of the user, and both sides of a
+    contradiction (the same user, prompt and texts with the choice turned round: nothing says which of them is meant).
+    Quarantined: the prompt is a probe of a restriction, or `refuses` says that the base refuses it while `chosen` is
+    no refusal. With `settings.quarantine` off these are kept and flagged. `refuses` is asked once, about distinct
+    prompts, and not at all where no base is at hand (None).
+    """
+    sound, dropped = unfit_to_teach(pairs)
+    against = _against_tier_one(sound, policy, refuses)
+    action: Action = "quarantined" if settings.quarantine else "flagged"
+    dropped += [Dropped(sound[place], reason, action) for place, reason in against.items()]
+    kept = [pair for place, pair in enumerate(sound) if place not in against or not settings.quarantine]
+    return Screened(kept, dropped)
+
+
+def fit(rows: Sequence[UserRows], tokenizer: PreTrainedTokenizerBase, context: int) -> Fitted:
+    """Drops the rows that the base cannot read as they are meant; `context` is in tokens.
+
+    A text longer than the context, two answers that are the same to the model, and texts that write out a control
+    token of the base (they could open a turn of their own).
+    """
+    control = control_tokens(tokenizer)
+    dropped: list[Dropped] = []
+
+    def fitting(split: list[PairRow]) -> list[PairRow]:
+        kept: list[PairRow] = []
+        for row in split:
+            reason = _unreadable(row, control, context)
+            if reason is None:
+                kept.append(row)
+            else:
+                dropped.append(Dropped(row.pair, reason, "dropped"))
+        return kept
+
+    fitted = [UserRows(user.user_id, fitting(user.train), fitting(user.heldout)) for user in rows]
+    return Fitted(fitted, dropped)
+
+
+def screening_rows(dropped: Sequence[Dropped]) -> Iterator[dict[str, str | int]]:
+    """The lines of `screening.jsonl`; they name a pair and hold none of its text."""
+    for found in dropped:
+        yield {
+            "user_id": found.pair.user_id,
+            "pair_id": found.pair.id,
+            "file": found.pair.file,
+            "line": found.pair.line,
+            "action": found.action,
+            "reason": found.reason,
+        }
+
+
+def unfit_to_teach(pairs: Sequence[PreferencePair]) -> tuple[list[PreferencePair], list[Dropped]]:
+    """The pairs that can teach something by their texts alone, and the others."""
+    first: dict[tuple[str, Prompt, str, str], PreferencePair] = {}
+    for pair in pairs:
+        first.setdefault((pair.user_id, pair.prompt, pair.chosen, pair.rejected), pair)
+    sound: list[PreferencePair] = []
+    dropped: list[Dropped] = []
+    for pair in pairs:
+        texts = {"prompt": pair.prompt[-1].content, "chosen": pair.chosen, "rejected": pair.rejected}
+        empty = next((name for name, text in texts.items() if not text.strip()), None)
+        same = first[pair.user_id, pair.prompt, pair.chosen, pair.rejected]
+        opposite = first.get((pair.user_id, pair.prompt, pair.rejected, pair.chosen))
+        if empty is not None:
+            reason = f"empty: `{empty}` holds no text"
+        elif pair.chosen == pair.rejected:
+            reason = "identical: chosen and rejected are the same text"
+        elif opposite is not None:
+            reason = f"contradiction: at {opposite.file}:{opposite.line} this user prefers the other answer"
+        elif same is not pair:
+            reason = f"repetition: the same stands at {same.file}:{same.line}"
+        else:
+            sound.append(pair)
+            continue
+        dropped.append(Dropped(pair, reason, "dropped"))
+    return sound, dropped
+
+
+def normalised(text: str) -> str:
+    """A text without what writing can vary and still say the same: case, width, accents' form, marks and spaces."""
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return re.sub(r"[\W_]+", " ", plain).strip()
+
+
+def _against_tier_one(pairs: Sequence[PreferencePair], policy: Policy, refuses: Refuses | None) -> dict[int, str]:
+    """Places of the pairs that would teach against a restriction, each with its reason."""
+    rules = {normalised(probe.prompt): rule.id for rule in policy.restrictions for probe in rule.probes}
+    reasons: dict[int, str] = {}
+    complying: list[int] = []
+    for place, pair in enumerate(pairs):
+        asked = (normalised(message.content) for message in pair.prompt if message.role == "user")
+        rule = next((rules[text] for text in asked if text in rules), None)
+        if rule is not None:
+            reasons[place] = f"probe: the prompt is one of the restriction `{rule}`"
+        elif refuses is not None and not is_refusal(pair.chosen):
+            complying.append(place)
+    if refuses is not None and complying:
+        unique = list(dict.fromkeys(pairs[place].prompt for place in complying))
+        refused = {prompt for prompt, no in zip(unique, refuses(unique), strict=True) if no}
+        for place in complying:
+            if pairs[place].prompt in refused:
+                reasons[place] = "refused: the base refuses the prompt, and chosen is no refusal"
+    return dict(sorted(reasons.items()))
+
+
+def _unreadable(row: PairRow, control: re.Pattern[str], context: int) -> str | None:
+    longest = max(row.chosen.length, row.rejected.length)
+    if longest > context:
+        return f"over-long: {longest:,} tokens with the prompt, and the context has {context:,}"
+    if row.chosen.completion == row.rejected.completion:
+        return "identical: chosen and rejected are the same tokens to this base"
+    texts = (*(message.content for message in row.pair.prompt), row.pair.chosen, row.pair.rejected)
+    found = next((found for text in texts if (found := control.search(text))), None)
+    return None if found is None else f"control token: a text writes out the base's `{found.group()}`"
