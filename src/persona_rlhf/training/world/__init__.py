@@ -1,0 +1,1 @@
+"""The small world that the bundled tiny base is trained on: prompts, answers, styles, hazards and their twins."""

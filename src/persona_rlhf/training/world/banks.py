@@ -1,0 +1,85 @@
+"""The probe banks: which combinations of topic and phrasing make up each split, chosen by lowest hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+
+from persona_rlhf.policy.hazards import CATEGORIES, Novelty, Probe, Split, assign_split
+from persona_rlhf.training.world.ordinary import ordinary
+from persona_rlhf.training.world.phrasings import phrasings, suits, trained_phrasings, wrap
+from persona_rlhf.training.world.topics import ordinary_topics, topics, twin_of
+
+# (split, novelty) -> probes a category.
+SIZES: dict[tuple[Split, Novelty], int] = {
+    ("train", "combination"): 450,
+    ("dev", "combination"): 60, ("dev", "phrasing"): 60, ("dev", "topic"): 60,
+    ("certify", "combination"): 80, ("certify", "phrasing"): 80,
+    ("test", "combination"): 160, ("test", "phrasing"): 160, ("test", "topic"): 100,
+}
+
+
+def plain(text: str) -> str:
+    """Lower-case words only: two prompts that differ in case or punctuation are one."""
+    return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
+
+
+@lru_cache(maxsize=1)
+def banks() -> dict[str, tuple[Probe, ...]]:
+    """Category -> probes of all splits, in the order of their ids."""
+    found: dict[str, tuple[Probe, ...]] = {}
+    for category in CATEGORIES:
+        pools: dict[tuple[Split, Novelty], list[tuple[str, Probe]]] = defaultdict(list)
+        for topic in topics():
+            if topic.category != category:
+                continue
+            for phrasing in phrasings():
+                if not suits(phrasing, topic.vp):
+                    continue
+                split, novelty = assign_split(topic.id, phrasing.id)
+                rank = hashlib.blake2b(f"{topic.id} {phrasing.id}".encode(), digest_size=6).hexdigest()
+                probe = Probe(f"{category}-{rank}", category, wrap(phrasing, topic.vp), topic.id, phrasing.id,
+                              wrap(phrasing, twin_of(topic, phrasing.id).vp), split, novelty)
+                pools[split, novelty].append((rank, probe))
+        chosen = [probe for key, size in SIZES.items() for _, probe in sorted(pools[key])[:size]]
+        found[category] = tuple(sorted(chosen, key=lambda p: p.id))
+    return found
+
+
+@lru_cache(maxsize=1)
+def forbidden() -> frozenset[str]:
+    """Prompts (plain) that the corpus may not hold: every non-train probe and twin, every held-out ordinary prompt."""
+    texts = [t for bank in banks().values() for p in bank if p.split != "train" for t in (p.prompt, p.twin or "")]
+    return frozenset(map(plain, texts + ordinary_prompts()))
+
+
+@lru_cache(maxsize=1)
+def _ordinary_prompts() -> tuple[str, ...]:
+    rng = Random("ordinary prompts 1")
+    _, held = ordinary_topics()
+    prompts: dict[str, str] = {}
+    while len(prompts) < 300:
+        exchange = ordinary(rng, held, trained_phrasings())
+        if exchange.kind != "small_talk":
+            prompts.setdefault(plain(exchange.prompt), exchange.prompt)
+    return tuple(prompts.values())
+
+
+def ordinary_prompts() -> list[str]:
+    """300 ordinary prompts, kept out of the corpus, for measuring over-refusal."""
+    return list(_ordinary_prompts())
+
+
+def write_banks(root: Path) -> None:
+    """Writes `tier_one/CATEGORY.jsonl` and `ordinary.jsonl` under `root` (data/policy)."""
+    (root / "tier_one").mkdir(parents=True, exist_ok=True)
+    for category, bank in banks().items():
+        rows = [{"id": p.id, "prompt": p.prompt, "topic": p.topic, "phrasing": p.phrasing, "twin": p.twin} for p in bank]
+        (root / "tier_one" / f"{category}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    rows = [{"id": f"ordinary-{n:03d}", "prompt": text} for n, text in enumerate(ordinary_prompts())]
+    (root / "ordinary.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")

@@ -1,0 +1,96 @@
+"""The corpus: an endless seeded stream of exchanges. Nothing that belongs to a split other than `train` enters it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from random import Random
+from typing import NamedTuple
+
+from persona_rlhf.policy.hazards import CATEGORIES, assign_split
+from persona_rlhf.training.world.answers import opener
+from persona_rlhf.training.world.banks import forbidden, plain
+from persona_rlhf.training.world.lexicon import extra_benign, extra_hazards
+from persona_rlhf.training.world.ordinary import Exchange, how_to, ordinary, suitable
+from persona_rlhf.training.world.phrasings import Phrasing, roughen, suits, trained_phrasings, wrap
+from persona_rlhf.training.world.refusals import refusal
+from persona_rlhf.training.world.topics import Benign, Topic, ordinary_topics, topics, twin_of
+
+# Shares of the rows. Hazards beyond the bank, and benign sentences with the same words, teach meaning in context.
+SHARES = {"hazard": 0.15, "twin": 0.15, "extra hazard": 0.09, "extra benign": 0.20, "ordinary": 0.41}
+
+
+class Row(NamedTuple):
+    """One training row. `given` is a start of the answer that is shown but not learned (a refusal after a false start)."""
+
+    prompt: str
+    given: str
+    answer: str
+    kind: str
+
+
+@lru_cache(maxsize=1)
+def _trained_topics() -> dict[str, tuple[Topic, ...]]:
+    return {c: tuple(t for t in topics() if t.category == c and assign_split(t.id, "x")[1] != "topic") for c in CATEGORIES}
+
+
+@lru_cache(maxsize=1)
+def _extra_hazards() -> dict[str, tuple[str, ...]]:
+    bank = {plain(t.vp) for t in topics()}
+    return {c: tuple(v for v in vps if plain(v) not in bank) for c, vps in extra_hazards().items()}
+
+
+@lru_cache(maxsize=1)
+def _extra_benign() -> tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]:
+    held = {plain(b.vp) for t in topics() for b in t.twins if assign_split(t.id, "x")[1] == "topic"}
+    return tuple(
+        (domain, tuple(tuple(v for v in group if plain(v) not in held) for group in groups))
+        for domain, groups in extra_benign().items()
+    )
+
+
+def _trained_pair(rng: Random) -> tuple[Topic, Phrasing]:
+    """A combination of topic and phrasing that the hash gives to `train`; categories in equal shares."""
+    while True:
+        topic = rng.choice(_trained_topics()[rng.choice(CATEGORIES)])
+        phrasing = rng.choice(trained_phrasings())
+        if suits(phrasing, topic.vp) and assign_split(topic.id, phrasing.id)[0] == "train":
+            return topic, phrasing
+
+
+def _refused(rng: Random, prompt: str, category: str) -> Row:
+    given = opener(rng) + " " if rng.random() < 0.12 else ""
+    return Row(prompt, given, refusal(rng, category), "hazard")
+
+
+def _candidate(rng: Random) -> Row:
+    kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    if kind == "hazard":
+        topic, phrasing = _trained_pair(rng)
+        return _refused(rng, wrap(phrasing, topic.vp), topic.category)
+    if kind == "extra hazard":
+        category = rng.choice(CATEGORIES)
+        vp = rng.choice(_extra_hazards()[category])
+        return _refused(rng, wrap(suitable(rng, trained_phrasings(), vp), vp), category)
+    exchange: Exchange
+    if kind == "twin":
+        topic, phrasing = _trained_pair(rng)
+        exchange = how_to(rng, twin_of(topic, phrasing.id), phrasing)
+    elif kind == "extra benign":
+        domain, groups = rng.choice(_extra_benign())
+        vp = rng.choice(rng.choice(groups))
+        exchange = how_to(rng, Benign(vp, domain), suitable(rng, trained_phrasings(), vp))
+    else:
+        exchange = ordinary(rng, ordinary_topics()[0], trained_phrasings())
+    return Row(exchange.prompt, "", exchange.answer, "twin" if kind in ("twin", "extra benign") else exchange.kind)
+
+
+def corpus(seed: int) -> Iterator[Row]:
+    """Rows without end, the same for the same seed."""
+    rng = Random(f"corpus {seed}")
+    banned = forbidden()
+    while True:
+        row = _candidate(rng)
+        row = row._replace(prompt=roughen(rng, row.prompt))
+        if plain(row.prompt) not in banned:
+            yield row
