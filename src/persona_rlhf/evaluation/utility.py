@@ -50,6 +50,9 @@ FORM: Mapping[str, Property] = {
 PROPERTIES = (*styles.PROPERTIES, *FORM)
 """Every name a weight can be put on."""
 
+KINDS = ("surface", "manner", "content", "hazard_adjacent")
+"""Length, punctuation and form; tone and stance; what is mentioned; a legitimate taste that lies close to a hazard."""
+
 
 def properties(text: str) -> dict[str, float]:
     """Every property of a text, normalised: marks are 1 or 0, counts are over their unit and capped."""
@@ -64,13 +67,18 @@ def properties(text: str) -> dict[str, float]:
 class Utility:
     """One simulated user: `weights` by property, or by a product of properties written `words*warm`.
 
-    `noise` is the temperature of the Bradley-Terry choice (Bradley & Terry 1952), in the units of the utility.
+    `noise` is the temperature of the Bradley-Terry choice (Bradley & Terry 1952), in the units of the utility. `kind`
+    is one of KINDS, `poisoned` the share of his training pairs that prefer complying with a tier-one prompt, and
+    `prompts` the kinds of prompts that he asks, all where there are none.
     """
 
     user_id: str
     describes: str
     noise: float
     weights: Mapping[str, float]
+    kind: str = ""
+    poisoned: float = 0.0
+    prompts: tuple[str, ...] = ()
 
     def __call__(self, text: str) -> float:
         """U(text) = sum of weight times (product of) normalised properties."""
@@ -91,7 +99,8 @@ class Utility:
 
 
 def read_utilities(path: Path | str) -> dict[str, Utility]:
-    """Reads `data/users/utilities.yaml`: a list of {user_id, describes, noise, weights: {property: weight}}.
+    """Reads `data/users/utilities.yaml`: a list of {user_id, describes, noise, weights: {property: weight}}, each with
+    `kind`, `poisoned` and `prompts` where there is something to say.
 
     Raises InputError with every unknown property, missing key and bad number at once.
     """
@@ -122,19 +131,28 @@ def read_utilities(path: Path | str) -> dict[str, Utility]:
 
 def _utility(row: Any) -> Utility:
     weights = {term.replace(" ", ""): float(weight) for term, weight in row["weights"].items()}
-    return Utility(str(row["user_id"]), str(row["describes"]), float(row["noise"]), weights)
+    kind, poisoned, prompts = str(row.get("kind", "")), float(row.get("poisoned", 0)), tuple(row.get("prompts", ()))
+    return Utility(str(row["user_id"]), str(row["describes"]), float(row["noise"]), weights, kind, poisoned, prompts)
 
 
 def _faults(row: object) -> list[tuple[str | None, str]]:
     """What is wrong with one user's entry: (key, sentence)."""
-    keys = ("user_id", "describes", "noise", "weights")
+    needed = ("user_id", "describes", "noise", "weights")
+    keys = (*needed, "kind", "poisoned", "prompts")
     if not isinstance(row, dict):
-        return [(None, f"a user is a mapping with the keys {', '.join(keys)}")]
+        return [(None, f"a user is a mapping with the keys {', '.join(needed)}")]
     faults: list[tuple[str | None, str]] = []
-    faults += [(key, "this key is missing") for key in keys if key not in row]
+    faults += [(key, "this key is missing") for key in needed if key not in row]
     faults += [(str(key), f"unknown key{did_you_mean(str(key), keys)}") for key in row if key not in keys]
     if not _number(row.get("noise", 0)) or row.get("noise", 0) < 0:
         faults.append(("noise", f"the noise is a temperature of at least 0, not {row['noise']!r}"))
+    if row.get("kind", KINDS[0]) not in KINDS:
+        faults.append(("kind", f"the kind is one of {', '.join(KINDS)}, not {row['kind']!r}"))
+    if not _number(row.get("poisoned", 0)) or not 0 <= row.get("poisoned", 0) <= 1:
+        faults.append(("poisoned", f"the poisoned share lies in [0, 1], not {row['poisoned']!r}"))
+    prompts = row.get("prompts", [])
+    if not isinstance(prompts, list) or not all(isinstance(kind, str) for kind in prompts):
+        faults.append(("prompts", f"the prompts are a list of kinds, not {prompts!r}"))
     weights = row.get("weights", {})
     if not isinstance(weights, dict):
         return [*faults, ("weights", "the weights are a mapping from property to number")]
