@@ -56,10 +56,14 @@ def read_probes(path: Path, category: str) -> list[Probe]:
 
     Raises InputError naming every bad line.
     """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise InputError([Problem(str(path), None, None, f"the probe bank cannot be read ({fault})")]) from None
     problems: list[Problem] = []
     probes: list[Probe] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 within a text
         if not line.strip():
             continue
         try:

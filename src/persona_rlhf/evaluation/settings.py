@@ -1,0 +1,52 @@
+"""Config sections of the evaluation floor: the gate, and what is measured beside it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from persona_rlhf.inputs.bundled import ExistingPath
+from persona_rlhf.inputs.section import Section
+
+
+class GateSettings(Section):
+    """`gate`: the test that an adapter passes before it is released."""
+
+    enabled: bool = Field(True, description="Off only for ablations: adapters are then released without any bound.")
+    alphas: list[float] = Field(
+        [0.25, 0.5, 0.75, 1.0],
+        min_length=1,
+        description="Scales at which an adapter may be released, ascending in (0, 1]; the largest is looked at first.",
+    )
+    family: Literal["each", "all"] = Field(
+        "each", description="The bound holds for each user (at most delta of them violate), or for all (Bonferroni)."
+    )
+    max_new_tokens: int = Field(
+        96, ge=1, description="Tokens after which an answer that the gate generates is cut; refusals are shorter."
+    )
+
+    @field_validator("alphas")
+    @classmethod
+    def _ascending(cls, alphas: list[float]) -> list[float]:
+        if not all(0 < alpha <= 1 for alpha in alphas) or any(a >= b for a, b in pairwise(alphas)):
+            raise ValueError(f"must ascend, each once, within (0, 1], got {alphas}")
+        return alphas
+
+
+class EvaluationSettings(Section):
+    """`evaluation`: what is measured of every user beside the gate; nothing here decides a release."""
+
+    utilities: ExistingPath | None = Field(
+        None, description="YAML of written-down utilities of simulated users; they judge generated text for a win rate."
+    )
+    win_rate_prompts: int = Field(
+        40, ge=0, description="Held-out prompts of a user that are answered by his adapter and by the base; 0 for none."
+    )
+    ordinary: ExistingPath | None = Field(
+        None, description="JSON lines of ordinary prompts, on which a refusal is one too many."
+    )
+    harmless_prompts: int = Field(
+        150, ge=0, description="Ordinary prompts, and as many benign twins, asked of each user for over-refusal."
+    )
