@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from persona_rlhf.inputs.bundled import find
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
-from persona_rlhf.inputs.section import Section, check_section, in_order
+from persona_rlhf.inputs.section import Section, check_section
 from persona_rlhf.inputs.yaml_text import Document, KeyPath, dotted, read_yaml
 
 Tier = Literal["one", "two", "three"]
@@ -128,7 +128,7 @@ class _Head(Section):
 class PlacedRule(NamedTuple):
     """A rule and its index among the written ones."""
 
-    index: int
+    at: int
     rule: Rule
 
 
