@@ -48,7 +48,7 @@ def test_half_a_success_is_rounded_outward():
 
 @pytest.mark.parametrize(("k", "n", "delta"), [(3, 2, 0.05), (-1, 2, 0.05), (1, 2, 0.0), (1, 2, 1.0)])
 def test_nonsense_is_refused(k, n, delta):
-    with pytest.raises(ValueError, match="successes among|delta must"):
+    with pytest.raises(ValueError, match=r"successes among|delta must"):
         lower_bound(k, n, delta)
 
 

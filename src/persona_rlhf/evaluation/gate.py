@@ -91,9 +91,7 @@ def look_at(demands: Demands, base: Outcomes, alpha: float, outcomes: Outcomes) 
     return Look(alpha, pooled.passes and all(count.passes for count in categories.values()), pooled, categories)
 
 
-def certify(
-    demands: Demands, base: Outcomes, alphas: Sequence[float], refused: Callable[[float], Outcomes]
-) -> Verdict:
+def certify(demands: Demands, base: Outcomes, alphas: Sequence[float], refused: Callable[[float], Outcomes]) -> Verdict:
     """The verdict on one user; `refused(alpha)` gives the refusals of his adapter at that scale."""
     (verdict,) = certify_cohort(demands, base, alphas, 1, lambda _, asked: [refused(alpha) for alpha in asked])
     return verdict

@@ -1,0 +1,178 @@
+"""The examination of a fleet: the base is asked everything once, then every cohort of users is judged and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_rlhf.evaluation.gate import (
+    Count,
+    Demands,
+    Outcomes,
+    Verdict,
+    certify_cohort,
+    check_base,
+    release_unjudged,
+)
+from persona_rlhf.evaluation.measures import Measures
+from persona_rlhf.evaluation.personalisation import (
+    clean_accuracy,
+    heldout_accuracy,
+    score_pairs,
+    score_pairs_of_base,
+    win_rate,
+)
+from persona_rlhf.evaluation.refusals import BaseAnswers, Judge, Prompt, refusal_outcomes
+from persona_rlhf.evaluation.retention import Refused, harmless, total, twins
+from persona_rlhf.evaluation.samples import Samples, distinct_prompts
+from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings
+from persona_rlhf.policy.hazards import Split
+from persona_rlhf.policy.tiers import Policy
+from persona_rlhf.preferences.pairs import Message
+from persona_rlhf.preferences.tokens import UserRows, prompt_ids
+from persona_rlhf.training.fleet import AdaptedModel
+
+
+def demands_of(policy: Policy, family: Literal["each", "all"] = "each", users: int = 1) -> Demands:
+    """What a policy asks of the gate. Tier one is pooled, and every category has a demand of its own.
+
+    The categories of a lower tier's restrictions stand beside the pool.
+    """
+    categories = {rule.category: rule.min_refusal for rule in policy.restrictions}
+    in_pool = frozenset(rule.category for rule in policy.restrictions if rule.tier == 1)
+    return Demands(policy.certify.min_refusal, categories, in_pool, policy.certify.delta).of_family(family, users)
+
+
+class Bank(NamedTuple):
+    """The probes of one split as prompts, and where each category's lie among them."""
+
+    prompts: list[Prompt]
+    places: dict[str, list[int]]
+
+    def by_category(self, refused: Sequence[bool]) -> dict[str, list[bool]]:
+        """Outcomes in the order of `prompts`, told apart by category."""
+        return {name: [refused[n] for n in places] for name, places in self.places.items()}
+
+
+class Examination:
+    """Everything a run asks of its base once (its answers to probes and to harmless prompts), kept for all cohorts.
+
+    `users` is the number of users of the whole run, for the family-wise promise. `utilities` are the written-down
+    tastes of those users who have one, `ordinary` the texts of ordinary prompts.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        policy: Policy,
+        judge: Judge,
+        gate: GateSettings,
+        evaluation: EvaluationSettings,
+        *,
+        users: int,
+        ordinary: Sequence[str] = (),
+        utilities: Mapping[str, Callable[[str], float]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.demands = demands_of(policy, gate.family, users)
+        self.gate, self.evaluation, self.utilities = gate, evaluation, utilities or {}
+        self._adapted, self._policy = adapted, policy
+        self._answers = BaseAnswers(adapted, judge, gate.max_new_tokens)
+        self._samples = Samples(adapted, gate.max_new_tokens, seed)
+        near = twins([*policy.probes("dev"), *policy.probes("certify")])
+        self._ordinary, self._twins = (
+            [self._ids(text) for text in harmless(texts, evaluation.harmless_prompts)] for texts in (ordinary, near)
+        )
+
+    def check_base(self) -> None:
+        """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
+        bank = self._bank("certify")
+        check_base(self.demands, bank.by_category(self._answers.refused(bank.prompts)))
+
+    def verdicts(self, flat: Float[Tensor, "users params"]) -> list[Verdict]:
+        """The gate's verdict on every user of a cohort, all looks in lockstep over the `certify` probes.
+
+        Raises InputError where the base itself does not pass.
+        """
+        bank = self._bank("certify")
+        base = bank.by_category(self._answers.refused(bank.prompts))
+
+        def look(users: list[int], alphas: list[float]) -> list[Outcomes]:
+            scales = torch.tensor(alphas, device=flat.device)
+            outcomes = refusal_outcomes(self._adapted, flat[users], scales, bank.prompts, self._answers)
+            return [bank.by_category(own) for own in outcomes.refused]
+
+        users, largest = list(range(flat.shape[0])), self.gate.alphas[-1]
+        if self.gate.enabled:
+            return certify_cohort(self.demands, base, self.gate.alphas, len(users), look)
+        found = look(users, [largest] * len(users))
+        return [release_unjudged(self.demands, base, largest, outcomes) for outcomes in found]
+
+    def measures(
+        self, flat: Float[Tensor, "users params"], users: Sequence[UserRows], alphas: Sequence[float]
+    ) -> list[Measures]:
+        """Everything reported beside the verdict, of the adapters as released; the `test` split decides nothing."""
+        scales = torch.tensor(list(alphas), device=flat.device)
+        pairs = [user.heldout for user in users]
+        base_scores = score_pairs_of_base(self._adapted, pairs)
+        with self._adapted.using(flat, scales):
+            scores = score_pairs(self._adapted, pairs)
+        texts = self._samples.compare(
+            flat, scales, [distinct_prompts(p, self.evaluation.win_rate_prompts) for p in pairs]
+        )
+        ordinary, near = (self._over_refusal(flat, scales, asked) for asked in (self._ordinary, self._twins))
+        tests = self._test(flat, scales)
+        measured = []
+        for n, user in enumerate(users):
+            utility, sampled = self.utilities.get(user.user_id), texts[n]
+            pooled, categories, unchanged = tests[n]
+            measured.append(
+                Measures(
+                    heldout_accuracy=heldout_accuracy(base_scores[n], scores[n]),
+                    heldout_clean=clean_accuracy(pairs[n], base_scores[n], scores[n]),
+                    win_rate=None if utility is None else win_rate(utility, sampled.adapted, sampled.base),
+                    over_refusal=total(ordinary[n], near[n]),
+                    ordinary=ordinary[n],
+                    twins=near[n],
+                    test_pooled=pooled,
+                    test_categories=categories,
+                    answer_perplexity=sampled.perplexity,
+                    unchanged=unchanged,
+                )
+            )
+        return measured
+
+    def _test(
+        self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"]
+    ) -> list[tuple[Count | None, dict[str, Count], float | None]]:
+        """Refusals on the `test` split: pooled, by category, and the share of answers that are the base's."""
+        bank = self._bank("test")
+        if not bank.prompts:
+            return [(None, {}, None)] * flat.shape[0]
+        base = bank.by_category(self._answers.refused(bank.prompts))
+        found = refusal_outcomes(self._adapted, flat, alphas, bank.prompts, self._answers)
+        counts = [self.demands.count(base, bank.by_category(own)) for own in found.refused]
+        return [(*count, same) for count, same in zip(counts, found.unchanged, strict=True)]
+
+    def _over_refusal(
+        self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"], prompts: list[Prompt]
+    ) -> list[Refused | None]:
+        if not prompts:
+            return [None] * flat.shape[0]
+        found = refusal_outcomes(self._adapted, flat, alphas, prompts, self._answers)
+        base = sum(self._answers.refused(prompts))
+        return [Refused(len(prompts), sum(own), base) for own in found.refused]
+
+    def _bank(self, split: Split) -> Bank:
+        probes = self._policy.probes(split)
+        places: dict[str, list[int]] = {category: [] for category in self.demands.categories}
+        for n, probe in enumerate(probes):
+            places[probe.category].append(n)
+        return Bank([self._ids(probe.prompt) for probe in probes], places)
+
+    def _ids(self, text: str) -> Prompt:
+        return prompt_ids((Message("user", text),), self._adapted.base.tokenizer)

@@ -1,0 +1,115 @@
+"""Which probes an adapted model refuses, exactly, and mostly without writing an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from persona_rlhf.preferences.tokens import Row
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from persona_rlhf.training.fleet import AdaptedModel
+    from persona_rlhf.training.generation import Generated
+
+Judge = Callable[[str], bool]
+"""Is this text a refusal? `policy.judges.is_refusal`, or a model behind the same call."""
+
+Prompt = tuple[int, ...]
+"""Token ids of a conversation, up to where the answer begins."""
+
+
+class BaseAnswer(NamedTuple):
+    """The base's greedy answer as a row (its end token included where it came in time), and the judge's verdict."""
+
+    row: Row
+    refused: bool
+
+
+class BaseAnswers:
+    """The base's own greedy answers: written and judged once, whatever the number of users."""
+
+    def __init__(self, adapted: AdaptedModel, judge: Judge, max_new_tokens: int) -> None:
+        self.judge = judge
+        self.max_new_tokens = max_new_tokens
+        self._adapted = adapted
+        self._known: dict[Prompt, BaseAnswer] = {}
+
+    def of(self, prompts: Sequence[Prompt]) -> list[BaseAnswer]:
+        """The answers to these prompts; those not asked before are written now."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if new:
+            with self._adapted.using(None):
+                (written,) = self._adapted.generate([new], self.max_new_tokens)
+            for prompt, answer in zip(new, written, strict=True):
+                refused = self.judge(answer_text(self._adapted, answer))
+                self._known[prompt] = BaseAnswer(answer_row(self._adapted, prompt, answer), refused)
+        return [self._known[prompt] for prompt in prompts]
+
+    def refused(self, prompts: Sequence[Prompt]) -> list[bool]:
+        """Whether the base refuses each prompt."""
+        return [answer.refused for answer in self.of(prompts)]
+
+
+class Refusals(NamedTuple):
+    """By user: was each prompt refused, and the share of prompts answered to the token as the base answers them."""
+
+    refused: list[list[bool]]
+    unchanged: list[float]
+
+
+def refusal_outcomes(
+    adapted: AdaptedModel,
+    flat: Float[Tensor, "users params"],
+    alphas: Float[Tensor, " users"],
+    prompts: Sequence[Prompt],
+    base: BaseAnswers,
+) -> Refusals:
+    """Whether every user's greedy answer to each prompt is a refusal.
+
+    The base's own answer is scored under the adapter: where each of its tokens stays the argmax, its end token too,
+    greedy decoding would write just that answer, so the verdict on it is known already. That holds for any answer of
+    the base, refusal or not. Answers are written for the other prompts only.
+    """
+    if not prompts:
+        return Refusals([[] for _ in range(flat.shape[0])], [1.0] * flat.shape[0])
+    answers = base.of(prompts)
+    with adapted.using(flat, alphas):
+        scores = adapted.score([[answer.row for answer in answers]] * flat.shape[0])
+    refused = [[answer.refused for answer in answers] for _ in scores]
+    changed = {user: [n for n, score in enumerate(own) if not score.greedy] for user, own in enumerate(scores)}
+    for group in _alike({user: len(places) for user, places in changed.items() if places}):
+        asked = [[prompts[n] for n in changed[user]] for user in group]
+        with adapted.using(flat[group], alphas[group]):
+            written = adapted.generate(asked, base.max_new_tokens)
+        for user, own in zip(group, written, strict=True):
+            for n, answer in zip(changed[user], own, strict=True):
+                refused[user][n] = base.judge(answer_text(adapted, answer))
+    return Refusals(refused, [1 - len(changed[user]) / len(prompts) for user in range(len(scores))])
+
+
+def _alike(counts: dict[int, int]) -> Iterator[list[int]]:
+    """Users in groups whose counts lie within a factor of two: a pass is padded to its busiest user."""
+    group: list[int] = []
+    for user in sorted(counts, key=lambda user: (counts[user], user)):
+        if group and counts[user] > 2 * counts[group[0]]:
+            yield group
+            group = []
+        group.append(user)
+    if group:
+        yield group
+
+
+def answer_text(adapted: AdaptedModel, answer: Generated) -> str:
+    """An answer as text."""
+    return str(adapted.base.tokenizer.decode(list(answer.ids), skip_special_tokens=True)).strip()
+
+
+def answer_row(adapted: AdaptedModel, prompt: Prompt, answer: Generated) -> Row:
+    """An answer as a row to score: with its end token, where it was not cut off."""
+    ends = adapted.base.eos_ids
+    turn = adapted.base.tokenizer.eos_token_id  # of several end tokens, the one that closes a turn of chat
+    end = (turn if turn in ends else ends[0],) if answer.finished else ()
+    return Row(prompt, answer.ids + end)
