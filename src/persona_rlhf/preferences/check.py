@@ -39,7 +39,7 @@ class Summary:
     words: dict[str, Spread]  # of prompt, chosen, rejected
     screened_out: dict[str, int]  # by reason
     on_both_sides: int  # prompts that one user's own `split` puts in train and in heldout
-    chosen_is_longer: float  # share of the pairs whose answers differ in words: 0.5 says nothing, 1.0 says it all
+    chosen_is_longer: float  # share of the pairs of unequal length, in characters: near 0 or 1, length says it all
     clean_labels: float | None  # share of the labels that agree with the noise-free utility, where that is known
     unknown_columns: dict[str, int]  # ignored, with the rows that have them
 
@@ -81,7 +81,8 @@ def _summary(pairs: list[PreferencePair], unknown: Counter[str]) -> Summary:
         "chosen": [len(pair.chosen.split()) for pair in pairs],
         "rejected": [len(pair.rejected.split()) for pair in pairs],
     }
-    unequal = [ours > theirs for ours, theirs in zip(words["chosen"], words["rejected"], strict=True) if ours != theirs]
+    lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    unequal = [ours > theirs for ours, theirs in lengths if ours != theirs]
     labels = [pair.clean_choice for pair in pairs if pair.clean_choice is not None]
     _, dropped = unfit_to_teach(pairs)
     return Summary(

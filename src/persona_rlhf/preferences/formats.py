@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+from persona_rlhf.inputs.bundled import find, is_hub_id
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # what `Dataset.save_to_disk` leaves in its folder
 
 
@@ -31,22 +30,17 @@ def read_rows(path: Path | str) -> Iterator[RawRow | Problem]:
     A folder is read file by file, sorted by name, or as the `datasets` folder it is. Raises InputError where there is
     nothing to read.
     """
-    place = Path(path)
-    if place.is_dir():
-        if any((place / name).exists() for name in _SAVED):
-            yield from _saved(place)
-            return
+    if is_hub_id(str(path)) and not Path(path).exists() and _reader(Path(path)) is None:
+        yield from _hub(str(path))
+        return
+    place = find(path)
+    if not place.is_dir():
+        yield from read_file(place)
+    elif any((place / name).exists() for name in _SAVED):
+        yield from _saved(place)
+    else:
         for file in files_of(place):
             yield from read_file(file)
-    elif place.exists():
-        yield from read_file(place)
-    elif _HUB_ID.fullmatch(str(path)) and _reader(place) is None and not place.parent.is_dir():
-        yield from _hub(str(path))
-    else:
-        near = (
-            did_you_mean(place.name, (entry.name for entry in place.parent.iterdir())) if place.parent.is_dir() else ""
-        )
-        raise InputError([Problem(str(path), None, None, f"there is no such file or folder{near}; check the path")])
 
 
 def files_of(folder: Path) -> list[Path]:
