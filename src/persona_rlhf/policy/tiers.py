@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.inputs.section import in_order
 from persona_rlhf.policy.documents import Certify, PolicyDocument, PreferenceRule, RequirementRule
 from persona_rlhf.policy.hazards import Probe, Split
@@ -122,6 +122,27 @@ class Policy:
             "requirements": [(r.id, r.property, r.value) for r in self.requirements],
             "preferences": [(r.id, r.user_id, r.aspect, r.statement) for r in self.preferences],
         }
+
+
+def check_documents(paths: Sequence[Path | str]) -> str:
+    """Checks documents, or folders of them, alone and against each other; says what was checked.
+
+    Raises InputError with every problem.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        files += sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    documents, problems = read_all(files)
+    if not files:
+        problems = [Problem(str(path), None, None, "the folder holds no *.yaml document") for path in paths]
+    if problems:
+        raise InputError(in_order(problems))
+    count = f"{len(documents)} document{'' if len(documents) == 1 else 's'}"
+    if documents[0].tier != 1:
+        return f"{count} well formed; merging was not checked, since no tier-one document was given."
+    policy = Policy.read(files)
+    rules = len(policy.restrictions) + len(policy.requirements) + len(policy.preferences)
+    return f"{count}, {rules} rules after merging: no problem found."
 
 
 def _tier_one_hash(document: PolicyDocument, restrictions: Sequence[Restriction]) -> str:

@@ -1,0 +1,269 @@
+"""The command line: a verb is a function of a few lines over the library; what is heavy is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from persona_rlhf import __version__
+from persona_rlhf.boundary import bounded, say
+
+_PLAIN = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
+app = typer.Typer(help="Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept.", **_PLAIN)  # type: ignore[arg-type]
+data = typer.Typer(help="Preference files.", **_PLAIN)  # type: ignore[arg-type]
+policy = typer.Typer(help="Policy documents of three tiers.", **_PLAIN)  # type: ignore[arg-type]
+base = typer.Typer(help="The shared base model.", **_PLAIN)  # type: ignore[arg-type]
+app.add_typer(data, name="data")
+app.add_typer(policy, name="policy")
+app.add_typer(base, name="base")
+
+HELD_BACK = 3
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of an experiment (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Changes to the config, as in YAML.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+User = Annotated[str | None, typer.Option("--user", help="A user_id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+    if version:
+        typer.echo(f"persona-rlhf {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@bounded
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")]) -> None:
+    """Scaffold a runnable experiment: config, three policy documents, sample users."""
+    from persona_rlhf.scaffold import scaffold
+
+    scaffold(folder)
+    say(f"{folder} holds an experiment; its README.md says how to go on. To run it:")
+    say(f"  cd {folder} && persona-rlhf train experiment.yaml")
+
+
+@data.command("check")
+@bounded
+def data_check(paths: Annotated[list[Path], typer.Argument(metavar="PATH...")], as_json: Json = False) -> None:
+    """Validate preference files: every bad row, with its number, at once."""
+    from persona_rlhf.preferences.check import check, render
+
+    summary = check(paths)
+    _print_json(summary.to_json()) if as_json else _print_table(render(summary))
+
+
+@data.command("import")
+@bounded
+def data_import(
+    format_: Annotated[str, typer.Argument(metavar="FORMAT", help="cragc25")],
+    source: Annotated[Path, typer.Argument(metavar="SRC")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .jsonl file.")],
+    as_json: Json = False,
+) -> None:
+    """Convert other people's preference files to ours."""
+    from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
+    from persona_rlhf.preferences.importers import FORMATS
+
+    if format_ not in FORMATS:
+        sentence = f"no importer reads `{format_}`{did_you_mean(format_, FORMATS)}; there is {', '.join(FORMATS)}"
+        raise InputError([Problem("data import", None, "FORMAT", sentence)])
+    summary = FORMATS[format_](source, out)
+    if as_json:
+        _print_json({**summary._asdict(), "path": str(summary.path)})
+    say(f"{summary.rows} rows read, {summary.pairs} pairs of {summary.users} users written to {summary.path}.")
+    for reason, count in summary.left_out.items():
+        say(f"  {count} rows left out: {reason}")
+
+
+@policy.command("show")
+@bounded
+def policy_show(config: ConfigFile, user: User = None, as_json: Json = False) -> None:
+    """Print the resolved rules, each with the tier and document it comes from."""
+    from persona_rlhf.config import read_config
+    from persona_rlhf.policy.listing import listing
+    from persona_rlhf.policy.tiers import Policy
+
+    resolved = Policy.read(read_config(config).policy.documents)
+    if user is not None:
+        resolved = resolved.for_user(user)
+    _print_json(resolved.to_json()) if as_json else _print_table(listing(resolved))
+
+
+@policy.command("check")
+@bounded
+def policy_check(paths: Annotated[list[Path], typer.Argument(metavar="PATH...")]) -> None:
+    """Validate policy documents (or folders of them), alone and against each other."""
+    from persona_rlhf.policy.tiers import check_documents
+
+    say(check_documents(paths))
+
+
+@base.command("build")
+@bounded
+def base_build(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty folder.")],
+    seed: Annotated[int | None, typer.Option(help="Seed of corpus, initial weights and order.")] = None,
+) -> None:
+    """Rebuild the bundled tiny base from its own corpus (an hour or so on two cores)."""
+    from persona_rlhf.training.pretrain import SEED, Progress, build_base
+
+    def progress(now: Progress) -> None:
+        say(f"step {now.step}: {now.tokens:,} of {now.of_tokens:,} completion tokens, loss {now.loss:.3f}")
+
+    build_base(out, SEED if seed is None else seed, progress=progress)
+    say(f"Base: {out}")
+
+
+@app.command()
+@bounded
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the run; else run.dir, else runs/NAME.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    shard: Annotated[str | None, typer.Option(metavar="i/n", help="Train one part of the users (later).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the whole line: screen, train one adapter per user, gate, release."""
+    from persona_rlhf.config import read_config
+
+    if shard is not None:
+        _later("train --shard")
+    settings = read_config(config, overrides or [])
+    folder = run or settings.run_dir
+    from persona_rlhf import line
+
+    try:
+        rows = line.train(settings, folder, resume)
+    except KeyboardInterrupt:
+        words = [str(config), *(overrides or []), "--run", str(folder), "--resume"]
+        say(f"Interrupted; go on with: persona-rlhf train {' '.join(words)}")
+        raise typer.Exit(130) from None
+    _finish(rows, as_json)
+
+
+@app.command()
+@bounded
+def evaluate(run: RunFolder, as_json: Json = False) -> None:
+    """Measure a run again, from its released adapters."""
+    from persona_rlhf import line
+
+    _finish(line.evaluate(run), as_json)
+
+
+@app.command()
+@bounded
+def report(run: RunFolder) -> None:
+    """Write RUN/report.html, a page that needs no network."""
+    from persona_rlhf.release.report import write_report
+
+    say(f"Report: {write_report(run)}")
+
+
+@app.command()
+@bounded
+def export(
+    run: RunFolder,
+    user: Annotated[str, typer.Option("--user", help="A user_id.")],
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="A new or empty folder.")] = None,
+    hub: Annotated[str | None, typer.Option("--hub", metavar="OWNER/NAME", help="A hub repository (later).")] = None,
+) -> None:
+    """Copy one user's released adapter out of a run: a plain PEFT folder."""
+    if hub is not None:
+        _later("export --hub")
+    if to is None:
+        raise typer.BadParameter("say where to, with --to DIR")
+    from persona_rlhf.release.export import export as write
+
+    write(run, user, to)
+    say(f"Adapter of {user}: {to}")
+
+
+@app.command()
+@bounded
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder, or a run.")], as_json: Json = False
+) -> None:
+    """Check hashes, policy and verdict of a released adapter again; exit 3 where something is wrong."""
+    from persona_rlhf.release.verify import verify as faults_of
+
+    faults = faults_of(folder)
+    if as_json:
+        _print_json({"path": str(folder), "faults": faults})
+    for fault in faults:
+        say(fault)
+    say(f"{folder}: {f'{len(faults)} faults' if faults else 'verified'}")
+    if faults:
+        raise typer.Exit(HELD_BACK)
+
+
+@app.command()
+@bounded
+def bench(
+    shape: Annotated[str, typer.Option(help="bundled, 192x4, 256x6 or 512x8.")] = "192x4", as_json: Json = False
+) -> None:
+    """Time the fleet against TRL's DPOTrainer per user: same base, same pairs, one run."""
+    from persona_rlhf.bench import bench as measure
+    from persona_rlhf.bench import render
+
+    result = measure(shape)
+    _print_json(result) if as_json else _print_table(render(result))
+
+
+_LATER = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _announce(group: typer.Typer, name: str, does: str) -> None:
+    """A verb of a later release: it stands in the help, says so and ends with 2."""
+    full = "base align" if group is base else name
+
+    @group.command(name, help=f"(later) {does}.", context_settings=_LATER, add_help_option=False)
+    @bounded
+    def later() -> None:
+        _later(full)
+
+
+_announce(base, "align", "Make any causal LM the safety-aligned base")
+_announce(app, "plan", "Say users, pairs, steps, memory and time before anything is trained")
+_announce(app, "add", "Train new users into a run")
+_announce(app, "forget", "Delete one user everywhere and write a proof")
+_announce(app, "chat", "Chat with one user's adapter in the terminal")
+_announce(app, "collect", "Serve a page that collects feedback")
+_announce(app, "serve", "Serve an OpenAI-style API, one adapter per user")
+
+
+def _later(what: str) -> None:
+    say(f"`persona-rlhf {what}` comes with a later release.")
+    raise typer.Exit(2)
+
+
+def _finish(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Exit code 3 where a user was held back: a result, but not the one that was asked for."""
+    if as_json:
+        _print_json(rows)
+    if any(row["status"] == "held_back" for row in rows):
+        raise typer.Exit(HELD_BACK)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=True))
+
+
+def _print_table(table: object) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="persona-rlhf")
