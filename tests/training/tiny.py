@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from persona_rlhf.preferences.pairs import Message, PreferencePair
 from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
 from persona_rlhf.training.base import Base
+from persona_rlhf.training.fleet import AdaptedModel
 
 VOCABULARY = 96
 EOS = 1
 
 
-def tiny_base(hidden: int = 32, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> Base:
+def tiny_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Token n is the word `wn`, so that texts and token rows say the same; 0 pads and EOS ends."""
+    words = {f"w{n}": n for n in range(vocabulary)}
+    words = {"<pad>": 0, "<end>": EOS} | {word: n for word, n in words.items() if n > EOS}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<pad>")
+
+
+def tiny_base(
+    hidden: int = 32,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    vocabulary: int = VOCABULARY,
+) -> Base:
     """A random Llama, frozen; weights drawn wide enough that its answers are not uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
@@ -35,16 +53,30 @@ def tiny_base(hidden: int = 32, layers: int = 2, dtype: torch.dtype = torch.floa
     )
     model: Any = LlamaForCausalLM(config).to(dtype)
     model.requires_grad_(False).eval()
-    tokenizer: Any = SimpleNamespace(eos_token_id=EOS, pad_token_id=0)
-    return Base(model, tokenizer, "tiny", f"seed {seed}", 256)
+    return Base(model, tiny_tokenizer(vocabulary), "tiny", f"seed {seed}", 256)
 
 
-def user_rows(user_id: str, pairs: int, seed: int, heldout: int = 0, weight: float = 1.0) -> UserRows:
-    """A user with random preference pairs of varied lengths."""
+def random_flat(adapted: AdaptedModel, users: int, seed: int = 0, size: float = 0.1) -> torch.Tensor:
+    """Adapters `[users, params]` with B away from zero, so that every user's model differs."""
+    draw = torch.Generator().manual_seed(seed)
+    flat = torch.randn(users, adapted.params_per_user, generator=draw) * size
+    return flat.to(torch.promote_types(adapted.base.model.dtype, torch.float32))
+
+
+def random_row(draw: torch.Generator, prompt: int, completion: int, vocabulary: int = VOCABULARY) -> Row:
+    """A row of these lengths (tokens), its completion ended."""
+    ids = torch.randint(2, vocabulary, (prompt + completion - 1,), generator=draw).tolist()
+    return Row(tuple(ids[:prompt]), (*ids[prompt:], EOS))
+
+
+def user_rows(
+    user_id: str, pairs: int, seed: int, heldout: int = 0, weight: float = 1.0, even: bool = False
+) -> UserRows:
+    """A user with random preference pairs of varied lengths, or all of one length where `even`."""
     draw = torch.Generator().manual_seed(seed)
 
     def ids(low: int, high: int) -> tuple[int, ...]:
-        count = int(torch.randint(low, high, (1,), generator=draw))
+        count = high - 1 if even else int(torch.randint(low, high, (1,), generator=draw))
         return tuple(torch.randint(2, VOCABULARY, (count,), generator=draw).tolist())
 
     rows = []

@@ -49,10 +49,10 @@ class FleetAdamW:
         grads = torch.where(moves[:, None], grads * clip[:, None], 0.0)
         self.steps += moves
         beta1, beta2 = self.betas
-        keep1 = torch.where(moves, beta1, 1.0).to(grads.dtype)[:, None]
-        keep2 = torch.where(moves, beta2, 1.0).to(grads.dtype)[:, None]
-        self.first.mul_(keep1).addcmul_(grads, 1 - keep1)
-        self.second.mul_(keep2).addcmul_(grads * grads, 1 - keep2)
+        # 1 - beta is rounded once, from fp64: 1 - 0.999 in fp32 is wrong in the fifth digit.
+        new1, new2 = ((moves.double() * (1 - beta))[:, None] for beta in self.betas)
+        self.first.mul_((1 - new1).to(grads.dtype)).addcmul_(grads, new1.to(grads.dtype))
+        self.second.mul_((1 - new2).to(grads.dtype)).addcmul_(grads * grads, new2.to(grads.dtype))
         count = self.steps.clamp(min=1).to(torch.float64)
         correction1 = (1 - beta1**count).to(grads.dtype)[:, None]
         correction2 = (1 - beta2**count).to(grads.dtype)[:, None]

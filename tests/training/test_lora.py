@@ -1,0 +1,191 @@
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.training.batch import collate
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.lora import FleetLinear, LayerSpan, adaptable_layers, fresh_adapter, matrices
+from persona_rlhf.training.settings import LoraSettings
+
+from .oracles import peft_config, peft_model, plain_logp, read_flat
+from .tiny import random_flat, random_row, tiny_base
+
+LORA = LoraSettings(rank=4, alpha=8)
+
+
+@pytest.fixture
+def adapted():
+    return AdaptedModel(tiny_base(), LORA)
+
+
+def _rows(count: int, length: int | None = None):
+    draw = torch.Generator().manual_seed(7)
+    return [random_row(draw, 5 + n % 4, length or 4 + 3 * n) for n in range(count)]
+
+
+def test_each_users_logits_are_those_of_his_peft_model(adapted):
+    flat = random_flat(adapted, 3)
+    rows = _rows(6)
+    batch = collate(rows, adapted.base.pad_id, adapted.base.device)
+    with torch.no_grad(), adapted.using(flat):
+        logits = adapted.logits(batch)
+    start = 0
+    for n, row in enumerate(rows):
+        oracle = peft_model(adapted, LORA, flat[n // 2])
+        with torch.no_grad():
+            full = oracle(input_ids=torch.tensor([[*row.prompt, *row.completion]])).logits[0]
+        expected = full[len(row.prompt) - 1 : -1]
+        assert torch.allclose(logits[start : start + len(expected)], expected, rtol=0, atol=1e-5)
+        assert not torch.allclose(_base_logits(adapted, row), expected, rtol=0, atol=1e-2)
+        start += len(expected)
+
+
+def _base_logits(adapted: AdaptedModel, row):
+    with torch.no_grad(), adapted.using(None):
+        return adapted.logits(collate([row], adapted.base.pad_id, adapted.base.device))
+
+
+def test_each_users_gradient_is_that_of_his_peft_model(adapted):
+    flat = random_flat(adapted, 3).requires_grad_()
+    rows = _rows(6)
+    batch = collate(rows, adapted.base.pad_id, adapted.base.device)
+    scales = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0, 1.0])
+    with adapted.using(flat):
+        (adapted.row_logps(batch).sum(1) * scales).sum().backward()
+    assert flat.grad is not None
+    for user in range(3):
+        oracle = peft_model(adapted, LORA, flat[user].detach())
+        mine = (2 * user, 2 * user + 1)
+        sum(plain_logp(oracle, rows[n]) * scales[n] for n in mine).backward()
+        expected = read_flat(oracle, list(adapted.spans.values()), gradients=True)
+        assert (flat.grad[user] - expected).norm() <= 1e-5 * expected.norm()
+    assert all(parameter.grad is None for parameter in adapted.base.model.parameters())
+
+
+def test_without_adapters_the_base_is_bit_for_bit_the_base():
+    base = tiny_base()
+    ids = torch.arange(2, 22).view(2, 10)
+    with torch.no_grad():
+        before = base.model(input_ids=ids).logits
+        adapted = AdaptedModel(base, LORA)
+        assert torch.equal(base.model(input_ids=ids).logits, before)
+        with adapted.using(random_flat(adapted, 2)):
+            assert not torch.equal(base.model(input_ids=ids).logits, before)
+        assert torch.equal(base.model(input_ids=ids).logits, before)
+        adapted.close()
+    assert torch.equal(base.model(input_ids=ids).logits, before)
+    assert not any(isinstance(module, FleetLinear) for module in base.model.modules())
+
+
+def test_adapters_are_off_again_after_a_fault(adapted):
+    with pytest.raises(RuntimeError, match="stop"), adapted.using(random_flat(adapted, 1)):
+        raise RuntimeError("stop")
+    assert all(adapted.layer(span).a is None for span in adapted.spans.values())
+
+
+def test_alpha_scales_the_update(adapted):
+    """At 0 the base, at 1 the adapter, between them B times alpha, as the export folds it."""
+    flat = random_flat(adapted, 3)
+    rows = _rows(1) * 3
+    folded = flat.clone()
+    alphas = torch.tensor([0.0, 1.0, 0.25])
+    for span in adapted.spans.values():
+        folded[:, span.middle : span.stop] *= alphas[:, None]
+    batch = collate(rows, adapted.base.pad_id, adapted.base.device)
+    with torch.no_grad():
+        with adapted.using(flat, alphas):
+            scaled = adapted.row_logps(batch)
+        with adapted.using(folded):
+            assert torch.equal(adapted.row_logps(batch), scaled)
+        with adapted.using(None):
+            assert torch.allclose(adapted.row_logps(batch)[0], scaled[0], atol=1e-6)
+
+
+def test_a_bfloat16_base_takes_float32_adapters():
+    adapted = AdaptedModel(tiny_base(dtype=torch.bfloat16), LORA)
+    flat = random_flat(adapted, 2).requires_grad_()
+    batch = collate(_rows(2), adapted.base.pad_id, adapted.base.device)
+    with adapted.using(flat):
+        adapted.row_logps(batch).sum().backward()
+    assert flat.grad is not None
+    assert flat.grad.dtype == torch.float32
+    assert (flat.grad.norm(dim=1) > 0).all()
+
+
+def test_all_linear_means_what_peft_means():
+    base = tiny_base()
+    wrapped = get_peft_model(copy.deepcopy(base.model), peft_config(LORA))
+    theirs = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+        for name, _ in wrapped.named_modules()
+        if name.endswith(".lora_A.default")
+    }
+    assert set(adaptable_layers(base.model, "all-linear")) == theirs
+    assert "lm_head" not in theirs
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["mlp.down_proj"], ["model.layers.1.self_attn.o_proj"]])
+def test_named_layers_are_those_that_peft_would_take(targets):
+    base = tiny_base()
+    settings = LoraSettings(rank=2, alpha=2, target_modules=targets)
+    wrapped = get_peft_model(copy.deepcopy(base.model), peft_config(settings))
+    theirs = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+        for name, _ in wrapped.named_modules()
+        if name.endswith(".lora_A.default")
+    }
+    assert set(adaptable_layers(base.model, targets)) == theirs
+
+
+def test_every_target_that_names_nothing_is_told_at_once():
+    with pytest.raises(InputError) as fault:
+        adaptable_layers(tiny_base().model, ["q_proj", "qkv", "embed_tokens", "wo"])
+    told = str(fault.value)
+    assert len(fault.value.problems) == 3
+    assert all(name in told for name in ("`qkv`", "`wo`", "`model.embed_tokens`", "q_proj", "down_proj"))
+
+
+def test_a_model_without_linear_layers_is_an_input_error():
+    class Odd(nn.Module):
+        name_or_path = "odd/model"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Conv1d(2, 2, 1)
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+    with pytest.raises(InputError, match="odd/model"):
+        adaptable_layers(Odd(), "all-linear")
+
+
+def test_flat_vector_is_cut_where_the_spans_say():
+    spans = [LayerSpan("x", 3, 2, 2, 0), LayerSpan("y", 2, 5, 2, 10)]
+    assert (spans[0].middle, spans[0].stop, spans[1].middle, spans[1].stop) == (6, 10, 14, 24)
+    flat = torch.arange(48.0).view(2, 24)
+    (a, b), (c, d) = matrices(flat, spans)
+    assert a[1].tolist() == [[24, 25, 26], [27, 28, 29]]
+    assert b[0].tolist() == [[6, 7], [8, 9]]
+    assert c[0].tolist() == [[10, 11], [12, 13]]
+    assert d[1].flatten().tolist() == list(range(38, 48))
+
+
+def test_a_fresh_adapter_is_drawn_as_peft_draws_it(adapted):
+    spans = list(adapted.spans.values())
+    flat = fresh_adapter(spans, torch.Generator().manual_seed(3))
+    assert flat.shape == (adapted.params_per_user,)
+    for (a, b), span in zip(matrices(flat[None], spans), spans, strict=True):
+        bound = 1 / span.inputs**0.5
+        assert torch.all(b == 0)
+        assert a.abs().max() <= bound
+        assert a.std() == pytest.approx(bound / 3**0.5, rel=0.2)
+    theirs = get_peft_model(copy.deepcopy(tiny_base(hidden=64).model), peft_config(LORA))
+    drawn = torch.cat([p.flatten() for name, p in theirs.named_parameters() if "q_proj.lora_A" in name])
+    assert drawn.abs().max().item() == pytest.approx(1 / 8, rel=0.02)
+    assert torch.equal(flat, fresh_adapter(spans, torch.Generator().manual_seed(3)))
+    assert not torch.equal(flat, fresh_adapter(spans, torch.Generator().manual_seed(4)))
