@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.preferences.messages import Prompt
 from persona_rlhf.preferences.pairs import PreferencePair
-from persona_rlhf.preferences.tokens import PairRow, UserRows, control_tokens
+from persona_rlhf.preferences.tokens import ChatTokenizer, PairRow, UserRows, control_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from persona_rlhf.policy.tiers import Policy
     from persona_rlhf.preferences.settings import ScreeningSettings
 
@@ -71,7 +69,7 @@ def screen(
     return Screened(kept, dropped)
 
 
-def fit(rows: Sequence[UserRows], tokenizer: PreTrainedTokenizerBase, context: int) -> Fitted:
+def fit(rows: Sequence[UserRows], tokenizer: ChatTokenizer, context: int) -> Fitted:
     """Drops the rows that the base cannot read as they are meant; `context` is in tokens.
 
     A text longer than the context, two answers that are the same to the model, and texts that write out a control

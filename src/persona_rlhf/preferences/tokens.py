@@ -7,19 +7,38 @@ token that ends the turn. Only the base's own chat template decides what that lo
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.messages import Message, Prompt
 from persona_rlhf.preferences.pairs import PreferencePair
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 # What some templates ask for: no chain of thought before an answer that has none, and no date that would change the
 # tokens overnight (the day is the default of the templates that write one).
 _TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+
+
+class ChatTokenizer(Protocol):
+    """What we need of a tokenizer; every tokenizer of `transformers` has it."""
+
+    @property
+    def name_or_path(self) -> str: ...
+
+    @property
+    def chat_template(self) -> Any: ...
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]: ...
+
+    @property
+    def all_special_tokens(self) -> list[str]: ...
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **settings: Any) -> Any: ...
+
+    def __call__(self, text: list[str], **settings: Any) -> Any: ...
+
+    def decode(self, token_ids: list[int], **settings: Any) -> Any: ...
 
 
 class Row(NamedTuple):
@@ -50,7 +69,7 @@ class UserRows(NamedTuple):
     heldout: list[PairRow]
 
 
-def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def prompt_ids(messages: Sequence[Message], tokenizer: ChatTokenizer) -> tuple[int, ...]:
     """The tokens from which the base writes its answer to these messages.
 
     Raises InputError where the base has no chat template, or the text itself holds one of its control tokens (it
@@ -65,7 +84,7 @@ def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) 
     return tuple(_encode([_render(messages, tokenizer)], tokenizer)[0])
 
 
-def tokenize(pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, context: int) -> list[UserRows]:
+def tokenize(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, context: int) -> list[UserRows]:
     """The rows of every user, in the order the users first appear; `context` is in tokens.
 
     Rows longer than the context are returned too: `screening.fit` drops them with a reason. Raises InputError where
@@ -76,26 +95,26 @@ def tokenize(pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase
         return []
     prompts, texts = _rendered(pairs, tokenizer)
     closing = _closing(pairs[0].prompt, tokenizer)
-    unique = list(dict.fromkeys(prompts))
-    ids = _encode([*unique, *(text for both in texts for text in both)], tokenizer)
-    ids_of_prompt = {text: tuple(row) for text, row in zip(unique, ids, strict=False)}
-    _prompts_fit([(pair, len(ids_of_prompt[prompt])) for pair, prompt in zip(pairs, prompts, strict=True)], context)
+    every = list(dict.fromkeys([*prompts, *(text for both in texts for text in both)]))
+    ids = dict(zip(every, _encode(every, tokenizer), strict=True))  # one call: it uses all cores
+    _prompts_fit([(pair, len(ids[prompt])) for pair, prompt in zip(pairs, prompts, strict=True)], context)
+
+    rows: dict[tuple[str, str], Row] = {}  # people judge the same answers
+
+    def row_of(prompt: str, text: str) -> Row:
+        if (row := rows.get((prompt, text))) is None:
+            row = rows[prompt, text] = _row(ids[prompt], ids[text], text[len(prompt) :], closing, tokenizer)
+        return row
 
     users: dict[str, UserRows] = {}
-    answers = iter(ids[len(unique) :])
     for pair, prompt, (chosen, rejected) in zip(pairs, prompts, texts, strict=True):
-        head = ids_of_prompt[prompt]
-        row = PairRow(
-            pair,
-            Row(head, _completion(head, next(answers), chosen[len(prompt) :], closing, tokenizer)),
-            Row(head, _completion(head, next(answers), rejected[len(prompt) :], closing, tokenizer)),
-        )
         user = users.setdefault(pair.user_id, UserRows(pair.user_id, [], []))
+        row = PairRow(pair, row_of(prompt, chosen), row_of(prompt, rejected))
         (user.train if pair.split == "train" else user.heldout).append(row)
     return list(users.values())
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def control_tokens(tokenizer: ChatTokenizer) -> re.Pattern[str]:
     """Matches what a text must not write out: the tokens with which the template opens and ends turns."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special.update(tokenizer.all_special_tokens)
@@ -103,17 +122,17 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
 
 
-def _need_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def _need_template(tokenizer: ChatTokenizer) -> None:
     if not tokenizer.chat_template:
         remedy = "take an instruction-tuned base, or put a chat_template.jinja beside its tokenizer"
         raise InputError([_base_problem(tokenizer, f"the base has no chat template; {remedy}")])
 
 
-def _base_problem(tokenizer: PreTrainedTokenizerBase, sentence: str) -> Problem:
+def _base_problem(tokenizer: ChatTokenizer, sentence: str) -> Problem:
     return Problem(tokenizer.name_or_path or "the base's tokenizer", None, "chat_template", sentence)
 
 
-def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, answer: str | None = None) -> str:
+def _render(messages: Sequence[Message], tokenizer: ChatTokenizer, answer: str | None = None) -> str:
     turns = [{"role": message.role, "content": message.content} for message in messages]
     if answer is not None:
         turns.append({"role": "assistant", "content": answer})
@@ -124,16 +143,14 @@ def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, ans
     return text
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _encode(texts: list[str], tokenizer: ChatTokenizer) -> list[list[int]]:
     """Token ids of rendered texts: nothing is added, since the template has written the start of text itself."""
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     ids: list[list[int]] = encoded["input_ids"]
     return ids
 
 
-def _rendered(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], list[tuple[str, str]]]:
+def _rendered(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer) -> tuple[list[str], list[tuple[str, str]]]:
     """Every pair's prompt, and its two whole conversations, which begin with that prompt."""
     import jinja2
 
@@ -160,7 +177,7 @@ def _rendered(
     return prompts, texts
 
 
-def _closing(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _closing(prompt: Prompt, tokenizer: ChatTokenizer) -> tuple[int, ...]:
     """What the template writes after an answer, from the token that ends the turn on (Qwen: `<|im_end|>`, a new line).
 
     Only that first token is the model's to write; what follows is the template's.
@@ -175,27 +192,24 @@ def _closing(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[int, .
     return tuple(_encode([tail[end.start() :]], tokenizer)[0])
 
 
-def _completion(
-    prompt: tuple[int, ...],
-    whole: list[int],
-    text: str,
-    closing: tuple[int, ...],
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[int, ...]:
-    """The tokens of a conversation that follow its prompt, up to and with the end of the turn."""
-    if tuple(whole[: len(prompt)]) == prompt:
+def _row(prompt: list[int], whole: list[int], answer: str, closing: tuple[int, ...], tokenizer: ChatTokenizer) -> Row:
+    """A prompt, and what follows it in the whole conversation, up to and with the end of the turn.
+
+    `answer` is the text of what follows.
+    """
+    if whole[: len(prompt)] == prompt:
         ids = whole[len(prompt) :]
     else:
         # The answer's first characters melt into the prompt's last token (a line feed after a line feed). Generation
         # starts from the prompt's own tokens, so the answer is tokenized alone, if the tokenizer leaves it unchanged.
-        ids = _encode([text], tokenizer)[0]
-        if tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != text:
+        ids = _encode([answer], tokenizer)[0]
+        if tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != answer:
             sentence = "a prompt's tokens are not the beginning of the conversation's, so that no answer can be scored"
             raise InputError([_base_problem(tokenizer, f"{sentence}; end the generation prompt with a special token")])
     if tuple(ids[-len(closing) :]) != closing:
         sentence = "the template does not end every answer in the same way, so that its end cannot be found"
         raise InputError([_base_problem(tokenizer, f"{sentence}; mend the template")])
-    return tuple(ids[: len(ids) - len(closing) + 1])
+    return Row(tuple(prompt), tuple(ids[: len(ids) - len(closing) + 1]))
 
 
 def _prompts_fit(lengths: Sequence[tuple[PreferencePair, int]], context: int) -> None:
