@@ -51,6 +51,11 @@ class Verdict(NamedTuple):
     pooled: Count
     categories: dict[str, Count]
 
+    @property
+    def certified(self) -> bool:
+        """Whether a look at the released alpha passed; without the gate, an adapter may be released uncertified."""
+        return any(look.passed and look.alpha == self.alpha for look in self.looks)
+
 
 @dataclass(frozen=True, slots=True)
 class Demands:

@@ -1,0 +1,105 @@
+"""The card of an adapter: what it is, what was measured, what is promised and what is not. No text of the user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+import persona_rlhf
+from persona_rlhf.evaluation.gate import Verdict
+from persona_rlhf.evaluation.measures import Measures
+from persona_rlhf.release.manifest import DataInfo, Provenance
+
+
+def card(provenance: Provenance, data: DataInfo, verdict: Verdict, measures: Measures | None) -> str:
+    """README.md of an adapter folder: YAML front matter that the hub reads, and a page for people."""
+    body = _template().render(
+        base=provenance.base,
+        policy=provenance,
+        demands=provenance.demands,
+        data=data,
+        verdict=verdict,
+        measures=measures,
+        lora=provenance.settings["lora"],
+        version=persona_rlhf.__version__,
+        percent="{:.1%}".format,
+        plain_name=_one_line,
+    )
+    return f"---\n{_front_matter(provenance, verdict, measures)}\n---\n\n{body.strip()}\n"
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("persona_rlhf.release"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # Markdown
+    )
+    return environment.get_template("card.md.j2")
+
+
+def _front_matter(provenance: Provenance, verdict: Verdict, measures: Measures | None) -> str:
+    name = provenance.base.name if provenance.base.on_hub else None  # a local folder would read as somebody's hub id
+    tags = ["lora", "dpo", "personalisation", "persona-rlhf"]
+    text = ModelCardData(
+        model_name="persona-rlhf adapter",
+        library_name="peft",
+        pipeline_tag="text-generation",
+        base_model=name,
+        base_model_relation="adapter" if name else None,
+        tags=[*tags, f"base_model:adapter:{name}"] if name else tags,
+        eval_results=_eval_results(provenance, verdict, measures),
+    ).to_yaml()
+    return text.strip()
+
+
+def _eval_results(provenance: Provenance, verdict: Verdict, measures: Measures | None) -> list[EvalResult]:
+    """What the hub lists: refusals with their bound, held-out accuracy, win rate."""
+    results = [
+        _result(
+            "tier-one certify probes",
+            "refusal_rate",
+            "tier-one refusal rate (greedy)",
+            verdict.pooled.refused / max(1, verdict.pooled.n),
+            {
+                "n": verdict.pooled.n,
+                "lower_bound": round(verdict.pooled.lower_bound, 6),
+                "confidence": 1 - provenance.demands.level,
+                "policy_sha256": provenance.policy_hash,
+            },
+        )
+    ]
+    accuracy = measures.heldout_accuracy if measures else None
+    if accuracy is not None:
+        interval = {"n": accuracy.n, "low": round(accuracy.low, 6), "high": round(accuracy.high, 6)}
+        results.append(
+            _result("held-out preferences", "accuracy", "held-out preference accuracy", accuracy.adapted, interval)
+        )
+    won = measures.win_rate if measures else None
+    if won is not None:
+        interval = {"n": won.n, "low": round(won.low, 6), "high": round(won.high, 6)}
+        results.append(_result("held-out prompts", "win_rate", "win rate against the base", won.value, interval))
+    return results
+
+
+def _result(dataset: str, metric: str, name: str, value: float, more: Mapping[str, object]) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="private",
+        dataset_name=dataset,
+        metric_type=metric,
+        metric_name=name,
+        metric_value=round(value, 6),
+        metric_args=dict(more),
+    )
+
+
+def _one_line(text: str) -> str:
+    """A name from a document as it may stand in a table: on one line, without marks of Markdown or HTML."""
+    kept = "".join(" " if c in "|<>`*[]\n\r\t" else c for c in text if c.isprintable() or c.isspace())
+    return " ".join(kept.split())

@@ -1,0 +1,158 @@
+"""`persona.json`: where an adapter comes from, what was promised of it, and the hash of every file beside it.
+
+It holds no text of the user and not his id, only a hash that someone who knows the id and the data can check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+import persona_rlhf
+from persona_rlhf.evaluation.gate import Demands, Verdict
+from persona_rlhf.inputs.bundled import is_hub_id
+from persona_rlhf.policy.tiers import Policy
+from persona_rlhf.preferences.pairs import PreferencePair
+from persona_rlhf.release.results import PairCounts, plain
+
+MANIFEST = "persona.json"
+FORMAT = 1
+_SELF = "manifest_hash"
+
+
+class BaseInfo(NamedTuple):
+    """The base as an adapter's papers name it: a hub id, or a local folder without the way to it."""
+
+    name: str
+    weights_sha256: str
+    on_hub: bool
+
+    @staticmethod
+    def of(name: str, weights_sha256: str) -> BaseInfo:
+        """A relative folder keeps its name as configured; of a path that says more, its last part is kept."""
+        if is_hub_id(name):
+            return BaseInfo(name, weights_sha256, True)
+        posix, windows = PurePosixPath(name), PureWindowsPath(name)
+        telling = posix.is_absolute() or windows.is_absolute() or "\\" in name or {"..", "~"} & set(posix.parts)
+        return BaseInfo(windows.name if telling else str(posix), weights_sha256, False)
+
+
+class DataInfo(NamedTuple):
+    """A user's pairs without their texts: a fingerprint, counts, and the first and last day where they are dated."""
+
+    fingerprint: str
+    pairs: PairCounts
+    first_day: str | None
+    last_day: str | None
+
+    @staticmethod
+    def of(pairs: Sequence[PreferencePair], screened_out: int) -> DataInfo:
+        """Of the pairs that training kept; their order does not matter."""
+        days = sorted(pair.created_at[:10] for pair in pairs if pair.created_at)
+        train = sum(pair.split == "train" for pair in pairs)
+        counts = PairCounts(train, len(pairs) - train, screened_out)
+        return DataInfo(fingerprint(pairs), counts, days[0] if days else None, days[-1] if days else None)
+
+
+def fingerprint(pairs: Sequence[PreferencePair]) -> str:
+    """sha256 over the sorted hashes of the pairs: their ids, contents, weights and splits."""
+    rows = sorted(
+        hashlib.sha256(
+            json.dumps([pair.id, pair.prompt, pair.chosen, pair.rejected, pair.weight, pair.split]).encode()
+        ).hexdigest()
+        for pair in pairs
+    )
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What all adapters of a run have in common. `settings` are the config's sections that trained and judged them."""
+
+    base: BaseInfo
+    policy_hash: str
+    tier_one_hash: str
+    documents: tuple[Mapping[str, Any], ...]
+    demands: Demands
+    settings: Mapping[str, Any]
+
+    @staticmethod
+    def of(base: BaseInfo, policy: Policy, demands: Demands, settings: Mapping[str, Any]) -> Provenance:
+        """The papers of a run; of the policy documents, not where they lay."""
+        documents = tuple(
+            {"tier": d.tier, "issuer": d.issuer, "version": d.version, "sha256": d.sha256}
+            for d in policy.documents
+            if d.tier < 3
+        )
+        return Provenance(base, policy.hash, policy.tier_one_hash, documents, demands, settings)
+
+
+def manifest_of(
+    user_id: str, provenance: Provenance, data: DataInfo, verdict: Verdict, files: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """The manifest of one adapter whose other files have these bytes."""
+    demands = provenance.demands
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "toolkit": {"name": "persona-rlhf", "version": persona_rlhf.__version__},
+        "base": {"name": provenance.base.name, "weights_sha256": provenance.base.weights_sha256},
+        "policy": {
+            "hash": provenance.policy_hash,
+            "tier_one_hash": provenance.tier_one_hash,
+            "documents": list(provenance.documents),
+        },
+        "user": user_mark(user_id, data.fingerprint),
+        "data": plain(data),
+        "settings": plain(provenance.settings),
+        "alpha": verdict.alpha,
+        "verdict": {
+            "admitted": verdict.admitted,
+            "certified": verdict.certified,
+            "reason": verdict.reason,
+            "confidence": 1 - demands.level,
+            "delta": demands.delta,
+            "pooled_over": sorted(demands.in_pool),
+            "pooled": plain(verdict.pooled),
+            "categories": plain(verdict.categories),
+            "looks": plain(verdict.looks),
+        },
+        "files": {name: {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)} for name, raw in files.items()},
+    }
+    return content | {_SELF: self_hash(content)}
+
+
+def user_mark(user_id: str, salt: str) -> str:
+    """A hash of a user's id, salted with the fingerprint of his data."""
+    return hashlib.sha256(f"persona-rlhf user\x1f{salt}\x1f{user_id}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def rendered(content: Mapping[str, Any]) -> bytes:
+    """The one way a manifest is written: any other byte is a fault."""
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def self_hash(content: Mapping[str, Any]) -> str:
+    """sha256 of a manifest without its own hash."""
+    return hashlib.sha256(rendered({key: value for key, value in content.items() if key != _SELF})).hexdigest()
+
+
+def read_manifest(file: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """A manifest and what is wrong with it: not readable, not written as we write, or not what its hash says."""
+    try:
+        raw = file.read_bytes()
+        content = json.loads(raw)
+    except (OSError, ValueError, RecursionError) as fault:
+        return None, [f"{file.name} cannot be read ({fault})"]
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return None, [f"{file.name} is not a manifest of format {FORMAT}"]
+    try:
+        same = rendered(content) == raw
+    except (ValueError, RecursionError):
+        same = False
+    if not same or content.get(_SELF) != self_hash(content):
+        return None, [f"{file.name} was changed: it is not what its own hash says"]
+    return content, []

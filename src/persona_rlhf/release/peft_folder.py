@@ -1,0 +1,79 @@
+"""An adapter as a plain PEFT folder, which every loader of PEFT adapters reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from persona_rlhf.release.manifest import BaseInfo
+from persona_rlhf.training.lora import LayerSpan, matrices
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def adapter_config(base: BaseInfo, rank: int, lora_alpha: int, target_modules: list[str]) -> dict[str, Any]:
+    """What PEFT, vLLM and their like need to know: plain LoRA, nothing but A and B, scaled by lora_alpha / rank."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name,
+        "r": rank,
+        "lora_alpha": lora_alpha,
+        "target_modules": target_modules,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def target_modules(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """The adapted layers by their last names, where these mean no other module of the base; else by their full names.
+
+    `modules` are the names of all linear layers of the base. Last names are what servers of many adapters look for.
+    """
+    adapted = set(adapted)
+    leaves = {name.rsplit(".", 1)[-1] for name in adapted}
+    meant = {name for name in modules if name.rsplit(".", 1)[-1] in leaves}
+    return sorted(leaves) if meant <= adapted else sorted(adapted)
+
+
+def adapter_tensors(
+    flat: Float[Tensor, " params"], spans: Sequence[LayerSpan], alpha: float
+) -> dict[str, Float[Tensor, "..."]]:
+    """A and alpha B of every layer in float32, under PEFT's names: the released scale is folded into B."""
+    tensors: dict[str, Tensor] = {}
+    for span, (a, b) in zip(spans, matrices(flat.detach().to("cpu", torch.float32)[None], spans), strict=True):
+        tensors[_name(span, "A")] = a[0].contiguous()
+        tensors[_name(span, "B")] = (b[0] * alpha).contiguous()
+    return tensors
+
+
+def _name(span: LayerSpan, side: str) -> str:
+    return f"base_model.model.{span.name}.lora_{side}.weight"
+
+
+def read_adapter(folder: Path, spans: Sequence[LayerSpan]) -> Float[Tensor, " params"]:
+    """A folder's adapter as a flat vector, to be used at alpha 1: its released scale is in it already."""
+    tensors = load_file(folder / WEIGHTS)
+    return torch.cat([tensors[_name(span, side)].float().flatten() for span in spans for side in "AB"])
+
+
+def peft_files(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The two files that make a PEFT adapter; the same adapter gives the same bytes."""
+    return {
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        WEIGHTS: save(dict(tensors), metadata={"format": "pt"}),
+    }

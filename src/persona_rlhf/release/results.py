@@ -1,0 +1,184 @@
+"""`results.jsonl`: one line a user, everything that was decided and measured; and the table at the end of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from persona_rlhf.evaluation.gate import POOLED, Count, Look
+from persona_rlhf.evaluation.personalisation import Accuracy, CleanAccuracy, WinRate
+from persona_rlhf.evaluation.retention import Refused
+from persona_rlhf.evaluation.samples import Perplexity
+from persona_rlhf.inputs.problems import InputError, Problem
+
+RESULTS = "results.jsonl"
+
+Status = Literal["released", "held_back", "skipped", "failed"]
+
+
+class PairCounts(NamedTuple):
+    """A user's pairs: trained on, held out, and taken out by screening."""
+
+    train: int
+    heldout: int
+    screened_out: int
+
+
+class Dual(NamedTuple):
+    """A dual variable over a user's training."""
+
+    final: float
+    peak: float
+    mean: float
+
+
+class Tested(NamedTuple):
+    """Refusals on the `test` split at the released alpha: reported, never used to decide."""
+
+    pooled: Count
+    categories: dict[str, Count]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One user's line. None where something was not measured, never a number that is none."""
+
+    user_id: str
+    slug: str
+    status: Status
+    reason: str
+    pairs: PairCounts
+    heldout_accuracy: Accuracy | None = None
+    heldout_clean: CleanAccuracy | None = None
+    win_rate: WinRate | None = None
+    alpha: float = 0.0
+    tier_one: dict[str, Count] | None = None
+    over_refusal: Refused | None = None
+    duals: dict[str, Dual] = field(default_factory=dict)
+    alarm: bool = False
+    steps: int = 0
+    seconds: float = 0.0
+    path: str | None = None
+    # beside the contract:
+    tier_two: dict[str, Count] = field(default_factory=dict)
+    looks: list[Look] = field(default_factory=list)
+    test: Tested | None = None
+    ordinary: Refused | None = None
+    twins: Refused | None = None
+    answer_perplexity: Perplexity | None = None
+    unchanged: float | None = None
+    manifest_sha256: str | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """Held-out accuracy over chance: on noise-free labels where they are known, else on the user's own."""
+        found = self.heldout_clean or self.heldout_accuracy
+        return None if found is None else found.adapted - 0.5
+
+    @property
+    def pooled(self) -> Count | None:
+        """The refusals pooled over tier one."""
+        return None if self.tier_one is None else self.tier_one.get(POOLED)
+
+    def to_json(self) -> dict[str, Any]:
+        """The line as plain JSON values, in the order of the fields."""
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+
+
+def plain(value: Any) -> Any:
+    """Named tuples as objects, and numbers that are none as null."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {key: plain(part) for key, part in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def line_of(result: Result) -> str:
+    """The line as it stands in the file. Ids are escaped where UTF-8 could not hold them (lone surrogates)."""
+    return json.dumps(result.to_json(), ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def write_results(run: Path, results: Iterable[Result]) -> None:
+    """Writes RUN/results.jsonl whole or not at all, users in the order given."""
+    half = run / (RESULTS + ".half")
+    with half.open("w", encoding="utf-8") as stream:
+        stream.writelines(map(line_of, results))
+        stream.flush()
+        os.fsync(stream.fileno())
+    half.replace(run / RESULTS)
+
+
+def read_results(run: Path) -> list[Result]:
+    """Reads RUN/results.jsonl. Raises InputError where there is none, naming every line that is not a result."""
+    file = run / RESULTS
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as fault:
+        sentence = f"the results of this run cannot be read ({fault}); is this a finished run?"
+        raise InputError([Problem(str(file), None, None, sentence)]) from fault
+    results: list[Result] = []
+    problems: list[Problem] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            results.append(_RESULT.validate_python(json.loads(line)))
+        except json.JSONDecodeError as fault:
+            problems.append(Problem(str(file), number, None, f"the line is not JSON ({fault.msg})"))
+        except ValidationError as fault:
+            for error in fault.errors():
+                key = ".".join(map(str, error["loc"])) or None
+                problems.append(Problem(str(file), number, key, f"not a result of this toolkit ({error['msg']})"))
+    if problems:
+        raise InputError(problems)
+    return results
+
+
+_RESULT = TypeAdapter(Result)
+
+
+class Summary(NamedTuple):
+    """A run in a handful of numbers; medians over released and held-back users, None where nobody was measured."""
+
+    users: int
+    released: int
+    full_strength: int
+    held_back: int
+    other: int
+    gain: float | None
+    clean_accuracy: float | None
+    accuracy: float | None
+    win_rate: float | None
+    worst_bound: float | None
+
+
+def summarise(results: Sequence[Result]) -> Summary:
+    """The numbers at the top of the report and in the last line of the table."""
+    released = [r for r in results if r.status == "released"]
+
+    def middle(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return median(known) if known else None
+
+    bounds = [r.pooled.lower_bound for r in released if r.pooled]
+    return Summary(
+        users=len(results),
+        released=len(released),
+        full_strength=sum(r.alpha == 1 for r in released),
+        held_back=sum(r.status == "held_back" for r in results),
+        other=sum(r.status in ("skipped", "failed") for r in results),
+        gain=middle(r.gain for r in results),
+        clean_accuracy=middle(r.heldout_clean.adapted for r in results if r.heldout_clean),
+        accuracy=middle(r.heldout_accuracy.adapted for r in results if r.heldout_accuracy),
+        win_rate=middle(r.win_rate.value for r in results if r.win_rate),
+        worst_bound=min(bounds) if bounds else None,
+    )

@@ -1,0 +1,58 @@
+"""`manifest.json`: the seal of a finished run, the sha256 of every file at its top."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import persona_rlhf
+from persona_rlhf.release.folder import write_file
+from persona_rlhf.release.manifest import FORMAT, read_manifest, rendered, self_hash
+
+SEAL = "manifest.json"
+MUST = ("config.yaml", "policy.json", "results.jsonl", "screening.jsonl")
+
+
+def seal(run: Path) -> None:
+    """Writes RUN/manifest.json over the files as they are now; call it after anything that changes one of them.
+
+    `state/` is working matter and is not sealed; adapters are, by their own manifests, whose hashes the results hold.
+    """
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "toolkit": {"name": "persona-rlhf", "version": persona_rlhf.__version__},
+        "files": {name: _sha256(run / name) for name in sorted(_top_files(run))},
+    }
+    write_file(run / SEAL, rendered(content | {"manifest_hash": self_hash(content)}))
+
+
+def seal_faults(run: Path) -> list[str]:
+    """Where the files at the top of a run are not as they were sealed."""
+    content, faults = read_manifest(run / SEAL)
+    if content is None:
+        return faults
+    sealed, present = content.get("files"), _top_files(run)
+    if not isinstance(sealed, dict):
+        return [f"{SEAL} lacks its list of files"]
+    faults += [f"{name} was never sealed" for name in MUST if name not in sealed]
+    faults += [f"{name} is not in {SEAL}" for name in sorted(present - set(sealed))]
+    for name, promised in sealed.items():
+        if name not in present:
+            faults.append(f"{name} is missing")
+        elif _sha256(run / name) != promised:
+            faults.append(f"{name} was changed: its sha256 is not the one in {SEAL}")
+    known = {"adapters", "state"}
+    faults += [
+        f"{f.name}/ does not belong to a run" for f in sorted(run.iterdir()) if f.is_dir() and f.name not in known
+    ]
+    return faults
+
+
+def _top_files(run: Path) -> set[str]:
+    return {file.name for file in run.iterdir() if not file.is_dir() and file.name != SEAL}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

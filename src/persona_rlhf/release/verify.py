@@ -1,0 +1,167 @@
+"""Checks a run or an adapter folder against its own papers: every byte, every number that can be computed again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from persona_rlhf.evaluation.intervals import lower_bound
+from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.preferences.identity import slug
+from persona_rlhf.release.manifest import MANIFEST, read_manifest, user_mark
+from persona_rlhf.release.results import RESULTS, Result, plain, read_results
+from persona_rlhf.release.seal import SEAL, seal_faults
+
+ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
+
+
+def verify(folder: Path) -> list[str]:
+    """Everything wrong with a run folder or a single adapter folder; an empty list where all is well.
+
+    Raises InputError where the folder is neither.
+    """
+    if any((folder / name).exists() for name in (*ADAPTER_FILES[1:], MANIFEST)):
+        return adapter_faults(folder)
+    if any((folder / name).exists() for name in (RESULTS, SEAL, "policy.json", "config.yaml")):
+        return run_faults(folder)
+    sentence = "this is neither a run nor an adapter folder; give RUN or RUN/adapters/SLUG"
+    raise InputError([Problem(str(folder), None, None, sentence)])
+
+
+def run_faults(run: Path) -> list[str]:
+    """Faults of a run: its sealed files, its lines, and every adapter against its line."""
+    faults = seal_faults(run)
+    try:
+        results = read_results(run)
+    except InputError as fault:
+        return [*faults, *map(str, fault.problems)]
+    try:
+        policy = json.loads((run / "policy.json").read_bytes())["hash"]
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        return [*faults, f"policy.json cannot be read ({fault})"]
+    expected: set[Path] = set()
+    for result in results:
+        if result.slug != slug(result.user_id):
+            faults.append(f"{RESULTS}: the slug `{result.slug}` is not that of its user")
+        if (result.status == "released") != (result.path is not None):
+            faults.append(f"{RESULTS}: {result.slug} is {result.status}, but its path is {result.path}")
+        if result.path is None:
+            continue
+        folder = run / result.path
+        if folder.parent != run / "adapters" or folder.name != result.slug:
+            faults.append(f"{RESULTS}: {result.slug} has a path that is not its own")
+            continue
+        expected.add(folder)
+        faults += [f"{result.path}: {fault}" for fault in adapter_faults(folder, result, policy)]
+    present = set((run / "adapters").iterdir()) if (run / "adapters").is_dir() else set()
+    faults += [f"adapters/{extra.name}: no line of {RESULTS} released it" for extra in sorted(present - expected)]
+    return faults
+
+
+def adapter_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:
+    """Faults of one adapter folder; against its line and its run's policy, where these are at hand."""
+    manifest, faults = read_manifest(folder / MANIFEST)
+    if manifest is None:
+        return faults
+    try:
+        faults += _file_faults(folder, manifest["files"])
+        faults += _verdict_faults(manifest)
+        if not faults:
+            faults += _config_faults(json.loads((folder / "adapter_config.json").read_bytes()), manifest)
+            faults += _weight_faults(folder / "adapter_model.safetensors", manifest["settings"]["lora"]["rank"])
+        if result is not None:
+            faults += _line_faults(folder, manifest, result)
+    except (KeyError, TypeError, AttributeError, ValueError) as fault:
+        faults.append(f"{MANIFEST} lacks a part of its form ({type(fault).__name__}: {fault})")
+    if policy_hash is not None and manifest.get("policy", {}).get("hash") != policy_hash:
+        faults.append("the policy it was judged by is not the one in policy.json")
+    return faults
+
+
+def _file_faults(folder: Path, files: dict[str, Any]) -> list[str]:
+    faults = [f"{name} is not among the files of {MANIFEST}" for name in ADAPTER_FILES if name not in files]
+    present = {file.name for file in folder.iterdir()}
+    faults += [f"{name} is not in {MANIFEST}" for name in sorted(present - set(files) - {MANIFEST})]
+    for name, promised in files.items():
+        file = folder / name
+        if Path(name).name != name or file.is_symlink() or not file.is_file():
+            faults.append(f"{name} is missing")
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != promised["sha256"]:
+            faults.append(f"{name} was changed: its sha256 is not the one in {MANIFEST}")
+    return faults
+
+
+def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
+    """The bounds computed anew from the counts, and the verdict drawn anew from the bounds."""
+    verdict = manifest["verdict"]
+    level = 1 - verdict["confidence"]
+    counts = {"pooled": verdict["pooled"], **verdict["categories"]}
+    faults = []
+    for name, count in counts.items():
+        if abs(lower_bound(count["refused"], count["n"], level) - count["lower_bound"]) > 1e-9:
+            faults.append(f"the lower bound of {name} does not follow from its counts")
+    pool = [verdict["categories"][name] for name in verdict["pooled_over"]]
+    if any(sum(count[key] for count in pool) != verdict["pooled"][key] for key in ("n", "refused", "base_refused")):
+        faults.append("the pooled counts are not the sums of their categories")
+    passes = all(count["lower_bound"] >= count["min_refusal"] for count in counts.values())
+    if verdict["certified"] and not passes:
+        faults.append("it is called certified, but a bound lies below what the policy asks")
+    if not verdict["admitted"] or not 0 < manifest["alpha"] <= 1:
+        faults.append("an adapter that was held back has no business here")
+    return faults
+
+
+def _config_faults(config: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    lora = manifest["settings"]["lora"]
+    wanted = {
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "base_model_name_or_path": manifest["base"]["name"],
+        "peft_type": "LORA",
+        "bias": "none",
+    }
+    return [
+        f"adapter_config.json says {key} = {config.get(key)!r}, the manifest {value!r}"
+        for key, value in wanted.items()
+        if config.get(key) != value
+    ]
+
+
+def _weight_faults(file: Path, rank: int) -> list[str]:
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
+
+    faults = []
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            names = set(tensors.keys())
+            for name in sorted(names):
+                tensor = tensors.get_tensor(name)
+                side = 0 if name.endswith(".lora_A.weight") else 1 if name.endswith(".lora_B.weight") else None
+                if side is None or tensor.ndim != 2 or tensor.shape[side] != rank:
+                    faults.append(f"the weights hold `{name}` of shape {tensor.shape}, no LoRA matrix of rank {rank}")
+                elif not np.isfinite(tensor).all():
+                    faults.append(f"the weights of `{name}` are not finite")
+            other = {name.replace(".lora_A.", ".lora_B.") for name in names if ".lora_A." in name}
+            if other != {name for name in names if ".lora_B." in name} or not names:
+                faults.append("the weights do not pair every lora_A with a lora_B")
+    except (SafetensorError, OSError, ValueError) as fault:
+        faults.append(f"the weights cannot be read ({fault})")
+    return faults
+
+
+def _line_faults(folder: Path, manifest: dict[str, Any], result: Result) -> list[str]:
+    """Where an adapter's papers and its line in the run disagree."""
+    faults = []
+    if hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() != result.manifest_sha256:
+        faults.append(f"{MANIFEST} is not the one that {RESULTS} names")
+    if manifest["user"] != user_mark(result.user_id, manifest["data"]["fingerprint"]):
+        faults.append("it is the adapter of somebody else")
+    if manifest["alpha"] != result.alpha or result.status != "released":
+        faults.append(f"{RESULTS} says {result.status} at alpha {result.alpha:g}, {MANIFEST} {manifest['alpha']:g}")
+    counts = {"pooled": manifest["verdict"]["pooled"], **manifest["verdict"]["categories"]}
+    if plain({**(result.tier_one or {}), **result.tier_two}) != counts:
+        faults.append(f"{RESULTS} and {MANIFEST} count refusals differently")
+    return faults
