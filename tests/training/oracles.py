@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.utils.data import Sampler
+from trl import DPOConfig, DPOTrainer
 
-from persona_rlhf.preferences.tokens import Row
+from persona_rlhf.preferences.tokens import Row, UserRows
+from persona_rlhf.training.base import Base
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lora import LayerSpan, detach
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.training.lora import LayerSpan, adaptable_layers, attach, detach, fresh_adapter
+from persona_rlhf.training.scheduler import UserSchedule, user_generator
+from persona_rlhf.training.settings import DpoSettings, LoraSettings
 
 
 def peft_config(lora: LoraSettings) -> LoraConfig:
@@ -62,3 +71,78 @@ def plain_logp(model: torch.nn.Module, row: Row) -> Tensor:
     start = len(row.prompt) - 1
     targets = torch.tensor(row.completion)
     return logps[start : start + len(targets)].gather(1, targets[:, None]).sum()
+
+
+def trl_run(
+    base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings, seed: int, folder: Path
+) -> tuple[Tensor, list[float]]:
+    """Trains one user with TRL's DPOTrainer and PEFT from our first A and in our order; the flat adapter and losses.
+
+    Only the sampler is replaced: TRL tokenizes, collates, runs the reference, clips and steps as it always does.
+    """
+    spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank, 1.0)
+    detach(base.model, list(spans))
+    words = base.tokenizer
+
+    def text(ids: tuple[int, ...]) -> str:
+        return " " + " ".join(words.convert_ids_to_tokens(list(ids)))
+
+    pairs = [(pair.chosen.prompt, pair.chosen.completion, pair.rejected.completion) for pair in user.train]
+    data = [
+        {"prompt": text(prompt), "chosen": text(chosen), "rejected": text(rejected)}
+        for prompt, chosen, rejected in pairs
+    ]
+    schedule = UserSchedule(user, dpo, seed)
+    epochs = iter(schedule._orders)
+
+    class Trainer(DPOTrainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *_: object) -> Sampler[int]:
+            class Ours(Sampler[int]):
+                def __iter__(self) -> Iterator[int]:
+                    return iter(next(epochs))
+
+                def __len__(self) -> int:
+                    return len(user.train)
+
+            return Ours()
+
+        def compute_loss(self, *arguments: Any, **named: Any) -> Tensor:
+            loss: Tensor = super().compute_loss(*arguments, **named)
+            losses.append(loss.item())
+            return loss
+
+    losses: list[float] = []
+    arguments = DPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=dpo.pairs_per_step,
+        num_train_epochs=dpo.epochs,
+        learning_rate=dpo.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(dpo.schedule, dpo.schedule),
+        warmup_steps=math.ceil(dpo.warmup * schedule.steps),
+        max_grad_norm=dpo.max_grad_norm,
+        weight_decay=dpo.weight_decay,
+        beta=dpo.beta,
+        loss_type=[dpo.loss],
+        optim="adamw_torch",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        base.model,
+        args=arguments,
+        train_dataset=Dataset.from_list(data),
+        processing_class=words,
+        peft_config=peft_config(lora),
+    )
+    rows = trainer.train_dataset
+    assert [(tuple(r["prompt_ids"]), tuple(r["chosen_ids"]), tuple(r["rejected_ids"])) for r in rows] == pairs
+    first = fresh_adapter(list(spans.values()), user_generator(seed, user.user_id, "init"))
+    load_flat(trainer.model, list(spans.values()), first)
+    trainer.train()
+    return read_flat(trainer.model, list(spans.values())), losses
