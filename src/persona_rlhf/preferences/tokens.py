@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.messages import Message, Prompt
@@ -19,6 +19,7 @@ from persona_rlhf.preferences.pairs import PreferencePair
 _TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
+@runtime_checkable  # for beartype in the tests
 class ChatTokenizer(Protocol):
     """What we need of a tokenizer; every tokenizer of `transformers` has it."""
 
