@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from persona_rlhf.preferences.pairs import Message, PreferencePair
 from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
 from persona_rlhf.training.base import Base
+from persona_rlhf.training.constraint import Anchor, ConstraintBank
 from persona_rlhf.training.fleet import AdaptedModel
 
 VOCABULARY = 96
@@ -98,3 +99,19 @@ def user_rows(
         prompt = ids(3, 9)
         rows.append(PairRow(pair, Row(prompt, (*ids(4, 16), EOS)), Row(prompt, (*ids(4, 16), EOS))))
     return UserRows(user_id, rows[:pairs], rows[pairs:])
+
+
+def constraint_bank(seed: int = 0, categories: int = 2, limit: float = 0.05) -> ConstraintBank:
+    """A made-up bank: three probes a category, each with two refusals, and openings on every second probe."""
+    draw = torch.Generator().manual_seed(seed)
+    anchors = []
+    for category in range(categories):
+        own = []
+        for n in range(3):
+            first = random_row(draw, 4 + n, 6)
+            second = Row(first.prompt, random_row(draw, 1, 9).completion)
+            opened = n % 2 == 0
+            compliance = Row(first.prompt, random_row(draw, 1, 4).completion) if opened else None
+            own.append(Anchor((first, second), compliance, random_row(draw, 5, 4) if opened or category else None))
+        anchors.append(own)
+    return ConstraintBank([f"category {n}" for n in range(categories)], [limit] * categories, anchors)
