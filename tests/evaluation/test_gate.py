@@ -128,8 +128,8 @@ PERFECT = {"fire": [True] * 300}
 
 
 def draws(source: random.Random, rate, dependent: bool):
-    fixed = [source.random() for _ in range(300)]
-    return lambda alpha: {"fire": [(u if dependent else source.random()) < rate(alpha) for u in fixed]}
+    fixed = [source.random() for _ in range(300)] if dependent else None
+    return lambda alpha: {"fire": [u < rate(alpha) for u in fixed or [source.random() for _ in range(300)]]}
 
 
 def always(alpha: float) -> float:

@@ -75,18 +75,18 @@ def test_samples_do_not_depend_on_the_cohort_and_tie_where_nothing_changes(adapt
     prompts = [distinct_prompts(own, 40) for own in users]
     assert [len(own) for own in prompts] == [3, 3, 3]
     chosen = adapters[[0, 2, 4]]
-    together = Samples(adapted, 8, seed=3).compare(chosen, torch.ones(3), prompts)
+    together = Samples(adapted, 5, seed=3).compare(chosen, torch.ones(3), prompts)
     for n, own in enumerate(together):
-        (alone,) = Samples(adapted, 8, seed=3).compare(chosen[n : n + 1], torch.ones(1), prompts[n : n + 1])
+        (alone,) = Samples(adapted, 5, seed=3).compare(chosen[n : n + 1], torch.ones(1), prompts[n : n + 1])
         assert (alone.adapted, alone.base) == (own.adapted, own.base)
         assert alone.perplexity == pytest.approx(own.perplexity, rel=1e-4)
     assert together[0].adapted == together[0].base
     assert together[0].perplexity.adapted == pytest.approx(together[0].perplexity.base, rel=1e-6)
     assert together[2].adapted != together[2].base
     assert together[2].perplexity.adapted > 1
-    assert Samples(adapted, 8, seed=4).compare(chosen, torch.ones(3), prompts)[0].base != together[0].base
+    assert Samples(adapted, 5, seed=4).compare(chosen, torch.ones(3), prompts)[0].base != together[0].base
 
 
 def test_no_prompts_no_samples(adapted, adapters):
-    (found,) = Samples(adapted, 8, seed=0).compare(adapters[:1], torch.ones(1), [[]])
+    (found,) = Samples(adapted, 5, seed=0).compare(adapters[:1], torch.ones(1), [[]])
     assert found == ([], [], None)

@@ -63,11 +63,11 @@ def test_the_base_answers_each_prompt_once(adapted, prompts, monkeypatch):
 
 def test_an_answer_in_time_is_scored_with_its_end(adapted, prompts):
     """A cut answer has no end token in its row: the adapted answer is cut at the same place."""
-    short, long = BaseAnswers(adapted, judge, 1).of(prompts), BaseAnswers(adapted, judge, 200).of(prompts)
+    short, long = BaseAnswers(adapted, judge, 1).of(prompts), BaseAnswers(adapted, judge, 30).of(prompts)
     end = adapted.base.tokenizer.eos_token_id
     ended = [answer for answer in long if answer.row.completion[-1] == end]
     assert all(len(answer.row.completion) <= 1 for answer in short)
-    assert all(len(answer.row.completion) <= 200 for answer in long if answer not in ended)
+    assert all(len(answer.row.completion) <= 30 for answer in long if answer not in ended)
 
 
 def test_nothing_asked(adapted, adapters):

@@ -18,7 +18,7 @@ from persona_rlhf.evaluation.gate import (
     check_base,
     release_unjudged,
 )
-from persona_rlhf.evaluation.measures import Measures
+from persona_rlhf.evaluation.measures import Measures, Refused
 from persona_rlhf.evaluation.personalisation import (
     clean_accuracy,
     heldout_accuracy,
@@ -27,7 +27,7 @@ from persona_rlhf.evaluation.personalisation import (
     win_rate,
 )
 from persona_rlhf.evaluation.refusals import BaseAnswers, Judge, Prompt, refusal_outcomes
-from persona_rlhf.evaluation.retention import Refused, harmless, total, twins
+from persona_rlhf.evaluation.retention import harmless, total, twins
 from persona_rlhf.evaluation.samples import Samples, distinct_prompts
 from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings
 from persona_rlhf.policy.hazards import Split

@@ -5,9 +5,50 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from persona_rlhf.evaluation.gate import Count
-from persona_rlhf.evaluation.personalisation import Accuracy, CleanAccuracy, WinRate
-from persona_rlhf.evaluation.retention import Refused
-from persona_rlhf.evaluation.samples import Perplexity
+
+
+class Accuracy(NamedTuple):
+    """Shares of held-out pairs ranked as the user ranked them; the 95% interval is of `adapted`."""
+
+    reference_free: float
+    adapted: float
+    n: int
+    low: float
+    high: float
+
+
+class CleanAccuracy(NamedTuple):
+    """The share of held-out pairs ranked as the noise-free utility ranks them, among those where it is known."""
+
+    adapted: float
+    n: int
+
+
+class WinRate(NamedTuple):
+    """The share of prompts on which the adapted answer beats the base's, ties counting half; 95% interval."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+class Refused(NamedTuple):
+    """Refusals among n harmless prompts, by the adapted model and by its base."""
+
+    n: int
+    refused: int
+    base_refused: int
+
+
+class Perplexity(NamedTuple):
+    """The base's perplexity of sampled answers, exp(-sum log p / tokens): of the adapted model's, and of its own.
+
+    What reads as English to the base stays near its perplexity of its own answers.
+    """
+
+    adapted: float
+    base: float
 
 
 class Measures(NamedTuple):

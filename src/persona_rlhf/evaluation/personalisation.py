@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from persona_rlhf.evaluation.intervals import interval
+from persona_rlhf.evaluation.measures import Accuracy, CleanAccuracy, WinRate
 from persona_rlhf.preferences.tokens import PairRow, Row
-
-if TYPE_CHECKING:
-    from persona_rlhf.training.fleet import AdaptedModel, Score
+from persona_rlhf.training.fleet import AdaptedModel, Score
 
 
 class PairScores(NamedTuple):
@@ -17,32 +16,6 @@ class PairScores(NamedTuple):
 
     chosen: Score
     rejected: Score
-
-
-class Accuracy(NamedTuple):
-    """Shares of held-out pairs ranked as the user ranked them; the 95% interval is of `adapted`."""
-
-    reference_free: float
-    adapted: float
-    n: int
-    low: float
-    high: float
-
-
-class CleanAccuracy(NamedTuple):
-    """The share of held-out pairs ranked as the noise-free utility ranks them, among those where it is known."""
-
-    adapted: float
-    n: int
-
-
-class WinRate(NamedTuple):
-    """The share of prompts on which the adapted answer beats the base's, ties counting half; 95% interval."""
-
-    value: float
-    n: int
-    low: float
-    high: float
 
 
 def score_pairs(adapted: AdaptedModel, pairs: Sequence[Sequence[PairRow]]) -> list[list[PairScores]]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
 
 from persona_rlhf.preferences.tokens import Row
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from persona_rlhf.training.fleet import AdaptedModel
-    from persona_rlhf.training.generation import Generated
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.generation import Generated
 
 Judge = Callable[[str], bool]
 """Is this text a refusal? `policy.judges.is_refusal`, or a model behind the same call."""

@@ -6,18 +6,10 @@ import json
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
 
+from persona_rlhf.evaluation.measures import Refused
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.policy.hazards import Probe
-
-
-class Refused(NamedTuple):
-    """Refusals among n harmless prompts, by the adapted model and by its base."""
-
-    n: int
-    refused: int
-    base_refused: int
 
 
 def read_ordinary(path: Path) -> list[str]:

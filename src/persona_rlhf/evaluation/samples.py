@@ -4,27 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import exp
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_rlhf.evaluation.measures import Perplexity
 from persona_rlhf.evaluation.refusals import Prompt, answer_row, answer_text
 from persona_rlhf.preferences.tokens import PairRow, Row
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from persona_rlhf.training.fleet import AdaptedModel
-    from persona_rlhf.training.generation import Generated
-
-
-class Perplexity(NamedTuple):
-    """The base's perplexity of sampled answers, exp(-sum log p / tokens): of the adapted model's, and of its own.
-
-    What reads as English to the base stays near its perplexity of its own answers.
-    """
-
-    adapted: float
-    base: float
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.generation import Generated
 
 
 class Compared(NamedTuple):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from persona_rlhf.evaluation.gate import POOLED, Verdict
+from persona_rlhf.evaluation.measures import Measures
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.release.results import Dual, PairCounts, Result, Tested
-
-if TYPE_CHECKING:
-    from persona_rlhf.evaluation.measures import Measures
-    from persona_rlhf.training.engine import TrainedUser
+from persona_rlhf.training.engine import TrainedUser
 
 
 class Written(NamedTuple):

@@ -14,9 +14,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from persona_rlhf.evaluation.gate import POOLED, Count, Look
-from persona_rlhf.evaluation.personalisation import Accuracy, CleanAccuracy, WinRate
-from persona_rlhf.evaluation.retention import Refused
-from persona_rlhf.evaluation.samples import Perplexity
+from persona_rlhf.evaluation.measures import Accuracy, CleanAccuracy, Perplexity, Refused, WinRate
 from persona_rlhf.inputs.problems import InputError, Problem
 
 RESULTS = "results.jsonl"

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
 
 from persona_rlhf.release.results import Result, summarise
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _MOST = 40  # users; a table of thousands is the report's to show
 
 
 def results_table(results: Sequence[Result]) -> Table:
     """One row a user (of large runs those who need a look, then the first), and the medians."""
-    from rich.markup import escape
-    from rich.table import Table
-
     summary = summarise(results)
     caption = None
     shown = list(results)

@@ -1,0 +1,163 @@
+import json
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.preferences.identity import slug
+from persona_rlhf.release.export import HeldBack, export
+from persona_rlhf.release.manifest import BaseInfo, fingerprint
+from persona_rlhf.release.peft_folder import read_adapter, target_modules
+from persona_rlhf.release.results import read_results
+from persona_rlhf.release.verify import verify
+
+
+@pytest.mark.parametrize(("user", "alpha"), [("Ada", 1.0), ("ada", 0.5)])
+def test_plain_peft_gives_our_logits(run, user, alpha):
+    """The released alpha is in B: nothing but PeftModel.from_pretrained is needed."""
+    assert run.alphas[user] == alpha
+    folder = run.path / "adapters" / slug(user)
+    ids = torch.arange(2, 34).view(2, 16)
+    with torch.no_grad(), run.adapted.using(run.flats[user][None], torch.tensor([alpha])):
+        ours = run.adapted.base.model(ids).logits
+    with torch.no_grad(), run.adapted.using(None):
+        base = run.adapted.base.model(ids).logits
+    with torch.no_grad(), run.adapted.using(read_adapter(folder, list(run.adapted.spans.values()))[None]):
+        again = run.adapted.base.model(ids).logits
+    run.adapted.close()
+    try:
+        model = run.adapted.base.model
+        peft = PeftModel.from_pretrained(model, folder).eval()
+        theirs = peft(ids).logits
+        peft.unload()
+    finally:
+        run.adapted.__init__(run.adapted.base, _lora())
+    assert (ours - theirs).abs().max() <= 1e-5
+    assert (ours - again).abs().max() <= 1e-5
+    assert (ours - base).abs().max() > 1e-2, "an adapter that changes nothing shows nothing"
+
+
+def _lora():
+    from persona_rlhf.training.settings import LoraSettings
+
+    return LoraSettings(rank=4, alpha=8)
+
+
+def test_the_folder_is_plain(run):
+    folder = run.path / "adapters" / slug("ada")
+    assert {file.name for file in folder.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "persona.json",
+    }  # fmt: skip
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == 8
+    assert config["base_model_name_or_path"] == "tiny-base"
+    assert set(config["target_modules"]) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+def test_nothing_private_is_in_the_folder(run):
+    for user in ("../../etc", "ada"):
+        for file in (run.path / "adapters" / slug(user)).iterdir():
+            raw = file.read_bytes()
+            for secret in (b"/home/someone", b"a private question", b"yes 2", b"A Person", slug(user).encode()):
+                assert secret not in raw, (file.name, secret)
+    assert b"../../etc" not in (run.path / "adapters" / slug("../../etc") / "persona.json").read_bytes()
+
+
+def test_the_card_reads_as_a_card(run):
+    text = (run.path / "adapters" / slug("ada") / "README.md").read_text()
+    front, body = text.split("---\n")[1:3]
+    meta = yaml.safe_load(front)
+    assert meta["library_name"] == "peft"
+    assert "base_model" not in meta  # a local folder is nobody's hub id
+    metrics = {m["type"]: m for r in meta["model-index"][0]["results"] for m in r["metrics"]}
+    assert metrics["refusal_rate"]["args"]["confidence"] == 0.975
+    assert metrics["accuracy"]["value"] == pytest.approx(0.8)
+    assert "2 pairs trained on, 1 held out, 2 taken out" in body
+    assert "from 2026-01-03 to 2026-03-03" in body
+    assert "alpha = 0.5" in body
+    assert "Example Lab" in body
+    assert "ciphers" in body
+    assert "{{" not in text
+
+
+def test_export_copies_a_released_user_and_it_verifies_alone(run, tmp_path):
+    to = export(run.path, "../../etc", tmp_path / "out" / "adapter")
+    assert verify(to) == []
+    assert len(list(to.iterdir())) == 4
+    with pytest.raises(InputError, match="something stands there"):
+        export(run.path, "Ada", to)
+
+
+def test_export_refuses_the_held_back_the_broken_and_the_unknown(run, tmp_path):
+    with pytest.raises(HeldBack, match="terrorist_content refused"):
+        export(run.path, "poisoned \U0001f480 <b>", tmp_path / "a")
+    with pytest.raises(HeldBack, match="failed"):
+        export(run.path, "nan", tmp_path / "a")
+    with pytest.raises(InputError, match="did you mean `Ada`"):
+        export(run.path, "Adda", tmp_path / "a")
+    weights = run.path / "adapters" / slug("Ada") / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(HeldBack, match="does not verify"):
+        export(run.path, "Ada", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_targets_are_last_names_only_where_these_are_exact():
+    modules = ["m.0.q_proj", "m.0.up", "m.1.q_proj", "m.1.up"]
+    assert target_modules(["m.0.q_proj", "m.1.q_proj"], modules) == ["q_proj"]
+    assert target_modules(["m.0.q_proj"], modules) == ["m.0.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "public", "on_hub"),
+    [
+        ("/home/me/models/base", "base", False),
+        ("C:\\Users\\me\\base", "base", False),
+        ("../secret/base", "base", False),
+        ("~/base", "base", False),
+        ("data/base", "data/base", False),
+        ("./data/base/", "data/base", False),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", True),
+    ],
+)
+def test_a_base_is_named_without_the_way_to_it(name, public, on_hub):
+    assert BaseInfo.of(name, "0") == (public, "0", on_hub)
+
+
+def test_the_fingerprint_knows_content_not_order(run):
+    from dataclasses import replace
+
+    pair = _pair()
+    other = replace(pair, id="q", chosen="c")
+    assert fingerprint([pair, other]) == fingerprint([other, pair])
+    assert fingerprint([pair]) != fingerprint([replace(pair, chosen="z")]) != fingerprint([replace(pair, id="z")])
+
+
+def _pair():
+    from persona_rlhf.preferences.pairs import Message, PreferencePair
+
+    prompt = (Message("user", "\ud800"),)  # a lone surrogate is text too
+    return PreferencePair("u", prompt, "a", "b", "p", None, None, 1.0, "train", None, "f", 1)
+
+
+def test_lines_read_back_as_written(run):
+    results = read_results(run.path)
+    assert [r.status for r in results] == ["released", "released", "released", "held_back", "failed", "skipped"]
+    line = json.loads((run.path / "results.jsonl").read_text().splitlines()[2])
+    assert list(line)[:16] == [
+        "user_id", "slug", "status", "reason", "pairs", "heldout_accuracy", "heldout_clean", "win_rate", "alpha",
+        "tier_one", "over_refusal", "duals", "alarm", "steps", "seconds", "path",
+    ]  # fmt: skip
+    assert set(line["tier_one"]) == {"pooled", "terrorist_content", "sexual_assault"}
+    assert set(line["tier_two"]) == {"gambling"}
+    assert set(line["tier_one"]["pooled"]) == {"n", "refused", "base_refused", "lower_bound", "min_refusal"}
+    assert [r.alarm for r in results[:4]] == [False, False, True, True]
+    assert line["duals"]["terrorist_content"] == {"final": 0.1, "peak": 2.0, "mean": 0.2}
+    assert results[2].gain == pytest.approx(0.3)

@@ -1,0 +1,113 @@
+import json
+import random
+import shutil
+
+import pytest
+
+from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.preferences.identity import slug
+from persona_rlhf.release.manifest import MANIFEST, rendered, self_hash
+from persona_rlhf.release.results import read_results
+from persona_rlhf.release.seal import seal
+from persona_rlhf.release.verify import verify
+
+
+def sealed_files(run):
+    return [file for file in sorted(run.rglob("*")) if file.is_file() and "state" not in file.relative_to(run).parts]
+
+
+def test_a_finished_run_and_each_adapter_verify(run):
+    assert verify(run.path) == []
+    adapters = sorted((run.path / "adapters").iterdir())
+    assert len(adapters) == 3
+    assert all(verify(folder) == [] for folder in adapters)
+
+
+def test_any_flipped_byte_is_found(run):
+    source = random.Random(5)
+    files = sealed_files(run.path)
+    assert {file.name for file in files} > {"config.yaml", "manifest.json", MANIFEST, "README.md", "report.html"}
+    for file in files:
+        raw = file.read_bytes()
+        for place in {0, len(raw) - 1, *(source.randrange(len(raw)) for _ in range(6))}:
+            file.write_bytes(raw[:place] + bytes([raw[place] ^ (1 << source.randrange(8))]) + raw[place + 1 :])
+            assert verify(run.path), f"{file.name} at byte {place}"
+            if file.parent.parent.name == "adapters":
+                assert verify(file.parent), f"{file.name} at byte {place}, adapter alone"
+        file.write_bytes(raw)
+    assert verify(run.path) == []
+
+
+def test_missing_and_extra_files_are_found(run):
+    for file in sealed_files(run.path):
+        raw = file.read_bytes()
+        file.unlink()
+        assert verify(run.path), f"{file.name} missing"
+        file.write_bytes(raw)
+    adapter = next((run.path / "adapters").iterdir())
+    for extra in (run.path / "notes.txt", adapter / "notes.txt", run.path / "adapters" / "stray"):
+        extra.write_text("x")
+        assert any(extra.name in fault for fault in verify(run.path)), extra
+        extra.unlink()
+    (run.path / "more").mkdir()
+    assert verify(run.path) == ["more/ does not belong to a run"]
+
+
+def change(folder, edit):
+    """A forger who can write manifests as we do."""
+    content = json.loads((folder / MANIFEST).read_bytes())
+    edit(content)
+    content["manifest_hash"] = self_hash(content)
+    (folder / MANIFEST).write_bytes(rendered(content))
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda m: m["verdict"]["pooled"].update(refused=m["verdict"]["pooled"]["refused"] - 1), "does not follow"),
+        (lambda m: m["verdict"]["pooled"].update(min_refusal=0.999), "below what the policy asks"),
+        (lambda m: m.update(alpha=0.0), "held back"),
+        (lambda m: m["verdict"].update(admitted=False), "held back"),
+        (lambda m: m["settings"]["lora"].update(alpha=99), "lora_alpha"),
+        (lambda m: m["settings"]["lora"].update(rank=3), "r = 4"),
+        (lambda m: m["base"].update(name="other"), "base_model_name_or_path"),
+        (lambda m: m["files"].update({"../../policy.json": {"sha256": "0"}}), "missing"),
+        (lambda m: m.pop("verdict"), "lacks a part"),
+        (lambda m: m.update(files=[]), "lacks a part"),
+    ],
+)
+def test_a_consistent_forgery_is_found_in_the_adapter_alone(run, edit, words):
+    folder = run.path / "adapters" / slug("Ada")
+    change(folder, edit)
+    assert any(words in fault for fault in verify(folder))
+    assert verify(run.path)
+
+
+def test_a_forgery_that_is_sound_in_itself_is_found_in_the_run(run):
+    """Swapped folders, another policy, another alpha: every adapter alone is well, the run is not."""
+    one, two = (run.path / "adapters" / slug(user) for user in ("../../etc", "Ada"))
+    spare = run.path / "adapters" / "spare"
+    one.rename(spare)
+    two.rename(one)
+    spare.rename(two)
+    assert verify(one) == []
+    assert any("somebody else" in fault for fault in verify(run.path))
+    two.rename(spare)
+    one.rename(two)
+    spare.rename(one)
+    (run.path / "policy.json").write_text(json.dumps({"hash": "f" * 64}))
+    seal(run.path)
+    assert any("the policy it was judged by" in fault for fault in verify(run.path))
+
+
+def test_a_held_back_user_with_a_folder_is_found(run):
+    held = next(r for r in read_results(run.path) if r.status == "held_back")
+    assert held.path is None
+    assert not (run.path / "adapters" / held.slug).exists()
+    shutil.copytree(run.path / "adapters" / slug("Ada"), run.path / "adapters" / held.slug)
+    assert any("no line" in fault for fault in verify(run.path))
+
+
+def test_a_folder_of_something_else(tmp_path):
+    with pytest.raises(InputError, match="neither"):
+        verify(tmp_path)
