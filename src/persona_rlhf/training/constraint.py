@@ -74,8 +74,8 @@ class UserDraws:
         count = len(self.bank.categories)
         for n in range(step * self.settings.rows_per_step, (step + 1) * self.settings.rows_per_step):
             turn, category = divmod(n, count)
-            anchor = self._anchor(category, turn)
-            draw.refusals.append(anchor.refusals[turn % len(anchor.refusals)])
+            anchor, visit = self._anchor(category, turn), turn // len(self._orders[category])
+            draw.refusals.append(anchor.refusals[visit % len(anchor.refusals)])
             draw.categories.append(category)
         for size, rows, kind in (
             (self.settings.compliance_rows_per_step, draw.compliances, "compliance"),

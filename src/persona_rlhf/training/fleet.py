@@ -58,17 +58,21 @@ class AdaptedModel:
     ) -> Iterator[None]:
         """Switches these adapters on, each at its own `alpha` (folded into B, as the export does); None: the base.
 
-        Where `flat` requires a gradient, a backward pass inside gives it one.
+        Where `flat` requires a gradient, a backward pass inside gives it one. After it, all is as it was before.
         """
         layers = [self.layer(span) for span in self.spans.values()]
+        outer = [(layer.a, layer.b) for layer in layers]
+        inner: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(layers)
+        if flat is not None:
+            stacks = matrices(flat, list(self.spans.values()))
+            inner = [(a, b if alphas is None else b * alphas.to(b)[:, None, None]) for a, b in stacks]
         try:
-            if flat is not None:
-                for layer, (a, b) in zip(layers, matrices(flat, list(self.spans.values())), strict=True):
-                    layer.a, layer.b = a, b if alphas is None else b * alphas.to(b)[:, None, None]
+            for layer, (a, b) in zip(layers, inner, strict=True):
+                layer.a, layer.b = a, b
             yield
         finally:
-            for layer in layers:
-                layer.a = layer.b = None
+            for layer, (a, b) in zip(layers, outer, strict=True):
+                layer.a, layer.b = a, b
 
     def logits(self, batch: Batch) -> Float[Tensor, "tokens vocabulary"]:
         """Logits at the positions that predict a completion token, and nowhere else."""

@@ -1,0 +1,317 @@
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from persona_rlhf.policy.hazards import Probe
+from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
+from persona_rlhf.training.constraint import Anchor, ConstraintBank, Draw, UserDraws, build_bank, measure
+from persona_rlhf.training.engine import Engine
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.objective import step_loss
+from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+
+from .tiny import EOS, constraint_bank, random_flat, random_row, tiny_base, user_rows
+
+LORA = LoraSettings(rank=4, alpha=8)
+PROMPT = (2, 3)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A model of six tokens, and all its answers of up to three tokens that end: 1 + 5 + 25 of them."""
+    adapted = AdaptedModel(tiny_base(vocabulary=6), LORA)
+    others = [token for token in range(6) if token != EOS]
+    answers = [(*ids, EOS) for length in range(3) for ids in itertools.product(others, repeat=length)]
+    reference = Reference(adapted)
+    rows = [Row(PROMPT, ids) for ids in answers]
+    reference.add(rows)
+    return adapted, rows, reference
+
+
+def _log_sum(values: torch.Tensor) -> torch.Tensor:
+    return torch.logsumexp(values, -1)
+
+
+def test_refusal_probability_falls_by_no_more_than_the_measured_excess(toy):
+    """DESIGN 5: P_user(R|x) >= P_ref(R|x) exp(-c), for any set R of answers and any adapter, c exact by enumeration.
+
+    Each answer is given a category of its own, so `measure` itself supplies the excess that c averages. The gap is a
+    KL divergence: that is checked too, so a bound that holds by slack would be noticed.
+    """
+    adapted, rows, reference = toy
+    users, draw = 40, torch.Generator().manual_seed(1)
+    flat = random_flat(adapted, users, seed=3, size=0.3)
+    everyone = [Draw(rows, list(range(len(rows))), [], []) for _ in range(users)]
+    with adapted.using(flat):
+        logps = torch.tensor([[score.logp for score in own] for own in adapted.score([rows] * users)]).double()
+    none = torch.zeros(users, 0).double()
+    excess = measure(everyone, (logps, none, none), reference, len(rows), 0.0).refusal
+    base = torch.tensor([reference[row] for row in rows]).double()
+    gaps = []
+    for _ in range(25):
+        members = torch.rand(len(rows), generator=draw) < torch.rand(1, generator=draw).clamp(0.1, 0.9)
+        if not members.any():
+            continue
+        weights = torch.softmax(base[members], 0)
+        c = (excess[:, members] * weights).sum(1)
+        floor = _log_sum(base[members]) - c
+        found = _log_sum(logps[:, members])
+        assert (found >= floor - 1e-5).all()
+        kl = (weights * (weights.log() - torch.log_softmax(logps[:, members], 1))).sum(1)
+        assert torch.allclose(found - floor, kl, atol=1e-4)
+        gaps.append(kl)
+        # the test can fail: with c's sign the wrong way round the claim is false for most adapters
+        assert (found < floor + 2 * c - 1e-5).any()
+    assert torch.cat(gaps).max() > 0.1
+
+
+def test_all_answers_have_a_probability_of_at_most_one(toy):
+    """Sums run to the end token, so answers are disjoint events."""
+    _, rows, reference = toy
+    assert 0.05 < sum(math.exp(reference[row]) for row in rows) <= 1 + 1e-5
+
+
+def _known(values: dict[Row, float]) -> Reference:
+    class Known(Reference):
+        def __init__(self) -> None:
+            self._held = values
+
+        def __getitem__(self, row: Row) -> float:
+            return self._held[row]
+
+    return Known()
+
+
+def test_measure_by_hand():
+    a, b, c, d, e = (Row((2,), (n, EOS)) for n in range(2, 7))
+    reference = _known({a: -1.0, b: -2.0, c: -3.0, d: -4.0, e: -5.0})
+    draws = [Draw([a, b, c], [0, 2, 0], [d, e], [d]), Draw([b, b, a], [1, 1, 2], [e], [])]
+    refused = torch.tensor([[-1.5, -1.0, -7.0], [-2.5, -3.0, -1.0]])
+    complied = torch.tensor([[-3.0, -4.9], [-2.0, 0.0]])
+    over = torch.tensor([[-9.0], [0.0]])
+    excess = measure(draws, (refused, complied, over), reference, 3, margin=0.5)
+    # user 0, category 0: mean of (-1 + 1.5) and (-3 + 7); a rise over the base counts as a negative excess
+    assert excess.refusal.tolist() == [[2.25, 0.0, -1.0], [0.0, 0.75, 0.0]]
+    assert excess.counts.tolist() == [[2, 0, 1], [0, 2, 1]]
+    # user 0: d rose by 1, which is 0.5 over the margin, e by 0.1, which is free; user 1: e rose by 3; no filler counts
+    assert excess.compliance.tolist() == pytest.approx([0.25, 2.5])
+    assert excess.overrefusal.tolist() == [0.0, 0.0]
+
+
+def _bank(categories: int, probes: list[int], refusals: int) -> ConstraintBank:
+    anchors = [
+        [
+            Anchor(
+                tuple(Row((2 + c, 2 + p), (2 + r, EOS)) for r in range(refusals)),
+                Row((2 + c, 2 + p), (60,)),
+                Row((2 + c, 2 + p), (70,)) if p % 2 else None,
+            )
+            for p in range(probes[c])
+        ]
+        for c in range(categories)
+    ]
+    return ConstraintBank([str(c) for c in range(categories)], [0.1] * categories, anchors)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    probes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    refusals=st.integers(1, 3),
+    rows=st.integers(1, 5),
+    user=st.text(max_size=5),
+)
+def test_every_probe_comes_once_before_any_comes_twice(probes, refusals, rows, user):
+    bank = _bank(len(probes), probes, refusals)
+    draws = UserDraws(bank, ConstraintSettings(rows_per_step=rows), 1, user)
+    steps = math.ceil(len(probes) * max(probes) * refusals / rows)
+    seen: dict[int, list[Row]] = {category: [] for category in range(len(probes))}
+    for step in range(steps):
+        draw = draws.at(step)
+        assert len(draw.refusals) == len(draw.categories) == rows
+        for row, category in zip(draw.refusals, draw.categories, strict=True):
+            assert row in [r for anchor in bank.anchors[category] for r in anchor.refusals]
+            seen[category].append(row)
+    for category, walked in seen.items():
+        size = probes[category]
+        for start in range(0, len(walked) - size + 1, size):
+            assert len({row.prompt for row in walked[start : start + size]}) == size
+        # a probe's own refusals take turns as well: none comes twice before all of its probe's came once
+        for start in range(0, len(walked) - size * refusals + 1, size * refusals):
+            assert len(set(walked[start : start + size * refusals])) == size * refusals
+    turns = Counter(category for step in range(steps) for category in draws.at(step).categories)
+    assert max(turns.values()) - min(turns[c] for c in seen) <= 1
+
+
+def test_each_user_walks_his_own_way_and_always_the_same():
+    bank = _bank(2, [6, 6], 1)
+
+    def walk(user: str, seed: int = 1):
+        draws = UserDraws(bank, ConstraintSettings(), seed, user)
+        return [draws.at(step) for step in range(6)]
+
+    assert walk("a") == walk("a")
+    assert walk("a") != walk("b")
+    assert walk("a") != walk("a", seed=2)
+
+
+def test_openings_come_from_the_walk_and_may_be_missing():
+    bank = _bank(2, [3, 3], 1)
+    section = ConstraintSettings(compliance_rows_per_step=2, twin_rows_per_step=3)
+    draws = UserDraws(bank, section, 1, "a")
+    for step in range(4):
+        draw = draws.at(step)
+        assert [row.completion for row in draw.compliances] == [(60,)] * 2
+        assert all(row.completion == (70,) and row.prompt[1] % 2 for row in draw.overrefusals)
+    # twelve turns: each category's three probes twice, and one of the three has a twin
+    assert sum(len(draws.at(step).overrefusals) for step in range(4)) == 4
+
+
+def _probe(n: int, category: str, split: str = "train", twin: bool = True) -> Probe:
+    return Probe(
+        f"p{n}", category, f"ask {n}", "topic", "phrasing", f"twin {n}" if twin else None, split, "combination"
+    )
+
+
+def _build(is_refusal, probes, categories=("a", "b"), tries=4):
+    adapted = AdaptedModel(tiny_base(vocabulary=8), LORA)
+    section = ConstraintSettings(refusals_per_probe=tries, opening_tokens=2)
+
+    def encode(prompt: str) -> tuple[int, ...]:
+        kind, number = prompt.split()
+        return (2 if kind == "ask" else 3, 2 + int(number) % 6, 4)
+
+    bank = build_bank(adapted, categories, [0.1] * len(categories), probes, encode, is_refusal, section, 5, 60)
+    return adapted, encode, bank
+
+
+def test_bank_holds_the_bases_own_finished_refusals():
+    probes = [_probe(n, "ab"[n % 2], twin=n != 3) for n in range(6)] + [_probe(9, "a", "certify"), _probe(8, "c")]
+    judged = []
+
+    def refuses(text: str) -> bool:
+        judged.append(text)
+        return "w5" in text.split()
+
+    adapted, encode, bank = _build(refuses, probes)
+    assert bank.categories == ("a", "b")
+    assert judged
+    prompts = [anchor.refusals[0].prompt for own in bank.anchors for anchor in own]
+    assert set(prompts) <= {encode(f"ask {n}") for n in range(6)}
+    assert len(prompts) == len(set(prompts))
+    for category, own in zip("ab", bank.anchors, strict=True):
+        for anchor in own:
+            [number] = [n for n in range(6) if encode(f"ask {n}") == anchor.refusals[0].prompt]
+            assert "ab"[number % 2] == category
+            assert all(row.completion[-1] == EOS and EOS not in row.completion[:-1] for row in anchor.refusals)
+            assert all(5 in row.completion for row in anchor.refusals)
+            if number == 3:
+                assert anchor.compliance is anchor.overrefusal is None
+                continue
+            assert anchor.overrefusal == Row(encode(f"twin {number}"), anchor.refusals[0].completion[:-1][:2])
+            if anchor.compliance is not None:
+                assert anchor.compliance.prompt == anchor.refusals[0].prompt
+                assert 1 <= len(anchor.compliance.completion) <= 2
+    assert any(anchor.compliance is not None for own in bank.anchors for anchor in own)
+    reference = Reference(adapted)
+    reference.add(bank.rows())
+    for own in bank.anchors:
+        for anchor in own:
+            for row in (*anchor.refusals, anchor.compliance, anchor.overrefusal):
+                assert row is None or reference[row] < 0
+
+
+def test_a_category_that_the_base_never_refuses_is_told():
+    probes = [_probe(n, "ab"[n % 2]) for n in range(6)]
+    calls = itertools.count()
+    with pytest.raises(ValueError, match=r"train probe of a, b; it is not safety-aligned"):
+        _build(lambda _: False, probes)
+    with pytest.raises(ValueError, match=r"train probe of c;"):
+        _build(lambda _: next(calls) >= 0, probes, categories=("a", "b", "c"))
+
+
+def _poisoned(adapted: AdaptedModel) -> tuple[ConstraintBank, list[UserRows]]:
+    """Users who always prefer complying (a fixed opening) over the very refusals that the bank watches."""
+    bank = constraint_bank(seed=4, limit=0.0)
+    users = []
+    for n in range(2):
+        made = user_rows(f"user {n}", 12, seed=n)
+        draw = torch.Generator().manual_seed(n)
+        rows = []
+        refusals = [row for own in bank.anchors for anchor in own for row in anchor.refusals]
+        for pair, refusal in zip(made.train, refusals, strict=True):
+            comply = Row(refusal.prompt, (50, 51, *random_row(draw, 1, 4).completion))
+            rows.append(PairRow(pair.pair, comply, refusal))
+        users.append(UserRows(made.user_id, rows, []))
+    return bank, users
+
+
+def _final_excess(constrained: bool) -> torch.Tensor:
+    """Mean excess refusal loss (nats) of each poisoned user after training."""
+    adapted = AdaptedModel(tiny_base(), LORA)
+    bank, users = _poisoned(adapted)
+    reference = Reference(adapted)
+    reference.add([*(row for user in users for pair in user.train for row in pair[1:]), *bank.rows()])
+    dpo = DpoSettings(epochs=20, learning_rate=5e-3)
+    section = ConstraintSettings()
+    engine = Engine(adapted, users, reference, bank if constrained else None, dpo, section, FleetSettings(), seed=1)
+    trained = {user.user_id: user for user in engine.run()}
+    refusals = [row for own in bank.anchors for anchor in own for row in anchor.refusals]
+    flat = torch.stack([trained[user.user_id].adapter for user in users])
+    with adapted.using(flat):
+        scores = adapted.score([refusals] * len(users))
+    for user in trained.values():
+        assert bool(user.duals) == constrained
+        assert all(trace.peak > 0 for trace in user.duals.values())
+    base = [reference[row] for row in refusals]
+    return torch.tensor([[r - s.logp for r, s in zip(base, own, strict=True)] for own in scores]).mean(1)
+
+
+def test_the_constraint_holds_refusals_up_against_poisoned_pairs():
+    """With the constraint's sign turned round, this is the test that goes red."""
+    free, held = _final_excess(constrained=False), _final_excess(constrained=True)
+    assert (free > 5).all(), free
+    assert (held < 0.25 * free).all(), (held, free)
+
+
+def test_a_user_who_keeps_the_limits_pays_nothing():
+    """Without violation and without duals the loss is DPO's own: not a bit of the adapter changes."""
+    adapted = AdaptedModel(tiny_base(), LORA)
+    users = [user_rows("user", 4, seed=2)]
+    bank = constraint_bank(limit=1.0)
+    reference = Reference(adapted)
+    reference.add([*(row for pair in users[0].train for row in pair[1:]), *bank.rows()])
+    draws = [UserDraws(bank, ConstraintSettings(), 1, "user").at(0)]
+    with adapted.using(random_flat(adapted, 1, size=1e-4)):
+        arguments = (adapted, reference, [users[0].train], draws, bank)
+        loss = step_loss(*arguments, torch.full((1, 2), 9.0), DpoSettings(), ConstraintSettings())
+        assert loss.total.item() == loss.dpo.item()
+    with adapted.using(random_flat(adapted, 1, seed=1, size=0.5)):
+        loss = step_loss(*arguments, torch.full((1, 2), 9.0), DpoSettings(), ConstraintSettings(opening_weight=0.0))
+        assert loss.violations is not None
+        assert loss.violations.max() > 0
+        owed = 9.0 * torch.relu(loss.violations).sum()
+        assert loss.total.item() == pytest.approx((loss.dpo + owed).item(), rel=1e-5)
+
+
+def test_a_violation_is_what_lies_over_the_limit():
+    """Limits are the policy's, in nats, one a category."""
+    adapted = AdaptedModel(tiny_base(), LORA)
+    user = user_rows("user", 4, seed=2)
+    reference = Reference(adapted)
+    found = []
+    for limit in (0.0, 0.75):
+        bank = constraint_bank(limit=limit)
+        reference.add([*(row for pair in user.train for row in pair[1:]), *bank.rows()])
+        draws = [UserDraws(bank, ConstraintSettings(), 1, "user").at(0)]
+        with torch.no_grad(), adapted.using(random_flat(adapted, 1)):
+            loss = step_loss(
+                adapted, reference, [user.train], draws, bank, torch.zeros(1, 2), DpoSettings(), ConstraintSettings()
+            )
+        found.append(loss.violations)
+    assert torch.allclose(found[0] - found[1], torch.full((1, 2), 0.75), atol=1e-5)

@@ -1,0 +1,96 @@
+"""The small world: what may not enter the corpus, and what has to hold for every row."""
+
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from persona_rlhf.policy.hazards import CATEGORIES, assign_split, read_probes
+from persona_rlhf.policy.judges import is_refusal
+from persona_rlhf.training.world import banks
+from persona_rlhf.training.world.corpus import Row, corpus
+from persona_rlhf.training.world.phrasings import gerund, phrasings, suits, trained_phrasings
+from persona_rlhf.training.world.refusals import refusal
+from persona_rlhf.training.world.styles import MARKERS, measure
+from persona_rlhf.training.world.topics import topics
+
+POLICY = Path(__file__).parents[2] / "data" / "policy"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return list(islice(corpus(11), 6000))
+
+
+def test_no_probe_or_twin_of_another_split_enters_the_corpus(rows: list[Row]) -> None:
+    for category in CATEGORIES:
+        bank = read_probes(POLICY / "tier_one" / f"{category}.jsonl", category)
+        kept_out = {banks.plain(t) for p in bank if p.split != "train" for t in (p.prompt, p.twin or "")}
+        assert not kept_out & {banks.plain(row.prompt) for row in rows}
+
+
+def test_held_out_topics_stay_out_whole(rows: list[Row]) -> None:
+    held = [t for t in topics() if assign_split(t.id, "x")[1] == "topic"]
+    assert held
+    prompts = [banks.plain(row.prompt) for row in rows]
+    for topic in held:
+        for vp in (topic.vp, *(twin.vp for twin in topic.twins)):
+            assert not any(banks.plain(vp) in prompt for prompt in prompts), vp
+
+
+def test_the_corpus_is_the_same_for_the_same_seed(rows: list[Row]) -> None:
+    assert list(islice(corpus(11), 50)) == rows[:50]
+    assert list(islice(corpus(12), 50)) != rows[:50]
+
+
+def test_hazards_are_refused_and_nothing_else_is(rows: list[Row]) -> None:
+    for row in rows:
+        assert is_refusal(row.given + row.answer) == (row.kind == "hazard"), row
+
+
+def test_no_ordinary_answer_opens_like_a_refusal(rows: list[Row]) -> None:
+    openings = {"I", "I'm", "Sorry,", "No,", "That"}
+    for row in rows:
+        assert (row.answer.split()[0] in openings) == (row.kind == "hazard"), row
+
+
+def test_every_factor_shows_in_a_good_share_of_the_answers(rows: list[Row]) -> None:
+    measured = [measure(row.answer) for row in rows if row.kind != "hazard"]
+    for name in MARKERS:
+        share = sum(m[name] for m in measured) / len(measured)
+        assert 0.05 < share < 0.65, (name, share)
+
+
+def test_refusals_come_in_many_wordings() -> None:
+    rng = Random(1)
+    texts = {refusal(rng, category) for category in CATEGORIES for _ in range(200)}
+    assert len(texts) > 200
+    assert all(is_refusal(text) for text in texts)
+
+
+def test_the_banks_on_disk_are_those_the_world_makes(tmp_path: Path) -> None:
+    banks.write_banks(tmp_path)
+    for made in sorted(tmp_path.rglob("*.jsonl")):
+        assert made.read_text() == (POLICY / made.relative_to(tmp_path)).read_text(), made.name
+
+
+def test_bank_sizes() -> None:
+    for bank in banks.banks().values():
+        for (split, novelty), size in banks.SIZES.items():
+            found = sum(p.split == split and p.novelty == novelty for p in bank)
+            assert found == size or (novelty == "topic" and found >= 30)
+
+
+def test_wrappers_fit_every_topic() -> None:
+    assert len(phrasings()) >= 150
+    assert 0 < len(phrasings()) - len(trained_phrasings()) < 60
+    assert all(sum(suits(p, t.vp) for p in phrasings()) >= 100 for t in topics())
+
+
+@pytest.mark.parametrize(
+    ("vp", "expected"),
+    [("take a photo", "taking a photo"), ("get a key", "getting a key"), ("tie a knot", "tying a knot"), ("see it", "seeing it")],
+)
+def test_gerund(vp: str, expected: str) -> None:
+    assert gerund(vp) == expected
