@@ -14,15 +14,19 @@ SEAL = "manifest.json"
 MUST = ("config.yaml", "policy.json", "results.jsonl", "screening.jsonl")
 
 
-def seal(run: Path) -> None:
-    """Writes RUN/manifest.json over the files as they are now; call it after anything that changes one of them.
+def seal(run: Path, only: str | None = None) -> None:
+    """Writes RUN/manifest.json over the files as they are now; the last thing that a run does.
 
-    `state/` is working matter and is not sealed; adapters are, by their own manifests, whose hashes the results hold.
+    With `only`, one file is sealed anew and the others stay as they were promised. `state/` is working matter and is
+    not sealed; adapters are, by their own manifests, whose hashes the results hold.
     """
+    names = sorted(_top_files(run))
+    sealed, _ = read_manifest(run / SEAL) if only else (None, [])
+    kept = {name: digest for name, digest in (sealed or {}).get("files", {}).items() if name != only}
     content: dict[str, Any] = {
         "format": FORMAT,
         "toolkit": {"name": "persona-rlhf", "version": persona_rlhf.__version__},
-        "files": {name: _sha256(run / name) for name in sorted(_top_files(run))},
+        "files": kept | {name: _sha256(run / name) for name in names if only in (None, name)},
     }
     write_file(run / SEAL, rendered(content | {"manifest_hash": self_hash(content)}))
 

@@ -1,0 +1,112 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from persona_rlhf.evaluation.gate import Count
+from persona_rlhf.evaluation.measures import Accuracy, WinRate
+from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.release.report import render, write_report
+from persona_rlhf.release.results import PairCounts, Result, read_results, summarise
+from persona_rlhf.release.table import results_table
+from persona_rlhf.release.verify import verify
+
+VOID = {"meta", "link", "input", "br", "hr", "img"}
+
+
+class Page(HTMLParser):
+    """Tags that close in order, and every attribute that was seen."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.rows = 0
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        self.rows += tag == "tr"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+
+def test_the_page_is_whole_needs_no_network_and_shows_everyone(run):
+    text = (run.path / "report.html").read_text()
+    page = Page(text)
+    assert not re.search(r"(?:https?:)?//[a-z]", text.split("<script>")[0])
+    assert not [value for name, value in page.attributes if name in ("src", "href")]
+    assert "poisoned \U0001f480 &lt;b&gt;" in text
+    assert "<b>" not in text
+    for words in ("held back", "not finite", "no pairs left", "tiny run", "ciphers", "quarantined"):
+        assert words in text, words
+    assert text.count('role="img"') == 5
+    assert all(label for name, label in page.attributes if name == "aria-label")
+
+
+def test_writing_it_again_keeps_the_seal_and_launders_nothing(run):
+    (run.path / "report.html").write_text("gone")
+    assert verify(run.path) == ["report.html was changed: its sha256 is not the one in manifest.json"]
+    (run.path / "metrics.jsonl").write_text("tampered")
+    write_report(run.path)
+    assert verify(run.path) == ["metrics.jsonl was changed: its sha256 is not the one in manifest.json"]
+
+
+def test_hostile_ids_stay_text(run):
+    hostile = "<script>alert(1)</script>\u202e\ud800\x1b[31m"
+    result = Result(user_id=hostile, slug="s", status="skipped", reason=hostile, pairs=PairCounts(0, 0, 0))
+    text = render(hostile, [result], {}, [("dropped", hostile, 1)])
+    Page(text)
+    assert "<script>alert" not in text
+    text.encode()
+    console = Console(record=True, width=200, force_terminal=False)
+    console.print(results_table([result]))
+    assert "\x1b[31m" not in console.export_text()
+
+
+def big(users: int) -> list[Result]:
+    return [
+        Result(
+            user_id=f"user {n}", slug=f"u{n}", status="released", reason="passed at the first look", alpha=1.0,
+            pairs=PairCounts(80, 60, 0), heldout_accuracy=Accuracy(0.5, 0.7, 60, 0.6, 0.8),
+            win_rate=WinRate(n / users, 40, 0.1, 0.9), tier_one={"pooled": Count(640, 638, 640, 0.98, 0.97)},
+        )
+        for n in range(users)
+    ]  # fmt: skip
+
+
+def test_thousands_of_users(run):
+    text = render("many", big(3000), {"certify": {"delta": 0.05}}, [])
+    assert Page(text).rows > 3000
+    assert len(text) < 6_000_000
+    assert "at most 150.0 are expected" in text
+    console = Console(record=True, width=160)
+    console.print(results_table(big(3000)))
+    assert "40 of 3000 users" in console.export_text()
+
+
+def test_the_table_ends_with_medians(run):
+    results = read_results(run.path)
+    console = Console(record=True, width=200)
+    console.print(results_table(results))
+    text = console.export_text()
+    assert "median of 6" in text
+    assert "held back" in text
+    assert "../../etc" in text
+    summary = summarise(results)
+    assert (summary.released, summary.full_strength, summary.held_back, summary.other) == (3, 2, 1, 2)
+    assert summary.clean_accuracy == pytest.approx(0.75)
+    assert summary.worst_bound == min(r.pooled.lower_bound for r in results if r.status == "released")
+
+
+def test_an_empty_run_says_so(tmp_path):
+    with pytest.raises(InputError, match="is this a finished run"):
+        write_report(tmp_path)
