@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.training.batch import collate
@@ -150,11 +151,9 @@ def test_every_target_that_names_nothing_is_told_at_once():
 
 
 def test_a_model_without_linear_layers_is_an_input_error():
-    class Odd(nn.Module):
-        name_or_path = "odd/model"
-
+    class Odd(PreTrainedModel):
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__(PreTrainedConfig(name_or_path="odd/model"))
             self.mix = nn.Conv1d(2, 2, 1)
 
         def get_output_embeddings(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
@@ -12,7 +12,7 @@ from persona_rlhf.inputs.problems import InputError, Problem
 
 KeyPath = tuple[str | int, ...]
 Scalar = str | int | float | bool | None
-Tree = Scalar | list["Tree"] | dict[str, "Tree"]
+Tree = Scalar | list[Any] | dict[str, Any]
 
 _MAX_DEPTH = 32
 _MAX_BYTES = 4 << 20

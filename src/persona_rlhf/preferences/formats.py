@@ -7,8 +7,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from persona_rlhf.inputs.bundled import find, is_hub_id
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
@@ -74,8 +75,8 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return row
 
 
-def _bytes_of(path: Path) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(path)) if path.suffix.casefold() == ".gz" else path.open("rb")
+def _bytes_of(path: Path) -> gzip.GzipFile | BufferedReader:
+    return gzip.open(path) if path.suffix.casefold() == ".gz" else path.open("rb")
 
 
 def _json_lines(path: Path) -> Iterator[RawRow | Problem]:
