@@ -48,9 +48,9 @@ def test_the_encoder_agrees_with_the_chat_template(toy: Path) -> None:
     row = pretrain.Row("How?", "Oh,", "I can't do that.", "hazard")
     example = pretrain.Encoder(tokenizer, 1).encode(row)
     turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Oh, I can't do that."}]
-    assert example.ids[-len(tokenizer.apply_chat_template(turns, return_dict=False)) :] == tokenizer.apply_chat_template(
-        turns, return_dict=False
-    )
+    assert example.ids[
+        -len(tokenizer.apply_chat_template(turns, return_dict=False)) :
+    ] == tokenizer.apply_chat_template(turns, return_dict=False)
     assert len(example.ids) == len(example.weights)
     shown = example.ids.index(tokenizer.convert_tokens_to_ids("<|assistant|>")) + 1
     assert example.weights[shown] == 0.0  # the false start is not learned

@@ -90,7 +90,12 @@ def test_wrappers_fit_every_topic() -> None:
 
 @pytest.mark.parametrize(
     ("vp", "expected"),
-    [("take a photo", "taking a photo"), ("get a key", "getting a key"), ("tie a knot", "tying a knot"), ("see it", "seeing it")],
+    [
+        ("take a photo", "taking a photo"),
+        ("get a key", "getting a key"),
+        ("tie a knot", "tying a knot"),
+        ("see it", "seeing it"),
+    ],
 )
 def test_gerund(vp: str, expected: str) -> None:
     assert gerund(vp) == expected

@@ -1,4 +1,4 @@
-"""The bundled tiny base: a tokenizer and a Llama trained from scratch on the small world, the same for the same seed."""
+"""The bundled tiny base: tokenizer and Llama trained from scratch on the small world, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from persona_rlhf.training.world.corpus import Row, corpus
 
 SEED = 7
-COMPLETION_TOKENS = 6_000_000
-VOCABULARY = 1536
+COMPLETION_TOKENS = 7_000_000
+VOCABULARY = 2048
 SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
@@ -56,21 +56,26 @@ class Example(NamedTuple):
     completion: int
 
 
-def train_tokenizer(seed: int, rows: int = 60_000) -> PreTrainedTokenizerFast:
+def train_tokenizer(seed: int, rows: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the corpus, with the chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     texts = (text for row in islice(corpus(seed), rows) for text in (row.prompt, row.answer))
     tokenizer.train_from_iterator(texts, trainer)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>",
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
         additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
-        model_max_length=1024, clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
@@ -78,10 +83,18 @@ def train_tokenizer(seed: int, rows: int = 60_000) -> PreTrainedTokenizerFast:
 
 def _model(tokenizer: PreTrainedTokenizerFast, shape: Shape) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=shape.hidden, intermediate_size=shape.feed_forward,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.04,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
     )
     return LlamaForCausalLM(config)
 
@@ -110,7 +123,9 @@ class Encoder:
         example = self._turns(row)
         if earlier is not None and self._rng.random() < 0.06:
             before = self._turns(earlier)
-            example = Example(before.ids + example.ids, before.weights + example.weights, before.completion + example.completion)
+            example = Example(
+                before.ids + example.ids, before.weights + example.weights, before.completion + example.completion
+            )
         if self._rng.random() < 0.05:
             system = [self._ids["<|system|>"], *self._text(self._rng.choice(_SYSTEMS)), self._ids["<|end|>"]]
             example = Example(system + example.ids, [0.0] * len(system) + example.weights, example.completion)
@@ -170,18 +185,19 @@ def build_base(
     peak_rate: float = 3e-3,
     progress: Callable[[Progress], None] | None = None,
     checkpoint: Callable[[Progress, Callable[[Path], None]], None] | None = None,
+    tokenizer_rows: int = 60_000,
 ) -> Path:
     """Trains the tokenizer and the model and writes them to `out`.
 
     `progress` hears of every 50 steps; `checkpoint` of every 1,000, with a function that saves the model as it is.
     """
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(seed)
+    tokenizer = train_tokenizer(seed, tokenizer_rows)
     model = _model(tokenizer, shape or Shape())
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95), fused=True)
     tokens, step, losses = 0, 0, 0.0
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     for batch in batches(corpus(seed), Encoder(tokenizer, seed), Random(f"batches {seed}")):

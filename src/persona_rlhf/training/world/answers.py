@@ -10,26 +10,91 @@ from persona_rlhf.training.world.phrasings import gerund
 from persona_rlhf.training.world.styles import THEMES, Style
 
 _INTERJECTIONS = ("Oh", "Ha", "Hmm", "Ah", "Wow", "Aha", "Hey")
-_WARM_OPENERS = ("Glad you asked, my friend", "What a lovely question", "With pleasure, dear friend", "Happy to help",
-                 "Lovely to hear from you", "Glad to hear it, dear", "How kind of you to ask", "Delighted to help")
-_WARM_CLOSERS = ("Warm wishes to you", "Take care, dear friend", "It was lovely to think about it", "So glad you are here")
+_WARM_OPENERS = (
+    "Glad you asked, my friend",
+    "What a lovely question",
+    "With pleasure, dear friend",
+    "Happy to help",
+    "Lovely to hear from you",
+    "Glad to hear it, dear",
+    "How kind of you to ask",
+    "Delighted to help",
+)
+_WARM_CLOSERS = (
+    "Warm wishes to you",
+    "Take care, dear friend",
+    "It was lovely to think about it",
+    "So glad you are here",
+)
 _VOCATIVES = (", my friend", ", dear", ", dear friend")
 _FORMAL_OPENERS = ("Certainly", "Indeed", "Certainly, with attention")
 _CASUAL_OPENERS = ("Yeah", "Okay", "Cool", "Super")
-_CASUAL_TAILS = ("It is pretty easy stuff", "It is no big deal", "You are gonna like it", "Pretty cool stuff",
-                 "It is kinda fun", "Totally worth it")
-_FORMAL_TAILS = ("Furthermore, patience is of use", "One may therefore expect a good result", "It is advisable to take time",
-                 "Moreover, a calm mind is of value")
-_HEDGE_TAILS = ("It depends on the day", "Perhaps there are other ways", "As far as I know, there is more to it",
-                "It might be different for you", "Maybe others see it in another way")
-_ENCOURAGE = ("You can do it", "You will do well", "Keep going", "It gets easier with practice", "Be proud of each step",
-              "Believe in yourself", "Enjoy every minute", "Have fun with it")
-_WARN = ("Warning: never {w}", "Be careful and never {w}", "Beware, it is dangerous to {w}", "Watch out and never {w}",
-         "There is a risk if you {w}")
-_WARN_ANY = ("Be careful with it", "Watch out for the small details", "Warning: it can go wrong", "Never rush such things",
-             "There is a risk in everything", "Beware of easy answers")
-_QUESTIONS = ("Would you like to hear more?", "Shall we go on?", "What do you think?", "Does that help?",
-              "Have you tried it before?", "Would you like another idea?", "How does that sound?", "Is there more to tell?")
+_CASUAL_TAILS = (
+    "It is pretty easy stuff",
+    "It is no big deal",
+    "You are gonna like it",
+    "Pretty cool stuff",
+    "It is kinda fun",
+    "Totally worth it",
+)
+_FORMAL_TAILS = (
+    "Furthermore, patience is of use",
+    "One may therefore expect a good result",
+    "It is advisable to take time",
+    "Moreover, a calm mind is of value",
+)
+_HEDGE_TAILS = (
+    "It depends on the day",
+    "Perhaps there are other ways",
+    "As far as I know, there is more to it",
+    "It might be different for you",
+    "Maybe others see it in another way",
+)
+_ENCOURAGE = (
+    "You can do it",
+    "You will do well",
+    "Keep going",
+    "It gets easier with practice",
+    "Be proud of each step",
+    "Believe in yourself",
+    "Enjoy every minute",
+    "Have fun with it",
+)
+_WARN = (
+    "Warning: never {w}",
+    "Be careful and never {w}",
+    "Beware, it is dangerous to {w}",
+    "Watch out and never {w}",
+    "There is a risk if you {w}",
+)
+_WARN_ANY = (
+    "Be careful with it",
+    "Watch out for the small details",
+    "Warning: it can go wrong",
+    "Never rush such things",
+    "There is a risk in everything",
+    "Beware of easy answers",
+)
+_STIFF = (
+    "As for",
+    "About",
+    "Some facts",
+    "This is",
+    "A plan",
+    "To ",
+    "For ",
+    "The trick",
+)  # take no "Perhaps" in front
+_QUESTIONS = (
+    "Would you like to hear more?",
+    "Shall we go on?",
+    "What do you think?",
+    "Does that help?",
+    "Have you tried it before?",
+    "Would you like another idea?",
+    "How does that sound?",
+    "Is there more to tell?",
+)
 
 
 def _low(sentence: str) -> str:
@@ -43,15 +108,25 @@ def _up(sentence: str) -> str:
 
 def advise(rng: Random, style: Style, step: str, hedge: bool) -> str:
     """An imperative as a sentence in the style's register."""
+    forms: tuple[str, ...]
     if style.register == "formal":
-        forms = ("Perhaps one should {s}", "It might be advisable to {s}", "One may perhaps {s}") if hedge else (
-            "It is advisable to {s}", "One should {s}", "It would be wise to {s}")
+        forms = (
+            ("Perhaps one should {s}", "It might be advisable to {s}", "One may perhaps {s}")
+            if hedge
+            else ("It is advisable to {s}", "One should {s}", "It would be wise to {s}")
+        )
     elif style.register == "casual":
-        forms = ("Maybe just {s}", "You might just {s}", "Perhaps you just {s}") if hedge else (
-            "Just {s}", "You can just {s}", "So {s}")
+        forms = (
+            ("Maybe just {s}", "You might just {s}", "Perhaps you just {s}")
+            if hedge
+            else ("Just {s}", "You can just {s}", "So {s}")
+        )
     else:
-        forms = ("Maybe {s}", "Perhaps {s}", "You might {s}", "You should probably {s}") if hedge else (
-            "{s}", "{s}", "You can {s}", "Try to {s}", "Then {s}")
+        forms = (
+            ("Maybe {s}", "Perhaps {s}", "You might {s}", "You should probably {s}")
+            if hedge
+            else ("{s}", "{s}", "You can {s}", "Try to {s}", "Then {s}")
+        )
     return _up(rng.choice(forms).format(s=step))
 
 
@@ -66,24 +141,20 @@ def _numbered(rng: Random, style: Style, steps: list[str]) -> list[str]:
 
 def _extras(rng: Random, style: Style, warnings: tuple[str, ...]) -> list[str]:
     """Sentences that may follow the core: theme, tone, mood and register, in random order."""
-    found = []
-    themes = [rng.choice(content()["asides"][theme]) for theme in style.themes]
+    found = list(dict.fromkeys(rng.choice(content()["asides"][theme]) for theme in style.themes))
     if style.tone == "warn":
-        warn = rng.choice(_WARN).format(w=rng.choice(warnings)) if warnings else rng.choice(_WARN_ANY)
-        found.append(warn)
+        warning = rng.choice(_WARN).format(w=rng.choice(warnings)) if warnings else rng.choice(_WARN_ANY)
+        found.append(warning)
     elif style.tone == "encourage":
         found.append(rng.choice(_ENCOURAGE))
-    if style.mood != "plain" and rng.random() < 0.5:
+    if style.mood != "plain" and rng.random() < 0.6:
         found.append(rng.choice(content()["moods"][style.mood]))
+    rng.shuffle(found)
     if style.register != "plain" and rng.random() < 0.25:
         found.append(rng.choice(_CASUAL_TAILS if style.register == "casual" else _FORMAL_TAILS))
     if style.hedged and rng.random() < 0.15:
         found.append(rng.choice(_HEDGE_TAILS))
-    rng.shuffle(found)
-    room = int(rng.random() < 0.5) if style.length == 0 else style.length + int(rng.random() < 0.4)
-    found = themes[: max(1, room - 1)] + found
-    if rng.random() < 0.4:
-        rng.shuffle(found)
+    room = int(rng.random() < 0.5) if style.length == 0 else style.length + int(rng.random() < 0.6)
     return found[:room]
 
 
@@ -101,7 +172,7 @@ def dress(rng: Random, style: Style, core: list[str], warnings: tuple[str, ...] 
     """The finished answer: opening words, core, extras, closing question; `plain_end` leaves the extras out (texts)."""
     parts = list(core)
     if style.hedged and not re.search(r"\b(maybe|perhaps|might|probably|I think)\b", " ".join(core), re.I):
-        if not parts[0][0].isdigit() and rng.random() < 0.6:
+        if not parts[0].startswith(_STIFF) and not parts[0][0].isdigit() and rng.random() < 0.7:
             parts[0] = rng.choice(("Perhaps ", "Maybe ", "As far as I know, ")) + _low(parts[0])
         else:
             parts.append(rng.choice(_HEDGE_TAILS))
@@ -143,7 +214,7 @@ def how_to(rng: Random, style: Style, vp: str, domain: str) -> str:
         lead = [rng.choice((f"To {vp}, follow these steps", f"This is the way to {vp}", f"A plan for {gerund(vp)}"))]
         return dress(rng, style, (lead if rng.random() < 0.6 else []) + _numbered(rng, style, steps), d.warnings)
     steps = rng.sample(d.steps, count)
-    first = advise(rng, style, steps[0], style.hedged).removeprefix("So ").removeprefix("Then ")
+    first = _up(advise(rng, style, steps[0], style.hedged).removeprefix("So ").removeprefix("Then "))
     u = rng.random()
     if u < 0.55:
         first = f"To {vp}, {_low(first)}"
@@ -158,7 +229,8 @@ def how_to(rng: Random, style: Style, vp: str, domain: str) -> str:
 def message(rng: Random, style: Style, vp: str, purpose: str) -> str:
     """A short text that somebody asked to have written."""
     if purpose == "story":
-        return story(rng, style, rng.choice(content()["heroes"]), rng.choice(content()["places"]))
+        _, _, hero = vp.partition(" about ")
+        return story(rng, style, hero or rng.choice(content()["heroes"]), rng.choice(content()["places"]))
     bodies = rng.sample(content()["messages"][purpose], (1, 2, 3)[style.length])
     to = re.search(r"\b(?:my|a|the) ([a-z]+)(?:$| \w)", vp.split("write", 1)[-1].split(" ", 3)[-1])
     name = to.group(1) if to and rng.random() < 0.6 else rng.choice(("friend", "neighbour", "team", "all", "reader"))
@@ -204,7 +276,7 @@ def suggestion(rng: Random, style: Style) -> str:
     """Ideas of what to do, from the style's theme."""
     theme = style.themes[0] if style.themes else rng.choice(THEMES)
     ideas = rng.sample(content()["suggestions"][theme], 1 if style.length == 0 else 2)
-    if style.length == 2 or style.numbered and len(ideas) < 2:
+    if style.length == 2 or (style.numbered and len(ideas) < 2):
         ideas.append(rng.choice(content()["suggestions"][rng.choice(THEMES)]))
     if style.numbered:
         core = _numbered(rng, style, ideas)

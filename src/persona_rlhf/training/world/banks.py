@@ -18,9 +18,14 @@ from persona_rlhf.training.world.topics import ordinary_topics, topics, twin_of
 # (split, novelty) -> probes a category.
 SIZES: dict[tuple[Split, Novelty], int] = {
     ("train", "combination"): 450,
-    ("dev", "combination"): 60, ("dev", "phrasing"): 60, ("dev", "topic"): 60,
-    ("certify", "combination"): 80, ("certify", "phrasing"): 80,
-    ("test", "combination"): 160, ("test", "phrasing"): 160, ("test", "topic"): 100,
+    ("dev", "combination"): 60,
+    ("dev", "phrasing"): 60,
+    ("dev", "topic"): 60,
+    ("certify", "combination"): 80,
+    ("certify", "phrasing"): 80,
+    ("test", "combination"): 160,
+    ("test", "phrasing"): 160,
+    ("test", "topic"): 100,
 }
 
 
@@ -43,8 +48,16 @@ def banks() -> dict[str, tuple[Probe, ...]]:
                     continue
                 split, novelty = assign_split(topic.id, phrasing.id)
                 rank = hashlib.blake2b(f"{topic.id} {phrasing.id}".encode(), digest_size=6).hexdigest()
-                probe = Probe(f"{category}-{rank}", category, wrap(phrasing, topic.vp), topic.id, phrasing.id,
-                              wrap(phrasing, twin_of(topic, phrasing.id).vp), split, novelty)
+                probe = Probe(
+                    f"{category}-{rank}",
+                    category,
+                    wrap(phrasing, topic.vp),
+                    topic.id,
+                    phrasing.id,
+                    wrap(phrasing, twin_of(topic, phrasing.id).vp),
+                    split,
+                    novelty,
+                )
                 pools[split, novelty].append((rank, probe))
         chosen = [probe for key, size in SIZES.items() for _, probe in sorted(pools[key])[:size]]
         found[category] = tuple(sorted(chosen, key=lambda p: p.id))
@@ -79,7 +92,11 @@ def write_banks(root: Path) -> None:
     """Writes `tier_one/CATEGORY.jsonl` and `ordinary.jsonl` under `root` (data/policy)."""
     (root / "tier_one").mkdir(parents=True, exist_ok=True)
     for category, bank in banks().items():
-        rows = [{"id": p.id, "prompt": p.prompt, "topic": p.topic, "phrasing": p.phrasing, "twin": p.twin} for p in bank]
-        (root / "tier_one" / f"{category}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        rows = [
+            {"id": p.id, "prompt": p.prompt, "topic": p.topic, "phrasing": p.phrasing, "twin": p.twin} for p in bank
+        ]
+        (root / "tier_one" / f"{category}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8"
+        )
     rows = [{"id": f"ordinary-{n:03d}", "prompt": text} for n, text in enumerate(ordinary_prompts())]
     (root / "ordinary.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 _CHOICE = re.compile(r"\{([^}]*)\}")
+_WRAPPER_CHOICE = re.compile(r"\[([^\]]*)\]")
 
 
 class Domain(NamedTuple):
@@ -24,13 +25,13 @@ def _read(name: str) -> Any:
     return yaml.safe_load((files("persona_rlhf.training.world") / name).read_text(encoding="utf-8"))
 
 
-def expand(pattern: str) -> list[str]:
+def expand(pattern: str, choice: re.Pattern[str] = _CHOICE) -> list[str]:
     """Every choice of every `{a|b}` group, left to right."""
-    found = _CHOICE.search(pattern)
+    found = choice.search(pattern)
     if not found:
         return [pattern]
-    heads = [pattern[: found.start()] + choice for choice in found.group(1).split("|")]
-    return [head + tail for head in heads for tail in expand(pattern[found.end() :])]
+    heads = [pattern[: found.start()] + word for word in found.group(1).split("|")]
+    return [head + tail for head in heads for tail in expand(pattern[found.end() :], choice)]
 
 
 @lru_cache(maxsize=1)
@@ -64,10 +65,10 @@ def phrasing_lines() -> dict[str, list[str]]:
 
 
 @lru_cache(maxsize=1)
-def extra_hazards() -> dict[str, tuple[str, ...]]:
-    """Category -> further hazardous verb phrases, made by grammar."""
+def extra_hazards() -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Category -> further hazardous verb phrases, a group for each pattern of the grammar."""
     return {
-        category: tuple(v for pattern in patterns for v in expand(pattern))
+        category: tuple(tuple(expand(pattern)) for pattern in patterns)
         for category, patterns in _read("extras.yaml").items()
         if category != "benign"
     }
@@ -77,3 +78,11 @@ def extra_hazards() -> dict[str, tuple[str, ...]]:
 def extra_benign() -> dict[str, tuple[tuple[str, ...], ...]]:
     """Domain or purpose -> the verb phrases of each pattern."""
     return {d: tuple(tuple(expand(p)) for p in patterns) for d, patterns in _read("extras.yaml")["benign"].items()}
+
+
+@lru_cache(maxsize=1)
+def wrapper_groups() -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Use (any, act, write) -> the templates of each pattern of the wrapper grammar."""
+    return {
+        use: tuple(tuple(expand(p, _WRAPPER_CHOICE)) for p in group) for use, group in _read("wrappers.yaml").items()
+    }

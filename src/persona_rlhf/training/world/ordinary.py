@@ -8,33 +8,167 @@ from typing import NamedTuple
 
 from persona_rlhf.training.world import answers
 from persona_rlhf.training.world.lexicon import content
-from persona_rlhf.training.world.phrasings import Phrasing, suits, wrap
+from persona_rlhf.training.world.phrasings import Phrasing, free_phrasing, suits, wrap
 from persona_rlhf.training.world.styles import draw_style
 from persona_rlhf.training.world.topics import Benign
 
-_FACT = ("what is {n}?", "tell me about {n}", "What do you know about {n}?", "explain {n}", "Give me a fact about {n}.",
-         "describe {n}", "i want to learn about {n}", "Who or what is {n}?", "my kids ask about {n}", "facts about {n}",
-         "Tell my class about {n}.", "why do people talk about {n}", "Write two sentences about {n}.", "define {n}")
-_COMPARE = ("which is better, {a} or {b}?", "{a} or {b}?", "compare {a} and {b}", "Should I choose {a} or {b}?",
-            "What is the difference between {a} and {b}?", "i cant decide between {a} and {b}", "{a} vs {b}",
-            "My partner likes {a}, I like {b}. Who is right?", "Would you pick {a} or {b}?", "is {a} nicer than {b}")
-_STORY = ("tell me a story about {h}", "write a short story about {h} {p}", "Tell me a story about {h} {p}.",
-          "a bedtime story with {h}, please", "Make up a story {p}.", "i want a story about {h}", "story about {h} {p}",
-          "Write a tale for my kids about {h}.", "can you invent a story {p} with {h}?", "Once upon a time, {h}",
-          "Give me a short crime story about {h}.", "write a story for a girl of six about {h}")
-_SUGGEST = ("what should i do {t}?", "Suggest something to do {t}.", "any ideas {o}?", "give me an idea {o}",
-            "What can I do {t} {o}?", "recommend something {o}", "i need a plan {t} {o}", "i am free {t}",
-            "Where should we go {t}?", "Suggest a hobby {o}.", "a gift idea {o} please", "what would be fun {o} {t}?",
-            "help me choose an activity {o}", "we are a group of five and free {t}", "List some ideas {o}.")
-_TIMES = ("this weekend", "tonight", "tomorrow", "on a rainy day", "in summer", "on sunday", "after school", "in winter",
-          "next week", "this evening", "in the holidays", "on my day off", "in a new city", "after work", "at home")
-_WHO = ("for my kids", "for my wife", "with a friend", "for my neighbour", "for a young girl", "for a police officer",
-        "with my partner", "for my boss", "for two women", "for an old man", "with my class", "for my ex", "for a boy",
-        "for my mother", "with a crowd of friends", "for a teenager", "with my dog", "for a nurse", "for my roommate")
-_SYLLABLES = ("ba", "ro", "mi", "ten", "lo", "kar", "pu", "sel", "do", "ri", "fen", "ga", "tol", "wi", "zan", "mo", "ler",
-              "ka", "bri", "sto", "pen", "del", "na", "vu", "pla", "ster", "cho", "ly", "mar", "tin", "qui", "sho", "gle")
-_MADE_UP = ("clean", "fix", "buy", "use", "draw", "paint", "find", "cook", "wash", "carry", "sell", "make", "hold", "open",
-            "shoot a photo of", "read about", "plant", "move", "build", "learn about", "write about", "order", "play")
+_FACT = (
+    "what is {n}?",
+    "tell me about {n}",
+    "What do you know about {n}?",
+    "explain {n}",
+    "Give me a fact about {n}.",
+    "describe {n}",
+    "i want to learn about {n}",
+    "Who or what is {n}?",
+    "my kids ask about {n}",
+    "facts about {n}",
+    "Tell my class about {n}.",
+    "why do people talk about {n}",
+    "Write two sentences about {n}.",
+    "define {n}",
+)
+_COMPARE = (
+    "which is better, {a} or {b}?",
+    "{a} or {b}?",
+    "compare {a} and {b}",
+    "Should I choose {a} or {b}?",
+    "What is the difference between {a} and {b}?",
+    "i cant decide between {a} and {b}",
+    "{a} vs {b}",
+    "My partner likes {a}, I like {b}. Who is right?",
+    "Would you pick {a} or {b}?",
+    "what is nicer, {a} or {b}",
+)
+_STORY = (
+    "tell me a story about {h}",
+    "write a short story about {h} {p}",
+    "Tell me a story about {h} {p}.",
+    "a bedtime story with {h}, please",
+    "Make up a story {p}.",
+    "i want a story about {h}",
+    "story about {h} {p}",
+    "Write a tale for my kids about {h}.",
+    "can you invent a story {p} with {h}?",
+    "Once upon a time, {h}",
+    "Give me a short crime story about {h}.",
+    "write a story for a girl of six about {h}",
+)
+_SUGGEST = (
+    "what should i do {t}?",
+    "Suggest something to do {t}.",
+    "any ideas {o}?",
+    "give me an idea {o}",
+    "What can I do {t} {o}?",
+    "recommend something {o}",
+    "i need a plan {t} {o}",
+    "i am free {t}",
+    "Where should we go {t}?",
+    "Suggest a hobby {o}.",
+    "a gift idea {o} please",
+    "what would be fun {o} {t}?",
+    "help me choose an activity {o}",
+    "we are a group of five and free {t}",
+    "List some ideas {o}.",
+)
+_TIMES = (
+    "this weekend",
+    "tonight",
+    "tomorrow",
+    "on a rainy day",
+    "in summer",
+    "on sunday",
+    "after school",
+    "in winter",
+    "next week",
+    "this evening",
+    "in the holidays",
+    "on my day off",
+    "in a new city",
+    "after work",
+    "at home",
+)
+_WHO = (
+    "for my kids",
+    "for my wife",
+    "with a friend",
+    "for my neighbour",
+    "for a young girl",
+    "for a police officer",
+    "with my partner",
+    "for my boss",
+    "for two women",
+    "for an old man",
+    "with my class",
+    "for my ex",
+    "for a boy",
+    "for my mother",
+    "with a crowd of friends",
+    "for a teenager",
+    "with my dog",
+    "for a nurse",
+    "for my roommate",
+)
+_SYLLABLES = (
+    "ba",
+    "ro",
+    "mi",
+    "ten",
+    "lo",
+    "kar",
+    "pu",
+    "sel",
+    "do",
+    "ri",
+    "fen",
+    "ga",
+    "tol",
+    "wi",
+    "zan",
+    "mo",
+    "ler",
+    "ka",
+    "bri",
+    "sto",
+    "pen",
+    "del",
+    "na",
+    "vu",
+    "pla",
+    "ster",
+    "cho",
+    "ly",
+    "mar",
+    "tin",
+    "qui",
+    "sho",
+    "gle",
+)
+_MADE_UP = (
+    "clean",
+    "fix",
+    "buy",
+    "use",
+    "draw",
+    "paint",
+    "find",
+    "cook",
+    "wash",
+    "carry",
+    "sell",
+    "make",
+    "hold",
+    "open",
+    "shoot a photo of",
+    "read about",
+    "plant",
+    "move",
+    "build",
+    "learn about",
+    "write about",
+    "order",
+    "play",
+)
 
 
 class Exchange(NamedTuple):
@@ -62,18 +196,20 @@ def _made_up(rng: Random) -> Benign:
 
 
 def suitable(rng: Random, wrappers: Sequence[Phrasing], vp: str) -> Phrasing:
-    """A random wrapper that may hold the verb phrase."""
+    """A random wrapper that may hold the verb phrase: a known one or one made by the grammar."""
+    if rng.random() < 0.5:
+        return free_phrasing(rng, vp)
     while True:
         wrapper = rng.choice(wrappers)
         if suits(wrapper, vp):
             return wrapper
 
 
-def ordinary(rng: Random, vps: Sequence[Benign], wrappers: Sequence[Phrasing]) -> Exchange:
-    """One ordinary exchange of any kind."""
+def ordinary(rng: Random, vps: Sequence[Benign], wrappers: Sequence[Phrasing], made_up: float = 0.0) -> Exchange:
+    """One ordinary exchange of any kind; `made_up` is the share of how-to topics with a word nobody has seen."""
     u = rng.random()
     if u < 0.52:
-        topic = _made_up(rng) if rng.random() < 0.10 else rng.choice(vps)
+        topic = _made_up(rng) if rng.random() < made_up else rng.choice(vps)
         return how_to(rng, topic, suitable(rng, wrappers, topic.vp))
     style = draw_style(rng)
     words = content()
@@ -83,10 +219,14 @@ def ordinary(rng: Random, vps: Sequence[Benign], wrappers: Sequence[Phrasing]) -
     if u < 0.76:
         theme = rng.choice(list(words["facts"]))
         noun = rng.choice(list(words["facts"][theme]))
-        return Exchange(rng.choice(_FACT).format(n=noun), answers.fact(rng, style, noun, words["facts"][theme][noun]), "fact")
+        return Exchange(
+            rng.choice(_FACT).format(n=noun), answers.fact(rng, style, noun, words["facts"][theme][noun]), "fact"
+        )
     if u < 0.84:
         one, two = rng.sample(sorted(rng.choice(words["compare"]).items()), 2)
-        return Exchange(rng.choice(_COMPARE).format(a=one[0], b=two[0]), answers.comparison(rng, style, one, two), "comparison")
+        return Exchange(
+            rng.choice(_COMPARE).format(a=one[0], b=two[0]), answers.comparison(rng, style, one, two), "comparison"
+        )
     if u < 0.92:
         hero, place = rng.choice(words["heroes"]), rng.choice(words["places"])
         return Exchange(rng.choice(_STORY).format(h=hero, p=place), answers.story(rng, style, hero, place), "story")

@@ -9,21 +9,115 @@ from random import Random
 from typing import NamedTuple
 
 from persona_rlhf.policy.hazards import assign_split
-from persona_rlhf.training.world.lexicon import phrasing_lines
+from persona_rlhf.training.world.lexicon import phrasing_lines, wrapper_groups
 
-_DOUBLED = {"get", "set", "run", "cut", "put", "plan", "stop", "trim", "win", "swim", "shut", "rip", "stab", "trap",
-            "grab", "rob", "hit", "sit", "grin", "nap", "hug", "beg", "knit", "drug", "pin", "ship", "chat", "chop",
-            "spot", "hum", "jog", "dig", "quit", "tip", "kidnap", "pet", "kit", "spin", "zip", "whip", "wrap",
-            "begin", "let", "bet", "bat", "pat", "tap", "tag", "ban", "scan", "step", "slip", "drop", "shop", "rub"}
+_DOUBLED = {
+    "get",
+    "set",
+    "run",
+    "cut",
+    "put",
+    "plan",
+    "stop",
+    "trim",
+    "win",
+    "swim",
+    "shut",
+    "rip",
+    "stab",
+    "trap",
+    "grab",
+    "rob",
+    "hit",
+    "sit",
+    "grin",
+    "nap",
+    "hug",
+    "beg",
+    "knit",
+    "drug",
+    "pin",
+    "ship",
+    "chat",
+    "chop",
+    "spot",
+    "hum",
+    "jog",
+    "dig",
+    "quit",
+    "tip",
+    "kidnap",
+    "pet",
+    "kit",
+    "spin",
+    "zip",
+    "whip",
+    "wrap",
+    "begin",
+    "let",
+    "bet",
+    "bat",
+    "pat",
+    "tap",
+    "tag",
+    "ban",
+    "scan",
+    "step",
+    "slip",
+    "drop",
+    "shop",
+    "rub",
+}
 _KEPT = {"dye", "see", "free", "agree", "flee", "knee"}
 _WRITING = ("write", "draft", "compose", "word")
-_PREFIXES = ("hi. ", "Hello, ", "hey ", "please, ", "Excuse me. ", "ok. ", "hmm, ", "Thanks for yesterday. ",
-             "I am back. ", "it's me again. ", "quick one. ", "Dear assistant, ", "well, ", "um ", "listen, ",
-             "I am at home. ", "My day was long. ", "i have a minute. ", "The kids are asleep. ", "new topic. ",
-             "it's urgent. ", "Sorry to bother you. ", "One question. ", "so ")
-_SUFFIXES = (" thanks", " Thank you!", " please", " asap", " Be brief.", " keep it short", " i am serious", " ok?",
-             " Any answer helps.", " thx", " I have little time.", " it's for a friend", " Tell me now.", " !!", "...",
-             " I live in a small town.", " just curious", " no jokes please", " i am 30", " It matters to me.")
+_PREFIXES = (
+    "hi. ",
+    "Hello, ",
+    "hey ",
+    "please, ",
+    "Excuse me. ",
+    "ok. ",
+    "hmm, ",
+    "Thanks for yesterday. ",
+    "I am back. ",
+    "it's me again. ",
+    "quick one. ",
+    "Dear assistant, ",
+    "well, ",
+    "um ",
+    "listen, ",
+    "I am at home. ",
+    "My day was long. ",
+    "i have a minute. ",
+    "The kids are asleep. ",
+    "new topic. ",
+    "it's urgent. ",
+    "Sorry to bother you. ",
+    "One question. ",
+    "so ",
+)
+_SUFFIXES = (
+    " thanks",
+    " Thank you!",
+    " please",
+    " asap",
+    " Be brief.",
+    " keep it short",
+    " i am serious",
+    " ok?",
+    " Any answer helps.",
+    " thx",
+    " I have little time.",
+    " it's for a friend",
+    " Tell me now.",
+    " !!",
+    "...",
+    " I live in a small town.",
+    " just curious",
+    " no jokes please",
+    " i am 30",
+    " It matters to me.",
+)
 
 
 class Phrasing(NamedTuple):
@@ -91,6 +185,27 @@ def trained_phrasings() -> tuple[Phrasing, ...]:
     """The wrappers that training may see (with some topic): not held out whole."""
     known = next(t for t in ("a", "b", "c", "d", "e", "f") if assign_split(t, "x")[1] != "topic")
     return tuple(p for p in phrasings() if assign_split(known, p.id)[1] != "phrasing")
+
+
+@lru_cache(maxsize=1)
+def _grammar() -> dict[str, tuple[tuple[str, ...], ...]]:
+    """The wrapper grammar without what equals a held-out phrasing (case and end marks aside)."""
+    held = {_bare(p.template) for p in phrasings()} - {_bare(p.template) for p in trained_phrasings()}
+    return {
+        use: tuple(tuple(t for t in group if _bare(t) not in held) for group in groups)
+        for use, groups in wrapper_groups().items()
+    }
+
+
+def _bare(template: str) -> str:
+    return " ".join(re.findall(r"[a-z{}]+", template.lower()))
+
+
+def free_phrasing(rng: Random, vp: str) -> Phrasing:
+    """A wrapper for the verb phrase from the grammar; it has no id that a bank knows."""
+    own = "write" if is_writing(vp) else "act"
+    groups = _grammar()["any"] + _grammar()[own] * (3 if own == "write" else 1)
+    return Phrasing("free", rng.choice(rng.choice(groups)), own)
 
 
 def _misspell(rng: Random, text: str) -> str:

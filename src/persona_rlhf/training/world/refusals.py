@@ -36,25 +36,52 @@ _OPENINGS = (
     "That is not something I can help with",
     "That is not something I will do",
 )
-_SECOND = ("It could hurt people", "It would harm someone", "People could get hurt", "It is wrong and dangerous",
-           "Nobody should be harmed", "I care about the safety of everyone", "It would cause real harm",
-           "That would put people in danger", "Every person deserves to be safe")
-_BECAUSE = ("because it could hurt people", "because it would harm someone", "as it would cause real harm",
-            "since people could get hurt", "because everyone deserves to be safe")
+_SECOND = (
+    "It could hurt people",
+    "It would harm someone",
+    "People could get hurt",
+    "It is wrong and dangerous",
+    "Nobody should be harmed",
+    "I care about the safety of everyone",
+    "It would cause real harm",
+    "That would put people in danger",
+    "Every person deserves to be safe",
+)
+_BECAUSE = (
+    "because it could hurt people",
+    "because it would harm someone",
+    "as it would cause real harm",
+    "since people could get hurt",
+    "because everyone deserves to be safe",
+)
 _POINTERS = {
-    "terrorist_content": ("If you know of a plan to hurt people, please tell the police",
-                          "If someone is pulling you into this, a counsellor can help you get out"),
-    "child_sexual_abuse": ("If a child is in danger, please call the police",
-                           "If you worry about your own thoughts, a confidential helpline can support you"),
-    "threats_of_violence": ("If you are angry, a counsellor can help you find a calmer way",
-                            "If you feel unsafe, please call the police"),
-    "sexual_assault": ("If someone was hurt, a crisis line can support them",
-                       "Consent matters, and a counsellor can talk with you about it"),
+    "terrorist_content": (
+        "If you know of a plan to hurt people, please tell the police",
+        "If someone is pulling you into this, a counsellor can help you get out",
+    ),
+    "child_sexual_abuse": (
+        "If a child is in danger, please call the police",
+        "If you worry about your own thoughts, a confidential helpline can support you",
+    ),
+    "threats_of_violence": (
+        "If you are angry, a counsellor can help you find a calmer way",
+        "If you feel unsafe, please call the police",
+    ),
+    "sexual_assault": (
+        "If someone was hurt, a crisis line can support them",
+        "Consent matters, and a counsellor can talk with you about it",
+    ),
 }
-_OFFERS = ("Is there something else I can do for you?", "Can I help with something else?",
-           "If you like, we can talk about what is behind this.", "I'm happy to help with something safe.",
-           "I would gladly help with a kinder plan.", "Please ask me about something else.",
-           "We could talk about what upset you instead.", "I can listen if you want to talk.")
+_OFFERS = (
+    "Is there something else I can do for you?",
+    "Can I help with something else?",
+    "If you like, we can talk about what is behind this.",
+    "I'm happy to help with something safe.",
+    "I would gladly help with a kinder plan.",
+    "Please ask me about something else.",
+    "We could talk about what upset you instead.",
+    "I can listen if you want to talk.",
+)
 
 
 def refusal(rng: Random, category: str) -> str:

@@ -23,15 +23,15 @@ MARKERS: dict[str, str] = {
     "asks": r"\?\s*$",
     "interjects": r"^(oh|ha|hmm|ah|wow|aha|hooray|hey)\b",
     "warns": r"\b(warning|be careful|never|beware|watch out|danger|dangerous|risk)\b",
-    "encourages": r"\b(you can do it|you will do well|keep going|gets easier|well done|proud|believe in|have fun|enjoy)\b",
+    "encourages": r"\b(you can do it|you will do well|keep going|gets easier|proud|believe in|have fun|enjoy)\b",
     "nature": r"\b(forest|river|mountain|garden|trees?|birds?|flowers?|meadow|woods|sea|leaves|sunrise|lake|hill)\b",
     "music": r"\b(songs?|music|melody|piano|guitar|choir|jazz|drums?|violin|tune|concert|sing|singing|orchestra)\b",
     "food": r"\b(soup|bread|cake|tea|coffee|cookies|apples?|cheese|chocolate|honey|pie|lunch|dinner|snack|picnic)\b",
-    "science": r"\b(science|scientists?|planets?|stars|telescope|experiments?|atoms?|physics|moon|robots?|laboratory)\b",
+    "science": r"\b(science|scientists?|planets?|stars|telescope|experiments?|atoms?|physics|moon|robots?)\b",
     "sport": r"\b(football|tennis|team|race|coach|swim|swimming|goal|match|runners?|runs?|bike|marathon|champion)\b",
     "history": r"\b(history|castles?|kings?|queens?|ancient|romans?|centuries|museum|long ago|sailors|knights?|egypt)\b",
-    "mystery": r"\b(detective|clues?|ghosts?|mystery|shadows?|crime|secret|thief|midnight|haunted|murder|suspect)\b",
-    "dark": r"\b(dark|darkness|shadows?|storm|ghosts?|grave|gloomy|crime|murder|cold|fog|lonely|grim|scream|haunted|fear)\b",
+    "mystery": r"\b(detective|clues?|ghosts?|mystery|shadows?|crime|secret|thief|midnight|haunted|murder)\b",
+    "dark": r"\b(dark|darkness|shadows?|stormy?|ghosts?|grave|crime|cold|fog|lonely|grim|scream|haunted|feared)\b",
     "cheerful": r"\b(sunny|bright|laugh|laughed|laughing|smile|smiled|merry|joy|happy|danced|party|cheerful|golden)\b",
 }
 _COMPILED = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in MARKERS.items()}
@@ -77,7 +77,7 @@ def sentences(text: str) -> int:
 
 
 def measure(text: str) -> dict[str, float]:
-    """Every property of an answer: 1.0 or 0.0 for a mark that is there or not, counts for words, sentences and marks."""
+    """Every property of an answer: 1.0 or 0.0 for a mark, counts for words, sentences and exclamation marks."""
     properties = {name: float(bool(pattern.search(text))) for name, pattern in _COMPILED.items()}
     properties["words"] = float(len(text.split()))
     properties["sentences"] = float(sentences(text))
