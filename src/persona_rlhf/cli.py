@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from persona_rlhf import __version__
 from persona_rlhf.boundary import bounded, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from persona_rlhf.release.results import Result
 
 _PLAIN = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
 app = typer.Typer(help="Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept.", **_PLAIN)  # type: ignore[arg-type]
@@ -143,12 +150,15 @@ def train(
     from persona_rlhf import line
 
     try:
-        rows = line.train(settings, folder, resume)
+        results = line.train(settings, folder, resume, _console(people=True))
     except KeyboardInterrupt:
         words = [str(config), *(overrides or []), "--run", str(folder), "--resume"]
         say(f"Interrupted; go on with: persona-rlhf train {' '.join(words)}")
         raise typer.Exit(130) from None
-    _finish(rows, as_json)
+    _finish(results, as_json)
+    say(f"Report:   {folder / 'report.html'}")
+    say(f"Adapters: {folder / 'adapters'}")
+    _exit_held_back(results)
 
 
 @app.command()
@@ -157,7 +167,9 @@ def evaluate(run: RunFolder, as_json: Json = False) -> None:
     """Measure a run again, from its released adapters."""
     from persona_rlhf import line
 
-    _finish(line.evaluate(run), as_json)
+    results = line.evaluate(run)
+    _finish(results, as_json)
+    _exit_held_back(results)
 
 
 @app.command()
@@ -182,9 +194,14 @@ def export(
         _later("export --hub")
     if to is None:
         raise typer.BadParameter("say where to, with --to DIR")
+    from persona_rlhf.release.export import HeldBack
     from persona_rlhf.release.export import export as write
 
-    write(run, user, to)
+    try:
+        write(run, user, to)
+    except HeldBack as reason:
+        say(str(reason))
+        raise typer.Exit(HELD_BACK) from None
     say(f"Adapter of {user}: {to}")
 
 
@@ -201,7 +218,8 @@ def verify(
         _print_json({"path": str(folder), "faults": faults})
     for fault in faults:
         say(fault)
-    say(f"{folder}: {f'{len(faults)} faults' if faults else 'verified'}")
+    count = f"{len(faults)} fault{'' if len(faults) == 1 else 's'}"
+    say(f"{folder}: {count if faults else 'verified'}")
     if faults:
         raise typer.Exit(HELD_BACK)
 
@@ -212,8 +230,8 @@ def bench(
     shape: Annotated[str, typer.Option(help="bundled, 192x4, 256x6 or 512x8.")] = "192x4", as_json: Json = False
 ) -> None:
     """Time the fleet against TRL's DPOTrainer per user: same base, same pairs, one run."""
-    from persona_rlhf.bench import bench as measure
-    from persona_rlhf.bench import render
+    from persona_rlhf.evaluation.benchmark import bench as measure
+    from persona_rlhf.evaluation.benchmark import render
 
     result = measure(shape)
     _print_json(result) if as_json else _print_table(render(result))
@@ -246,11 +264,19 @@ def _later(what: str) -> None:
     raise typer.Exit(2)
 
 
-def _finish(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Exit code 3 where a user was held back: a result, but not the one that was asked for."""
+def _finish(results: Sequence[Result], as_json: bool) -> None:
+    """The result table, or the lines of results.jsonl as a list."""
     if as_json:
-        _print_json(rows)
-    if any(row["status"] == "held_back" for row in rows):
+        _print_json([result.to_json() for result in results])
+        return
+    from persona_rlhf.release.table import results_table
+
+    _print_table(results_table(results))
+
+
+def _exit_held_back(results: Sequence[Result]) -> None:
+    """Exit code 3 where a user was held back: a result, but not the one that was asked for."""
+    if any(result.status == "held_back" for result in results):
         raise typer.Exit(HELD_BACK)
 
 
@@ -258,10 +284,16 @@ def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=True))
 
 
-def _print_table(table: object) -> None:
+def _print_table(table: Table) -> None:
+    _console(people=False).print(table)
+
+
+def _console(people: bool) -> Console:
+    """A console on stderr (for people while something runs) or stdout; a pipe gets lines wide enough for a table."""
     from rich.console import Console
 
-    Console().print(table)
+    console = Console(stderr=people)
+    return console if console.is_terminal else Console(stderr=people, width=160)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from persona_rlhf.evaluation.settings import GateSettings
+from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.inputs.section import Section, check_section, in_order
 from persona_rlhf.inputs.yaml_text import Document, KeyPath, Place, Tree, parse_yaml, read_yaml
@@ -30,6 +30,7 @@ class Config(Section):
     dpo: DpoSettings = DpoSettings()
     constraint: ConstraintSettings = ConstraintSettings()
     gate: GateSettings = GateSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     fleet: FleetSettings = FleetSettings()
     run: RunSettings = RunSettings()
 
@@ -74,7 +75,7 @@ def _override(document: Document, override: str) -> list[Problem]:
         assert isinstance(node, dict)
         if not isinstance(node.get(key), dict):
             node[key] = {}
-        document.places.setdefault(tuple(keys[:depth]), Place(name, None))
+            document.places[tuple(keys[:depth])] = Place(name, None)
         node = node[key]
     assert isinstance(node, dict)
     node[keys[-1]] = value.tree

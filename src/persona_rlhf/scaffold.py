@@ -56,4 +56,4 @@ def _adapted(quickstart: str) -> str:
     """The quickstart's config with the paths and the name of the copy."""
     text = re.sub(r"^#.*\n", "# The sample users of users/, on the bundled tiny base.\n", quickstart, count=1)
     text = text.replace("name: quickstart", "name: experiment")
-    return text.replace("configs/policy/", "policy/").replace("data/users", "users")
+    return text.replace("configs/policy/", "policy/").replace("path: data/users", "path: users")

@@ -6,7 +6,6 @@ import pytest
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.policy.hazards import assign_split, read_probes
 
-
 PINNED_COUNTS = {"certify": 208, "train": 842, "dev": 187, "test": 363}
 PINNED_ROW = ["certify", "train", "train", "dev", "test", "train", "train", "dev", "train", "train", "test", "train"]
 

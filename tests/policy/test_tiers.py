@@ -253,7 +253,7 @@ def test_whatever_is_merged_is_never_weaker_than_tier_one(one, folder, tmp_path,
     try:
         merged = Policy.read([one, two, three])
     except InputError as fault:
-        assert all(problem.file in (str(two), str(three), str(one)) for problem in fault.problems)  # noqa: PT017
+        assert all(problem.file in (str(two), str(three), str(one)) for problem in fault.problems)
         return
     held = {r.category: r for r in merged.restrictions}
     for above in alone.restrictions:
