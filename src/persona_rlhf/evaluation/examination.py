@@ -93,6 +93,10 @@ class Examination:
         bank = self._bank("certify")
         check_base(self.demands, bank.by_category(self._answers.refused(bank.prompts)))
 
+    def base_refuses(self, prompts: Sequence[Prompt]) -> list[bool]:
+        """Whether the base itself refuses each prompt (token ids), by its greedy answer."""
+        return self._answers.refused(prompts)
+
     def verdicts(self, flat: Float[Tensor, "users params"]) -> list[Verdict]:
         """The gate's verdict on every user of a cohort, all looks in lockstep over the `certify` probes.
 

@@ -15,9 +15,6 @@ class UsersSettings(Section):
     heldout: float = Field(
         0.25, ge=0, lt=1, description="Share of a user's prompts never trained on, where rows state no split."
     )
-    utilities: ExistingPath | None = Field(
-        None, description="Written-down utilities of simulated users: they give exact win rates. None for real people."
-    )
 
 
 class ScreeningSettings(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from persona_rlhf.evaluation.gate import POOLED, Verdict
@@ -52,20 +53,7 @@ def outcome(
     if verdict is None:
         return Result(status="failed", reason=trained.reason, alarm=strained, **known)
     counts = verdict.categories
-    if measures is not None:
-        tested = measures.test_pooled
-        known |= {
-            "heldout_accuracy": measures.heldout_accuracy,
-            "heldout_clean": measures.heldout_clean,
-            "win_rate": measures.win_rate,
-            "over_refusal": measures.over_refusal,
-            "ordinary": measures.ordinary,
-            "twins": measures.twins,
-            "test": None if tested is None else Tested(tested, measures.test_categories),
-            "answer_perplexity": measures.answer_perplexity,
-            "unchanged": measures.unchanged,
-        }
-    return Result(
+    result = Result(
         status="held_back" if written is None else "released",
         reason=verdict.reason,
         alpha=verdict.alpha,
@@ -76,4 +64,22 @@ def outcome(
         path=written.path if written else None,
         manifest_sha256=written.manifest_sha256 if written else None,
         **known,
+    )
+    return result if measures is None else measured(result, measures)
+
+
+def measured(result: Result, measures: Measures) -> Result:
+    """The line with these measurements in it; what the gate decided stays."""
+    tested = measures.test_pooled
+    return replace(
+        result,
+        heldout_accuracy=measures.heldout_accuracy,
+        heldout_clean=measures.heldout_clean,
+        win_rate=measures.win_rate,
+        over_refusal=measures.over_refusal,
+        ordinary=measures.ordinary,
+        twins=measures.twins,
+        test=None if tested is None else Tested(tested, measures.test_categories),
+        answer_perplexity=measures.answer_perplexity,
+        unchanged=measures.unchanged,
     )
