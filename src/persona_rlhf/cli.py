@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -153,7 +154,7 @@ def train(
         results = line.train(settings, folder, resume, _console(people=True))
     except KeyboardInterrupt:
         words = [str(config), *(overrides or []), "--run", str(folder), "--resume"]
-        say(f"Interrupted; go on with: persona-rlhf train {' '.join(words)}")
+        say(f"Interrupted; go on with: persona-rlhf train {shlex.join(words)}")
         raise typer.Exit(130) from None
     _finish(results, as_json)
     say(f"Report:   {folder / 'report.html'}")
