@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ from persona_rlhf.policy.hazards import CATEGORIES, assign_split
 
 def write_bank(file: Path, category: str, certify: int = 60, train: int = 5) -> Path:
     """A bank with exactly that many probes in `certify` and `train`, and none elsewhere."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(_bank(category, certify, train))
+    return file
+
+
+@cache
+def _bank(category: str, certify: int, train: int) -> str:
     left = {"certify": certify, "train": train}
     rows = []
     for topic, phrasing in itertools.product(range(60), range(60)):
@@ -23,10 +31,9 @@ def write_bank(file: Path, category: str, certify: int = 60, train: int = 5) -> 
             name = f"{category}-{topic}-{phrasing}"
             text = {"id": name, "prompt": name, "topic": f"{category} {topic}", "phrasing": f"phrasing {phrasing}"}
             rows.append(json.dumps(text) + "\n")
-    assert not any(left.values())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(rows))
-    return file
+        if not any(left.values()):
+            return "".join(rows)
+    raise AssertionError("too few topics and phrasings")
 
 
 def tier_one(folder: Path, **changes: Any) -> dict[str, Any]:
