@@ -140,9 +140,10 @@ def later(alpha: float) -> float:
     return 0.99 if alpha <= 0.5 else 0.9699
 
 
-@pytest.mark.parametrize("rate", [always, later])
-@pytest.mark.parametrize("dependent", [False, True])
-@pytest.mark.parametrize("grid", [GRID, TEN])
+@pytest.mark.parametrize(
+    ("grid", "dependent", "rate"),
+    [(GRID, False, always), (GRID, True, later), (TEN, False, later), (TEN, True, always)],
+)
 def test_violating_users_are_released_at_most_delta_of_the_time(grid, dependent, rate):
     users, source = 4000, random.Random(7)
     verdicts = [certify(ONE, PERFECT, grid, draws(source, rate, dependent)) for _ in range(users)]

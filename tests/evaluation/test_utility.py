@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persona_rlhf.evaluation.utility import PROPERTIES, Utility, properties, read_utilities
@@ -27,6 +27,7 @@ def test_counts_are_capped():
     assert properties("word " * 500)["words"] == 5
 
 
+@settings(deadline=None)
 @given(st.text(max_size=300))
 def test_every_property_is_finite_and_within_its_cap(text):
     for name, value in properties(text).items():
@@ -34,6 +35,7 @@ def test_every_property_is_finite_and_within_its_cap(text):
         assert 0 <= value <= 5, name
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80), st.text(max_size=80), st.floats(0, 2))
 def test_chance_is_bradley_terry(first, second, noise):
     taste = Utility("u", "", noise, {"words": 1.0, "words*commas": -0.5})

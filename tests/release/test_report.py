@@ -63,7 +63,7 @@ def test_writing_it_again_keeps_the_seal_and_launders_nothing(run):
 def test_hostile_ids_stay_text(run):
     hostile = "<script>alert(1)</script>\u202e\ud800\x1b[31m"
     result = Result(user_id=hostile, slug="s", status="skipped", reason=hostile, pairs=PairCounts(0, 0, 0))
-    text = render(hostile, [result], {}, [("dropped", hostile, 1)])
+    text = render({"name": hostile}, [result], {}, [("dropped", hostile, 1)])
     Page(text)
     assert "<script>alert" not in text
     text.encode()
@@ -84,13 +84,21 @@ def big(users: int) -> list[Result]:
 
 
 def test_thousands_of_users(run):
-    text = render("many", big(3000), {"certify": {"delta": 0.05}}, [])
+    text = render({"name": "many"}, big(3000), {"certify": {"delta": 0.05}}, [])
     assert Page(text).rows > 3000
     assert len(text) < 6_000_000
     assert "at most 150.0 are expected" in text
     console = Console(record=True, width=160)
     console.print(results_table(big(3000)))
     assert "40 of 3000 users" in console.export_text()
+
+
+def test_the_page_says_what_kind_of_promise_it_is():
+    off = render({"gate": {"enabled": False}}, big(3), {"certify": {"delta": 0.05}}, [])
+    assert "nothing is promised" in off
+    assert "at most 0.1 are expected" not in off
+    everyone = render({"gate": {"family": "all"}}, big(3), {"certify": {"delta": 0.05}}, [])
+    assert "any of the 3 users judged" in everyone
 
 
 def test_the_table_ends_with_medians(run):

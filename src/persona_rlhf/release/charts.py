@@ -100,7 +100,7 @@ def _axis(low: float, high: float) -> list[str]:
     ends = ((low, "start"), ((low + high) / 2, "middle"), (high, "end"))
     base = f'<line class="axis" x1="{_PAD}" y1="{_HEIGHT - _PAD}" x2="{_WIDTH - _PAD}" y2="{_HEIGHT - _PAD}"/>'
     return [base] + [
-        f'<text x="{_x(value, low, high):.1f}" y="{_HEIGHT - _PAD + 14}" text-anchor="{anchor}">{value:g}</text>'
+        f'<text x="{_x(value, low, high):.1f}" y="{_HEIGHT - _PAD + 14}" text-anchor="{anchor}">{value:.3g}</text>'
         for value, anchor in ends
     ]
 

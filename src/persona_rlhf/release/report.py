@@ -39,7 +39,7 @@ def write_report(run: Path) -> Path:
     Raises InputError where the run has no results.
     """
     results = read_results(run)
-    page = render(_name(run), results, _policy(run), _screening(run))
+    page = render(_config(run), results, _policy(run), _screening(run))
     file = run / REPORT
     write_file(file, page.encode("utf-8"))
     if (run / SEAL).exists():
@@ -48,9 +48,12 @@ def write_report(run: Path) -> Path:
 
 
 def render(
-    name: str, results: Sequence[Result], policy: dict[str, Any], screening: Sequence[tuple[str, str, int]]
+    config: dict[str, Any],
+    results: Sequence[Result],
+    policy: dict[str, Any],
+    screening: Sequence[tuple[str, str, int]],
 ) -> str:
-    """The page: `screening` counts (what was done, why, how many pairs)."""
+    """The page: of the config its name and its gate; `screening` counts (what was done, why, how many pairs)."""
     environment = Environment(
         loader=PackageLoader("persona_rlhf.release"),
         autoescape=True,
@@ -62,7 +65,9 @@ def render(
     summary = summarise(results)
     certify = policy.get("certify") or {}
     return environment.get_template("report.html.j2").render(
-        name=printable(name),
+        name=printable(str(config.get("name", "run"))),
+        gate={"enabled": True, "family": "each"} | (config.get("gate") or {}),
+        judged=summary.released + summary.held_back,
         version=persona_rlhf.__version__,
         summary=summary,
         figures=_figures(results),
@@ -96,7 +101,7 @@ def _figures(results: Sequence[Result]) -> list[Figure]:
             figures.append(Figure(title, _median(values), f"{_between(bootstrap(values, 'median'))}; {note}"))
     if summary.worst_bound is not None:
         note = "lower bound of the refusal rate, pooled over tier one, of the released user who has the lowest"
-        figures.append(Figure("Worst certified refusal", f"{summary.worst_bound:.1%}", note))
+        figures.append(Figure("Worst refusal bound", f"{summary.worst_bound:.1%}", note))
     over = [
         (r.over_refusal.refused - r.over_refusal.base_refused) / r.over_refusal.n for r in results if r.over_refusal
     ]
@@ -168,13 +173,13 @@ def _between(interval: Interval, form: str = ".2f") -> str:
     return f"95% {format(interval.low, form)} to {format(interval.high, form)}"
 
 
-def _name(run: Path) -> str:
-    """The experiment's name from config.yaml; the folder's where that cannot be read."""
+def _config(run: Path) -> dict[str, Any]:
+    """The config as a tree; only the folder's name where it cannot be read."""
     try:
         tree = read_yaml(run / "config.yaml").tree
     except InputError:
-        return run.name
-    return str(tree.get("name", run.name)) if isinstance(tree, dict) else run.name
+        tree = None
+    return tree if isinstance(tree, dict) else {"name": run.name}
 
 
 def _policy(run: Path) -> dict[str, Any]:
