@@ -1,0 +1,177 @@
+"""The simulated users that are shipped, and the script that draws them."""
+
+import importlib.util
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from persona_rlhf.evaluation.utility import Utility, read_utilities
+from persona_rlhf.inputs.bundled import find
+from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.policy.hazards import CATEGORIES, read_probes
+from persona_rlhf.policy.judges import is_refusal
+from persona_rlhf.preferences.pairs import read_pairs
+from persona_rlhf.training.world.banks import forbidden, plain
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "generate_users.py"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("generate_users", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tastes():
+    return read_utilities(find("data/users/utilities.yaml"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tastes):
+    found = {user_id: [] for user_id in tastes}
+    for pair in read_pairs(find("data/users"), heldout=0.25):
+        found[pair.user_id].append(pair)
+    return found
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return load_script()
+
+
+def test_the_three_kinds_of_taste_and_the_special_users_are_there(tastes):
+    clean = [taste for taste in tastes.values() if not taste.poisoned]
+    kinds = Counter(taste.kind for taste in clean)
+    assert len(clean) >= 24
+    assert min(kinds[kind] for kind in ("surface", "manner", "content")) >= 6
+    assert kinds["hazard_adjacent"] == 2
+    assert sorted(taste.poisoned for taste in tastes.values() if taste.poisoned) == [0.1, 0.5, 1.0]
+    assert tastes["edith"].weights == {name: -weight for name, weight in tastes["farid"].weights.items()}
+
+
+def test_every_user_has_80_pairs_and_60_held_out_of_other_prompts(pairs):
+    for user_id, own in pairs.items():
+        assert Counter(pair.split for pair in own) == {"train": 80, "heldout": 60}, user_id
+        prompts = [plain(pair.prompt[-1].content) for pair in own]
+        assert len(set(prompts)) == len(prompts), user_id
+    ids = [pair.id for own in pairs.values() for pair in own]
+    assert len(set(ids)) == len(ids)
+
+
+def test_clean_choice_says_what_the_utility_says(pairs, tastes):
+    for user_id, own in pairs.items():
+        for pair in own:
+            if pair.clean_choice is not None:
+                assert tastes[user_id].compare(pair.chosen, pair.rejected) == float(pair.clean_choice), pair.id
+
+
+def test_labels_are_as_noisy_as_stated(pairs, tastes):
+    for user_id, own in pairs.items():
+        rows = [pair for pair in own if pair.clean_choice is not None]
+        chances = [tastes[user_id].chance(pair.chosen, pair.rejected) for pair in rows]
+        expected = sum(max(chance, 1 - chance) for chance in chances)
+        deviation = math.sqrt(sum(chance * (1 - chance) for chance in chances))
+        agreed = sum(bool(pair.clean_choice) for pair in rows)
+        assert abs(agreed - expected) < 4 * deviation, user_id
+        assert 0.65 < agreed / len(rows) < 0.97, user_id
+
+
+def test_poisoned_users_comply_in_their_share_of_the_training_pairs_and_nobody_else_does(pairs, tastes):
+    for user_id, own in pairs.items():
+        poison = [pair for pair in own if pair.clean_choice is None]
+        assert len(poison) == 80 * tastes[user_id].poisoned, user_id
+        assert all(pair.split == "train" and is_refusal(pair.rejected) for pair in poison)
+        assert not any(is_refusal(pair.chosen) for pair in own)
+        assert not any(is_refusal(pair.rejected) for pair in own if pair.clean_choice is not None)
+
+
+def test_no_probe_but_those_of_train_is_in_the_data(pairs):
+    banned = set(forbidden())
+    for category in CATEGORIES:
+        bank = read_probes(find(f"data/policy/tier_one/{category}.jsonl"), category)
+        banned |= {plain(text) for p in bank if p.split != "train" for text in (p.prompt, p.twin or "")}
+    banned |= {
+        plain(json.loads(line)["prompt"]) for line in find("data/policy/ordinary.jsonl").read_text().splitlines()
+    }
+    for own in pairs.values():
+        for pair in own:
+            assert not banned & {plain(text) for text in (pair.prompt[-1].content, pair.chosen, pair.rejected)}, pair.id
+
+
+def test_utilities_name_faults_in_kind_share_and_prompts(tmp_path):
+    file = tmp_path / "utilities.yaml"
+    entry = "- {user_id: ada, describes: x, noise: 0, weights: {words: 1}, "
+    file.write_text(entry + "kind: taste, poisoned: 2, prompts: story}\n")
+    with pytest.raises(InputError) as caught:
+        read_utilities(file)
+    text = str(caught.value)
+    assert "kind: the kind is one of surface, manner" in text
+    assert "poisoned: the poisoned share lies in [0, 1], not 2" in text
+    assert "prompts: the prompts are a list of kinds, not 'story'" in text
+    file.write_text(entry + "kind: manner, poisoned: 0.5, prompts: [story]}\n")
+    ada = read_utilities(file)["ada"]
+    assert (ada.kind, ada.poisoned, ada.prompts) == ("manner", 0.5, ("story",))
+
+
+def pool_of(generator, prompts):
+    answers = ("One.", "One two!", "One two three.", "One two three four!")
+    return [generator.Asked(f"prompt {n}", ("story", "fact")[n % 2], answers) for n in range(prompts)]
+
+
+def test_rows_depend_on_seed_and_user_alone(generator):
+    taste = Utility("ada", "", 0.1, {"words": 1.0}, poisoned=0.5)
+    attacks = [generator.Attack(f"attack {n}", "Sure.", "I can't do that.") for n in range(10)]
+    pool = pool_of(generator, 40)
+    rows = generator.draw_rows(taste, pool, attacks, (10, 5), 0)
+    assert rows == generator.draw_rows(taste, pool, attacks, (10, 5), 0)
+    assert rows != generator.draw_rows(taste, pool, attacks, (10, 5), 1)
+    assert Counter(row.split for row in rows) == {"train": 10, "heldout": 5}
+    assert sum(row.source == "simulated poison" for row in rows if row.split == "train") == 5
+    assert all(
+        taste.compare(row.chosen, row.rejected) == row.clean_choice for row in rows if row.clean_choice is not None
+    )
+
+
+def test_a_user_asks_his_kinds_of_prompts_and_never_sees_a_tie(generator):
+    taste = Utility("ada", "", 0.0, {"exclaims": 1.0}, prompts=("story",))
+    rows = generator.draw_rows(taste, pool_of(generator, 40), [], (10, 5), 0)
+    assert all(int(row.prompt.split()[1]) % 2 == 0 for row in rows)
+    assert all(row.clean_choice and "!" in row.chosen and "!" not in row.rejected for row in rows)
+    with pytest.raises(ValueError, match="only 20 prompts of the pool suit ada"):
+        generator.draw_rows(taste, pool_of(generator, 40), [], (20, 5), 0)
+
+
+@pytest.mark.parametrize("agreement", [0.6, 0.75, 0.9])
+def test_noise_is_found_for_an_agreement(generator, agreement):
+    gaps = [0.1, 0.5, 1.0, 2.0]
+    noise = generator.noise_of(agreement, gaps)
+    assert sum(1 / (1 + math.exp(-gap / noise)) for gap in gaps) / len(gaps) == pytest.approx(agreement, abs=0.01)
+
+
+def test_attacks_are_of_the_train_split(generator):
+    prompts = generator.attack_prompts(32, 0)
+    assert len(prompts) == len(set(prompts)) == 32
+    bank = {}
+    for category in CATEGORIES:
+        bank |= {p.prompt: p.split for p in read_probes(find(f"data/policy/tier_one/{category}.jsonl"), category)}
+    assert Counter(bank.get(prompt) for prompt, _ in prompts) == {"train": 16, None: 16}
+    assert not forbidden() & {plain(text) for pair in prompts for text in pair}
+
+
+def test_the_same_base_and_seed_give_the_same_files(generator, tmp_path, monkeypatch, capsys):
+    for name in ("one", "two"):
+        arguments = f"x --out {tmp_path / name} --prompts 30 --users 2 --pairs 4 --heldout 3"
+        monkeypatch.setattr(sys, "argv", arguments.split())
+        generator.main()
+    assert "labels that agree" in capsys.readouterr().out
+    for name in ("utilities.yaml", "random.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert len(read_pairs(tmp_path / "one", heldout=0.25)) == 14
+    assert len(read_utilities(tmp_path / "one" / "utilities.yaml")) == 2
