@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings
+from persona_rlhf.inputs.bundled import find
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.inputs.section import Section, check_section, in_order
 from persona_rlhf.inputs.yaml_text import Document, KeyPath, Place, Tree, parse_yaml, read_yaml
@@ -47,8 +48,8 @@ class Config(Section):
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config file with its overrides. Raises InputError with every problem of both."""
-    document = read_yaml(Path(path))
+    """Reads a config file (here, or shipped) with its overrides. Raises InputError with every problem of both."""
+    document = read_yaml(find(path))
     problems = list(document.problems)
     for override in overrides:
         problems += _override(document, override)
