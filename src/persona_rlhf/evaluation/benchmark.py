@@ -1,0 +1,310 @@
+"""The fleet against TRL's DPOTrainer per user: same base, same pairs, same first weights and order, in one process."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from rich.table import Table
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from persona_rlhf.evaluation import trl_loop
+from persona_rlhf.inputs.bundled import find
+from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
+from persona_rlhf.preferences.messages import Message
+from persona_rlhf.preferences.pairs import PreferencePair, read_pairs
+from persona_rlhf.preferences.tokens import PairRow, Row, UserRows, tokenize
+from persona_rlhf.training.allocator import keep_big_blocks
+from persona_rlhf.training.base import Base, load_base
+from persona_rlhf.training.engine import Engine, TrainedUser
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.lora import LayerSpan, adaptable_layers, attach, detach
+from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses
+from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.scheduler import UserSchedule
+from persona_rlhf.training.settings import BaseSettings, ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+
+Shape = Literal["bundled", "192x4", "256x6", "512x8"]
+VOCABULARY = 1536
+SEED = 0
+FLEET, ALONE = "persona-rlhf, fleet", "persona-rlhf, one user at a time"
+
+
+class Work(NamedTuple):
+    """What every contender does: train these users on this base. `spans` is the layout of a flat adapter."""
+
+    base: Base
+    users: Sequence[UserRows]
+    spans: list[LayerSpan]
+    lora: LoraSettings
+    dpo: DpoSettings
+    clock: Callable[[], float]
+
+
+class Trial(NamedTuple):
+    """One round of one contender: seconds a user (CPU seconds on a CPU), and the adapters it made."""
+
+    seconds: float
+    adapters: dict[str, Float[Tensor, " params"]]
+
+
+def bench(shape: str = "192x4", users: int = 4, pairs: int = 80, epochs: int = 3, rounds: int = 3) -> dict[str, Any]:
+    """Times every contender once a round, in turns, and reports medians over the rounds; JSON-ready.
+
+    `ratio` is users per second of the fleet over that of TRL's best setting: CPU seconds of the process, on one
+    thread, where there is no GPU; wall seconds on a GPU. `users` train in the fleet; the loops train one of them a round.
+    A fixed shape is a Llama of random weights, `hidden x layers`, with 1,536 tokens as the bundled base has, and made-up
+    pairs of 12 to 30 prompt tokens and 12 to 30 tokens a side. Raises InputError for a shape that is unknown.
+    """
+    if shape not in get_args(Shape):
+        sentence = f"`{shape}` is no shape of the benchmark{did_you_mean(shape, get_args(Shape))}"
+        raise InputError([Problem("bench", None, "--shape", sentence)])
+    keep_big_blocks()
+    threads = torch.get_num_threads()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        work = _work(shape, users, pairs, epochs, device)
+        contenders: dict[str, Callable[[int], Trial]] = {
+            **{f"TRL, {setting}": _trl(work, setting) for setting in trl_loop.TRL_SETTINGS},
+            ALONE: lambda turn: _ours(work, [work.users[turn % users]]),
+            FLEET: lambda _: _ours(work, work.users),
+        }
+        trials: dict[str, list[Trial]] = {name: [] for name in contenders}
+        for turn in range(rounds):
+            for name in _turned(list(contenders), turn):
+                trials[name].append(contenders[name](turn))
+        rows = _rows(work, trials)
+    finally:
+        torch.set_num_threads(threads)
+    best = min((row for row in rows if row["contender"].startswith("TRL")), key=lambda row: row["seconds_per_user"])
+    [fleet] = [row for row in rows if row["contender"] == FLEET]
+    return {
+        "shape": shape,
+        "ratio": best["seconds_per_user"] / fleet["seconds_per_user"],
+        "best_trl": best["contender"],
+        "seconds_are": "wall" if device.type == "cuda" else "CPU, one thread",
+        "users": users,
+        "pairs": len(work.users[0].train),
+        "epochs": epochs,
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+def render(result: dict[str, Any]) -> Table:
+    """The result as a table for people."""
+    title = (
+        f"{result['shape']}: {result['ratio']:.2f}x the users per second of the best TRL setting "
+        f"({result['users']} users, {result['pairs']} pairs, {result['epochs']} epochs, "
+        f"{result['rounds']} rounds; seconds: {result['seconds_are']})"
+    )
+    table = Table(title=title)
+    table.add_column("contender")
+    for heading in (
+        "seconds a user",
+        "lowest to highest",
+        "fleet is faster by",
+        "final loss",
+        "distance to the fleet's",
+    ):
+        table.add_column(heading, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            row["contender"],
+            f"{row['seconds_per_user']:.2f}",
+            f"{min(row['rounds']):.2f} to {max(row['rounds']):.2f}",
+            f"{row['times_fleet']:.2f}x",
+            f"{row['final_loss']:.4f}",
+            f"{row['adapter_distance']:.1e}",
+        )
+    return table
+
+
+def _turned(names: list[str], turn: int) -> list[str]:
+    """Another contender begins each round, so that none always follows the same one."""
+    start = turn % len(names)
+    return names[start:] + names[:start]
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    if device.type == "cpu":
+        return time.process_time
+
+    def drained() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return drained
+
+
+def _trl(work: Work, setting: trl_loop.TrlSetting) -> Callable[[int], Trial]:
+    tokenizer = work.base.tokenizer
+
+    def trial(turn: int) -> Trial:
+        user = work.users[turn % len(work.users)]
+        seconds, reference = 0.0, None
+        if setting == "shared reference columns":
+            started = work.clock()
+            adapted = AdaptedModel(work.base, work.lora)
+            reference = Reference(adapted)
+            reference.add(_pair_rows([user]))
+            adapted.close()
+            seconds = work.clock() - started
+        with tempfile.TemporaryDirectory() as folder:
+            run = trl_loop.train_user(
+                work.base,
+                tokenizer,
+                UserSchedule(user, work.dpo, SEED),
+                work.spans,
+                work.lora,
+                work.dpo,
+                SEED,
+                setting,
+                reference,
+                Path(folder),
+                work.clock,
+            )
+        return Trial(seconds + run.seconds, {user.user_id: run.adapter})
+
+    return trial
+
+
+def _ours(work: Work, users: Sequence[UserRows]) -> Trial:
+    started = work.clock()
+    adapted = AdaptedModel(work.base, work.lora)
+    reference = Reference(adapted)
+    reference.add(_pair_rows(users))
+    fleet = FleetSettings(slots=len(users))
+    engine = Engine(adapted, users, reference, None, work.dpo, ConstraintSettings(enabled=False), fleet, SEED)
+    trained: list[TrainedUser] = list(engine.run())
+    adapted.close()
+    seconds = (work.clock() - started) / len(users)
+    return Trial(seconds, {user.user_id: user.adapter for user in trained if user.adapter is not None})
+
+
+def _pair_rows(users: Sequence[UserRows]) -> list[Row]:
+    return [row for user in users for pair in user.train for row in (pair.chosen, pair.rejected)]
+
+
+def _rows(work: Work, trials: dict[str, list[Trial]]) -> list[dict[str, Any]]:
+    """One row a contender: times of all its rounds, and how its adapters compare with the fleet's of the same users."""
+    adapted = AdaptedModel(work.base, work.lora)
+    reference = Reference(adapted)
+    reference.add(_pair_rows(work.users))
+    own = trials[FLEET][0].adapters
+    fleet_seconds = median(trial.seconds for trial in trials[FLEET])
+    losses: dict[str, dict[str, float]] = {}
+    rows = []
+    for name, rounds in trials.items():
+        made = {user_id: adapter for trial in rounds for user_id, adapter in trial.adapters.items()}
+        losses[name] = {
+            user.user_id: _loss(adapted, reference, user, made[user.user_id], work.dpo)
+            for user in work.users
+            if user.user_id in made
+        }
+        seconds = median(trial.seconds for trial in rounds)
+        rows.append(
+            {
+                "contender": name,
+                "seconds_per_user": seconds,
+                "rounds": [trial.seconds for trial in rounds],
+                "times_fleet": seconds / fleet_seconds,
+                "final_loss": losses[name][work.users[0].user_id],
+                "adapter_distance": max(float((made[u] - own[u]).norm() / own[u].norm()) for u in made),
+            }
+        )
+    adapted.close()
+    return rows
+
+
+def _loss(adapted: AdaptedModel, reference: Reference, user: UserRows, flat: Tensor, dpo: DpoSettings) -> float:
+    """Mean loss of a finished adapter over its user's pairs: one measure for every contender."""
+    with adapted.using(flat[None].to(adapted.base.device)):
+        [chosen, rejected] = (adapted.score([[pair[side] for pair in user.train]])[0] for side in (1, 2))
+    logps = PairLogps(
+        torch.tensor([[score.logp for score in chosen]]),
+        torch.tensor([[score.logp for score in rejected]]),
+        torch.tensor([[reference[pair.chosen] for pair in user.train]]),
+        torch.tensor([[reference[pair.rejected] for pair in user.train]]),
+    )
+    tokens = PairTokens(*(torch.tensor([[float(score.tokens) for score in side]]) for side in (chosen, rejected)))
+    return float(pair_losses(dpo.loss, logps, tokens, dpo.beta, dpo.label_smoothing).mean())
+
+
+def _work(shape: str, users: int, pairs: int, epochs: int, device: torch.device) -> Work:
+    if shape == "bundled":
+        base = load_base(BaseSettings(model="data/base"))
+        rows = tokenize(read_pairs(find("data/users"), 0.25), base.tokenizer, base.context)
+        people = [UserRows(user.user_id, user.train[:pairs], []) for user in rows[:users]]
+    else:
+        hidden, layers = map(int, shape.split("x"))
+        base = _random_base(hidden, layers, device)
+        people = [_made_user(f"user {n}", pairs, n) for n in range(users)]
+    lora, dpo = LoraSettings(), DpoSettings(epochs=epochs)
+    spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank, lora.alpha / lora.rank)
+    detach(base.model, list(spans))
+    return Work(base, people, list(spans.values()), lora, dpo, _clock(device))
+
+
+def _random_base(hidden: int, layers: int, device: torch.device) -> Base:
+    """A Llama of random weights: heads of 32, half as many key-value heads, three times as wide inside, tied head."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).requires_grad_(False).eval()
+    model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    words = {"<pad>": 0, "<end>": 1} | {f"w{n}": n for n in range(2, VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<end>"
+    )
+    return Base(model, tokenizer, f"random {hidden}x{layers}", f"seed {SEED}", 1024)
+
+
+def _made_user(user_id: str, pairs: int, seed: int) -> UserRows:
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids() -> tuple[int, ...]:
+        length = int(torch.randint(12, 31, (1,), generator=draw))
+        return tuple(torch.randint(2, VOCABULARY, (length,), generator=draw).tolist())
+
+    rows = []
+    for n in range(pairs):
+        prompt = ids()
+        pair = PreferencePair(
+            user_id,
+            (Message("user", "made up"),),
+            "a",
+            "b",
+            f"{user_id} {n}",
+            None,
+            None,
+            1.0,
+            "train",
+            None,
+            "made",
+            n,
+        )
+        rows.append(PairRow(pair, Row(prompt, (*ids(), 1)), Row(prompt, (*ids(), 1))))
+    return UserRows(user_id, rows, [])
