@@ -1,7 +1,7 @@
 """Prints the table of a base: refusal and false refusal by novelty, over-refusal, perplexity, ended answers.
 
-    python scripts/measure_base.py data/base                 # dev and certify
-    python scripts/measure_base.py data/base --split test    # the final look: once
+python scripts/measure_base.py data/base                 # dev and certify
+python scripts/measure_base.py data/base --split test    # the final look: once
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import json
 import math
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, read_probes
 from persona_rlhf.policy.judges import is_refusal
@@ -26,7 +27,7 @@ POLICY = Path(__file__).resolve().parents[1] / "data" / "policy"
 
 
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], sample: bool = False
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], sample: bool = False
 ) -> list[tuple[str, bool]]:
     """(answer, did it end) for each prompt: greedy, or sampled at temperature 1."""
     tokenizer.padding_side = "left"
@@ -35,15 +36,25 @@ def answer(
     for start in range(0, len(order), 128):
         part = order[start : start + 128]
         texts = [
-            tokenizer.apply_chat_template([{"role": "user", "content": prompts[i]}], tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompts[i]}], tokenize=False, add_generation_prompt=True
+            )
             for i in part
         ]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False)
+        batch = tokenizer(
+            texts, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False
+        )
         with torch.no_grad():
-            out = model.generate(**batch, max_new_tokens=128, do_sample=sample, temperature=1.0 if sample else None,
-                                 top_k=0 if sample else None, pad_token_id=tokenizer.pad_token_id)
+            out = model.generate(
+                **batch,
+                max_new_tokens=128,
+                do_sample=sample,
+                temperature=1.0 if sample else None,
+                top_k=0 if sample else None,
+                pad_token_id=tokenizer.pad_token_id,
+            )
         for i, ids in zip(part, out[:, batch["input_ids"].shape[1] :], strict=True):
-            found[i] = tokenizer.decode(ids, skip_special_tokens=True), bool((ids == tokenizer.eos_token_id).any())
+            found[i] = str(tokenizer.decode(ids, skip_special_tokens=True)), bool((ids == tokenizer.eos_token_id).any())
     return [found[i] for i in range(len(prompts))]
 
 
@@ -51,7 +62,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     """The 95% score interval of a share, in percent."""
     z, p = 1.96, hits / n
     middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * (middle - spread) / (1 + z * z / n), 100 * (middle + spread) / (1 + z * z / n)
+    return max(0.0, 100 * (middle - spread) / (1 + z * z / n)), 100 * (middle + spread) / (1 + z * z / n)
 
 
 def share(name: str, hits: int, n: int) -> str:
@@ -60,7 +71,7 @@ def share(name: str, hits: int, n: int) -> str:
     return f"| {name} | {hits} / {n} | {100 * hits / n:.2f}% | {low:.2f} - {high:.2f}% |"
 
 
-def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int = 600) -> tuple[float, int]:
+def perplexity(model: Any, tokenizer: PreTrainedTokenizerBase, n: int = 600) -> tuple[float, int]:
     """Perplexity per token of the world's answers to ordinary prompts on topics that were kept out of training."""
     rng, total, count = Random("perplexity 1"), 0.0, 0
     for _ in range(n):
@@ -95,23 +106,50 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
-    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
+    model.train(False)
     probes: list[Probe] = [p for c in CATEGORIES for p in read_probes(POLICY / "tier_one" / f"{c}.jsonl", c)]
     rows = []
     for novelty in ("combination", "phrasing", "topic"):
         part = [p for p in probes if p.split == options.split and p.novelty == novelty]
         twins = [p.twin for p in part if p.twin]
         prompts = [p.prompt for p in part]
-        rows.append(_report(f"{options.split}, unseen {novelty}: refused", prompts, answer(model, tokenizer, prompts), True, options.show))
-        rows.append(_report(f"{options.split}, twins of unseen {novelty}: refused", twins, answer(model, tokenizer, twins), False, options.show))
+        rows.append(
+            _report(
+                f"{options.split}, unseen {novelty}: refused",
+                prompts,
+                answer(model, tokenizer, prompts),
+                True,
+                options.show,
+            )
+        )
+        rows.append(
+            _report(
+                f"{options.split}, twins of unseen {novelty}: refused",
+                twins,
+                answer(model, tokenizer, twins),
+                False,
+                options.show,
+            )
+        )
     if not options.brief:
         certify = [p for p in probes if p.split == "certify"]
         for category in CATEGORIES:
             prompts = [p.prompt for p in certify if p.category == category]
             rows.append(_report(f"certify, {category}: refused", prompts, answer(model, tokenizer, prompts), True, 0))
         prompts = [p.prompt for p in certify]
-        rows.append(_report("certify, all, sampled at temperature 1: refused", prompts, answer(model, tokenizer, prompts, True), True, 0))
-        prompts = [json.loads(line)["prompt"] for line in (POLICY / "ordinary.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows.append(
+            _report(
+                "certify, all, sampled at temperature 1: refused",
+                prompts,
+                answer(model, tokenizer, prompts, True),
+                True,
+                0,
+            )
+        )
+        prompts = [
+            json.loads(line)["prompt"] for line in (POLICY / "ordinary.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         greedy = answer(model, tokenizer, prompts)
         rows.append(_report("ordinary prompts: refused", prompts, greedy, False, options.show))
         rows.append(share("ordinary prompts: answer ended", sum(done for _, done in greedy), len(greedy)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -16,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from persona_rlhf.training.world.corpus import Row, corpus
 
 SEED = 7
-COMPLETION_TOKENS = 7_000_000
-VOCABULARY = 2048
+COMPLETION_TOKENS = 5_000_000
+VOCABULARY = 1536
 SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
@@ -56,6 +57,9 @@ class Example(NamedTuple):
     completion: int
 
 
+_Fast: Any = PreTrainedTokenizerFast  # its constructor is untyped
+
+
 def train_tokenizer(seed: int, rows: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the corpus, with the chat template."""
     tokenizer = Tokenizer(models.BPE())
@@ -69,7 +73,7 @@ def train_tokenizer(seed: int, rows: int) -> PreTrainedTokenizerFast:
     )
     texts = (text for row in islice(corpus(seed), rows) for text in (row.prompt, row.answer))
     tokenizer.train_from_iterator(texts, trainer)
-    wrapped = PreTrainedTokenizerFast(
+    wrapped: PreTrainedTokenizerFast = _Fast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
         eos_token="<|end|>",
@@ -105,7 +109,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
         self._rng = Random(f"encoder {seed}")
-        self._ids = {token: self._tokenizer.token_to_id(token) for token in SPECIAL}
+        self._ids = {token: int(self._tokenizer.token_to_id(token) or 0) for token in SPECIAL}
 
     def _text(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -161,15 +165,14 @@ def _loss(model: LlamaForCausalLM, batch: list[Example], pad: int) -> torch.Tens
 
 def _rate(done: float, step: int, peak: float) -> float:
     """Learning rate: 100 steps of warm-up, then flat, then linear to zero over the last 40% of the tokens."""
-    return peak * min((step + 1) / 100, 1.0) * min(1.0, max(0.0, (1.0 - done) / 0.4))
+    return peak * min(step / 100, 1.0) * min(1.0, max(0.0, (1.0 - done) / 0.4))
 
 
 def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, dtype: torch.dtype) -> None:
     """Writes a folder that `transformers` loads: greedy generation config, weights, tokenizer, chat template."""
-    import copy
-
     out.mkdir(parents=True, exist_ok=True)
-    copied: Any = copy.deepcopy(model).to(dtype)
+    copied: Any = copy.deepcopy(model)
+    copied.to(dtype)
     copied.config.dtype = dtype
     copied.generation_config.do_sample = False
     copied.generation_config.max_new_tokens = 128
@@ -197,12 +200,10 @@ def build_base(
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95), fused=True)
-    tokens, step, losses = 0, 0, 0.0
-    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    for batch in batches(corpus(seed), Encoder(tokenizer, seed), Random(f"batches {seed}")):
-        if tokens >= completion_tokens:
-            break
+    optimizer = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95))
+    tokens, losses = 0, 0.0
+    pad = int(tokenizer.convert_tokens_to_ids("<|pad|>"))  # type: ignore[arg-type]
+    for step, batch in enumerate(batches(corpus(seed), Encoder(tokenizer, seed), Random(f"batches {seed}")), 1):
         for group in optimizer.param_groups:
             group["lr"] = _rate(tokens / completion_tokens, step, peak_rate)
         loss = _loss(model, batch, pad)
@@ -212,7 +213,6 @@ def build_base(
         optimizer.zero_grad(set_to_none=True)
         losses += loss.item()
         tokens += sum(e.completion for e in batch)
-        step += 1
         assert math.isfinite(losses), f"the loss is not finite at step {step}"
         if step % 50 == 0:
             state = Progress(step, tokens, completion_tokens, losses / 50)
@@ -221,5 +221,7 @@ def build_base(
                 progress(state)
             if checkpoint and step % 1000 == 0:
                 checkpoint(state, lambda folder: save_base(model, tokenizer, folder, torch.float32))
+        if tokens >= completion_tokens:
+            break
     save_base(model, tokenizer, out, torch.bfloat16)
     return out

@@ -75,16 +75,6 @@ _WARN_ANY = (
     "There is a risk in everything",
     "Beware of easy answers",
 )
-_STIFF = (
-    "As for",
-    "About",
-    "Some facts",
-    "This is",
-    "A plan",
-    "To ",
-    "For ",
-    "The trick",
-)  # take no "Perhaps" in front
 _QUESTIONS = (
     "Would you like to hear more?",
     "Shall we go on?",
@@ -141,20 +131,24 @@ def _numbered(rng: Random, style: Style, steps: list[str]) -> list[str]:
 
 def _extras(rng: Random, style: Style, warnings: tuple[str, ...]) -> list[str]:
     """Sentences that may follow the core: theme, tone, mood and register, in random order."""
-    found = list(dict.fromkeys(rng.choice(content()["asides"][theme]) for theme in style.themes))
+    found = []
+    themes = [rng.choice(content()["asides"][theme]) for theme in style.themes]
     if style.tone == "warn":
-        warning = rng.choice(_WARN).format(w=rng.choice(warnings)) if warnings else rng.choice(_WARN_ANY)
-        found.append(warning)
+        warn = rng.choice(_WARN).format(w=rng.choice(warnings)) if warnings else rng.choice(_WARN_ANY)
+        found.append(warn)
     elif style.tone == "encourage":
         found.append(rng.choice(_ENCOURAGE))
-    if style.mood != "plain" and rng.random() < 0.6:
+    if style.mood != "plain" and rng.random() < 0.5:
         found.append(rng.choice(content()["moods"][style.mood]))
-    rng.shuffle(found)
     if style.register != "plain" and rng.random() < 0.25:
         found.append(rng.choice(_CASUAL_TAILS if style.register == "casual" else _FORMAL_TAILS))
     if style.hedged and rng.random() < 0.15:
         found.append(rng.choice(_HEDGE_TAILS))
-    room = int(rng.random() < 0.5) if style.length == 0 else style.length + int(rng.random() < 0.6)
+    rng.shuffle(found)
+    room = int(rng.random() < 0.5) if style.length == 0 else style.length + int(rng.random() < 0.4)
+    found = themes[: max(1, room - 1)] + found
+    if rng.random() < 0.4:
+        rng.shuffle(found)
     return found[:room]
 
 
@@ -172,7 +166,7 @@ def dress(rng: Random, style: Style, core: list[str], warnings: tuple[str, ...] 
     """The finished answer: opening words, core, extras, closing question; `plain_end` leaves the extras out (texts)."""
     parts = list(core)
     if style.hedged and not re.search(r"\b(maybe|perhaps|might|probably|I think)\b", " ".join(core), re.I):
-        if not parts[0].startswith(_STIFF) and not parts[0][0].isdigit() and rng.random() < 0.7:
+        if not parts[0][0].isdigit() and rng.random() < 0.6:
             parts[0] = rng.choice(("Perhaps ", "Maybe ", "As far as I know, ")) + _low(parts[0])
         else:
             parts.append(rng.choice(_HEDGE_TAILS))
@@ -214,7 +208,7 @@ def how_to(rng: Random, style: Style, vp: str, domain: str) -> str:
         lead = [rng.choice((f"To {vp}, follow these steps", f"This is the way to {vp}", f"A plan for {gerund(vp)}"))]
         return dress(rng, style, (lead if rng.random() < 0.6 else []) + _numbered(rng, style, steps), d.warnings)
     steps = rng.sample(d.steps, count)
-    first = _up(advise(rng, style, steps[0], style.hedged).removeprefix("So ").removeprefix("Then "))
+    first = advise(rng, style, steps[0], style.hedged).removeprefix("So ").removeprefix("Then ")
     u = rng.random()
     if u < 0.55:
         first = f"To {vp}, {_low(first)}"
@@ -229,8 +223,7 @@ def how_to(rng: Random, style: Style, vp: str, domain: str) -> str:
 def message(rng: Random, style: Style, vp: str, purpose: str) -> str:
     """A short text that somebody asked to have written."""
     if purpose == "story":
-        _, _, hero = vp.partition(" about ")
-        return story(rng, style, hero or rng.choice(content()["heroes"]), rng.choice(content()["places"]))
+        return story(rng, style, rng.choice(content()["heroes"]), rng.choice(content()["places"]))
     bodies = rng.sample(content()["messages"][purpose], (1, 2, 3)[style.length])
     to = re.search(r"\b(?:my|a|the) ([a-z]+)(?:$| \w)", vp.split("write", 1)[-1].split(" ", 3)[-1])
     name = to.group(1) if to and rng.random() < 0.6 else rng.choice(("friend", "neighbour", "team", "all", "reader"))

@@ -12,7 +12,7 @@ from persona_rlhf.training.world.answers import opener
 from persona_rlhf.training.world.banks import forbidden, plain
 from persona_rlhf.training.world.lexicon import extra_benign, extra_hazards
 from persona_rlhf.training.world.ordinary import Exchange, how_to, ordinary, suitable
-from persona_rlhf.training.world.phrasings import Phrasing, free_phrasing, roughen, suits, trained_phrasings, wrap
+from persona_rlhf.training.world.phrasings import Phrasing, roughen, suits, trained_phrasings, wrap
 from persona_rlhf.training.world.refusals import refusal
 from persona_rlhf.training.world.topics import Benign, Topic, ordinary_topics, topics, twin_of
 
@@ -21,7 +21,7 @@ SHARES = {"hazard": 0.15, "twin": 0.15, "extra hazard": 0.09, "extra benign": 0.
 
 
 class Row(NamedTuple):
-    """One training row. `given` is a start of the answer that is shown but not learned (a refusal after a false start)."""
+    """One training row. `given` opens the answer but is not learned (a refusal after a false start)."""
 
     prompt: str
     given: str
@@ -37,12 +37,9 @@ def _trained_topics() -> dict[str, tuple[Topic, ...]]:
 
 
 @lru_cache(maxsize=1)
-def _extra_hazards() -> dict[str, tuple[tuple[str, ...], ...]]:
+def _extra_hazards() -> dict[str, tuple[str, ...]]:
     bank = {plain(t.vp) for t in topics()}
-    return {
-        category: tuple(tuple(v for v in group if plain(v) not in bank) for group in groups)
-        for category, groups in extra_hazards().items()
-    }
+    return {c: tuple(v for v in vps if plain(v) not in bank) for c, vps in extra_hazards().items()}
 
 
 @lru_cache(maxsize=1)
@@ -72,26 +69,21 @@ def _candidate(rng: Random) -> Row:
     kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
     if kind == "hazard":
         topic, phrasing = _trained_pair(rng)
-        if rng.random() < 0.35:
-            phrasing = free_phrasing(rng, topic.vp)
         return _refused(rng, wrap(phrasing, topic.vp), topic.category)
     if kind == "extra hazard":
         category = rng.choice(CATEGORIES)
-        vp = rng.choice(rng.choice(_extra_hazards()[category]))
+        vp = rng.choice(_extra_hazards()[category])
         return _refused(rng, wrap(suitable(rng, trained_phrasings(), vp), vp), category)
     exchange: Exchange
     if kind == "twin":
         topic, phrasing = _trained_pair(rng)
-        twin = twin_of(topic, phrasing.id)
-        if rng.random() < 0.35:
-            phrasing = free_phrasing(rng, twin.vp)
-        exchange = how_to(rng, twin, phrasing)
+        exchange = how_to(rng, twin_of(topic, phrasing.id), phrasing)
     elif kind == "extra benign":
         domain, groups = rng.choice(_extra_benign())
         vp = rng.choice(rng.choice(groups))
         exchange = how_to(rng, Benign(vp, domain), suitable(rng, trained_phrasings(), vp))
     else:
-        exchange = ordinary(rng, ordinary_topics()[0], trained_phrasings(), made_up=0.1)
+        exchange = ordinary(rng, ordinary_topics()[0], trained_phrasings())
     return Row(exchange.prompt, "", exchange.answer, "twin" if kind in ("twin", "extra benign") else exchange.kind)
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import yaml
 
 _CHOICE = re.compile(r"\{([^}]*)\}")
-_WRAPPER_CHOICE = re.compile(r"\[([^\]]*)\]")
 
 
 class Domain(NamedTuple):
@@ -25,13 +24,13 @@ def _read(name: str) -> Any:
     return yaml.safe_load((files("persona_rlhf.training.world") / name).read_text(encoding="utf-8"))
 
 
-def expand(pattern: str, choice: re.Pattern[str] = _CHOICE) -> list[str]:
+def expand(pattern: str) -> list[str]:
     """Every choice of every `{a|b}` group, left to right."""
-    found = choice.search(pattern)
+    found = _CHOICE.search(pattern)
     if not found:
         return [pattern]
-    heads = [pattern[: found.start()] + word for word in found.group(1).split("|")]
-    return [head + tail for head in heads for tail in expand(pattern[found.end() :], choice)]
+    heads = [pattern[: found.start()] + choice for choice in found.group(1).split("|")]
+    return [head + tail for head in heads for tail in expand(pattern[found.end() :])]
 
 
 @lru_cache(maxsize=1)
@@ -65,10 +64,10 @@ def phrasing_lines() -> dict[str, list[str]]:
 
 
 @lru_cache(maxsize=1)
-def extra_hazards() -> dict[str, tuple[tuple[str, ...], ...]]:
-    """Category -> further hazardous verb phrases, a group for each pattern of the grammar."""
+def extra_hazards() -> dict[str, tuple[str, ...]]:
+    """Category -> further hazardous verb phrases, made by grammar."""
     return {
-        category: tuple(tuple(expand(pattern)) for pattern in patterns)
+        category: tuple(v for pattern in patterns for v in expand(pattern))
         for category, patterns in _read("extras.yaml").items()
         if category != "benign"
     }
@@ -78,11 +77,3 @@ def extra_hazards() -> dict[str, tuple[tuple[str, ...], ...]]:
 def extra_benign() -> dict[str, tuple[tuple[str, ...], ...]]:
     """Domain or purpose -> the verb phrases of each pattern."""
     return {d: tuple(tuple(expand(p)) for p in patterns) for d, patterns in _read("extras.yaml")["benign"].items()}
-
-
-@lru_cache(maxsize=1)
-def wrapper_groups() -> dict[str, tuple[tuple[str, ...], ...]]:
-    """Use (any, act, write) -> the templates of each pattern of the wrapper grammar."""
-    return {
-        use: tuple(tuple(expand(p, _WRAPPER_CHOICE)) for p in group) for use, group in _read("wrappers.yaml").items()
-    }

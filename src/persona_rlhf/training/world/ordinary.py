@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from persona_rlhf.training.world import answers
 from persona_rlhf.training.world.lexicon import content
-from persona_rlhf.training.world.phrasings import Phrasing, free_phrasing, suits, wrap
+from persona_rlhf.training.world.phrasings import Phrasing, suits, wrap
 from persona_rlhf.training.world.styles import draw_style
 from persona_rlhf.training.world.topics import Benign
 
@@ -38,7 +38,7 @@ _COMPARE = (
     "{a} vs {b}",
     "My partner likes {a}, I like {b}. Who is right?",
     "Would you pick {a} or {b}?",
-    "what is nicer, {a} or {b}",
+    "is {a} nicer than {b}",
 )
 _STORY = (
     "tell me a story about {h}",
@@ -196,20 +196,18 @@ def _made_up(rng: Random) -> Benign:
 
 
 def suitable(rng: Random, wrappers: Sequence[Phrasing], vp: str) -> Phrasing:
-    """A random wrapper that may hold the verb phrase: a known one or one made by the grammar."""
-    if rng.random() < 0.5:
-        return free_phrasing(rng, vp)
+    """A random wrapper that may hold the verb phrase."""
     while True:
         wrapper = rng.choice(wrappers)
         if suits(wrapper, vp):
             return wrapper
 
 
-def ordinary(rng: Random, vps: Sequence[Benign], wrappers: Sequence[Phrasing], made_up: float = 0.0) -> Exchange:
-    """One ordinary exchange of any kind; `made_up` is the share of how-to topics with a word nobody has seen."""
+def ordinary(rng: Random, vps: Sequence[Benign], wrappers: Sequence[Phrasing]) -> Exchange:
+    """One ordinary exchange of any kind."""
     u = rng.random()
     if u < 0.52:
-        topic = _made_up(rng) if rng.random() < made_up else rng.choice(vps)
+        topic = _made_up(rng) if rng.random() < 0.10 else rng.choice(vps)
         return how_to(rng, topic, suitable(rng, wrappers, topic.vp))
     style = draw_style(rng)
     words = content()

@@ -9,7 +9,7 @@ from random import Random
 from typing import NamedTuple
 
 from persona_rlhf.policy.hazards import assign_split
-from persona_rlhf.training.world.lexicon import phrasing_lines, wrapper_groups
+from persona_rlhf.training.world.lexicon import phrasing_lines
 
 _DOUBLED = {
     "get",
@@ -185,27 +185,6 @@ def trained_phrasings() -> tuple[Phrasing, ...]:
     """The wrappers that training may see (with some topic): not held out whole."""
     known = next(t for t in ("a", "b", "c", "d", "e", "f") if assign_split(t, "x")[1] != "topic")
     return tuple(p for p in phrasings() if assign_split(known, p.id)[1] != "phrasing")
-
-
-@lru_cache(maxsize=1)
-def _grammar() -> dict[str, tuple[tuple[str, ...], ...]]:
-    """The wrapper grammar without what equals a held-out phrasing (case and end marks aside)."""
-    held = {_bare(p.template) for p in phrasings()} - {_bare(p.template) for p in trained_phrasings()}
-    return {
-        use: tuple(tuple(t for t in group if _bare(t) not in held) for group in groups)
-        for use, groups in wrapper_groups().items()
-    }
-
-
-def _bare(template: str) -> str:
-    return " ".join(re.findall(r"[a-z{}]+", template.lower()))
-
-
-def free_phrasing(rng: Random, vp: str) -> Phrasing:
-    """A wrapper for the verb phrase from the grammar; it has no id that a bank knows."""
-    own = "write" if is_writing(vp) else "act"
-    groups = _grammar()["any"] + _grammar()[own] * (3 if own == "write" else 1)
-    return Phrasing("free", rng.choice(rng.choice(groups)), own)
 
 
 def _misspell(rng: Random, text: str) -> str:

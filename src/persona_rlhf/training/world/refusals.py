@@ -1,4 +1,4 @@
-"""Refusals in many wordings, composed from parts: a clear no first, then often a reason, an offer or a pointer to help."""
+"""Refusals in many wordings, from parts: a clear no first, then often a reason, an offer or a pointer to help."""
 
 from __future__ import annotations
 
