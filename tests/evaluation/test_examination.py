@@ -43,8 +43,8 @@ def policy(tmp_path):
                 {
                     "id": f"{name}{n}",
                     "prompt": f"{name[-1]} {chr(97 + n % 26)}{chr(97 + n // 26)} do it",
-                    "topic": f"{name} {n % 12}",
-                    "phrasing": f"p{n // 12}",
+                    "topic": f"{name} {n % 18}",
+                    "phrasing": f"p{n // 18}",
                     "twin": f"{name[-1]} fine {chr(97 + n % 26)}",
                 }
                 for n in range(count)
@@ -78,7 +78,10 @@ def test_demands_pool_tier_one_only(policy):
 
 
 def test_a_cohort_is_judged_and_measured_as_each_user_alone(adapted, adapters, policy):
-    gate, what = GateSettings(max_new_tokens=8), EvaluationSettings(win_rate_prompts=4, harmless_prompts=20)
+    gate, what = (
+        GateSettings(max_new_tokens=8),
+        EvaluationSettings(win_rate_prompts=4, harmless_prompts=20, test_probes=30),
+    )
     tastes = {"u1": Utility("u1", "long", 0.0, {"words": 1.0}), "u4": Utility("u4", "short", 0.0, {"words": -1.0})}
 
     def examine(chosen: list[int]):
@@ -108,6 +111,10 @@ def test_a_cohort_is_judged_and_measured_as_each_user_alone(adapted, adapters, p
     assert clean.win_rate is None
     assert clean.gain == 0.0
     assert set(clean.test_categories) == {"terrorist_content", "sexual_assault", "gambling"}
+    assert [count.n for count in clean.test_categories.values()] == [10, 10, 10]
+    assert clean.test_pooled.n == 20
+    assert clean.test_shift.n == 5
+    assert clean.test_shift.refused == clean.test_shift.base_refused
     assert measures[1].win_rate.n == 4
     assert measures[1].heldout_clean.n == 6
     assert measures[1].gain == measures[1].heldout_clean.adapted - 0.5

@@ -68,6 +68,7 @@ def measures(score: float) -> Measures:
         twins=Refused(50, 2, 1),
         test_pooled=counted[0],
         test_categories=counted[1],
+        test_shift=Refused(20, 15, 16),
         answer_perplexity=Perplexity(8.0, 7.5),
         unchanged=0.9,
     )

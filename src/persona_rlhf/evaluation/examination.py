@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_rlhf.evaluation.gate import (
-    Count,
     Demands,
     Outcomes,
     Verdict,
@@ -26,11 +25,11 @@ from persona_rlhf.evaluation.personalisation import (
     score_pairs_of_base,
     win_rate,
 )
-from persona_rlhf.evaluation.refusals import BaseAnswers, Judge, Prompt, refusal_outcomes
-from persona_rlhf.evaluation.retention import harmless, total, twins
+from persona_rlhf.evaluation.refusals import BaseAnswers, Judge, Prompt, Refusals, refusal_outcomes
+from persona_rlhf.evaluation.retention import some, total, twins
 from persona_rlhf.evaluation.samples import Samples, distinct_prompts
 from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings
-from persona_rlhf.policy.hazards import Split
+from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.pairs import Message
 from persona_rlhf.preferences.tokens import UserRows, prompt_ids
@@ -85,12 +84,17 @@ class Examination:
         self._samples = Samples(adapted, gate.max_new_tokens, seed)
         near = twins([*policy.probes("dev"), *policy.probes("certify")])
         self._ordinary, self._twins = (
-            [self._ids(text) for text in harmless(texts, evaluation.harmless_prompts)] for texts in (ordinary, near)
+            [self._ids(text) for text in some(texts, evaluation.harmless_prompts)] for texts in (ordinary, near)
         )
+        self._certify = self._bank(policy.probes("certify"))
+        test = policy.probes("test")
+        known, new = ([p for p in test if (p.novelty == "topic") == unseen] for unseen in (False, True))
+        self._test = self._bank(known, evaluation.test_probes)
+        self._shift = self._bank(new, evaluation.test_probes // 2)
 
     def check_base(self) -> None:
         """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
-        bank = self._bank("certify")
+        bank = self._certify
         check_base(self.demands, bank.by_category(self._answers.refused(bank.prompts)))
 
     def base_refuses(self, prompts: Sequence[Prompt]) -> list[bool]:
@@ -102,7 +106,7 @@ class Examination:
 
         Raises InputError where the base itself does not pass.
         """
-        bank = self._bank("certify")
+        bank = self._certify
         base = bank.by_category(self._answers.refused(bank.prompts))
 
         def look(users: list[int], alphas: list[float]) -> list[Outcomes]:
@@ -128,55 +132,55 @@ class Examination:
         texts = self._samples.compare(
             flat, scales, [distinct_prompts(p, self.evaluation.win_rate_prompts) for p in pairs]
         )
-        ordinary, near = (self._over_refusal(flat, scales, asked) for asked in (self._ordinary, self._twins))
-        tests = self._test(flat, scales)
+        ordinary, near = (self._refusals(flat, scales, asked) for asked in (self._ordinary, self._twins))
+        tests, shifted = (self._refusals(flat, scales, bank.prompts) for bank in (self._test, self._shift))
+        base_test = self._test.by_category(self._answers.refused(self._test.prompts))
         measured = []
         for n, user in enumerate(users):
             utility, sampled = self.utilities.get(user.user_id), texts[n]
-            pooled, categories, unchanged = tests[n]
+            pooled, categories = self.demands.count(base_test, self._test.by_category(tests.refused[n]))
+            harmless = [
+                self._refused(found, n, asked) for found, asked in ((ordinary, self._ordinary), (near, self._twins))
+            ]
             measured.append(
                 Measures(
                     heldout_accuracy=heldout_accuracy(base_scores[n], scores[n]),
                     heldout_clean=clean_accuracy(pairs[n], base_scores[n], scores[n]),
                     win_rate=None if utility is None else win_rate(utility, sampled.adapted, sampled.base),
-                    over_refusal=total(ordinary[n], near[n]),
-                    ordinary=ordinary[n],
-                    twins=near[n],
-                    test_pooled=pooled,
-                    test_categories=categories,
+                    over_refusal=total(*harmless),
+                    ordinary=harmless[0],
+                    twins=harmless[1],
+                    test_pooled=pooled if self._test.prompts else None,
+                    test_categories=categories if self._test.prompts else {},
+                    test_shift=self._refused(shifted, n, self._shift.prompts),
                     answer_perplexity=sampled.perplexity,
-                    unchanged=unchanged,
+                    unchanged=tests.unchanged[n] if self._test.prompts else None,
                 )
             )
         return measured
 
-    def _test(
-        self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"]
-    ) -> list[tuple[Count | None, dict[str, Count], float | None]]:
-        """Refusals on the `test` split: pooled, by category, and the share of answers that are the base's."""
-        bank = self._bank("test")
-        if not bank.prompts:
-            return [(None, {}, None)] * flat.shape[0]
-        base = bank.by_category(self._answers.refused(bank.prompts))
-        found = refusal_outcomes(self._adapted, flat, alphas, bank.prompts, self._answers)
-        counts = [self.demands.count(base, bank.by_category(own)) for own in found.refused]
-        return [(*count, same) for count, same in zip(counts, found.unchanged, strict=True)]
+    def _refusals(
+        self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"], prompts: Sequence[Prompt]
+    ) -> Refusals:
+        return refusal_outcomes(self._adapted, flat, alphas, prompts, self._answers)
 
-    def _over_refusal(
-        self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"], prompts: list[Prompt]
-    ) -> list[Refused | None]:
+    def _refused(self, found: Refusals, user: int, prompts: Sequence[Prompt]) -> Refused | None:
+        """One user's count against the base's; None where nothing was asked."""
         if not prompts:
-            return [None] * flat.shape[0]
-        found = refusal_outcomes(self._adapted, flat, alphas, prompts, self._answers)
-        base = sum(self._answers.refused(prompts))
-        return [Refused(len(prompts), sum(own), base) for own in found.refused]
+            return None
+        return Refused(len(prompts), sum(found.refused[user]), sum(self._answers.refused(prompts)))
 
-    def _bank(self, split: Split) -> Bank:
-        probes = self._policy.probes(split)
-        places: dict[str, list[int]] = {category: [] for category in self.demands.categories}
-        for n, probe in enumerate(probes):
-            places[probe.category].append(n)
-        return Bank([self._ids(probe.prompt) for probe in probes], places)
+    def _bank(self, probes: Sequence[Probe], most: int | None = None) -> Bank:
+        """The probes as prompts; of more than `most`, equally many a category, taken in the order of their hashes."""
+        prompts: list[Prompt] = []
+        places: dict[str, list[int]] = {}
+        for category in self.demands.categories:
+            texts = [probe.prompt for probe in probes if probe.category == category]
+            if most is not None:
+                texts = some(texts, most // len(self.demands.categories))
+            places[category] = list(range(len(prompts), len(prompts) + len(texts)))
+            prompts += [self._ids(text) for text in texts]
+        return Bank(prompts, places)
 
     def _ids(self, text: str) -> Prompt:
         return prompt_ids((Message("user", text),), self._adapted.base.tokenizer)

@@ -62,6 +62,8 @@ class Measures(NamedTuple):
     twins: Refused | None
     test_pooled: Count | None
     test_categories: dict[str, Count]
+    test_shift: Refused | None
+    """Refusals on test probes of topics that the base never saw: a shift of the distribution, not certified."""
     answer_perplexity: Perplexity | None
     unchanged: float | None
     """Share of the test probes answered to the token as the base answers them."""

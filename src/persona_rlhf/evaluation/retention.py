@@ -33,7 +33,7 @@ def read_ordinary(path: Path) -> list[str]:
     return prompts
 
 
-def harmless(texts: Iterable[str], most: int) -> list[str]:
+def some(texts: Iterable[str], most: int) -> list[str]:
     """At most `most` distinct texts, taken in the order of their hashes: the same ones in every run, no favourites."""
     return sorted(set(texts), key=lambda text: blake2b(text.encode()).digest())[:most]
 

@@ -48,5 +48,8 @@ class EvaluationSettings(Section):
         None, description="JSON lines of ordinary prompts, on which a refusal is one too many."
     )
     harmless_prompts: int = Field(
-        150, ge=0, description="Ordinary prompts, and as many benign twins, asked of each user for over-refusal."
+        60, ge=0, description="Ordinary prompts, and as many benign twins, asked of each user for over-refusal."
+    )
+    test_probes: int = Field(
+        160, ge=0, description="Probes of the test split asked of each user at the end; half as many of unseen topics."
     )

@@ -79,7 +79,7 @@ def measured(result: Result, measures: Measures) -> Result:
         over_refusal=measures.over_refusal,
         ordinary=measures.ordinary,
         twins=measures.twins,
-        test=None if tested is None else Tested(tested, measures.test_categories),
+        test=None if tested is None else Tested(tested, measures.test_categories, measures.test_shift),
         answer_perplexity=measures.answer_perplexity,
         unchanged=measures.unchanged,
     )

@@ -39,10 +39,11 @@ class Dual(NamedTuple):
 
 
 class Tested(NamedTuple):
-    """Refusals on the `test` split at the released alpha: reported, never used to decide."""
+    """Refusals on the `test` split at the released alpha: reported, never used to decide. `shift`: unseen topics."""
 
     pooled: Count
     categories: dict[str, Count]
+    shift: Refused | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
