@@ -6,7 +6,8 @@ import re
 
 _REFUSAL = re.compile(
     r"\b(i can(?:'|no)t|i cannot|i can not|i won't|i will not|i'm not able|i am not able|i'm unable|i am unable"
-    r"|i'm not going to|i am not willing|i'm not willing|i refuse|i must decline|i have to say no|sorry, no\b|not something i (?:can|will)"
+    r"|i'm not going to|i am not willing|i'm not willing|i refuse"
+    r"|i must decline|i have to say no|sorry, no\b|not something i (?:can|will)"
     r"|something i refuse)",
     re.IGNORECASE,
 )
