@@ -65,7 +65,15 @@ def train(config: Config, run: Path, resume: bool, console: Console) -> list[Res
     folder.begin(config, ready.policy, ready.dropped, identity)
     reference = with_reference(ready.adapted, ready.rows, bank, folder.state / "reference.safetensors")
     engine = Engine(
-        ready.adapted, ready.rows, reference, bank, config.dpo, config.constraint, config.fleet, config.seed, folder.state
+        ready.adapted,
+        ready.rows,
+        reference,
+        bank,
+        config.dpo,
+        config.constraint,
+        config.fleet,
+        config.seed,
+        folder.state,
     )
     results = read_results(folder.state) if resume and (folder.state / "results.jsonl").exists() else []
     judged = {result.user_id for result in results}
@@ -77,9 +85,9 @@ def train(config: Config, run: Path, resume: bool, console: Console) -> list[Res
             progress.say(f"judging {', '.join(user.user_id[:32] for user in cohort)}")
             results += release(config, run, ready, cohort)
             write_results(folder.state, results)
-    for user in ready.rows:
-        if not user.train:
-            results.append(skipped(user.user_id, "no pair to train on is left", data_of(user, ready.dropped).pairs))
+    for rows in ready.rows:
+        if not rows.train:
+            results.append(skipped(rows.user_id, "no pair to train on is left", data_of(rows, ready.dropped).pairs))
     order = {user.user_id: n for n, user in enumerate(ready.rows)}
     results.sort(key=lambda result: order[result.user_id])
     write_results(run, results)

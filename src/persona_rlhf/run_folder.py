@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -41,9 +40,7 @@ class RunFolder:
             sentence = f"the {' and the '.join(changed)} changed since this run began; start a new run with --run"
             raise InputError([Problem(str(self.path), None, "--resume", sentence)])
 
-    def begin(
-        self, config: Config, policy: Policy, dropped: Sequence[Dropped], identity: Mapping[str, str]
-    ) -> None:
+    def begin(self, config: Config, policy: Policy, dropped: Sequence[Dropped], identity: Mapping[str, str]) -> None:
         """Writes what was asked: config.yaml, policy.json, screening.jsonl, and the identity last."""
         self.state.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", config.to_yaml())
@@ -71,4 +68,4 @@ def write_text(file: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     half = file.with_name(file.name + ".half")
     half.write_text(text, encoding="utf-8", errors="surrogatepass")
-    os.replace(half, file)
+    half.replace(file)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_rlhf.inputs.bundled import find
+from persona_rlhf.inputs.bundled import find, is_hub_id
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.training.settings import BaseSettings
 
@@ -33,7 +33,7 @@ class Base:
         """Tokens that end an answer: the model's generation config knows more of them than the tokenizer."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ids = [configured] if isinstance(configured, int) else list(configured or [])
-        own = self.tokenizer.eos_token_id
+        own = getattr(self.tokenizer, "eos_token_id", None)
         if isinstance(own, int) and own not in ids:
             ids.append(own)
         return tuple(ids)
@@ -41,8 +41,8 @@ class Base:
     @property
     def pad_id(self) -> int:
         """Fills rows to their right, where nothing looks: any id will do, so a tokenizer without one is no problem."""
-        own = self.tokenizer.pad_token_id
-        return own if isinstance(own, int) else self.eos_ids[0]
+        own = getattr(self.tokenizer, "pad_token_id", None)
+        return own if isinstance(own, int) else next(iter(self.eos_ids), 0)
 
 
 def load_base(settings: BaseSettings) -> Base:
@@ -85,7 +85,7 @@ def _folder(model: str) -> Path:
     try:
         return find(model)
     except InputError:
-        if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        if not is_hub_id(model):
             raise
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError

@@ -24,7 +24,7 @@ def save(file: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         save_file({name: t.contiguous() for name, t in tensors.items()}, half, {"notes": json.dumps(notes)})
         with half.open("rb+") as stream:
             os.fsync(stream.fileno())
-        os.replace(half, file)
+        half.replace(file)
     finally:
         half.unlink(missing_ok=True)
 

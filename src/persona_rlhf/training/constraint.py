@@ -46,7 +46,8 @@ class ConstraintBank:
 
     def __init__(self, categories: Sequence[str], limits: Sequence[float], anchors: Sequence[Sequence[Anchor]]) -> None:
         self.categories, self.limits, self.anchors = tuple(categories), tuple(limits), anchors
-        assert len(categories) == len(limits) == len(anchors) and all(anchors)
+        assert len(categories) == len(limits) == len(anchors)
+        assert all(anchors)
 
     def rows(self) -> list[Row]:
         """Every row whose reference log-probability is needed."""
@@ -66,7 +67,8 @@ class UserDraws:
 
     def _anchor(self, category: int, turn: int) -> Anchor:
         order = self._orders[category]
-        return self.bank.anchors[category][order[turn % len(order)]]
+        anchor: Anchor = self.bank.anchors[category][order[turn % len(order)]]
+        return anchor
 
     def at(self, step: int) -> Draw:
         """The rows of optimizer step `step`: categories take turns, and so do a probe's refusals."""
@@ -156,7 +158,7 @@ def measure(
     """Compares the users' log-probabilities of their constraint rows with the base's.
 
     Refusals: `log pi_ref(y|x) - log pi_user(y|x)`, averaged by category. The other two are hinges that cost nothing
-    until the user's log-probability of a compliance (or of refusing a harmless twin) rises `margin` nats over the base's.
+    until the user's log-probability of a compliance (or of refusing a harmless twin) is `margin` nats over the base's.
     """
     refused, complied, over = logps
     fill = {"dtype": refused.dtype, "device": refused.device}

@@ -24,7 +24,9 @@ class Duals:
     divided by their sum: a stiffer start costs the user his taste.
     """
 
-    def __init__(self, users: int, categories: int, gain: float, smoothing: float, ceiling: float, device: torch.device):
+    def __init__(
+        self, users: int, categories: int, gain: float, smoothing: float, ceiling: float, device: torch.device
+    ) -> None:
         self.gain, self.smoothing, self.ceiling = gain, smoothing, ceiling
         self.values, self.violations, self.peaks, self.sums = torch.zeros(4, users, categories, device=device)
         self.updates = torch.zeros(users, device=device)
@@ -42,7 +44,7 @@ class Duals:
         seen: Bool[Tensor, "users categories"],
         moves: Bool[Tensor, " users"],
     ) -> None:
-        """`violation <- s violation + (1 - s) new` where a category was seen; `lambda <- clamp(lambda + gain violation)`."""
+        """`violation <- s violation + (1 - s) new` where a category was seen, `lambda <- lambda + gain violation`."""
         seen = seen & moves[:, None] & torch.isfinite(violations)
         mixed = self.smoothing * self.violations + (1 - self.smoothing) * violations
         self.violations = torch.where(seen, mixed, self.violations)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -47,14 +47,14 @@ class Reference:
 
     def _write(self, file: Path) -> None:
         keys = np.frombuffer(b"".join(self._values), dtype=np.uint8).reshape(len(self._values), -1)
-        tensors = {
+        tensors: dict[str, np.ndarray[Any, Any]] = {
             "keys": keys,
             "logps": np.array(list(self._values.values()), dtype=np.float64),
             "base": np.frombuffer(self._identity.encode(), dtype=np.uint8),
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, half := file.with_suffix(".half"))
-        os.replace(half, file)
+        half.replace(file)
 
 
 def _key(row: Row) -> bytes:

@@ -19,7 +19,7 @@ def user_generator(seed: int, user_id: str, purpose: str) -> torch.Generator:
 
 
 class UserSchedule:
-    """One user's passes over his pairs: `steps` optimizer steps of up to `pairs_per_step` pairs, shuffled each epoch."""
+    """One user's passes over his pairs: `steps` steps of up to `pairs_per_step` pairs, shuffled each epoch."""
 
     def __init__(self, rows: UserRows, settings: DpoSettings, seed: int) -> None:
         self.rows, self.settings = rows, settings

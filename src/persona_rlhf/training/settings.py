@@ -50,7 +50,7 @@ class DpoSettings(Section):
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of a user's steps in which the rate rises from 0.")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="The rate's course after warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="A user's gradient is clipped to this L2 norm.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay per unit of rate; the gate's alpha does better.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay per unit of rate; alpha shrinks better.")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of labels taken as flipped; robust loss only.")
 
 
@@ -59,14 +59,14 @@ class ConstraintSettings(Section):
 
     enabled: bool = Field(True, description="Off only for ablations: the gate still holds back what violates.")
     rows_per_step: int = Field(4, ge=1, description="Refusal rows a user sees in a step; categories take turns.")
-    refusals_per_probe: int = Field(2, ge=1, le=64, description="Base answers sampled per train probe; refusals are kept.")
+    refusals_per_probe: int = Field(2, ge=1, le=64, description="Base answers sampled per probe; refusals are kept.")
     compliance_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a compliance.")
     twin_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a refusal to a benign twin.")
     opening_tokens: int = Field(8, ge=1, description="Length of those openings, in tokens.")
     margin: float = Field(0.5, ge=0, description="Nats an opening may rise over the base before it costs anything.")
     opening_weight: float = Field(0.3, ge=0, description="Weight of the opening hinges in the loss.")
     gain: float = Field(1.0, gt=0, description="Rise of a dual variable per step and nat of smoothed violation.")
-    smoothing: float = Field(0.8, ge=0, lt=1, description="Share of the old estimate kept when a violation is smoothed.")
+    smoothing: float = Field(0.8, ge=0, lt=1, description="Share of the old estimate in a smoothed violation.")
     ceiling: float = Field(10.0, gt=0, description="Largest value of a dual variable.")
 
 

@@ -27,9 +27,7 @@ class Slots:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.flat: Float[Tensor, "slots params"] = torch.zeros(count, params, device=device, dtype=dtype)
-        self.optimizer = FleetAdamW(
-            self.flat, weight_decay=dpo.weight_decay, max_grad_norm=dpo.max_grad_norm
-        )
+        self.optimizer = FleetAdamW(self.flat, weight_decay=dpo.weight_decay, max_grad_norm=dpo.max_grad_norm)
         self.duals = Duals(count, categories, constraint.gain, constraint.smoothing, constraint.ceiling, device)
         self.users: list[str | None] = [None] * count
         self.steps = [0] * count

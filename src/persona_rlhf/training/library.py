@@ -1,0 +1,61 @@
+"""The fleet as a library call: any transformers causal LM, no config and no files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from persona_rlhf.preferences.tokens import UserRows
+from persona_rlhf.training.base import Base
+from persona_rlhf.training.constraint import ConstraintBank
+from persona_rlhf.training.engine import Engine, TrainedUser
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+
+
+def fleet_train(
+    model: PreTrainedModel,
+    rows: Sequence[UserRows],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    bank: ConstraintBank | None = None,
+    lora: LoraSettings | None = None,
+    dpo: DpoSettings | None = None,
+    constraint: ConstraintSettings | None = None,
+    fleet: FleetSettings | None = None,
+    seed: int = 0,
+) -> dict[str, TrainedUser]:
+    """Trains one adapter per user of `rows` (see `tokenize`) over the frozen `model`, and leaves the model as it was.
+
+    Each adapter is a flat vector; `AdaptedModel(base, lora).spans` says where its layers lie. Without a `bank` there
+    is no constraint, and nothing here is a gate: judge what comes out before anyone uses it.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    model.requires_grad_(False).eval()
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+    base = Base(model, cast(PreTrainedTokenizerBase, tokenizer), model.name_or_path or "", "", context)
+    adapted = AdaptedModel(base, lora or LoraSettings())
+    try:
+        reference = Reference(adapted)
+        pairs = [row for user in rows for pair in user.train for row in (pair.chosen, pair.rejected)]
+        reference.add(pairs + (bank.rows() if bank else []))
+        engine = Engine(
+            adapted,
+            rows,
+            reference,
+            bank,
+            dpo or DpoSettings(),
+            constraint or ConstraintSettings(enabled=bank is not None),
+            fleet or FleetSettings(),
+            seed,
+        )
+        return {user.user_id: user for user in engine.run()}
+    finally:
+        adapted.close()
+        model.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
