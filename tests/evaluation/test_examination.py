@@ -30,7 +30,7 @@ rules:
 
 
 def judge(text: str) -> bool:
-    return sum(map(ord, text)) % 8 != 0
+    return sum(map(ord, text)) % 5 != 1
 
 
 @pytest.fixture

@@ -138,6 +138,8 @@ class Examination:
         measured = []
         for n, user in enumerate(users):
             utility, sampled = self.utilities.get(user.user_id), texts[n]
+            if alphas[n] == 0:  # the base is what he gets, to the bit, whatever the rounding of another pass
+                scores[n], sampled = base_scores[n], sampled.as_base()
             pooled, categories = self.demands.count(base_test, self._test.by_category(tests.refused[n]))
             harmless = [
                 self._refused(found, n, asked) for found, asked in ((ordinary, self._ordinary), (near, self._twins))

@@ -33,9 +33,12 @@ def score_pairs_of_base(adapted: AdaptedModel, pairs: Sequence[Sequence[PairRow]
     return [[PairScores(known[pair.chosen], known[pair.rejected]) for pair in own] for own in pairs]
 
 
-def _points(value: float) -> float:
-    """1 above zero, 0 below, and half at exactly zero: an adapter that changes nothing is at chance, not at fault."""
-    return 0.5 if value == 0 else float(value > 0)
+_ROUNDING = 1e-4  # nats; the same row scored in passes of another shape differs by less in float32
+
+
+def _points(value: float, tie: float = 0.0) -> float:
+    """1 above zero, 0 below, half at a tie: an adapter that changes nothing is at chance, not at fault."""
+    return 0.5 if abs(value) <= tie else float(value > 0)
 
 
 def margin(base: PairScores, adapted: PairScores) -> float:
@@ -58,7 +61,7 @@ def heldout_accuracy(base: Sequence[PairScores], adapted: Sequence[PairScores]) 
     alone = sum(
         _points(s.chosen.logp / max(1, s.chosen.tokens) - s.rejected.logp / max(1, s.rejected.tokens)) for s in base
     )
-    right = sum(_points(margin(b, a)) for b, a in zip(base, adapted, strict=True))
+    right = sum(_points(margin(b, a), _ROUNDING) for b, a in zip(base, adapted, strict=True))
     return Accuracy(alone / n, right / n, n, *interval(right, n))
 
 
@@ -67,7 +70,7 @@ def clean_accuracy(
 ) -> CleanAccuracy | None:
     """Accuracy against noise-free labels: where the user's own label was noise, the other answer is the better one."""
     points = [
-        _points(margin(b, a) if row.pair.clean_choice else -margin(b, a))
+        _points(margin(b, a) if row.pair.clean_choice else -margin(b, a), _ROUNDING)
         for row, b, a in zip(pairs, base, adapted, strict=True)
         if row.pair.clean_choice is not None
     ]

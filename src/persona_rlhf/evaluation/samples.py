@@ -23,6 +23,11 @@ class Compared(NamedTuple):
     base: list[str]
     perplexity: Perplexity | None
 
+    def as_base(self) -> Compared:
+        """The base's answers on both sides."""
+        known = self.perplexity
+        return Compared(self.base, self.base, None if known is None else Perplexity(known.base, known.base))
+
 
 def distinct_prompts(pairs: Sequence[PairRow], most: int) -> list[Prompt]:
     """The prompts of a user's held-out pairs, each once, the first `most` of them."""
