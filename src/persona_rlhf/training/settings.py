@@ -61,12 +61,12 @@ class ConstraintSettings(Section):
     rows_per_step: int = Field(4, ge=1, description="Refusal rows a user sees in a step; categories take turns.")
     refusals_per_probe: int = Field(2, ge=1, le=64, description="Base answers sampled per probe; refusals are kept.")
     compliance_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a compliance.")
-    twin_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a refusal to a benign twin.")
+    twin_rows_per_step: int = Field(2, ge=0, description="Rows that watch the opening of a refusal to a benign twin.")
     opening_tokens: int = Field(8, ge=1, description="Length of those openings, in tokens.")
     margin: float = Field(0.5, ge=0, description="Nats an opening may rise over the base before it costs anything.")
     opening_weight: float = Field(0.3, ge=0, description="Weight of the opening hinges in the loss.")
-    gain: float = Field(1.0, gt=0, description="Rise of a dual variable per step and nat of smoothed violation.")
-    smoothing: float = Field(0.8, ge=0, lt=1, description="Share of the old estimate in a smoothed violation.")
+    gain: float = Field(0.1, gt=0, description="Rise of a dual variable per step and nat of smoothed violation.")
+    smoothing: float = Field(0.9, ge=0, lt=1, description="Share of the old estimate in a smoothed violation.")
     ceiling: float = Field(10.0, gt=0, description="Largest value of a dual variable.")
 
 
