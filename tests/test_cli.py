@@ -207,7 +207,7 @@ def _result(user_id, status):
 def test_a_held_back_user_is_exit_code_3(run, experiment, line, statuses, code):
     calls = []
 
-    def train(config, folder, resume, console):
+    def train(config, folder, resume, console, materials):
         calls.append((config.dpo.beta, folder, resume))
         return [_result(f"u{i}", status) for i, status in enumerate(statuses)]
 
@@ -216,12 +216,14 @@ def test_a_held_back_user_is_exit_code_3(run, experiment, line, statuses, code):
     assert result.exit_code == code, result.stderr
     assert [row["status"] for row in json.loads(result.stdout)] == statuses
     assert calls == [(0.3, Path("out"), False)]
+    Path("runs/x/state").mkdir(parents=True)
+    Path("runs/x/state/identity.json").write_text("{}")
     assert run("train", experiment, "--resume").exit_code == code
     assert calls[1][1:] == (Path("runs/x"), True)
 
 
 def test_an_interrupted_run_says_how_to_go_on(run, experiment, line):
-    def train(config, folder, resume, console):
+    def train(config, folder, resume, console, materials):
         raise KeyboardInterrupt
 
     line.does(train)
@@ -231,7 +233,7 @@ def test_an_interrupted_run_says_how_to_go_on(run, experiment, line):
 
 
 def test_a_fault_of_ours_is_one_sentence(run, experiment, line, monkeypatch):
-    def train(config, folder, resume, console):
+    def train(config, folder, resume, console, materials):
         raise ZeroDivisionError("by [nothing]")
 
     line.does(train)
@@ -245,7 +247,7 @@ def test_a_fault_of_ours_is_one_sentence(run, experiment, line, monkeypatch):
 
 
 def test_input_errors_of_the_line_are_exit_code_2(run, experiment, line):
-    def train(config, folder, resume, console):
+    def train(config, folder, resume, console, materials):
         raise InputError([Problem("model", None, "base.model", "not certifiable \ud800 \U0001f600")])
 
     line.does(train)

@@ -148,10 +148,15 @@ def train(
         _later("train --shard")
     settings = read_config(config, overrides or [])
     folder = run or settings.run_dir
+    from persona_rlhf import run_folder
+    from persona_rlhf.materials import read_materials
+
+    run_folder.RunFolder(folder).check_place(resume)
+    materials = read_materials(settings)  # what is wrong so far is said before torch is loaded
     from persona_rlhf import line
 
     try:
-        results = line.train(settings, folder, resume, _console(people=True))
+        results = line.train(settings, folder, resume, _console(people=True), materials)
     except KeyboardInterrupt:
         words = [str(config), *(overrides or []), "--run", str(folder), "--resume"]
         say(f"Interrupted; go on with: persona-rlhf train {shlex.join(words)}")

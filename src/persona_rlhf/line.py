@@ -13,13 +13,12 @@ from rich.console import Console
 from persona_rlhf.config import Config, read_config
 from persona_rlhf.evaluation.examination import Examination
 from persona_rlhf.evaluation.measures import Measures
-from persona_rlhf.evaluation.retention import read_ordinary
-from persona_rlhf.evaluation.utility import read_utilities
 from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.materials import Materials, read_materials
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.messages import Message, Prompt
-from persona_rlhf.preferences.pairs import PreferencePair, read_pairs
+from persona_rlhf.preferences.pairs import PreferencePair
 from persona_rlhf.preferences.screening import Dropped, fit, screen
 from persona_rlhf.preferences.tokens import UserRows, prompt_ids, tokenize
 from persona_rlhf.progress import Progress
@@ -50,16 +49,21 @@ class Prepared(NamedTuple):
     dropped: list[Dropped]
 
 
-def train(config: Config, run: Path, resume: bool, console: Console) -> list[Result]:
+def train(
+    config: Config, run: Path, resume: bool, console: Console, materials: Materials | None = None
+) -> list[Result]:
     """Pairs and policy in, a run folder with one adapter per user out; the results in the order of the users.
 
-    Raises InputError for whatever is wrong with the input, before anything is written.
+    `materials` are read from the config where they are not given. Raises InputError for whatever is wrong with the
+    input, before anything is written.
     """
     keep_big_blocks()
-    ready = prepare(config)
     folder = RunFolder(run)
+    folder.check_place(resume)
+    ready = prepare(config, materials)
     identity = identity_of(config, ready.policy, ready.pairs, ready.adapted.base.weights_hash)
-    folder.check(resume, identity)
+    if resume:
+        folder.check_same(identity)
     console.print(f"{len(ready.rows)} users, {len(ready.pairs)} pairs, {len(ready.dropped)} found by the screen")
     bank = constraint_bank(config, ready.policy, ready.adapted)
     folder.begin(config, ready.policy, ready.dropped, identity)
@@ -96,12 +100,9 @@ def train(config: Config, run: Path, resume: bool, console: Console) -> list[Res
     return results
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, materials: Materials | None = None) -> Prepared:
     """Reads and checks everything that a config names: policy, pairs, base, tokens, and the base's own refusals."""
-    policy = Policy.read(config.policy.documents)
-    pairs = read_pairs(config.users.path, config.users.heldout)
-    utilities = read_utilities(config.evaluation.utilities) if config.evaluation.utilities else {}
-    ordinary = read_ordinary(config.evaluation.ordinary) if config.evaluation.ordinary else []
+    policy, pairs, utilities, ordinary = materials or read_materials(config)
     adapted = AdaptedModel(load_base(config.base), config.lora)
     base = adapted.base
     users = len({pair.user_id for pair in pairs})

@@ -23,17 +23,18 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self._identity = self.state / "identity.json"
 
-    def check(self, resume: bool, identity: Mapping[str, str]) -> None:
-        """Raises InputError where a new run would overwrite another, or a resumed one would mix two experiments."""
-        if not resume:
-            if self.path.is_dir() and any(self.path.iterdir()):
-                sentence = "this run folder is not empty; give --resume to go on with it, or --run another folder"
-                raise InputError([Problem(str(self.path), None, None, sentence)])
-            if self.path.exists() and not self.path.is_dir():
-                raise InputError([Problem(str(self.path), None, None, "this is a file; --run names a folder")])
-            return
-        if not self._identity.is_file():
+    def check_place(self, resume: bool) -> None:
+        """Raises InputError where a new run would overwrite something, or there is no run to go on with."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError([Problem(str(self.path), None, None, "this is a file; --run names a folder")])
+        if resume and not self._identity.is_file():
             raise InputError([Problem(str(self.path), None, "--resume", "there is no run here to go on with")])
+        if not resume and self.path.is_dir() and any(self.path.iterdir()):
+            sentence = "this run folder is not empty; give --resume to go on with it, or --run another folder"
+            raise InputError([Problem(str(self.path), None, None, sentence)])
+
+    def check_same(self, identity: Mapping[str, str]) -> None:
+        """Raises InputError where a resumed run would mix two experiments."""
         before = json.loads(self._identity.read_text())
         changed = [name for name, value in identity.items() if before.get(name) != value]
         if changed:

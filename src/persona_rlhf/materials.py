@@ -1,0 +1,44 @@
+"""What a config names that can be read without a tokenizer: mistakes in it show at once, before torch is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from persona_rlhf.config import Config
+from persona_rlhf.evaluation.retention import read_ordinary
+from persona_rlhf.evaluation.utility import Utility, read_utilities
+from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.policy.tiers import Policy
+from persona_rlhf.preferences.pairs import PreferencePair, read_pairs
+
+
+class Materials(NamedTuple):
+    """The policy and the preference pairs; and for the measurements, written-down tastes and ordinary prompts."""
+
+    policy: Policy
+    pairs: list[PreferencePair]
+    utilities: Mapping[str, Utility]
+    ordinary: list[str]
+
+
+def read_materials(config: Config) -> Materials:
+    """Reads the files of a config. Raises InputError with the problems of all of them."""
+    problems: list[Problem] = []
+    policy, pairs, utilities, ordinary = None, list[PreferencePair](), dict[str, Utility](), list[str]()
+    try:
+        policy = Policy.read(config.policy.documents)
+    except InputError as fault:
+        problems += fault.problems
+    try:
+        pairs = read_pairs(config.users.path, config.users.heldout)
+    except InputError as fault:
+        problems += fault.problems
+    try:
+        utilities = read_utilities(config.evaluation.utilities) if config.evaluation.utilities else {}
+        ordinary = read_ordinary(config.evaluation.ordinary) if config.evaluation.ordinary else []
+    except InputError as fault:
+        problems += fault.problems
+    if policy is None or problems:
+        raise InputError(problems)
+    return Materials(policy, pairs, utilities, ordinary)
