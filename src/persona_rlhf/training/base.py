@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -65,7 +66,7 @@ def load_base(settings: BaseSettings) -> Base:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or getattr(torch, settings.dtype), use_safetensors=True, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as fault:
+    except (OSError, ValueError, KeyError, SafetensorError) as fault:
         sentence = f"transformers cannot load it ({str(fault).splitlines()[0]})"
         raise InputError([Problem(settings.model, None, "base.model", sentence)]) from fault
     model.generation_config.eos_token_id = model.generation_config.eos_token_id or tokenizer.eos_token_id

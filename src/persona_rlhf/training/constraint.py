@@ -121,7 +121,7 @@ def build_bank(
     for n, (probe, prompt, twin) in enumerate(zip(train, prompts, twins, strict=True)):
         opening = next(openings).ids if twin else ()
         finished = [answer.ids for answer in sampled[n * tries : (n + 1) * tries] if answer.finished]
-        texts = adapted.base.tokenizer.batch_decode([list(ids) for ids in finished])
+        texts = [str(adapted.base.tokenizer.decode(list(ids))) for ids in finished]
         refusals = [ids for ids, text in zip(finished, texts, strict=True) if is_refusal(text)]
         if not refusals:
             continue
