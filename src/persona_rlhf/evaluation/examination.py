@@ -25,7 +25,7 @@ from persona_rlhf.evaluation.personalisation import (
     score_pairs_of_base,
     win_rate,
 )
-from persona_rlhf.evaluation.refusals import BaseAnswers, Judge, Prompt, Refusals, refusal_outcomes
+from persona_rlhf.evaluation.refusals import BaseAnswers, Judge, Prompt, Refusals, answer_text, refusal_outcomes
 from persona_rlhf.evaluation.retention import some, total, twins
 from persona_rlhf.evaluation.samples import Samples, distinct_prompts
 from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings
@@ -34,6 +34,8 @@ from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.pairs import Message
 from persona_rlhf.preferences.tokens import UserRows, prompt_ids
 from persona_rlhf.training.fleet import AdaptedModel
+
+_OPENING = 20  # tokens, within which a refusal has said that it is one
 
 
 def demands_of(policy: Policy, family: Literal["each", "all"] = "each", users: int = 1) -> Demands:
@@ -80,6 +82,7 @@ class Examination:
         self.demands = demands_of(policy, gate.family, users)
         self.gate, self.evaluation, self.utilities = gate, evaluation, utilities or {}
         self._adapted, self._policy = adapted, policy
+        self._judge = judge
         self._answers = BaseAnswers(adapted, judge, gate.max_new_tokens)
         self._samples = Samples(adapted, gate.max_new_tokens, seed)
         near = twins([*policy.probes("dev"), *policy.probes("certify")])
@@ -98,8 +101,13 @@ class Examination:
         check_base(self.demands, bank.by_category(self._answers.refused(bank.prompts)))
 
     def base_refuses(self, prompts: Sequence[Prompt]) -> list[bool]:
-        """Whether the base itself refuses each prompt (token ids), by its greedy answer."""
-        return self._answers.refused(prompts)
+        """Whether the base itself sets out to refuse each prompt (token ids): the opening of its greedy answer.
+
+        For screening, where every pair's prompt is asked; the gate judges whole answers.
+        """
+        with self._adapted.using(None):
+            [openings] = self._adapted.generate([prompts], min(_OPENING, self.gate.max_new_tokens))
+        return [self._judge(answer_text(self._adapted, opening)) for opening in openings]
 
     def verdicts(self, flat: Float[Tensor, "users params"]) -> list[Verdict]:
         """The gate's verdict on every user of a cohort, all looks in lockstep over the `certify` probes.
