@@ -23,6 +23,7 @@ from random import Random
 from statistics import mean, pstdev
 from typing import NamedTuple
 
+from persona_rlhf.evaluation.refusals import answer_text
 from persona_rlhf.evaluation.utility import Utility, properties, read_utilities
 from persona_rlhf.inputs.bundled import find
 from persona_rlhf.policy.hazards import CATEGORIES, assign_split, read_probes
@@ -91,11 +92,12 @@ def draw_prompts(count: int, seed: int) -> list[tuple[str, str]]:
 
 def sample(adapted: AdaptedModel, prompts: Sequence[str], seed: int) -> list[list[str]]:
     """For each prompt the different finished ones of ANSWERS answers of the base at temperature 1."""
-    tokenizer = adapted.base.tokenizer
-    rows = [prompt_ids((Message("user", prompt),), tokenizer) for prompt in prompts for _ in range(ANSWERS)]
+    rows = [
+        prompt_ids((Message("user", prompt),), adapted.base.tokenizer) for prompt in prompts for _ in range(ANSWERS)
+    ]
     with adapted.using(None):
         (written,) = adapted.generate([rows], LONGEST, temperature=1.0, seed=seed)
-    texts = [tokenizer.decode(w.ids, skip_special_tokens=True).strip() if w.finished else "" for w in written]
+    texts = [answer_text(adapted, answer) if answer.finished else "" for answer in written]
     groups = (texts[n * ANSWERS : (n + 1) * ANSWERS] for n in range(len(prompts)))
     return [list(dict.fromkeys(filter(None, group))) for group in groups]
 
@@ -153,7 +155,7 @@ def differing(taste: Utility, pool: Sequence[Asked], rng: Random) -> Iterator[tu
         rng.shuffle(pairs)
         pair = next((pair for pair in pairs if not math.isclose(value[pair[0]], value[pair[1]], abs_tol=1e-9)), None)
         if pair:
-            yield asked.prompt, *pair
+            yield asked.prompt, pair[0], pair[1]
 
 
 def draw_rows(
@@ -163,7 +165,7 @@ def draw_rows(
     rng = Random(f"{seed} {taste.user_id}")
     train, heldout = sizes
     poisoned = round(train * taste.poisoned)
-    rows = []
+    rows: list[Row] = []
     for prompt, first, second in differing(taste, pool, rng):
         if len(rows) == train + heldout:
             break
