@@ -36,7 +36,7 @@ def trained(tmp_path_factory) -> Trained:
     try:
         place.mkdir()
     except FileExistsError:  # another process is at it
-        for _ in range(2400):
+        for _ in range(4000):
             if told.exists():
                 break
             time.sleep(0.25)

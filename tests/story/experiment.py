@@ -40,7 +40,7 @@ def persona_rlhf(*words: object, cwd: Path, **settings: Any) -> subprocess.Compl
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         check=False,
         **settings,
     )

@@ -12,7 +12,7 @@ from persona_rlhf.inputs.bundled import shipped_root
 
 from .experiment import OVERRIDES, STRANGE, adapters, listing, persona_rlhf, results, rows_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 KEYS = {  # of a line of results.jsonl that other programs read
     *("user_id", "slug", "status", "reason", "pairs", "heldout_accuracy", "heldout_clean", "win_rate", "alpha"),

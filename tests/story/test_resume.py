@@ -11,7 +11,7 @@ import pytest
 
 from .experiment import OVERRIDES, adapters, command, environment, persona_rlhf, results, rows_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def start(folder, log, *words):

@@ -8,7 +8,7 @@ import pytest
 
 from .experiment import STRANGE, adapters, persona_rlhf, results
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_nothing_is_written_outside_the_run(trained):
