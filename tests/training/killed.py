@@ -33,7 +33,7 @@ def train(state: Path, out: Path, die: int | None) -> None:
     reference = Reference(adapted, state / "reference.safetensors")
     reference.add(row for user in users for pair in user.train for row in (pair.chosen, pair.rejected))
     reference.add(bank.rows())
-    dpo, fleet = DpoSettings(epochs=4, learning_rate=5e-3), FleetSettings(slots=3, checkpoint_every=3)
+    dpo, fleet = DpoSettings(epochs=4, learning_rate=5e-3), FleetSettings(slots=3, checkpoint_every=5)
     engine = Engine(adapted, users, reference, bank, dpo, ConstraintSettings(), fleet, seed=3, state=state)
     steps = 0
 
@@ -70,7 +70,7 @@ def main(folder: Path, seeds: list[str]) -> None:
     assert survives(folder / "whole", folder / "whole.safetensors")
     for seed in seeds:
         dice, deaths = random.Random(seed), 0
-        while not survives(folder / seed, folder / f"{seed}.safetensors", dice.randint(4, 8)):
+        while not survives(folder / seed, folder / f"{seed}.safetensors", dice.randint(6, 9)):
             deaths += 1
             assert deaths < 10, "a run that is killed after a checkpoint must get on"
         print(deaths)

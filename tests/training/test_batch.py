@@ -1,43 +1,133 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.batch import EMPTY, collate
+from persona_rlhf.training.batch import EMPTY, collate, pack
+from persona_rlhf.training.lookup import Lookup
 
 CPU = torch.device("cpu")
 IDS = st.lists(st.integers(2, 90), min_size=1, max_size=9).map(tuple)
-ROWS = st.lists(st.one_of(st.just(EMPTY), st.builds(Row, IDS, st.one_of(st.just(()), IDS))), min_size=1, max_size=6)
+PROMPTS = st.sampled_from([(5,), (5, 6), (5, 6, 7), (8, 9)])
+ROWS = st.lists(st.one_of(st.just(EMPTY), st.builds(Row, PROMPTS, st.one_of(st.just(()), IDS))), min_size=1, max_size=6)
+FLEETS = (
+    st.integers(1, 3)
+    .flatmap(
+        lambda users: st.tuples(st.just(users), ROWS.map(lambda rows: (rows * users)[: len(rows) // users * users]))
+    )
+    .filter(lambda made: len(made[1]) > 0)
+)
 
 
-@given(ROWS)
-def test_every_completion_token_is_predicted_once_from_the_position_before_it(rows):
-    batch = collate(rows, 0, CPU)
-    seen = []
-    flat = batch.ids.flatten()
-    length = batch.ids.shape[1]
-    for source, target, place in zip(*(t.tolist() for t in (batch.source, batch.targets, batch.place)), strict=True):
-        row, column = divmod(place, batch.longest)
-        assert source // length == (source + 1) // length == row
-        assert flat[source + 1] == target == rows[row].completion[column]
-        assert source % length == len(rows[row].prompt) - 1 + column
-        seen.append((row, column))
-    assert seen == [(n, m) for n, row in enumerate(rows) for m in range(len(row.completion))]
-    for n, row in enumerate(rows):
-        whole = [*row.prompt, *row.completion]
-        assert batch.ids[n].tolist() == whole + [0] * (length - len(whole))
+def _both(users, rows):
+    return [collate(rows, 0, CPU), pack(rows, users, 0, CPU)]
 
 
-@given(ROWS)
-def test_spread_puts_each_value_in_its_row_and_lets_gradients_back(rows):
-    batch = collate(rows, 0, CPU)
-    values = torch.arange(1.0, len(batch.targets) + 1, requires_grad=True)
-    grid = batch.spread(values)
-    assert grid.shape == (len(rows), batch.longest)
-    for n, row in enumerate(rows):
-        assert (grid[n, : len(row.completion)] > 0).all()
-        assert (grid[n, len(row.completion) :] == 0).all()
-    if len(values):
-        (grid * 2).sum().backward()
-        assert values.grad is not None
-        assert (values.grad == 2).all()
+@given(FLEETS)
+def test_every_completion_token_is_predicted_once_from_the_token_before_it(made):
+    users, rows = made
+    for batch in _both(users, rows):
+        before = batch.source(batch.ids.flatten()[:, None].float()).flatten().long().tolist()
+        expected = [(row, n) for row in rows for n in range(len(row.completion))]
+        assert before == [(*row.prompt, *row.completion)[len(row.prompt) + n - 1] for row, n in expected]
+        assert batch.targets.tolist() == [row.completion[n] for row, n in expected]
+        grid = [(number, n) for number, row in enumerate(rows) for n in range(len(row.completion))]
+        assert [divmod(place, batch.longest) for place in batch.place.tolist()] == grid
+
+
+@given(FLEETS)
+def test_attention_sees_each_row_whole_and_in_order(made):
+    """Laid out as rows, the packed tokens and their positions are those of the rows alone, whoever shares them."""
+    users, rows = made
+    batch = pack(rows, users, 0, CPU)
+    assert batch.sight is not None
+    assert batch.positions is not None
+    assert batch.ids.shape[0] == users
+    sight = batch.sight
+
+    def laid(x):
+        return sight.rows(x.flatten()[:, None].float()).view(sight.number, sight.length).long().tolist()
+
+    real = [(n // (len(rows) // users), row) for n, row in enumerate(rows) if row.completion]
+    tokens, positions, owners = laid(batch.ids), laid(batch.positions), laid(_owner(batch))
+    seen = 0
+    for user in range(users):
+        own = [row for owner, row in real if owner == user] or [Row((0,), (0,))]
+        for row in own:
+            whole = [*row.prompt, *row.completion[:-1]]
+            assert tokens[seen][: len(whole)] == whole
+            assert positions[seen][: len(whole)] == list(range(len(whole)))
+            assert set(owners[seen]) == {user}
+            seen += 1
+    assert seen == sight.number
+
+
+def _owner(batch):
+    return torch.arange(batch.ids.shape[0])[:, None].expand_as(batch.ids)
+
+
+@given(FLEETS)
+def test_every_token_takes_its_result_home(made):
+    """There and back again is the identity on real tokens, and padding never leaves its user."""
+    users, rows = made
+    batch = pack(rows, users, 0, CPU)
+    assert batch.sight is not None
+    marks = torch.arange(batch.ids.numel()).view(batch.ids.shape)
+    back = batch.sight.home(batch.sight.rows(marks.flatten()[:, None].double())).view(batch.ids.shape).long()
+    each = len(rows) // users
+    for user in range(users):
+        own = [row for row in rows[user * each : (user + 1) * each] if row.completion]
+        size = sum(len(prompt) for prompt in {row.prompt for row in own}) + sum(len(row.completion) - 1 for row in own)
+        assert back[user, :size].tolist() == marks[user, :size].tolist()
+        assert (back[user] // batch.ids.shape[1] == user).all()
+        assert batch.ids.shape[1] >= max(1, size)
+
+
+def test_a_shared_prompt_is_held_once_and_no_last_token_is_fed():
+    prompt = tuple(range(2, 12))
+    rows = [Row(prompt, (20, 21, 1)), Row(prompt, (30, 1)), Row(prompt, (40, 41, 42, 1)), EMPTY]
+    assert pack(rows, 1, 0, CPU).ids.tolist() == [[*prompt, 20, 21, 30, 40, 41, 42]]
+    assert pack(rows, 2, 0, CPU).ids.shape == (2, 13)
+    assert collate(rows, 0, CPU).ids.shape == (4, 13)
+
+
+@given(FLEETS)
+def test_spread_puts_each_value_in_its_row_and_lets_gradients_back(made):
+    users, rows = made
+    for batch in _both(users, rows):
+        values = torch.arange(1.0, len(batch.targets) + 1, requires_grad=True)
+        grid = batch.spread(values)
+        assert grid.shape == (len(rows), batch.longest)
+        for n, row in enumerate(rows):
+            assert (grid[n, : len(row.completion)] > 0).all()
+            assert (grid[n, len(row.completion) :] == 0).all()
+        if len(values):
+            (grid * 2).sum().backward()
+            assert values.grad is not None
+            assert (values.grad == 2).all()
+
+
+def test_a_lookups_gradient_is_that_of_plain_indexing():
+    """Sources read once, twice and never; places that only fill send nothing back."""
+    lookup = Lookup([4] * 9, [(1, 0, 3, 0), (2, 4, 2, 1), (2, 6, 1, 2), (0, 8, 1, 0)], CPU)
+    assert lookup.index.tolist() == [1, 2, 3, 4, 2, 3, 2, 4, 0]
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    sent = torch.randn(9, 2, dtype=torch.float64)
+    sent[[3, 7]] = 0
+    (lookup(x) * sent).sum().backward()
+    mine, x.grad = x.grad, None
+    (x[lookup.index] * sent).sum().backward()
+    assert torch.allclose(mine, x.grad)
+    sent[3] = float("nan")
+    x.grad = None
+    (lookup(x) * sent).sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert torch.autograd.gradcheck(lambda x: lookup(x)[[0, 1, 2, 4, 5, 6, 8]], (x.detach().requires_grad_(),))
+
+
+def test_a_completion_needs_something_before_it():
+    with pytest.raises(AssertionError, match="needs a prompt token"):
+        pack([Row((), (5, 1))], 1, 0, CPU)
+    with pytest.raises(AssertionError, match="needs a prompt token"):
+        collate([Row((), (5, 1))], 0, CPU)

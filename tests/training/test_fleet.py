@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.batch import EMPTY, collate
+from persona_rlhf.training.batch import EMPTY, collate, pack
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.settings import LoraSettings
 
@@ -55,15 +55,59 @@ def test_right_padding_without_a_mask_changes_nothing(adapted, flat):
     draw = torch.Generator().manual_seed(1)
     row = random_row(draw, 5, 6)
     longer = [random_row(draw, 8, length) for length in (3, 20, 60)]
+    device = adapted.base.device
     with torch.no_grad(), adapted.using(flat[:1]):
-        alone = adapted.row_logps(collate([row], 0, adapted.base.device))[0, :6]
+        alone = adapted.row_logps(collate([row], 0, device))[0, :6]
         for other in longer:
-            batch = collate([row, other], 0, adapted.base.device)
-            assert torch.allclose(adapted.row_logps(batch)[0, :6], alone, rtol=0, atol=2e-6)
-        batch = collate([row, longer[1]], 0, adapted.base.device)
-        for pad in (0, 1, 95):
-            repadded = collate([row, longer[1]], pad, adapted.base.device)
-            assert torch.equal(adapted.row_logps(repadded)[0], adapted.row_logps(batch)[0])
+            assert torch.allclose(adapted.row_logps(collate([row, other], 0, device))[0, :6], alone, rtol=0, atol=2e-6)
+        expected = adapted.row_logps(collate([row, longer[1]], 0, device))[0]
+        for pad in (1, 95):
+            assert torch.equal(adapted.row_logps(collate([row, longer[1]], pad, device))[0], expected)
+    with torch.no_grad(), adapted.using(flat[:2]):
+        expected = adapted.row_logps(pack([row, longer[1]], 2, 0, device))
+        assert torch.allclose(expected[0, :6], alone, rtol=0, atol=2e-6)
+        for pad in (1, 95):
+            assert torch.equal(adapted.row_logps(pack([row, longer[1]], 2, pad, device)), expected)
+
+
+def test_packed_rows_are_rows_one_by_one(adapted, flat):
+    """Values and gradients; prompts shared by two and three rows, a user with fewer rows, one with none."""
+    draw = torch.Generator().manual_seed(6)
+    made = [random_row(draw, 3 + n, 4 + 5 * n) for n in range(4)]
+    shared = [Row(made[0].prompt, row.completion) for row in made[1:]]
+    rows = [made[0], *shared[:2], made[3], made[1], shared[2], EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY]
+    scales = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    found = []
+    assert adapted.packs
+    for batch in (pack(rows, USERS, 0, adapted.base.device), collate(rows, 0, adapted.base.device)):
+        learning = flat.clone().requires_grad_()
+        with adapted.using(learning):
+            logps = adapted.row_logps(batch)
+            (logps.sum(1) * scales).sum().backward()
+        found.append((logps.detach(), learning.grad))
+    (packed, gradient), (plain, expected) = found
+    assert torch.allclose(packed, plain, rtol=0, atol=5e-6)
+    assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+    assert (gradient[2] == 0).all()
+
+
+@pytest.mark.parametrize("breaks", ["window", "attention"])
+def test_a_base_whose_attention_cannot_see_rows_is_given_one_row_a_line(breaks, monkeypatch):
+    """A window that rows do not tell of, or a layer that mixes neighbouring tokens: found out, and still exact."""
+    base = tiny_base()
+    if breaks == "window":
+        base.model.config.sliding_window = 4
+    else:
+        layer = base.model.model.layers[1].mlp
+        layer.register_forward_hook(lambda _, __, out: out + torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :-1])
+    adapted = AdaptedModel(base, LORA)
+    assert not adapted.packs
+    draw = torch.Generator().manual_seed(0)
+    row, other = random_row(draw, 4, 5), random_row(draw, 4, 9)
+    with torch.no_grad(), adapted.using(None):
+        [[score, _]] = adapted.score([[row, other]])
+    assert score.logp == pytest.approx(plain_logp(base.model, row).item(), abs=1e-4)
+    assert base.model.config._attn_implementation == "sdpa"
 
 
 def test_empty_rows_fill_places_without_a_trace(adapted, flat):

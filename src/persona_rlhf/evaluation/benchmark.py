@@ -61,8 +61,8 @@ def bench(shape: str = "192x4", users: int = 4, pairs: int = 80, epochs: int = 3
     """Times every contender once a round, in turns, and reports medians over the rounds; JSON-ready.
 
     `ratio` is users per second of the fleet over that of TRL's best setting: CPU seconds of the process, on one
-    thread, where there is no GPU; wall seconds on a GPU. `users` train in the fleet; the loops train one of them a round.
-    A fixed shape is a Llama of random weights, `hidden x layers`, with 1,536 tokens as the bundled base has, and made-up
+    thread, where there is no GPU; wall seconds on a GPU. `users` train in the fleet; the loops train one a round. A
+    fixed shape is a Llama of random weights, `hidden x layers`, with 1,536 tokens as the bundled base has, and made-up
     pairs of 12 to 30 prompt tokens and 12 to 30 tokens a side. Raises InputError for a shape that is unknown.
     """
     if shape not in get_args(Shape):
@@ -231,7 +231,8 @@ def _rows(work: Work, trials: dict[str, list[Trial]]) -> list[dict[str, Any]]:
 def _loss(adapted: AdaptedModel, reference: Reference, user: UserRows, flat: Tensor, dpo: DpoSettings) -> float:
     """Mean loss of a finished adapter over its user's pairs: one measure for every contender."""
     with adapted.using(flat[None].to(adapted.base.device)):
-        [chosen, rejected] = (adapted.score([[pair[side] for pair in user.train]])[0] for side in (1, 2))
+        [chosen] = adapted.score([[pair.chosen for pair in user.train]])
+        [rejected] = adapted.score([[pair.rejected for pair in user.train]])
     logps = PairLogps(
         torch.tensor([[score.logp for score in chosen]]),
         torch.tensor([[score.logp for score in rejected]]),

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]  # exported lazily
 
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.lora import LayerSpan, fresh_adapter, matrices
@@ -58,7 +58,7 @@ class _Order(Sampler[int]):
         return self._length
 
 
-class _Trainer(DPOTrainer):  # type: ignore[misc]
+class _Trainer(DPOTrainer):
     """DPOTrainer on rows that are token ids already, in a given order."""
 
     order: _Order
@@ -105,20 +105,22 @@ def train_user(
     trainer.remove_callback(PrinterCallback)
     trainer.precompute_ref_logps = setting != "reference in every step"
     trainer.order = _Order(schedule)
+    adapted = trainer.model
+    assert isinstance(adapted, PeftModel)
     seconds = clock() - started
     with torch.no_grad():
         first = fresh_adapter(spans, user_generator(seed, schedule.rows.user_id, "init"))
         for span, (a, b) in zip(spans, matrices(first[None], spans), strict=True):
-            own_a, own_b = _weights(trainer.model, span)
+            own_a, own_b = _weights(adapted, span)
             own_a.copy_(a[0])
             own_b.copy_(b[0])
     started = clock()
     with _quiet():
         trainer.train()
     seconds += clock() - started
-    parts = [part.detach().flatten().cpu() for span in spans for part in _weights(trainer.model, span)]
+    parts = [part.detach().flatten().cpu() for span in spans for part in _weights(adapted, span)]
     started = clock()
-    trainer.model.unload()
+    adapted.unload()
     # TRL hangs a forward of its own on the base; the next user's would call it in turn, and so on.
     del base.model.forward
     base.model.eval()
@@ -127,7 +129,7 @@ def train_user(
 
 
 def _weights(model: PeftModel, span: LayerSpan) -> tuple[Tensor, Tensor]:
-    layer = model.get_submodule(f"base_model.model.{span.name}")
+    layer: Any = model.get_submodule(f"base_model.model.{span.name}")
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 

@@ -76,7 +76,7 @@ class Engine:
         queue = queue_order([UserSchedule(user, dpo, seed) for user in users if user.train])
         self.schedules = {schedule.rows.user_id: schedule for schedule in queue}
         self.draws: dict[str, UserDraws] = {}
-        auto = 8 if adapted.base.device.type == "cpu" else 64
+        auto = 4 if adapted.base.device.type == "cpu" else 64
         count = min(auto if fleet.slots == "auto" else fleet.slots, len(queue))
         categories = len(bank.categories) if bank else 0
         device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)

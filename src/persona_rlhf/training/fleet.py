@@ -1,18 +1,19 @@
-"""The base with the adapters of many users switched on at once: scores completions and writes answers for all of them."""
+"""The base with the adapters of many users switched on at once: scores completions and writes answers for all."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from persona_rlhf.preferences.tokens import Row
+from persona_rlhf.training.attention import packed
 from persona_rlhf.training.base import Base
-from persona_rlhf.training.batch import EMPTY, Batch, collate
+from persona_rlhf.training.batch import EMPTY, Batch, collate, pack
 from persona_rlhf.training.generation import Generated, write_answers
 from persona_rlhf.training.lora import FleetLinear, LayerSpan, adaptable_layers, attach, detach, matrices
 from persona_rlhf.training.losses import token_logps
@@ -39,8 +40,10 @@ class AdaptedModel:
         self.scale = lora.alpha / lora.rank
         self.spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank, self.scale)
         self.params_per_user = max(span.stop for span in self.spans.values())
-        self.tokens_per_pass = 16_384 if base.device.type == "cpu" else 131_072
+        self.tokens_per_pass = 4_096 if base.device.type == "cpu" else 131_072  # a CPU wants what its cache holds
+        self.tokens_per_cache = 65_536 if base.device.type == "cpu" else 131_072  # a token's keys and values are small
         self._decoder, self._head = _split(base)
+        self.packs = self._can_pack()
 
     def close(self) -> None:
         """Gives the base back as it was."""
@@ -76,12 +79,45 @@ class AdaptedModel:
 
     def logits(self, batch: Batch) -> Float[Tensor, "tokens vocabulary"]:
         """Logits at the positions that predict a completion token, and nowhere else."""
+        if batch.sight is None:
+            return self._picked(batch, {})
+        with packed(self.base.model.config.get_text_config()):
+            return self._picked(batch, {"position_ids": batch.positions, "sight": batch.sight})
+
+    def _picked(self, batch: Batch, extras: dict[str, Any]) -> Float[Tensor, "tokens vocabulary"]:
         if self._decoder is None or self._head is None:
-            full = self.base.model(input_ids=batch.ids, use_cache=False).logits
-            return full.flatten(0, 1).index_select(0, batch.source)
-        hidden = self._decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
-        picked: Tensor = self._head(hidden.flatten(0, 1).index_select(0, batch.source))
+            whole: Tensor = self.base.model(input_ids=batch.ids, use_cache=False, **extras).logits
+            return batch.source(whole.flatten(0, 1))
+        hidden = self._decoder(input_ids=batch.ids, use_cache=False, **extras).last_hidden_state
+        picked: Tensor = self._head(batch.source(hidden.flatten(0, 1)))
         return picked
+
+    def batch(self, rows: Sequence[Row], users: int) -> Batch:
+        """Lays user-major rows out: packed, where the base's attention can be told about rows."""
+        pad, device = self.base.pad_id, self.base.device
+        return pack(rows, users, pad, device) if self.packs else collate(rows, pad, device)
+
+    def _can_pack(self) -> bool:
+        """Whether packed rows give the logits of rows one by one: windows are asked about, all else is tried out."""
+        config = self.base.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or ["full_attention"]
+        if set(kinds) != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
+            return False
+        ids = [n % config.vocab_size for n in range(3, 23)]
+        rows = [
+            Row(tuple(ids[:7]), tuple(ids[7:12])),
+            Row(tuple(ids[:7]), tuple(ids[9:])),
+            Row(tuple(ids[4:6]), (ids[1],)),
+        ]
+        pad, device = self.base.pad_id, self.base.device
+        with torch.no_grad(), self.using(None):
+            plain = torch.cat([self.logits(collate([row], pad, device)) for row in rows]).float()
+            try:
+                tried = self.logits(pack(rows, 1, pad, device)).float()
+            except (NotImplementedError, TypeError, ValueError, RuntimeError):
+                return False
+        exact = self.base.model.dtype in (torch.float32, torch.float64)
+        return bool((tried - plain).norm() <= (1e-4 if exact else 5e-2) * plain.norm())
 
     def row_logps(self, batch: Batch) -> Float[Tensor, "rows longest"]:
         """Log-probability in nats of every completion token, one row a completion."""
@@ -93,7 +129,7 @@ class AdaptedModel:
         scores: list[list[Score | None]] = [[None] * len(own) for own in rows]
         for places in _passes(rows, self.tokens_per_pass):
             picked = [EMPTY if place is None else rows[user][place] for user, place in places]
-            batch = collate(picked, self.base.pad_id, self.base.device)
+            batch = self.batch(picked, len(rows))
             logits = self.logits(batch)
             sums = batch.spread(token_logps(logits, batch.targets)).double().sum(1).tolist()
             misses = batch.spread((logits.argmax(-1) != batch.targets).float()).sum(1).tolist()
@@ -116,7 +152,7 @@ class AdaptedModel:
         """
         rows = [[Row(prompt, (0,) * max_new_tokens) for prompt in own] for own in prompts]
         answers: list[list[Generated | None]] = [[None] * len(own) for own in prompts]
-        for places in _passes(rows, self.tokens_per_pass):
+        for places in _passes(rows, self.tokens_per_cache):
             picked = [(self.base.eos_ids[:1] if place is None else prompts[user][place]) for user, place in places]
             seeds = [None if place is None else seed * 1_000_003 + place for _, place in places]
             written = write_answers(self.base, len(prompts), picked, seeds, max_new_tokens, temperature)
@@ -127,19 +163,23 @@ class AdaptedModel:
 
 
 def _passes(rows: Sequence[Sequence[Row]], budget: int) -> Iterator[list[tuple[int, int | None]]]:
-    """User-major lists of (user, place of the row), equally many rows a user, of about `budget` tokens; None fills."""
-    order = [sorted(range(len(own)), key=lambda n, own=own: -len(own[n].prompt) - len(own[n].completion)) for own in rows]  # type: ignore[misc]
+    """User-major lists of (user, place of the row), equally many rows a user, of about `budget` tokens; None fills.
+
+    Longest first, but rows with the same prompt stay side by side, so that a pass can share it.
+    """
+    lengths, order = [], []
+    for own in rows:
+        longest: dict[tuple[int, ...], int] = {}
+        for row in own:
+            longest[row.prompt] = max(longest.get(row.prompt, 0), len(row.prompt) + len(row.completion))
+        order.append(sorted(range(len(own)), key=lambda n, own=own, of=longest: (-of[own[n].prompt], own[n].prompt)))  # type: ignore[misc]
+        lengths.append([longest[own[n].prompt] for n in order[-1]])
     start, most = 0, max((len(own) for own in rows), default=0)
     while start < most:
-        longest = max(
-            len(own[places[start]].prompt) + len(own[places[start]].completion)
-            for own, places in zip(rows, order, strict=True)
-            if start < len(places)
-        )
-        stop = min(most, start + max(1, budget // (max(1, longest) * len(rows))))
-        yield [
-            (user, places[n] if n < len(places) else None) for user, places in enumerate(order) for n in range(start, stop)
-        ]
+        widest = max(1, *(own[start] for own in lengths if start < len(own)))
+        stop = min(most, start + max(1, budget // (widest * len(rows))))
+        block = range(start, stop)
+        yield [(user, own[n] if n < len(own) else None) for user, own in enumerate(order) for n in block]
         start = stop
 
 

@@ -82,10 +82,11 @@ def adaptable_layers(model: PreTrainedModel, target_modules: str | Sequence[str]
     whole or by their last parts. Raises InputError where a name matches nothing, or a layer cannot be adapted.
     """
     head = model.get_output_embeddings()
+    base = model.name_or_path or "the base"
     linear = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
     if target_modules == "all-linear":
         if not linear:
-            raise InputError([Problem(model.name_or_path or "the base", None, None, "the base has no nn.Linear layer to adapt")])
+            raise InputError([Problem(base, None, None, "the base has no nn.Linear layer to adapt")])
         return list(linear)
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     problems, chosen = [], set()
@@ -95,10 +96,10 @@ def adaptable_layers(model: PreTrainedModel, target_modules: str | Sequence[str]
         if not found:
             leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
             sentence = f"`{target}` names no layer of the base; its linear layers are {', '.join(leaves)}"
-            problems.append(Problem(model.name_or_path or "the base", None, "lora.target_modules", sentence))
+            problems.append(Problem(base, None, "lora.target_modules", sentence))
         elif bad:
             sentence = f"`{bad[0]}` is no plain linear layer and cannot be adapted; leave `{target}` out"
-            problems.append(Problem(model.name_or_path or "the base", None, "lora.target_modules", sentence))
+            problems.append(Problem(base, None, "lora.target_modules", sentence))
         chosen.update(found)
     if problems:
         raise InputError(problems)

@@ -72,9 +72,7 @@ def pair_losses(
     return -F.logsigmoid(margins)
 
 
-def user_means(
-    losses: Float[Tensor, "users pairs"], weights: Float[Tensor, "users pairs"]
-) -> Float[Tensor, " users"]:
+def user_means(losses: Float[Tensor, "users pairs"], weights: Float[Tensor, "users pairs"]) -> Float[Tensor, " users"]:
     """Weighted mean over each user's own pairs; 0 for a user without a pair in this step."""
     total = weights.sum(dim=1)
     return (losses * weights).sum(dim=1) / torch.where(total > 0, total, torch.ones_like(total))

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from persona_rlhf.preferences.tokens import PairRow, Row
-from persona_rlhf.training.batch import EMPTY, collate
+from persona_rlhf.training.batch import EMPTY
 from persona_rlhf.training.constraint import ConstraintBank, Draw, measure
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses, reward_margins, user_means
@@ -58,7 +58,7 @@ def step_loss(
         for column, width in zip(columns, widths, strict=True):
             own = column[user] if column else []
             rows += [*own, *[EMPTY] * (width - len(own))]
-    logps = adapted.row_logps(collate(rows, adapted.base.pad_id, adapted.base.device)).sum(1)
+    logps = adapted.row_logps(adapted.batch(rows, len(pairs))).sum(1)
     chosen, rejected, *watched = logps.view(len(pairs), -1).split(widths, dim=1)
 
     def known(values: Sequence[Sequence[float]]) -> Float[Tensor, "users pairs"]:

@@ -207,7 +207,7 @@ def build_base(
         for group in optimizer.param_groups:
             group["lr"] = _rate(tokens / completion_tokens, step, peak_rate)
         loss = _loss(model, batch, pad)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,57 @@
+"""Attention over packed tokens: the one layer that sees rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from persona_rlhf.training.batch import Sight
+
+_NAME = "persona_rlhf_rows"
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sight: Sight | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Lays packed `[users, heads, width, size]` out as rows, attends causally within each, and packs the result."""
+    unheard = sorted(name for name, value in others.items() if value is not None and name not in _HEARD)
+    if sight is None or attention_mask is not None or unheard:
+        raise NotImplementedError(f"attention over packed rows knows nothing of {unheard or 'masks'}")
+    users, width = query.shape[0], query.shape[2]
+
+    def rows(x: Tensor) -> Tensor:
+        laid = sight.rows(x.transpose(1, 2).reshape(users * width, -1))
+        return laid.view(sight.lines, sight.length, x.shape[1], x.shape[3]).transpose(1, 2)
+
+    seen, _ = sdpa_attention_forward(module, rows(query), rows(key), rows(value), None, dropout, scaling, True)
+    return sight.home(seen.reshape(sight.lines * sight.length, -1)).view(users, width, query.shape[1], -1), None
+
+
+_HEARD = {"use_cache", "position_ids", "is_causal", "output_attentions", "output_hidden_states", "return_dict"}
+"""Arguments that change nothing here: packed rows are causal, and their positions are in the keys and queries."""
+
+AttentionInterface.register(_NAME, _attend)
+
+
+@contextmanager
+def packed(config: PreTrainedConfig) -> Iterator[None]:
+    """Inside, models with this (text) config attend over packed rows; they must be given `sight`."""
+    before = config._attn_implementation
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
