@@ -47,7 +47,7 @@ def test_attention_sees_each_row_whole_and_in_order(made):
     sight = batch.sight
 
     def laid(x):
-        return sight.rows(x.flatten()[:, None].float()).view(sight.number, sight.length).long().tolist()
+        return sight.rows(x.flatten()[:, None].float()).view(sight.lines, sight.length).long().tolist()
 
     real = [(n // (len(rows) // users), row) for n, row in enumerate(rows) if row.completion]
     tokens, positions, owners = laid(batch.ids), laid(batch.positions), laid(_owner(batch))
@@ -60,7 +60,7 @@ def test_attention_sees_each_row_whole_and_in_order(made):
             assert positions[seen][: len(whole)] == list(range(len(whole)))
             assert set(owners[seen]) == {user}
             seen += 1
-    assert seen == sight.number
+    assert seen == sight.lines
 
 
 def _owner(batch):
