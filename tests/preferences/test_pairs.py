@@ -134,7 +134,7 @@ def test_a_file_of_bad_rows_is_told_in_a_screenful(tmp_path: Path) -> None:
         ("p.json", b"[\n{}\n]", ":1: this is a JSON list"),
         ("p.jsonl", b"[" * 100_000, "JSON"),
         ("p.jsonl.gz", b"no", "cannot be read from here on"),
-        ("p.jsonl.gz", gzip.compress(json.dumps(ROW).encode())[:-20], "cannot be read from here on"),
+        ("p.jsonl.gz", gzip.compress(json.dumps(ROW).encode(), mtime=0)[:-20], "cannot be read from here on"),
         ("p.csv", b"user_id,prompt,chosen,rejected\na,b,c,d\na,b,c,d,e\n", ":3: there are more cells"),
         (
             "p.csv",
