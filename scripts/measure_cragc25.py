@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -34,6 +35,7 @@ from persona_rlhf.preferences.tokens import tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = 2048
+SLOTS = 8  # what fleet.slots=auto is on a CPU
 CONFIG = """\
 name: cragc25
 base: {model: base}
@@ -128,6 +130,7 @@ def measure(source: Path, count: int, overrides: Sequence[str], work: Path) -> d
     _, alone = persona_rlhf("train", "config.yaml", *one, "--run", "one", cwd=work)
     results, fleet = persona_rlhf("train", "config.yaml", *overrides, "--run", "fleet", cwd=work)
     found = [json.loads(line) for line in (work / "fleet" / "screening.jsonl").read_text().splitlines()]
+    asked = yaml.safe_load((work / "fleet" / "config.yaml").read_text(encoding="utf-8"))["fleet"]["slots"]
     return {
         "import": imported | {"seconds": import_spent.seconds},
         "check": checked | {"seconds": check_spent.seconds},
@@ -147,6 +150,7 @@ def measure(source: Path, count: int, overrides: Sequence[str], work: Path) -> d
         "cpu_seconds_per_user": fleet.cpu / len(results),
         "peak_mebibytes": fleet.peak,
         "peak_mebibytes_one_user": alone.peak,
+        "slots": min(len(results), SLOTS if asked == "auto" else asked),
         "load": os.getloadavg()[0],
     }
 
@@ -173,10 +177,10 @@ def rendered(found: dict[str, Any]) -> Table:
         f"({found['cpu_seconds_per_user']:.1f} of CPU), at a load of {found['load']:.1f}",
     )
     peak, alone = found["peak_mebibytes"], found["peak_mebibytes_one_user"]
-    more = (peak - alone) / max(1, found["users"] - 1)
+    more = (peak - alone) / max(1, found["slots"] - 1)
     table.add_row(
         "peak memory",
-        f"{peak:,.0f} MiB for the process, {alone:,.0f} MiB with one user: {more:,.0f} MiB a further user of the run",
+        f"{peak:,.0f} MiB for the process, {alone:,.0f} MiB with one user: {more:,.0f} MiB a further slot of {found['slots']}",
     )
     return table
 
