@@ -180,7 +180,7 @@ def rendered(found: dict[str, Any]) -> Table:
     more = (peak - alone) / max(1, found["slots"] - 1)
     table.add_row(
         "peak memory",
-        f"{peak:,.0f} MiB for the process, {alone:,.0f} MiB with one user: {more:,.0f} MiB a further slot of {found['slots']}",
+        f"{peak:,.0f} MiB for {found['slots']} slots, {alone:,.0f} MiB for one: {more:,.0f} MiB a further slot",
     )
     return table
 
