@@ -42,12 +42,12 @@ class RunFolder:
             raise InputError([Problem(str(self.path), None, "--resume", sentence)])
 
     def begin(self, config: Config, policy: Policy, dropped: Sequence[Dropped], identity: Mapping[str, str]) -> None:
-        """Writes what was asked: config.yaml, policy.json, screening.jsonl, and the identity last."""
+        """Writes what was asked: the identity first, so that a kill leaves what `--resume` takes up; then the rest."""
         self.state.mkdir(parents=True, exist_ok=True)
+        write_text(self._identity, json.dumps(dict(identity), indent=2) + "\n")
         write_text(self.path / "config.yaml", config.to_yaml())
         write_text(self.path / "policy.json", json.dumps(policy.to_json(), indent=2, ensure_ascii=False) + "\n")
         write_text(self.path / "screening.jsonl", "".join(json.dumps(row) + "\n" for row in screening_rows(dropped)))
-        write_text(self._identity, json.dumps(dict(identity), indent=2) + "\n")
 
 
 def identity_of(config: Config, policy: Policy, pairs: Iterable[PreferencePair], weights_hash: str) -> dict[str, str]:
