@@ -36,6 +36,8 @@ from persona_rlhf.training.settings import BaseSettings, ConstraintSettings, Dpo
 Shape = Literal["bundled", "192x4", "256x6", "512x8"]
 VOCABULARY = 1536
 SEED = 0
+PAIRS_AND_EPOCHS = {"bundled": (80, 3), "192x4": (80, 3), "256x6": (32, 2), "512x8": (16, 2)}
+"""A user's work: less for larger shapes, so that each takes minutes on a CPU."""
 FLEET, ALONE = "persona-rlhf, fleet", "persona-rlhf, one user at a time"
 
 
@@ -57,7 +59,9 @@ class Trial(NamedTuple):
     adapters: dict[str, Float[Tensor, " params"]]
 
 
-def bench(shape: str = "192x4", users: int = 4, pairs: int = 80, epochs: int = 3, rounds: int = 3) -> dict[str, Any]:
+def bench(
+    shape: str = "192x4", users: int = 4, pairs: int | None = None, epochs: int | None = None, rounds: int = 3
+) -> dict[str, Any]:
     """Times every contender once a round, in turns, and reports medians over the rounds; JSON-ready.
 
     `ratio` is users per second of the fleet over that of TRL's best setting: CPU seconds of the process, on one
@@ -68,6 +72,7 @@ def bench(shape: str = "192x4", users: int = 4, pairs: int = 80, epochs: int = 3
     if shape not in get_args(Shape):
         sentence = f"`{shape}` is no shape of the benchmark{did_you_mean(shape, get_args(Shape))}"
         raise InputError([Problem("bench", None, "--shape", sentence)])
+    pairs, epochs = pairs or PAIRS_AND_EPOCHS[shape][0], epochs or PAIRS_AND_EPOCHS[shape][1]
     keep_big_blocks()
     threads = torch.get_num_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
