@@ -1,0 +1,119 @@
+"""What a benchmark trains: a base of a fixed shape with made-up pairs, or the bundled base with its users."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from persona_rlhf.inputs.bundled import find
+from persona_rlhf.preferences.messages import Message
+from persona_rlhf.preferences.pairs import PreferencePair, read_pairs
+from persona_rlhf.preferences.tokens import PairRow, Row, UserRows, tokenize
+from persona_rlhf.training.base import Base, load_base
+from persona_rlhf.training.lora import LayerSpan, adaptable_layers, attach, detach
+from persona_rlhf.training.settings import BaseSettings, DpoSettings, LoraSettings
+
+Shape = Literal["bundled", "192x4", "256x6", "512x8"]
+VOCABULARY = 1536
+SEED = 0
+PAIRS_AND_EPOCHS = {"bundled": (80, 3), "192x4": (80, 3), "256x6": (32, 2), "512x8": (16, 2)}
+"""A user's work: less for larger shapes, so that each takes minutes on a CPU."""
+
+
+class Work(NamedTuple):
+    """What every contender does: train these users on this base. `spans` is the layout of a flat adapter."""
+
+    base: Base
+    users: Sequence[UserRows]
+    spans: list[LayerSpan]
+    lora: LoraSettings
+    dpo: DpoSettings
+    clock: Callable[[], float]
+
+
+def make_work(shape: str, users: int, pairs: int, epochs: int, device: torch.device) -> Work:
+    """The work of a `Shape`; a fixed one is the same on every machine."""
+    if shape == "bundled":
+        base = load_base(BaseSettings(model="data/base"))
+        rows = tokenize(read_pairs(find("data/users"), 0.25), base.tokenizer, base.context)
+        people = [UserRows(user.user_id, user.train[:pairs], []) for user in rows[:users]]
+    else:
+        hidden, layers = map(int, shape.split("x"))
+        base = _random_base(hidden, layers, device)
+        people = [_made_user(f"user {n}", pairs, n) for n in range(users)]
+    lora, dpo = LoraSettings(), DpoSettings(epochs=epochs)
+    spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank, lora.alpha / lora.rank)
+    detach(base.model, list(spans))
+    return Work(base, people, list(spans.values()), lora, dpo, _clock(device))
+
+
+def _random_base(hidden: int, layers: int, device: torch.device) -> Base:
+    """A Llama of random weights: heads of 32, half as many key-value heads, three times as wide inside, tied head."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).requires_grad_(False).eval()
+    model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    words = {"<pad>": 0, "<end>": 1} | {f"w{n}": n for n in range(2, VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<end>"
+    )
+    return Base(model, tokenizer, f"random {hidden}x{layers}", f"seed {SEED}", 1024)
+
+
+def _made_user(user_id: str, pairs: int, seed: int) -> UserRows:
+    """Pairs of random tokens: 12 to 30 of a prompt, 12 to 30 and an end token a side."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids() -> tuple[int, ...]:
+        length = int(torch.randint(12, 31, (1,), generator=draw))
+        return tuple(torch.randint(2, VOCABULARY, (length,), generator=draw).tolist())
+
+    rows = []
+    for n in range(pairs):
+        prompt = ids()
+        pair = PreferencePair(
+            user_id,
+            (Message("user", "made up"),),
+            "a",
+            "b",
+            f"{user_id} {n}",
+            None,
+            None,
+            1.0,
+            "train",
+            None,
+            "made",
+            n,
+        )
+        rows.append(PairRow(pair, Row(prompt, (*ids(), 1)), Row(prompt, (*ids(), 1))))
+    return UserRows(user_id, rows, [])
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Seconds of this process's CPU time; on a GPU, wall seconds when it has done all it was given."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def drained() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return drained
