@@ -1,18 +1,23 @@
-"""The one place where an error becomes a sentence on stderr and an exit code: 1 is our fault, 2 the user's input."""
+"""Where the program meets people: errors become a sentence and an exit code (1 our fault, 2 the input's), output."""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
 
 import typer
 
 from persona_rlhf.inputs.problems import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 P = ParamSpec("P")
 
@@ -50,3 +55,21 @@ def say(text: str) -> None:
     """A line for people, on stderr; what their terminal cannot show is escaped."""
     encoding = sys.stderr.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def print_json(value: object) -> None:
+    """A machine-readable result, on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=True))
+
+
+def print_table(table: Table) -> None:
+    """A result for people, on stdout."""
+    console(people=False).print(table)
+
+
+def console(people: bool) -> Console:
+    """A console on stderr (for people while something runs) or stdout; a pipe gets lines wide enough for a table."""
+    from rich.console import Console
+
+    found = Console(stderr=people)
+    return found if found.is_terminal else Console(stderr=people, width=160)

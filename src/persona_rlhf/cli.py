@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_rlhf import __version__
-from persona_rlhf.boundary import bounded, say
+from persona_rlhf.boundary import bounded, console, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from persona_rlhf.release.results import Result
 
 _PLAIN = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
@@ -64,7 +60,7 @@ def data_check(paths: Annotated[list[Path], typer.Argument(metavar="PATH...")], 
     from persona_rlhf.preferences.check import check, render
 
     summary = check(paths)
-    _print_json(summary.to_json()) if as_json else _print_table(render(summary))
+    print_json(summary.to_json()) if as_json else print_table(render(summary))
 
 
 @data.command("import")
@@ -84,7 +80,7 @@ def data_import(
         raise InputError([Problem("data import", None, "FORMAT", sentence)])
     summary = FORMATS[format_](source, out)
     if as_json:
-        _print_json({**summary._asdict(), "path": str(summary.path)})
+        print_json({**summary._asdict(), "path": str(summary.path)})
     say(f"{summary.rows} rows read, {summary.pairs} pairs of {summary.users} users written to {summary.path}.")
     for reason, count in summary.left_out.items():
         say(f"  {count} rows left out: {reason}")
@@ -101,7 +97,7 @@ def policy_show(config: ConfigFile, user: User = None, as_json: Json = False) ->
     resolved = Policy.read(read_config(config).policy.documents)
     if user is not None:
         resolved = resolved.for_user(user)
-    _print_json(resolved.to_json()) if as_json else _print_table(listing(resolved))
+    print_json(resolved.to_json()) if as_json else print_table(listing(resolved))
 
 
 @policy.command("check")
@@ -156,7 +152,7 @@ def train(
     from persona_rlhf import line
 
     try:
-        results = line.train(settings, folder, resume, _console(people=True), materials)
+        results = line.train(settings, folder, resume, console(people=True), materials)
     except KeyboardInterrupt:
         words = [str(config), *(overrides or []), "--run", str(folder), "--resume"]
         say(f"Interrupted; go on with: persona-rlhf train {shlex.join(words)}")
@@ -221,7 +217,7 @@ def verify(
 
     faults = faults_of(folder)
     if as_json:
-        _print_json({"path": str(folder), "faults": faults})
+        print_json({"path": str(folder), "faults": faults})
     for fault in faults:
         say(fault)
     count = f"{len(faults)} fault{'' if len(faults) == 1 else 's'}"
@@ -240,7 +236,7 @@ def bench(
     from persona_rlhf.evaluation.benchmark import render
 
     result = measure(shape)
-    _print_json(result) if as_json else _print_table(render(result))
+    print_json(result) if as_json else print_table(render(result))
 
 
 _LATER = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -273,33 +269,17 @@ def _later(what: str) -> None:
 def _finish(results: Sequence[Result], as_json: bool) -> None:
     """The result table, or the lines of results.jsonl as a list."""
     if as_json:
-        _print_json([result.to_json() for result in results])
+        print_json([result.to_json() for result in results])
         return
     from persona_rlhf.release.table import results_table
 
-    _print_table(results_table(results))
+    print_table(results_table(results))
 
 
 def _exit_held_back(results: Sequence[Result]) -> None:
     """Exit code 3 where a user was held back: a result, but not the one that was asked for."""
     if any(result.status == "held_back" for result in results):
         raise typer.Exit(HELD_BACK)
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=True))
-
-
-def _print_table(table: Table) -> None:
-    _console(people=False).print(table)
-
-
-def _console(people: bool) -> Console:
-    """A console on stderr (for people while something runs) or stdout; a pipe gets lines wide enough for a table."""
-    from rich.console import Console
-
-    console = Console(stderr=people)
-    return console if console.is_terminal else Console(stderr=people, width=160)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from persona_rlhf.config import Config
 from persona_rlhf.inputs.problems import InputError, Problem
@@ -37,6 +38,10 @@ class RunFolder:
         """Raises InputError where a resumed run would mix two experiments."""
         before = json.loads(self._identity.read_text())
         changed = [name for name, value in identity.items() if before.get(name) != value]
+        if "config" in changed:
+            changed[changed.index("config")] = (
+                f"config ({', '.join(_changed_keys(before['config'], identity['config']))})"
+            )
         if changed:
             sentence = f"the {' and the '.join(changed)} changed since this run began; start a new run with --run"
             raise InputError([Problem(str(self.path), None, "--resume", sentence)])
@@ -51,18 +56,31 @@ class RunFolder:
 
 
 def identity_of(config: Config, policy: Policy, pairs: Iterable[PreferencePair], weights_hash: str) -> dict[str, str]:
-    """Hashes of everything that decides what a run computes; where the run is written does not count."""
+    """Everything that decides what a run computes, as hashes but for the config; where it is written does not count."""
     asked = config.model_dump(mode="json", exclude={"run", "name"})
     digest = hashlib.sha256()
     for pair in pairs:
         fields = (pair.user_id, pair.prompt, pair.chosen, pair.rejected, pair.split, pair.weight, pair.clean_choice)
         digest.update(json.dumps(fields).encode("utf-8", "surrogatepass"))
     return {
-        "config": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(),
+        "config": json.dumps(asked, sort_keys=True),
         "policy": policy.hash,
         "preference pairs": digest.hexdigest(),
         "base": weights_hash,
     }
+
+
+def _changed_keys(before: str, now: str) -> list[str]:
+    """Dotted keys whose values differ between two configs (JSON)."""
+    one, two = (_flat(json.loads(text)) for text in (before, now))
+    return sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def write_text(file: Path, text: str) -> None:

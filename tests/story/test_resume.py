@@ -74,7 +74,7 @@ def test_a_run_is_resumed_only_as_what_it_was(copied):
         assert done.returncode == 2, done.stderr
         return done.stderr
 
-    assert "the config changed" in resumed("dpo.beta=0.2")
+    assert "the config (dpo.beta) changed" in resumed("dpo.beta=0.2")
     users = copied / "users/pairs.jsonl"
     whole = users.read_text()
     users.write_text(whole.replace('"chosen": "', '"chosen": "Well. ', 1))
@@ -82,7 +82,7 @@ def test_a_run_is_resumed_only_as_what_it_was(copied):
     users.write_text(whole)
     document = copied / "policy/tier_one.yaml"
     document.write_text(document.read_text().replace("limit: 0.5", "limit: 0.4", 1))
-    assert "the config and the policy changed" in resumed("dpo.beta=0.2")
+    assert "the config (dpo.beta) and the policy changed" in resumed("dpo.beta=0.2")
 
 
 def test_there_must_be_a_run_to_resume(copied):
