@@ -18,14 +18,20 @@ from persona_rlhf.evaluation.workload import PAIRS_AND_EPOCHS, SEED, Shape, Work
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
 from persona_rlhf.preferences.tokens import Row, UserRows
 from persona_rlhf.training.allocator import keep_big_blocks
+from persona_rlhf.training.constraint import ConstraintBank
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.scheduler import UserSchedule
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings
+from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings, TopLayers
 
 FLEET, ALONE = "persona-rlhf, fleet", "persona-rlhf, one user at a time"
+PADDED = "persona-rlhf, fleet, rows padded and prompts not shared"
+CONSTRAINED = "persona-rlhf, fleet, constraint on"
+UPPER = {top: f"persona-rlhf, fleet, upper {top:.0%} of the layers" for top in (0.5, 0.25)}
+OTHER_MATHS = {CONSTRAINED, *UPPER.values()}
+"""Contenders that train something else, so that their adapters are not to be compared with the fleet's."""
 
 
 class Trial(NamedTuple):
@@ -60,6 +66,9 @@ def bench(
             **{f"TRL, {setting}": _trl(work, setting) for setting in trl_loop.TRL_SETTINGS},
             ALONE: lambda turn: _ours(work, [work.users[turn % users]]),
             FLEET: lambda _: _ours(work, work.users),
+            PADDED: lambda _: _ours(work, work.users, packs=False),
+            CONSTRAINED: lambda _: _ours(work, work.users, bank=work.bank),
+            **{name: lambda _, top=top: _ours(work, work.users, _upper(work, top)) for top, name in UPPER.items()},  # type: ignore[misc]
         }
         trials: dict[str, list[Trial]] = {name: [] for name in contenders}
         for turn in range(rounds):
@@ -107,7 +116,7 @@ def render(result: dict[str, Any]) -> Table:
             f"{min(row['rounds']):.2f} to {max(row['rounds']):.2f}",
             f"{row['times_fleet']:.2f}x",
             f"{row['final_loss']:.4f}",
-            f"{row['adapter_distance']:.1e}",
+            "-" if row["adapter_distance"] is None else f"{row['adapter_distance']:.1e}",
         )
     return table
 
@@ -150,13 +159,24 @@ def _trl(work: Work, setting: trl_loop.TrlSetting) -> Callable[[int], Trial]:
     return trial
 
 
-def _ours(work: Work, users: Sequence[UserRows]) -> Trial:
+def _upper(work: Work, top: float) -> LoraSettings:
+    return work.lora.model_copy(update={"layers": TopLayers(top=top)})
+
+
+def _ours(
+    work: Work,
+    users: Sequence[UserRows],
+    lora: LoraSettings | None = None,
+    packs: bool = True,
+    bank: ConstraintBank | None = None,
+) -> Trial:
     started = work.clock()
-    adapted = AdaptedModel(work.base, work.lora)
+    adapted = AdaptedModel(work.base, lora or work.lora)
+    adapted.packs = adapted.packs and packs
     reference = Reference(adapted)
-    reference.add(_pair_rows(users))
-    fleet = FleetSettings(slots=len(users))
-    engine = Engine(adapted, users, reference, None, work.dpo, ConstraintSettings(enabled=False), fleet, SEED)
+    reference.add(_pair_rows(users) + (bank.rows() if bank else []))
+    fleet, constraint = FleetSettings(slots=len(users)), ConstraintSettings(enabled=bank is not None)
+    engine = Engine(adapted, users, reference, bank, work.dpo, constraint, fleet, SEED)
     trained: list[TrainedUser] = list(engine.run())
     adapted.close()
     seconds = (work.clock() - started) / len(users)
@@ -169,32 +189,29 @@ def _pair_rows(users: Sequence[UserRows]) -> list[Row]:
 
 def _rows(work: Work, trials: dict[str, list[Trial]]) -> list[dict[str, Any]]:
     """One row a contender: times of all its rounds, and how its adapters compare with the fleet's of the same users."""
-    adapted = AdaptedModel(work.base, work.lora)
-    reference = Reference(adapted)
-    reference.add(_pair_rows(work.users))
     own = trials[FLEET][0].adapters
     fleet_seconds = median(trial.seconds for trial in trials[FLEET])
-    losses: dict[str, dict[str, float]] = {}
+    settings = {name: _upper(work, top) for top, name in UPPER.items()}
     rows = []
     for name, rounds in trials.items():
         made = {user_id: adapter for trial in rounds for user_id, adapter in trial.adapters.items()}
-        losses[name] = {
-            user.user_id: _loss(adapted, reference, user, made[user.user_id], work.dpo)
-            for user in work.users
-            if user.user_id in made
-        }
+        adapted = AdaptedModel(work.base, settings.get(name, work.lora))
+        reference = Reference(adapted)
+        reference.add(_pair_rows(work.users[:1]))
         seconds = median(trial.seconds for trial in rounds)
+        apart = None if name in OTHER_MATHS else max(float((made[u] - own[u]).norm() / own[u].norm()) for u in made)
+        first = work.users[0]
         rows.append(
             {
                 "contender": name,
                 "seconds_per_user": seconds,
                 "rounds": [trial.seconds for trial in rounds],
                 "times_fleet": seconds / fleet_seconds,
-                "final_loss": losses[name][work.users[0].user_id],
-                "adapter_distance": max(float((made[u] - own[u]).norm() / own[u].norm()) for u in made),
+                "final_loss": _loss(adapted, reference, first, made[first.user_id], work.dpo),
+                "adapter_distance": apart,
             }
         )
-    adapted.close()
+        adapted.close()
     return rows
 
 

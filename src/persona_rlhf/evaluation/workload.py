@@ -16,6 +16,7 @@ from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.pairs import PreferencePair, read_pairs
 from persona_rlhf.preferences.tokens import PairRow, Row, UserRows, tokenize
 from persona_rlhf.training.base import Base, load_base
+from persona_rlhf.training.constraint import Anchor, ConstraintBank
 from persona_rlhf.training.lora import LayerSpan, adaptable_layers, attach, detach
 from persona_rlhf.training.settings import BaseSettings, DpoSettings, LoraSettings
 
@@ -27,13 +28,15 @@ PAIRS_AND_EPOCHS = {"bundled": (80, 3), "192x4": (80, 3), "256x6": (32, 2), "512
 
 
 class Work(NamedTuple):
-    """What every contender does: train these users on this base. `spans` is the layout of a flat adapter."""
+    """What every contender does: train these users on this base. `spans` is the layout of a flat adapter; `bank` is
+    made up, for the contender with the constraint on."""
 
     base: Base
     users: Sequence[UserRows]
     spans: list[LayerSpan]
     lora: LoraSettings
     dpo: DpoSettings
+    bank: ConstraintBank
     clock: Callable[[], float]
 
 
@@ -48,9 +51,10 @@ def make_work(shape: str, users: int, pairs: int, epochs: int, device: torch.dev
         base = _random_base(hidden, layers, device)
         people = [_made_user(f"user {n}", pairs, n) for n in range(users)]
     lora, dpo = LoraSettings(), DpoSettings(epochs=epochs)
+    bank = _made_bank(len(base.tokenizer))
     spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank, lora.alpha / lora.rank)
     detach(base.model, list(spans))
-    return Work(base, people, list(spans.values()), lora, dpo, _clock(device))
+    return Work(base, people, list(spans.values()), lora, dpo, bank, _clock(device))
 
 
 def _random_base(hidden: int, layers: int, device: torch.device) -> Base:
@@ -81,14 +85,9 @@ def _random_base(hidden: int, layers: int, device: torch.device) -> Base:
 def _made_user(user_id: str, pairs: int, seed: int) -> UserRows:
     """Pairs of random tokens: 12 to 30 of a prompt, 12 to 30 and an end token a side."""
     draw = torch.Generator().manual_seed(seed)
-
-    def ids() -> tuple[int, ...]:
-        length = int(torch.randint(12, 31, (1,), generator=draw))
-        return tuple(torch.randint(2, VOCABULARY, (length,), generator=draw).tolist())
-
     rows = []
     for n in range(pairs):
-        prompt = ids()
+        prompt = _ids(draw)
         pair = PreferencePair(
             user_id,
             (Message("user", "made up"),),
@@ -103,8 +102,30 @@ def _made_user(user_id: str, pairs: int, seed: int) -> UserRows:
             "made",
             n,
         )
-        rows.append(PairRow(pair, Row(prompt, (*ids(), 1)), Row(prompt, (*ids(), 1))))
+        rows.append(PairRow(pair, Row(prompt, (*_ids(draw), 1)), Row(prompt, (*_ids(draw), 1))))
     return UserRows(user_id, rows, [])
+
+
+def _made_bank(vocabulary: int) -> ConstraintBank:
+    """A bank of made-up anchors in the size of a real one's rows: four categories of sixteen probes."""
+    draw = torch.Generator().manual_seed(SEED)
+    anchors = []
+    for _ in range(4):
+        prompts = [_ids(draw, vocabulary) for _ in range(16)]
+        openings = [_ids(draw, vocabulary)[:8] for _ in range(16)]
+        refusals = [(Row(prompt, (*_ids(draw, vocabulary), 1)),) for prompt in prompts]
+        anchors.append(
+            [
+                Anchor(refused, Row(prompt, opening), Row(_ids(draw, vocabulary), refused[0].completion[:8]))
+                for prompt, opening, refused in zip(prompts, openings, refusals, strict=True)
+            ]
+        )
+    return ConstraintBank([f"category {n}" for n in range(4)], [0.3] * 4, anchors)
+
+
+def _ids(draw: torch.Generator, vocabulary: int = VOCABULARY) -> tuple[int, ...]:
+    length = int(torch.randint(12, 31, (1,), generator=draw))
+    return tuple(torch.randint(2, vocabulary, (length,), generator=draw).tolist())
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

@@ -26,6 +26,16 @@ class Sight(NamedTuple):
     length: int
 
 
+class Place(NamedTuple):
+    """Where a row stands among the tokens of a batch, all lines in a row: first token of its prompt and of its
+    completion. `is_first`: no earlier row shares this prompt's tokens."""
+
+    row: Row
+    prompt: int
+    completion: int
+    is_first: bool
+
+
 class Batch(NamedTuple):
     """Rows of token ids; `source` reads the positions whose next token, `targets`, belongs to a completion.
 
@@ -42,6 +52,7 @@ class Batch(NamedTuple):
     place: Int[Tensor, " tokens"]
     rows: int
     longest: int
+    places: list[Place]
 
     def spread(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "rows longest"]:
         """Values of the completion tokens as one row each, zero where a completion is shorter."""
@@ -52,15 +63,17 @@ class Batch(NamedTuple):
 def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Batch:
     """One line a row, right-padded; an empty row becomes a single padding token."""
     width = max(1, *(len(row.prompt) + len(row.completion) - 1 for row in rows))
-    ids, runs, start = [], [], 0
+    ids, runs, places, start = [], [], [], 0
     for number, row in enumerate(rows):
         assert row.prompt or not row.completion, "a completion needs a prompt token to be predicted from"
         line = [*row.prompt, *row.completion[:-1]] if row.completion else []
         ids.append(line + [pad] * (width - len(line)))
         runs.append((number * width + len(row.prompt) - 1, start, len(row.completion), 0))
+        if row.completion:
+            places.append(Place(row, number * width, number * width + len(row.prompt), True))
         start += len(row.completion)
     source = Lookup([0] * start, runs, device)
-    return Batch(torch.tensor(ids).to(device), None, None, source, *_answers(rows, device))
+    return Batch(torch.tensor(ids).to(device), None, None, source, *_answers(rows, device), places)
 
 
 class _Part(NamedTuple):
@@ -86,7 +99,8 @@ def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device) -> Bat
     lines, positions, parts = _lines(rows, users, pad)
     width = max(map(len, lines))
     length = max(part.prompt + part.completion for part in parts)
-    seen, home, read, start = [], [], [], 0
+    seen, home, read, places, start = [], [], [], [], 0
+    answered = (row for row in rows if row.completion)
     rows_fill, home_fill = [0] * (len(parts) * length), [0] * (users * width)
     for number, part in enumerate(parts):
         line, row = part.user * width, number * length
@@ -101,6 +115,7 @@ def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device) -> Bat
                 home_fill[line : line + width] = [row] * width
         if part.answer:
             read += [(prompt + part.prompt - 1, start, 1, part.turn), (completion, start + 1, part.completion, 0)]
+            places.append(Place(next(answered), prompt, completion, part.turn == 0))
             start += part.answer
     return Batch(
         torch.tensor([line + [pad] * (width - len(line)) for line in lines]).to(device),
@@ -108,6 +123,7 @@ def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device) -> Bat
         Sight(Lookup(rows_fill, seen, device), Lookup(home_fill, home, device), len(parts), length),
         Lookup([0] * start, read, device),
         *_answers(rows, device),
+        places,
     )
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.preferences.tokens import UserRows
 from persona_rlhf.training import checkpoint
-from persona_rlhf.training.constraint import ConstraintBank, UserDraws
+from persona_rlhf.training.constraint import ConstraintBank, Draw, UserDraws
 from persona_rlhf.training.duals import DualTrace
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.ground import Ground
 from persona_rlhf.training.lora import fresh_adapter
 from persona_rlhf.training.objective import step_loss
 from persona_rlhf.training.reference import Reference
@@ -81,6 +82,7 @@ class Engine:
         categories = len(bank.categories) if bank else 0
         device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
         self.slots = Slots(count, adapted.params_per_user, categories, dpo, constraint, device, dtype)
+        self.ground = Ground(adapted, bank, count, fleet.trunk_cache * 2**20)
         self.queue = list(self.schedules)
         self.finished = self._resume() if state is not None else []
 
@@ -123,16 +125,23 @@ class Engine:
         users = [user for user in slots.users if user is not None]
         schedules = [self.schedules[user] for user in users]
         pairs = [schedule.pairs(step) for schedule, step in zip(schedules, slots.steps, strict=True)]
-        draws = []
+        draws: list[Draw] = []
         if self.bank is not None:
             for user, step in zip(users, slots.steps, strict=True):
                 if user not in self.draws:
                     self.draws[user] = UserDraws(self.bank, self.constraint, self.seed, user)
                 draws.append(self.draws[user].at(step))
+        drawn: Sequence[Draw | None] = draws or [None] * len(users)
         learning = slots.flat.detach().requires_grad_()
         with self.adapted.using(learning):
             duals = slots.duals.values
-            loss = step_loss(self.adapted, self.reference, pairs, draws, self.bank, duals, self.dpo, self.constraint)
+            states = [
+                self.ground.of(user, schedule.rows.train, own, draw)
+                for user, schedule, own, draw in zip(users, schedules, pairs, drawn, strict=True)
+            ]
+            loss = step_loss(
+                self.adapted, self.reference, pairs, draws, self.bank, duals, self.dpo, self.constraint, states
+            )
             loss.total.sum().backward()
         device = slots.flat.device
         rates = [schedule.rate(step) for schedule, step in zip(schedules, slots.steps, strict=True)]
@@ -171,6 +180,7 @@ class Engine:
             checkpoint.save(self.state / "trained" / f"{slug(user_id)}.safetensors", tensors, notes)
         slots.users[place] = None
         self.draws.pop(user_id, None)
+        self.ground.forget(user_id)
         return user
 
     def _save(self) -> None:

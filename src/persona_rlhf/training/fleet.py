@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from persona_rlhf.training.generation import Generated, write_answers
 from persona_rlhf.training.lora import FleetLinear, LayerSpan, adaptable_layers, attach, detach, matrices
 from persona_rlhf.training.losses import token_logps
 from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.training.trunk import States, Trunk, cut, decoder_layers, lay, layer_number
 
 
 class Score(NamedTuple):
@@ -38,12 +39,16 @@ class AdaptedModel:
     def __init__(self, base: Base, lora: LoraSettings) -> None:
         self.base = base
         self.scale = lora.alpha / lora.rank
-        self.spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank, self.scale)
+        names, first = _adapted_names(base, lora)
+        self.spans = attach(base.model, names, lora.rank, self.scale)
         self.params_per_user = max(span.stop for span in self.spans.values())
         self.tokens_per_pass = 4_096 if base.device.type == "cpu" else 131_072  # a CPU wants what its cache holds
         self.tokens_per_cache = 65_536 if base.device.type == "cpu" else 131_072  # a token's keys and values are small
         self._decoder, self._head = _split(base)
+        self._trunk = Trunk(base.model, first) if first else None
         self.packs = self._can_pack()
+        if not self._can_start_above():
+            self._trunk = None
 
     def close(self) -> None:
         """Gives the base back as it was."""
@@ -77,20 +82,49 @@ class AdaptedModel:
             for layer, (a, b) in zip(layers, outer, strict=True):
                 layer.a, layer.b = a, b
 
-    def logits(self, batch: Batch) -> Float[Tensor, "tokens vocabulary"]:
-        """Logits at the positions that predict a completion token, and nowhere else."""
-        if batch.sight is None:
-            return self._picked(batch, {})
-        with packed(self.base.model.config.get_text_config()):
-            return self._picked(batch, {"position_ids": batch.positions, "sight": batch.sight})
+    def logits(self, batch: Batch, states: Sequence[States] = ()) -> Float[Tensor, "tokens vocabulary"]:
+        """Logits at the positions that predict a completion token, and nowhere else.
 
-    def _picked(self, batch: Batch, extras: dict[str, Any]) -> Float[Tensor, "tokens vocabulary"]:
+        With `states`, one entry a user (see `below`), only the layers from the first adapted one on are computed.
+        """
+        if self._trunk is None or not states:
+            return self._picked(batch)
+        with self._trunk.from_states(lay(batch, states)):
+            return self._picked(batch)
+
+    def _picked(self, batch: Batch) -> Float[Tensor, "tokens vocabulary"]:
         if self._decoder is None or self._head is None:
-            whole: Tensor = self.base.model(input_ids=batch.ids, use_cache=False, **extras).logits
+            whole: Tensor = self._run(self.base.model, batch).logits
             return batch.source(whole.flatten(0, 1))
-        hidden = self._decoder(input_ids=batch.ids, use_cache=False, **extras).last_hidden_state
+        hidden: Tensor = self._run(self._decoder, batch).last_hidden_state
         picked: Tensor = self._head(batch.source(hidden.flatten(0, 1)))
         return picked
+
+    def _run(self, module: nn.Module, batch: Batch) -> Any:
+        if batch.sight is None:
+            return module(input_ids=batch.ids, use_cache=False)
+        with packed(self.base.model.config.get_text_config()):
+            return module(input_ids=batch.ids, use_cache=False, position_ids=batch.positions, sight=batch.sight)
+
+    @torch.no_grad()
+    def below(self, rows: Sequence[Row]) -> States:
+        """Hidden states of rows where the adapted layers begin; {} where nothing lies below them.
+
+        What it gives depends on `rows` alone, so it can be forgotten and computed again to the bit.
+        """
+        found: dict[Row, Tensor] = {}
+        trunk, distinct = self._trunk, list(dict.fromkeys(row for row in rows if row.completion))
+        for places in _passes([distinct], self.tokens_per_pass) if trunk else ():
+            batch = self.batch([distinct[place] for _, place in places if place is not None], 1)
+            module = self._decoder or self.base.model
+            found |= cut(batch, trunk.states(lambda module=module, batch=batch: self._run(module, batch)))  # type: ignore[misc, union-attr]
+        return found
+
+    def below_bytes(self, rows: Sequence[Row]) -> int:
+        """Bytes that `below` would hold for rows; 0 where nothing lies below."""
+        tokens = sum(len(row.prompt) + len(row.completion) for row in rows)
+        config = self.base.model.config.get_text_config()
+        return tokens * config.hidden_size * self.base.model.dtype.itemsize if self._trunk else 0
 
     def batch(self, rows: Sequence[Row], users: int) -> Batch:
         """Lays user-major rows out: packed, where the base's attention can be told about rows."""
@@ -103,7 +137,17 @@ class AdaptedModel:
         kinds = getattr(config, "layer_types", None) or ["full_attention"]
         if set(kinds) != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
             return False
-        ids = [n % config.vocab_size for n in range(3, 23)]
+        return self._same_logits(lambda rows: self.logits(pack(rows, 1, self.base.pad_id, self.base.device)))
+
+    def _can_start_above(self) -> bool:
+        """Whether upper layers that begin with the lower ones' states give the logits of the whole model."""
+        if self._trunk is None:
+            return False
+        return self._same_logits(lambda rows: self.logits(self.batch(rows, 1), [self.below(rows)]))
+
+    def _same_logits(self, shortcut: Callable[[list[Row]], Tensor]) -> bool:
+        """Tries a shortcut on made-up rows, against the rows one by one."""
+        ids = [n % self.base.model.config.get_text_config().vocab_size for n in range(3, 23)]
         rows = [
             Row(tuple(ids[:7]), tuple(ids[7:12])),
             Row(tuple(ids[:7]), tuple(ids[9:])),
@@ -113,24 +157,24 @@ class AdaptedModel:
         with torch.no_grad(), self.using(None):
             plain = torch.cat([self.logits(collate([row], pad, device)) for row in rows]).float()
             try:
-                tried = self.logits(pack(rows, 1, pad, device)).float()
+                tried = shortcut(rows).float()
             except (NotImplementedError, TypeError, ValueError, RuntimeError):
                 return False
         exact = self.base.model.dtype in (torch.float32, torch.float64)
         return bool((tried - plain).norm() <= (1e-4 if exact else 5e-2) * plain.norm())
 
-    def row_logps(self, batch: Batch) -> Float[Tensor, "rows longest"]:
+    def row_logps(self, batch: Batch, states: Sequence[States] = ()) -> Float[Tensor, "rows longest"]:
         """Log-probability in nats of every completion token, one row a completion."""
-        return batch.spread(token_logps(self.logits(batch), batch.targets))
+        return batch.spread(token_logps(self.logits(batch, states), batch.targets))
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Sequence[Row]]) -> list[list[Score]]:
+    def score(self, rows: Sequence[Sequence[Row]], states: Sequence[States] = ()) -> list[list[Score]]:
         """Scores the rows of every user under his own adapter, in length-sorted passes of bounded size."""
         scores: list[list[Score | None]] = [[None] * len(own) for own in rows]
         for places in _passes(rows, self.tokens_per_pass):
             picked = [EMPTY if place is None else rows[user][place] for user, place in places]
             batch = self.batch(picked, len(rows))
-            logits = self.logits(batch)
+            logits = self.logits(batch, states)
             sums = batch.spread(token_logps(logits, batch.targets)).double().sum(1).tolist()
             misses = batch.spread((logits.argmax(-1) != batch.targets).float()).sum(1).tolist()
             for (user, place), row, logp, missed in zip(places, picked, sums, misses, strict=True):
@@ -160,6 +204,17 @@ class AdaptedModel:
                 if place is not None:
                     answers[user][place] = answer
         return [[answer for answer in own if answer is not None] for own in answers]
+
+
+def _adapted_names(base: Base, lora: LoraSettings) -> tuple[list[str], int]:
+    """The layers to adapt, and the number of the first decoder layer among them. Raises InputError for bad names."""
+    names = adaptable_layers(base.model, lora.target_modules)
+    found = decoder_layers(base.model)
+    if lora.layers == "all" or found is None:
+        return names, 0
+    stack, layers = found
+    first = len(layers) - max(1, round(lora.layers.top * len(layers)))
+    return [name for name in names if (number := layer_number(name, stack)) is not None and number >= first], first
 
 
 def _passes(rows: Sequence[Sequence[Row]], budget: int) -> Iterator[list[tuple[int, int | None]]]:

@@ -16,6 +16,7 @@ from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses, reward_margins, user_means
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings
+from persona_rlhf.training.trunk import States
 
 
 class StepLoss(NamedTuple):
@@ -39,10 +40,12 @@ def step_loss(
     duals: Float[Tensor, "users categories"],
     dpo: DpoSettings,
     constraint: ConstraintSettings,
+    states: Sequence[States] = (),
 ) -> StepLoss:
     """`L_u = L_DPO + sum_c lambda_uc max(0, violation_uc) + w (compliance hinge + over-refusal hinge)`.
 
-    `pairs` and `draws` hold one entry a user; `draws` is empty without a bank. The adapters must be on.
+    `pairs`, `draws` and `states` hold one entry a user; `draws` is empty without a bank, `states` where the whole model
+    is to be computed. The adapters must be on.
     """
     most = max(map(len, pairs))
     columns = [
@@ -58,7 +61,7 @@ def step_loss(
         for column, width in zip(columns, widths, strict=True):
             own = column[user] if column else []
             rows += [*own, *[EMPTY] * (width - len(own))]
-    logps = adapted.row_logps(adapted.batch(rows, len(pairs))).sum(1)
+    logps = adapted.row_logps(adapted.batch(rows, len(pairs)), states).sum(1)
     chosen, rejected, *watched = logps.view(len(pairs), -1).split(widths, dim=1)
 
     def known(values: Sequence[Sequence[float]]) -> Float[Tensor, "users pairs"]:

@@ -27,6 +27,12 @@ class BaseSettings(Section):
         return value
 
 
+class TopLayers(Section):
+    """`lora.layers`: only the uppermost decoder layers get adapters; what lies below is computed once a row."""
+
+    top: float = Field(gt=0, le=1, description="Share of the decoder layers, counted from the output; at least one.")
+
+
 class LoraSettings(Section):
     """`lora`: the low-rank adapter that each user gets, in PEFT's words."""
 
@@ -34,6 +40,9 @@ class LoraSettings(Section):
     alpha: int = Field(16, ge=1, description="lora_alpha; the update is scaled by alpha / rank, twice is customary.")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="Layers to adapt, by name; all-linear is every linear layer but the output head."
+    )
+    layers: Literal["all"] | TopLayers = Field(
+        "all", description="Decoder layers to adapt: all, or {top: share}, which trains faster and learns less."
     )
 
 
@@ -74,4 +83,7 @@ class FleetSettings(Section):
     """`fleet`: how many users train side by side, and how often that is saved."""
 
     slots: int | Literal["auto"] = Field("auto", description="Users in memory at once; memory is bounded by it.")
+    trunk_cache: int = Field(
+        2048, ge=0, description="MiB for hidden states below the adapters; a user past his share is computed each step."
+    )
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of the slots.")
