@@ -188,3 +188,27 @@ def test_a_fresh_adapter_is_drawn_as_peft_draws_it(adapted):
     assert drawn.abs().max().item() == pytest.approx(1 / 8, rel=0.02)
     assert torch.equal(flat, fresh_adapter(spans, torch.Generator().manual_seed(3)))
     assert not torch.equal(flat, fresh_adapter(spans, torch.Generator().manual_seed(4)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_rows_and_few_rows_are_the_same_sum(bias):
+    """Many rows go through the merged weight, few through the low-rank products: same values, same gradients."""
+    torch.manual_seed(0)
+    layer = FleetLinear(torch.nn.Linear(6, 5, bias=bias).double().requires_grad_(False), 2.0)
+    x = torch.randn(3, 40, 6, dtype=torch.float64)
+    pull = torch.randn(3, 40, 5, dtype=torch.float64)
+    low, high = torch.randn(3, 2, 6, dtype=torch.float64), torch.randn(3, 5, 2, dtype=torch.float64)
+
+    def run(pieces):
+        a, b = (drawn.clone().requires_grad_() for drawn in (low, high))
+        own = x.clone().requires_grad_()
+        layer.a, layer.b = a, b
+        y = torch.cat([layer(part) for part in own.split(40 // pieces, dim=1)], dim=1)
+        (y * pull).sum().backward()
+        return y.detach(), own.grad, a.grad, b.grad
+
+    expected = x @ layer.weight.T + 2.0 * (x @ low.transpose(1, 2)) @ high.transpose(1, 2)
+    expected = expected + layer.frozen.bias if bias else expected
+    for one, other in zip(run(1), run(10), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(run(1)[0], expected, rtol=1e-12, atol=1e-12)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -64,15 +64,51 @@ class FleetLinear(nn.Module):
         return self.frozen.weight
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
-        y: Tensor = self.frozen(x)
         if self.a is None or self.b is None:
-            return y
+            frozen: Tensor = self.frozen(x)
+            return frozen
         users = self.a.shape[0]
-        low = torch.bmm(x.reshape(users, -1, x.shape[-1]).to(self.a.dtype), self.a.transpose(1, 2))
-        rows = y.reshape(users, -1, y.shape[-1])
+        rows = x.reshape(users, -1, x.shape[-1])
+        weight: Tensor = self.frozen.weight
+        bias: Tensor | None = getattr(self.frozen, "bias", None)
+        if x.dtype == weight.dtype == self.a.dtype and rows.shape[1] >= _MERGING * self.a.shape[1]:
+            merged: Tensor = _Merged.apply(rows, weight, self.a, self.b, self.scale)  # type: ignore[no-untyped-call]
+            return (merged if bias is None else merged + bias).view(*x.shape[:-1], -1)
+        y: Tensor = self.frozen(x)
+        low = torch.bmm(rows.to(self.a.dtype), self.a.transpose(1, 2))
+        high = y.reshape(users, -1, y.shape[-1])
         if y.dtype == self.b.dtype:
-            return torch.baddbmm(rows, low, self.b.transpose(1, 2), alpha=self.scale).view(y.shape)
-        return (rows + self.scale * torch.bmm(low, self.b.transpose(1, 2)).to(y.dtype)).view(y.shape)
+            return torch.baddbmm(high, low, self.b.transpose(1, 2), alpha=self.scale).view(y.shape)
+        return (high + self.scale * torch.bmm(low, self.b.transpose(1, 2)).to(y.dtype)).view(y.shape)
+
+
+_MERGING = 8
+"""Rows a user for each rank, from which on it pays to add the adapters to the weight and not to every row's result."""
+
+
+class _Merged(torch.autograd.Function):
+    """`y = (W + scale B_u A_u) x`: rows that are many pass memory once forward and once back.
+
+    Only where the weight is as precise as the adapters: in bfloat16 a sum would swallow them. Gradients of A and B are
+    the low-rank ones, never that of a whole weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        merged = torch.baddbmm(weight.expand(a.shape[0], -1, -1), b, a, alpha=scale)
+        ctx.save_for_backward(x, merged, a, b)
+        ctx.scale = scale
+        return torch.bmm(x, merged.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+        x, merged, a, b = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        for_x = torch.bmm(gradient, merged) if needed[0] else None
+        for_a = torch.bmm(torch.bmm(gradient, b).mul_(ctx.scale).transpose(1, 2), x) if needed[2] else None
+        low = torch.bmm(x, a.transpose(1, 2)).mul_(ctx.scale) if needed[3] else None
+        for_b = torch.bmm(gradient.transpose(1, 2), low) if low is not None else None
+        return for_x, None, for_a, for_b, None
 
 
 def adaptable_layers(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[str]:
