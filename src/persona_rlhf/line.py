@@ -85,7 +85,7 @@ def train(
         for user in engine.finished:
             progress.skip(user.user_id)
         fleet = (user for user in engine.run(progress.step) if user.user_id not in judged)
-        for cohort in cohorts(fleet, len(engine.slots.users)):
+        for cohort in cohorts(fleet, engine.count):
             progress.say(f"judging {', '.join(user.user_id[:32] for user in cohort)}")
             results += release(config, run, ready, cohort)
             write_results(folder.state, results)

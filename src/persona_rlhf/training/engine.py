@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from torch import Tensor
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.preferences.tokens import UserRows
 from persona_rlhf.training import checkpoint
+from persona_rlhf.training.capacity import slots_of
 from persona_rlhf.training.constraint import ConstraintBank, UserDraws
 from persona_rlhf.training.duals import DualTrace
 from persona_rlhf.training.fleet import AdaptedModel
@@ -76,16 +77,23 @@ class Engine:
         queue = queue_order([UserSchedule(user, dpo, seed) for user in users if user.train])
         self.schedules = {schedule.rows.user_id: schedule for schedule in queue}
         self.draws: dict[str, UserDraws] = {}
-        auto = 4 if adapted.base.device.type == "cpu" else 64
-        count = min(auto if fleet.slots == "auto" else fleet.slots, len(queue))
+        self.queue = list(self.schedules)
+        kept = self._kept()
+        if kept is None:
+            rows = [schedule.rows for schedule in queue]
+            chosen = slots_of(adapted, rows, reference, bank, dpo, constraint, fleet) if rows else 0
+            self.count = min(chosen, len(queue))
+        else:
+            self.count = kept[1].pop("slots")
         categories = len(bank.categories) if bank else 0
         device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
-        self.slots = Slots(count, adapted.params_per_user, categories, dpo, constraint, device, dtype)
-        self.queue = list(self.schedules)
-        self.finished = self._resume() if state is not None else []
+        self.slots = Slots(self.count, adapted.params_per_user, categories, dpo, constraint, device, dtype)
+        self.finished = [] if kept is None else self._resume(*kept)
 
     def run(self, report: Callable[[Sequence[StepReport]], None] = lambda _: None) -> Iterator[TrainedUser]:
         """Trains until the queue and the slots are empty; yields each user as he ends, those of a resumed run first."""
+        if not (self.finished or any(self.slots.users)):
+            self._save()  # so that a resumed run has these slots, wherever it was killed
         yield from self.finished
         since_checkpoint = 0
         while self._fill():
@@ -175,20 +183,21 @@ class Engine:
 
     def _save(self) -> None:
         if self.state is not None:
-            notes = self.slots.notes() | {"waiting": len(self.queue)}
+            notes = self.slots.notes() | {"waiting": len(self.queue), "slots": self.count}
             checkpoint.save(self.state / "slots.safetensors", self.slots.tensors(), notes)
 
-    def _resume(self) -> list[TrainedUser]:
+    def _kept(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The slots as they last were on disk; None in a run that has just begun."""
+        file = None if self.state is None else self.state / "slots.safetensors"
+        return checkpoint.load(file, self.adapted.base.device) if file is not None and file.exists() else None
+
+    def _resume(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> list[TrainedUser]:
         """Takes up the slots and the queue as they last were on disk; returns the users who were done by then.
 
         A user who ended after that checkpoint trains its last steps again, so that every step has the neighbours, and
         so the tensor shapes and the bits, of a run that was never killed.
         """
         assert self.state is not None
-        file = self.state / "slots.safetensors"
-        if not file.exists():
-            return []
-        tensors, notes = checkpoint.load(file, self.slots.flat.device)
         self.queue = self.queue[len(self.queue) - notes.pop("waiting") :]
         self.slots.restore(tensors, notes)
         underway = {*self.queue, *self.slots.users}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from persona_rlhf.inputs.bundled import ModelName
 from persona_rlhf.inputs.section import Section
+
+SlotCount = Annotated[int, Field(ge=1, le=100_000)]
+TokenCount = Annotated[int, Field(ge=1)]
 
 
 class BaseSettings(Section):
@@ -73,5 +76,10 @@ class ConstraintSettings(Section):
 class FleetSettings(Section):
     """`fleet`: how many users train side by side, and how often that is saved."""
 
-    slots: int | Literal["auto"] = Field("auto", description="Users in memory at once; memory is bounded by it.")
+    slots: SlotCount | Literal["auto"] = Field(
+        "auto", description="Users in memory at once; auto is what memory allows at the run's longest pairs."
+    )
+    tokens_per_step: TokenCount | Literal["auto"] = Field(
+        "auto", description="Tokens of all users in a step, which `slots: auto` keeps below; auto fills the device."
+    )
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of the slots.")
