@@ -54,7 +54,8 @@ def taken_by(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
-    with _Counter() as counter:
+    counter = _Counter()
+    with counter:
         work()
     return counter.most
 
