@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from persona_rlhf.preferences.tokens import PairRow, UserRows
+from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
 from persona_rlhf.training.constraint import ConstraintBank, Draw
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.memory import held_by, machine_bytes, taken_by
@@ -44,7 +44,6 @@ def choose_slots(fleet: FleetSettings, cost: StepCost, device: str, machine: int
 def slots_of(
     adapted: AdaptedModel,
     users: Sequence[UserRows],
-    reference: Reference,
     bank: ConstraintBank | None,
     dpo: DpoSettings,
     constraint: ConstraintSettings,
@@ -57,31 +56,37 @@ def slots_of(
     if fleet.slots != "auto":
         return fleet.slots
     device = adapted.base.device
-    cost = largest_step(adapted, users, reference, bank, dpo, constraint)
+    cost = largest_step(adapted, users, bank, dpo, constraint)
     base = held_by(list(adapted.base.model.parameters()))
     return choose_slots(fleet, cost, device.type, machine_bytes(device), base)
+
+
+def pair_tokens(pair: PairRow) -> int:
+    """Tokens that a pair adds to a step: its prompt once, and both answers."""
+    return len(pair.chosen.prompt) + len(pair.chosen.completion) + len(pair.rejected.completion)
+
+
+def draw_tokens(draw: Draw) -> int:
+    """Tokens that a user's constraint rows add to a step."""
+    return sum(row.length for row in (*draw.refusals, *draw.compliances, *draw.overrefusals))
 
 
 def largest_step(
     adapted: AdaptedModel,
     users: Sequence[UserRows],
-    reference: Reference,
     bank: ConstraintBank | None,
     dpo: DpoSettings,
     constraint: ConstraintSettings,
 ) -> StepCost:
     """The cost of a step of the run's longest pairs, of whomever they are, with the longest rows of the constraint.
 
-    No step of any user is larger. The reference must know the rows.
+    No step of any user is larger.
     """
 
-    def length(pair: PairRow) -> int:
-        return len(pair.chosen.prompt) + len(pair.chosen.completion) + len(pair.rejected.completion)
-
-    pairs = nlargest(dpo.pairs_per_step, (pair for user in users for pair in user.train), key=length)
+    pairs = nlargest(dpo.pairs_per_step, (pair for user in users for pair in user.train), key=pair_tokens)
     draws = [] if bank is None else [_longest(bank, constraint)]
-    rows = [row for draw in draws for row in (*draw.refusals, *draw.compliances, *draw.overrefusals)]
-    tokens = sum(map(length, pairs)) + sum(row.length for row in rows)
+    tokens = sum(map(pair_tokens, pairs)) + sum(map(draw_tokens, draws))
+    reference = _Unread()
     device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
 
     def step() -> None:
@@ -95,6 +100,16 @@ def largest_step(
         optimizer.step(learning.grad, torch.zeros(1, dtype=torch.float64, device=device))
 
     return StepCost(tokens, taken_by(step, device))
+
+
+class _Unread(Reference):
+    """Stands in for the base's log-probabilities: what a step takes does not depend on their values."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __getitem__(self, row: Row) -> float:
+        return 0.0
 
 
 def _longest(bank: ConstraintBank, settings: ConstraintSettings) -> Draw:

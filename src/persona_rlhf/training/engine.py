@@ -81,7 +81,7 @@ class Engine:
         kept = self._kept()
         if kept is None:
             rows = [schedule.rows for schedule in queue]
-            chosen = slots_of(adapted, rows, reference, bank, dpo, constraint, fleet) if rows else 0
+            chosen = slots_of(adapted, rows, bank, dpo, constraint, fleet) if rows else 0
             self.count = min(chosen, len(queue))
         else:
             self.count = kept[1].pop("slots")
