@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from math import ceil
 from statistics import fmean, linear_regression
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.memory import held_by, most_held
 from persona_rlhf.training.scheduler import UserSchedule, queue_order, waves
+from persona_rlhf.training.settings import DpoSettings
 
 _STEPS = 5  # of a probed cohort; the first one warms up
 _ANCHORS = 8  # of a category, in the probe's constraint
@@ -113,7 +115,7 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
     slots = min(len(rows), slots_of(adapted, rows, bank, config.dpo, config.constraint, config.fleet) if rows else 0)
     typical = rows[len(rows) // 2 :][:slots]
 
-    steps, referring = _probe_steps(config, adapted, [rows[:slots], typical, typical[:1]], bank, rows)
+    steps, pass_each = _probe_steps(config, adapted, [rows[:slots], typical, typical[:1]], bank)
     walked = _walk(queue, slots, _draw_tokens(bank, config))
     judging = _judging(ready, rows[:1], typical, len(rows))
     stack = slots * adapted.params_per_user * torch.promote_types(adapted.base.model.dtype, torch.float32).itemsize
@@ -136,8 +138,8 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
         ),
         seconds=Seconds(
             preparing=preparing,
-            reference=banking + referring,
-            training=sum(steps.of(wave.padded) for wave in walked),
+            reference=banking + pass_each * _reference_tokens(rows, bank),
+            training=sum(steps.of(wave.padded) for wave in walked) + pass_each * _checked_tokens(queue, config.dpo),
             judging=judging,
         ),
     )
@@ -173,10 +175,9 @@ def _probe_steps(
     adapted: AdaptedModel,
     cohorts: Sequence[Sequence[UserRows]],
     bank: ConstraintBank | None,
-    users: Sequence[UserRows],
 ) -> tuple[StepTime, float]:
-    """What a step takes, and what the reference of the whole run takes (seconds), both from the first pairs of a few
-    users and the first anchors of every category."""
+    """What a step takes, and seconds a token of a pass without gradients, which the reference is made of; both from the
+    first pairs of a few users and the first anchors of every category."""
     few = _STEPS * config.dpo.pairs_per_step
     thin = bank and ConstraintBank(bank.categories, bank.limits, [anchors[:_ANCHORS] for anchors in bank.anchors])
     dpo = config.dpo.model_copy(update={"epochs": 1})
@@ -196,13 +197,24 @@ def _probe_steps(
         walked = _walk(queue, len(cohort), _draw_tokens(thin, config))
         sizes += [wave.padded for wave in walked][1:]
         seconds += [end - start for start, end in pairwise(ends)][1:]
-    return _fit(sizes, seconds), each * _reference_tokens(users, bank)
+    return _fit(sizes, seconds), each
 
 
 def _reference_tokens(users: Iterable[UserRows], bank: ConstraintBank | None) -> int:
     """Tokens of the distinct rows whose reference is needed."""
-    rows = {row for user in users for pair in user.train for row in (pair.chosen, pair.rejected)}
+    rows = {row for user in users for pair in (*user.train, *user.deciding) for row in (pair.chosen, pair.rejected)}
     return sum(row.length for row in rows.union(bank.rows() if bank else []))
+
+
+def _checked_tokens(queue: Sequence[UserSchedule], dpo: DpoSettings) -> int:
+    """Tokens of all checks of users who might stop early."""
+    if dpo.early_stop is None:
+        return 0
+    return sum(
+        ceil(schedule.steps / dpo.early_stop.every) * (row.chosen.length + row.rejected.length)
+        for schedule in queue
+        for row in schedule.rows.deciding
+    )
 
 
 def _fit(sizes: Sequence[int], seconds: Sequence[float]) -> StepTime:

@@ -94,13 +94,13 @@ def test_no_step_of_the_run_is_larger_than_the_one_tried():
     """The largest step is the bound: what any step of any single user takes lies below it."""
     users, bank, dpo = [user_rows(f"u{n}", 5, seed=n) for n in range(3)], constraint_bank(), DpoSettings(epochs=1)
     adapted, reference = _known(users, bank)
-    bound = largest_step(adapted, users, reference, bank, dpo, CONSTRAINT)
+    bound = largest_step(adapted, users, bank, dpo, CONSTRAINT)
     for user in users:
         engine = Engine(adapted, [user], reference, bank, dpo, CONSTRAINT, FleetSettings(slots=1), seed=1)
         assert engine._fill()
         for _ in range(engine.schedules[user.user_id].steps):
             assert taken_by(engine._step, CPU) + held_by([engine.slots.flat]) * 3 <= bound.memory * 1.02
-    longer = largest_step(adapted, users, reference, bank, dpo.model_copy(update={"pairs_per_step": 8}), CONSTRAINT)
+    longer = largest_step(adapted, users, bank, dpo.model_copy(update={"pairs_per_step": 8}), CONSTRAINT)
     assert longer.tokens > bound.tokens
     assert longer.memory > bound.memory
 

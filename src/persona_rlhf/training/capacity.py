@@ -13,9 +13,9 @@ from persona_rlhf.training.constraint import ConstraintBank, Draw
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.memory import held_by, machine_bytes, taken_by
 from persona_rlhf.training.objective import step_loss
-from persona_rlhf.training.optimizer import FleetAdamW
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings
+from persona_rlhf.training.slots import Slots
 
 _CPU_SLOTS = 4  # more gained nothing on any shape: what users share on a CPU is the overhead of a step, no more
 _TOKENS_PER_STEP = {"cpu": 16_384, "cuda": 65_536}  # more does not fill the device any better
@@ -90,14 +90,12 @@ def largest_step(
     device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
 
     def step() -> None:
-        flat = torch.zeros(1, adapted.params_per_user, device=device, dtype=dtype)
-        optimizer = FleetAdamW(flat)
-        learning = flat.detach().requires_grad_()
-        duals = torch.zeros(1, len(bank.categories) if bank else 0, device=device)
+        slots = Slots(1, adapted.params_per_user, len(bank.categories) if bank else 0, dpo, constraint, device, dtype)
+        learning, duals = slots.flat.detach().requires_grad_(), slots.duals.values
         with adapted.using(learning):
             step_loss(adapted, reference, [pairs], draws, bank, duals, dpo, constraint).total.sum().backward()
         assert learning.grad is not None
-        optimizer.step(learning.grad, torch.zeros(1, dtype=torch.float64, device=device))
+        slots.optimizer.step(learning.grad, torch.zeros(1, dtype=torch.float64, device=device))
 
     return StepCost(tokens, taken_by(step, device))
 

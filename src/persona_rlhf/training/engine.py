@@ -19,7 +19,7 @@ from persona_rlhf.training.constraint import ConstraintBank, UserDraws
 from persona_rlhf.training.duals import DualTrace
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.lora import fresh_adapter
-from persona_rlhf.training.objective import step_loss
+from persona_rlhf.training.objective import heldout_loss, step_loss
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.scheduler import UserSchedule, queue_order, user_generator
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings
@@ -27,7 +27,10 @@ from persona_rlhf.training.slots import Slots
 
 
 class TrainedUser(NamedTuple):
-    """One finished user: the flat adapter (None where training failed), what it took, and the course of his duals."""
+    """One finished user: the flat adapter (None where training failed), what it took, and the course of his duals.
+
+    With early stopping it is the adapter of his best check, and `steps` are those taken, that check or not.
+    """
 
     user_id: str
     adapter: Float[Tensor, " params"] | None
@@ -106,7 +109,7 @@ class Engine:
                 if not moved[place]:
                     reason = f"the gradient of step {self.slots.steps[place]} is not finite, so training stopped there"
                     yield self._finish(place, user_id, reason)
-                elif self.slots.steps[place] == self.schedules[user_id].steps:
+                elif self._stops(place, user_id) or self.slots.steps[place] == self.schedules[user_id].steps:
                     yield self._finish(place, user_id, None)
             since_checkpoint += 1
             if since_checkpoint >= self.fleet.checkpoint_every:
@@ -159,13 +162,25 @@ class Engine:
         columns = zip(users, slots.steps, totals, *figures, worst, strongest, strict=True)
         return [StepReport(*column) for column in columns], moves.tolist()
 
+    def _stops(self, place: int, user_id: str) -> bool:
+        """Whether the user's held-out loss says that he had enough; asked of nobody without deciding pairs."""
+        slots, schedule = self.slots, self.schedules[user_id]
+        pairs = schedule.rows.deciding
+        if not pairs or not slots.stopping.due(slots.steps[place], schedule.steps):
+            return False
+        started = time.perf_counter()
+        with self.adapted.using(slots.flat[place : place + 1]):
+            loss = heldout_loss(self.adapted, self.reference, pairs, self.dpo)
+        slots.seconds[place] += time.perf_counter() - started
+        return slots.stopping.check(place, loss, slots.flat[place])
+
     def _finish(self, place: int, user_id: str, fault: str | None) -> TrainedUser:
         """Frees the slot; the user's result is on disk before anyone sees it."""
         slots = self.slots
         names = self.bank.categories if self.bank else ()
         user = TrainedUser(
             user_id,
-            None if fault else slots.flat[place].detach().cpu().clone(),
+            None if fault else slots.stopping.adapter(place, slots.flat[place]).detach().cpu().clone(),
             "failed" if fault else "trained",
             fault or "",
             slots.steps[place],

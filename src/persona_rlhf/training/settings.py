@@ -40,6 +40,14 @@ class LoraSettings(Section):
     )
 
 
+class EarlyStopSettings(Section):
+    """`dpo.early_stop`: ends a user's training when it no longer helps him. Half of his held-out pairs decide it; the
+    other half is what accuracy is reported on."""
+
+    patience: int = Field(3, ge=1, description="Checks in a row without a lower held-out loss, after which he stops.")
+    every: int = Field(10, ge=1, description="Steps between a user's checks; each is a pass over the deciding pairs.")
+
+
 class DpoSettings(Section):
     """`dpo`: how a user's preference pairs move his adapter."""
 
@@ -55,6 +63,9 @@ class DpoSettings(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="A user's gradient is clipped to this L2 norm.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled decay per unit of rate; alpha shrinks better.")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of labels taken as flipped; robust loss only.")
+    early_stop: EarlyStopSettings | None = Field(
+        None, description="Stops a user by his held-out loss and keeps his best adapter; none trains all epochs."
+    )
 
 
 class ConstraintSettings(Section):
