@@ -8,8 +8,8 @@ Judging is the part that depends on what training will bring: an answer that an 
 one forward pass, any other is written token by token. So adapters that change nothing are judged, and to that comes
 what a trained adapter writes anew. Assumed is what the bundled experiment shows: a third of the probes (most refusals
 stay as they are; a strong taste changes their style too), every harmless prompt, and that users pass at the gate's
-first look; one who does not is judged up to four times as long. Writing the run folder is not counted, nor the start of
-Python. Under `dpo.early_stop`, steps and time are what they are if nobody stops early.
+first look; one who does not is looked at again, up to once an alpha. Writing the run folder is not counted, nor the
+start of Python. Under `dpo.early_stop`, steps and time are what they are if nobody stops early.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from persona_rlhf.line import Prepared, constraint_bank, prepare, with_reference
 from persona_rlhf.materials import Materials
 from persona_rlhf.preferences.tokens import UserRows
 from persona_rlhf.training.allocator import keep_big_blocks
-from persona_rlhf.training.capacity import StepCost, draw_tokens, largest_step, pair_tokens, slots_of
+from persona_rlhf.training.capacity import choose_slots, draw_tokens, largest_step, pair_tokens
 from persona_rlhf.training.constraint import ConstraintBank, UserDraws
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.memory import held_by, most_held
+from persona_rlhf.training.memory import held_by, machine_bytes, most_held
 from persona_rlhf.training.scheduler import UserSchedule, queue_order, waves
 from persona_rlhf.training.settings import DpoSettings
 
@@ -111,15 +111,19 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
     adapted, device = ready.adapted, ready.adapted.base.device
     queue = queue_order([UserSchedule(user, config.dpo, config.seed) for user in ready.rows if user.train])
     rows = [schedule.rows for schedule in queue]
-    cost = largest_step(adapted, rows, bank, config.dpo, config.constraint) if rows else StepCost(0, 0)
-    slots = min(len(rows), slots_of(adapted, rows, bank, config.dpo, config.constraint, config.fleet) if rows else 0)
+    base = held_by(list(adapted.base.model.parameters()))
+    if not rows:
+        seconds = Seconds(preparing, banking, 0.0, 0.0)
+        return Plan(0, len(ready.rows), 0, 0, 0, 0, Memory(base / _MIB, 0, 0, 0, 0, most_held(device) / _MIB), seconds)
+    cost = largest_step(adapted, rows, bank, config.dpo, config.constraint)
+    slots = min(len(rows), choose_slots(config.fleet, cost, device.type, machine_bytes(device), base))
     typical = rows[len(rows) // 2 :][:slots]
 
     steps, pass_each = _probe_steps(config, adapted, [rows[:slots], typical, typical[:1]], bank)
     walked = _walk(queue, slots, _draw_tokens(bank, config))
     judging = _judging(ready, rows[:1], typical, len(rows))
     stack = slots * adapted.params_per_user * torch.promote_types(adapted.base.model.dtype, torch.float32).itemsize
-    base = held_by(list(adapted.base.model.parameters()))
+    adapters = stack if config.dpo.early_stop is None else 2 * stack  # each user's best one is kept beside him
     begun = 0 if device.type == "cuda" else begun
     return Plan(
         users=len(rows),
@@ -130,9 +134,9 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
         slots=slots,
         memory=Memory(
             base=base / _MIB,
-            adapters=stack / _MIB,
+            adapters=adapters / _MIB,
             moments=2 * stack / _MIB,
-            activations=max(0, slots * cost.memory - 3 * stack) / _MIB,
+            activations=(slots * cost.memory - adapters - 2 * stack) / _MIB,
             caches=_cache_bytes(ready, slots) / _MIB,
             peak=max(most_held(device), begun + base + slots * cost.memory) / _MIB,
         ),

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from persona_rlhf.preferences.tokens import halved
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.library import fleet_train
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import (
     ConstraintSettings,
@@ -107,6 +109,19 @@ def test_without_deciding_pairs_all_steps_are_taken_and_the_last_adapter_is_kept
     plain = _trained(_engine([alone], dpo=DPO.model_copy(update={"early_stop": None})))["alone"]
     assert early.steps == plain.steps == 10
     assert torch.equal(early.adapter, plain.adapter)
+
+
+def test_the_library_call_stops_early_too():
+    """On half of the held-out pairs that it is given; with them upside down, it stops as soon as patience allows."""
+    rows = user_rows("harmed", 8, seed=1, heldout=8, even=True)
+    opposite = [p._replace(chosen=q.rejected, rejected=q.chosen) for p, q in zip(rows.heldout, rows.train, strict=True)]
+    user = rows._replace(heldout=opposite)
+    base = tiny_base()
+    assert len(halved(user).deciding) == len(halved(user).heldout) == 4
+    [found] = fleet_train(
+        base.model, [user], tokenizer=base.tokenizer, lora=LoraSettings(rank=4, alpha=8), dpo=DPO
+    ).values()
+    assert found.steps == EARLY.every * (1 + EARLY.patience)
 
 
 def test_a_neighbour_changes_no_bit_of_who_stops_when():
