@@ -124,6 +124,7 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
     judging = _judging(ready, rows[:1], typical, len(rows))
     stack = slots * adapted.params_per_user * torch.promote_types(adapted.base.model.dtype, torch.float32).itemsize
     adapters = stack if config.dpo.early_stop is None else 2 * stack  # each user's best one is kept beside him
+    caches = _cache_bytes(ready, slots)  # beside what the probe held: trained users' answers may be the longest allowed
     begun = 0 if device.type == "cuda" else begun
     return Plan(
         users=len(rows),
@@ -137,8 +138,8 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
             adapters=adapters / _MIB,
             moments=2 * stack / _MIB,
             activations=(slots * cost.memory - adapters - 2 * stack) / _MIB,
-            caches=_cache_bytes(ready, slots) / _MIB,
-            peak=max(most_held(device), begun + base + slots * cost.memory) / _MIB,
+            caches=caches / _MIB,
+            peak=max(most_held(device) + caches, begun + base + slots * cost.memory) / _MIB,
         ),
         seconds=Seconds(
             preparing=preparing,
