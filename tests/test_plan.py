@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from persona_rlhf import plan as planning
+from persona_rlhf.config import read_config
+from persona_rlhf.inputs.bundled import shipped_root
 from persona_rlhf.plan import Memory, Plan, Seconds, _fit, _walk, render
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
@@ -57,3 +62,14 @@ def test_json_has_the_total_and_the_table_every_figure():
     assert (told["users"], told["skipped"], told["slots"]) == (10, 1, 4)
     shown = list(render(found).columns[1].cells)
     assert {"100,000", "900.0 MiB", "60.0 s", "11.7 min", "13.0 min"} <= set(shown)
+
+
+def test_a_run_without_a_pair_to_train_on_is_a_plan_of_nobody(monkeypatch):
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
+    ready = SimpleNamespace(adapted=adapted, rows=[user_rows("quiet", 0, seed=0, heldout=2)], policy=None)
+    monkeypatch.setattr(planning, "prepare", lambda *_: ready)
+    monkeypatch.setattr(planning, "constraint_bank", lambda *_: None)
+    found = planning.plan(read_config(shipped_root() / "configs/quickstart.yaml"))
+    assert (found.users, found.skipped, found.steps, found.slots) == (0, 1, 0, 0)
+    assert (found.seconds.training, found.seconds.judging) == (0, 0)
+    assert found.memory.base > 0
