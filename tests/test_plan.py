@@ -32,7 +32,6 @@ def test_no_part_of_a_step_s_cost_is_negative():
     assert _fit([100, 200], [3.0, 1.0]).each == 0  # larger was faster: noise
     assert _fit([100, 200], [3.0, 1.0]).of(10**6) == 2.0
     assert _fit([100, 100], [1.0, 2.0]).of(200) == pytest.approx(3.0)
-    assert _fit([], []).of(100) == 0
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -73,3 +72,15 @@ def test_a_run_without_a_pair_to_train_on_is_a_plan_of_nobody(monkeypatch):
     assert (found.users, found.skipped, found.steps, found.slots) == (0, 1, 0, 0)
     assert (found.seconds.training, found.seconds.judging) == (0, 0)
     assert found.memory.base > 0
+
+
+@pytest.mark.parametrize("early", ["null", "{patience: 1, every: 1}"])
+def test_users_of_a_single_step_are_probed_too(early):
+    """One pair each: every cohort of the probe takes one step, and no check of early stopping is timed with it."""
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
+    users = [user_rows(f"u{n}", 1, seed=n) for n in range(3)]
+    users = [user._replace(deciding=user_rows("x", 50, seed=9).train) for user in users]
+    config = read_config(shipped_root() / "configs/quickstart.yaml", [f"dpo.early_stop={early}"])
+    steps, each = planning._probe_steps(config, adapted, [users, users[1:], users[1:2]], None)
+    assert 0 < steps.of(100) < 5
+    assert 0 < each < 0.1

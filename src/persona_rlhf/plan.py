@@ -37,7 +37,7 @@ from persona_rlhf.training.memory import held_by, machine_bytes, most_held
 from persona_rlhf.training.scheduler import UserSchedule, queue_order, waves
 from persona_rlhf.training.settings import DpoSettings
 
-_STEPS = 5  # of a probed cohort; the first one warms up
+_STEPS = 5  # of a probed cohort, at most
 _ANCHORS = 8  # of a category, in the probe's constraint
 _CHANGED = 3  # one probe in so many is answered anew by a trained adapter
 _MIB = 1 << 20
@@ -185,24 +185,23 @@ def _probe_steps(
     first pairs of a few users and the first anchors of every category."""
     few = _STEPS * config.dpo.pairs_per_step
     thin = bank and ConstraintBank(bank.categories, bank.limits, [anchors[:_ANCHORS] for anchors in bank.anchors])
-    dpo = config.dpo.model_copy(update={"epochs": 1})
-    probed = [[user._replace(train=user.train[:few]) for user in cohort] for cohort in cohorts]
+    dpo = config.dpo.model_copy(update={"epochs": 1, "early_stop": None})
+    probed = [[user._replace(train=user.train[:few], deciding=()) for user in cohort] for cohort in cohorts]
     asked = [user for cohort in probed for user in cohort]
     clock = perf_counter()
     reference = with_reference(adapted, asked, thin)
     each = (perf_counter() - clock) / max(1, _reference_tokens(asked, thin))
     sizes, seconds = list[int](), list[float]()
-    for cohort in filter(None, probed):
+    for cohort in probed:
         fleet = config.fleet.model_copy(update={"slots": len(cohort)})
         queue = queue_order([UserSchedule(user, dpo, config.seed) for user in cohort])
         engine = Engine(adapted, cohort, reference, thin, dpo, config.constraint, fleet, config.seed)
         ends = [perf_counter()]
         for _ in engine.run(lambda _, ends=ends: ends.append(perf_counter())):  # type: ignore[misc]
             pass
-        walked = _walk(queue, len(cohort), _draw_tokens(thin, config))
-        sizes += [wave.padded for wave in walked][1:]
-        seconds += [end - start for start, end in pairwise(ends)][1:]
-    return _fit(sizes, seconds), each
+        sizes += [wave.padded for wave in _walk(queue, len(cohort), _draw_tokens(thin, config))]
+        seconds += [end - start for start, end in pairwise(ends)]
+    return _fit(sizes[1:], seconds[1:]), each  # the first step of all warms up
 
 
 def _reference_tokens(users: Iterable[UserRows], bank: ConstraintBank | None) -> int:
@@ -224,8 +223,6 @@ def _checked_tokens(queue: Sequence[UserSchedule], dpo: DpoSettings) -> int:
 
 def _fit(sizes: Sequence[int], seconds: Sequence[float]) -> StepTime:
     """Least squares; where one part would come out negative, all is the other's."""
-    if not sizes:
-        return StepTime(0.0, 0.0)
     each, fixed = linear_regression(sizes, seconds) if len(set(sizes)) > 1 else (0.0, -1.0)
     if fixed < 0:
         return StepTime(0.0, sum(seconds) / sum(sizes))
