@@ -81,6 +81,8 @@ def test_help_is_light_and_names_every_verb():
         (["train", "config.yaml", "dpo.btea=1"], "did you mean `beta`?"),
         (["train", "config.yaml", "policy.documents=[nowhere.yaml]"], "no such file or folder"),
         (["train", "nowhere.yaml"], "no such file"),
+        (["plan", "config.yaml", "dpo.btea=1"], "did you mean `beta`?"),
+        (["plan", "config.yaml", "users.path=gone.jsonl"], "no such file"),
         (["policy", "show", "config.yaml"], None),
         (["policy", "check", "bad.yaml"], "tier: expected"),
         (["data", "check", "bad.jsonl"], "bad.jsonl:1"),
@@ -112,7 +114,6 @@ def test_all_problems_are_printed_and_counted(run, experiment):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["plan", "x.yaml"],
         ["add", "runs/x", "--users", "u.jsonl"],
         ["forget", "runs/x", "--user", "u"],
         ["chat", "runs/x", "--help"],

@@ -127,6 +127,21 @@ def base_build(
 
 @app.command()
 @bounded
+def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Say users, pairs, steps, slots, memory and time before anything is trained; nothing is written."""
+    from persona_rlhf.config import read_config
+    from persona_rlhf.materials import read_materials
+
+    settings = read_config(config, overrides or [])
+    materials = read_materials(settings)  # what is wrong so far is said before torch is loaded
+    from persona_rlhf import plan as planning
+
+    found = planning.plan(settings, materials)
+    print_json(found.to_json()) if as_json else print_table(planning.render(found))
+
+
+@app.command()
+@bounded
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -158,8 +173,7 @@ def train(
         say(f"Interrupted; go on with: persona-rlhf train {shlex.join(words)}")
         raise typer.Exit(130) from None
     _finish(results, as_json)
-    say(f"Report:   {folder / 'report.html'}")
-    say(f"Adapters: {folder / 'adapters'}")
+    say(f"Report:   {folder / 'report.html'}\nAdapters: {folder / 'adapters'}")
     _exit_held_back(results)
 
 
@@ -244,16 +258,14 @@ _LATER = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def _announce(group: typer.Typer, name: str, does: str) -> None:
     """A verb of a later release: it stands in the help, says so and ends with 2."""
-    full = "base align" if group is base else name
 
     @group.command(name, help=f"(later) {does}.", context_settings=_LATER, add_help_option=False)
     @bounded
     def later() -> None:
-        _later(full)
+        _later("base align" if group is base else name)
 
 
 _announce(base, "align", "Make any causal LM the safety-aligned base")
-_announce(app, "plan", "Say users, pairs, steps, memory and time before anything is trained")
 _announce(app, "add", "Train new users into a run")
 _announce(app, "forget", "Delete one user everywhere and write a proof")
 _announce(app, "chat", "Chat with one user's adapter in the terminal")

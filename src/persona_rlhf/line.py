@@ -20,7 +20,7 @@ from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.messages import Message, Prompt
 from persona_rlhf.preferences.pairs import PreferencePair
 from persona_rlhf.preferences.screening import Dropped, fit, screen
-from persona_rlhf.preferences.tokens import UserRows, prompt_ids, tokenize
+from persona_rlhf.preferences.tokens import UserRows, halved, prompt_ids, tokenize
 from persona_rlhf.progress import Progress
 from persona_rlhf.release.exporter import Exporter
 from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
@@ -83,9 +83,11 @@ def train(
     judged = {result.user_id for result in results}
     with Progress(console, folder.metrics, {s.rows.user_id: s.steps for s in engine.schedules.values()}) as progress:
         for user in engine.finished:
-            progress.skip(user.user_id)
+            progress.skip(user.user_id, user.steps)
         fleet = (user for user in engine.run(progress.step) if user.user_id not in judged)
-        for cohort in cohorts(fleet, len(engine.slots.users)):
+        for cohort in cohorts(fleet, engine.count):
+            for user in cohort:
+                progress.end(user.user_id, user.steps)
             progress.say(f"judging {', '.join(user.user_id[:32] for user in cohort)}")
             results += release(config, run, ready, cohort)
             write_results(folder.state, results)
@@ -127,9 +129,10 @@ def prepare(config: Config, materials: Materials | None = None) -> Prepared:
     screened = screen(pairs, policy, config.screening, refuses)
     fitted = fit(tokenize(screened.kept, base.tokenizer, base.context), base.tokenizer, base.context)
     known = {user.user_id for user in fitted.rows}
+    rows = [halved(user) for user in fitted.rows] if config.dpo.early_stop is not None else fitted.rows
     gone = [UserRows(user, [], []) for user in dict.fromkeys(pair.user_id for pair in pairs) if user not in known]
     dropped = [*screened.dropped, *fitted.dropped]
-    return Prepared(policy, adapted, examination, pairs, [*fitted.rows, *gone], dropped)
+    return Prepared(policy, adapted, examination, pairs, [*rows, *gone], dropped)
 
 
 def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> ConstraintBank | None:
@@ -161,7 +164,8 @@ def with_reference(
 ) -> Reference:
     """The base's log-probabilities of everything that training compares with, once for all users."""
     reference = Reference(adapted, file)
-    rows = [row for user in users for pair in user.train for row in (pair.chosen, pair.rejected)]
+    pairs = (pair for user in users for pair in (*user.train, *user.deciding))
+    rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
     reference.add(rows + (bank.rows() if bank else []))
     return reference
 
@@ -203,7 +207,7 @@ def release(config: Config, run: Path, ready: Prepared, cohort: Sequence[Trained
 def data_of(user: UserRows, dropped: Sequence[Dropped]) -> DataInfo:
     """What is said of a user's pairs: counts and a fingerprint, no text."""
     out = sum(found.pair.user_id == user.user_id and found.action != "flagged" for found in dropped)
-    return DataInfo.of([row.pair for row in (*user.train, *user.heldout)], out)
+    return DataInfo.of([row.pair for row in (*user.train, *user.heldout, *user.deciding)], out)
 
 
 def evaluate(run: Path) -> list[Result]:

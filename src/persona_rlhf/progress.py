@@ -43,10 +43,16 @@ class Progress:
         if self.live is not None:
             self.live.stop()
 
-    def skip(self, user_id: str) -> None:
+    def skip(self, user_id: str, steps: int) -> None:
         """Counts a user whom a run before this one finished."""
-        self.ended.add(user_id)
-        self.taken += self.steps.get(user_id, 0)
+        self.taken += steps
+        self.end(user_id, steps)
+
+    def end(self, user_id: str, steps: int) -> None:
+        """Counts a user as done after so many steps; those that he did not need are not waited for."""
+        if user_id not in self.ended:
+            self.ended.add(user_id)
+            self.total -= self.steps.get(user_id, steps) - steps
 
     def step(self, reports: Sequence[StepReport]) -> None:
         """Takes in one step of a cohort."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.preferences.heldout import held_out, position
+from persona_rlhf.preferences.heldout import deciding, held_out, position
 from persona_rlhf.preferences.messages import Message, Prompt
 from persona_rlhf.preferences.pairs import read_pairs
 
@@ -58,3 +58,17 @@ def test_a_prompt_is_on_one_side_and_a_given_split_is_kept(tmp_path: Path) -> No
     assert {pair.split for pair in read_pairs(path, 0.0) if pair.user_id == "a"} == {"train"}
     with pytest.raises(ValueError, match="heldout is 1"):
         read_pairs(path, 1.0)
+
+
+@given(st.integers(0, 30), st.text(max_size=5))
+def test_half_of_the_heldout_prompts_decide_whatever_their_order(count: int, user_id: str) -> None:
+    chosen = deciding(user_id, prompts(count))
+    assert chosen <= set(prompts(count))
+    assert len(chosen) == count // 2
+    assert deciding(user_id, prompts(count)[::-1]) == chosen
+
+
+def test_who_decides_does_not_follow_from_who_is_held_out() -> None:
+    """The key is another: the deciding half is not the half that lies first among the held-out prompts."""
+    first = {prompt for prompt in prompts(200) if position("user", prompt) < 0.5}
+    assert 30 < len(first & deciding("user", prompts(200))) < 70

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from persona_rlhf.training.scheduler import UserSchedule, queue_order, user_generator
+from persona_rlhf.training.scheduler import UserSchedule, queue_order, user_generator, waves
 from persona_rlhf.training.settings import DpoSettings
 
 from .tiny import user_rows
@@ -65,3 +65,18 @@ def test_the_longest_user_goes_first_whatever_the_order_of_the_data():
     ]
     for given_order in (schedules, schedules[::-1]):
         assert [schedule.rows.user_id for schedule in queue_order(given_order)] == ["c", "a", "b"]
+
+
+@given(pairs=st.lists(st.integers(1, 9), min_size=1, max_size=7), slots=st.integers(1, 4))
+def test_waves_take_every_step_once_in_order_and_leave_no_slot_free(pairs, slots):
+    settings = DpoSettings(epochs=1, pairs_per_step=2)
+    queue = queue_order([UserSchedule(user_rows(f"u{n}", size, seed=0), settings, 0) for n, size in enumerate(pairs)])
+    seen: dict[str, list[int]] = {}
+    walked = list(waves(queue, slots))
+    for seated in walked:
+        for schedule, step in seated:
+            seen.setdefault(schedule.rows.user_id, []).append(step)
+        assert len({schedule.rows.user_id for schedule, _ in seated}) == len(seated) <= slots
+    assert seen == {schedule.rows.user_id: list(range(schedule.steps)) for schedule in queue}
+    widths = [len(seated) for seated in walked]
+    assert widths == sorted(widths, reverse=True)  # full, until nobody waits any more

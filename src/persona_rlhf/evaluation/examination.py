@@ -95,6 +95,16 @@ class Examination:
         self._test = self._bank(known, evaluation.test_probes)
         self._shift = self._bank(new, evaluation.test_probes // 2)
 
+    @property
+    def probes(self) -> list[Prompt]:
+        """Every probe that a user is judged and measured on."""
+        return [*self._certify.prompts, *self._test.prompts, *self._shift.prompts]
+
+    @property
+    def harmless(self) -> list[Prompt]:
+        """Every harmless prompt that a user's over-refusal is measured on."""
+        return [*self._ordinary, *self._twins]
+
     def check_base(self) -> None:
         """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
         bank = self._certify

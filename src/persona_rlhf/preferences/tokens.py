@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.preferences.heldout import deciding
 from persona_rlhf.preferences.messages import Message, Prompt
 from persona_rlhf.preferences.pairs import PreferencePair
 
@@ -63,11 +64,12 @@ class PairRow(NamedTuple):
 
 
 class UserRows(NamedTuple):
-    """One user's rows, each split in file order."""
+    """One user's rows, each split in file order; `deciding` are held-out pairs that decide when his training stops."""
 
     user_id: str
     train: list[PairRow]
     heldout: list[PairRow]
+    deciding: Sequence[PairRow] = ()
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: ChatTokenizer) -> tuple[int, ...]:
@@ -113,6 +115,13 @@ def tokenize(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, context:
         row = PairRow(pair, row_of(prompt, chosen), row_of(prompt, rejected))
         (user.train if pair.split == "train" else user.heldout).append(row)
     return list(users.values())
+
+
+def halved(user: UserRows) -> UserRows:
+    """The user with half of his held-out pairs, by prompt, set apart to decide when his training stops."""
+    chosen = deciding(user.user_id, (row.pair.prompt for row in user.heldout))
+    kept = [row for row in user.heldout if row.pair.prompt not in chosen]
+    return user._replace(heldout=kept, deciding=[row for row in user.heldout if row.pair.prompt in chosen])
 
 
 def control_tokens(tokenizer: ChatTokenizer) -> re.Pattern[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,12 +14,13 @@ from torch import Tensor
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.preferences.tokens import UserRows
 from persona_rlhf.training import checkpoint
+from persona_rlhf.training.capacity import slots_of
 from persona_rlhf.training.constraint import ConstraintBank, Draw, UserDraws
 from persona_rlhf.training.duals import DualTrace
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.ground import Ground
 from persona_rlhf.training.lora import fresh_adapter
-from persona_rlhf.training.objective import step_loss
+from persona_rlhf.training.objective import heldout_loss, step_loss
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.scheduler import UserSchedule, queue_order, user_generator
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings
@@ -27,7 +28,10 @@ from persona_rlhf.training.slots import Slots
 
 
 class TrainedUser(NamedTuple):
-    """One finished user: the flat adapter (None where training failed), what it took, and the course of his duals."""
+    """One finished user: the flat adapter (None where training failed), what it took, and the course of his duals.
+
+    With early stopping it is the adapter of his best check, and `steps` are those taken, that check or not.
+    """
 
     user_id: str
     adapter: Float[Tensor, " params"] | None
@@ -57,7 +61,8 @@ class StepReport(NamedTuple):
 class Engine:
     """Trains users through the slots; `state` is the folder of checkpoints, without which nothing is kept on disk.
 
-    The reference must know every row of `users` and `bank`.
+    The reference must know every row of `users` and `bank`. `count` is the number of slots of the whole run: a resumed
+    one keeps it, whatever the machine would allow now.
     """
 
     def __init__(
@@ -77,17 +82,24 @@ class Engine:
         queue = queue_order([UserSchedule(user, dpo, seed) for user in users if user.train])
         self.schedules = {schedule.rows.user_id: schedule for schedule in queue}
         self.draws: dict[str, UserDraws] = {}
-        auto = 4 if adapted.base.device.type == "cpu" else 64
-        count = min(auto if fleet.slots == "auto" else fleet.slots, len(queue))
+        self.queue = list(self.schedules)
+        kept = self._kept()
+        if kept is None:
+            rows = [schedule.rows for schedule in queue]
+            chosen = slots_of(adapted, rows, bank, dpo, constraint, fleet) if rows else 0
+            self.count = min(chosen, len(queue))
+        else:
+            self.count = kept[1].pop("slots")
         categories = len(bank.categories) if bank else 0
         device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
-        self.slots = Slots(count, adapted.params_per_user, categories, dpo, constraint, device, dtype)
-        self.ground = Ground(adapted, bank, count, fleet.trunk_cache * 2**20)
-        self.queue = list(self.schedules)
-        self.finished = self._resume() if state is not None else []
+        self.slots = Slots(self.count, adapted.params_per_user, categories, dpo, constraint, device, dtype)
+        self.ground = Ground(adapted, bank, self.count, fleet.trunk_cache * 2**20)
+        self.finished = [] if kept is None else self._resume(*kept)
 
     def run(self, report: Callable[[Sequence[StepReport]], None] = lambda _: None) -> Iterator[TrainedUser]:
         """Trains until the queue and the slots are empty; yields each user as he ends, those of a resumed run first."""
+        if not (self.finished or any(self.slots.users)):
+            self._save()  # so that a resumed run has these slots, wherever it was killed
         yield from self.finished
         since_checkpoint = 0
         while self._fill():
@@ -100,7 +112,7 @@ class Engine:
                 if not moved[place]:
                     reason = f"the gradient of step {self.slots.steps[place]} is not finite, so training stopped there"
                     yield self._finish(place, user_id, reason)
-                elif self.slots.steps[place] == self.schedules[user_id].steps:
+                elif self._stops(place, user_id) or self.slots.steps[place] == self.schedules[user_id].steps:
                     yield self._finish(place, user_id, None)
             since_checkpoint += 1
             if since_checkpoint >= self.fleet.checkpoint_every:
@@ -160,13 +172,25 @@ class Engine:
         columns = zip(users, slots.steps, totals, *figures, worst, strongest, strict=True)
         return [StepReport(*column) for column in columns], moves.tolist()
 
+    def _stops(self, place: int, user_id: str) -> bool:
+        """Whether the user's held-out loss says that he had enough; asked of nobody without deciding pairs."""
+        slots, schedule = self.slots, self.schedules[user_id]
+        pairs = schedule.rows.deciding
+        if not pairs or not slots.stopping.due(slots.steps[place], schedule.steps):
+            return False
+        started = time.perf_counter()
+        with self.adapted.using(slots.flat[place : place + 1]):
+            loss = heldout_loss(self.adapted, self.reference, pairs, self.dpo)
+        slots.seconds[place] += time.perf_counter() - started
+        return slots.stopping.check(place, loss, slots.flat[place])
+
     def _finish(self, place: int, user_id: str, fault: str | None) -> TrainedUser:
         """Frees the slot; the user's result is on disk before anyone sees it."""
         slots = self.slots
         names = self.bank.categories if self.bank else ()
         user = TrainedUser(
             user_id,
-            None if fault else slots.flat[place].detach().cpu().clone(),
+            None if fault else slots.stopping.adapter(place, slots.flat[place]).detach().cpu().clone(),
             "failed" if fault else "trained",
             fault or "",
             slots.steps[place],
@@ -185,20 +209,21 @@ class Engine:
 
     def _save(self) -> None:
         if self.state is not None:
-            notes = self.slots.notes() | {"waiting": len(self.queue)}
+            notes = self.slots.notes() | {"waiting": len(self.queue), "slots": self.count}
             checkpoint.save(self.state / "slots.safetensors", self.slots.tensors(), notes)
 
-    def _resume(self) -> list[TrainedUser]:
+    def _kept(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The slots as they last were on disk; None in a run that has just begun."""
+        file = None if self.state is None else self.state / "slots.safetensors"
+        return checkpoint.load(file, self.adapted.base.device) if file is not None and file.exists() else None
+
+    def _resume(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> list[TrainedUser]:
         """Takes up the slots and the queue as they last were on disk; returns the users who were done by then.
 
         A user who ended after that checkpoint trains its last steps again, so that every step has the neighbours, and
         so the tensor shapes and the bits, of a run that was never killed.
         """
         assert self.state is not None
-        file = self.state / "slots.safetensors"
-        if not file.exists():
-            return []
-        tensors, notes = checkpoint.load(file, self.slots.flat.device)
         self.queue = self.queue[len(self.queue) - notes.pop("waiting") :]
         self.slots.restore(tensors, notes)
         underway = {*self.queue, *self.slots.users}

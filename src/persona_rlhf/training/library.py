@@ -7,7 +7,7 @@ from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_rlhf.preferences.tokens import UserRows
+from persona_rlhf.preferences.tokens import UserRows, halved
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.constraint import ConstraintBank
 from persona_rlhf.training.engine import Engine, TrainedUser
@@ -41,7 +41,10 @@ def fleet_train(
     adapted = AdaptedModel(base, lora or LoraSettings())
     try:
         reference = Reference(adapted)
-        pairs = [row for user in rows for pair in user.train for row in (pair.chosen, pair.rejected)]
+        if dpo is not None and dpo.early_stop is not None:
+            rows = [halved(user) for user in rows]
+        compared = (pair for user in rows for pair in (*user.train, *user.deciding))
+        pairs = [row for pair in compared for row in (pair.chosen, pair.rejected)]
         reference.add(pairs + (bank.rows() if bank else []))
         engine = Engine(
             adapted,

@@ -31,6 +31,27 @@ class StepLoss(NamedTuple):
     seen: Bool[Tensor, "users categories"] | None
 
 
+def heldout_loss(adapted: AdaptedModel, reference: Reference, pairs: Sequence[PairRow], dpo: DpoSettings) -> float:
+    """The DPO loss of one user's held-out pairs, their weighted mean; his adapter must be on, and nobody else's.
+
+    He is scored alone, so that no bit of it depends on his neighbours.
+    """
+    [scores] = adapted.score([[row for pair in pairs for row in (pair.chosen, pair.rejected)]])
+
+    def known(values: Sequence[float]) -> Float[Tensor, "1 pairs"]:
+        return torch.tensor([values], dtype=torch.float64)
+
+    logps = PairLogps(
+        known([score.logp for score in scores[::2]]),
+        known([score.logp for score in scores[1::2]]),
+        known([reference[pair.chosen] for pair in pairs]),
+        known([reference[pair.rejected] for pair in pairs]),
+    )
+    tokens = PairTokens(known([s.tokens for s in scores[::2]]), known([s.tokens for s in scores[1::2]]))
+    losses = pair_losses(dpo.loss, logps, tokens, dpo.beta, dpo.label_smoothing)
+    return float(user_means(losses, known([pair.pair.weight for pair in pairs])))
+
+
 def step_loss(
     adapted: AdaptedModel,
     reference: Reference,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 
@@ -47,3 +48,13 @@ class UserSchedule:
 def queue_order(schedules: Sequence[UserSchedule]) -> list[UserSchedule]:
     """Longest first, so that the slots run dry together; ties by user id, so that the order is the data's alone."""
     return sorted(schedules, key=lambda schedule: (-schedule.steps, schedule.rows.user_id))
+
+
+def waves(queue: Sequence[UserSchedule], slots: int) -> Iterator[list[tuple[UserSchedule, int]]]:
+    """Who takes which of his steps side by side, from the first wave to the last, as the engine fills its slots."""
+    waiting = iter(queue)
+    seated = [(schedule, 0) for schedule in islice(waiting, slots)]
+    while seated:
+        yield seated
+        seated = [(schedule, step + 1) for schedule, step in seated if step + 1 < schedule.steps]
+        seated += [(schedule, 0) for schedule in islice(waiting, slots - len(seated))]

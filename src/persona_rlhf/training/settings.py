@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from persona_rlhf.inputs.bundled import ModelName
 from persona_rlhf.inputs.section import Section
+
+SlotCount = Annotated[int, Field(ge=1, le=100_000)]
+TokenCount = Annotated[int, Field(ge=1)]
 
 
 class BaseSettings(Section):
@@ -46,6 +49,14 @@ class LoraSettings(Section):
     )
 
 
+class EarlyStopSettings(Section):
+    """`dpo.early_stop`: ends a user's training when it no longer helps him. Half of his held-out pairs decide it; the
+    other half is what accuracy is reported on."""
+
+    patience: int = Field(3, ge=1, description="Checks in a row without a lower held-out loss, after which he stops.")
+    every: int = Field(10, ge=1, description="Steps between a user's checks; each is a pass over the deciding pairs.")
+
+
 class DpoSettings(Section):
     """`dpo`: how a user's preference pairs move his adapter."""
 
@@ -61,6 +72,9 @@ class DpoSettings(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="A user's gradient is clipped to this L2 norm.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled decay per unit of rate; alpha shrinks better.")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of labels taken as flipped; robust loss only.")
+    early_stop: EarlyStopSettings | None = Field(
+        None, description="Stops a user by his held-out loss and keeps his best adapter; none trains all epochs."
+    )
 
 
 class ConstraintSettings(Section):
@@ -82,7 +96,12 @@ class ConstraintSettings(Section):
 class FleetSettings(Section):
     """`fleet`: how many users train side by side, and how often that is saved."""
 
-    slots: int | Literal["auto"] = Field("auto", description="Users in memory at once; memory is bounded by it.")
+    slots: SlotCount | Literal["auto"] = Field(
+        "auto", description="Users in memory at once; auto is what memory allows at the run's longest pairs."
+    )
+    tokens_per_step: TokenCount | Literal["auto"] = Field(
+        "auto", description="Tokens of all users in a step, which `slots: auto` keeps below; auto fills the device."
+    )
     trunk_cache: int = Field(
         2048, ge=0, description="MiB for hidden states below the adapters; a user past his share is computed each step."
     )

@@ -11,10 +11,11 @@ from torch import Tensor
 from persona_rlhf.training.duals import Duals
 from persona_rlhf.training.optimizer import FleetAdamW
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings
+from persona_rlhf.training.stopping import Stopping
 
 
 class Slots:
-    """Adapters `[slots, params]`, their moments and their duals, with who sits where and how far he is."""
+    """Adapters `[slots, params]`, their moments, duals and best selves, with who sits where and how far he is."""
 
     def __init__(
         self,
@@ -29,6 +30,7 @@ class Slots:
         self.flat: Float[Tensor, "slots params"] = torch.zeros(count, params, device=device, dtype=dtype)
         self.optimizer = FleetAdamW(self.flat, weight_decay=dpo.weight_decay, max_grad_norm=dpo.max_grad_norm)
         self.duals = Duals(count, categories, constraint.gain, constraint.smoothing, constraint.ceiling, device)
+        self.stopping = Stopping(count, params, dpo.early_stop, device, dtype)
         self.users: list[str | None] = [None] * count
         self.steps = [0] * count
         self.seconds = [0.0] * count
@@ -39,6 +41,7 @@ class Slots:
         self.flat[place] = adapter.to(self.flat)
         self.optimizer.reset(place)
         self.duals.reset(place)
+        self.stopping.reset(place)
         self.users[place], self.steps[place], self.seconds[place] = user_id, 0, 0.0
 
     def close_free(self) -> None:
@@ -47,7 +50,7 @@ class Slots:
         if len(kept) == len(self.users):
             return
         rows = torch.tensor(kept, dtype=torch.int64, device=self.flat.device)
-        for owner in (self.optimizer, self.duals):
+        for owner in self._owners().values():
             for name, value in vars(owner).items():
                 if isinstance(value, Tensor):
                     setattr(owner, name, value.index_select(0, rows))
@@ -62,13 +65,15 @@ class Slots:
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state, for a checkpoint."""
-        owners = {"optimizer": self.optimizer, "duals": self.duals}
         return {
             f"{title}.{name}": value
-            for title, owner in owners.items()
+            for title, owner in self._owners().items()
             for name, value in vars(owner).items()
             if isinstance(value, Tensor)
         }
+
+    def _owners(self) -> dict[str, FleetAdamW | Duals | Stopping]:
+        return {"optimizer": self.optimizer, "duals": self.duals, "stopping": self.stopping}
 
     def notes(self) -> dict[str, Any]:
         """Who sits where, for a checkpoint."""
@@ -78,6 +83,6 @@ class Slots:
         """Takes over what `tensors` and `notes` gave."""
         for key, value in tensors.items():
             title, name = key.split(".")
-            setattr(self.optimizer if title == "optimizer" else self.duals, name, value)
+            setattr(self._owners()[title], name, value)
         self.flat = self.optimizer.params
         self.users, self.steps, self.seconds = notes["users"], notes["steps"], notes["seconds"]

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from persona_rlhf import plan as planning
+from persona_rlhf.config import read_config
+from persona_rlhf.inputs.bundled import shipped_root
+from persona_rlhf.plan import Memory, Plan, Seconds, _fit, _walk, render
+from persona_rlhf.training.engine import Engine
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.scheduler import UserSchedule, queue_order
+from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+
+from .training.tiny import tiny_base, user_rows
+
+
+@given(fixed=st.floats(0.0, 5.0), each=st.floats(1e-6, 1e-2), sizes=st.sets(st.integers(1, 10**5), min_size=2))
+def test_the_fit_finds_a_step_s_fixed_cost_and_its_cost_a_token(fixed, each, sizes):
+    found = _fit(sorted(sizes), [fixed + each * size for size in sorted(sizes)])
+    for size in sizes:
+        assert found.of(size) == pytest.approx(fixed + each * size, rel=1e-3)
+
+
+def test_no_part_of_a_step_s_cost_is_negative():
+    assert _fit([100, 200], [1.0, 3.0]).fixed == 0  # the line would start below zero
+    assert _fit([100, 200], [1.0, 3.0]).of(150) == pytest.approx(2.0)
+    assert _fit([100, 200], [3.0, 1.0]).each == 0  # larger was faster: noise
+    assert _fit([100, 200], [3.0, 1.0]).of(10**6) == 2.0
+    assert _fit([100, 100], [1.0, 2.0]).of(200) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_the_walk_takes_the_steps_that_the_engine_takes(slots):
+    users = [user_rows(f"u{n}", size, seed=n) for n, size in enumerate((3, 9, 5, 1, 6))]
+    dpo = DpoSettings(epochs=2, pairs_per_step=2)
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
+    reference = Reference(adapted)
+    reference.add(row for user in users for pair in user.train for row in (pair.chosen, pair.rejected))
+    engine = Engine(adapted, users, reference, None, dpo, ConstraintSettings(), FleetSettings(slots=slots), seed=5)
+    taken = []
+    list(engine.run(lambda reports: taken.append(len(reports))))
+    walked = _walk(queue_order([UserSchedule(user, dpo, 5) for user in users]), slots, 10)
+    assert [wave.users for wave in walked] == taken
+    pairs = [pair for user in users for pair in user.train]
+    tokens = sum(len(p.chosen.prompt) + len(p.chosen.completion) + len(p.rejected.completion) for p in pairs)
+    assert sum(wave.tokens for wave in walked) == 2 * tokens + 10 * sum(taken)
+    assert all(wave.padded >= wave.tokens for wave in walked)
+
+
+def test_json_has_the_total_and_the_table_every_figure():
+    memory, seconds = Memory(1.0, 2.0, 4.0, 8.0, 16.0, 900.0), Seconds(1.0, 20.0, 700.0, 60.0)
+    found = Plan(10, 1, 700, 100_000, 180, 4, memory, seconds)
+    told = found.to_json()
+    assert told["seconds"]["total"] == 781
+    assert told["memory_mib"]["peak"] == 900
+    assert (told["users"], told["skipped"], told["slots"]) == (10, 1, 4)
+    shown = list(render(found).columns[1].cells)
+    assert {"100,000", "900.0 MiB", "60.0 s", "11.7 min", "13.0 min"} <= set(shown)
+
+
+def test_a_run_without_a_pair_to_train_on_is_a_plan_of_nobody(monkeypatch):
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
+    ready = SimpleNamespace(adapted=adapted, rows=[user_rows("quiet", 0, seed=0, heldout=2)], policy=None)
+    monkeypatch.setattr(planning, "prepare", lambda *_: ready)
+    monkeypatch.setattr(planning, "constraint_bank", lambda *_: None)
+    found = planning.plan(read_config(shipped_root() / "configs/quickstart.yaml"))
+    assert (found.users, found.skipped, found.steps, found.slots) == (0, 1, 0, 0)
+    assert (found.seconds.training, found.seconds.judging) == (0, 0)
+    assert found.memory.base > 0
+
+
+@pytest.mark.parametrize("early", ["null", "{patience: 1, every: 1}"])
+def test_users_of_a_single_step_are_probed_too(early):
+    """One pair each: every cohort of the probe takes one step, and no check of early stopping is timed with it."""
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
+    users = [user_rows(f"u{n}", 1, seed=n) for n in range(3)]
+    users = [user._replace(deciding=user_rows("x", 50, seed=9).train) for user in users]
+    config = read_config(shipped_root() / "configs/quickstart.yaml", [f"dpo.early_stop={early}"])
+    steps, each = planning._probe_steps(config, adapted, [users, users[1:], users[1:2]], None)
+    assert 0 < steps.of(100) < 5
+    assert 0 < each < 0.1
