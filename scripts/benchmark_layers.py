@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""What upper-layer adapters cost in accuracy and give in time, on the bundled base; beside TRL's best setting.
+
+python scripts/benchmark_layers.py                 # 12 clean users, all / upper half / upper quarter of the layers
+python scripts/benchmark_layers.py --users 24 --json
+
+Every setting trains the same users from the same config, without the constraint (TRL has none). Accuracy is against
+noise-free labels on the held-out pairs, measured at equal shares of the steps, outside the clock. Seconds are CPU
+seconds of this process on one thread. TRL's adapters are those of `all` to 1e-6 (see `persona-rlhf bench`), so its
+accuracies are those of `all` at the same steps, and only its seconds are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from persona_rlhf.config import read_config
+from persona_rlhf.evaluation import trl_loop
+from persona_rlhf.evaluation.intervals import bootstrap
+from persona_rlhf.evaluation.personalisation import clean_accuracy, score_pairs, score_pairs_of_base
+from persona_rlhf.evaluation.utility import read_utilities
+from persona_rlhf.inputs.bundled import find
+from persona_rlhf.preferences.pairs import read_pairs
+from persona_rlhf.preferences.tokens import UserRows, tokenize
+from persona_rlhf.training.allocator import keep_big_blocks
+from persona_rlhf.training.base import Base, load_base
+from persona_rlhf.training.engine import Engine, StepReport
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.scheduler import UserSchedule
+from persona_rlhf.training.settings import BaseSettings, ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+
+SHARES = ("all", 0.5, 0.25)
+CHECKS = 12
+REACHED = 0.95
+
+
+class Course(NamedTuple):
+    """One setting: CPU seconds a user at each check, and the users' accuracies at it."""
+
+    seconds: list[float]
+    accuracies: list[list[float]]
+
+    def gains(self) -> list[float]:
+        return [fmean(own) - 0.5 for own in self.accuracies]
+
+
+def train(base: Base, users: Sequence[UserRows], lora: LoraSettings, dpo: DpoSettings) -> Course:
+    """Trains one fleet of users and looks at their accuracies on the way, with the clock stopped."""
+    adapted = AdaptedModel(base, lora)
+    base_scores = score_pairs_of_base(adapted, [user.heldout for user in users])
+    started = time.process_time()
+    reference = Reference(adapted)
+    reference.add([row for user in users for pair in user.train for row in (pair.chosen, pair.rejected)])
+    fleet, constraint = FleetSettings(slots=len(users)), ConstraintSettings(enabled=False)
+    engine = Engine(adapted, users, reference, None, dpo, constraint, fleet, 0)
+    course = Course([], [])
+
+    def look(reports: Sequence[StepReport]) -> None:
+        nonlocal started
+        step, steps = reports[0].step, reports[0].steps
+        if step < (len(course.seconds) + 1) * steps / CHECKS:
+            return
+        now = time.process_time()
+        course.seconds.append((now - started) / len(users))
+        with torch.no_grad(), adapted.using(engine.slots.flat):
+            scores = score_pairs(adapted, [by_id[report.user_id].heldout for report in reports])
+        names = [report.user_id for report in reports]
+        own = [clean_accuracy(by_id[name].heldout, known[name], s) for name, s in zip(names, scores, strict=True)]
+        course.accuracies.append([accuracy.adapted for accuracy in own if accuracy is not None])
+        started += time.process_time() - now
+
+    by_id = {user.user_id: user for user in users}
+    known = dict(zip(by_id, base_scores, strict=True))
+    list(engine.run(look))
+    adapted.close()
+    return course
+
+
+def joined(courses: Sequence[Course]) -> Course:
+    """The courses of several fleets as one: mean seconds, all users' accuracies."""
+    seconds = [fmean(column) for column in zip(*(course.seconds for course in courses), strict=True)]
+    columns = zip(*(course.accuracies for course in courses), strict=True)
+    return Course(seconds, [[value for own in column for value in own] for column in columns])
+
+
+class TrlTime(NamedTuple):
+    """CPU seconds of one TRL setting for one user: what it takes before the first step, and for all steps."""
+
+    before: float
+    steps: float
+
+
+def trl_times(base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings) -> dict[str, TrlTime]:
+    """The times of every TRL setting. A run of one epoch tells what is fixed from what grows with the steps."""
+    times = {}
+    for setting in trl_loop.TRL_SETTINGS:
+        one, all_epochs = (
+            _trl(base, user, lora, dpo.model_copy(update={"epochs": n}), setting) for n in (1, dpo.epochs)
+        )
+        each = (all_epochs - one) / (dpo.epochs - 1)
+        times[setting] = TrlTime(one - each, each * dpo.epochs)
+    return times
+
+
+def _trl(base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings, setting: trl_loop.TrlSetting) -> float:
+    adapted = AdaptedModel(base, lora)
+    spans = list(adapted.spans.values())
+    started = time.process_time()
+    reference = Reference(adapted)
+    reference.add([row for pair in user.train for row in (pair.chosen, pair.rejected)])
+    charged = time.process_time() - started if setting == "shared reference columns" else 0.0
+    adapted.close()
+    with tempfile.TemporaryDirectory() as folder:
+        schedule = UserSchedule(user, dpo, 0)
+        run = trl_loop.train_user(
+            base, base.tokenizer, schedule, spans, lora, dpo, 0, setting, reference, Path(folder), time.process_time
+        )
+    return charged + run.seconds
+
+
+def reached(course: Course, goal: float) -> float | None:
+    """Share of the steps after which the mean gain first is `goal`; None if never."""
+    return next(((n + 1) / CHECKS for n, gain in enumerate(course.gains()) if gain >= goal), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=12)
+    parser.add_argument("--slots", type=int, default=4, help="users of a fleet")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_big_blocks()
+    config = read_config(find("configs/quickstart.yaml"))
+    base = load_base(BaseSettings(model="data/base"))
+    tastes = read_utilities(find("data/users/utilities.yaml"))
+    rows = tokenize(read_pairs(find("data/users"), 0.25), base.tokenizer, base.context)
+    clean = [user for user in rows if not tastes[user.user_id].poisoned]
+    users = clean[:: max(1, len(clean) // options.users)][: options.users]
+    loras = {str(share): LoraSettings(layers=share if share == "all" else {"top": share}) for share in SHARES}  # type: ignore[arg-type]
+    fleets = [users[n : n + options.slots] for n in range(0, len(users), options.slots)]
+    courses = {name: joined([train(base, own, lora, config.dpo) for own in fleets]) for name, lora in loras.items()}
+    full = courses["all"]
+    goal = REACHED * full.gains()[-1]
+    trl = trl_times(base, users[0], loras["all"], config.dpo)
+    best = min(trl, key=lambda name: sum(trl[name]))
+    at = reached(full, goal)
+    assert at is not None
+    trl_to_goal = trl[best].before + at * trl[best].steps
+    found = []
+    for name, course in courses.items():
+        lost = [b - a for a, b in zip(full.accuracies[-1], course.accuracies[-1], strict=True)]
+        low, high = bootstrap(lost) if name != "all" else (0.0, 0.0)
+        steps = reached(course, goal)
+        seconds = None if steps is None else course.seconds[round(steps * CHECKS) - 1]
+        found.append(
+            {
+                "layers": name,
+                "seconds_per_user": course.seconds[-1],
+                "accuracy": fmean(course.accuracies[-1]),
+                "against_all": fmean(lost),
+                "low": low,
+                "high": high,
+                "seconds_to_goal": seconds,
+                "course": [round(gain, 4) for gain in course.gains()],
+            }
+        )
+    result = {
+        "users": len(users),
+        "goal_gain": goal,
+        "trl_best": best,
+        "trl_seconds": trl,
+        "trl_seconds_to_goal": trl_to_goal,
+        "rows": found,
+    }
+    table = Table(title=f"{len(users)} users, CPU seconds a user; goal: a gain of {goal:.3f} in accuracy")
+    for heading in ("layers", "seconds", "accuracy", "against all", "95%", "seconds to the goal", "TRL's over it"):
+        table.add_column(heading, justify="right")
+    for row in found:
+        to = row["seconds_to_goal"]
+        table.add_row(
+            row["layers"],
+            f"{row['seconds_per_user']:.2f}",
+            f"{row['accuracy']:.3f}",
+            f"{row['against_all']:+.3f}",
+            f"{row['low']:+.3f} to {row['high']:+.3f}",
+            "never" if to is None else f"{to:.2f}",
+            "-" if to is None else f"{trl_to_goal / to:.2f}x",
+        )
+    table.add_row(f"TRL, {best}", f"{sum(trl[best]):.2f}", "as all", "", "", f"{trl_to_goal:.2f}", "1.00x")
+    Console(stderr=True, width=150).print(table)
+    if options.json:
+        print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
