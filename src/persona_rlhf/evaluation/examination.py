@@ -95,6 +95,10 @@ class Examination:
         self._test = self._bank(known, evaluation.test_probes)
         self._shift = self._bank(new, evaluation.test_probes // 2)
 
+    def forget_users(self) -> None:
+        """Forgets what the base answered to users' own prompts, so that it does not add up; done between chunks."""
+        self._samples.forget()
+
     def check_base(self) -> None:
         """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
         bank = self._certify

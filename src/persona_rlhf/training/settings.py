@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -71,7 +71,11 @@ class ConstraintSettings(Section):
 
 
 class FleetSettings(Section):
-    """`fleet`: how many users train side by side, and how often that is saved."""
+    """`fleet`: how many users train side by side, in how many processes, and how often that is saved."""
 
     slots: int | Literal["auto"] = Field("auto", description="Users in memory at once; memory is bounded by it.")
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of the slots.")
+    processes: int = Field(1, ge=1, le=1024, description="Processes on this host, one a GPU or a part of the cores.")
+    chunk: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Users read, trained and written together, which bounds memory; auto is at most 256."
+    )
