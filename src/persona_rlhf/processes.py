@@ -75,5 +75,6 @@ def ended_as_by_ctrl_c() -> Iterator[None]:
 
 def _watch() -> None:
     """Waits for the end of stdin, which is the end of the process at its other side."""
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not sys.stdin: its lock would outlive the main thread
+        pass
     signal.raise_signal(signal.SIGTERM)

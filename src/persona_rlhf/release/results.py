@@ -132,6 +132,12 @@ class RunResults:
 
     def __init__(self, run: Path) -> None:
         self._file = run / RESULTS
+        if not self._file.is_file():
+            raise self._unreadable("there is no such file")
+
+    def _unreadable(self, why: object) -> InputError:
+        sentence = f"the results of this run cannot be read ({why}); is this a finished run?"
+        return InputError([Problem(str(self._file), None, None, sentence)])
 
     def __len__(self) -> int:
         with self._file.open("rb") as lines:
@@ -148,8 +154,7 @@ class RunResults:
                     else:
                         problems += [Problem(str(self._file), number, *fault) for fault in found]
         except (OSError, UnicodeDecodeError) as fault:
-            sentence = f"the results of this run cannot be read ({fault}); is this a finished run?"
-            raise InputError([Problem(str(self._file), None, None, sentence)]) from fault
+            raise self._unreadable(fault) from fault
         if problems:
             raise InputError(problems)
 
