@@ -151,7 +151,7 @@ def train(
     run_folder.RunFolder(folder, share).check_place(resume)
     materials = read_materials(settings)  # what is wrong so far is said before torch is loaded
     if settings.fleet.processes > 1 and share.world == 1:
-        flags = [*(["--resume"] if resume else []), *(["--shard", shard] if shard else []), *["--json"] * as_json]
+        flags = [*["--resume"] * resume, *(["--shard", shard] if shard else []), *["--json"] * as_json]
         raise typer.Exit(processes.launch(["train", *words, *flags], settings.fleet.processes, say))
     from persona_rlhf import line
 

@@ -19,9 +19,17 @@ def launch(words: Sequence[str], count: int, say: Callable[[str], None]) -> int:
     """Runs `persona-rlhf WORDS` in `count` processes, and returns the exit code of the first to fail, else of rank 0.
 
     Each has its RANK, its GPU (LOCAL_RANK) and an equal part of the CPU's threads. Where one fails the others are
-    ended: what is done is on disk, and `--resume` goes on with it. They end with this process, however it ends. `say`
-    tells people of a process that was killed.
+    ended: what is done is on disk, and `--resume` goes on with it. They end with this process, however it ends; then
+    the first of them says so. `say` tells people of a process that was killed.
     """
+    with ended_as_by_ctrl_c():
+        try:
+            return _launched(words, count, say)
+        except KeyboardInterrupt:
+            return 130
+
+
+def _launched(words: Sequence[str], count: int, say: Callable[[str], None]) -> int:
     each = max(1, _threads() // count)
     workers = []
     try:
