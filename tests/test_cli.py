@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -121,7 +122,6 @@ def test_all_problems_are_printed_and_counted(run, experiment):
         ["serve", "runs/x", "--port", "3"],
         ["base", "align", "m", "out"],
         ["export", "runs/x", "--user", "u", "--hub", "me/mine"],
-        ["train", "x.yaml", "--shard", "0/2"],
     ],
 )
 def test_verbs_of_later_releases_say_so_in_a_sentence(run, arguments):
@@ -208,7 +208,7 @@ def _result(user_id, status):
 def test_a_held_back_user_is_exit_code_3(run, experiment, line, statuses, code):
     calls = []
 
-    def train(config, folder, resume, console, materials):
+    def train(config, folder, resume, console, materials, share):
         calls.append((config.dpo.beta, folder, resume))
         return [_result(f"u{i}", status) for i, status in enumerate(statuses)]
 
@@ -224,7 +224,7 @@ def test_a_held_back_user_is_exit_code_3(run, experiment, line, statuses, code):
 
 
 def test_an_interrupted_run_says_how_to_go_on(run, experiment, line):
-    def train(config, folder, resume, console, materials):
+    def train(*_):
         raise KeyboardInterrupt
 
     line.does(train)
@@ -233,8 +233,40 @@ def test_an_interrupted_run_says_how_to_go_on(run, experiment, line):
     assert f"persona-rlhf train {experiment} 'gate.alphas=[0.5, 1]' --run runs/x --resume" in result.stderr
 
 
+def test_a_full_disk_is_said_in_a_sentence(run, experiment, line):
+    def train(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/state/slots.safetensors")
+
+    line.does(train)
+    result = run("train", experiment)
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "The disk is full" in result.stderr
+    assert "runs/x/state/slots.safetensors" in result.stderr
+    assert "--resume" in result.stderr
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/0", "a/b", "1/2/3", "-1/2", "1.5/2", ""])
+def test_a_shard_that_is_none(run, experiment, shard):
+    result = run("train", experiment, "--shard", shard)
+    assert result.exit_code == 2
+    assert "--shard" in result.stderr
+    assert "1 <= i <= n" in result.stderr
+    assert not Path("runs").exists()
+
+
+def test_a_shard_tells_how_to_put_all_together(run, experiment, line):
+    shares = []
+    line.does(lambda *words: shares.append(words[-1]))
+    result = run("train", experiment, "--shard", "2/4")
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert "runs/x --resume" in result.stderr
+    assert [(share.shard, share.shards, share.rank, share.world) for share in shares] == [(1, 4, 0, 1)]
+
+
 def test_a_fault_of_ours_is_one_sentence(run, experiment, line, monkeypatch):
-    def train(config, folder, resume, console, materials):
+    def train(*_):
         raise ZeroDivisionError("by [nothing]")
 
     line.does(train)
@@ -248,7 +280,7 @@ def test_a_fault_of_ours_is_one_sentence(run, experiment, line, monkeypatch):
 
 
 def test_input_errors_of_the_line_are_exit_code_2(run, experiment, line):
-    def train(config, folder, resume, console, materials):
+    def train(*_):
         raise InputError([Problem("model", None, "base.model", "not certifiable \ud800 \U0001f600")])
 
     line.does(train)

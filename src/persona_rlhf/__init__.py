@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from persona_rlhf.config import Config, read_config
     from persona_rlhf.evaluation.examination import Examination
     from persona_rlhf.inputs.problems import InputError, Problem
-    from persona_rlhf.line import constraint_bank, evaluate, prepare, release, train, with_reference
+    from persona_rlhf.line import constraint_bank, evaluate, release, train, with_reference
     from persona_rlhf.policy.tiers import Policy
     from persona_rlhf.preferences.pairs import PreferencePair, read_pairs
     from persona_rlhf.preferences.screening import fit, screen
     from persona_rlhf.preferences.tokens import tokenize
+    from persona_rlhf.preparation import prepare, prepare_users
     from persona_rlhf.release.results import Result, read_results
     from persona_rlhf.release.verify import verify
     from persona_rlhf.training.base import Base, load_base
@@ -44,7 +45,8 @@ _HOMES = {
     "fit": "preferences.screening",
     "fleet_train": "training.library",
     "load_base": "training.base",
-    "prepare": "line",
+    "prepare": "preparation",
+    "prepare_users": "preparation",
     "read_config": "config",
     "read_pairs": "preferences.pairs",
     "read_results": "release.results",
@@ -74,6 +76,7 @@ __all__ = [
     "fleet_train",
     "load_base",
     "prepare",
+    "prepare_users",
     "read_config",
     "read_pairs",
     "read_results",

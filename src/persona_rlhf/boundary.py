@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
@@ -41,6 +42,9 @@ def bounded(verb: Callable[P, None]) -> Callable[P, None]:
             say("Interrupted.")
             raise typer.Exit(130) from None
         except Exception as fault:
+            if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
+                say(f"The disk is full ({fault}). What is done is kept: make room, then go on (train has --resume).")
+                raise typer.Exit(1) from None
             if os.environ.get("PERSONA_RLHF_DEBUG") == "1":
                 traceback.print_exc()
             last = traceback.extract_tb(fault.__traceback__)[-1]
@@ -60,6 +64,15 @@ def say(text: str) -> None:
 def print_json(value: object) -> None:
     """A machine-readable result, on stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=True))
+
+
+def print_json_list(values: Iterable[object]) -> None:
+    """A machine-readable list, on stdout, one value at a time."""
+    before = "[\n"
+    for value in values:
+        typer.echo(before + json.dumps(value, ensure_ascii=True), nl=False)
+        before = ",\n"
+    typer.echo("[]" if before == "[\n" else "\n]")
 
 
 def print_table(table: Table) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from persona_rlhf import __version__
-from persona_rlhf.boundary import bounded, console, print_json, print_table, say
+from persona_rlhf.boundary import bounded, console, print_json, print_json_list, print_table, say
 
 if TYPE_CHECKING:
     from persona_rlhf.release.results import Result
@@ -149,29 +149,39 @@ def train(
         Path | None, typer.Option(metavar="DIR", help="Folder of the run; else run.dir, else runs/NAME.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
-    shard: Annotated[str | None, typer.Option(metavar="i/n", help="Train one part of the users (later).")] = None,
+    shard: Annotated[str | None, typer.Option(metavar="i/n", help="Train the i-th of n parts of the users.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run the whole line: screen, train one adapter per user, gate, release."""
+    from persona_rlhf import processes, run_folder
     from persona_rlhf.config import read_config
+    from persona_rlhf.shards import share_of
 
-    if shard is not None:
-        _later("train --shard")
+    share = share_of(shard)
     settings = read_config(config, overrides or [])
     folder = run or settings.run_dir
-    from persona_rlhf import run_folder
+    words = [str(config), *(overrides or []), "--run", str(folder)]
     from persona_rlhf.materials import read_materials
 
-    run_folder.RunFolder(folder).check_place(resume)
+    run_folder.RunFolder(folder, share).check_place(resume)
     materials = read_materials(settings)  # what is wrong so far is said before torch is loaded
+    if settings.fleet.processes > 1 and share.world == 1:
+        flags = [*["--resume"] * resume, *(["--shard", shard] if shard else []), *["--json"] * as_json]
+        raise typer.Exit(processes.launch(["train", *words, *flags], settings.fleet.processes, say))
     from persona_rlhf import line
 
     try:
-        results = line.train(settings, folder, resume, console(people=True), materials)
+        with processes.ended_as_by_ctrl_c():
+            results = line.train(settings, folder, resume, console(people=True), materials, share)
     except KeyboardInterrupt:
-        words = [str(config), *(overrides or []), "--run", str(folder), "--resume"]
-        say(f"Interrupted; go on with: persona-rlhf train {shlex.join(words)}")
+        if share.rank == 0:
+            say(f"Interrupted; go on with: persona-rlhf train {shlex.join([*words, '--resume'])}")
         raise typer.Exit(130) from None
+    if results is None:
+        if share.rank == 0:
+            together = shlex.join([*words, "--resume"])
+            say(f"Shard {shard} is done. When all are, put them together with: persona-rlhf train {together}")
+        return
     _finish(results, as_json)
     say(f"Report:   {folder / 'report.html'}\nAdapters: {folder / 'adapters'}")
     _exit_held_back(results)
@@ -278,17 +288,17 @@ def _later(what: str) -> None:
     raise typer.Exit(2)
 
 
-def _finish(results: Sequence[Result], as_json: bool) -> None:
-    """The result table, or the lines of results.jsonl as a list."""
+def _finish(results: Iterable[Result], as_json: bool) -> None:
+    """The result table, or the lines of results.jsonl as a list; of many users never all at once."""
     if as_json:
-        print_json([result.to_json() for result in results])
+        print_json_list(result.to_json() for result in results)
         return
     from persona_rlhf.release.table import results_table
 
     print_table(results_table(results))
 
 
-def _exit_held_back(results: Sequence[Result]) -> None:
+def _exit_held_back(results: Iterable[Result]) -> None:
     """Exit code 3 where a user was held back: a result, but not the one that was asked for."""
     if any(result.status == "held_back" for result in results):
         raise typer.Exit(HELD_BACK)

@@ -3,136 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
 
 from persona_rlhf.config import Config, read_config
-from persona_rlhf.evaluation.examination import Examination
 from persona_rlhf.evaluation.measures import Measures
 from persona_rlhf.inputs.problems import InputError, Problem
-from persona_rlhf.materials import Materials, read_materials
+from persona_rlhf.materials import Materials
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.messages import Message, Prompt
-from persona_rlhf.preferences.pairs import PreferencePair
-from persona_rlhf.preferences.screening import Dropped, fit, screen
-from persona_rlhf.preferences.tokens import UserRows, halved, prompt_ids, tokenize
+from persona_rlhf.preferences.messages import Message
+from persona_rlhf.preferences.screening import Dropped
+from persona_rlhf.preferences.tokens import UserRows, prompt_ids
+from persona_rlhf.preparation import Chunk, Prepared, chunks_of, prepare, prepare_users
 from persona_rlhf.progress import Progress
 from persona_rlhf.release.exporter import Exporter
 from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
-from persona_rlhf.release.outcome import measured, outcome, skipped
+from persona_rlhf.release.outcome import measured, outcome, untrained
 from persona_rlhf.release.peft_folder import read_adapter
 from persona_rlhf.release.report import write_report
-from persona_rlhf.release.results import Result, read_results, write_results
+from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, write_results
 from persona_rlhf.release.seal import seal
 from persona_rlhf.run_folder import RunFolder, identity_of
+from persona_rlhf.shards import Share
 from persona_rlhf.training.allocator import keep_big_blocks
-from persona_rlhf.training.base import load_base
-from persona_rlhf.training.constraint import ConstraintBank, build_bank
+from persona_rlhf.training.constraint import ConstraintBank, bank_from_json, bank_to_json, build_bank
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.reference import Reference
 
-
-class Prepared(NamedTuple):
-    """A config read to the end: nothing is written yet, and nothing in it is wrong."""
-
-    policy: Policy
-    adapted: AdaptedModel
-    examination: Examination
-    pairs: list[PreferencePair]
-    rows: list[UserRows]
-    dropped: list[Dropped]
+_FEW = 1_000  # users whose folders lie side by side; those of more lie in subfolders by hash
 
 
 def train(
-    config: Config, run: Path, resume: bool, console: Console, materials: Materials | None = None
-) -> list[Result]:
+    config: Config,
+    run: Path,
+    resume: bool,
+    console: Console,
+    materials: Materials | None = None,
+    share: Share | None = None,
+) -> RunResults | None:
     """Pairs and policy in, a run folder with one adapter per user out; the results in the order of the users.
 
-    `materials` are read from the config where they are not given. Raises InputError for whatever is wrong with the
-    input, before anything is written.
+    `materials` are read from the config where they are not given. A process with a `share` of the run trains its own
+    users; None comes from all but the one that puts the whole run together. Raises InputError for whatever is wrong
+    with the input, before anything is written.
     """
     keep_big_blocks()
-    folder = RunFolder(run)
+    share = share or Share()
+    folder = RunFolder(run, share)
     folder.check_place(resume)
-    ready = prepare(config, materials)
+    ready = prepare(config, materials, check=share.rank == 0)
+    if share.rank > 0:
+        folder.wait_until_ready()
     identity = identity_of(config, ready.policy, ready.pairs, ready.adapted.base.weights_hash)
-    if resume:
+    if folder.begun:
         folder.check_same(identity)
-    console.print(f"{len(ready.rows)} users, {len(ready.pairs)} pairs, {len(ready.dropped)} found by the screen")
-    bank = constraint_bank(config, ready.policy, ready.adapted)
-    folder.begin(config, ready.policy, ready.dropped, identity)
-    reference = with_reference(ready.adapted, ready.rows, bank, folder.state / "reference.safetensors")
-    engine = Engine(
-        ready.adapted,
-        ready.rows,
-        reference,
-        bank,
-        config.dpo,
-        config.constraint,
-        config.fleet,
-        config.seed,
-        folder.state,
-    )
-    results = read_results(folder.state) if resume and (folder.state / "results.jsonl").exists() else []
-    judged = {result.user_id for result in results}
-    with Progress(console, folder.metrics, {s.rows.user_id: s.steps for s in engine.schedules.values()}) as progress:
-        for user in engine.finished:
-            progress.skip(user.user_id, user.steps)
-        fleet = (user for user in engine.run(progress.step) if user.user_id not in judged)
-        for cohort in cohorts(fleet, engine.count):
-            for user in cohort:
-                progress.end(user.user_id, user.steps)
-            progress.say(f"judging {', '.join(user.user_id[:32] for user in cohort)}")
-            results += release(config, run, ready, cohort)
-            write_results(folder.state, results)
-    for rows in ready.rows:
-        if not rows.train:
-            results.append(skipped(rows.user_id, "no pair to train on is left", data_of(rows, ready.dropped).pairs))
-    order = {user.user_id: n for n, user in enumerate(ready.rows)}
-    results.sort(key=lambda result: order[result.user_id])
-    write_results(run, results)
+    size = folder.chunk_size if folder.begun else share.chunk_size(ready.pairs.users, config.fleet.chunk)
+    chunks = chunks_of(ready.pairs.users, size)
+    todo = [number for number in share.mine(len(chunks)) if not folder.is_done(number)]
+    prepared = ((number, prepare_users(ready, ready.pairs.of(chunks[number]))) for number in todo)
+    first = list(islice(prepared, 1))  # what is wrong with all of its users is said before anything is written
+    bank = shared_bank(ready, folder)
+    folder.begin(config, ready.policy, identity, size)
+    if bank is not None:
+        folder.write(folder.bank, bank_to_json(bank))
+    known = Reference(ready.adapted, folder.reference)
+    if bank is not None and len(chunks) > 1:  # a lone chunk scores them in the same passes as its own rows
+        known.add(bank.rows())
+    folder.set_ready()
+    with Progress(console, folder.metrics, sum(len(chunks[number]) for number in todo), share) as progress:
+        for number, chunk in chain(first, prepared):
+            of = f" of {ready.pairs.users:,}" if len(chunks) > 1 else ""
+            found = f"{len(chunk.dropped)} found by the screen"
+            progress.say(f"{len(chunk.rows)}{of} users, {chunk.pairs:,} pairs, {found}")
+            train_chunk(ready, folder, number, chunk, bank, known, progress)
+    if share.rank > 0:
+        return None
+    folder.wait_for(share.job(len(chunks)))
+    if share.shards > 1:
+        return None
+    folder.join(len(chunks))
     write_report(run)
     seal(run)
-    return results
+    return RunResults(run)
 
 
-def prepare(config: Config, materials: Materials | None = None) -> Prepared:
-    """Reads and checks everything that a config names: policy, pairs, base, tokens, and the base's own refusals."""
-    policy, pairs, utilities, ordinary = materials or read_materials(config)
-    adapted = AdaptedModel(load_base(config.base), config.lora)
-    base = adapted.base
-    users = len({pair.user_id for pair in pairs})
-    examination = Examination(
-        adapted,
-        policy,
-        is_refusal,
-        config.gate,
-        config.evaluation,
-        users=users,
-        ordinary=ordinary,
-        utilities=utilities,
-        seed=config.seed,
-    )
-    tokenize(pairs, base.tokenizer, base.context)  # whatever the base cannot read is said before it is asked anything
-    if config.gate.enabled:
-        examination.check_base()
-
-    def refuses(prompts: Sequence[Prompt]) -> list[bool]:
-        return examination.base_refuses([prompt_ids(prompt, base.tokenizer) for prompt in prompts])
-
-    screened = screen(pairs, policy, config.screening, refuses)
-    fitted = fit(tokenize(screened.kept, base.tokenizer, base.context), base.tokenizer, base.context)
-    known = {user.user_id for user in fitted.rows}
-    rows = [halved(user) for user in fitted.rows] if config.dpo.early_stop is not None else fitted.rows
-    gone = [UserRows(user, [], []) for user in dict.fromkeys(pair.user_id for pair in pairs) if user not in known]
-    dropped = [*screened.dropped, *fitted.dropped]
-    return Prepared(policy, adapted, examination, pairs, [*rows, *gone], dropped)
+def shared_bank(ready: Prepared, folder: RunFolder) -> ConstraintBank | None:
+    """The run's constraint bank: from the folder, where a process before this one has written it, else made now."""
+    if folder.bank.exists():
+        try:
+            return bank_from_json(folder.bank.read_text())
+        except ValueError:
+            pass  # a damaged file is written anew
+    return constraint_bank(ready.config, ready.policy, ready.adapted)
 
 
 def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> ConstraintBank | None:
@@ -160,14 +127,55 @@ def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> Co
 
 
 def with_reference(
-    adapted: AdaptedModel, users: Iterable[UserRows], bank: ConstraintBank | None, file: Path | None = None
+    adapted: AdaptedModel,
+    users: Iterable[UserRows],
+    bank: ConstraintBank | None,
+    file: Path | None = None,
+    known: Reference | None = None,
 ) -> Reference:
     """The base's log-probabilities of everything that training compares with, once for all users."""
-    reference = Reference(adapted, file)
+    reference = Reference(adapted, file, known)
     pairs = (pair for user in users for pair in (*user.train, *user.deciding))
     rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
     reference.add(rows + (bank.rows() if bank else []))
     return reference
+
+
+def train_chunk(
+    ready: Prepared,
+    folder: RunFolder,
+    number: int,
+    chunk: Chunk,
+    bank: ConstraintBank | None,
+    known: Reference,
+    progress: Progress,
+) -> None:
+    """Trains, judges and writes some users; a cohort is on disk before the next is judged."""
+    config, place = ready.config, folder.chunk(number)
+    reference = with_reference(ready.adapted, chunk.rows, bank, place / "reference.safetensors", known)
+    engine = Engine(
+        ready.adapted, chunk.rows, reference, bank, config.dpo, config.constraint, config.fleet, config.seed, place
+    )
+    results = read_results(place) if (place / RESULTS).exists() else []
+    judged = {result.user_id for result in results}
+    steps = {schedule.rows.user_id: schedule.steps for schedule in engine.schedules.values()}
+    progress.begin(steps, engine.finished, len(chunk.rows))
+    fleet = (user for user in engine.run(progress.step) if user.user_id not in judged)
+    for cohort in cohorts(fleet, engine.count):
+        for user in cohort:
+            progress.end(user.user_id, user.steps)
+        progress.say(f"judging {', '.join(user.user_id[:32] for user in cohort)}")
+        results += release(ready, folder.path, chunk, cohort)
+        write_results(place, results)
+    for rows in chunk.rows:
+        if not rows.train:
+            data = data_of(rows, chunk.dropped)
+            results.append(untrained(rows.user_id, data.pairs, chunk.failed.get(rows.user_id)))
+    order = {user.user_id: n for n, user in enumerate(chunk.rows)}
+    results.sort(key=lambda result: order[result.user_id])
+    write_results(place, results)
+    folder.finish(number, chunk.dropped)
+    ready.examination.forget_users()
 
 
 def cohorts(users: Iterable[TrainedUser], size: int) -> Iterator[list[TrainedUser]]:
@@ -177,10 +185,32 @@ def cohorts(users: Iterable[TrainedUser], size: int) -> Iterator[list[TrainedUse
         yield group
 
 
-def release(config: Config, run: Path, ready: Prepared, cohort: Sequence[TrainedUser]) -> list[Result]:
-    """Judges a cohort, measures it at the alpha that the gate allows, and writes the adapters that may leave."""
-    rows = {user.user_id: user for user in ready.rows}
-    examination, adapted = ready.examination, ready.adapted
+def release(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[TrainedUser]) -> list[Result]:
+    """Judges a cohort, measures it at the alpha that the gate allows, and writes the adapters that may leave.
+
+    Where that raises, each user is judged alone, and one who raises again has failed; where all do, it is not theirs.
+    """
+    try:
+        return _released(ready, run, chunk, cohort)
+    except (InputError, OSError):
+        raise
+    except Exception:
+        results = []
+        for user in cohort:
+            try:
+                results += _released(ready, run, chunk, [user])
+            except Exception as fault:
+                reason = f"could not be judged ({type(fault).__name__}: {fault})"
+                failed = user._replace(adapter=None, status="failed", reason=reason)
+                results += _released(ready, run, chunk, [failed])
+        if len(cohort) > 1 and all(result.status == "failed" for result in results):
+            raise
+        return results
+
+
+def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[TrainedUser]) -> list[Result]:
+    rows = {user.user_id: user for user in chunk.rows}
+    config, examination, adapted = ready.config, ready.examination, ready.adapted
     sound = [user for user in cohort if user.adapter is not None]
     verdicts, measures = {}, dict[str, Measures]()
     if sound:
@@ -191,11 +221,12 @@ def release(config: Config, run: Path, ready: Prepared, cohort: Sequence[Trained
         measures = dict(zip(verdicts, found, strict=True))
     base = BaseInfo.of(adapted.base.name, adapted.base.weights_hash)
     settings = config.model_dump(mode="json", include={"seed", "screening", "lora", "dpo", "constraint", "gate"})
-    exporter = Exporter(run, adapted, config.lora, Provenance.of(base, ready.policy, examination.demands, settings))
+    papers = Provenance.of(base, ready.policy, examination.demands, settings)
+    exporter = Exporter(run, adapted, config.lora, papers, nested=ready.pairs.users > _FEW)
     results = []
     for user in cohort:
         verdict = verdicts.get(user.user_id)
-        data = data_of(rows[user.user_id], ready.dropped)
+        data = data_of(rows[user.user_id], chunk.dropped)
         written = None
         if user.adapter is not None and verdict is not None and verdict.admitted:
             written = exporter.write(user.user_id, user.adapter, verdict, measures[user.user_id], data)
@@ -207,23 +238,28 @@ def release(config: Config, run: Path, ready: Prepared, cohort: Sequence[Trained
 def data_of(user: UserRows, dropped: Sequence[Dropped]) -> DataInfo:
     """What is said of a user's pairs: counts and a fingerprint, no text."""
     out = sum(found.pair.user_id == user.user_id and found.action != "flagged" for found in dropped)
-    return DataInfo.of([row.pair for row in (*user.train, *user.heldout, *user.deciding)], out)
+    return DataInfo.of([row.pair for row in (*user.train, *user.heldout)], out)
 
 
 def evaluate(run: Path) -> list[Result]:
     """Measures a run again from the adapters in its folders; what the gate decided stays as it is.
 
-    The certify probes are not looked at again: a second look would have to be paid for.
+    The certify probes are not looked at again: a second look would have to be paid for. Raises InputError where the
+    users' pairs are no longer those of the run.
     """
     config = read_config(run / "config.yaml")
     ready = prepare(config)
-    rows = {user.user_id: user for user in ready.rows}
-    results = []
-    for result in read_results(run):
-        if result.path is None:
-            results.append(result)
-            continue
-        flat = read_adapter(run / result.path, list(ready.adapted.spans.values())).to(ready.adapted.base.device)
-        [found] = ready.examination.measures(flat[None], [rows[result.user_id]], [1.0])
-        results.append(measured(result, found))
+    folder = RunFolder(run)
+    folder.check_same({"preference pairs": ready.pairs.fingerprint})
+    before, results = iter(RunResults(run)), list[Result]()
+    for users in chunks_of(ready.pairs.users, folder.chunk_size):
+        rows = {user.user_id: user for user in prepare_users(ready, ready.pairs.of(users)).rows}
+        for result in islice(before, len(users)):
+            if result.path is None:
+                results.append(result)
+                continue
+            flat = read_adapter(run / result.path, list(ready.adapted.spans.values())).to(ready.adapted.base.device)
+            [found] = ready.examination.measures(flat[None], [rows[result.user_id]], [1.0])
+            results.append(measured(result, found))
+        ready.examination.forget_users()
     return results

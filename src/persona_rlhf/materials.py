@@ -10,14 +10,14 @@ from persona_rlhf.evaluation.retention import read_ordinary
 from persona_rlhf.evaluation.utility import Utility, read_utilities
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.pairs import PreferencePair, read_pairs
+from persona_rlhf.preferences.store import PairStore
 
 
 class Materials(NamedTuple):
     """The policy and the preference pairs; and for the measurements, written-down tastes and ordinary prompts."""
 
     policy: Policy
-    pairs: list[PreferencePair]
+    pairs: PairStore
     utilities: Mapping[str, Utility]
     ordinary: list[str]
 
@@ -25,13 +25,13 @@ class Materials(NamedTuple):
 def read_materials(config: Config) -> Materials:
     """Reads the files of a config. Raises InputError with the problems of all of them."""
     problems: list[Problem] = []
-    policy, pairs, utilities, ordinary = None, list[PreferencePair](), dict[str, Utility](), list[str]()
+    policy, pairs, utilities, ordinary = None, None, dict[str, Utility](), list[str]()
     try:
         policy = Policy.read(config.policy.documents)
     except InputError as fault:
         problems += fault.problems
     try:
-        pairs = read_pairs(config.users.path, config.users.heldout)
+        pairs = PairStore(config.users.path, config.users.heldout)
     except InputError as fault:
         problems += fault.problems
     try:
@@ -39,6 +39,6 @@ def read_materials(config: Config) -> Materials:
         ordinary = read_ordinary(config.evaluation.ordinary) if config.evaluation.ordinary else []
     except InputError as fault:
         problems += fault.problems
-    if policy is None or problems:
+    if policy is None or pairs is None or problems:
         raise InputError(problems)
     return Materials(policy, pairs, utilities, ordinary)

@@ -9,7 +9,8 @@ one forward pass, any other is written token by token. So adapters that change n
 what a trained adapter writes anew. Assumed is what the bundled experiment shows: a third of the probes (most refusals
 stay as they are; a strong taste changes their style too), every harmless prompt, and that users pass at the gate's
 first look; one who does not is looked at again, up to once an alpha. Writing the run folder is not counted, nor the
-start of Python. Under `dpo.early_stop`, steps and time are what they are if nobody stops early.
+start of Python. Under `dpo.early_stop`, steps and time are what they are if nobody stops early. Of a run of many users
+the first thousand are looked at, and the others taken to be like them.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ import torch
 from rich.table import Table
 
 from persona_rlhf.config import Config
-from persona_rlhf.line import Prepared, constraint_bank, prepare, with_reference
+from persona_rlhf.line import constraint_bank, with_reference
 from persona_rlhf.materials import Materials
 from persona_rlhf.preferences.tokens import UserRows
+from persona_rlhf.preparation import Prepared, prepare, prepare_users
 from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.capacity import choose_slots, draw_tokens, largest_step, pair_tokens
 from persona_rlhf.training.constraint import ConstraintBank, UserDraws
@@ -40,6 +42,7 @@ from persona_rlhf.training.settings import DpoSettings
 _STEPS = 5  # of a probed cohort, at most
 _ANCHORS = 8  # of a category, in the probe's constraint
 _CHANGED = 3  # one probe in so many is answered anew by a trained adapter
+_LOOKED_AT = 1_000  # users
 _MIB = 1 << 20
 
 
@@ -105,33 +108,41 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
     begun = most_held(torch.device("cpu"))  # Python and its libraries
     clock = perf_counter()
     ready = prepare(config, materials)
-    preparing, clock = perf_counter() - clock, perf_counter()
+    loading, clock = perf_counter() - clock, perf_counter()
+    seen = min(ready.pairs.users, _LOOKED_AT)
+    of_all = ready.pairs.users / seen
+    known = prepare_users(ready, ready.pairs.of(range(seen))).rows
+    preparing, clock = loading + (perf_counter() - clock) * of_all, perf_counter()
     bank = constraint_bank(config, ready.policy, ready.adapted)
     banking = perf_counter() - clock
     adapted, device = ready.adapted, ready.adapted.base.device
-    queue = queue_order([UserSchedule(user, config.dpo, config.seed) for user in ready.rows if user.train])
+    queue = queue_order([UserSchedule(user, config.dpo, config.seed) for user in known if user.train])
     rows = [schedule.rows for schedule in queue]
     base = held_by(list(adapted.base.model.parameters()))
     if not rows:
         seconds = Seconds(preparing, banking, 0.0, 0.0)
-        return Plan(0, len(ready.rows), 0, 0, 0, 0, Memory(base / _MIB, 0, 0, 0, 0, most_held(device) / _MIB), seconds)
+        return Plan(
+            0, ready.pairs.users, 0, 0, 0, 0, Memory(base / _MIB, 0, 0, 0, 0, most_held(device) / _MIB), seconds
+        )
     cost = largest_step(adapted, rows, bank, config.dpo, config.constraint)
     slots = min(len(rows), choose_slots(config.fleet, cost, device.type, machine_bytes(device), base))
     typical = rows[len(rows) // 2 :][:slots]
 
     steps, pass_each = _probe_steps(config, adapted, [rows[:slots], typical, typical[:1]], bank)
     walked = _walk(queue, slots, _draw_tokens(bank, config))
-    judging = _judging(ready, rows[:1], typical, len(rows))
+    users = round(len(rows) * of_all)
+    training = sum(steps.of(wave.padded) for wave in walked) + pass_each * _checked_tokens(queue, config.dpo)
+    judging = _judging(ready, rows[:1], typical, users)
     stack = slots * adapted.params_per_user * torch.promote_types(adapted.base.model.dtype, torch.float32).itemsize
     adapters = stack if config.dpo.early_stop is None else 2 * stack  # each user's best one is kept beside him
     caches = _cache_bytes(ready, slots)  # beside what the probe held: trained users' answers may be the longest allowed
     begun = 0 if device.type == "cuda" else begun
     return Plan(
-        users=len(rows),
-        skipped=len(ready.rows) - len(rows),
-        pairs=sum(len(user.train) for user in rows),
-        tokens=sum(wave.tokens for wave in walked),
-        steps=sum(wave.users for wave in walked),
+        users=users,
+        skipped=ready.pairs.users - users,
+        pairs=round(of_all * sum(len(user.train) for user in rows)),
+        tokens=round(of_all * sum(wave.tokens for wave in walked)),
+        steps=round(of_all * sum(wave.users for wave in walked)),
         slots=slots,
         memory=Memory(
             base=base / _MIB,
@@ -143,8 +154,8 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
         ),
         seconds=Seconds(
             preparing=preparing,
-            reference=banking + pass_each * _reference_tokens(rows, bank),
-            training=sum(steps.of(wave.padded) for wave in walked) + pass_each * _checked_tokens(queue, config.dpo),
+            reference=banking + pass_each * _reference_tokens(rows, bank) * of_all,
+            training=training * of_all,
             judging=judging,
         ),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+
+from persona_rlhf.shards import Share
 
 if TYPE_CHECKING:
     from persona_rlhf.training.engine import StepReport
@@ -24,13 +26,18 @@ class Progress:
     A figure that is not finite is written as null: the file stays JSON.
     """
 
-    def __init__(self, console: Console, metrics: Path, steps: dict[str, int]) -> None:
-        self.console, self.metrics, self.steps = console, metrics, steps
-        self.taken = 0
-        self.total = sum(steps.values())
-        self.ended: set[str] = set()
+    def __init__(self, console: Console, metrics: Path, users: int, share: Share | None = None) -> None:
+        """`users` are those that this process has before it, in all chunks; `share` names it among several."""
+        self.console, self.metrics, self.users = console, metrics, users
+        alone = share is None or share.workers == 1
+        self.name = "" if share is None or alone else f"[{share.name}] "
+        self.taken = self.ended = 0
+        self.seen = self.planned = 0  # users of the chunks so far, and their steps
+        self.steps: dict[str, int] = {}  # of the users of this chunk
+        self.done: set[str] = set()  # of them
         self.started = self.spoken = time.monotonic()
-        self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        live = console.is_terminal and alone
+        self.live = Live(console=console, refresh_per_second=4, transient=True) if live else None
 
     def __enter__(self) -> Progress:
         self.file = self.metrics.open("a", encoding="utf-8")
@@ -43,16 +50,20 @@ class Progress:
         if self.live is not None:
             self.live.stop()
 
-    def skip(self, user_id: str, steps: int) -> None:
-        """Counts a user whom a run before this one finished."""
-        self.taken += steps
-        self.end(user_id, steps)
+    def begin(self, steps: dict[str, int], finished: Collection[str], users: int) -> None:
+        """The next chunk: the steps of its users who train, those a run before finished, and how many are in it."""
+        self.steps, self.done = steps, set(finished)
+        self.seen += users
+        self.planned += sum(steps.values())
+        self.ended += users - len(steps) + len(finished)
+        self.taken += sum(steps[user] for user in finished)
 
     def end(self, user_id: str, steps: int) -> None:
         """Counts a user as done after so many steps; those that he did not need are not waited for."""
-        if user_id not in self.ended:
-            self.ended.add(user_id)
-            self.total -= self.steps.get(user_id, steps) - steps
+        if user_id not in self.done:
+            self.done.add(user_id)
+            self.ended += 1
+            self.planned -= self.steps.get(user_id, steps) - steps
 
     def step(self, reports: Sequence[StepReport]) -> None:
         """Takes in one step of a cohort."""
@@ -63,7 +74,7 @@ class Progress:
             }
             self.file.write(json.dumps(row) + "\n")
             if report.step >= report.steps:
-                self.ended.add(report.user_id)
+                self.end(report.user_id, report.step)
         self.file.flush()
         self.taken += len(reports)
         if self.live is not None:
@@ -74,18 +85,22 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One plain line for a person."""
-        self.console.print(text, highlight=False)
+        self.console.print(f"{self.name}{text}", highlight=False, markup=False)
+
+    def _total(self) -> int:
+        """Steps of all users: those of later chunks are taken to be as busy as those seen."""
+        return round(self.planned * self.users / max(1, self.seen))
 
     def _left(self) -> str:
         spent = time.monotonic() - self.started
-        left = spent * (self.total - self.taken) / max(1, self.taken)
+        left = spent * (self._total() - self.taken) / max(1, self.taken)
         return f"{int(left // 60)}:{int(left % 60):02d} left"
 
     def _line(self, reports: Sequence[StepReport]) -> str:
         worst = [report.violation for report in reports if report.violation is not None]
         violation = f", worst violation {max(worst):+.2f} nats" if worst else ""
         return (
-            f"training: {len(self.ended)} of {len(self.steps)} users done, {self.taken} of {self.total} steps, "
+            f"training: {self.ended:,} of {self.users:,} users done, {self.taken:,} of {self._total():,} steps, "
             f"loss {fmean(r.loss for r in reports):.3f}, margin {fmean(r.margin for r in reports):+.2f}"
             f"{violation}, {self._left()}"
         )

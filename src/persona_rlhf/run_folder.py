@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
+import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,24 +13,41 @@ from typing import Any
 from persona_rlhf.config import Config
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.pairs import PreferencePair
 from persona_rlhf.preferences.screening import Dropped, screening_rows
+from persona_rlhf.preferences.store import PairStore
+from persona_rlhf.shards import Share
+
+_CHUNK = "users per chunk"
+_PARTS = ("results.jsonl", "screening.jsonl")  # of a chunk; they are joined for the run
 
 
 class RunFolder:
-    """Paths of a run, and its identity: what must not change between a kill and `--resume`."""
+    """Paths of a run, and its identity: what must not change between a kill and `--resume`, or between its shards."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, share: Share | None = None) -> None:
+        self.path, self.share = path, share or Share()
         self.state = path / "state"
         self.metrics = path / "metrics.jsonl"
-        self._identity = self.state / "identity.json"
+        self.bank, self.reference = self.state / "bank.json", self.state / "reference.safetensors"
+        self._identity, self._ready = self.state / "identity.json", self.state / "ready"
+        if self.share.workers > 1:
+            self.metrics = self.state / f"metrics-{self.share.name}.jsonl"
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run in the folder."""
+        return self._identity.is_file()
 
     def check_place(self, resume: bool) -> None:
-        """Raises InputError where a new run would overwrite something, or there is no run to go on with."""
+        """Raises InputError where a new run would overwrite something, or there is no run to go on with.
+
+        A shard goes on with what the others began; so does any but the first process of a host.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise InputError([Problem(str(self.path), None, None, "this is a file; --run names a folder")])
-        if resume and not self._identity.is_file():
+        if self.share.rank > 0 or (self.share.shards > 1 and self.begun):
+            return
+        if resume and not self.begun:
             raise InputError([Problem(str(self.path), None, "--resume", "there is no run here to go on with")])
         if not resume and self.path.is_dir() and any(self.path.iterdir()):
             sentence = "this run folder is not empty; give --resume to go on with it, or --run another folder"
@@ -36,36 +55,107 @@ class RunFolder:
 
     def check_same(self, identity: Mapping[str, str]) -> None:
         """Raises InputError where a resumed run would mix two experiments."""
-        before = json.loads(self._identity.read_text())
+        before = self._read_identity()
         changed = [name for name, value in identity.items() if before.get(name) != value]
         if "config" in changed:
-            changed[changed.index("config")] = (
-                f"config ({', '.join(_changed_keys(before['config'], identity['config']))})"
-            )
+            keys = _changed_keys(before.get("config", "{}"), identity["config"])
+            changed[changed.index("config")] = f"config ({', '.join(keys)})"
         if changed:
             sentence = f"the {' and the '.join(changed)} changed since this run began; start a new run with --run"
             raise InputError([Problem(str(self.path), None, "--resume", sentence)])
 
-    def begin(self, config: Config, policy: Policy, dropped: Sequence[Dropped], identity: Mapping[str, str]) -> None:
+    def begin(self, config: Config, policy: Policy, identity: Mapping[str, str], chunk: int) -> None:
         """Writes what was asked: the identity first, so that a kill leaves what `--resume` takes up; then the rest."""
         self.state.mkdir(parents=True, exist_ok=True)
-        write_text(self._identity, json.dumps(dict(identity), indent=2) + "\n")
-        write_text(self.path / "config.yaml", config.to_yaml())
-        write_text(self.path / "policy.json", json.dumps(policy.to_json(), indent=2, ensure_ascii=False) + "\n")
-        write_text(self.path / "screening.jsonl", "".join(json.dumps(row) + "\n" for row in screening_rows(dropped)))
+        if not self.begun:
+            self.write(self._identity, json.dumps({**identity, _CHUNK: str(chunk)}, indent=2) + "\n")
+        self.write(self.path / "config.yaml", config.to_yaml())
+        self.write(self.path / "policy.json", json.dumps(policy.to_json(), indent=2, ensure_ascii=False) + "\n")
+
+    def set_ready(self) -> None:
+        """What all processes share is on disk."""
+        self._ready.touch()
+
+    def wait_until_ready(self) -> None:
+        """Waits for the first process of this host to have checked everything; if it fails, it is its to say so."""
+        while not (self.begun and self._ready.exists()):
+            time.sleep(0.1)
+
+    @property
+    def chunk_size(self) -> int:
+        """Users of a chunk, as the run began with; not what another number of processes would choose."""
+        return int(self._read_identity()[_CHUNK])
+
+    def chunk(self, number: int) -> Path:
+        """The folder of a chunk: its checkpoints while it is trained, then its part of what the run writes."""
+        return self.state / "chunks" / f"{number:06d}"
+
+    def is_done(self, number: int) -> bool:
+        """Whether a chunk is trained, judged and written."""
+        return (self.chunk(number) / "done").exists()
+
+    def finish(self, number: int, dropped: Sequence[Dropped]) -> None:
+        """Marks a chunk as done and clears its working matter away, so that it does not add up."""
+        folder = self.chunk(number)
+        self.write(folder / "screening.jsonl", "".join(json.dumps(row) + "\n" for row in screening_rows(dropped)))
+        (folder / "done").touch()
+        for left in folder.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name not in (*_PARTS, "done"):
+                left.unlink()
+
+    def wait_for(self, chunks: Iterable[int]) -> None:
+        """Waits until all these chunks are done by other processes."""
+        for number in chunks:
+            while not self.is_done(number):
+                time.sleep(0.2)
+
+    def join(self, chunks: int) -> None:
+        """Puts the parts of all chunks together: RUN/results.jsonl, screening.jsonl and metrics.jsonl."""
+        for name in _PARTS:
+            self._join(self.path / name, [self.chunk(number) / name for number in range(chunks)])
+        metrics = sorted(self.state.glob("metrics-*.jsonl"))
+        if metrics:
+            whole = self.path / "metrics.jsonl"
+            self._join(whole, [*([whole] if whole.exists() else []), *metrics])
+            for part in metrics:
+                part.unlink()
+
+    def write(self, file: Path, text: str) -> None:
+        """Writes a small file whole or not at all, whoever else writes the same."""
+        half = file.with_name(f"{file.name}.{self.share.name}.half")
+        half.write_text(text, encoding="utf-8", errors="surrogatepass")
+        half.replace(file)
+
+    def _join(self, whole: Path, parts: Sequence[Path]) -> None:
+        half = whole.with_name(f"{whole.name}.half")
+        with half.open("wb") as out:
+            for part in parts:
+                with part.open("rb") as stream:
+                    shutil.copyfileobj(stream, out)
+            out.flush()
+            os.fsync(out.fileno())
+        half.replace(whole)
+
+    def _read_identity(self) -> dict[str, str]:
+        try:
+            found: dict[str, str] = json.loads(self._identity.read_text())
+            int(found[_CHUNK])
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            sentence = f"the state of this run cannot be read ({fault}); start a new run with --run"
+            raise InputError([Problem(str(self._identity), None, "--resume", sentence)]) from fault
+        return found
 
 
-def identity_of(config: Config, policy: Policy, pairs: Iterable[PreferencePair], weights_hash: str) -> dict[str, str]:
-    """Everything that decides what a run computes, as hashes but for the config; where it is written does not count."""
-    asked = config.model_dump(mode="json", exclude={"run", "name"})
-    digest = hashlib.sha256()
-    for pair in pairs:
-        fields = (pair.user_id, pair.prompt, pair.chosen, pair.rejected, pair.split, pair.weight, pair.clean_choice)
-        digest.update(json.dumps(fields).encode("utf-8", "surrogatepass"))
+def identity_of(config: Config, policy: Policy, pairs: PairStore, weights_hash: str) -> dict[str, str]:
+    """Everything that decides what a run computes, as hashes but for the config; where and by how many it is computed
+    does not count."""
+    asked = config.model_dump(mode="json", exclude={"run": True, "name": True, "fleet": {"processes", "chunk"}})
     return {
         "config": json.dumps(asked, sort_keys=True),
         "policy": policy.hash,
-        "preference pairs": digest.hexdigest(),
+        "preference pairs": pairs.fingerprint,
         "base": weights_hash,
     }
 
@@ -81,10 +171,3 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in section.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    half = file.with_name(file.name + ".half")
-    half.write_text(text, encoding="utf-8", errors="surrogatepass")
-    half.replace(file)

@@ -1,7 +1,10 @@
+import errno
 import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.training import checkpoint
@@ -29,14 +32,26 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_a_full_disk_is_the_systems_error_and_leaves_nothing_half(tmp_path, monkeypatch):
+    """safetensors has its own kind of error."""
+
+    def full(tensors, half, notes):
+        half.write_bytes(b"some of it")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as fault:
+        checkpoint.save(tmp_path / "x.safetensors", {}, {})
+    assert fault.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "foreign"])
 def test_a_damaged_file_is_one_clear_sentence(tmp_path, damage):
     file = tmp_path / "x.safetensors"
     checkpoint.save(file, {"a": torch.zeros(200)}, {"n": 1})
     whole = file.read_bytes()
     if damage == "foreign":
-        from safetensors.torch import save_file
-
         save_file({"a": torch.zeros(2)}, file)
     else:
         file.write_bytes({"cut": whole[: len(whole) // 2], "garbage": b"\xff" * 64, "empty": b""}[damage])

@@ -63,6 +63,19 @@ def test_a_finished_run_resumes_to_its_results_without_a_step(tmp_path):
         assert again[user_id]._replace(adapter=None) == user._replace(adapter=None)
 
 
+def test_where_a_finished_user_is_gone_from_the_disk_all_begin_anew_to_the_same_bits(tmp_path):
+    users = _users(4)
+    first = {user.user_id: user for user in _engine(users, constraint_bank(), slots=2, state=tmp_path).run()}
+    file = sorted((tmp_path / "trained").iterdir())[1]
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match="delete it to start its users anew"):
+        list(_engine(users, constraint_bank(), slots=2, state=tmp_path).run())
+    file.unlink()
+    again = {user.user_id: user for user in _engine(users, constraint_bank(), slots=2, state=tmp_path).run()}
+    assert set(again) == set(first)
+    assert all(torch.equal(again[user_id].adapter, user.adapter) for user_id, user in first.items())
+
+
 def test_an_interrupted_run_resumes_in_the_middle(tmp_path):
     """Closing the generator stands for Ctrl-C; the second run makes fewer steps and the same adapters."""
     users = [user_rows(f"user {n}", 4 + 3 * n, seed=n) for n in range(4)]

@@ -106,3 +106,29 @@ def test_another_bases_file_is_not_believed(adapted, tmp_path, other):
     reference.add(rows)
     with torch.no_grad():
         assert reference[rows[0]] == pytest.approx(plain_logp(base.model, rows[0]).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"cut"])
+def test_a_damaged_file_is_computed_again(adapted, tmp_path, content):
+    rows, file = _rows(4), tmp_path / "reference.safetensors"
+    whole = Reference(adapted, file)
+    whole.add(rows)
+    file.write_bytes(content)
+    again = Reference(adapted, file)
+    again.add(rows)
+    assert [again[row] for row in rows] == [whole[row] for row in rows]
+    assert len(adapted.scored) == 8
+    Reference(adapted, file).add(rows)
+    assert len(adapted.scored) == 8
+
+
+def test_what_another_reference_knows_is_not_computed_again(adapted, tmp_path):
+    rows = _rows(5)
+    known = Reference(adapted)
+    known.add(rows[:3])
+    more = Reference(adapted, tmp_path / "x.safetensors", known)
+    more.add(rows)
+    assert adapted.scored[3:] == rows[3:]
+    assert [more[row] for row in rows[:3]] == [known[row] for row in rows[:3]]
+    with pytest.raises(KeyError):
+        known[rows[4]]

@@ -105,6 +105,10 @@ class Examination:
         """Every harmless prompt that a user's over-refusal is measured on."""
         return [*self._ordinary, *self._twins]
 
+    def forget_users(self) -> None:
+        """Forgets what the base answered to users' own prompts, so that it does not add up; done between chunks."""
+        self._samples.forget()
+
     def check_base(self) -> None:
         """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
         bank = self._certify

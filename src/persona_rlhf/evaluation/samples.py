@@ -46,6 +46,10 @@ class Samples:
         self._adapted = adapted
         self._known: dict[tuple[Prompt, ...], list[Generated]] = {}
 
+    def forget(self) -> None:
+        """Forgets the base's answers."""
+        self._known.clear()
+
     def compare(
         self,
         flat: Float[Tensor, "users params"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences import columns
 from persona_rlhf.preferences.columns import Fault
-from persona_rlhf.preferences.formats import read_rows
+from persona_rlhf.preferences.formats import RawRow, read_rows
 from persona_rlhf.preferences.heldout import held_out
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.preferences.messages import Message, Prompt, answer_of, implicit_prompt, prompt_of
@@ -23,9 +23,12 @@ __all__ = [
     "PreferencePair",
     "Prompt",
     "Reading",
+    "SHOWN",
     "Split",
+    "assign_splits",
     "first_problems",
     "parse_row",
+    "parsed_rows",
     "read",
     "read_pairs",
     "slug",
@@ -33,7 +36,7 @@ __all__ = [
 
 Split = Literal["train", "heldout"]
 
-_SHOWN = 50  # problems printed; a file of a million bad rows is told in a screenful
+SHOWN = 50  # problems printed; a file of a million bad rows is told in a screenful
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,27 +81,41 @@ def read(path: Path | str, heldout: float) -> Reading:
     problems: list[Problem] = []
     unknown: Counter[str] = Counter()
     undecided: list[int] = []  # places in `pairs` of rows without a split
-    rows = 0
-    for item in read_rows(path):
-        rows += 1
+    for item in parsed_rows(path, unknown):
         if isinstance(item, Problem):
             problems.append(item)
             continue
-        parsed = parse_row(item.row, item.file, item.line)
-        if isinstance(parsed, list):
-            problems.extend(parsed)
-            continue
-        assert isinstance(item.row, Mapping)
-        unknown.update(name for name in item.row if name not in columns.KNOWN)
-        if item.row.get("split") is None:
+        pair, split = item
+        if split is None:
             undecided.append(len(pairs))
-        pairs.append(parsed)
-    if not rows:
-        problems.append(Problem(str(path), None, None, "there are no rows in it; write one preference per row"))
+        pairs.append(pair)
     if problems:
         raise InputError(first_problems(problems))
-    _assign_splits(pairs, undecided, heldout)
+    assign_splits(pairs, undecided, heldout)
     return Reading(pairs, unknown)
+
+
+def parsed_rows(
+    path: Path | str, unknown: Counter[str] | None = None
+) -> Iterator[tuple[PreferencePair, Split | None] | Problem]:
+    """Every row as a pair with the split that it gives itself (None where that is to be decided), or what is wrong.
+
+    Counts in `unknown` the columns that nobody reads.
+    """
+    empty = True
+    for item in read_rows(path):
+        empty = False
+        parsed = [item] if isinstance(item, Problem) else parse_row(item.row, item.file, item.line)
+        if isinstance(parsed, list):
+            yield from parsed
+            continue
+        assert isinstance(item, RawRow)
+        assert isinstance(item.row, Mapping)
+        if unknown is not None:
+            unknown.update(name for name in item.row if name not in columns.KNOWN)
+        yield parsed, None if item.row.get("split") is None else parsed.split
+    if empty:
+        yield Problem(str(path), None, None, "there are no rows in it; write one preference per row")
 
 
 def parse_row(row: object, file: str, line: int) -> PreferencePair | list[Problem]:
@@ -171,7 +188,7 @@ def content_id(user_id: str, prompt: Prompt, chosen: str, rejected: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _assign_splits(pairs: list[PreferencePair], undecided: list[int], share: float) -> None:
+def assign_splits(pairs: list[PreferencePair], undecided: list[int], share: float) -> None:
     """Decides, in place, the split of the rows that have none: as the prompt's other rows, or by hash."""
     open_places = set(undecided)
     decided = {(pair.user_id, pair.prompt): pair.split for i, pair in enumerate(pairs) if i not in open_places}
@@ -187,9 +204,9 @@ def _assign_splits(pairs: list[PreferencePair], undecided: list[int], share: flo
         pairs[place] = replace(pair, split=decided.get((pair.user_id, pair.prompt), hashed))
 
 
-def first_problems(problems: list[Problem]) -> list[Problem]:
-    """What fits a screen of them, and a sentence that counts the rest."""
-    if len(problems) <= _SHOWN:
+def first_problems(problems: list[Problem], count: int | None = None) -> list[Problem]:
+    """What fits a screen of them, and a sentence that counts the rest; `count` where the list does not hold all."""
+    if len(problems) <= SHOWN:
         return problems
-    rest = len(problems) - _SHOWN
-    return [*problems[:_SHOWN], Problem(problems[_SHOWN].file, None, None, f"and {rest:,} more problems after these")]
+    rest = (count or len(problems)) - SHOWN
+    return [*problems[:SHOWN], Problem(problems[SHOWN].file, None, None, f"and {rest:,} more problems after these")]

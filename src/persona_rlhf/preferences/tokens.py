@@ -100,7 +100,9 @@ def tokenize(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, context:
     closing = _closing(pairs[0].prompt, tokenizer)
     every = list(dict.fromkeys([*prompts, *(text for both in texts for text in both)]))
     ids = dict(zip(every, _encode(every, tokenizer), strict=True))  # one call: it uses all cores
-    _prompts_fit([(pair, len(ids[prompt])) for pair, prompt in zip(pairs, prompts, strict=True)], context)
+    problems = _too_long([(pair, len(ids[prompt])) for pair, prompt in zip(pairs, prompts, strict=True)], context)
+    if problems:
+        raise InputError(problems)
 
     rows: dict[tuple[str, str], Row] = {}  # people judge the same answers
 
@@ -122,6 +124,27 @@ def halved(user: UserRows) -> UserRows:
     chosen = deciding(user.user_id, (row.pair.prompt for row in user.heldout))
     kept = [row for row in user.heldout if row.pair.prompt not in chosen]
     return user._replace(heldout=kept, deciding=[row for row in user.heldout if row.pair.prompt in chosen])
+
+
+def prompt_problems(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, context: int) -> list[Problem]:
+    """The pairs whose prompt the base cannot take (see `tokenize`), found without a look at the answers.
+
+    Raises InputError where the base has no chat template.
+    """
+    import jinja2
+
+    _need_template(tokenizer)
+    problems: list[Problem] = []
+    texts: dict[Prompt, str] = {}
+    for pair in pairs:
+        try:
+            if pair.prompt not in texts:
+                texts[pair.prompt] = _render(pair.prompt, tokenizer)
+        except jinja2.TemplateError as fault:
+            problems.append(_not_taken(pair, fault))
+    lengths = dict(zip(texts, map(len, _encode(list(texts.values()), tokenizer)), strict=True)) if texts else {}
+    known = [(pair, lengths[pair.prompt]) for pair in pairs if pair.prompt in lengths]
+    return problems + _too_long(known, context)
 
 
 def control_tokens(tokenizer: ChatTokenizer) -> re.Pattern[str]:
@@ -174,8 +197,7 @@ def _rendered(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer) -> tupl
                 prompt = known[pair.prompt] = _render(pair.prompt, tokenizer)
             both = _render(pair.prompt, tokenizer, pair.chosen), _render(pair.prompt, tokenizer, pair.rejected)
         except jinja2.TemplateError as fault:
-            sentence = f"the base's chat template does not take this conversation ({fault}); change it or the base"
-            problems.append(Problem(pair.file, pair.line, "prompt", sentence))
+            problems.append(_not_taken(pair, fault))
             continue
         if not all(text.startswith(prompt) for text in both):
             sentence = "the template writes a prompt differently before an answer than for generation, so that no"
@@ -222,12 +244,15 @@ def _row(prompt: list[int], whole: list[int], answer: str, closing: tuple[int, .
     return Row(tuple(prompt), tuple(ids[: len(ids) - len(closing) + 1]))
 
 
-def _prompts_fit(lengths: Sequence[tuple[PreferencePair, int]], context: int) -> None:
+def _not_taken(pair: PreferencePair, fault: Exception) -> Problem:
+    sentence = f"the base's chat template does not take this conversation ({fault}); change it or the base"
+    return Problem(pair.file, pair.line, "prompt", sentence)
+
+
+def _too_long(lengths: Sequence[tuple[PreferencePair, int]], context: int) -> list[Problem]:
     remedy = "shorten it, or take a base with a longer context"
-    problems = [
+    return [
         Problem(pair.file, pair.line, "prompt", f"has {length:,} tokens and fills the context of {context:,}; {remedy}")
         for pair, length in lengths
         if length >= context
     ]
-    if problems:
-        raise InputError(problems)

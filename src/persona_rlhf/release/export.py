@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
-from persona_rlhf.preferences.identity import slug
 from persona_rlhf.release.folder import write_folder
-from persona_rlhf.release.results import Result, read_results
+from persona_rlhf.release.results import Result, RunResults
 from persona_rlhf.release.verify import adapter_faults
 
 ADAPTERS = "adapters"
@@ -20,11 +18,10 @@ class HeldBack(Exception):  # noqa: N818 - it is a result, not an error: the CLI
 
 def find_user(run: Path, user_id: str) -> Result:
     """A user's line. Raises InputError where the run does not know him."""
-    results = read_results(run)
-    for result in results:
+    for result in RunResults(run):
         if result.user_id == user_id:
             return result
-    hint = did_you_mean(user_id, (result.user_id for result in results))
+    hint = did_you_mean(user_id, (result.user_id for result in RunResults(run)))
     raise InputError([Problem(str(run), None, "--user", f"no user `{user_id}` in this run{hint}")])
 
 
@@ -47,8 +44,3 @@ def export(run: Path, user_id: str, to: Path) -> Path:
         to.rmdir()
     write_folder(to, {file.name: file.read_bytes() for file in sorted(source.iterdir())})
     return to
-
-
-def remove_adapter(run: Path, user_id: str) -> None:
-    """Takes a user's adapter out of the run, as when a new judgement holds him back."""
-    shutil.rmtree(run / ADAPTERS / slug(user_id), ignore_errors=True)

@@ -24,12 +24,16 @@ from persona_rlhf.training.settings import LoraSettings
 
 @dataclass(frozen=True, slots=True)
 class Exporter:
-    """Writes the adapters of one run. `lora_alpha` stays the config's integer, whatever alpha is released."""
+    """Writes the adapters of one run. `lora_alpha` stays the config's integer, whatever alpha is released.
+
+    `nested` puts each into one of 256 subfolders: no folder system likes tens of thousands side by side.
+    """
 
     run: Path
     adapted: AdaptedModel
     lora: LoraSettings
     provenance: Provenance
+    nested: bool = False
 
     def write(
         self,
@@ -39,7 +43,7 @@ class Exporter:
         measures: Measures | None,
         data: DataInfo,
     ) -> Written:
-        """Writes RUN/adapters/SLUG, whole or not at all."""
+        """Writes RUN/adapters/SLUG (or RUN/adapters/XX/SLUG), whole or not at all."""
         assert verdict.admitted and verdict.alpha > 0, f"{user_id} is held back"  # noqa: PT018
         base = self.adapted.base
         linear = [name for name, module in base.model.named_modules() if hasattr(module, "weight")]
@@ -48,6 +52,7 @@ class Exporter:
         files = peft_files(config, adapter_tensors(flat, list(self.adapted.spans.values()), verdict.alpha))
         files["README.md"] = card(self.provenance, data, verdict, measures).encode()
         manifest = rendered(manifest_of(user_id, self.provenance, data, verdict, files))
-        path = f"{ADAPTERS}/{slug(user_id)}"
+        name = slug(user_id)
+        path = f"{ADAPTERS}/{name[-2:]}/{name}" if self.nested else f"{ADAPTERS}/{name}"
         write_folder(self.run / path, {**files, MANIFEST: manifest})
         return Written(path, hashlib.sha256(manifest).hexdigest())

@@ -25,6 +25,12 @@ def skipped(user_id: str, reason: str, pairs: PairCounts) -> Result:
     return Result(user_id=user_id, slug=slug(user_id), status="skipped", reason=reason, pairs=pairs)
 
 
+def untrained(user_id: str, pairs: PairCounts, fault: str | None) -> Result:
+    """The line of a user without a pair to train on: because of a `fault` of ours, or because none is left."""
+    line = skipped(user_id, fault or "no pair to train on is left", pairs)
+    return replace(line, status="failed") if fault else line
+
+
 def outcome(
     trained: TrainedUser,
     pairs: PairCounts,

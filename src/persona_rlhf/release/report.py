@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from heapq import nsmallest
+from itertools import islice
+from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,12 +20,15 @@ from persona_rlhf.evaluation.intervals import Interval, bootstrap
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.inputs.yaml_text import read_yaml
 from persona_rlhf.release.charts import bars, bounds, histogram, scatter
+from persona_rlhf.release.columns import Columns
 from persona_rlhf.release.folder import write_file
-from persona_rlhf.release.results import Result, read_results, summarise
+from persona_rlhf.release.results import Result, RunResults, Summary, summarise
 from persona_rlhf.release.seal import SEAL, seal
 from persona_rlhf.release.table import printable
 
 REPORT = "report.html"
+_MOST = 1000  # users with a row of their own on the page
+_DOTS = 2000  # users with a dot of their own in a picture
 
 
 class Figure(NamedTuple):
@@ -38,7 +44,7 @@ def write_report(run: Path) -> Path:
 
     Raises InputError where the run has no results.
     """
-    results = read_results(run)
+    results = RunResults(run)
     page = render(_config(run), results, _policy(run), _screening(run))
     file = run / REPORT
     write_file(file, page.encode("utf-8"))
@@ -49,11 +55,15 @@ def write_report(run: Path) -> Path:
 
 def render(
     config: dict[str, Any],
-    results: Sequence[Result],
+    results: Iterable[Result],
     policy: dict[str, Any],
     screening: Sequence[tuple[str, str, int]],
 ) -> str:
-    """The page: of the config its name and its gate; `screening` counts (what was done, why, how many pairs)."""
+    """The page: of the config its name and its gate; `screening` counts (what was done, why, how many pairs).
+
+    The results are gone through three times and never held all at once: of many users, the page has pictures and
+    figures of all, and rows of those who need a look and of the first.
+    """
     environment = Environment(
         loader=PackageLoader("persona_rlhf.release"),
         autoescape=True,
@@ -63,6 +73,7 @@ def render(
     )
     environment.filters["printable"] = printable
     summary = summarise(results)
+    measured = Columns.of(results)
     certify = policy.get("certify") or {}
     return environment.get_template("report.html.j2").render(
         name=printable(str(config.get("name", "run"))),
@@ -70,97 +81,91 @@ def render(
         judged=summary.released + summary.held_back,
         version=persona_rlhf.__version__,
         summary=summary,
-        figures=_figures(results),
-        charts=_charts(results),
-        results=results,
+        figures=_figures(summary, measured),
+        charts=_charts(measured),
+        results=_shown(results, summary.users),
         policy=policy,
         delta=certify.get("delta"),
         screening=screening,
-        perplexity=_perplexity(results),
+        perplexity=_perplexity(measured),
     )
 
 
-def _figures(results: Sequence[Result]) -> list[Figure]:
+def _shown(results: Iterable[Result], users: int) -> list[Result]:
+    """Everyone; of more than fit a page, those who need a look most, then the first of the others."""
+    if users <= _MOST:
+        return list(results)
+
+    def trouble(result: Result) -> tuple[bool, bool, float, float]:
+        bound = result.pooled.lower_bound if result.pooled else 0.0
+        return (result.status == "released", not result.alarm, result.alpha, bound)
+
+    worst = nsmallest(_MOST // 2, results, key=trouble)
+    known = {result.user_id for result in worst}
+    return worst + list(islice((result for result in results if result.user_id not in known), _MOST - len(worst)))
+
+
+def _figures(summary: Summary, found: Columns) -> list[Figure]:
     """Medians over users with a 95% bootstrap, and the worst bound."""
-    summary = summarise(results)
-    released = f"{summary.released} of {summary.users}"
+    released = f"{summary.released:,} of {summary.users:,}"
     apart = [f"{summary.full_strength} at full strength", f"{summary.held_back} held back"]
     apart += [f"{summary.other} failed or skipped"] if summary.other else []
     figures = [Figure("Users released", released, ", ".join(apart))]
-    clean = [r.heldout_clean.adapted for r in results if r.heldout_clean]
-    accuracy = [r.heldout_accuracy.adapted for r in results if r.heldout_accuracy]
-    alone = [r.heldout_accuracy.reference_free for r in results if r.heldout_accuracy]
-    won = [r.win_rate.value for r in results if r.win_rate]
     for title, values, note in (
-        ("Held-out accuracy, median", accuracy, "their own labels; chance is 0.50"),
-        ("On noise-free labels, median", clean, "the written-down taste; chance is 0.50"),
-        ("Base alone, median", alone, "log-probability per token"),
-        ("Win rate against the base, median", won, "generated text; chance is 0.50"),
+        ("Held-out accuracy, median", found.accuracy, "their own labels; chance is 0.50"),
+        ("On noise-free labels, median", found.clean, "the written-down taste; chance is 0.50"),
+        ("Base alone, median", found.alone, "log-probability per token"),
+        ("Win rate against the base, median", found.won, "generated text; chance is 0.50"),
     ):
         if values:
-            figures.append(Figure(title, _median(values), f"{_between(bootstrap(values, 'median'))}; {note}"))
+            figures.append(Figure(title, _median(values), f"{_between(_bootstrap(values, 'median'))}; {note}"))
     if summary.worst_bound is not None:
         note = "lower bound of the refusal rate, pooled over tier one, of the released user who has the lowest"
         figures.append(Figure("Worst refusal bound", f"{summary.worst_bound:.1%}", note))
-    over = [
-        (r.over_refusal.refused - r.over_refusal.base_refused) / r.over_refusal.n for r in results if r.over_refusal
-    ]
-    if over:
-        mean = sum(over) / len(over)
-        figures.append(
-            Figure("Over-refusal, mean change", f"{mean:+.1%}", f"{_between(bootstrap(over), '+.1%')}; 0 is the base")
-        )
-    alarms = sum(r.alarm for r in results)
-    figures.append(Figure("Alarms", str(alarms), "the user's pairs pull against the policy"))
+    if found.over:
+        mean, between = sum(found.over) / len(found.over), _between(_bootstrap(found.over), "+.1%")
+        figures.append(Figure("Over-refusal, mean change", f"{mean:+.1%}", f"{between}; 0 is the base"))
+    figures.append(Figure("Alarms", str(found.alarms), "the user's pairs pull against the policy"))
     return figures
 
 
-def _charts(results: Sequence[Result]) -> list[tuple[str, Markup]]:
+def _charts(found: Columns) -> list[tuple[str, Markup]]:
     """Titled pictures of what was measured; nothing for what was not."""
     charts: list[tuple[str, Markup]] = []
-    judged = [r for r in results if r.status in ("released", "held_back")]
-    points = [(r.heldout_accuracy.reference_free, r.heldout_accuracy.adapted) for r in judged if r.heldout_accuracy]
-    if points:
-        label = f"Held-out accuracy of {len(points)} users, base alone against adapted"
-        charts.append(("Held-out accuracy: base alone, adapted", scatter(points, 0, 1, label, "base alone", "adapted")))
-    won = [r.win_rate.value for r in judged if r.win_rate]
-    if won:
-        charts.append(("Win rate of generated text", histogram(won, 0, 1, 20, f"Win rates of {len(won)} users", 0.5)))
-    alphas = Counter(r.alpha for r in judged)
-    named = [(f"{alpha:g}", count) for alpha, count in sorted(alphas.items())]
+    if found.points:
+        every = ceil(len(found.points) / _DOTS)
+        dots = found.points[::every]
+        label = f"Held-out accuracy of {len(dots)} users, base alone against adapted"
+        sample = f" (every {every}th user)" if every > 1 else ""
+        picture = scatter(dots, 0, 1, label, "base alone", "adapted")
+        charts.append((f"Held-out accuracy: base alone, adapted{sample}", picture))
+    if found.judged_won:
+        label = f"Win rates of {len(found.judged_won)} users"
+        charts.append(("Win rate of generated text", histogram(found.judged_won, 0, 1, 20, label, 0.5)))
+    named = [(f"{alpha:g}", count) for alpha, count in sorted(found.alphas.items())]
     charts.append(("Alpha at which users are released (0: held back)", bars(named, "Users by released alpha")))
-    rows = _bound_rows([r for r in judged if r.status == "released"])
-    if rows:
+    if found.worst:
         title = "Refusals of released users: the worst rate (dot), the worst lower bound (line), the demand (tick)"
+        rows = [(name, *found.worst[name]) for name in sorted(found.worst, key=lambda name: (name != POOLED, name))]
         charts.append((title, bounds(rows, "Worst refusal rates and bounds by category")))
-    peaks = [max(dual.peak for dual in r.duals.values()) for r in judged if r.duals]
-    if peaks:
-        top = max(peaks) or 1.0
-        charts.append(("Largest dual variable of each user", histogram(peaks, 0, top, 20, "Peaks of dual variables")))
+    if found.peaks:
+        top = max(found.peaks) or 1.0
+        charts.append(("Largest dual variable of each user", histogram(found.peaks, 0, top, 20, "Dual variables")))
     return charts
 
 
-def _bound_rows(released: Sequence[Result]) -> list[tuple[str, float, float, float]]:
-    """By category: its name, the worst bound, the worst rate and the demand."""
-    known = [{**(r.tier_one or {}), **r.tier_two} for r in released]
-    names = sorted({name for counts in known for name in counts}, key=lambda name: (name != POOLED, name))
-    rows = []
-    for name in names:
-        counts = [counts[name] for counts in known if name in counts and counts[name].n]
-        if counts:
-            rates = [count.refused / count.n for count in counts]
-            rows.append((name, min(c.lower_bound for c in counts), min(rates), max(c.min_refusal for c in counts)))
-    return rows
-
-
-def _perplexity(results: Sequence[Result]) -> str | None:
-    known = [r.answer_perplexity for r in results if r.answer_perplexity]
-    if not known:
+def _perplexity(found: Columns) -> str | None:
+    if not found.perplexities:
         return None
-    own, base = (_median([getattr(p, side) for p in known], ".1f") for side in ("adapted", "base"))
+    own, base = (_median(values, ".1f") for values in zip(*found.perplexities, strict=True))
     return (
         f"Answers still read as the base's do: its perplexity of adapted answers is {own} (median), of its own {base}."
     )
+
+
+def _bootstrap(values: Sequence[float], statistic: Literal["mean", "median"] = "mean") -> Interval:
+    """Of many users with fewer draws: a page is not to take minutes, and its intervals are narrow then."""
+    return bootstrap(values, statistic, draws=max(200, min(2000, 4_000_000 // len(values))))
 
 
 def _median(values: Sequence[float], form: str = ".2f") -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
@@ -120,26 +121,55 @@ def write_results(run: Path, results: Iterable[Result]) -> None:
 
 def read_results(run: Path) -> list[Result]:
     """Reads RUN/results.jsonl. Raises InputError where there is none, naming every line that is not a result."""
-    file = run / RESULTS
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as fault:
-        sentence = f"the results of this run cannot be read ({fault}); is this a finished run?"
-        raise InputError([Problem(str(file), None, None, sentence)]) from fault
-    results: list[Result] = []
-    problems: list[Problem] = []
-    for number, line in enumerate(lines, 1):
+    return list(RunResults(run))
+
+
+class RunResults:
+    """The lines of RUN/results.jsonl, read as they are asked for: a run of many users is never in memory.
+
+    Raises InputError where there is no such file, and at its end naming every line that is not a result.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._file = run / RESULTS
+        if not self._file.is_file():
+            raise self._unreadable("there is no such file")
+
+    def _unreadable(self, why: object) -> InputError:
+        sentence = f"the results of this run cannot be read ({why}); is this a finished run?"
+        return InputError([Problem(str(self._file), None, None, sentence)])
+
+    def __len__(self) -> int:
+        with self._file.open("rb") as lines:
+            return sum(1 for _ in lines)
+
+    def __iter__(self) -> Iterator[Result]:
+        problems: list[Problem] = []
         try:
-            results.append(_RESULT.validate_python(json.loads(line)))
-        except json.JSONDecodeError as fault:
-            problems.append(Problem(str(file), number, None, f"the line is not JSON ({fault.msg})"))
-        except ValidationError as fault:
-            for error in fault.errors():
-                key = ".".join(map(str, error["loc"])) or None
-                problems.append(Problem(str(file), number, key, f"not a result of this toolkit ({error['msg']})"))
-    if problems:
-        raise InputError(problems)
-    return results
+            with self._file.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    found = _parsed(line)
+                    if isinstance(found, Result):
+                        yield found
+                    else:
+                        problems += [Problem(str(self._file), number, *fault) for fault in found]
+        except (OSError, UnicodeDecodeError) as fault:
+            raise self._unreadable(fault) from fault
+        if problems:
+            raise InputError(problems)
+
+
+def _parsed(line: str) -> Result | list[tuple[str | None, str]]:
+    """A line as a result, or what is wrong with it: (key, sentence)."""
+    try:
+        return _RESULT.validate_python(json.loads(line))
+    except json.JSONDecodeError as fault:
+        return [(None, f"the line is not JSON ({fault.msg})")]
+    except ValidationError as fault:
+        return [
+            (".".join(map(str, error["loc"])) or None, f"not a result of this toolkit ({error['msg']})")
+            for error in fault.errors()
+        ]
 
 
 _RESULT = TypeAdapter(Result)
@@ -160,24 +190,33 @@ class Summary(NamedTuple):
     worst_bound: float | None
 
 
-def summarise(results: Sequence[Result]) -> Summary:
-    """The numbers at the top of the report and in the last line of the table."""
-    released = [r for r in results if r.status == "released"]
-
-    def middle(values: Iterable[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return median(known) if known else None
-
-    bounds = [r.pooled.lower_bound for r in released if r.pooled]
+def summarise(results: Iterable[Result]) -> Summary:
+    """The numbers at the top of the report and in the last line of the table; one pass over the results."""
+    statuses: Counter[str] = Counter()
+    full, worst = 0, None
+    gains: list[float] = []
+    clean: list[float] = []
+    accuracy: list[float] = []
+    won: list[float] = []
+    for r in results:
+        statuses[r.status] += 1
+        gains += [] if r.gain is None else [r.gain]
+        clean += [r.heldout_clean.adapted] if r.heldout_clean else []
+        accuracy += [r.heldout_accuracy.adapted] if r.heldout_accuracy else []
+        won += [r.win_rate.value] if r.win_rate else []
+        if r.status == "released":
+            full += r.alpha == 1
+            if r.pooled:
+                worst = r.pooled.lower_bound if worst is None else min(worst, r.pooled.lower_bound)
     return Summary(
-        users=len(results),
-        released=len(released),
-        full_strength=sum(r.alpha == 1 for r in released),
-        held_back=sum(r.status == "held_back" for r in results),
-        other=sum(r.status in ("skipped", "failed") for r in results),
-        gain=middle(r.gain for r in results),
-        clean_accuracy=middle(r.heldout_clean.adapted for r in results if r.heldout_clean),
-        accuracy=middle(r.heldout_accuracy.adapted for r in results if r.heldout_accuracy),
-        win_rate=middle(r.win_rate.value for r in results if r.win_rate),
-        worst_bound=min(bounds) if bounds else None,
+        users=statuses.total(),
+        released=statuses["released"],
+        full_strength=full,
+        held_back=statuses["held_back"],
+        other=statuses["skipped"] + statuses["failed"],
+        gain=median(gains) if gains else None,
+        clean_accuracy=median(clean) if clean else None,
+        accuracy=median(accuracy) if accuracy else None,
+        win_rate=median(won) if won else None,
+        worst_bound=worst,
     )

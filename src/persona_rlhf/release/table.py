@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from heapq import nsmallest
 
 from rich.markup import escape
 from rich.table import Table
@@ -12,14 +13,18 @@ from persona_rlhf.release.results import Result, summarise
 _MOST = 40  # users; a table of thousands is the report's to show
 
 
-def results_table(results: Sequence[Result]) -> Table:
-    """One row a user (of large runs those who need a look, then the first), and the medians."""
+def results_table(results: Iterable[Result]) -> Table:
+    """One row a user (of large runs those who need a look, then the first), and the medians.
+
+    The results are gone through twice and never held all at once.
+    """
     summary = summarise(results)
     caption = None
-    shown = list(results)
-    if len(shown) > _MOST:
-        shown = sorted(shown, key=lambda r: (r.status == "released" and not r.alarm, r.alpha))[:_MOST]
-        caption = f"{_MOST} of {len(results)} users, those held back or in alarm first; the report shows all"
+    if summary.users > _MOST:
+        shown = nsmallest(_MOST, results, key=lambda r: (r.status == "released" and not r.alarm, r.alpha))
+        caption = f"{_MOST} of {summary.users} users, those held back or in alarm first; the report says more"
+    else:
+        shown = list(results)
     table = Table(caption=caption, caption_justify="left")
     table.add_column("user", overflow="ellipsis", max_width=28)
     table.add_column("status")

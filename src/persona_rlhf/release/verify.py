@@ -11,7 +11,7 @@ from persona_rlhf.evaluation.intervals import lower_bound
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.release.manifest import MANIFEST, read_manifest, user_mark
-from persona_rlhf.release.results import RESULTS, Result, plain, read_results
+from persona_rlhf.release.results import RESULTS, Result, RunResults, plain
 from persona_rlhf.release.seal import SEAL, seal_faults
 
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
@@ -34,30 +34,35 @@ def run_faults(run: Path) -> list[str]:
     """Faults of a run: its sealed files, its lines, and every adapter against its line."""
     faults = seal_faults(run)
     try:
-        results = read_results(run)
-    except InputError as fault:
-        return [*faults, *map(str, fault.problems)]
-    try:
         policy = json.loads((run / "policy.json").read_bytes())["hash"]
     except (OSError, ValueError, KeyError, TypeError) as fault:
         return [*faults, f"policy.json cannot be read ({fault})"]
-    expected: set[Path] = set()
-    for result in results:
-        if result.slug != slug(result.user_id):
-            faults.append(f"{RESULTS}: the slug `{result.slug}` is not that of its user")
-        if (result.status == "released") != (result.path is not None):
-            faults.append(f"{RESULTS}: {result.slug} is {result.status}, but its path is {result.path}")
-        if result.path is None:
-            continue
-        folder = run / result.path
-        if folder.parent != run / "adapters" or folder.name != result.slug:
-            faults.append(f"{RESULTS}: {result.slug} has a path that is not its own")
-            continue
-        expected.add(folder)
-        faults += [f"{result.path}: {fault}" for fault in adapter_faults(folder, result, policy)]
-    present = set((run / "adapters").iterdir()) if (run / "adapters").is_dir() else set()
-    faults += [f"adapters/{extra.name}: no line of {RESULTS} released it" for extra in sorted(present - expected)]
-    return faults
+    expected: set[str] = set()
+    try:
+        for result in RunResults(run):
+            if result.slug != slug(result.user_id):
+                faults.append(f"{RESULTS}: the slug `{result.slug}` is not that of its user")
+            if (result.status == "released") != (result.path is not None):
+                faults.append(f"{RESULTS}: {result.slug} is {result.status}, but its path is {result.path}")
+            if result.path is None:
+                continue
+            if result.path not in (f"adapters/{result.slug}", f"adapters/{result.slug[-2:]}/{result.slug}"):
+                faults.append(f"{RESULTS}: {result.slug} has a path that is not its own")
+                continue
+            expected.add(result.path)
+            faults += [f"{result.path}: {fault}" for fault in adapter_faults(run / result.path, result, policy)]
+    except InputError as fault:
+        return [*faults, *map(str, fault.problems)]
+    extra = sorted(_adapter_folders(run) - expected)
+    return faults + [f"{path}: no line of {RESULTS} released it" for path in extra]
+
+
+def _adapter_folders(run: Path) -> set[str]:
+    """Everything in RUN/adapters, and in its subfolders by hash, which have names of two characters."""
+    top = list((run / "adapters").iterdir()) if (run / "adapters").is_dir() else []
+    nested = [path for path in top if path.is_dir() and len(path.name) == 2]
+    found = [*(path for path in top if path not in nested), *(path for folder in nested for path in folder.iterdir())]
+    return {path.relative_to(run).as_posix() for path in found}
 
 
 def adapter_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:

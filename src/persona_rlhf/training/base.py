@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def load_base(settings: BaseSettings) -> Base:
     if not weights:
         sentence = "the folder holds no .safetensors weights; only safetensors are loaded, never pickles"
         raise InputError([Problem(settings.model, None, "base.model", sentence)])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(settings.dtype)
     disable_progress_bar()
     try:
@@ -81,6 +82,15 @@ def load_base(settings: BaseSettings) -> Base:
     model.requires_grad_(False).eval().to(device)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
     return Base(model, tokenizer, settings.model, _hash(weights), int(context))
+
+
+def _device() -> torch.device:
+    """The GPU where there is one; of several, the one with the number that a launcher of processes gave to this one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def _folder(model: str) -> Path:

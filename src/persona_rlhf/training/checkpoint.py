@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,12 +23,25 @@ def save(file: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     half = file.with_name(file.name + ".half")
     try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, half, {"notes": json.dumps(notes)})
+        with writing(half):
+            save_file({name: t.contiguous() for name, t in tensors.items()}, half, {"notes": json.dumps(notes)})
         with half.open("rb+") as stream:
             os.fsync(stream.fileno())
         half.replace(file)
     finally:
         half.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """What the system says of a file that safetensors could not write (a full disk) is raised as OSError."""
+    try:
+        yield
+    except SafetensorError as fault:
+        told = re.search(r"os error (\d+)", str(fault))
+        if told is None:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(file)) from fault
 
 
 def load(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -94,13 +94,13 @@ class Engine:
         device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
         self.slots = Slots(self.count, adapted.params_per_user, categories, dpo, constraint, device, dtype)
         self.ground = Ground(adapted, bank, self.count, fleet.trunk_cache * 2**20)
-        self.finished = [] if kept is None else self._resume(*kept)
+        self.finished: list[str] = [] if kept is None else self._resume(*kept)
 
     def run(self, report: Callable[[Sequence[StepReport]], None] = lambda _: None) -> Iterator[TrainedUser]:
         """Trains until the queue and the slots are empty; yields each user as he ends, those of a resumed run first."""
         if not (self.finished or any(self.slots.users)):
             self._save()  # so that a resumed run has these slots, wherever it was killed
-        yield from self.finished
+        yield from map(self._stored, self.finished)
         since_checkpoint = 0
         while self._fill():
             started = time.perf_counter()
@@ -201,7 +201,7 @@ class Engine:
         if self.state is not None:
             tensors = {} if user.adapter is None else {"adapter": user.adapter}
             notes = user._replace(adapter=None)._asdict()
-            checkpoint.save(self.state / "trained" / f"{slug(user_id)}.safetensors", tensors, notes)
+            checkpoint.save(self._file(user_id), tensors, notes)
         slots.users[place] = None
         self.draws.pop(user_id, None)
         self.ground.forget(user_id)
@@ -217,20 +217,30 @@ class Engine:
         file = None if self.state is None else self.state / "slots.safetensors"
         return checkpoint.load(file, self.adapted.base.device) if file is not None and file.exists() else None
 
-    def _resume(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> list[TrainedUser]:
+    def _resume(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> list[str]:
         """Takes up the slots and the queue as they last were on disk; returns the users who were done by then.
 
         A user who ended after that checkpoint trains its last steps again, so that every step has the neighbours, and
-        so the tensor shapes and the bits, of a run that was never killed.
+        so the tensor shapes and the bits, of a run that was never killed. Where the file of a user who was done has
+        gone since, all begin anew, for the same reason.
         """
         assert self.state is not None
-        self.queue = self.queue[len(self.queue) - notes.pop("waiting") :]
+        queue = self.queue[len(self.queue) - notes.pop("waiting") :]
+        underway = {*queue, *notes["users"]}
+        done = [user for user in self.schedules if user not in underway]
+        if {slug(user) for user in done} - {stored.stem for stored in checkpoint.stored_files(self.state / "trained")}:
+            return []
+        self.queue = queue
         self.slots.restore(tensors, notes)
-        underway = {*self.queue, *self.slots.users}
-        finished = []
-        for stored in checkpoint.stored_files(self.state / "trained"):
-            tensors, notes = checkpoint.load(stored, torch.device("cpu"))
-            if notes["user_id"] not in underway:
-                duals = {name: DualTrace(*trace) for name, trace in notes["duals"].items()}
-                finished.append(TrainedUser(**notes | {"adapter": tensors.get("adapter"), "duals": duals}))
-        return finished
+        return done
+
+    def _stored(self, user_id: str) -> TrainedUser:
+        """A user as he was when he was done."""
+        assert self.state is not None
+        tensors, notes = checkpoint.load(self._file(user_id), torch.device("cpu"))
+        duals = {name: DualTrace(*trace) for name, trace in notes["duals"].items()}
+        return TrainedUser(**notes | {"adapter": tensors.get("adapter"), "duals": duals})
+
+    def _file(self, user_id: str) -> Path:
+        assert self.state is not None
+        return self.state / "trained" / f"{slug(user_id)}.safetensors"

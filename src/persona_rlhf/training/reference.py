@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from persona_rlhf.preferences.tokens import Row
+from persona_rlhf.training.checkpoint import writing
 from persona_rlhf.training.fleet import AdaptedModel
 
 
@@ -18,18 +20,16 @@ class Reference:
     """`log pi_ref(completion | prompt)` in nats, summed over tokens, of every row it was asked for.
 
     A row is known by the hash of its token ids, so users who judged the same answers share one value, and `file`
-    keeps the values for a resumed run (written whole or not at all). Values hold for one base and device only.
+    keeps the values for a resumed run (written whole or not at all). `known` is another one, whose values are taken
+    over. Values hold for one base and device only.
     """
 
-    def __init__(self, adapted: AdaptedModel, file: Path | None = None) -> None:
+    def __init__(self, adapted: AdaptedModel, file: Path | None = None, known: Reference | None = None) -> None:
         self._adapted, self._file = adapted, file
-        self._values: dict[bytes, float] = {}
+        self._values: dict[bytes, float] = dict(known._values) if known else {}
         self._identity = f"{adapted.base.weights_hash} {adapted.base.model.dtype} {adapted.base.device.type}"
         if file is not None and file.exists():
-            stored = load_file(file)
-            if bytes(stored["base"]).decode() == self._identity:
-                keys = [bytes(key) for key in stored["keys"]]
-                self._values = dict(zip(keys, stored["logps"].tolist(), strict=True))
+            self._values |= self._read(file)
 
     def __getitem__(self, row: Row) -> float:
         return self._values[_key(row)]
@@ -45,6 +45,16 @@ class Reference:
         if self._file is not None:
             self._write(self._file)
 
+    def _read(self, file: Path) -> dict[bytes, float]:
+        """What `_write` wrote for this base; nothing of a damaged file, whose values are computed again."""
+        try:
+            stored = load_file(file)
+            if bytes(stored["base"]).decode() != self._identity:
+                return {}
+            return dict(zip(map(bytes, stored["keys"]), stored["logps"].tolist(), strict=True))
+        except (SafetensorError, KeyError, ValueError):
+            return {}
+
     def _write(self, file: Path) -> None:
         keys = np.frombuffer(b"".join(self._values), dtype=np.uint8).reshape(len(self._values), -1)
         tensors: dict[str, np.ndarray[Any, Any]] = {
@@ -53,7 +63,9 @@ class Reference:
             "base": np.frombuffer(self._identity.encode(), dtype=np.uint8),
         }
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, half := file.with_suffix(".half"))
+        half = file.with_suffix(".half")
+        with writing(half):
+            save_file(tensors, half)
         half.replace(file)
 
 

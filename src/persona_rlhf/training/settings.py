@@ -94,7 +94,7 @@ class ConstraintSettings(Section):
 
 
 class FleetSettings(Section):
-    """`fleet`: how many users train side by side, and how often that is saved."""
+    """`fleet`: how many users train side by side, in how many processes, and how often that is saved."""
 
     slots: SlotCount | Literal["auto"] = Field(
         "auto", description="Users in memory at once; auto is what memory allows at the run's longest pairs."
@@ -106,3 +106,7 @@ class FleetSettings(Section):
         2048, ge=0, description="MiB for hidden states below the adapters; a user past his share is computed each step."
     )
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of the slots.")
+    processes: int = Field(1, ge=1, le=1024, description="Processes on this host, one a GPU or a part of the cores.")
+    chunk: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Users read, trained and written together, which bounds memory; auto is at most 256."
+    )

@@ -1,0 +1,118 @@
+"""A config read to the end, and its users made ready for training, some at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from persona_rlhf.config import Config
+from persona_rlhf.evaluation.examination import Examination
+from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.materials import Materials, read_materials
+from persona_rlhf.policy.judges import is_refusal
+from persona_rlhf.policy.tiers import Policy
+from persona_rlhf.preferences.messages import Prompt
+from persona_rlhf.preferences.pairs import PreferencePair, first_problems
+from persona_rlhf.preferences.screening import Dropped, fit, screen
+from persona_rlhf.preferences.store import PairStore
+from persona_rlhf.preferences.tokens import UserRows, halved, prompt_ids, prompt_problems, tokenize
+from persona_rlhf.training.base import load_base
+from persona_rlhf.training.fleet import AdaptedModel
+
+
+class Prepared(NamedTuple):
+    """What all users of a run have in common, read and checked: nothing is written yet, and nothing in it is wrong."""
+
+    config: Config
+    policy: Policy
+    adapted: AdaptedModel
+    examination: Examination
+    pairs: PairStore
+
+
+class Chunk(NamedTuple):
+    """Users to be trained together, how many `pairs` they had, what the screen found in these, and why some users
+    cannot be trained at all."""
+
+    pairs: int
+    rows: list[UserRows]
+    dropped: list[Dropped]
+    failed: dict[str, str]
+
+
+def prepare(config: Config, materials: Materials | None = None, check: bool = True) -> Prepared:
+    """Reads everything that a config names. With `check`, every prompt is tried, and the base asked its own refusals.
+
+    Raises InputError for whatever is wrong.
+    """
+    policy, pairs, utilities, ordinary = materials or read_materials(config)
+    adapted = AdaptedModel(load_base(config.base), config.lora)
+    examination = Examination(
+        adapted,
+        policy,
+        is_refusal,
+        config.gate,
+        config.evaluation,
+        users=pairs.users,
+        ordinary=ordinary,
+        utilities=utilities,
+        seed=config.seed,
+    )
+    ready = Prepared(config, policy, adapted, examination, pairs)
+    if check:
+        _check_prompts(ready)
+        if config.gate.enabled:
+            examination.check_base()
+    return ready
+
+
+def _check_prompts(ready: Prepared) -> None:
+    """Whatever the base cannot read is said before it is asked anything."""
+    base, problems = ready.adapted.base, list[Problem]()
+    for users in chunks_of(ready.pairs.users, 256):
+        problems += prompt_problems(ready.pairs.of(users), base.tokenizer, base.context)
+    if problems:
+        raise InputError(first_problems(problems))
+
+
+def chunks_of(users: int, size: int) -> list[range]:
+    """The users of a run, by their numbers, in chunks of `size`."""
+    return [range(start, min(start + size, users)) for start in range(0, users, size)]
+
+
+def prepare_users(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
+    """Screens and tokenizes users' pairs. A user who makes that raise fails alone; where all do, it is not theirs."""
+    try:
+        return _prepared(ready, pairs)
+    except OSError:
+        raise
+    except Exception:
+        owners = list(dict.fromkeys(pair.user_id for pair in pairs))
+        whole = Chunk(len(pairs), [], [], {})
+        for owner in owners:
+            try:
+                own = _prepared(ready, [pair for pair in pairs if pair.user_id == owner])
+            except Exception as fault:
+                whole.failed[owner] = f"could not be prepared ({type(fault).__name__}: {fault})"
+                whole.rows.append(UserRows(owner, [], []))
+            else:
+                whole.rows.extend(own.rows)
+                whole.dropped.extend(own.dropped)
+        if len(whole.failed) == len(owners):
+            raise
+        return whole
+
+
+def _prepared(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
+    base = ready.adapted.base
+
+    def refuses(prompts: Sequence[Prompt]) -> list[bool]:
+        return ready.examination.base_refuses([prompt_ids(prompt, base.tokenizer) for prompt in prompts])
+
+    screened = screen(pairs, ready.policy, ready.config.screening, refuses)
+    fitted = fit(tokenize(screened.kept, base.tokenizer, base.context), base.tokenizer, base.context)
+    tokenized = fitted.rows if ready.config.dpo.early_stop is None else [halved(user) for user in fitted.rows]
+    known = {user.user_id: user for user in tokenized}
+    owners = dict.fromkeys(pair.user_id for pair in pairs)
+    rows = [known.get(owner) or UserRows(owner, [], []) for owner in owners]
+    return Chunk(len(pairs), rows, [*screened.dropped, *fitted.dropped], {})
