@@ -65,8 +65,11 @@ def test_json_has_the_total_and_the_table_every_figure():
 
 def test_a_run_without_a_pair_to_train_on_is_a_plan_of_nobody(monkeypatch):
     adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
-    ready = SimpleNamespace(adapted=adapted, rows=[user_rows("quiet", 0, seed=0, heldout=2)], policy=None)
+    pairs = SimpleNamespace(users=1, of=lambda _: [])
+    ready = SimpleNamespace(adapted=adapted, pairs=pairs, policy=None)
+    chunk = SimpleNamespace(rows=[user_rows("quiet", 0, seed=0, heldout=2)])
     monkeypatch.setattr(planning, "prepare", lambda *_: ready)
+    monkeypatch.setattr(planning, "prepare_users", lambda *_: chunk)
     monkeypatch.setattr(planning, "constraint_bank", lambda *_: None)
     found = planning.plan(read_config(shipped_root() / "configs/quickstart.yaml"))
     assert (found.users, found.skipped, found.steps, found.slots) == (0, 1, 0, 0)

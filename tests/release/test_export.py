@@ -10,9 +10,12 @@ from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.release.export import HeldBack, export
 from persona_rlhf.release.manifest import BaseInfo, fingerprint
-from persona_rlhf.release.peft_folder import read_adapter, target_modules
+from persona_rlhf.release.peft_folder import adapter_config, adapter_tensors, peft_files, read_adapter, target_modules
 from persona_rlhf.release.results import read_results
 from persona_rlhf.release.verify import verify
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.settings import LoraSettings, TopLayers
+from tests.training.tiny import random_flat, tiny_base
 
 
 @pytest.mark.parametrize(("user", "alpha"), [("Ada", 1.0), ("ada", 0.5)])
@@ -161,3 +164,27 @@ def test_lines_read_back_as_written(run):
     assert [r.alarm for r in results[:4]] == [False, False, True, True]
     assert line["duals"]["terrorist_content"] == {"final": 0.1, "peak": 2.0, "mean": 0.2}
     assert results[2].gain == pytest.approx(0.3)
+
+
+def test_upper_layers_load_in_plain_peft(tmp_path):
+    """Only the named layers of the stack are in the folder, and PEFT adapts no other."""
+    base = tiny_base(layers=4)
+    lora = LoraSettings(rank=4, alpha=8, layers=TopLayers(top=0.5))
+    adapted = AdaptedModel(base, lora)
+    flat = random_flat(adapted, 1)
+    spans = list(adapted.spans.values())
+    linear = [name for name, module in base.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    config = adapter_config(
+        BaseInfo.of("tiny", "0"), 4, 8, target_modules(adapted.spans, {name.removesuffix(".frozen") for name in linear})
+    )
+    for name, content in peft_files(config, adapter_tensors(flat[0], spans, 0.5)).items():
+        (tmp_path / name).write_bytes(content)
+    ids = torch.arange(2, 34).view(2, 16)
+    with torch.no_grad():
+        with adapted.using(flat, torch.tensor([0.5])):
+            ours = base.model(ids).logits
+        alone = base.model(ids).logits
+        adapted.close()
+        theirs = PeftModel.from_pretrained(base.model, tmp_path).eval()(ids).logits
+    assert (ours - theirs).abs().max() <= 1e-5
+    assert (ours - alone).abs().max() > 1e-2
