@@ -35,7 +35,7 @@ from persona_rlhf.preferences.tokens import tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = 2048
-SLOTS = 8  # what fleet.slots=auto is on a CPU
+SLOTS = 4  # the most that fleet.slots=auto is on a CPU
 CONFIG = """\
 name: cragc25
 base: {model: base}

@@ -84,7 +84,7 @@ def test_bank_sizes() -> None:
 
 def test_wrappers_fit_every_topic() -> None:
     assert len(phrasings()) >= 150
-    assert 0 < len(phrasings()) - len(trained_phrasings()) < 60
+    assert 0 < len(phrasings()) - len(trained_phrasings()) < len(phrasings()) / 3
     assert all(sum(suits(p, t.vp) for p in phrasings()) >= 100 for t in topics())
 
 

@@ -13,7 +13,7 @@ Split = Literal["train", "dev", "certify", "test"]
 Novelty = Literal["combination", "phrasing", "topic"]
 
 CATEGORIES = ("terrorist_content", "child_sexual_abuse", "threats_of_violence", "sexual_assault")
-_KEY = b"persona-rlhf probe split 1"
+_KEY = b"persona-rlhf probe split 2"
 
 
 class Probe(NamedTuple):
@@ -38,11 +38,11 @@ def _unit(kind: str, *parts: str) -> float:
 def assign_split(topic: str, phrasing: str) -> tuple[Split, Novelty]:
     """The split of a probe, and what about it is unseen in training.
 
-    A tenth of all topics and a fifth of all phrasings are kept out of `train` whole; of what is left, half of the
+    A sixth of all topics and a fifth of all phrasings are kept out of `train` whole; of what is left, half of the
     combinations are trained. Unseen topics never reach `certify`: they are reported as a shift, not certified.
     """
-    if _unit("topic", topic) < 0.10:
-        return ("dev" if _unit("topic split", topic) < 0.4 else "test"), "topic"
+    if _unit("topic", topic) < 0.16:
+        return ("dev" if _unit("topic split", topic) < 0.45 else "test"), "topic"
     if _unit("phrasing", phrasing) < 0.20:
         u = _unit("phrasing split", phrasing)
         return ("dev" if u < 0.25 else "certify" if u < 0.60 else "test"), "phrasing"

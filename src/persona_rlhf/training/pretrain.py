@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from persona_rlhf.training.world.corpus import Row, corpus
 
 SEED = 7
-COMPLETION_TOKENS = 5_000_000
-VOCABULARY = 1536
+COMPLETION_TOKENS = 7_000_000
+VOCABULARY = 2048
 SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"

@@ -34,6 +34,19 @@ def plain(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
 
 
+_FUNCTION_WORDS = """
+a an the my his her their our me him them i you it is are be am to of in on at for with and or by from into that who so
+as this someone somebody
+"""
+_PLURALS = {"children": "child", "women": "woman", "men": "man", "people": "person"}
+
+
+def content_words(text: str) -> frozenset[str]:
+    """The words that carry the meaning, in the singular: two texts with the same ones are the same request."""
+    words = (w.removesuffix("'s") for w in plain(text).split() if w not in _FUNCTION_WORDS.split())
+    return frozenset(_PLURALS.get(w, w[:-1] if w.endswith("s") and not w.endswith("ss") else w) for w in words)
+
+
 @lru_cache(maxsize=1)
 def banks() -> dict[str, tuple[Probe, ...]]:
     """Category -> probes of all splits, in the order of their ids."""

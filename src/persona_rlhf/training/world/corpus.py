@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from persona_rlhf.policy.hazards import CATEGORIES, assign_split
 from persona_rlhf.training.world.answers import opener
-from persona_rlhf.training.world.banks import forbidden, plain
+from persona_rlhf.training.world.banks import content_words, forbidden, plain
 from persona_rlhf.training.world.lexicon import extra_benign, extra_hazards
 from persona_rlhf.training.world.ordinary import Exchange, how_to, ordinary, suitable
 from persona_rlhf.training.world.phrasings import Phrasing, roughen, suits, trained_phrasings, wrap
@@ -17,7 +17,7 @@ from persona_rlhf.training.world.refusals import refusal
 from persona_rlhf.training.world.topics import Benign, Topic, ordinary_topics, topics, twin_of
 
 # Shares of the rows. Hazards beyond the bank, and benign sentences with the same words, teach meaning in context.
-SHARES = {"hazard": 0.15, "twin": 0.15, "extra hazard": 0.09, "extra benign": 0.20, "ordinary": 0.41}
+SHARES = {"hazard": 0.13, "twin": 0.13, "extra hazard": 0.17, "extra benign": 0.20, "ordinary": 0.37}
 
 
 class Row(NamedTuple):
@@ -31,24 +31,39 @@ class Row(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _trained_topics() -> dict[str, tuple[Topic, ...]]:
+    return {c: tuple(t for t in topics() if t.category == c and not _is_held(t)) for c in CATEGORIES}
+
+
+Groups = tuple[tuple[str, ...], ...]
+
+
+@lru_cache(maxsize=1)
+def _extra_hazards() -> dict[str, Groups]:
+    held = [content_words(t.vp) for t in topics() if _is_held(t)]
+    bank = {plain(t.vp) for t in topics()}
     return {
-        c: tuple(t for t in topics() if t.category == c and assign_split(t.id, "x")[1] != "topic") for c in CATEGORIES
+        category: tuple(tuple(v for v in group if plain(v) not in bank and not _holds(v, held)) for group in groups)
+        for category, groups in extra_hazards().items()
     }
 
 
 @lru_cache(maxsize=1)
-def _extra_hazards() -> dict[str, tuple[str, ...]]:
-    bank = {plain(t.vp) for t in topics()}
-    return {c: tuple(v for v in vps if plain(v) not in bank) for c, vps in extra_hazards().items()}
-
-
-@lru_cache(maxsize=1)
-def _extra_benign() -> tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]:
-    held = {plain(b.vp) for t in topics() for b in t.twins if assign_split(t.id, "x")[1] == "topic"}
+def _extra_benign() -> tuple[tuple[str, Groups], ...]:
+    held = [content_words(b.vp) for t in topics() if _is_held(t) for b in t.twins]
     return tuple(
-        (domain, tuple(tuple(v for v in group if plain(v) not in held) for group in groups))
+        (domain, tuple(tuple(v for v in group if not _holds(v, held)) for group in groups))
         for domain, groups in extra_benign().items()
     )
+
+
+def _is_held(topic: Topic) -> bool:
+    return assign_split(topic.id, "x")[1] == "topic"
+
+
+def _holds(vp: str, held: list[frozenset[str]]) -> bool:
+    """Does a verb phrase say all that a held-out one says, whatever the articles, plurals and order?"""
+    words = content_words(vp)
+    return any(h <= words for h in held)
 
 
 def _trained_pair(rng: Random) -> tuple[Topic, Phrasing]:
@@ -72,7 +87,7 @@ def _candidate(rng: Random) -> Row:
         return _refused(rng, wrap(phrasing, topic.vp), topic.category)
     if kind == "extra hazard":
         category = rng.choice(CATEGORIES)
-        vp = rng.choice(_extra_hazards()[category])
+        vp = rng.choice(rng.choice(_extra_hazards()[category]))
         return _refused(rng, wrap(suitable(rng, trained_phrasings(), vp), vp), category)
     exchange: Exchange
     if kind == "twin":

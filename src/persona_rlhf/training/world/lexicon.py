@@ -64,10 +64,10 @@ def phrasing_lines() -> dict[str, list[str]]:
 
 
 @lru_cache(maxsize=1)
-def extra_hazards() -> dict[str, tuple[str, ...]]:
-    """Category -> further hazardous verb phrases, made by grammar."""
+def extra_hazards() -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Category -> the further hazardous verb phrases of each pattern."""
     return {
-        category: tuple(v for pattern in patterns for v in expand(pattern))
+        category: tuple(tuple(expand(pattern)) for pattern in patterns)
         for category, patterns in _read("extras.yaml").items()
         if category != "benign"
     }

@@ -129,8 +129,10 @@ class Phrasing(NamedTuple):
 
 
 def gerund(vp: str) -> str:
-    """'take a photo' -> 'taking a photo'."""
+    """'take a photo' -> 'taking a photo'; an adverb in front stays as it is."""
     verb, _, rest = vp.partition(" ")
+    if verb.endswith("ly"):
+        return f"{verb} {gerund(rest)}"
     if verb == "be" or verb in _KEPT:
         stem = verb
     elif verb.endswith("ie"):
