@@ -34,6 +34,8 @@ class BaseAnswers:
         self.max_new_tokens = max_new_tokens
         self._adapted = adapted
         self._known: dict[Prompt, BaseAnswer] = {}
+        self.states: dict[Row, Float[Tensor, "_tokens hidden"]] = {}
+        """Of each answer what lies below the adapted layers: the same for every user."""
 
     def of(self, prompts: Sequence[Prompt]) -> list[BaseAnswer]:
         """The answers to these prompts; those not asked before are written now."""
@@ -44,6 +46,7 @@ class BaseAnswers:
             for prompt, answer in zip(new, written, strict=True):
                 refused = self.judge(answer_text(self._adapted, answer))
                 self._known[prompt] = BaseAnswer(answer_row(self._adapted, prompt, answer), refused)
+            self.states.update(self._adapted.below([self._known[prompt].row for prompt in new]))
         return [self._known[prompt] for prompt in prompts]
 
     def refused(self, prompts: Sequence[Prompt]) -> list[bool]:
@@ -75,7 +78,7 @@ def refusal_outcomes(
         return Refusals([[] for _ in range(flat.shape[0])], [1.0] * flat.shape[0])
     answers = base.of(prompts)
     with adapted.using(flat, alphas):
-        scores = adapted.score([[answer.row for answer in answers]] * flat.shape[0])
+        scores = adapted.score([[answer.row for answer in answers]] * flat.shape[0], [base.states] * flat.shape[0])
     refused = [[answer.refused for answer in answers] for _ in scores]
     changed = {user: [n for n, score in enumerate(own) if not score.greedy] for user, own in enumerate(scores)}
     for group in _alike({user: len(places) for user, places in changed.items() if places}):

@@ -87,7 +87,7 @@ class AdaptedModel:
 
         With `states`, one entry a user (see `below`), only the layers from the first adapted one on are computed.
         """
-        if self._trunk is None or not states:
+        if self._trunk is None or not states or not batch.places:
             return self._picked(batch)
         with self._trunk.from_states(lay(batch, states)):
             return self._picked(batch)

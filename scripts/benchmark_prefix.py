@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""What it brings to compute a prompt once for both answers: CPU seconds a step, rows of one length, no padding at all.
+
+python scripts/benchmark_prefix.py                     # hidden 256 x 6 layers; prompt to completion 1:1 and 4:1
+python scripts/benchmark_prefix.py --shape 512x8 --rounds 7
+
+Both sides take the same optimizer steps of the same users, in turns in one process on one thread; they end in the same
+adapters up to rounding, and how far apart is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+
+from persona_rlhf.evaluation.workload import VOCABULARY, Work, make_work
+from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
+from persona_rlhf.training.allocator import keep_big_blocks
+from persona_rlhf.training.engine import Engine
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.settings import ConstraintSettings, FleetSettings
+
+
+def of_length(user: UserRows, prompt: int, completion: int, seed: int) -> UserRows:
+    """The user with made-up rows of these lengths (tokens)."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(2, VOCABULARY, (count,), generator=draw).tolist())
+
+    rows = []
+    for row in user.train:
+        asked = ids(prompt)
+        rows.append(PairRow(row.pair, Row(asked, ids(completion)), Row(asked, ids(completion))))
+    return user._replace(train=rows)
+
+
+def steps(work: Work, users: Sequence[UserRows], packs: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    """CPU seconds of all steps, and the adapters; the reference is not timed."""
+    adapted = AdaptedModel(work.base, work.lora)
+    adapted.packs = packs
+    reference = Reference(adapted)
+    reference.add([row for user in users for pair in user.train for row in (pair.chosen, pair.rejected)])
+    fleet, off = FleetSettings(slots=len(users)), ConstraintSettings(enabled=False)
+    engine = Engine(adapted, users, reference, None, work.dpo, off, fleet, 0)
+    started = time.process_time()
+    made = {user.user_id: user.adapter for user in engine.run() if user.adapter is not None}
+    seconds = time.process_time() - started
+    adapted.close()
+    return seconds, made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="256x6")
+    parser.add_argument("--users", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_big_blocks()
+    work = make_work(options.shape, options.users, options.pairs, 1, torch.device("cpu"))
+    for prompt, completion in ((48, 48), (128, 32)):
+        users = [of_length(user, prompt, completion, n) for n, user in enumerate(work.users)]
+        times: dict[bool, list[float]] = {True: [], False: []}
+        made = {}
+        for turn in range(options.rounds):
+            for packs in (True, False) if turn % 2 else (False, True):
+                seconds, made[packs] = steps(work, users, packs)
+                times[packs].append(seconds)
+        apart = max(float((made[True][u] - made[False][u]).norm() / made[False][u].norm()) for u in made[True])
+        found = {
+            "shape": options.shape,
+            "prompt": prompt,
+            "completion": completion,
+            "shared_seconds": median(times[True]),
+            "twice_seconds": median(times[False]),
+            "ratio": median(times[False]) / median(times[True]),
+            "adapter_distance": apart,
+        }
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
