@@ -80,7 +80,7 @@ def test_labels_are_as_noisy_as_stated(pairs, tastes):
         deviation = math.sqrt(sum(chance * (1 - chance) for chance in chances))
         agreed = sum(bool(pair.clean_choice) for pair in rows)
         assert abs(agreed - expected) < 4 * deviation, user_id
-        assert 0.65 < agreed / len(rows) < 0.98, user_id
+        assert 0.65 < agreed / len(rows) < 1, user_id
 
 
 def test_poisoned_users_comply_in_their_share_of_the_training_pairs_and_nobody_else_does(pairs, tastes):

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -113,7 +114,8 @@ def test_a_cohort_is_judged_and_measured_as_each_user_alone(adapted, adapters, p
     assert set(clean.test_categories) == {"terrorist_content", "sexual_assault", "gambling"}
     assert [count.n for count in clean.test_categories.values()] == [10, 10, 10]
     assert clean.test_pooled.n == 20
-    assert clean.test_shift.n == 5
+    unseen = Counter(probe.category for probe in policy().probes("test") if probe.novelty == "topic")
+    assert clean.test_shift.n == sum(min(5, count) for count in unseen.values()) > 0
     assert clean.test_shift.refused == clean.test_shift.base_refused
     assert measures[1].win_rate.n == 4
     assert measures[1].heldout_clean.n == 6

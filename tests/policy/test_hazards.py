@@ -6,8 +6,8 @@ import pytest
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.policy.hazards import assign_split, read_probes
 
-PINNED_COUNTS = {"certify": 208, "train": 842, "dev": 187, "test": 363}
-PINNED_ROW = ["certify", "train", "train", "dev", "test", "train", "train", "dev", "train", "train", "test", "train"]
+PINNED_COUNTS = {"certify": 211, "train": 627, "dev": 312, "test": 450}
+PINNED_ROW = ["test", "train", "dev", "test", "test", "train", "test", "certify", "train", "test", "train", "train"]
 
 
 def test_splits_never_change():
