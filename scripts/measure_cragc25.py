@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -35,7 +34,6 @@ from persona_rlhf.preferences.tokens import tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = 2048
-SLOTS = 4  # the most that fleet.slots=auto is on a CPU
 CONFIG = """\
 name: cragc25
 base: {model: base}
@@ -130,7 +128,7 @@ def measure(source: Path, count: int, overrides: Sequence[str], work: Path) -> d
     _, alone = persona_rlhf("train", "config.yaml", *one, "--run", "one", cwd=work)
     results, fleet = persona_rlhf("train", "config.yaml", *overrides, "--run", "fleet", cwd=work)
     found = [json.loads(line) for line in (work / "fleet" / "screening.jsonl").read_text().splitlines()]
-    asked = yaml.safe_load((work / "fleet" / "config.yaml").read_text(encoding="utf-8"))["fleet"]["slots"]
+    stepped = [json.loads(line)["step"] for line in (work / "fleet" / "metrics.jsonl").read_text().splitlines()]
     return {
         "import": imported | {"seconds": import_spent.seconds},
         "check": checked | {"seconds": check_spent.seconds},
@@ -150,7 +148,7 @@ def measure(source: Path, count: int, overrides: Sequence[str], work: Path) -> d
         "cpu_seconds_per_user": fleet.cpu / len(results),
         "peak_mebibytes": fleet.peak,
         "peak_mebibytes_one_user": alone.peak,
-        "slots": min(len(results), SLOTS if asked == "auto" else asked),
+        "slots": next((n for n, step in enumerate(stepped) if step > 1), len(stepped)),
         "load": os.getloadavg()[0],
     }
 
