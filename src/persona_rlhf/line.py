@@ -33,7 +33,7 @@ from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.constraint import ConstraintBank, bank_from_json, bank_to_json, build_bank
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.reference import Reference, shared_reference
 
 _FEW = 1_000  # users whose folders lie side by side; those of more lie in subfolders by hash
 
@@ -71,7 +71,8 @@ def train(
     folder.begin(config, ready.policy, identity, size)
     if bank is not None:
         folder.write(folder.bank, bank_to_json(bank))
-    known = Reference(ready.adapted, folder.reference)
+    cache = config.fleet.reference_cache and shared_reference(ready.adapted, Path(config.fleet.reference_cache))
+    known = Reference(ready.adapted, folder.reference, cache or None)
     if bank is not None and len(chunks) > 1:  # a lone chunk scores them in the same passes as its own rows
         known.add(bank.rows())
     folder.set_ready()
@@ -80,7 +81,9 @@ def train(
             of = f" of {ready.pairs.users:,}" if len(chunks) > 1 else ""
             found = f"{len(chunk.dropped)} found by the screen"
             progress.say(f"{len(chunk.rows)}{of} users, {chunk.pairs:,} pairs, {found}")
-            train_chunk(ready, folder, number, chunk, bank, known, progress)
+            reference = train_chunk(ready, folder, number, chunk, bank, known, progress)
+            if cache:
+                cache.learn(reference)
     if share.rank > 0:
         return None
     folder.wait_for(share.job(len(chunks)))
@@ -149,8 +152,8 @@ def train_chunk(
     bank: ConstraintBank | None,
     known: Reference,
     progress: Progress,
-) -> None:
-    """Trains, judges and writes some users; a cohort is on disk before the next is judged."""
+) -> Reference:
+    """Trains, judges and writes some users; a cohort is on disk before the next is judged. Returns their reference."""
     config, place = ready.config, folder.chunk(number)
     reference = with_reference(ready.adapted, chunk.rows, bank, place / "reference.safetensors", known)
     engine = Engine(
@@ -176,6 +179,7 @@ def train_chunk(
     write_results(place, results)
     folder.finish(number, chunk.dropped)
     ready.examination.forget_users()
+    return reference
 
 
 def cohorts(users: Iterable[TrainedUser], size: int) -> Iterator[list[TrainedUser]]:

@@ -5,7 +5,7 @@ import torch
 
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.reference import Reference, shared_reference
 from persona_rlhf.training.settings import LoraSettings
 
 from .oracles import plain_logp
@@ -132,3 +132,23 @@ def test_what_another_reference_knows_is_not_computed_again(adapted, tmp_path):
     assert [more[row] for row in rows[:3]] == [known[row] for row in rows[:3]]
     with pytest.raises(KeyError):
         known[rows[4]]
+
+
+def test_runs_share_what_they_know_of_one_base(adapted, tmp_path):
+    rows = _rows(5)
+    first = Reference(adapted, tmp_path / "run1.safetensors", shared_reference(adapted, tmp_path / "cache"))
+    first.add(rows[:4])
+    shared_reference(adapted, tmp_path / "cache").learn(first)
+    adapted.scored.clear()
+    own = tmp_path / "run2.safetensors"
+    second = Reference(adapted, own, shared_reference(adapted, tmp_path / "cache"))
+    second.add(rows)
+    assert adapted.scored == rows[4:]
+    assert [second[row] for row in rows[:4]] == [first[row] for row in rows[:4]]
+    assert second[rows[4]] == pytest.approx(plain_logp(adapted.base.model, rows[4]).item(), abs=1e-4)
+    adapted.scored.clear()
+    Reference(adapted, own).add(rows)  # a resumed run needs no cache
+    assert adapted.scored == []
+    other = AdaptedModel(tiny_base(dtype=torch.float64), LORA)
+    with pytest.raises(KeyError):
+        shared_reference(other, tmp_path / "cache")[rows[0]]

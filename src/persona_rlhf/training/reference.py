@@ -20,14 +20,15 @@ class Reference:
     """`log pi_ref(completion | prompt)` in nats, summed over tokens, of every row it was asked for.
 
     A row is known by the hash of its token ids, so users who judged the same answers share one value, and `file`
-    keeps the values for a resumed run (written whole or not at all). `known` is another one, whose values are taken
-    over. Values hold for one base and device only.
+    keeps the values for a resumed run (written whole or not at all). What `known` has is taken from there when it is
+    asked for, and kept too. Values hold for one base and device only.
     """
 
     def __init__(self, adapted: AdaptedModel, file: Path | None = None, known: Reference | None = None) -> None:
         self._adapted, self._file = adapted, file
-        self._values: dict[bytes, float] = dict(known._values) if known else {}
-        self._identity = f"{adapted.base.weights_hash} {adapted.base.model.dtype} {adapted.base.device.type}"
+        self._values: dict[bytes, float] = {}
+        self._known = known._values if known else {}
+        self._identity = identity_of_values(adapted)
         if file is not None and file.exists():
             self._values |= self._read(file)
 
@@ -36,13 +37,22 @@ class Reference:
 
     def add(self, rows: Iterable[Row]) -> None:
         """Computes what is not known yet, each distinct row once, in length-sorted passes with the adapters off."""
-        missing = {key: row for row in rows if (key := _key(row)) not in self._values}
-        if not missing:
-            return
-        with self._adapted.using(None):
-            [scores] = self._adapted.score([list(missing.values())])
-        self._values.update(zip(missing, (score.logp for score in scores), strict=True))
-        if self._file is not None:
+        wanted = {key: row for row in rows if (key := _key(row)) not in self._values}
+        missing = {key: row for key, row in wanted.items() if key not in self._known}
+        found = {key: self._known[key] for key in wanted if key not in missing}
+        if missing:
+            with self._adapted.using(None):
+                [scores] = self._adapted.score([list(missing.values())])
+            found.update(zip(missing, (score.logp for score in scores), strict=True))
+        self._take(found)
+
+    def learn(self, other: Reference) -> None:
+        """Takes over all that another one has."""
+        self._take({key: value for key, value in other._values.items() if key not in self._values})
+
+    def _take(self, found: dict[bytes, float]) -> None:
+        self._values |= found
+        if found and self._file is not None:
             self._write(self._file)
 
     def _read(self, file: Path) -> dict[bytes, float]:
@@ -67,6 +77,20 @@ class Reference:
         with writing(half):
             save_file(tensors, half)
         half.replace(file)
+
+
+def identity_of_values(adapted: AdaptedModel) -> str:
+    """What log-probabilities depend on beside the rows: the base's weights, their type, and the kind of device."""
+    return f"{adapted.base.weights_hash} {adapted.base.model.dtype} {adapted.base.device.type}"
+
+
+def shared_reference(adapted: AdaptedModel, folder: Path) -> Reference:
+    """The values that runs over one base keep for each other, in a file of their own in `folder`.
+
+    Runs at the same time may lose each other's values, never mix them: a file is written whole or not at all.
+    """
+    name = hashlib.sha256(identity_of_values(adapted).encode()).hexdigest()[:32]
+    return Reference(adapted, folder / f"{name}.safetensors")
 
 
 def _key(row: Row) -> bytes:

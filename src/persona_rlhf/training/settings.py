@@ -105,6 +105,9 @@ class FleetSettings(Section):
     trunk_cache: int = Field(
         2048, ge=0, description="MiB for hidden states below the adapters; a user past his share is computed each step."
     )
+    reference_cache: str | None = Field(
+        None, description="Folder where runs keep the base's log-probabilities for each other; none by default."
+    )
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of the slots.")
     processes: int = Field(1, ge=1, le=1024, description="Processes on this host, one a GPU or a part of the cores.")
     chunk: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
