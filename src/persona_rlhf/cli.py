@@ -11,6 +11,7 @@ import typer
 
 from persona_rlhf import __version__
 from persona_rlhf.boundary import bounded, console, print_json, print_json_list, print_table, say
+from persona_rlhf.later import announce, not_yet
 
 if TYPE_CHECKING:
     from persona_rlhf.release.results import Result
@@ -217,7 +218,7 @@ def export(
 ) -> None:
     """Copy one user's released adapter out of a run: a plain PEFT folder."""
     if hub is not None:
-        _later("export --hub")
+        not_yet("export --hub")
     if to is None:
         raise typer.BadParameter("say where to, with --to DIR")
     from persona_rlhf.release.export import HeldBack
@@ -263,29 +264,12 @@ def bench(
     print_json(result) if as_json else print_table(render(result))
 
 
-_LATER = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-
-def _announce(group: typer.Typer, name: str, does: str) -> None:
-    """A verb of a later release: it stands in the help, says so and ends with 2."""
-
-    @group.command(name, help=f"(later) {does}.", context_settings=_LATER, add_help_option=False)
-    @bounded
-    def later() -> None:
-        _later("base align" if group is base else name)
-
-
-_announce(base, "align", "Make any causal LM the safety-aligned base")
-_announce(app, "add", "Train new users into a run")
-_announce(app, "forget", "Delete one user everywhere and write a proof")
-_announce(app, "chat", "Chat with one user's adapter in the terminal")
-_announce(app, "collect", "Serve a page that collects feedback")
-_announce(app, "serve", "Serve an OpenAI-style API, one adapter per user")
-
-
-def _later(what: str) -> None:
-    say(f"`persona-rlhf {what}` comes with a later release.")
-    raise typer.Exit(2)
+announce(base, "base align", "Make any causal LM the safety-aligned base")
+announce(app, "add", "Train new users into a run")
+announce(app, "forget", "Delete one user everywhere and write a proof")
+announce(app, "chat", "Chat with one user's adapter in the terminal")
+announce(app, "collect", "Serve a page that collects feedback")
+announce(app, "serve", "Serve an OpenAI-style API, one adapter per user")
 
 
 def _finish(results: Iterable[Result], as_json: bool) -> None:
