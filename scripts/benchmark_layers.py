@@ -32,7 +32,7 @@ from persona_rlhf.evaluation.personalisation import clean_accuracy, score_pairs,
 from persona_rlhf.evaluation.utility import read_utilities
 from persona_rlhf.inputs.bundled import find
 from persona_rlhf.preferences.pairs import read_pairs
-from persona_rlhf.preferences.tokens import UserRows, tokenize
+from persona_rlhf.preferences.tokens import UserRows, both_rows, tokenize
 from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.base import Base, load_base
 from persona_rlhf.training.engine import Engine, StepReport
@@ -62,7 +62,7 @@ def train(base: Base, users: Sequence[UserRows], lora: LoraSettings, dpo: DpoSet
     base_scores = score_pairs_of_base(adapted, [user.heldout for user in users])
     started = time.process_time()
     reference = Reference(adapted)
-    reference.add([row for user in users for pair in user.train for row in (pair.chosen, pair.rejected)])
+    reference.add(both_rows(pair for user in users for pair in user.train))
     fleet, constraint = FleetSettings(slots=len(users)), ConstraintSettings(enabled=False)
     engine = Engine(adapted, users, reference, None, dpo, constraint, fleet, 0)
     course = Course([], [])
@@ -119,7 +119,7 @@ def _trl(base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings, setti
     spans = list(adapted.spans.values())
     started = time.process_time()
     reference = Reference(adapted)
-    reference.add([row for pair in user.train for row in (pair.chosen, pair.rejected)])
+    reference.add(both_rows(user.train))
     charged = time.process_time() - started if setting == "shared reference columns" else 0.0
     adapted.close()
     with tempfile.TemporaryDirectory() as folder:

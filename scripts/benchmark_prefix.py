@@ -19,7 +19,7 @@ from statistics import median
 import torch
 
 from persona_rlhf.evaluation.workload import VOCABULARY, Work, make_work
-from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
+from persona_rlhf.preferences.tokens import PairRow, Row, UserRows, both_rows
 from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
@@ -46,7 +46,7 @@ def steps(work: Work, users: Sequence[UserRows], packs: bool) -> tuple[float, di
     adapted = AdaptedModel(work.base, work.lora)
     adapted.packs = packs
     reference = Reference(adapted)
-    reference.add([row for user in users for pair in user.train for row in (pair.chosen, pair.rejected)])
+    reference.add(both_rows(pair for user in users for pair in user.train))
     fleet, off = FleetSettings(slots=len(users)), ConstraintSettings(enabled=False)
     engine = Engine(adapted, users, reference, None, work.dpo, off, fleet, 0)
     started = time.process_time()

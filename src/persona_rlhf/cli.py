@@ -12,6 +12,7 @@ import typer
 from persona_rlhf import __version__
 from persona_rlhf.boundary import bounded, console, print_json, print_json_list, print_table, say
 from persona_rlhf.later import announce, not_yet
+from persona_rlhf.processes import HELD_BACK
 
 if TYPE_CHECKING:
     from persona_rlhf.release.results import Result
@@ -24,8 +25,6 @@ base = typer.Typer(help="The shared base model.", **_PLAIN)  # type: ignore[arg-
 app.add_typer(data, name="data")
 app.add_typer(policy, name="policy")
 app.add_typer(base, name="base")
-
-HELD_BACK = 3
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of an experiment (YAML).")]
 Overrides = Annotated[

@@ -17,7 +17,7 @@ from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.screening import Dropped
-from persona_rlhf.preferences.tokens import UserRows, prompt_ids
+from persona_rlhf.preferences.tokens import UserRows, both_rows, prompt_ids
 from persona_rlhf.preparation import Chunk, Prepared, chunks_of, prepare, prepare_users
 from persona_rlhf.progress import Progress
 from persona_rlhf.release.exporter import Exporter
@@ -71,8 +71,9 @@ def train(
     folder.begin(config, ready.policy, identity, size)
     if bank is not None:
         folder.write(folder.bank, bank_to_json(bank))
-    cache = config.fleet.reference_cache and shared_reference(ready.adapted, Path(config.fleet.reference_cache))
-    known = Reference(ready.adapted, folder.reference, cache or None)
+    place = config.fleet.reference_cache
+    cache = None if place is None else shared_reference(ready.adapted, Path(place))
+    known = Reference(ready.adapted, folder.reference, cache)
     if bank is not None and len(chunks) > 1:  # a lone chunk scores them in the same passes as its own rows
         known.add(bank.rows())
     folder.set_ready()
@@ -82,7 +83,7 @@ def train(
             found = f"{len(chunk.dropped)} found by the screen"
             progress.say(f"{len(chunk.rows)}{of} users, {chunk.pairs:,} pairs, {found}")
             reference = train_chunk(ready, folder, number, chunk, bank, known, progress)
-            if cache:
+            if cache is not None:
                 cache.learn(reference)
     if share.rank > 0:
         return None
@@ -138,8 +139,7 @@ def with_reference(
 ) -> Reference:
     """The base's log-probabilities of everything that training compares with, once for all users."""
     reference = Reference(adapted, file, known)
-    pairs = (pair for user in users for pair in (*user.train, *user.deciding))
-    rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
+    rows = both_rows(pair for user in users for pair in (*user.train, *user.deciding))
     reference.add(rows + (bank.rows() if bank else []))
     return reference
 

@@ -28,7 +28,7 @@ from rich.table import Table
 from persona_rlhf.config import Config
 from persona_rlhf.line import constraint_bank, with_reference
 from persona_rlhf.materials import Materials
-from persona_rlhf.preferences.tokens import UserRows
+from persona_rlhf.preferences.tokens import UserRows, both_rows
 from persona_rlhf.preparation import Prepared, prepare, prepare_users
 from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.capacity import choose_slots, draw_tokens, largest_step, pair_tokens
@@ -217,7 +217,7 @@ def _probe_steps(
 
 def _reference_tokens(users: Iterable[UserRows], bank: ConstraintBank | None) -> int:
     """Tokens of the distinct rows whose reference is needed."""
-    rows = {row for user in users for pair in (*user.train, *user.deciding) for row in (pair.chosen, pair.rejected)}
+    rows = set(both_rows(pair for user in users for pair in (*user.train, *user.deciding)))
     return sum(row.length for row in rows.union(bank.rows() if bank else []))
 
 

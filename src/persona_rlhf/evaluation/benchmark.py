@@ -16,7 +16,7 @@ from torch import Tensor
 from persona_rlhf.evaluation import trl_loop
 from persona_rlhf.evaluation.workload import PAIRS_AND_EPOCHS, SEED, Shape, Work, make_work
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
-from persona_rlhf.preferences.tokens import Row, UserRows
+from persona_rlhf.preferences.tokens import Row, UserRows, both_rows
 from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.constraint import ConstraintBank
 from persona_rlhf.training.engine import Engine, TrainedUser
@@ -184,7 +184,7 @@ def _ours(
 
 
 def _pair_rows(users: Sequence[UserRows]) -> list[Row]:
-    return [row for user in users for pair in user.train for row in (pair.chosen, pair.rejected)]
+    return both_rows(pair for user in users for pair in user.train)
 
 
 def _rows(work: Work, trials: dict[str, list[Trial]]) -> list[dict[str, Any]]:

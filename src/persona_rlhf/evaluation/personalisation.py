@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from persona_rlhf.evaluation.intervals import interval
 from persona_rlhf.evaluation.measures import Accuracy, CleanAccuracy, WinRate
-from persona_rlhf.preferences.tokens import PairRow, Row
+from persona_rlhf.preferences.tokens import PairRow, Row, both_rows
 from persona_rlhf.training.fleet import AdaptedModel, Score
 
 
@@ -20,13 +20,13 @@ class PairScores(NamedTuple):
 
 def score_pairs(adapted: AdaptedModel, pairs: Sequence[Sequence[PairRow]]) -> list[list[PairScores]]:
     """Scores every user's pairs under the adapters that are switched on; without any, see `score_pairs_of_base`."""
-    scores = adapted.score([[row for pair in own for row in (pair.chosen, pair.rejected)] for own in pairs])
+    scores = adapted.score([both_rows(own) for own in pairs])
     return [[PairScores(c, r) for c, r in zip(own[::2], own[1::2], strict=True)] for own in scores]
 
 
 def score_pairs_of_base(adapted: AdaptedModel, pairs: Sequence[Sequence[PairRow]]) -> list[list[PairScores]]:
     """Scores every user's pairs under the base alone; a row that users share is scored once."""
-    rows: list[Row] = list(dict.fromkeys(row for own in pairs for pair in own for row in (pair.chosen, pair.rejected)))
+    rows: list[Row] = list(dict.fromkeys(both_rows(pair for own in pairs for pair in own)))
     with adapted.using(None):
         (scores,) = adapted.score([rows])
     known = dict(zip(rows, scores, strict=True))

@@ -7,7 +7,7 @@ token that ends the turn. Only the base's own chat template decides what that lo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from persona_rlhf.inputs.problems import InputError, Problem
@@ -61,6 +61,11 @@ class PairRow(NamedTuple):
     pair: PreferencePair
     chosen: Row
     rejected: Row
+
+
+def both_rows(pairs: Iterable[PairRow]) -> list[Row]:
+    """The rows of every pair, each chosen one before its rejected one."""
+    return [row for pair in pairs for row in (pair.chosen, pair.rejected)]
 
 
 class UserRows(NamedTuple):

@@ -68,7 +68,7 @@ def pair_tokens(pair: PairRow) -> int:
 
 def draw_tokens(draw: Draw) -> int:
     """Tokens that a user's constraint rows add to a step."""
-    return sum(row.length for row in (*draw.refusals, *draw.compliances, *draw.overrefusals))
+    return sum(row.length for row in draw.rows)
 
 
 def largest_step(
@@ -82,7 +82,6 @@ def largest_step(
 
     No step of any user is larger.
     """
-
     pairs = nlargest(dpo.pairs_per_step, (pair for user in users for pair in user.train), key=pair_tokens)
     draws = [] if bank is None else [_longest(bank, constraint)]
     tokens = sum(map(pair_tokens, pairs)) + sum(map(draw_tokens, draws))

@@ -41,6 +41,11 @@ class Draw(NamedTuple):
     compliances: list[Row]
     overrefusals: list[Row]
 
+    @property
+    def rows(self) -> list[Row]:
+        """All of them."""
+        return [*self.refusals, *self.compliances, *self.overrefusals]
+
 
 class ConstraintBank:
     """Anchors by category. `limits` are nats of excess refusal loss that the policy tolerates, one a category."""

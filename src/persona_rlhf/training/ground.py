@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Sequence
 
-from persona_rlhf.preferences.tokens import PairRow, Row
+from persona_rlhf.preferences.tokens import PairRow, both_rows
 from persona_rlhf.training.constraint import ConstraintBank, Draw
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.trunk import States
@@ -29,19 +29,15 @@ class Ground:
     def of(self, user_id: str, train: Sequence[PairRow], pairs: Sequence[PairRow], draw: Draw | None) -> States:
         """The states of a step's rows: `pairs` of the user's `train`, and the constraint rows of `draw`."""
         if user_id not in self._users:
-            own = _rows(train)
+            own = both_rows(train)
             self._users[user_id] = self._adapted.below(own) if self._adapted.below_bytes(own) <= self._share else None
         user, bank = self._users[user_id], self._bank
         if user is None:
-            user = self._adapted.below(_rows(pairs))
+            user = self._adapted.below(both_rows(pairs))
         if bank is None:
-            bank = self._adapted.below([] if draw is None else [*draw.refusals, *draw.compliances, *draw.overrefusals])
+            bank = self._adapted.below([] if draw is None else draw.rows)
         return ChainMap(user, bank)  # type: ignore[arg-type]  # it is only read
 
     def forget(self, user_id: str) -> None:
         """Drops what is kept for a user who leaves his slot."""
         self._users.pop(user_id, None)
-
-
-def _rows(pairs: Sequence[PairRow]) -> list[Row]:
-    return [row for pair in pairs for row in (pair.chosen, pair.rejected)]

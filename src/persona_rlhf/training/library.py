@@ -7,7 +7,7 @@ from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_rlhf.preferences.tokens import UserRows, halved
+from persona_rlhf.preferences.tokens import UserRows, both_rows, halved
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.constraint import ConstraintBank
 from persona_rlhf.training.engine import Engine, TrainedUser
@@ -44,7 +44,7 @@ def fleet_train(
         if dpo is not None and dpo.early_stop is not None:
             rows = [halved(user) for user in rows]
         compared = (pair for user in rows for pair in (*user.train, *user.deciding))
-        pairs = [row for pair in compared for row in (pair.chosen, pair.rejected)]
+        pairs = both_rows(compared)
         reference.add(pairs + (bank.rows() if bank else []))
         engine = Engine(
             adapted,

@@ -95,20 +95,24 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        merged = torch.baddbmm(weight.expand(a.shape[0], -1, -1), b, a, alpha=scale)
-        ctx.save_for_backward(x, merged, a, b)
+        ctx.save_for_backward(x, weight, a, b)  # a whole weight a user and layer would be too much to keep
         ctx.scale = scale
-        return torch.bmm(x, merged.transpose(1, 2))
+        return torch.bmm(x, _merge(weight, a, b, scale).transpose(1, 2))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        x, merged, a, b = ctx.saved_tensors
+        x, weight, a, b = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        for_x = torch.bmm(gradient, merged) if needed[0] else None
+        for_x = torch.bmm(gradient, _merge(weight, a, b, ctx.scale)) if needed[0] else None
         for_a = torch.bmm(torch.bmm(gradient, b).mul_(ctx.scale).transpose(1, 2), x) if needed[2] else None
         low = torch.bmm(x, a.transpose(1, 2)).mul_(ctx.scale) if needed[3] else None
         for_b = torch.bmm(gradient.transpose(1, 2), low) if low is not None else None
         return for_x, None, for_a, for_b, None
+
+
+def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Every user's own weight, `[users, outputs, inputs]`."""
+    return torch.baddbmm(weight.expand(a.shape[0], -1, -1), b, a, alpha=scale)
 
 
 def adaptable_layers(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_rlhf.preferences.tokens import PairRow, Row
+from persona_rlhf.preferences.tokens import PairRow, Row, both_rows
 from persona_rlhf.training.batch import EMPTY
 from persona_rlhf.training.constraint import ConstraintBank, Draw, measure
 from persona_rlhf.training.fleet import AdaptedModel
@@ -36,7 +36,7 @@ def heldout_loss(adapted: AdaptedModel, reference: Reference, pairs: Sequence[Pa
 
     He is scored alone, so that no bit of it depends on his neighbours.
     """
-    [scores] = adapted.score([[row for pair in pairs for row in (pair.chosen, pair.rejected)]])
+    [scores] = adapted.score([both_rows(pairs)])
 
     def known(values: Sequence[float]) -> Float[Tensor, "1 pairs"]:
         return torch.tensor([values], dtype=torch.float64)
