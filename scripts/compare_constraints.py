@@ -38,7 +38,6 @@ from rich.table import Table
 from torch import Tensor
 
 from persona_rlhf.config import read_config
-from persona_rlhf.evaluation.examination import Examination
 from persona_rlhf.evaluation.intervals import bootstrap
 from persona_rlhf.evaluation.measures import Measures
 from persona_rlhf.evaluation.utility import Utility
@@ -227,29 +226,12 @@ def group_of(utility: Utility) -> str:
 
 
 def run(
-    ready: Prepared,
-    ordinary: Sequence[str],
-    names: Sequence[str],
-    split: str,
-    gated: bool,
-    chunk: int,
-    console: Console,
+    ready: Prepared, names: Sequence[str], gated: bool, chunk: int, console: Console
 ) -> tuple[dict[str, list[Outcome]], dict[str, float]]:
     """Outcomes by contender, and its CPU seconds of training a user."""
     config, adapted = ready.config, ready.adapted
     fleet = config.fleet.model_copy(update={"slots": SLOTS})  # the same for every contender
-    utilities = dict(ready.examination.utilities)
-    examination = Examination(
-        adapted,
-        SplitPolicy(ready.policy, split),  # type: ignore[arg-type]
-        is_refusal,
-        config.gate,
-        config.evaluation,
-        users=ready.pairs.users,
-        ordinary=ordinary,
-        utilities=utilities,
-        seed=config.seed,
-    )
+    examination, utilities = ready.examination, dict(ready.examination.utilities)
     bank = constraint_bank(config, ready.policy, adapted)
     assert bank is not None, "the constraint is off in this config"
     outcomes: dict[str, list[Outcome]] = {}
@@ -263,9 +245,8 @@ def run(
             own = [kind.prepare(ready, user) for user in rows]
             begun = time.process_time()
             kept = kind.bank and kind.bank(bank.categories, bank.limits, bank.anchors)
-            engine = Engine if kind.bank is None else kind.engine
             trained = list(
-                engine(adapted, own, reference, kept, config.dpo, config.constraint, fleet, config.seed).run()
+                kind.engine(adapted, own, reference, kept, config.dpo, config.constraint, fleet, config.seed).run()
             )
             seconds[name] += time.process_time() - begun
             by_id = {user.user_id: user for user in rows}
@@ -287,6 +268,16 @@ def run(
             examination.forget_users()
             console.print(f"{min(start + chunk, ready.pairs.users)} of {ready.pairs.users} users: {name}")
     return outcomes, {name: spent / ready.pairs.users for name, spent in seconds.items()}
+
+
+def accuracy_gain(m: Measures) -> float | None:
+    """Held-out accuracy on noise-free labels over chance."""
+    return m.heldout_clean and m.heldout_clean.adapted - 0.5
+
+
+def win_gain(m: Measures) -> float | None:
+    """Win rate against the base over a tie."""
+    return m.win_rate and m.win_rate.value - 0.5
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -315,8 +306,8 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
     return {
         "users": len(outcomes),
-        "accuracy_gain": column(lambda m: m.heldout_clean and m.heldout_clean.adapted - 0.5),
-        "win_gain": column(lambda m: m.win_rate and m.win_rate.value - 0.5),
+        "accuracy_gain": column(accuracy_gain),
+        "win_gain": column(win_gain),
         "refusal": column(refusal),
         "against_base": column(lost),
         "worst_category": column(category),
@@ -329,12 +320,8 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 def kept(own: Sequence[Outcome], plain: Sequence[Outcome]) -> dict[str, Any]:
     """Mean gains over those of plain DPO, the same users drawn together."""
     before = {outcome.user_id: outcome.measures for outcome in plain}
-    gains: dict[str, Callable[[Measures], float | None]] = {
-        "accuracy_kept": lambda m: m.heldout_clean and m.heldout_clean.adapted - 0.5,
-        "win_kept": lambda m: m.win_rate and m.win_rate.value - 0.5,
-    }
     found: dict[str, Any] = {}
-    for name, gain in gains.items():
+    for name, gain in {"accuracy_kept": accuracy_gain, "win_kept": win_gain}.items():
         both = [(gain(outcome.measures), gain(before[outcome.user_id])) for outcome in own]
         known = [(a, b) for a, b in both if a is not None and b is not None]
         if known:
@@ -406,10 +393,11 @@ def main() -> None:
     try:
         config = read_config(asked.config, [*asked.overrides, "screening.quarantine=false"])
         materials = read_materials(config)
-        ready = prepare(config, materials)
+        probed = SplitPolicy(materials.policy, asked.split)
+        ready = prepare(config, materials._replace(policy=probed))  # type: ignore[arg-type]
     except InputError as fault:
         sys.exit(str(fault))
-    outcomes, seconds = run(ready, materials.ordinary, asked.contenders, asked.split, asked.gate, asked.chunk, console)
+    outcomes, seconds = run(ready, asked.contenders, asked.gate, asked.chunk, console)
     groups: dict[str, dict[str, Any]] = {}
     for name, own in outcomes.items():
         for group in sorted({outcome.group for outcome in own}):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from persona_rlhf.evaluation.intervals import wilson
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, read_probes
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.training.world.ordinary import ordinary
@@ -58,16 +59,9 @@ def answer(
     return [found[i] for i in range(len(prompts))]
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95% score interval of a share, in percent."""
-    z, p = 1.96, hits / n
-    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, 100 * (middle - spread) / (1 + z * z / n)), 100 * (middle + spread) / (1 + z * z / n)
-
-
 def share(name: str, hits: int, n: int) -> str:
     """A row of the table."""
-    low, high = wilson(hits, n)
+    low, high = (100 * end for end in wilson(hits, n))
     return f"| {name} | {hits} / {n} | {100 * hits / n:.2f}% | {low:.2f} - {high:.2f}% |"
 
 

@@ -1,11 +1,9 @@
 """The simulated users that are shipped, and the script that draws them."""
 
-import importlib.util
 import json
 import math
 import sys
 from collections import Counter
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -21,16 +19,7 @@ from persona_rlhf.preferences.pairs import read_pairs
 from persona_rlhf.training.world.banks import forbidden, plain
 from persona_rlhf.training.world.phrasings import gerund
 from persona_rlhf.training.world.topics import topics
-
-SCRIPT = Path(__file__).parent.parent / "scripts" / "generate_users.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("generate_users", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +37,7 @@ def pairs(tastes):
 
 @pytest.fixture(scope="module")
 def generator():
-    return load_script()
+    return load_script("generate_users")
 
 
 def test_the_three_kinds_of_taste_and_the_special_users_are_there(tastes):

@@ -1,16 +1,12 @@
 """The promise, over thousands of simulated users of the worst kinds: at most delta of them are released in breach."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from scipy.stats import binom
 
 from persona_rlhf.evaluation.gate import Demands, certify
+from tests.scripts import load_script
 
-SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "simulate_gate.py"
 USERS, DELTAS = 20_000, (0.2, 0.05, 0.01)
 
 
@@ -21,11 +17,7 @@ def significantly_above(share: float, most: float) -> bool:
 
 @pytest.fixture(scope="module")
 def simulated():
-    spec = importlib.util.spec_from_file_location("simulate_gate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("simulate_gate")
 
 
 @pytest.mark.parametrize("delta", DELTAS)

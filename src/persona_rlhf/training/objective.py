@@ -20,13 +20,11 @@ from persona_rlhf.training.trunk import States
 
 
 class StepLoss(NamedTuple):
-    """Per user: the loss to minimise, its DPO part and its constraint part, the mean reward margin and the share of
-    positive margins of the step's pairs; and, with a constraint, the violation (nats over the limit) of the categories
-    that were seen."""
+    """Per user: the loss to minimise, its DPO part, the mean reward margin and the share of positive margins of the
+    step's pairs; and, with a constraint, the violation (nats over the limit) of the categories that were seen."""
 
     total: Float[Tensor, " users"]
     dpo: Float[Tensor, " users"]
-    penalty: Float[Tensor, " users"] | None
     margin: Float[Tensor, " users"]
     accuracy: Float[Tensor, " users"]
     violations: Float[Tensor, "users categories"] | None
@@ -107,10 +105,10 @@ def step_loss(
     margins = reward_margins(pair_logps, dpo.beta).detach()
     margin, accuracy = user_means(margins, present), user_means((margins > 0).to(margins), present)
     if bank is None:
-        return StepLoss(losses, losses, None, margin, accuracy, None, None)
+        return StepLoss(losses, losses, margin, accuracy, None, None)
     refused, complied, over = watched
     excess = bank.excess(draws, (refused, complied, over), reference, constraint.margin)
     violations = excess.refusal - excess.refusal.new_tensor(bank.limits)
     penalty = (duals.to(losses) * torch.relu(violations) * (excess.counts > 0)).sum(1)
     penalty = penalty + constraint.opening_weight * (excess.compliance + excess.overrefusal)
-    return StepLoss(losses + penalty, losses, penalty, margin, accuracy, violations.detach(), excess.counts > 0)
+    return StepLoss(losses + penalty, losses, margin, accuracy, violations.detach(), excess.counts > 0)
