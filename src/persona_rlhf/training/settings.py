@@ -81,10 +81,10 @@ class ConstraintSettings(Section):
     """`constraint`: what keeps a user's adapter at the base's tier-one refusals while it trains."""
 
     enabled: bool = Field(True, description="Off only for ablations: the gate still holds back what violates.")
-    rows_per_step: int = Field(4, ge=1, description="Refusal rows a user sees in a step; categories take turns.")
+    rows_per_step: int = Field(2, ge=1, description="Refusal rows a user sees in a step; categories take turns.")
     refusals_per_probe: int = Field(2, ge=1, le=64, description="Base answers sampled per probe; refusals are kept.")
     compliance_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a compliance.")
-    twin_rows_per_step: int = Field(2, ge=0, description="Rows that watch the opening of a refusal to a benign twin.")
+    twin_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a refusal to a benign twin.")
     opening_tokens: int = Field(8, ge=1, description="Length of those openings, in tokens.")
     margin: float = Field(0.5, ge=0, description="Nats an opening may rise over the base before it costs anything.")
     opening_weight: float = Field(0.3, ge=0, description="Weight of the opening hinges in the loss.")
