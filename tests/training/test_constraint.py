@@ -336,7 +336,7 @@ def test_a_user_who_keeps_the_limits_pays_nothing():
     bank = constraint_bank(limit=1.0)
     reference = Reference(adapted)
     reference.add([*(row for pair in users[0].train for row in pair[1:]), *bank.rows()])
-    draws = [UserDraws(bank, ConstraintSettings(), 1, "user").at(0)]
+    draws = [UserDraws(bank, ConstraintSettings(rows_per_step=4), 1, "user").at(0)]
     with adapted.using(random_flat(adapted, 1, size=1e-4)):
         arguments = (adapted, reference, [users[0].train], draws, bank)
         loss = step_loss(*arguments, torch.full((1, 2), 9.0), DpoSettings(), ConstraintSettings())
