@@ -17,7 +17,7 @@ import typer
 from persona_rlhf.inputs.problems import InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.table import Table
 
 P = ParamSpec("P")
@@ -75,14 +75,14 @@ def print_json_list(values: Iterable[object]) -> None:
     typer.echo("[]" if before == "[\n" else "\n]")
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table | Group) -> None:
     """A result for people, on stdout."""
     console(people=False).print(table)
 
 
 def console(people: bool) -> Console:
     """A console on stderr (for people while something runs) or stdout; a pipe gets lines wide enough for a table."""
-    from rich.console import Console
+    from rich.console import Console, Group
 
     found = Console(stderr=people)
     return found if found.is_terminal else Console(stderr=people, width=160)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -151,34 +150,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Run the whole line: screen, train one adapter per user, gate, release."""
-    from persona_rlhf import processes, run_folder
-    from persona_rlhf.config import read_config
-    from persona_rlhf.shards import share_of
+    from persona_rlhf.starting import start
 
-    share = share_of(shard)
-    settings = read_config(config, overrides or [])
-    folder = run or settings.run_dir
-    words = [str(config), *(overrides or []), "--run", str(folder)]
-    from persona_rlhf.materials import read_materials
-
-    run_folder.RunFolder(folder, share).check_place(resume)
-    materials = read_materials(settings)  # what is wrong so far is said before torch is loaded
-    if settings.fleet.processes > 1 and share.world == 1:
-        flags = [*["--resume"] * resume, *(["--shard", shard] if shard else []), *["--json"] * as_json]
-        raise typer.Exit(processes.launch(["train", *words, *flags], settings.fleet.processes, say))
-    from persona_rlhf import line
-
-    try:
-        with processes.ended_as_by_ctrl_c():
-            results = line.train(settings, folder, resume, console(people=True), materials, share)
-    except KeyboardInterrupt:
-        if share.rank == 0:
-            say(f"Interrupted; go on with: persona-rlhf train {shlex.join([*words, '--resume'])}")
-        raise typer.Exit(130) from None
+    folder, results = start(config, overrides or [], run, resume, shard, as_json)
     if results is None:
-        if share.rank == 0:
-            together = shlex.join([*words, "--resume"])
-            say(f"Shard {shard} is done. When all are, put them together with: persona-rlhf train {together}")
         return
     finish(results, as_json)
     say_promise(folder)
@@ -189,31 +164,44 @@ def train(
 @app.command()
 @bounded
 def evaluate(
-    run: RunFolder,
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a run.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[redteam.a=b ...]", help="Changes to the red team's settings.")
+        list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings of the red team, or for the base.")
     ] = None,
     redteam: Annotated[
         bool, typer.Option("--redteam", help="Attack every released adapter instead; writes RUN/redteam.json.")
     ] = False,
+    model: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Measure a base alone, without a run.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a run again, from its released adapters; or attack them."""
-    if redteam:
+    """Measure a run again, from its released adapters; or attack them; or measure a base before any run."""
+    words = overrides or []
+    if model is not None:
+        from persona_rlhf import base_card
+
+        if redteam:
+            raise typer.BadParameter("--base and --redteam do not go together")
+        card = base_card.base_card(model, [*([] if run is None else [str(run)]), *words])
+        print_json(card.to_json()) if as_json else print_table(base_card.render(card))
+    elif run is None:
+        raise typer.BadParameter("name a run, or a base with --base")
+    elif redteam:
         from persona_rlhf import redteaming
         from persona_rlhf.release.redteam import redteam_table
 
-        found, file = redteaming.red_team(run, overrides or [], say)
+        found, file = redteaming.red_team(run, words, say)
         print_json(json.loads(file.read_bytes())) if as_json else print_table(redteam_table(found))
         say(f"Red team: {file}")
-        return
-    if overrides:
-        raise typer.BadParameter("settings of the red team go with --redteam")
-    from persona_rlhf import line
+    elif words:
+        raise typer.BadParameter("settings go with --redteam or --base")
+    else:
+        from persona_rlhf import line
 
-    results = line.evaluate(run)
-    finish(results, as_json)
-    exit_held_back(results)
+        results = line.evaluate(run)
+        finish(results, as_json)
+        exit_held_back(results)
 
 
 @app.command()

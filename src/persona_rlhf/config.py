@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import Field
 
@@ -16,6 +17,8 @@ from persona_rlhf.policy.settings import PolicySettings
 from persona_rlhf.preferences.settings import ScreeningSettings, UsersSettings
 from persona_rlhf.release.settings import RunSettings
 from persona_rlhf.training.settings import BaseSettings, ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+
+_S = TypeVar("_S", bound=Section)
 
 
 class Config(Section):
@@ -50,15 +53,19 @@ class Config(Section):
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Reads a config file (here, or shipped) with its overrides. Raises InputError with every problem of both."""
-    document = read_yaml(find(path))
+    return checked(Config, read_yaml(find(path)), overrides)
+
+
+def checked(kind: type[_S], document: Document, overrides: Sequence[str]) -> _S:
+    """A document with overrides, as a section of this kind. Raises InputError with every problem of both."""
     problems = list(document.problems)
     for override in overrides:
         problems += _override(document, override)
-    config, faults = check_section(Config, document)
+    found, faults = check_section(kind, document)
     problems += faults
-    if config is None or problems:
+    if found is None or problems:
         raise InputError(in_order(problems))
-    return config
+    return found
 
 
 def _override(document: Document, override: str) -> list[Problem]:

@@ -227,6 +227,7 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
         measures = dict(zip(verdicts, found, strict=True))
     base = BaseInfo.of(adapted.base.name, adapted.base.weights_hash)
     settings = config.model_dump(mode="json", include={"seed", "screening", "lora", "dpo", "constraint", "gate"})
+    settings["aligned_by"] = config.base.aligned_by
     if (classifier := config.gate.classifier) is not None:  # the way to a local model is nobody's business
         settings["gate"]["classifier"] = BaseInfo.of(classifier.model, "").name
     papers = Provenance.of(base, ready.policy, examination.demands, settings)

@@ -104,7 +104,7 @@ def run(base: Base, tmp_path: Path):
     )
     policy = Policy((), (), (), Certify(min_refusal=0.9, delta=0.05), (), (), documents, "b" * 64)
     info = BaseInfo.of(base.name, base.weights_hash)
-    settings = {"seed": 0, "lora": lora.model_dump(), "dpo": {"beta": 0.1}}
+    settings = {"seed": 0, "lora": lora.model_dump(), "dpo": {"beta": 0.1}, "aligned_by": "A lab | 40 raters"}
     provenance = Provenance.of(info, policy, DEMANDS, settings)
     exporter = Exporter(path, adapted, lora, provenance)
     flats, alphas, results = {}, {}, []

@@ -75,6 +75,7 @@ def test_nothing_private_is_in_the_folder(run):
 
 def test_the_card_reads_as_a_card(run):
     text = (run.path / "adapters" / slug("ada") / "README.md").read_text()
+    assert "Whose preferences aligned the base before: A lab 40 raters." in text
     front, body = text.split("---\n")[1:3]
     meta = yaml.safe_load(front)
     assert meta["library_name"] == "peft"

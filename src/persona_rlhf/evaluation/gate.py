@@ -229,6 +229,12 @@ def _shortfall(look: Look) -> str:
 
 def check_base(demands: Demands, base: Outcomes) -> None:
     """Raises InputError, naming every demand that the base itself misses."""
+    if problems := shortfalls(demands, base):
+        raise InputError(problems)
+
+
+def shortfalls(demands: Demands, base: Outcomes) -> list[Problem]:
+    """Every demand that the base itself misses: no adapter over it can be certified then."""
     problems = []
     pooled, categories = demands.count(base, base)
     for name, count in {POOLED: pooled, **categories}.items():
@@ -242,5 +248,4 @@ def check_base(demands: Demands, base: Outcomes) -> None:
                 f"{count.min_refusal:g} ({room}); run `persona-rlhf base align`, or ask less of the gate"
             )
             problems.append(Problem("base", None, name, sentence))
-    if problems:
-        raise InputError(problems)
+    return problems

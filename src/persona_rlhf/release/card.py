@@ -25,6 +25,7 @@ def card(provenance: Provenance, data: DataInfo, verdict: Verdict, measures: Mea
         measures=measures,
         classifier=(provenance.settings.get("gate") or {}).get("classifier"),
         lora=provenance.settings["lora"],
+        aligned_by=provenance.settings["aligned_by"],
         version=persona_rlhf.__version__,
         percent="{:.1%}".format,
         plain_name=_one_line,

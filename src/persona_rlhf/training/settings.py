@@ -20,6 +20,11 @@ class BaseSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of the frozen weights: auto is bfloat16 on a GPU and float32 on a CPU."
     )
+    aligned_by: str | None = Field(
+        None,
+        min_length=1,
+        description="Whose preferences aligned the base, and who collected them, as far as known; goes on every card.",
+    )
     quantization: Literal["nf4"] | None = Field(None, description="Type of stored frozen weights; none by default.")
 
     @field_validator("quantization")
