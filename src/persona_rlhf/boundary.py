@@ -82,7 +82,7 @@ def print_table(table: Table | Group) -> None:
 
 def console(people: bool) -> Console:
     """A console on stderr (for people while something runs) or stdout; a pipe gets lines wide enough for a table."""
-    from rich.console import Console, Group
+    from rich.console import Console
 
     found = Console(stderr=people)
     return found if found.is_terminal else Console(stderr=people, width=160)

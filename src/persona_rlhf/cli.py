@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from persona_rlhf import __version__
-from persona_rlhf.boundary import bounded, console, print_json, print_table, say
+from persona_rlhf.boundary import bounded, print_json, print_table, say
 from persona_rlhf.ending import exit_held_back, finish, say_promise
 from persona_rlhf.later import announce, not_yet
 from persona_rlhf.processes import HELD_BACK
