@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import Field
 
 from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings, RedTeamSettings
 from persona_rlhf.inputs.bundled import find
 from persona_rlhf.inputs.problems import InputError, Problem
-from persona_rlhf.inputs.section import Section, check_section, in_order
+from persona_rlhf.inputs.section import S, Section, check_section, in_order
 from persona_rlhf.inputs.yaml_text import Document, KeyPath, Place, Tree, parse_yaml, read_yaml
 from persona_rlhf.policy.settings import PolicySettings
 from persona_rlhf.preferences.settings import ScreeningSettings, UsersSettings
 from persona_rlhf.release.settings import RunSettings
 from persona_rlhf.training.settings import BaseSettings, ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
-
-_S = TypeVar("_S", bound=Section)
 
 
 class Config(Section):
@@ -56,7 +53,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return checked(Config, read_yaml(find(path)), overrides)
 
 
-def checked(kind: type[_S], document: Document, overrides: Sequence[str]) -> _S:
+def checked(kind: type[S], document: Document, overrides: Sequence[str]) -> S:
     """A document with overrides, as a section of this kind. Raises InputError with every problem of both."""
     problems = list(document.problems)
     for override in overrides:

@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+"""Writes what the code knows best: docs/config.md from the config's sections, docs/cli/ from the command line.
+
+python scripts/generate_docs.py            # writes them
+python scripts/generate_docs.py --check    # exit code 1 where they are not what the code says
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+import typer
+from pydantic.fields import FieldInfo
+from typer.cli import get_docs_for_click
+
+from persona_rlhf.cli import app
+from persona_rlhf.config import Config
+from persona_rlhf.inputs.section import Section
+
+DOCS = Path(__file__).parents[1] / "docs"
+NOTE = "<!-- Written by scripts/generate_docs.py from the code; change it there. -->\n"
+LIMITS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page by its place below docs/."""
+    found = {Path("config.md"): config_page()}
+    for name, verb in verbs(typer.main.get_command(app), ""):
+        context = click.Context(verb, info_name=f"persona-rlhf {name}")
+        text = get_docs_for_click(obj=verb, ctx=context, name=f"persona-rlhf {name}")
+        found[Path("cli", f"{name.replace(' ', '-')}.md")] = f"{NOTE}\n{text.strip()}\n"
+    listed = "".join(f"- [`{page.stem.replace('-', ' ')}`]({page.name})\n" for page in sorted(found) if page.parts[1:])
+    found[Path("cli", "README.md")] = f"{NOTE}\n# Verbs\n\n{listed}"
+    return found
+
+
+def verbs(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """The commands of the program that do something now, by their full names."""
+    if hasattr(command, "commands"):
+        for word, below in command.commands.items():
+            yield from verbs(below, f"{name} {word}".strip())
+    elif not (command.help or "").startswith("(later)"):
+        yield name, command
+
+
+def config_page() -> str:
+    """Every key of a config: type, default, meaning."""
+    parts = [f"{NOTE}\n# Config\n", inspect.cleandoc(Config.__doc__ or "") + "\n"]
+    top = {name: field for name, field in Config.model_fields.items() if section_in(field.annotation) is None}
+    parts.append(table("", top))
+    for name, field in Config.model_fields.items():
+        section = section_in(field.annotation)
+        if section is not None:
+            parts += section_page(name, section)
+    return "\n".join(parts)
+
+
+def section_page(path: str, section: type[Section]) -> list[str]:
+    """A section, and those inside it."""
+    doc = re.sub(r"^`[\w.]+`: ", "", " ".join(inspect.cleandoc(section.__doc__ or "").split()))
+    found = [f"## `{path}`\n", f"{doc[:1].upper()}{doc[1:]}\n", table(f"{path}.", section.model_fields)]
+    for name, field in section.model_fields.items():
+        inner = section_in(field.annotation)
+        if inner is not None:
+            found += section_page(f"{path}.{name}", inner)
+    return found
+
+
+def table(prefix: str, fields: dict[str, FieldInfo]) -> str:
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in fields.items():
+        default = "required" if field.is_required() else f"`{shown(field.default)}`"
+        kind = words(field.annotation) + limits(field)
+        rows.append(f"| `{prefix}{name}` | {kind} | {default} | {field.description or ''} |".replace(" | |", " |  |"))
+    return "\n".join(rows) + "\n"
+
+
+def words(kind: Any) -> str:
+    """A type in words of YAML."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is None or kind is type(None):
+        return "null"
+    if origin is Annotated:
+        return words(inner[0])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in inner)
+    if origin in (list, tuple):
+        return f"list of {words(inner[0])}"
+    if origin is Union or str(origin) == "<class 'types.UnionType'>":
+        return " or ".join(dict.fromkeys(words(member) for member in inner))
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return "section"
+    if isinstance(kind, type) and issubclass(kind, PurePath):
+        return "path"
+    return {bool: "true or false", int: "whole number", float: "number", str: "text"}.get(kind, str(kind))
+
+
+def limits(field: FieldInfo) -> str:
+    found = [
+        form.format(f"{bound:g}" if bound < 1e6 else bound)
+        for limit in field.metadata
+        for name, form in LIMITS.items()
+        if (bound := getattr(limit, name, None)) is not None
+    ]
+    return f", {', '.join(found)}" if found else ""
+
+
+def shown(value: Any) -> str:
+    """A default as YAML writes it."""
+    if isinstance(value, Section):
+        return "its defaults"
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else f"{value}"
+
+
+def section_in(kind: Any) -> type[Section] | None:
+    """The section that a key holds, if it holds one."""
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return kind
+    return next((found for part in get_args(kind) if (found := section_in(part)) is not None), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    asked = parser.parse_args()
+    made = pages()
+    there = [DOCS / "config.md", *(DOCS / "cli").glob("*.md")]
+    left_over = sorted(set(there) - {DOCS / page for page in made})
+    stale = [page for page, text in made.items() if not (DOCS / page).exists() or (DOCS / page).read_text() != text]
+    if asked.check:
+        wrong = [*map(str, stale), *(str(page.relative_to(DOCS)) for page in left_over)]
+        sys.exit(f"run scripts/generate_docs.py: {', '.join(wrong)}" if wrong else 0)
+    for page, text in made.items():
+        (DOCS / page).parent.mkdir(exist_ok=True)
+        (DOCS / page).write_text(text, encoding="utf-8")
+    for page in left_over:
+        page.unlink()
+
+
+if __name__ == "__main__":
+    main()
