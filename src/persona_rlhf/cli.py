@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from persona_rlhf import __version__
-from persona_rlhf.boundary import bounded, print_json, print_table, say
+from persona_rlhf.boundary import bounded, console, print_json, print_table, say
 from persona_rlhf.ending import exit_held_back, finish, say_promise
 from persona_rlhf.later import announce, not_yet
 from persona_rlhf.processes import HELD_BACK
@@ -159,6 +159,23 @@ def train(
     say_promise(folder)
     say(f"Report:   {folder / 'report.html'}\nAdapters: {folder / 'adapters'}")
     exit_held_back(results)
+
+
+@app.command()
+@bounded
+def sweep(
+    path: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep (YAML): config, seeds, grid, arms.")],
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the sweep; else sweeps/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was interrupted.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train an experiment under many settings and seeds, and compare them in one table."""
+    from persona_rlhf import sweep as sweeping
+    from persona_rlhf.release.comparison import comparison_table, to_json
+
+    found = sweeping.sweep(path, overrides or [], run, resume, console(people=True))
+    print_json(to_json(found)) if as_json else print_table(comparison_table(found))
 
 
 @app.command()

@@ -82,6 +82,27 @@ def bounds(rows: Sequence[tuple[str, float, float, float]], label: str) -> Marku
     return _figure([*parts, axis], label, height)
 
 
+def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> Markup:
+    """One row a name: a mean (dot) with its interval (line)."""
+    low, high = min(row[2] for row in rows), max(row[3] for row in rows)
+    span = (high - low) or 1.0
+    height = 24 * len(rows) + 30
+    parts: list[str] = []
+    for k, (name, mean, below, above) in enumerate(rows):
+        y = 24 * k + 16
+        left, dot, right = (140 + (value - low) / span * 190 for value in (below, mean, above))
+        parts.append(
+            f'<text x="132" y="{y + 4}" text-anchor="end">{escape(name[:24])}</text>'
+            f'<line class="range" x1="{left:.1f}" y1="{y}" x2="{right:.1f}" y2="{y}"/>'
+            f'<circle class="dot solid" cx="{dot:.1f}" cy="{y}" r="4"><title>{mean:.4g}</title></circle>'
+        )
+    ends = (
+        f'<text x="140" y="{height - 4}">{low:.3g}</text>'
+        f'<text x="330" y="{height - 4}" text-anchor="end">{high:.3g}</text>'
+    )
+    return _figure([*parts, ends], label, height)
+
+
 def _figure(parts: Sequence[str], label: str, height: int = _HEIGHT) -> Markup:
     return Markup(  # the parts hold numbers and escaped names only
         f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'

@@ -1,0 +1,165 @@
+"""The comparison of a sweep's arms: one row an arm, intervals over users, and differences from the first arm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from rich.table import Table
+
+import persona_rlhf
+from persona_rlhf.evaluation.intervals import Interval, bootstrap
+from persona_rlhf.release.charts import intervals
+from persona_rlhf.release.folder import write_file
+from persona_rlhf.release.results import Result, plain
+
+Arm = dict[int, Sequence[Result]]
+"""An arm's results by seed."""
+
+
+class Figure(NamedTuple):
+    """A mean over users (each the mean of his seeds) with a 95% bootstrap over users, and how far it is from the first
+    arm's: the same users drawn for both. None where there is nothing to compare."""
+
+    mean: float
+    interval: Interval
+    users: int
+    change: float | None = None
+    change_interval: Interval | None = None
+
+
+class Compared(NamedTuple):
+    """One arm: runs of users, of which so many were released, and at full strength; the worst user's refusals of
+    certify probes; the figures by name."""
+
+    runs: int
+    released: int
+    full_strength: int
+    worst_refusal: float | None
+    figures: dict[str, Figure | None]
+
+
+Comparison = dict[str, Compared]
+"""By the name of the arm, the first being the one that the others are held against."""
+
+
+def _refusal(result: Result) -> float | None:
+    count = result.test.pooled if result.test else result.pooled
+    return count.refused / count.n if count is not None and count.n else None
+
+
+def _over_refusal(result: Result) -> float | None:
+    found = result.over_refusal
+    return (found.refused - found.base_refused) / found.n if found is not None and found.n else None
+
+
+FIGURES: dict[str, Callable[[Result], float | None]] = {
+    "held-out accuracy": lambda result: None if result.gain is None else result.gain + 0.5,
+    "win rate": lambda result: None if result.win_rate is None else result.win_rate.value,
+    "refusals of test probes": _refusal,
+    "over-refusal": _over_refusal,
+    "seconds of training": lambda result: result.seconds,
+}
+"""What is compared of a user who was judged; one who is held back counts as the base that he gets."""
+
+
+def compare(arms: Mapping[str, Arm]) -> Comparison:
+    """Every arm against the first."""
+    values = {name: {title: _by_user(arm, of) for title, of in FIGURES.items()} for name, arm in arms.items()}
+    first = next(iter(values.values()))
+    found = {}
+    for name, arm in arms.items():
+        judged = [result for results in arm.values() for result in results if result.pooled is not None]
+        rates = [count.refused / count.n for result in judged if (count := result.pooled) is not None and count.n]
+        found[name] = Compared(
+            runs=sum(len(results) for results in arm.values()),
+            released=sum(result.status == "released" for result in judged),
+            full_strength=sum(result.status == "released" and result.alpha == 1 for result in judged),
+            worst_refusal=min(rates, default=None),
+            figures={
+                title: _figure(own, first[title] if own is not first[title] else {})
+                for title, own in values[name].items()
+            },
+        )
+    return found
+
+
+def _by_user(arm: Arm, of: Callable[[Result], float | None]) -> dict[str, float]:
+    """A figure of every judged user: the mean of his seeds, which are no users of their own."""
+    found: dict[str, list[float]] = {}
+    for results in arm.values():
+        for result in results:
+            value = of(result) if result.pooled is not None else None
+            if value is not None:
+                found.setdefault(result.user_id, []).append(value)
+    return {user: fmean(values) for user, values in found.items()}
+
+
+def _figure(own: Mapping[str, float], first: Mapping[str, float]) -> Figure | None:
+    if not own:
+        return None
+    changes = [value - first[user] for user, value in own.items() if user in first]
+    figure = Figure(fmean(own.values()), bootstrap(list(own.values())), len(own))
+    return figure._replace(change=fmean(changes), change_interval=bootstrap(changes)) if changes else figure
+
+
+def write_comparison(folder: Path, name: str, found: Comparison) -> None:
+    """Writes FOLDER/sweep.json and FOLDER/report.html."""
+    write_file(folder / "sweep.json", json.dumps(to_json(found), indent=2).encode() + b"\n")
+    environment = Environment(
+        loader=PackageLoader("persona_rlhf.release"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("sweep.html.j2").render(
+        name=name,
+        version=persona_rlhf.__version__,
+        arms=found,
+        titles=list(FIGURES),
+        shown=_shown,
+        charts=_charts(found),
+    )
+    write_file(folder / "report.html", page.encode("utf-8", "backslashreplace"))
+
+
+def _charts(found: Comparison) -> list[tuple[str, Markup]]:
+    charts = []
+    for title in FIGURES:
+        known = {arm: figure for arm, own in found.items() if (figure := own.figures[title]) is not None}
+        if known:
+            rows = [(arm, figure.mean, *figure.interval) for arm, figure in known.items()]
+            charts.append((title, intervals(rows, f"{title} by arm")))
+    return charts
+
+
+def _shown(title: str, figure: Figure | None, change: bool = False) -> str:
+    """A figure, or its change, in words."""
+    if figure is None or (change and figure.change is None):
+        return ""
+    mean, interval = (figure.change, figure.change_interval) if change else (figure.mean, figure.interval)
+    assert mean is not None
+    assert interval is not None
+    form = ("+" if change or title == "over-refusal" else "") + (".1f" if title.startswith("seconds") else ".3f")
+    return f"{mean:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+
+
+def comparison_table(found: Comparison) -> Table:
+    """The comparison for people; changes are against the first arm."""
+    table = Table("arm", *FIGURES, "worst user", "released, at alpha 1")
+    for arm, own in found.items():
+        cells = ["\n".join(filter(None, (_shown(t, f), _shown(t, f, change=True)))) for t, f in own.figures.items()]
+        worst = "" if own.worst_refusal is None else f"{own.worst_refusal:.3f}"
+        table.add_row(arm, *cells, worst, f"{own.released} of {own.runs}, {own.full_strength}", end_section=True)
+    return table
+
+
+def to_json(found: Comparison) -> dict[str, Any]:
+    """The comparison as plain JSON values."""
+    return {arm: plain(compared) for arm, compared in found.items()}
