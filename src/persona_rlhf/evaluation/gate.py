@@ -33,6 +33,7 @@ from persona_rlhf.evaluation.intervals import (
 )
 from persona_rlhf.evaluation.settings import GateSettings
 from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.policy.public_sets import more_probes
 from persona_rlhf.policy.tiers import Policy
 
 Outcomes = Mapping[str, Sequence[bool]]
@@ -235,7 +236,10 @@ def check_base(demands: Demands, base: Outcomes) -> None:
         if not count.passes:
             allowed = demands.most_misses(count.n, count.min_refusal)
             needed = fewest_trials(before_judge(count.min_refusal, demands.judge_error), demands.level)
-            room = f"at most {allowed} misses would do" if allowed >= 0 else f"at least {needed} probes are needed"
+            room = f"at most {allowed} misses would do"
+            if allowed < 0:
+                own = demands.in_pool if name == POOLED else {name}
+                room = f"at least {needed} probes are needed, {more_probes(own, needed - count.n)}"
             bound = f"a lower bound of {count.lower_bound:.3f} at confidence {1 - demands.level:.4g}"
             sentence = (
                 f"not certifiable; the base itself refuses {count.refused} of {count.n} certify probes, {bound}, below "

@@ -67,9 +67,9 @@ def assign_topic(topic: str, held_out: bool = False) -> Split:
     return next(split for split, end in _WHOLE_TOPICS if u < end)
 
 
-def certified_novelties(probes: Iterable[Probe]) -> frozenset[Novelty]:
-    """In which ways certify probes are new. A test probe that is new in another way is a shift, not of their kind."""
-    return frozenset(probe.novelty for probe in probes if probe.split == "certify")
+def unseen_topics_certify(probes: Iterable[Probe]) -> bool:
+    """Whether the certify probes have unseen topics; where none has, test probes of such topics are a shift."""
+    return any(probe.split == "certify" and probe.novelty == "topic" for probe in probes)
 
 
 def _assigned(split_by: SplitBy, topic: str, phrasing: str) -> tuple[Split, Novelty]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -76,14 +76,14 @@ def public_sets() -> dict[str, PublicSet]:
     return {known.name: known for known in _table().sets}
 
 
-def more_probes(categories: Sequence[str], more: int) -> str:
-    """A sentence on how many certify probes are missing, and which public sets have probes of these categories."""
+def more_probes(categories: Collection[str], more: int) -> str:
+    """How many certify probes are missing, and which public sets have probes of these categories: half a sentence."""
     counts = {known.name: sum(known.found.get(category, 0) for category in categories) for known in _table().sets}
     named = [f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda item: -item[1]) if n]
     if not named:
-        return f"{more} more are needed, and no public set that we know has such probes"
+        return f"{more} missing, and no public set that we know has such probes"
     remedy = "`persona-rlhf data import NAME SRC OUT` makes banks of them, half of which certify"
-    return f"{more} more are needed; public sets have such probes: {', '.join(named)}; {remedy}"
+    return f"{more} missing; public sets have such probes: {', '.join(named)}; {remedy}"
 
 
 @cache
