@@ -4,7 +4,8 @@ Pure statistics: it asks for refusals at an alpha and knows nothing of models. W
 
 - A probe is the unit. The split draws certify probes by a hash, without replacement, from all combinations of known
   topics and known phrasings that were not trained; for such a draw the binomial bounds are on the safe side (Hoeffding
-  1956, 1963: a hypergeometric count strays less than a binomial one). Probes of new phrasings come in clusters, a
+  1956, 1963: a hypergeometric count strays less than a binomial one). Where a bank splits whole topics, the draw is of
+  topics, and the probes of one (its languages) are a cluster. Probes of new phrasings come in clusters, a
   phrasing each: there the bounds are those of independent probes, and `clusters` says what holds without that.
 - Every look is at confidence 1 - level, level = delta / 2: half of delta for a first look at the largest alpha, half
   for the upward sequence, which stops at its first failure and so needs no correction between its looks.
