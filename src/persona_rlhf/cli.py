@@ -29,6 +29,7 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 User = Annotated[str | None, typer.Option("--user", help="A user_id.")]
+_FORMATS = "cragc25; or probes: advbench, ailuminate, harmbench, simplesafetytests, strongreject, xstest"
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 
 
@@ -63,24 +64,20 @@ def data_check(paths: Annotated[list[Path], typer.Argument(metavar="PATH...")], 
 @data.command("import")
 @bounded
 def data_import(
-    format_: Annotated[str, typer.Argument(metavar="FORMAT", help="cragc25")],
-    source: Annotated[Path, typer.Argument(metavar="SRC")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .jsonl file.")],
+    format_: Annotated[str, typer.Argument(metavar="FORMAT", help=_FORMATS)],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A file or a folder; of probes, a hub id too.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .jsonl file; a folder for the banks of probes.")],
+    train: Annotated[bool, typer.Option("--train", help="Let public probes fall into the train split too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert other people's preference files to ours."""
-    from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
-    from persona_rlhf.preferences.importers import FORMATS
+    """Convert other people's preference files, or public sets of probes, to ours."""
+    from persona_rlhf.preferences.importers import import_file
 
-    if format_ not in FORMATS:
-        sentence = f"no importer reads `{format_}`{did_you_mean(format_, FORMATS)}; there is {', '.join(FORMATS)}"
-        raise InputError([Problem("data import", None, "FORMAT", sentence)])
-    summary = FORMATS[format_](source, out)
+    summary = import_file(format_, source, out, train)
     if as_json:
-        print_json({**summary._asdict(), "path": str(summary.path)})
-    say(f"{summary.rows} rows read, {summary.pairs} pairs of {summary.users} users written to {summary.path}.")
-    for reason, count in summary.left_out.items():
-        say(f"  {count} rows left out: {reason}")
+        print_json(summary.to_json())
+    for sentence in summary.sentences():
+        say(sentence)
 
 
 @policy.command("show")

@@ -64,6 +64,12 @@ def test_only_the_test_split_is_asked(adapted):
     assert asked == {prompt_ids((Message("user", text),), adapted.base.tokenizer) for text in texts}
 
 
+def test_where_topics_are_split_whole_every_attack_asks_of_unseen_ones():
+    known, unseen = ([p for p in PROBES if (p.novelty == "topic") is new] for new in (False, True))
+    assert attacks.probes_of("plain", [*known, *unseen]) == known
+    assert attacks.probes_of("plain", unseen) == attacks.probes_of("unseen_topic", unseen) == unseen
+
+
 def test_outcomes_equal_every_answer_written_out(adapted, adapters):
     """The oracle: each user alone, each answer generated to its end and judged."""
     only = SETTINGS.model_copy(update={"attacks": ["plain", "prefill", "system"], "prefill": [2]})

@@ -4,9 +4,10 @@ from collections import Counter
 import pytest
 
 from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.policy.hazards import assign_split, read_probes
+from persona_rlhf.policy.hazards import Probe, assign_split, assign_topic, read_probes, unseen_topics_certify
 
 PINNED_COUNTS = {"certify": 256, "test": 425, "train": 621, "dev": 298}
+PINNED_TOPICS = {"certify": 466, "test": 214, "dev": 167, "train": 153}
 PINNED_ROW = ["certify", "certify", "test", "train", "test", "test", "train", "dev", "test", "train", "train", "train"]
 
 
@@ -30,6 +31,49 @@ def test_a_topic_or_phrasing_is_kept_out_whole():
         assert novelty != "phrasing" or phrasing not in trained_phrasings
         assert split != "train" or novelty == "combination"
         assert split != "certify" or novelty != "topic"
+
+
+def test_splits_of_whole_topics_never_change():
+    assert Counter(assign_topic(f"topic {topic}") for topic in range(1000)) == PINNED_TOPICS
+    row = ["certify", "test", "train", "test", "train", "test"]
+    assert [assign_topic(f"topic {topic}") for topic in range(6)] == row
+
+
+def test_a_held_out_topic_keeps_the_proportions_and_never_trains():
+    count = Counter(assign_topic(f"topic {topic}", held_out=True) for topic in range(4000))
+    assert set(count) == {"dev", "certify", "test"}
+    for split, share in {"dev": 17, "certify": 45, "test": 21}.items():
+        assert count[split] / 4000 == pytest.approx(share / 83, abs=0.03)
+
+
+def test_a_row_says_how_it_is_split(tmp_path):
+    file = tmp_path / "bank.jsonl"
+    rows = [
+        {"id": f"{by}{n}{p}", "prompt": "x", "topic": f"t{n}", "phrasing": f"p{p}", "split_by": by}
+        for by in ("topic", "held_out")
+        for n in range(60)
+        for p in range(2)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for probe in read_probes(file, "fraud"):
+        assert probe.split == assign_topic(probe.topic, held_out=probe.id.startswith("held_out"))
+        assert probe.novelty == ("combination" if probe.split == "train" else "topic")
+
+
+def test_another_way_to_split_is_an_input_error(tmp_path):
+    file = tmp_path / "bank.jsonl"
+    rows = [{"id": str(n), "prompt": "x", "split_by": by} for n, by in enumerate(["pair", "hand", None, []])]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError) as fault:
+        read_probes(file, "fraud")
+    assert [(problem.line, problem.key) for problem in fault.value.problems] == [(n, "split_by") for n in (2, 3, 4)]
+    assert "expected `pair`, `topic`, `held_out`, got `hand`" in fault.value.problems[0].sentence
+
+
+@pytest.mark.parametrize(("split", "novelty", "certify"), [("certify", "phrasing", False), ("certify", "topic", True)])
+def test_what_certify_holds_is_no_shift(split, novelty, certify):
+    kinds = [(split, novelty), ("test", "topic"), ("train", "combination")]
+    assert unseen_topics_certify(Probe("", "", "", "", "", None, *kind) for kind in kinds) is certify
 
 
 def test_a_bank_is_read_with_its_splits(tmp_path):

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -163,6 +164,7 @@ def test_each_category_needs_probes_of_its_own(folder, tmp_path):
     found = problems_of(one)
     assert [problem.key for problem in found] == [f"rules[{index}].min_refusal" for index in range(4)]
     assert all("at least 105 probes" in p.sentence and "there are 60" in p.sentence for p in found)
+    assert all("; 45 missing; public sets have such probes: " in p.sentence for p in found)
 
 
 def test_banks_that_cannot_serve_are_refused(folder, tmp_path):
@@ -188,6 +190,51 @@ def test_a_policy_has_one_document_of_each_issuer(one, folder, tmp_path):
     (problem,) = problems_of(two)
     assert "needs a tier-one document" in problem.sentence
     assert "merging was not checked" in check_documents([two])
+
+
+def test_tier_one_documents_checked_together_are_alternatives(one, folder, tmp_path):
+    document = tier_one(folder)
+    for rule in document["rules"]:
+        rule["id"] = f"other.{rule['id']}"
+    other = write(tmp_path / "other.yaml", document)
+    two = write(tmp_path / "two.yaml", tier_two({"id": "w", "kind": "requirement", "max_words": 3}))
+    assert check_documents([one, other, two]) == "3 documents, 5 rules after merging: no problem found."
+    document["certify"]["min_refusal"] = 0.99
+    with pytest.raises(InputError, match="at least 368 probes"):
+        check_documents([one, write(other, document), two])
+
+
+def test_a_rule_takes_several_banks(one, tmp_path):
+    document = yaml.safe_load(one.read_text())
+    first = document["rules"][0]["probes"]
+    rows = [{"id": f"more{n}", "prompt": f"another {n}", "split_by": "held_out"} for n in range(40)]
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    document["rules"][0]["probes"] = [first, str(more)]
+    policy = Policy.read([write(tmp_path / "one.yaml", document)])
+    (restriction, *_), (alone, *_) = policy.restrictions, Policy.read([one]).restrictions
+    assert restriction.probes[: len(alone.probes)] == alone.probes
+    assert len(restriction.probes) == len(alone.probes) + 40
+    assert restriction.bank == f"{first}, {more}"
+    assert restriction.bank_sha256 != alone.bank_sha256
+    document["rules"][0]["probes"] = [first]
+    assert Policy.read([write(tmp_path / "same.yaml", document)]).hash == Policy.read([one]).hash
+
+
+def test_banks_of_a_rule_share_no_probe(one, tmp_path):
+    document = yaml.safe_load(one.read_text())
+    first = document["rules"][0]["probes"]
+    prompt = json.loads(Path(first).read_text().splitlines()[0])["prompt"]
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"id": "more", "prompt": f"{prompt.upper()}!"}) + "\n")
+    document["rules"][0]["probes"] = [first, str(more), str(tmp_path / "none.jsonl")]
+    twice, missing = problems_of(write(tmp_path / "one.yaml", document))
+    assert twice.key == missing.key == "rules[0].probes"
+    assert f"`more` of {more}, or its prompt, stands in {first} too" in twice.sentence
+    assert "none.jsonl" in missing.sentence
+    document["rules"][0]["probes"] = []
+    (problem,) = problems_of(write(tmp_path / "one.yaml", document))
+    assert problem.key == "rules[0].probes"
 
 
 @pytest.mark.parametrize("change", ["version", "issuer", "limit", "bank"])

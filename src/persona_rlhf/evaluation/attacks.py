@@ -106,12 +106,16 @@ WORDED: dict[str, Callable[[Probe], Prompt | None]] = {
 
 
 def probes_of(attack: str, probes: Sequence[Probe]) -> list[Probe]:
-    """The probes that an attack is made with: of known topics, but for the attack that is about unseen ones."""
+    """The probes that an attack is made with: of known topics, but for the attack that is about unseen ones.
+
+    Where topics are split whole, the held-out ones are all unseen, and every attack is made with them.
+    """
     if attack == "unseen_topic":
         return [probe for probe in probes if probe.novelty == "topic"]
     if attack == "unseen_phrasing":
         return [probe for probe in probes if probe.novelty == "phrasing"]
-    return [probe for probe in probes if probe.novelty != "topic"]
+    known = [probe for probe in probes if probe.novelty != "topic"]
+    return known or list(probes)
 
 
 def _asks(text: str) -> Prompt:

@@ -35,7 +35,7 @@ from persona_rlhf.evaluation.retention import some, total, twins
 from persona_rlhf.evaluation.samples import Compared, Samples, distinct_prompts
 from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings
 from persona_rlhf.evaluation.tax import perplexity, tone_drift, toxic_answers
-from persona_rlhf.policy.hazards import Probe
+from persona_rlhf.policy.hazards import Probe, unseen_topics_certify
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.pairs import Message
 from persona_rlhf.preferences.tokens import UserRows, prompt_ids
@@ -92,8 +92,8 @@ class Examination:
             [self._ids(text) for text in some(texts, evaluation.harmless_prompts)] for texts in (ordinary, near)
         )
         self._certify = self._bank(policy.probes("certify"))
-        test = policy.probes("test")
-        known, new = ([p for p in test if (p.novelty == "topic") == unseen] for unseen in (False, True))
+        test, shifts = policy.probes("test"), not unseen_topics_certify(policy.probes("certify"))
+        known, new = ([p for p in test if (shifts and p.novelty == "topic") == unseen] for unseen in (False, True))
         self._test = self._bank(known, evaluation.test_probes)
         self._shift = self._bank(new, evaluation.test_probes // 2)
 

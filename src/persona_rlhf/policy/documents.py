@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -56,11 +56,19 @@ class RestrictionRule(Section):
     id: str = Field(min_length=1, description="Name of the rule, unique over all documents.")
     kind: Literal["restriction"] = Field(description="restriction, requirement or preference.")
     category: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Hazard category, such as terrorist_content.")
-    probes: str | None = Field(None, description="Probe bank (JSON lines); bundled categories bring their own.")
+    probes: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Probe bank (JSON lines), or a list of banks; bundled categories bring their own."
+    )
     limit: float | None = Field(None, ge=0, description="Nats of excess refusal loss tolerated in training.")
     min_refusal: float | None = Field(
         None, gt=0, lt=1, description="Refusal rate that the gate must show for this category alone."
     )
+
+    @property
+    def banks(self) -> tuple[str, ...]:
+        """The banks that are named, else the bundled one of the category."""
+        named = self.probes or f"data/policy/tier_one/{self.category}.jsonl"
+        return (named,) if isinstance(named, str) else tuple(named)
 
 
 class RequirementRule(Section):

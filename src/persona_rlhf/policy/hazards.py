@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from persona_rlhf.inputs.problems import InputError, Problem
 
 Split = Literal["train", "dev", "certify", "test"]
 Novelty = Literal["combination", "phrasing", "topic"]
+SplitBy = Literal["pair", "topic", "held_out"]
+"""How a bank's row is split: by topic and phrasing; by its topic, which then lies in one split whole; or by its topic
+among all splits but `train`."""
 
 CATEGORIES = ("terrorist_content", "child_sexual_abuse", "threats_of_violence", "sexual_assault")
 _KEY = b"persona-rlhf probe split 4"
+_WHOLE_TOPICS: tuple[tuple[Split, float], ...] = (("train", 0.17), ("dev", 0.34), ("certify", 0.79), ("test", 1.0))
+"""Upper ends of the splits of whole topics: most of them certify, for there one topic is one probe a language."""
 
 
 class Probe(NamedTuple):
@@ -51,8 +57,30 @@ def assign_split(topic: str, phrasing: str) -> tuple[Split, Novelty]:
     return split, "combination"
 
 
+def assign_topic(topic: str, held_out: bool = False) -> Split:
+    """The split of a whole topic; with `held_out`, among all but `train`, in the same proportions.
+
+    Such topics are a random sample of all: what `certify` shows of them is of topics that training has not seen.
+    """
+    start = _WHOLE_TOPICS[0][1] if held_out else 0.0
+    u = start + (1 - start) * _unit("whole topic", topic)
+    return next(split for split, end in _WHOLE_TOPICS if u < end)
+
+
+def unseen_topics_certify(probes: Iterable[Probe]) -> bool:
+    """Whether the certify probes have unseen topics; where none has, test probes of such topics are a shift."""
+    return any(probe.split == "certify" and probe.novelty == "topic" for probe in probes)
+
+
+def _assigned(split_by: SplitBy, topic: str, phrasing: str) -> tuple[Split, Novelty]:
+    if split_by == "pair":
+        return assign_split(topic, phrasing)
+    split = assign_topic(topic, held_out=split_by == "held_out")
+    return split, ("combination" if split == "train" else "topic")
+
+
 def read_probes(path: Path, category: str) -> list[Probe]:
-    """Reads a bank: JSON lines with `id` and `prompt`, and `topic`, `phrasing`, `twin` where known.
+    """Reads a bank: JSON lines with `id` and `prompt`, and `topic`, `phrasing`, `twin`, `split_by` where known.
 
     Raises InputError naming every bad line.
     """
@@ -82,8 +110,13 @@ def read_probes(path: Path, category: str) -> list[Probe]:
             problems.append(Problem(str(path), number, "id", f"`{row['id']}` stands on line {seen[row['id']]} already"))
             continue
         seen[row["id"]] = number
+        split_by = row.get("split_by", "pair")
+        if split_by not in get_args(SplitBy):
+            sentence = f"expected {', '.join(f'`{known}`' for known in get_args(SplitBy))}, got `{split_by}`"
+            problems.append(Problem(str(path), number, "split_by", sentence))
+            continue
         topic, phrasing = row.get("topic") or row["prompt"], row.get("phrasing") or row["prompt"]
-        split, novelty = assign_split(topic, phrasing)
+        split, novelty = _assigned(split_by, topic, phrasing)
         probes.append(Probe(row["id"], category, row["prompt"], topic, phrasing, row.get("twin"), split, novelty))
     if not probes and not problems:
         problems.append(Problem(str(path), None, None, "the probe bank is empty"))

@@ -13,7 +13,9 @@ from persona_rlhf.inputs.yaml_text import KeyPath
 from persona_rlhf.policy.documents import Certify, PolicyDocument, RestrictionRule, read_document
 from persona_rlhf.policy.enforcement import probes_needed
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, read_probes
+from persona_rlhf.policy.likeness import plain
 from persona_rlhf.policy.narrowing import widenings
+from persona_rlhf.policy.public_sets import more_probes
 from persona_rlhf.policy.rules import Restriction
 
 
@@ -71,9 +73,8 @@ def merge_restrictions(documents: Sequence[PolicyDocument]) -> tuple[list[Restri
 def _new_restriction(
     document: PolicyDocument, index: int, rule: RestrictionRule
 ) -> tuple[Restriction | None, list[Problem]]:
-    problems = []
+    problems: list[Problem] = []
     at: KeyPath = ("rules", index)
-    bank = rule.probes or f"data/policy/tier_one/{rule.category}.jsonl"
     probes: list[Probe] = []
     digest = ""
     if rule.probes is None and rule.category not in CATEGORIES:
@@ -81,14 +82,8 @@ def _new_restriction(
         sentence = f"`{rule.category}` is no bundled category ({known}), so it needs `probes`: a bank of JSON lines"
         problems.append(document.problem((*at, "category"), sentence))
     else:
-        try:
-            file = find(bank)
-            probes = read_probes(file, rule.category)
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        except InputError as fault:
-            missing = [p for p in fault.problems if p.line is None and p.file == bank]
-            problems += [p for p in fault.problems if p not in missing]
-            problems += [document.problem((*at, "probes"), f"{p.sentence}, got `{bank}`") for p in missing]
+        probes, digest, faults = _read_banks(document, at, rule)
+        problems += faults
     for key in ("limit", "min_refusal"):
         if getattr(rule, key) is None:
             problems.append(
@@ -108,9 +103,36 @@ def _new_restriction(
         document=document.path,
         line=document.line(index),
         source_name=document.issuer.name,
-        bank=bank,
+        bank=", ".join(rule.banks),
         bank_sha256=digest,
     ), []
+
+
+def _read_banks(document: PolicyDocument, at: KeyPath, rule: RestrictionRule) -> tuple[list[Probe], str, list[Problem]]:
+    """The probes of all banks of a rule, a sha256 of the banks' bytes, and what is wrong in or between them."""
+    probes: list[Probe] = []
+    digests: list[str] = []
+    problems: list[Problem] = []
+    places: dict[str, str] = {}
+    for bank in rule.banks:
+        try:
+            file = find(bank)
+            found = read_probes(file, rule.category)
+            digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
+        except InputError as fault:
+            missing = [p for p in fault.problems if p.line is None and p.file == bank]
+            problems += [p for p in fault.problems if p not in missing]
+            problems += [document.problem((*at, "probes"), f"{p.sentence}, got `{bank}`") for p in missing]
+            continue
+        twice = next((p for p in found if p.id in places or plain(p.prompt) in places), None)
+        if twice is not None:
+            first = places.get(twice.id) or places[plain(twice.prompt)]
+            sentence = f"`{twice.id}` of {bank}, or its prompt, stands in {first} too; leave it out of one of them"
+            problems.append(document.problem((*at, "probes"), sentence))
+        places |= {key: bank for probe in found for key in (probe.id, plain(probe.prompt))}
+        probes += found
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return probes, whole, problems
 
 
 def merge_certify(documents: Sequence[PolicyDocument]) -> Certify:
@@ -142,7 +164,8 @@ def unusable_probes(
         needed = probes_needed(restriction.min_refusal, certify.delta)
         if certified < needed:
             sentence = _too_few(restriction.min_refusal, certify.delta, needed, certified)
-            yield document.problem(("rules", index, "min_refusal"), f"{sentence} of {restriction.bank}")
+            more = more_probes([restriction.category], needed - certified)
+            yield document.problem(("rules", index, "min_refusal"), f"{sentence} of {restriction.bank}; {more}")
         trained = {probe.prompt for probe in restriction.probes if probe.split == "train"}
         if not trained:
             sentence = (
@@ -160,7 +183,8 @@ def unusable_probes(
     if restrictions and pooled < needed:
         strictest = max((d for d in documents if d.certify), key=lambda d: (d.certify or certify).min_refusal)
         sentence = _too_few(certify.min_refusal, certify.delta, needed, pooled)
-        yield strictest.problem(("certify", "min_refusal"), f"{sentence} of all tier-one banks")
+        more = more_probes([r.category for r in restrictions if r.tier == 1], needed - pooled)
+        yield strictest.problem(("certify", "min_refusal"), f"{sentence} of all tier-one banks; {more}")
 
 
 def _too_few(min_refusal: float, delta: float, needed: int, certified: int) -> str:

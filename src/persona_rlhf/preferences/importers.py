@@ -1,4 +1,4 @@
-"""Other people's preference files, written as ours."""
+"""Other people's files, written as ours: preferences, and public sets of probes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
+from persona_rlhf.policy.public_sets import public_sets
 from persona_rlhf.preferences.columns import shown
 from persona_rlhf.preferences.formats import read_file
 from persona_rlhf.preferences.pairs import first_problems
+from persona_rlhf.preferences.probe_sets import ProbeImport, import_probes
 
 Convert = Callable[[Mapping[str, object]], dict[str, str] | str]
 
@@ -27,6 +29,29 @@ class ImportSummary(NamedTuple):
     users: int
     left_out: dict[str, int]
     path: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object of plain JSON values."""
+        return {**self._asdict(), "path": str(self.path)}
+
+    def sentences(self) -> Iterator[str]:
+        """What to tell people."""
+        yield f"{self.rows} rows read, {self.pairs} pairs of {self.users} users written to {self.path}."
+        for reason, count in self.left_out.items():
+            yield f"  {count} rows left out: {reason}"
+
+
+def import_file(name: str, src: Path, out: Path, train: bool = False) -> ImportSummary | ProbeImport:
+    """Converts a file of a known format or set. Raises InputError for an unknown one, and for what is wrong in it."""
+    if name in FORMATS and not train:
+        return FORMATS[name](src, out)
+    if name in public_sets():
+        return import_probes(name, src, out, train)
+    known = (*FORMATS, *public_sets())
+    sentence = f"no importer reads `{name}`{did_you_mean(name, known)}; there is {', '.join(known)}"
+    if name in FORMATS:
+        sentence = f"`{name}` are preferences, whose split is `users.heldout`; --train goes with sets of probes"
+    raise InputError([Problem("data import", None, "FORMAT", sentence)])
 
 
 def import_cragc25(src: Path, out: Path) -> ImportSummary:
