@@ -9,6 +9,8 @@ from persona_rlhf import base_card, cli
 from persona_rlhf.evaluation.gate import POOLED
 from persona_rlhf.inputs.bundled import shipped_root
 from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.policy.hazards import CATEGORIES
+from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.training.base import load_base
 
 from .story.experiment import tier_one, write_yaml
@@ -74,8 +76,14 @@ def test_every_mistake_is_said_at_once():
     with pytest.raises(InputError) as caught:
         base_card.base_card(BUNDLED, ["gate.alphaz=[1]", "dpo.beta=1"])
     said = [str(problem) for problem in caught.value.problems]
-    assert len(said) == 3
-    assert any("policy" in sentence and "missing" in sentence for sentence in said)
+    assert len(said) == 2
+
+
+def test_without_a_policy_the_bank_for_real_models_is_asked():
+    asked = base_card.CardSettings(base=base_card.BaseSettings(model=BUNDLED))
+    rules = Policy.read(asked.policy.documents).restrictions
+    assert {rule.category for rule in rules} == set(CATEGORIES)
+    assert any("fr" in probe.id or "é" in probe.prompt for rule in rules for probe in rule.probes)
 
 
 @pytest.mark.parametrize("words", [[], ["--base", BUNDLED, "--redteam"], ["run", "redteam.probes=2"]])

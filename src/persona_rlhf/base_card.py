@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field
@@ -29,6 +30,8 @@ from persona_rlhf.training.base import Base, load_base
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.settings import BaseSettings, LoraSettings
 
+REAL = Path("configs/policy/real/tier_one.yaml")
+"""What a base is asked where no policy is named: tier one with the bank for real models."""
 UNKNOWN = "unknown (say it with base.aligned_by=...)"
 
 
@@ -37,7 +40,7 @@ class CardSettings(Section):
 
     seed: int = Field(0, ge=0, description="Seed of the sampled answers.")
     base: BaseSettings
-    policy: PolicySettings
+    policy: PolicySettings = Field(default_factory=lambda: PolicySettings(documents=[REAL]))
     gate: GateSettings = GateSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 

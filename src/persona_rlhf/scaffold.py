@@ -9,7 +9,6 @@ from pathlib import Path
 
 from persona_rlhf.inputs.bundled import shipped_root
 from persona_rlhf.inputs.problems import InputError, Problem
-from persona_rlhf.policy.documents import ROLE
 
 _USERS = 4
 
@@ -40,9 +39,8 @@ def scaffold(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".init-") as work:
         draft = Path(work) / "experiment"
         (draft / "policy").mkdir(parents=True)
-        for tier in ROLE:
-            name = f"tier_{tier}.yaml"
-            shutil.copyfile(shipped / "configs" / "policy" / name, draft / "policy" / name)
+        for document in sorted((shipped / "configs" / "policy").glob("tier_*.yaml")):
+            shutil.copyfile(document, draft / "policy" / document.name)
         (draft / "users").mkdir()
         for users in sorted((shipped / "data" / "users").glob("*.jsonl"))[:_USERS]:
             shutil.copyfile(users, draft / "users" / users.name)

@@ -94,7 +94,7 @@ def test_the_readme_counts_what_is_there():
 
 def test_the_policy_for_real_models_loads(monkeypatch):
     monkeypatch.chdir(ROOT)
-    policy = Policy.read(["configs/policy/tier_one_real.yaml", "configs/policy/tier_two.yaml"])
+    policy = Policy.read(["configs/policy/real/tier_one.yaml", "configs/policy/tier_two.yaml"])
     assert policy.categories == CATEGORIES
     assert len(policy.probes("certify")) == 2 * 171
     assert {probe.novelty for probe in policy.probes("certify")} == {"topic"}

@@ -192,18 +192,6 @@ def test_a_policy_has_one_document_of_each_issuer(one, folder, tmp_path):
     assert "merging was not checked" in check_documents([two])
 
 
-def test_tier_one_documents_checked_together_are_alternatives(one, folder, tmp_path):
-    document = tier_one(folder)
-    for rule in document["rules"]:
-        rule["id"] = f"other.{rule['id']}"
-    other = write(tmp_path / "other.yaml", document)
-    two = write(tmp_path / "two.yaml", tier_two({"id": "w", "kind": "requirement", "max_words": 3}))
-    assert check_documents([one, other, two]) == "3 documents, 5 rules after merging: no problem found."
-    document["certify"]["min_refusal"] = 0.99
-    with pytest.raises(InputError, match="at least 368 probes"):
-        check_documents([one, write(other, document), two])
-
-
 def test_a_rule_takes_several_banks(one, tmp_path):
     document = yaml.safe_load(one.read_text())
     first = document["rules"][0]["probes"]
