@@ -10,6 +10,7 @@ from persona_rlhf.config import Config, read_config
 from persona_rlhf.inputs.bundled import shipped_root
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.inputs.section import Section
+from persona_rlhf.materials import read_materials
 
 SOURCE = Path(__file__).parent.parent / "src" / "persona_rlhf"
 
@@ -218,3 +219,13 @@ def test_any_value_anywhere_is_taken_or_named(minimal, key, value):
     else:
         Path("again.yaml").write_text(config.to_yaml())
         assert read_config("again.yaml") == config
+
+
+@pytest.mark.parametrize("file", ["smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "qwen3-8b"])
+def test_the_configs_of_hub_models_load(file):
+    """Their base is on the hub, everything else is shipped."""
+    config = read_config(f"configs/{file}.yaml")
+    assert config.name == file
+    materials = read_materials(config)
+    assert len(materials.policy.probes("certify")) == 342
+    assert materials.pairs.users > 0

@@ -61,7 +61,7 @@ def test_every_point_of_the_grid_under_every_arm_and_seed(asked):
 
 
 def test_the_shipped_sweep_reads():
-    shipped = read_section(SweepSettings, read_yaml(find("configs/paper-poison.yaml")))
+    shipped = read_section(SweepSettings, read_yaml(find("configs/sweeps/paper-poison.yaml")))
     runs = arm_runs(shipped, ["users.path=data/users/poisoned.jsonl", "screening.quarantine=false"])
     assert len(runs) == 20
     kinds = {(run.config.constraint.enabled, run.config.gate.enabled) for run in runs}
