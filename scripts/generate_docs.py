@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import click
 import typer
 from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
@@ -33,7 +32,7 @@ def pages() -> dict[Path, str]:
     """Every generated page by its place below docs/."""
     found = {Path("config.md"): config_page()}
     for name, verb in verbs(typer.main.get_command(app), ""):
-        context = click.Context(verb, info_name=f"persona-rlhf {name}")
+        context = typer.Context(verb, info_name=f"persona-rlhf {name}")
         text = get_docs_for_click(obj=verb, ctx=context, name=f"persona-rlhf {name}")
         found[Path("cli", f"{name.replace(' ', '-')}.md")] = f"{NOTE}\n{text.strip()}\n"
     listed = "".join(f"- [`{page.stem.replace('-', ' ')}`]({page.name})\n" for page in sorted(found) if page.parts[1:])

@@ -1,8 +1,16 @@
 """Pages that are written from the code say what the code says."""
 
 import re
+import shlex
 
+import pytest
+import typer
+
+from persona_rlhf.cli import app
 from persona_rlhf.config import Config
+from persona_rlhf.inputs.section import read_section
+from persona_rlhf.inputs.yaml_text import parse_yaml
+from persona_rlhf.sweep import SweepSettings, arm_runs
 from tests.scripts import load_script
 
 generator = load_script("generate_docs")
@@ -29,3 +37,45 @@ def test_every_key_of_a_config_has_a_row_with_its_default():
 
 def test_verbs_of_later_releases_have_no_page():
     assert not [page for page in generator.pages() if page.stem in ("serve", "forget", "base-align")]
+
+
+USAGE = typer.BadParameter.__base__
+PAGES = [generator.DOCS.parent / "README.md", *sorted(generator.DOCS.glob("*.md"))]
+
+
+def blocks(page, *languages):
+    """The text of the fenced blocks in these languages."""
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_on_a_page_is_one(page):
+    """Verbs and options exist; what they name need not be there."""
+    for block in blocks(page, "bash", "console", "sh"):
+        for line in block.splitlines():
+            for part in re.split(r"&&|#", line):
+                words = shlex.split(part) if "persona-rlhf" in part else []
+                if words[:1] == ["persona-rlhf"]:
+                    parsed(typer.main.get_command(app), words[1:])
+
+
+def parsed(command, words):
+    """Raises typer's own error where the words are not of this command."""
+    while hasattr(command, "commands"):
+        name, *words = words
+        command = command.commands.get(name)
+        if command is None:
+            raise USAGE(f"no verb {name}")
+    command.make_context("persona-rlhf", list(words))
+
+
+def test_a_wrong_command_on_a_page_would_be_noticed():
+    for words in (["trian", "x.yaml"], ["train", "x.yaml", "--rum", "y"], ["data", "chek", "x"]):
+        with pytest.raises(USAGE):
+            parsed(typer.main.get_command(app), words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_sweep_on_a_page_reads(page):
+    for block in blocks(page, "yaml"):
+        assert arm_runs(read_section(SweepSettings, parse_yaml(block, page.name)), [])
