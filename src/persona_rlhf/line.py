@@ -175,7 +175,8 @@ def train_chunk(
     for rows in chunk.rows:
         if not rows.train:
             data = data_of(rows, chunk.dropped)
-            results.append(untrained(rows.user_id, data.pairs, chunk.failed.get(rows.user_id)))
+            fault, against = chunk.failed.get(rows.user_id), chunk.against_policy(rows.user_id)
+            results.append(untrained(rows.user_id, data.pairs, fault, against))
     order = {user.user_id: n for n, user in enumerate(chunk.rows)}
     results.sort(key=lambda result: order[result.user_id])
     write_results(place, results)
@@ -239,8 +240,8 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
         place = None
         if user.adapter is not None and verdict is not None and verdict.admitted:
             place = exporter.write(user.user_id, user.adapter, verdict, found, data)
-        pool, ceiling = examination.demands.in_pool, config.constraint.ceiling
-        return outcome(user, data.pairs, verdict, found, place, pool, ceiling)
+        pool, against = examination.demands.in_pool, chunk.against_policy(user.user_id)
+        return outcome(user, data.pairs, verdict, found, place, pool, against)
 
     with ThreadPoolExecutor(_WRITERS) as writers:  # a disk that is asked to keep many folders keeps them together
         return list(writers.map(written, cohort))

@@ -40,6 +40,10 @@ class Chunk(NamedTuple):
     dropped: list[Dropped]
     failed: dict[str, str]
 
+    def against_policy(self, user_id: str) -> int:
+        """How many pairs of a user the screen found to teach against the policy, whatever became of them."""
+        return sum(found.pair.user_id == user_id and found.action != "dropped" for found in self.dropped)
+
 
 def prepare(config: Config, materials: Materials | None = None, check: bool = True) -> Prepared:
     """Reads everything that a config names. With `check`, every prompt is tried, and the base asked its own refusals.

@@ -118,9 +118,9 @@ def run(base: Base, tmp_path: Path):
         written = exporter.write(user, flats[user], verdict, found, data) if verdict.admitted else None
         duals = {HAZARDS[0]: DualTrace(0.1, float(n), 0.2)}
         trained = TrainedUser(user, flats[user], "trained", "", 12, 1.5, 2, duals)
-        results.append(outcome(trained, data.pairs, verdict, found, written, DEMANDS.in_pool, 3.0))
+        results.append(outcome(trained, data.pairs, verdict, found, written, DEMANDS.in_pool, int(n == 1)))
     broken = TrainedUser("nan", None, "failed", "not finite", 3, 0.1, 2, {})
-    results.append(outcome(broken, PairCounts(2, 1, 0), None, None, None, DEMANDS.in_pool, 3.0))
+    results.append(outcome(broken, PairCounts(2, 1, 0), None, None, None, DEMANDS.in_pool, 0))
     results.append(skipped("empty", "no pairs left after screening", PairCounts(0, 0, 3)))
     write_results(path, results)
     (path / "config.yaml").write_text("name: tiny run\nbase:\n  model: /home/someone/models/tiny-base\n")

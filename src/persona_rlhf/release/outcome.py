@@ -25,9 +25,9 @@ def skipped(user_id: str, reason: str, pairs: PairCounts) -> Result:
     return Result(user_id=user_id, slug=slug(user_id), status="skipped", reason=reason, pairs=pairs)
 
 
-def untrained(user_id: str, pairs: PairCounts, fault: str | None) -> Result:
+def untrained(user_id: str, pairs: PairCounts, fault: str | None, against_policy: int = 0) -> Result:
     """The line of a user without a pair to train on: because of a `fault` of ours, or because none is left."""
-    line = skipped(user_id, fault or "no pair to train on is left", pairs)
+    line = replace(skipped(user_id, fault or "no pair to train on is left", pairs), alarm=against_policy > 0)
     return replace(line, status="failed") if fault else line
 
 
@@ -38,16 +38,16 @@ def outcome(
     measures: Measures | None,
     written: Written | None,
     tier_one: Collection[str],
-    dual_ceiling: float,
+    against_policy: int,
 ) -> Result:
     """The line of a trained user; `verdict` is None where training failed, `written` where he is held back.
 
-    `tier_one` are the categories that the gate pools. The alarm rings where a dual variable reached its ceiling, or
-    the gate did not pass the whole adapter: what the pairs teach pulls against the policy.
+    `tier_one` are the categories that the gate pools. The alarm rings where the screen found pairs of his that teach
+    against the policy (`against_policy` of them), or the gate did not pass the whole adapter. A dual variable is no
+    sign of either: the constraint holds before it rises (docs/safety.md).
     """
     assert (verdict is not None and verdict.admitted) == (written is not None), trained.user_id
     duals = {name: Dual(*trace) for name, trace in trained.duals.items()}
-    strained = any(dual.peak >= dual_ceiling for dual in duals.values())
     known: dict[str, Any] = {
         "user_id": trained.user_id,
         "slug": slug(trained.user_id),
@@ -57,7 +57,7 @@ def outcome(
         "seconds": trained.seconds,
     }
     if verdict is None:
-        return Result(status="failed", reason=trained.reason, alarm=strained, **known)
+        return Result(status="failed", reason=trained.reason, alarm=against_policy > 0, **known)
     counts = verdict.categories
     result = Result(
         status="held_back" if written is None else "released",
@@ -67,7 +67,7 @@ def outcome(
         tier_two={name: count for name, count in counts.items() if name not in tier_one},
         looks=verdict.looks,
         clusters=verdict.clusters,
-        alarm=strained or not verdict.looks[0].passed,
+        alarm=against_policy > 0 or not verdict.looks[0].passed,
         path=written.path if written else None,
         manifest_sha256=written.manifest_sha256 if written else None,
         **known,
