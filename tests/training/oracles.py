@@ -23,6 +23,19 @@ from persona_rlhf.training.lora import LayerSpan, adaptable_layers, attach, deta
 from persona_rlhf.training.scheduler import UserSchedule, user_generator
 from persona_rlhf.training.settings import DpoSettings, LoraSettings
 
+OPTIONS: dict[str, Any] = {
+    "optim": "adamw_torch",
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""What a DPOConfig says in tests: fp32 on the CPU, each step logged, and nothing said on the way."""
+
 
 def peft_config(lora: LoraSettings) -> LoraConfig:
     return LoraConfig(
@@ -128,20 +141,11 @@ def ordered_trainer(
         "weight_decay": dpo.weight_decay,
         "beta": dpo.beta,
         "loss_type": [dpo.loss],
-        "optim": "adamw_torch",
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
         "save_strategy": "no",
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
     trainer = Trainer(
         base.model,
-        args=DPOConfig(**arguments | options),
+        args=DPOConfig(**arguments | OPTIONS | options),
         train_dataset=Dataset.from_list(data),
         processing_class=words,
         peft_config=peft_config(lora),

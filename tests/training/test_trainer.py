@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
+from trl import DPOConfig
 
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.training.constraint import ConstraintBank
@@ -15,10 +17,11 @@ from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, FleetSettings
+from persona_rlhf.training.trainer import ConstrainedDPOTrainer
 
 from .constrained import CONSTRAINT, DPO, LORA, SEED, attacker, constrained_trainer
-from .oracles import read_flat
-from .tiny import constraint_bank, tiny_base
+from .oracles import OPTIONS, read_flat
+from .tiny import constraint_bank, tiny_base, tiny_tokenizer
 
 SCRIPT = Path(__file__).with_name("constrained.py")
 
@@ -109,6 +112,32 @@ def test_the_loss_of_held_out_pairs_is_dpo_alone(bank, whole):
     assert 0 < found["eval_loss"] < 0.6931
     assert "eval_constraint/dual" not in found
     assert torch.equal(trainer.duals.values, before)
+
+
+def _of_all_weights(folder, bank, **named):
+    """The trainer without PEFT, on pairs of no interest."""
+    model = tiny_base().model.requires_grad_(True)
+    data = [{"prompt": f"w{n} w3", "chosen": f" w{n + 1} w5", "rejected": f" w{n + 2}"} for n in range(4, 20)]
+    options = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "max_steps": 3, "save_steps": 1} | OPTIONS
+    named |= {"bank": bank, "train_dataset": Dataset.from_list(data), "processing_class": tiny_tokenizer()}
+    if "ref_model" not in named:
+        options["precompute_ref_log_probs"] = True
+    return ConstrainedDPOTrainer(model, args=DPOConfig(str(folder), **options), **named)
+
+
+def test_without_peft_the_reference_is_the_ref_model_or_the_model_before_its_first_step(bank, tmp_path):
+    known = Reference(AdaptedModel(tiny_base(), LORA))
+    known.add(bank.rows())
+    runs = {
+        "ref_model": _of_all_weights(tmp_path / "one", bank, ref_model=tiny_base().model),
+        "itself": _of_all_weights(tmp_path / "two", bank),
+        "resumed": _of_all_weights(tmp_path / "two", bank),
+    }
+    for name, trainer in runs.items():
+        trainer.train(str(tmp_path / "two" / "checkpoint-2") if name == "resumed" else None)
+        assert all(trainer._reference[row] == pytest.approx(known[row], abs=1e-4) for row in bank.rows())
+        assert torch.equal(trainer.duals.values, runs["ref_model"].duals.values)
+    assert (trainer.duals.violations != 0).all()
 
 
 @pytest.mark.slow
