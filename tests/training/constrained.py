@@ -56,7 +56,8 @@ def constrained_trainer(
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    trainer, spans = constrained_trainer(folder, constraint_bank(seed=rank, limit=0.0), per_device_train_batch_size=2)
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    trainer, spans = constrained_trainer(folder, constraint_bank(seed=rank, limit=0.0), **options)
     trainer.train()
     assert trainer.args.world_size == 2
     found = {"adapter": read_flat(trainer.model, spans), "duals": trainer.duals.values}

@@ -114,6 +114,11 @@ def test_the_loss_of_held_out_pairs_is_dpo_alone(bank, whole):
     assert torch.equal(trainer.duals.values, before)
 
 
+def test_a_constraint_that_is_off_is_no_constraint(bank):
+    with pytest.raises(ValueError, match="use TRL's DPOTrainer"):
+        ConstrainedDPOTrainer(bank=bank, constraint=ConstraintSettings(enabled=False))
+
+
 def _of_all_weights(folder, bank, **named):
     """The trainer without PEFT, on pairs of no interest."""
     model = tiny_base().model.requires_grad_(True)
@@ -142,7 +147,7 @@ def test_without_peft_the_reference_is_the_ref_model_or_the_model_before_its_fir
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(whole, tmp_path):
-    """Half of each step's pairs in each process, whatever bank the second one has."""
+    """Half of each step's pairs in each process, one by one, whatever bank the second one has."""
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2] / "src"), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, str(SCRIPT), str(tmp_path)]

@@ -51,8 +51,10 @@ class ConstrainedDPOTrainer(DPOTrainer):
         **kwargs: Any,
     ) -> None:
         """All else is DPOTrainer's; `user_id` and `seed` (else `args.seed`) say in which order the bank's rows come."""
-        super().__init__(*args, **kwargs)
         self.constraint = constraint or ConstraintSettings()
+        if not self.constraint.enabled:
+            raise ValueError("the constraint is switched off (enabled=False); without it, use TRL's DPOTrainer")
+        super().__init__(*args, **kwargs)
         [self.bank] = broadcast_object_list([bank])  # its answers were sampled, perhaps on unlike devices
         self._walk = self.bank.walk(self.constraint, self.args.seed if seed is None else seed, user_id)
         gain, smoothing, ceiling = self.constraint.gain, self.constraint.smoothing, self.constraint.ceiling
@@ -74,7 +76,8 @@ class ConstrainedDPOTrainer(DPOTrainer):
             return found
         loss, outputs = found if return_outputs else (found, None)
         # the trainer divides what it gets by the number of micro-batches
-        loss = loss + self._penalty(model, loss.device) * self.current_gradient_accumulation_steps
+        added = self._penalty(model, inputs["input_ids"].device) * self.current_gradient_accumulation_steps
+        loss = loss + added.to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
     def _penalty(self, model: nn.Module, device: torch.device) -> Float[Tensor, ""]:
