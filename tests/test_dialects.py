@@ -128,6 +128,24 @@ def test_what_a_file_leaves_out_is_what_its_program_would_take(written):
     assert (dpo.loss, dpo.pairs_per_step, dpo.learning_rate, dpo.epochs, dpo.schedule) == ("ipo", 1, 1e-5, 1, "cosine")
 
 
+def test_a_value_without_a_counterpart_leaves_our_default(written):
+    """Not theirs, which the file had overruled."""
+    text = "model_name_or_path: model\ndataset_name: pairs.jsonl\nwarmup_steps: 50\nlr_scheduler_type: polynomial\n"
+    found = import_config(written(text + "loss_type: [sigmoid, sft]\nnum_train_epochs: 0.5\nbf16: true\n"))
+    config = _read(found.text)
+    dpo = Config.model_fields["dpo"].default
+    assert (config.dpo.warmup, config.dpo.schedule, config.dpo.loss) == (dpo.warmup, dpo.schedule, dpo.loss)
+    assert config.dpo.epochs == dpo.epochs
+    assert config.base.dtype == "bfloat16"
+    assert [line.split(": ")[0] for line in found.left_out] == [
+        "warmup_steps",
+        "lr_scheduler_type",
+        "loss_type",
+        "num_train_epochs",
+    ]
+    assert "warmup:" not in found.text
+
+
 def test_the_defaults_and_keys_of_trl_are_those_of_the_installed_one():
     from trl import DPOConfig, ModelConfig, ScriptArguments
 
@@ -166,8 +184,9 @@ def test_files_that_are_not_here_are_said_beside_their_value(written):
         ("model_name_or_path: model\ndataset_name: pairs.jsonl\nbeta: -1\n", "theirs.yaml:3: dpo.beta: must be more"),
         ("model_name_or_path: model\ndataset_name: [a]\n", "theirs.yaml:2: users.path: expected a path"),
         (
-            "model_name_or_path: model\ndataset_name: pairs.jsonl\ngradient_accumulation_steps: two\n",
-            "theirs.yaml:3: dpo.pairs_per_step: expected a whole number, got `two`",
+            "model_name_or_path: model\nper_device_train_batch_size: 4\ndataset_name: pairs.jsonl\n"
+            "gradient_accumulation_steps: two\n",
+            "theirs.yaml:4: dpo.pairs_per_step: expected a whole number, got `two`",
         ),
         ("model_name_or_path: model\nmodel_name_or_path: b\n", "written twice"),
         ("- a\n", "`key: value` lines"),

@@ -107,27 +107,33 @@ def _translated(
     output = str(theirs.get("output_dir") or Path(document.name).stem)
     found.setdefault("name", _Entry(as_name(output.rstrip("/").split("/")[-1]), here, "names the run"))
     found["policy.documents"] = _Entry([_POLICY], here, "theirs names no policy; this is the shipped tier one")
-    for ours, value in dialect.defaults.items():
-        found.setdefault(ours, _Entry(value, here, f"default of {dialect.title}"))
+    unread = {ours for key, (ours, _) in dialect.keys.items() if key in left_out}
+    for ours in dialect.defaults.keys() - unread:
+        found.setdefault(ours, _Entry(dialect.defaults[ours], here, f"default of {dialect.title}"))
     if not theirs.get(dialect.adapter) and "dpo.learning_rate" in found:
         rate = found["dpo.learning_rate"]
         comment = f"{rate.comment}; theirs trains whole models, and LoRA wants about ten times that"
         found["dpo.learning_rate"] = rate._replace(comment=comment)
     users = found["users.path"]
     found["users.path"] = users._replace(comment=f"{users.comment}; its rows need a `user_id`")
-    order = list(Config.model_fields)
-    ordered = sorted(found.items(), key=lambda item: order.index(item[0].split(".")[0]))
-    return dict(ordered), [f"{key}: {left_out[key]}" for key in theirs if key in left_out]
+    ordered = {key: found[key] for key in _our_keys() if key in found}
+    return ordered, [f"{key}: {left_out[key]}" for key in theirs if key in left_out]
+
+
+def _our_keys() -> Iterator[str]:
+    """The keys of our config, in its order."""
+    for name, field in Config.model_fields.items():
+        section = getattr(field.annotation, "model_fields", {})
+        yield from [f"{name}.{key}" for key in section] or [name]
 
 
 def _of_many_keys(document: Document, theirs: Mapping[str, Tree], dialect: Dialect) -> Iterator[tuple[str, _Entry]]:
     """What no single plain key of theirs says: the pairs of a step, and the first of several data sets."""
-    written = [key for key in dialect.batch if key in theirs]
-    counts = [theirs.get(key, default) for key, default in dialect.batch.items()]
-    wrong = [count for count in counts if type(count) is not int]
-    product = wrong[0] if wrong else math.prod(counts)  # type: ignore[arg-type]
-    comment = " x ".join(f"{key} {count}" for key, count in zip(dialect.batch, counts, strict=True))
-    yield "dpo.pairs_per_step", _Entry(product, document.place((written[0],) if written else ()), comment)
+    counts = {key: theirs.get(key, default) for key, default in dialect.batch.items()}
+    wrong = [key for key, count in counts.items() if type(count) is not int]
+    product = counts[wrong[0]] if wrong else math.prod(counts.values())  # type: ignore[arg-type]
+    comment = " x ".join(f"{key} {count}" for key, count in counts.items())
+    yield "dpo.pairs_per_step", _Entry(product, document.place(tuple(wrong[:1] or counts)[:1]), comment)
     sets = theirs.get("datasets")
     if isinstance(sets, list) and sets and isinstance(sets[0], dict) and "path" in sets[0]:
         first = sets[0]
