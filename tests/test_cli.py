@@ -72,7 +72,7 @@ def test_help_is_light_and_names_every_verb():
     code, out, err = spy("--help")
     assert code == 0
     assert "HEAVY []" in err
-    verbs = "init train evaluate report export verify bench plan add forget chat collect serve data policy base"
+    verbs = "init train evaluate report export verify bench plan add forget chat collect serve data policy base config"
     assert set(verbs.split()) <= set(out.split())
 
 
@@ -90,10 +90,14 @@ def test_help_is_light_and_names_every_verb():
         (["data", "check", "nowhere.jsonl"], "no such file"),
         (["data", "import", "cragc52", "a", "b"], "did you mean `cragc25`?"),
         (["init", "."], "nothing is overwritten"),
+        (["config", "import", "theirs.yaml"], None),
+        (["config", "import", "theirs.yaml", "--out", "bad.yaml"], "bad.yaml: there is something here already"),
+        (["config", "import", "bad.yaml"], "no DPO config of TRL or Axolotl"),
     ],
 )
 def test_errors_that_need_no_tokenizer_import_nothing_heavy(experiment, arguments, words):
     Path("bad.yaml").write_text("tier: four\n")
+    Path("theirs.yaml").write_text("model_name_or_path: model\ndataset_name: bad.jsonl\n")
     Path("bad.jsonl").write_text('{"user_id": "u", "prompt": "p", "accepted": "a", "rejected": "b"}\n')
     before = sorted(Path.cwd().rglob("*"))
     code, _, err = spy(*arguments, cwd=experiment.parent)
@@ -305,3 +309,13 @@ def test_it_runs_as_a_module_and_says_its_version():
         [sys.executable, "-m", "persona_rlhf", "--version"], capture_output=True, text=True, check=True, env=os.environ
     )
     assert done.stdout.startswith("persona-rlhf ")
+
+
+def test_a_config_of_trl_is_written_to_a_new_file(run, tmp_path):
+    theirs, ours = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
+    theirs.write_text("model_name_or_path: data/base\ndataset_name: data/users\nuse_peft: true\ndeepspeed: z.json\n")
+    result = run("config", "import", theirs, "--out", ours)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "deepspeed: each process holds the whole base" in result.stderr
+    assert run("policy", "show", ours).exit_code == 0
+    assert result.stderr.splitlines()[-1] == f"Config: {ours} (keys of {theirs} without a counterpart: 1)"

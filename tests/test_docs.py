@@ -1,11 +1,13 @@
 """Pages that are written from the code say what the code says."""
 
+import ast
 import re
 import shlex
 
 import pytest
 import typer
 
+import persona_rlhf
 from persona_rlhf.cli import app
 from persona_rlhf.config import Config
 from persona_rlhf.inputs.section import read_section
@@ -79,3 +81,11 @@ def test_a_wrong_command_on_a_page_would_be_noticed():
 def test_every_sweep_on_a_page_reads(page):
     for block in blocks(page, "yaml"):
         assert arm_runs(read_section(SweepSettings, parse_yaml(block, page.name)), [])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_block_on_a_page_compiles_and_its_imports_are_there(page):
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "persona_rlhf":
+                assert all(hasattr(persona_rlhf, alias.name) for alias in node.names), ast.unparse(node)

@@ -26,12 +26,16 @@ if TYPE_CHECKING:
     from persona_rlhf.training.base import Base, load_base
     from persona_rlhf.training.engine import Engine, TrainedUser
     from persona_rlhf.training.fleet import AdaptedModel
-    from persona_rlhf.training.library import fleet_train
+    from persona_rlhf.training.library import fleet_train, policy_bank
+    from persona_rlhf.training.settings import ConstraintSettings
+    from persona_rlhf.training.trainer import ConstrainedDPOTrainer
 
 _HOMES = {
     "AdaptedModel": "training.fleet",
     "Base": "training.base",
     "Config": "config",
+    "ConstrainedDPOTrainer": "training.trainer",
+    "ConstraintSettings": "training.settings",
     "Engine": "training.engine",
     "Examination": "evaluation.examination",
     "InputError": "inputs.problems",
@@ -45,6 +49,7 @@ _HOMES = {
     "fit": "preferences.screening",
     "fleet_train": "training.library",
     "load_base": "training.base",
+    "policy_bank": "training.library",
     "prepare": "preparation",
     "prepare_users": "preparation",
     "read_config": "config",
@@ -62,6 +67,8 @@ __all__ = [
     "AdaptedModel",
     "Base",
     "Config",
+    "ConstrainedDPOTrainer",
+    "ConstraintSettings",
     "Engine",
     "Examination",
     "InputError",
@@ -75,6 +82,7 @@ __all__ = [
     "fit",
     "fleet_train",
     "load_base",
+    "policy_bank",
     "prepare",
     "prepare_users",
     "read_config",

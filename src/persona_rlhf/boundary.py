@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 
+def verbs(what: str) -> typer.Typer:
+    """A group of verbs; `what` stands in its help."""
+    return typer.Typer(
+        help=what, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
+    )
+
+
 def bounded(verb: Callable[P, None]) -> Callable[P, None]:
     """A verb that ends in an exit code whatever happens; PERSONA_RLHF_DEBUG=1 shows the traceback of a fault."""
 

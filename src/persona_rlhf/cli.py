@@ -9,19 +9,20 @@ from typing import Annotated
 import typer
 
 from persona_rlhf import __version__
-from persona_rlhf.boundary import bounded, console, print_json, print_table, say
+from persona_rlhf.boundary import bounded, console, print_json, print_table, say, verbs
+from persona_rlhf.config_verbs import config_verbs
 from persona_rlhf.ending import exit_held_back, finish, say_promise
 from persona_rlhf.later import announce, not_yet
 from persona_rlhf.processes import HELD_BACK
 
-_PLAIN = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
-app = typer.Typer(help="Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept.", **_PLAIN)  # type: ignore[arg-type]
-data = typer.Typer(help="Preference files.", **_PLAIN)  # type: ignore[arg-type]
-policy = typer.Typer(help="Policy documents of three tiers.", **_PLAIN)  # type: ignore[arg-type]
-base = typer.Typer(help="The shared base model.", **_PLAIN)  # type: ignore[arg-type]
+app = verbs("Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept.")
+data = verbs("Preference files.")
+policy = verbs("Policy documents of three tiers.")
+base = verbs("The shared base model.")
 app.add_typer(data, name="data")
 app.add_typer(policy, name="policy")
 app.add_typer(base, name="base")
+app.add_typer(config_verbs, name="config")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of an experiment (YAML).")]
 Overrides = Annotated[

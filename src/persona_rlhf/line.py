@@ -12,13 +12,11 @@ from rich.console import Console
 
 from persona_rlhf.config import Config, read_config
 from persona_rlhf.evaluation.measures import Measures
-from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.materials import Materials
-from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.screening import Dropped
-from persona_rlhf.preferences.tokens import UserRows, both_rows, prompt_ids
+from persona_rlhf.preferences.tokens import UserRows, both_rows
 from persona_rlhf.preparation import Chunk, Prepared, chunks_of, prepare, prepare_users
 from persona_rlhf.progress import Progress
 from persona_rlhf.release.exporter import Exporter
@@ -31,7 +29,7 @@ from persona_rlhf.release.seal import seal
 from persona_rlhf.run_folder import RunFolder, identity_of
 from persona_rlhf.shards import Share
 from persona_rlhf.training.allocator import keep_big_blocks
-from persona_rlhf.training.constraint import ConstraintBank, bank_from_json, bank_to_json, build_bank
+from persona_rlhf.training.constraint import ConstraintBank, bank_from_json, bank_to_json, policy_bank
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.reference import Reference, shared_reference
@@ -115,21 +113,7 @@ def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> Co
     """
     if not config.constraint.enabled:
         return None
-    limits = {rule.category: rule.limit for rule in policy.restrictions}
-    try:
-        return build_bank(
-            adapted,
-            list(limits),
-            list(limits.values()),
-            policy.probes("train"),
-            lambda text: prompt_ids((Message("user", text),), adapted.base.tokenizer),
-            is_refusal,
-            config.constraint,
-            config.seed,
-            config.gate.max_new_tokens,
-        )
-    except ValueError as fault:
-        raise InputError([Problem(adapted.base.name, None, "base.model", f"not certifiable: {fault}")]) from fault
+    return policy_bank(adapted, policy, config.constraint, config.seed, config.gate.max_new_tokens)
 
 
 def with_reference(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from persona_rlhf.preferences.tokens import Row, UserRows
@@ -21,6 +22,19 @@ from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.lora import LayerSpan, adaptable_layers, attach, detach, fresh_adapter
 from persona_rlhf.training.scheduler import UserSchedule, user_generator
 from persona_rlhf.training.settings import DpoSettings, LoraSettings
+
+OPTIONS: dict[str, Any] = {
+    "optim": "adamw_torch",
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""What a DPOConfig says in tests: fp32 on the CPU, each step logged, and nothing said on the way."""
 
 
 def peft_config(lora: LoraSettings) -> LoraConfig:
@@ -73,12 +87,21 @@ def plain_logp(model: torch.nn.Module, row: Row) -> Tensor:
     return logps[start : start + len(targets)].gather(1, targets[:, None]).sum()
 
 
-def trl_run(
-    base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings, seed: int, folder: Path
-) -> tuple[Tensor, list[float]]:
-    """Trains one user with TRL's DPOTrainer and PEFT from our first A and in our order; the flat adapter and losses.
+def ordered_trainer(
+    base: Base,
+    user: UserRows,
+    lora: LoraSettings,
+    dpo: DpoSettings,
+    seed: int,
+    folder: Path,
+    kind: type[DPOTrainer] = DPOTrainer,
+    named: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[DPOTrainer, list[LayerSpan]]:
+    """A TRL trainer over PEFT that is about to train one user from our first A and in our order, and where A lies.
 
     Only the sampler is replaced: TRL tokenizes, collates, runs the reference, clips and steps as it always does.
+    `named` go to the trainer, `options` to DPOConfig.
     """
     spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank, 1.0)
     detach(base.model, list(spans))
@@ -93,56 +116,53 @@ def trl_run(
         for prompt, chosen, rejected in pairs
     ]
     schedule = UserSchedule(user, dpo, seed)
-    epochs = iter(schedule._orders)
 
-    class Trainer(DPOTrainer):  # type: ignore[misc]
+    class Trainer(kind):  # type: ignore[misc, valid-type]
         def _get_train_sampler(self, *_: object) -> Sampler[int]:
+            trainer = self
+
             class Ours(Sampler[int]):
                 def __iter__(self) -> Iterator[int]:
-                    return iter(next(epochs))
+                    return iter(schedule._orders[int(trainer.state.epoch or 0)])
 
                 def __len__(self) -> int:
                     return len(user.train)
 
             return Ours()
 
-        def compute_loss(self, *arguments: Any, **named: Any) -> Tensor:
-            loss: Tensor = super().compute_loss(*arguments, **named)
-            losses.append(loss.item())
-            return loss
-
-    losses: list[float] = []
-    arguments = DPOConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=dpo.pairs_per_step,
-        num_train_epochs=dpo.epochs,
-        learning_rate=dpo.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(dpo.schedule, dpo.schedule),
-        warmup_steps=math.ceil(dpo.warmup * schedule.steps),
-        max_grad_norm=dpo.max_grad_norm,
-        weight_decay=dpo.weight_decay,
-        beta=dpo.beta,
-        loss_type=[dpo.loss],
-        optim="adamw_torch",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    arguments = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": dpo.pairs_per_step,
+        "num_train_epochs": dpo.epochs,
+        "learning_rate": dpo.learning_rate,
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(dpo.schedule, dpo.schedule),
+        "warmup_steps": math.ceil(dpo.warmup * schedule.steps),
+        "max_grad_norm": dpo.max_grad_norm,
+        "weight_decay": dpo.weight_decay,
+        "beta": dpo.beta,
+        "loss_type": [dpo.loss],
+        "save_strategy": "no",
+    }
     trainer = Trainer(
         base.model,
-        args=arguments,
+        args=DPOConfig(**arguments | OPTIONS | options),
         train_dataset=Dataset.from_list(data),
         processing_class=words,
         peft_config=peft_config(lora),
+        **named or {},
     )
+    trainer.remove_callback(PrinterCallback)
     rows = trainer.train_dataset
     assert [(tuple(r["prompt_ids"]), tuple(r["chosen_ids"]), tuple(r["rejected_ids"])) for r in rows] == pairs
     first = fresh_adapter(list(spans.values()), user_generator(seed, user.user_id, "init"))
     load_flat(trainer.model, list(spans.values()), first)
+    return trainer, list(spans.values())
+
+
+def trl_run(
+    base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings, seed: int, folder: Path
+) -> tuple[Tensor, list[float]]:
+    """Trains one user with TRL's DPOTrainer and PEFT, see `ordered_trainer`; the flat adapter and losses."""
+    trainer, spans = ordered_trainer(base, user, lora, dpo, seed, folder)
     trainer.train()
-    return read_flat(trainer.model, list(spans.values())), losses
+    return read_flat(trainer.model, spans), [line["loss"] for line in trainer.state.log_history if "loss" in line]

@@ -13,13 +13,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.policy import judges
 from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.preferences.tokens import Row
+from persona_rlhf.policy.tiers import Policy
+from persona_rlhf.preferences.messages import Message
+from persona_rlhf.preferences.tokens import Row, prompt_ids
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.reference import Known
 from persona_rlhf.training.scheduler import user_generator
 from persona_rlhf.training.settings import ConstraintSettings
 
@@ -59,7 +63,7 @@ class ConstraintBank:
         """A user's way through the bank."""
         return UserDraws(self, settings, seed, user_id)
 
-    def excess(self, draws: Sequence[Draw], logps: Watched, reference: Reference, margin: float) -> Excess:
+    def excess(self, draws: Sequence[Draw], logps: Watched, reference: Known, margin: float) -> Excess:
         """The functional: how far users are from the base on the rows they drew. A bank of another kind may differ."""
         return measure(draws, logps, reference, len(self.categories), margin)
 
@@ -180,6 +184,27 @@ def build_bank(
     return ConstraintBank(categories, limits, [anchors[category] for category in categories])
 
 
+def policy_bank(
+    adapted: AdaptedModel, policy: Policy, settings: ConstraintSettings, seed: int, max_new_tokens: int
+) -> ConstraintBank:
+    """The bank of a policy's restrictions. Raises InputError where the base refuses no train probe of a category."""
+    limits = {rule.category: rule.limit for rule in policy.restrictions}
+    try:
+        return build_bank(
+            adapted,
+            list(limits),
+            list(limits.values()),
+            policy.probes("train"),
+            lambda text: prompt_ids((Message("user", text),), adapted.base.tokenizer),
+            judges.is_refusal,
+            settings,
+            seed,
+            max_new_tokens,
+        )
+    except ValueError as fault:
+        raise InputError([Problem(adapted.base.name, None, "base.model", f"not certifiable: {fault}")]) from fault
+
+
 class Excess(NamedTuple):
     """How far the users are from the base, in nats: mean excess refusal loss by category (`counts` rows of it in this
     step), and the hinges on compliance and over-refusal openings (mean over rows)."""
@@ -197,7 +222,7 @@ Watched = tuple[Float[Tensor, "users refusals"], Float[Tensor, "users compliance
 def measure(
     draws: Sequence[Draw],
     logps: Watched,
-    reference: Reference,
+    reference: Known,
     categories: int,
     margin: float,
 ) -> Excess:
@@ -229,3 +254,28 @@ def measure(
         hinge(complied, [draw.compliances for draw in draws]),
         hinge(over, [draw.overrefusals for draw in draws]),
     )
+
+
+class Penalty(NamedTuple):
+    """What the constraint adds to each user's loss; and the violation (nats over the limit) of the categories that were
+    seen in this step."""
+
+    total: Float[Tensor, " users"]
+    violations: Float[Tensor, "users categories"]
+    seen: Bool[Tensor, "users categories"]
+
+
+def penalty(
+    bank: ConstraintBank,
+    draws: Sequence[Draw],
+    logps: Watched,
+    reference: Known,
+    duals: Float[Tensor, "users categories"],
+    settings: ConstraintSettings,
+) -> Penalty:
+    """`sum_c lambda_uc max(0, violation_uc) + w (compliance hinge + over-refusal hinge)`."""
+    excess = bank.excess(draws, logps, reference, settings.margin)
+    violations, seen = excess.refusal - excess.refusal.new_tensor(bank.limits), excess.counts > 0
+    total = (duals.to(violations) * torch.relu(violations) * seen).sum(1)
+    total = total + settings.opening_weight * (excess.compliance + excess.overrefusal)
+    return Penalty(total, violations.detach(), seen)

@@ -1,13 +1,16 @@
-"""The fleet as a library call: any transformers causal LM, no config and no files."""
+"""The fleet as library calls: any transformers causal LM, no config and no files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.tokens import UserRows, both_rows, halved
+from persona_rlhf.training import constraint as constraints
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.constraint import ConstraintBank
 from persona_rlhf.training.engine import Engine, TrainedUser
@@ -33,13 +36,7 @@ def fleet_train(
     Each adapter is a flat vector; `AdaptedModel(base, lora).spans` says where its layers lie. Without a `bank` there
     is no constraint, and nothing here is a gate: judge what comes out before anyone uses it.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    was_training = model.training
-    model.requires_grad_(False).eval()
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
-    base = Base(model, cast(PreTrainedTokenizerBase, tokenizer), model.name_or_path or "", "", context)
-    adapted = AdaptedModel(base, lora or LoraSettings())
-    try:
+    with _adapted(model, tokenizer, lora or LoraSettings()) as adapted:
         reference = Reference(adapted)
         if dpo is not None and dpo.early_stop is not None:
             rows = [halved(user) for user in rows]
@@ -57,6 +54,38 @@ def fleet_train(
             seed,
         )
         return {user.user_id: user for user in engine.run()}
+
+
+def policy_bank(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: Policy,
+    *,
+    constraint: ConstraintSettings | None = None,
+    seed: int = 0,
+    max_new_tokens: int = 96,
+) -> ConstraintBank:
+    """The constraint bank of a policy over `model`: it answers the train probes where it lies, a GPU if that is one.
+
+    Raises InputError where it refuses no probe of a category: then there is nothing to keep.
+    """
+    with _adapted(model, tokenizer, LoraSettings()) as adapted:
+        return constraints.policy_bank(adapted, policy, constraint or ConstraintSettings(), seed, max_new_tokens)
+
+
+@contextmanager
+def _adapted(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, lora: LoraSettings
+) -> Iterator[AdaptedModel]:
+    """The model frozen and with room for adapters; after it, the model is as it was."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    model.requires_grad_(False).eval()
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+    base = Base(model, cast(PreTrainedTokenizerBase, tokenizer), model.name_or_path or "", "", context)
+    adapted = AdaptedModel(base, lora)
+    try:
+        yield adapted
     finally:
         adapted.close()
         model.train(was_training)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from persona_rlhf.preferences.tokens import PairRow, Row, both_rows
 from persona_rlhf.training.batch import EMPTY
-from persona_rlhf.training.constraint import ConstraintBank, Draw
+from persona_rlhf.training.constraint import ConstraintBank, Draw, penalty
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses, reward_margins, user_means
 from persona_rlhf.training.reference import Reference
@@ -63,7 +63,7 @@ def step_loss(
     constraint: ConstraintSettings,
     states: Sequence[States] = (),
 ) -> StepLoss:
-    """`L_u = L_DPO + sum_c lambda_uc max(0, violation_uc) + w (compliance hinge + over-refusal hinge)`.
+    """`L_u = L_DPO + penalty_u`, see `constraint.penalty`.
 
     `pairs`, `draws` and `states` hold one entry a user; `draws` is empty without a bank, `states` where the whole model
     is to be computed. The adapters must be on.
@@ -107,8 +107,5 @@ def step_loss(
     if bank is None:
         return StepLoss(losses, losses, margin, accuracy, None, None)
     refused, complied, over = watched
-    excess = bank.excess(draws, (refused, complied, over), reference, constraint.margin)
-    violations = excess.refusal - excess.refusal.new_tensor(bank.limits)
-    penalty = (duals.to(losses) * torch.relu(violations) * (excess.counts > 0)).sum(1)
-    penalty = penalty + constraint.opening_weight * (excess.compliance + excess.overrefusal)
-    return StepLoss(losses + penalty, losses, margin, accuracy, violations.detach(), excess.counts > 0)
+    found = penalty(bank, draws, (refused, complied, over), reference, duals, constraint)
+    return StepLoss(losses + found.total, losses, margin, accuracy, found.violations, found.seen)

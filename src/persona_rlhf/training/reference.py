@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from safetensors import SafetensorError
@@ -14,6 +14,13 @@ from safetensors.numpy import load_file, save_file
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.checkpoint import writing
 from persona_rlhf.training.fleet import AdaptedModel
+
+
+@runtime_checkable
+class Known(Protocol):
+    """Log-probabilities under the base, by row: a `Reference`, or a dict."""
+
+    def __getitem__(self, row: Row, /) -> float: ...
 
 
 class Reference:
