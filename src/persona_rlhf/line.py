@@ -29,7 +29,8 @@ from persona_rlhf.release.seal import seal
 from persona_rlhf.run_folder import RunFolder, identity_of
 from persona_rlhf.shards import Share
 from persona_rlhf.training.allocator import keep_big_blocks
-from persona_rlhf.training.constraint import ConstraintBank, bank_from_json, bank_to_json, policy_bank
+from persona_rlhf.training.bank_file import bank_from_json, bank_to_json, kept_bank
+from persona_rlhf.training.constraint import ConstraintBank, policy_bank
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.reference import Reference, shared_reference
@@ -113,7 +114,15 @@ def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> Co
     """
     if not config.constraint.enabled:
         return None
-    return policy_bank(adapted, policy, config.constraint, config.seed, config.gate.max_new_tokens)
+    constraint, seed, tokens = config.constraint, config.seed, config.gate.max_new_tokens
+
+    def made() -> ConstraintBank:
+        return policy_bank(adapted, policy, constraint, seed, tokens)
+
+    if config.fleet.reference_cache is None:
+        return made()
+    asked = (policy.hash, constraint.refusals_per_probe, constraint.opening_tokens, seed, tokens)
+    return kept_bank(adapted, Path(config.fleet.reference_cache), asked, made)
 
 
 def with_reference(

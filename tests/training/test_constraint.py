@@ -15,8 +15,6 @@ from persona_rlhf.training.constraint import (
     ConstraintBank,
     Draw,
     UserDraws,
-    bank_from_json,
-    bank_to_json,
     build_bank,
     measure,
 )
@@ -365,14 +363,3 @@ def test_a_violation_is_what_lies_over_the_limit():
             )
         found.append(loss.violations)
     assert torch.allclose(found[0] - found[1], torch.full((1, 2), 0.75), atol=1e-5)
-
-
-def test_a_bank_comes_back_from_its_text():
-    bank = constraint_bank()
-    again = bank_from_json(bank_to_json(bank))
-    assert (again.categories, again.limits) == (bank.categories, bank.limits)
-    assert [list(own) for own in again.anchors] == [list(own) for own in bank.anchors]
-    assert again.rows() == bank.rows()
-    for damaged in ("", "[]", "{}", bank_to_json(bank)[:-9], '{"categories": ["a"], "limits": [1], "anchors": [[]]}'):
-        with pytest.raises(ValueError):  # noqa: PT011
-            bank_from_json(damaged)

@@ -8,9 +8,8 @@ guarantee; the guarantee is the gate's.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -73,28 +72,6 @@ class ConstraintBank:
         for anchor in (anchor for category in self.anchors for anchor in category):
             found += [*anchor.refusals, *(row for row in (anchor.compliance, anchor.overrefusal) if row is not None)]
         return found
-
-
-def bank_to_json(bank: ConstraintBank) -> str:
-    """The bank as text, for other processes of a run and for a resumed one."""
-    return json.dumps({"categories": bank.categories, "limits": bank.limits, "anchors": bank.anchors})
-
-
-def bank_from_json(text: str) -> ConstraintBank:
-    """What `bank_to_json` wrote. Raises ValueError where the text is damaged."""
-
-    def row(stored: Any) -> Row | None:
-        return None if stored is None else Row(tuple(stored[0]), tuple(stored[1]))
-
-    def anchor(refusals: Any, compliance: Any, overrefusal: Any) -> Anchor:
-        return Anchor(tuple(Row(tuple(p), tuple(c)) for p, c in refusals), row(compliance), row(overrefusal))
-
-    try:
-        stored = json.loads(text)
-        anchors = [[anchor(*parts) for parts in category] for category in stored["anchors"]]
-        return ConstraintBank(stored["categories"], stored["limits"], anchors)
-    except (LookupError, TypeError, AssertionError) as fault:
-        raise ValueError(f"this is no constraint bank ({fault})") from fault
 
 
 class UserDraws:

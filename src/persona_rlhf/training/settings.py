@@ -111,7 +111,8 @@ class FleetSettings(Section):
         2048, ge=0, description="MiB for hidden states below the adapters; a user past his share is computed each step."
     )
     reference_cache: str | None = Field(
-        None, description="Folder where runs keep the base's log-probabilities for each other; none by default."
+        None,
+        description="Folder where runs keep what the base answered and scored for each other; none by default.",
     )
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of the slots.")
     processes: int = Field(1, ge=1, le=1024, description="Processes on this host, one a GPU or a part of the cores.")

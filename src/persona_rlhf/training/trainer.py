@@ -21,8 +21,9 @@ from trl.trainer.utils import use_adapter
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training import checkpoint
+from persona_rlhf.training.bank_file import bank_to_json
 from persona_rlhf.training.batch import collate
-from persona_rlhf.training.constraint import ConstraintBank, bank_to_json, penalty
+from persona_rlhf.training.constraint import ConstraintBank, penalty
 from persona_rlhf.training.duals import Duals
 from persona_rlhf.training.losses import token_logps
 from persona_rlhf.training.settings import ConstraintSettings
