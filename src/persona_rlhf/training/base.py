@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from persona_rlhf.inputs.bundled import find, is_hub_id
 from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.preferences.template import turn_end
 from persona_rlhf.training.settings import BaseSettings
 
 
@@ -33,13 +35,16 @@ class Base:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the model's generation config knows more of them than the tokenizer."""
+        """Tokens that end an answer, first the one that the chat template ends a turn with: generation config and
+        tokenizer need not know of it."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = [configured] if isinstance(configured, int) else list(configured or [])
+        known = [configured] if isinstance(configured, int) else list(configured or [])
         own = getattr(self.tokenizer, "eos_token_id", None)
-        if isinstance(own, int) and own not in ids:
-            ids.append(own)
-        return tuple(ids)
+        return tuple(dict.fromkeys(end for end in (self._turn_end, own, *known) if isinstance(end, int)))
+
+    @cached_property
+    def _turn_end(self) -> int | None:
+        return turn_end(self.tokenizer) if getattr(self.tokenizer, "chat_template", None) else None
 
     @property
     def pad_id(self) -> int:

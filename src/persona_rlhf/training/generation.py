@@ -33,7 +33,7 @@ def write_answers(
     Prompts are left-padded and masked. Rows that are done leave the batch, as far as the users keep equally many. A
     row with seed None is a filler and counts as done. Sampling draws from each row's own generator.
     """
-    device = base.device
+    device, ends = base.device, base.eos_ids
     width = max(map(len, prompts))
     ids = torch.tensor([[base.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -60,7 +60,7 @@ def write_answers(
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if finished[row]:
                 continue
-            if token in base.eos_ids:
+            if token in ends:
                 finished[row] = True
             else:
                 written[row].append(token)
