@@ -18,6 +18,7 @@ from persona_rlhf.inputs.problems import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.panel import Panel
     from rich.table import Table
 
 P = ParamSpec("P")
@@ -75,7 +76,7 @@ def print_json_list(values: Iterable[object]) -> None:
     typer.echo("[]" if before == "[\n" else "\n]")
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table | Panel) -> None:
     """A result for people, on stdout."""
     console(people=False).print(table)
 

@@ -53,12 +53,16 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or em
 
 @data.command("check")
 @bounded
-def data_check(paths: Annotated[list[Path], typer.Argument(metavar="PATH...")], as_json: Json = False) -> None:
+def data_check(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...")],
+    render: Annotated[bool, typer.Option("--render", help="Show the first pair as the model sees it.")] = False,
+    model: Annotated[str, typer.Option("--base", help="With --render: whose chat template.")] = "data/base",
+    as_json: Json = False,
+) -> None:
     """Validate preference files: every bad row, with its number, at once."""
-    from persona_rlhf.preferences.check import check, render
+    from persona_rlhf.checking import check_data
 
-    summary = check(paths)
-    print_json(summary.to_json()) if as_json else print_table(render(summary))
+    check_data(paths, model if render else None, as_json)
 
 
 @data.command("import")
@@ -70,13 +74,9 @@ def data_import(
     as_json: Json = False,
 ) -> None:
     """Convert other people's preference files to ours."""
-    from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
-    from persona_rlhf.preferences.importers import FORMATS
+    from persona_rlhf.preferences.importers import convert
 
-    if format_ not in FORMATS:
-        sentence = f"no importer reads `{format_}`{did_you_mean(format_, FORMATS)}; there is {', '.join(FORMATS)}"
-        raise InputError([Problem("data import", None, "FORMAT", sentence)])
-    summary = FORMATS[format_](source, out)
+    summary = convert(format_, source, out)
     if as_json:
         print_json({**summary._asdict(), "path": str(summary.path)})
     say(f"{summary.rows} rows read, {summary.pairs} pairs of {summary.users} users written to {summary.path}.")

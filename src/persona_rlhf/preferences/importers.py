@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
 from persona_rlhf.preferences.columns import shown
 from persona_rlhf.preferences.formats import read_file
 from persona_rlhf.preferences.pairs import first_problems
@@ -27,6 +27,14 @@ class ImportSummary(NamedTuple):
     users: int
     left_out: dict[str, int]
     path: Path
+
+
+def convert(name: str, src: Path, out: Path) -> ImportSummary:
+    """Converts a file of the named format. Raises InputError where no importer reads that, or the file is not of it."""
+    if name not in FORMATS:
+        sentence = f"no importer reads `{name}`{did_you_mean(name, FORMATS)}; there is {', '.join(FORMATS)}"
+        raise InputError([Problem("data import", None, "FORMAT", sentence)])
+    return FORMATS[name](src, out)
 
 
 def import_cragc25(src: Path, out: Path) -> ImportSummary:

@@ -58,7 +58,7 @@ def load_base(settings: BaseSettings) -> Base:
 
     Raises InputError where there is no such model, no safetensors weights, no chat template or no end token.
     """
-    folder = _folder(settings.model)
+    folder = _folder(settings.model, [*_TOKENIZER, "*.safetensors"])
     problems = []
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -67,14 +67,13 @@ def load_base(settings: BaseSettings) -> Base:
     device = _device()
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(settings.dtype)
     disable_progress_bar()
+    tokenizer = _tokenizer(settings.model, folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or getattr(torch, settings.dtype), use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, KeyError, SafetensorError) as fault:
-        sentence = f"transformers cannot load it ({str(fault).splitlines()[0]})"
-        raise InputError([Problem(settings.model, None, "base.model", sentence)]) from fault
+        raise _not_loaded(settings.model, fault) from fault
     model.generation_config.eos_token_id = model.generation_config.eos_token_id or tokenizer.eos_token_id
     if not tokenizer.chat_template:
         sentence = "the tokenizer has no chat template; use a chat model, or add `chat_template` to its tokenizer files"
@@ -89,6 +88,24 @@ def load_base(settings: BaseSettings) -> Base:
     return Base(model, tokenizer, settings.model, _hash(weights), int(context))
 
 
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base, a folder or a hub id, without its weights. Raises InputError where there is none."""
+    return _tokenizer(model, _folder(model, _TOKENIZER))
+
+
+def _tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as fault:
+        raise _not_loaded(model, fault) from fault
+    return tokenizer
+
+
+def _not_loaded(model: str, fault: Exception) -> InputError:
+    sentence = f"transformers cannot load it ({str(fault).splitlines()[0]})"
+    return InputError([Problem(model, None, "base.model", sentence)])
+
+
 def _device() -> torch.device:
     """The GPU where there is one; of several, the one with the number that a launcher of processes gave to this one."""
     if not torch.cuda.is_available():
@@ -98,8 +115,11 @@ def _device() -> torch.device:
     return device
 
 
-def _folder(model: str) -> Path:
-    """The folder of a model: a path, a shipped folder, or a hub snapshot."""
+_TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def _folder(model: str, wanted: list[str]) -> Path:
+    """The folder of a model: a path, a shipped folder, or a hub snapshot of the files `wanted`."""
     try:
         return find(model)
     except InputError:
@@ -108,7 +128,6 @@ def _folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as fault:
