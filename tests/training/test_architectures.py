@@ -92,6 +92,17 @@ def test_each_users_gradient_is_that_of_peft(case):
         assert (learning.grad[user] - expected).norm() <= 1e-5 * expected.norm()
 
 
+def test_logits_are_computed_only_where_a_completion_is_predicted(case):
+    """Also where the model scales or caps them after the head: a whole vocabulary for every token would fill a GPU."""
+    adapted, seen = case.adapted, []
+    batch = adapted.batch(_rows(), USERS)
+    hook = adapted.base.model.get_output_embeddings().register_forward_hook(lambda _, x, __: seen.append(x[0].shape))
+    with torch.no_grad(), adapted.using(case.flat):
+        adapted.logits(batch)
+    hook.remove()
+    assert [shape[:-1].numel() for shape in seen] == [len(batch.targets)]
+
+
 def test_rows_are_packed_where_that_is_exact(case):
     adapted = case.adapted
     assert adapted.packs == (PACKS[case.name] != "never")

@@ -15,6 +15,7 @@ from persona_rlhf.training.attention import packed, window
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.batch import EMPTY, Batch, collate, pack
 from persona_rlhf.training.generation import Generated, write_answers
+from persona_rlhf.training.head import split
 from persona_rlhf.training.lora import FleetLinear, LayerSpan, attach, detach, matrices
 from persona_rlhf.training.losses import token_logps
 from persona_rlhf.training.settings import LoraSettings
@@ -46,7 +47,7 @@ class AdaptedModel:
         self.params_per_user = max(span.stop for span in self.spans.values())
         self.tokens_per_pass = 4_096 if base.device.type == "cpu" else 131_072  # a CPU wants what its cache holds
         self.tokens_per_cache = 65_536 if base.device.type == "cpu" else 131_072  # a token's keys and values are small
-        self._decoder, self._head = _split(base)
+        self._halves = split(base.model)
         self._trunk = Trunk(base.model, first) if first else None
         self._window = window(base.model.config.get_text_config())
         self.packs = self._can_pack()
@@ -96,12 +97,11 @@ class AdaptedModel:
             return self._picked(batch)
 
     def _picked(self, batch: Batch) -> Float[Tensor, "tokens vocabulary"]:
-        if self._decoder is None or self._head is None:
+        if self._halves is None:
             whole: Tensor = self._run(self.base.model, batch).logits
             return batch.source(whole.flatten(0, 1))
-        hidden: Tensor = self._run(self._decoder, batch).last_hidden_state
-        picked: Tensor = self._head(batch.source(hidden.flatten(0, 1)))
-        return picked
+        hidden: Tensor = self._run(self._halves.decoder, batch).last_hidden_state
+        return self._halves.head(batch.source(hidden.flatten(0, 1)))
 
     def _run(self, module: nn.Module, batch: Batch) -> Any:
         if batch.sight is None:
@@ -119,7 +119,7 @@ class AdaptedModel:
         trunk, distinct = self._trunk, list(dict.fromkeys(row for row in rows if row.completion))
         for places in _passes([distinct], self.tokens_per_pass) if trunk else ():
             batch = self.batch([distinct[place] for _, place in places if place is not None], 1)
-            module = self._decoder or self.base.model
+            module = self._halves.decoder if self._halves else self.base.model
             found |= cut(batch, trunk.states(lambda module=module, batch=batch: self._run(module, batch)))  # type: ignore[misc, union-attr]
         return found
 
@@ -231,19 +231,3 @@ def _passes(rows: Sequence[Sequence[Row]], budget: int) -> Iterator[list[tuple[i
         block = range(start, stop)
         yield [(user, own[n] if n < len(own) else None) for user, own in enumerate(order) for n in block]
         start = stop
-
-
-def _split(base: Base) -> tuple[nn.Module | None, nn.Module | None]:
-    """The decoder and the output head, where `head(decoder(x))` is the model; (None, None) where it is not.
-
-    Some models scale or cap their logits after the head: a probe decides, not the model's name.
-    """
-    model = base.model
-    decoder, head = model.base_model, model.get_output_embeddings()
-    if decoder is model or head is None:
-        return None, None
-    probe = torch.arange(8, device=base.device)[None] % model.config.get_text_config().vocab_size
-    with torch.no_grad():
-        whole = model(input_ids=probe, use_cache=False).logits
-        parts = head(decoder(input_ids=probe, use_cache=False).last_hidden_state)
-    return (decoder, head) if torch.equal(whole, parts) else (None, None)
