@@ -13,7 +13,7 @@ from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.settings import LoraSettings, TopLayers
 from persona_rlhf.training.targets import adaptable_layers
 
-from .architectures import CONFIGS, LAYERS, VOCABULARY, WINDOW, base_of
+from .architectures import CONFIGS, CONTEXT, LAYERS, VOCABULARY, WINDOW, base_of
 from .oracles import peft_model, plain_logp, read_flat
 from .tiny import EOS, random_flat, random_row
 
@@ -154,10 +154,22 @@ def test_greedy_answers_are_those_of_peft(case):
     assert [answer.ids for answer in answers[0]] != [answer.ids for answer in answers[1]]
 
 
-def _greedy(oracle, prompt):
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_an_answer_that_fills_the_context_is_cut_there(name):
+    """GPT-2 knows no position beyond it; a prompt beside it has all the room it asks for."""
+    adapted, draw = AdaptedModel(base_of(name), LORA), torch.Generator().manual_seed(3)
+    long, short = (random_row(draw, length, 1, VOCABULARY).prompt for length in (CONTEXT - 4, 5))
+    with adapted.using(None):
+        [[cut, whole]] = adapted.generate([[long, short]], 14)
+    assert cut == (_cut(_greedy(adapted.base.model, long, 4), [EOS]), False)
+    assert whole.ids == _cut(_greedy(adapted.base.model, short), [EOS])
+    assert len(whole.ids) == 14
+
+
+def _greedy(model, prompt, limit=14):
     ids = torch.tensor([prompt])
-    written = oracle.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=14, pad_token_id=0
+    written = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, pad_token_id=0
     )
     return tuple(written[0, len(prompt) :].tolist())
 

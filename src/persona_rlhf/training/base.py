@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,7 +86,7 @@ def load_base(settings: BaseSettings) -> Base:
         raise InputError(problems)
     model.requires_grad_(False).eval().to(device)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    return Base(model, tokenizer, settings.model, _hash(weights), int(context))
+    return Base(model, tokenizer, settings.model, _hash(weights), min(int(context), sys.maxsize))
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import cast
 
@@ -36,7 +37,7 @@ def fleet_train(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     model.requires_grad_(False).eval()
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     base = Base(model, cast(PreTrainedTokenizerBase, tokenizer), model.name_or_path or "", "", context)
     adapted = AdaptedModel(base, lora or LoraSettings())
     try:
