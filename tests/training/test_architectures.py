@@ -1,5 +1,7 @@
 """What the engine promises, held for every family of models against `transformers` and PEFT themselves."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import PeftModel
@@ -10,12 +12,13 @@ from persona_rlhf.release.manifest import BaseInfo
 from persona_rlhf.release.peft_folder import adapter_files, read_adapter
 from persona_rlhf.training.batch import collate
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import LoraSettings, TopLayers
+from persona_rlhf.training.library import fleet_train
+from persona_rlhf.training.settings import DpoSettings, FleetSettings, LoraSettings, TopLayers
 from persona_rlhf.training.targets import adaptable_layers
 
 from .architectures import CONFIGS, CONTEXT, LAYERS, VOCABULARY, WINDOW, base_of
 from .oracles import peft_model, plain_logp, read_flat
-from .tiny import EOS, random_flat, random_row
+from .tiny import EOS, random_flat, random_row, user_rows
 
 USERS = 2
 LORA = LoraSettings(rank=4, alpha=8)
@@ -224,3 +227,21 @@ def test_a_layer_that_cannot_be_adapted_is_no_target():
         with pytest.raises(InputError, match=f"lora.target_modules: .*{why}.*; leave `{target}` out"):
             adaptable_layers(base_of("qwen3-moe").model, ["q_proj", target])
     assert len(adaptable_layers(base_of("gpt2").model, ["c_attn", "mlp.c_proj"])) == 2 * LAYERS
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_users_trained_side_by_side_are_users_trained_alone(name):
+    """Two steps each, of short and of long rows; whatever the neighbour makes of the layout of a pass."""
+    users = [user_rows("short", 4, 1), user_rows("long", 4, 2)]
+    draw = torch.Generator().manual_seed(5)
+    pair = users[1].train[0]
+    users[1].train[0] = pair._replace(chosen=Row(pair.chosen.prompt, random_row(draw, 1, 30).completion))
+    base, dpo = base_of(name), DpoSettings(epochs=1, pairs_per_step=2, learning_rate=0.01)
+    alike = {"tokenizer": base.tokenizer, "dpo": dpo, "lora": TOP, "fleet": FleetSettings(slots=2)}
+    train = partial(fleet_train, base.model, **alike)
+    together = train(users)
+    for user in users:
+        alone = train([user])[user.user_id].adapter
+        trained = together[user.user_id].adapter
+        assert (trained - alone).abs().max() <= 1e-5
+        assert trained.abs().max() > 1e-3
