@@ -18,6 +18,7 @@ from transformers import (
     Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -107,13 +108,15 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def base_of(name: str) -> Base:
+def base_of(name: str, tokenizer: PreTrainedTokenizerFast | None = None) -> Base:
     """A frozen base of that family; norms and biases drawn too, so that none of them is neutral."""
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(CONFIGS[name]())
+    config, tokenizer = CONFIGS[name](), tokenizer or tiny_tokenizer(VOCABULARY)
+    config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+    model: Any = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
     model.requires_grad_(False).eval()
-    return Base(model, tiny_tokenizer(VOCABULARY), name, "0", CONTEXT)
+    return Base(model, tokenizer, name, "0", CONTEXT)
