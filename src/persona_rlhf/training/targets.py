@@ -98,8 +98,11 @@ def _taken_for_experts(model: PreTrainedModel, names: Iterable[str]) -> set[str]
     if all(parameter.dim() < 3 for parameter in model.parameters()):
         return set()
     from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # an older PEFT takes names as they are
+        return set()
     mistaken = set()
     for name in names:
         config = LoraConfig(target_modules=[name])
