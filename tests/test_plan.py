@@ -59,6 +59,8 @@ def test_json_has_the_total_and_the_table_every_figure():
     assert told["seconds"]["total"] == 781
     assert told["memory_mib"]["peak"] == 900
     assert (told["users"], told["skipped"], told["slots"]) == (10, 1, 4)
+    named = found._replace(notice="No adapters on the router.")
+    assert (told["notice"], named.to_json()["notice"]) == (None, render(named).caption)
     shown = list(render(found).columns[1].cells)
     assert {"100,000", "900.0 MiB", "60.0 s", "11.7 min", "13.0 min"} <= set(shown)
 

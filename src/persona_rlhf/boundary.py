@@ -17,8 +17,7 @@ import typer
 from persona_rlhf.inputs.problems import InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group
-    from rich.table import Table
+    from rich.console import Console, RenderableType
 
 P = ParamSpec("P")
 
@@ -82,7 +81,7 @@ def print_json_list(values: Iterable[object]) -> None:
     typer.echo("[]" if before == "[\n" else "\n]")
 
 
-def print_table(table: Table | Group) -> None:
+def print_table(table: RenderableType) -> None:
     """A result for people, on stdout."""
     console(people=False).print(table)
 

@@ -11,15 +11,15 @@ import typer
 from persona_rlhf import __version__
 from persona_rlhf.boundary import bounded, console, print_json, print_table, say, verbs
 from persona_rlhf.config_verbs import config_verbs
+from persona_rlhf.data_verbs import data_verbs
 from persona_rlhf.ending import exit_held_back, finish, say_promise
 from persona_rlhf.later import announce, not_yet
 from persona_rlhf.processes import HELD_BACK
 
 app = verbs("Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept.")
-data = verbs("Preference files.")
 policy = verbs("Policy documents of three tiers.")
 base = verbs("The shared base model.")
-app.add_typer(data, name="data")
+app.add_typer(data_verbs, name="data")
 app.add_typer(policy, name="policy")
 app.add_typer(base, name="base")
 app.add_typer(config_verbs, name="config")
@@ -30,7 +30,6 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 User = Annotated[str | None, typer.Option("--user", help="A user_id.")]
-_FORMATS = "cragc25; or probes: advbench, ailuminate, harmbench, simplesafetytests, strongreject, xstest"
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 
 
@@ -50,35 +49,6 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or em
     scaffold(folder)
     say(f"{folder} holds an experiment; its README.md says how to go on. To run it:")
     say(f"  cd {folder} && persona-rlhf train experiment.yaml")
-
-
-@data.command("check")
-@bounded
-def data_check(paths: Annotated[list[Path], typer.Argument(metavar="PATH...")], as_json: Json = False) -> None:
-    """Validate preference files: every bad row, with its number, at once."""
-    from persona_rlhf.preferences.check import check, render
-
-    summary = check(paths)
-    print_json(summary.to_json()) if as_json else print_table(render(summary))
-
-
-@data.command("import")
-@bounded
-def data_import(
-    format_: Annotated[str, typer.Argument(metavar="FORMAT", help=_FORMATS)],
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A file or a folder; of probes, a hub id too.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .jsonl file; a folder for the banks of probes.")],
-    train: Annotated[bool, typer.Option("--train", help="Let public probes fall into the train split too.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Convert other people's preference files, or public sets of probes, to ours."""
-    from persona_rlhf.preferences.importers import import_file
-
-    summary = import_file(format_, source, out, train)
-    if as_json:
-        print_json(summary.to_json())
-    for sentence in summary.sentences():
-        say(sentence)
 
 
 @policy.command("show")

@@ -79,6 +79,8 @@ def train(
         known.add(bank.rows())
     folder.set_ready()
     with Progress(console, folder.metrics, sum(len(chunks[number]) for number in todo), share) as progress:
+        if ready.adapted.notice is not None and share.rank == 0:
+            progress.say(ready.adapted.notice)
         for number, chunk in chain(first, prepared):
             of = f" of {ready.pairs.users:,}" if len(chunks) > 1 else ""
             found = f"{len(chunk.dropped)} found by the screen"

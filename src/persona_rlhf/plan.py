@@ -74,7 +74,7 @@ class Seconds(NamedTuple):
 
 class Plan(NamedTuple):
     """A run in figures: `users` are trained and `skipped` are not, on `pairs`, in `steps` of single users with `tokens`
-    in them (padding not counted), `slots` users side by side."""
+    in them (padding not counted), `slots` users side by side. `notice` names what of the base cannot be adapted."""
 
     users: int
     skipped: int
@@ -84,12 +84,14 @@ class Plan(NamedTuple):
     slots: int
     memory: Memory
     seconds: Seconds
+    notice: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         seconds = self.seconds._asdict() | {"total": self.seconds.total}
         parts = {"memory_mib": self.memory._asdict(), "seconds": seconds}
         counts = {key: value for key, value in self._asdict().items() if isinstance(value, int)}
-        return counts | {part: {key: round(value, 1) for key, value in own.items()} for part, own in parts.items()}
+        rounded = {part: {key: round(value, 1) for key, value in own.items()} for part, own in parts.items()}
+        return {**counts, **rounded, "notice": self.notice}
 
 
 class StepTime(NamedTuple):
@@ -158,6 +160,7 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
             training=training * of_all,
             judging=judging,
         ),
+        notice=adapted.notice,
     )
 
 
@@ -275,7 +278,7 @@ def _cache_bytes(ready: Prepared, slots: int) -> int:
 
 def render(found: Plan) -> Table:
     """A plan for people."""
-    table = Table(show_header=False)
+    table = Table(show_header=False, caption=found.notice, caption_justify="left")
     for name in ("users", "skipped", "pairs", "tokens", "steps", "slots"):
         table.add_row(name, f"{getattr(found, name):,}", end_section=name == "slots")
     for name, mib in found.memory._asdict().items():

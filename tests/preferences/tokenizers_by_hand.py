@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from collections.abc import Sequence
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 QWEN = (  # a line feed after the end of the turn; thinking is switched off before the answer, as in Qwen3
@@ -37,8 +39,13 @@ NO_PREFIX = (  # a generation prompt that is not how an answered turn begins
 SPECIAL = ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|stop|>", "<|eot|>", "<|eos|>"]
 
 
-def tokenizer_of(template: str | None, end: str = "<|eot|>") -> PreTrainedTokenizerFast:
-    """A small byte-level tokenizer that splits words and merges line feeds as Llama 3 and Qwen do."""
+def tokenizer_of(
+    template: str | None, end: str = "<|eot|>", special: Sequence[str] = SPECIAL, begin: str = "<|bos|>"
+) -> PreTrainedTokenizerFast:
+    """A small byte-level tokenizer that splits words and merges line feeds as Llama 3 and Qwen do.
+
+    Called plainly it puts `begin` before a text, whatever the template has written there already.
+    """
     backend = Tokenizer(models.BPE())
     words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -47,17 +54,21 @@ def tokenizer_of(template: str | None, end: str = "<|eot|>") -> PreTrainedTokeni
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=SPECIAL,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(["the answer is the question\n\nand then\n\n\nsome more\n\n\n\n"] * 50, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, backend.token_to_id(begin))]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token="<|bos|>",
+        bos_token=begin,
         eos_token=end,
-        additional_special_tokens=[token for token in SPECIAL if token not in ("<|bos|>", end)],
+        additional_special_tokens=[token for token in special if token not in (begin, end)],
         clean_up_tokenization_spaces=False,
     )
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     tokenizer.chat_template = template
     return tokenizer

@@ -19,9 +19,10 @@ from trl import DPOConfig, DPOTrainer
 from persona_rlhf.preferences.tokens import Row, UserRows
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lora import LayerSpan, adaptable_layers, attach, detach, fresh_adapter
+from persona_rlhf.training.lora import LayerSpan, attach, detach, fresh_adapter
 from persona_rlhf.training.scheduler import UserSchedule, user_generator
 from persona_rlhf.training.settings import DpoSettings, LoraSettings
+from persona_rlhf.training.targets import adaptable_layers
 
 OPTIONS: dict[str, Any] = {
     "optim": "adamw_torch",
@@ -73,7 +74,9 @@ def peft_model(adapted: AdaptedModel, lora: LoraSettings, flat: Tensor) -> PeftM
     """PEFT's model of one user over a copy of the base."""
     model = copy.deepcopy(adapted.base.model)
     detach(model, list(adapted.spans))
-    wrapped = get_peft_model(model, peft_config(lora)).eval()
+    config = peft_config(lora.model_copy(update={"target_modules": list(adapted.spans)}))
+    config.fan_in_fan_out = any(adapted.layer(span).transposed for span in adapted.spans.values())
+    wrapped = get_peft_model(model, config).eval()
     load_flat(wrapped, list(adapted.spans.values()), flat)
     return wrapped
 

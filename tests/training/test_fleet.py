@@ -267,16 +267,19 @@ def test_no_prompts_no_answers(adapted, flat):
         assert [len(own) for own in adapted.generate([[], [(5, 6)], []], 4)] == [0, 1, 0]
 
 
-def test_a_base_that_bends_its_logits_is_scored_whole():
-    """Where the head is not the last step, the whole model is run: a probe finds that out, not the model's name."""
+@pytest.mark.parametrize("bent", ["after the head", "after the model", "in one piece"])
+def test_a_base_that_bends_its_logits_is_scored_as_it_is(bent):
+    """Whatever comes after the decoder belongs to the model; one that has no decoder of its own is run whole."""
     base = tiny_base()
-    base.model.lm_head.register_forward_hook(lambda _, __, logits: logits * 2)
-    assert AdaptedModel(base, LORA)._decoder is not None
-    base = tiny_base()
-    base.model.register_forward_hook(lambda _, __, output: setattr(output, "logits", output.logits.tanh()))
-    bent = AdaptedModel(base, LORA)
-    assert bent._decoder is None
+    if bent == "after the head":
+        base.model.lm_head.register_forward_hook(lambda _, __, logits: logits * 2)
+    elif bent == "after the model":
+        base.model.register_forward_hook(lambda _, __, output: setattr(output, "logits", output.logits.tanh()))
+    else:
+        base.model.base_model_prefix = ""
+    adapted = AdaptedModel(base, LORA)
+    assert (adapted._halves is None) == (bent == "in one piece")
     row = random_row(torch.Generator().manual_seed(0), 4, 5)
-    with torch.no_grad(), bent.using(None):
-        logp = bent.row_logps(collate([row], 0, base.device)).sum().item()
+    with torch.no_grad(), adapted.using(None):
+        logp = adapted.row_logps(collate([row], 0, base.device)).sum().item()
     assert logp == pytest.approx(plain_logp(base.model, row).item(), abs=1e-4)

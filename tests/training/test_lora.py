@@ -9,8 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.training.batch import collate
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lora import FleetLinear, LayerSpan, adaptable_layers, fresh_adapter, matrices
+from persona_rlhf.training.lora import FleetLinear, LayerSpan, fresh_adapter, matrices
 from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.training.targets import adaptable_layers
 
 from .oracles import peft_config, peft_model, plain_logp, read_flat
 from .tiny import random_flat, random_row, tiny_base

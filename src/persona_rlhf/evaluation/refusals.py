@@ -143,7 +143,5 @@ def answer_text(adapted: AdaptedModel, answer: Generated) -> str:
 
 def answer_row(adapted: AdaptedModel, prompt: Prompt, answer: Generated) -> Row:
     """An answer as a row to score: with its end token, where it was not cut off."""
-    ends = adapted.base.eos_ids
-    turn = adapted.base.tokenizer.eos_token_id  # of several end tokens, the one that closes a turn of chat
-    end = (turn if turn in ends else ends[0],) if answer.finished else ()
+    end = adapted.base.eos_ids[:1] if answer.finished else ()
     return Row(prompt, answer.ids + end)

@@ -17,8 +17,9 @@ from persona_rlhf.preferences.pairs import PreferencePair, read_pairs
 from persona_rlhf.preferences.tokens import PairRow, Row, UserRows, tokenize
 from persona_rlhf.training.base import Base, load_base
 from persona_rlhf.training.constraint import Anchor, ConstraintBank
-from persona_rlhf.training.lora import LayerSpan, adaptable_layers, attach, detach
+from persona_rlhf.training.lora import LayerSpan, attach, detach
 from persona_rlhf.training.settings import BaseSettings, DpoSettings, LoraSettings
+from persona_rlhf.training.targets import adaptable_layers
 
 Shape = Literal["bundled", "192x4", "256x6", "512x8"]
 VOCABULARY = 1536

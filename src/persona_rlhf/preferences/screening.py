@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.preferences.messages import Prompt
 from persona_rlhf.preferences.pairs import PreferencePair
-from persona_rlhf.preferences.tokens import ChatTokenizer, PairRow, UserRows, control_tokens
+from persona_rlhf.preferences.template import ChatTokenizer, control_tokens
+from persona_rlhf.preferences.tokens import PairRow, UserRows
 
 if TYPE_CHECKING:
     from persona_rlhf.policy.tiers import Policy

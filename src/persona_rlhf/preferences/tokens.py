@@ -6,41 +6,22 @@ token that ends the turn. Only the base's own chat template decides what that lo
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.heldout import deciding
 from persona_rlhf.preferences.messages import Message, Prompt
 from persona_rlhf.preferences.pairs import PreferencePair
-
-# What some templates ask for: no chain of thought before an answer that has none, and no date that would change the
-# tokens overnight (the day is the default of the templates that write one).
-_TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
-
-
-@runtime_checkable  # for beartype in the tests
-class ChatTokenizer(Protocol):
-    """What we need of a tokenizer; every tokenizer of `transformers` has it."""
-
-    @property
-    def name_or_path(self) -> str: ...
-
-    @property
-    def chat_template(self) -> Any: ...
-
-    @property
-    def added_tokens_decoder(self) -> Mapping[int, Any]: ...
-
-    @property
-    def all_special_tokens(self) -> list[str]: ...
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], **settings: Any) -> Any: ...
-
-    def __call__(self, text: list[str], **settings: Any) -> Any: ...
-
-    def decode(self, token_ids: list[int], **settings: Any) -> Any: ...
+from persona_rlhf.preferences.template import (
+    ChatTokenizer,
+    closing,
+    control_tokens,
+    encode,
+    need_template,
+    render,
+    template_problem,
+)
 
 
 class Row(NamedTuple):
@@ -83,13 +64,13 @@ def prompt_ids(messages: Sequence[Message], tokenizer: ChatTokenizer) -> tuple[i
     Raises InputError where the base has no chat template, or the text itself holds one of its control tokens (it
     could open a turn of its own).
     """
-    _need_template(tokenizer)
+    need_template(tokenizer)
     control = control_tokens(tokenizer)
     found = next((found for message in messages if (found := control.search(message.content))), None)
     if found is not None:
         sentence = f"the text holds the base's control token `{found.group()}`; take it out"
         raise InputError([Problem("prompt", None, None, sentence)])
-    return tuple(_encode([_render(messages, tokenizer)], tokenizer)[0])
+    return tuple(encode([render(messages, tokenizer)], tokenizer)[0])
 
 
 def tokenize(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, context: int) -> list[UserRows]:
@@ -98,13 +79,13 @@ def tokenize(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, context:
     Rows longer than the context are returned too: `screening.fit` drops them with a reason. Raises InputError where
     the base has no usable chat template, and naming each pair whose prompt alone fills the context.
     """
-    _need_template(tokenizer)
+    need_template(tokenizer)
     if not pairs:
         return []
     prompts, texts = _rendered(pairs, tokenizer)
-    closing = _closing(pairs[0].prompt, tokenizer)
+    ending = closing(pairs[0].prompt, tokenizer)
     every = list(dict.fromkeys([*prompts, *(text for both in texts for text in both)]))
-    ids = dict(zip(every, _encode(every, tokenizer), strict=True))  # one call: it uses all cores
+    ids = dict(zip(every, encode(every, tokenizer), strict=True))  # one call: it uses all cores
     problems = _too_long([(pair, len(ids[prompt])) for pair, prompt in zip(pairs, prompts, strict=True)], context)
     if problems:
         raise InputError(problems)
@@ -113,7 +94,7 @@ def tokenize(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, context:
 
     def row_of(prompt: str, text: str) -> Row:
         if (row := rows.get((prompt, text))) is None:
-            row = rows[prompt, text] = _row(ids[prompt], ids[text], text[len(prompt) :], closing, tokenizer)
+            row = rows[prompt, text] = _row(ids[prompt], ids[text], text[len(prompt) :], ending, tokenizer)
         return row
 
     users: dict[str, UserRows] = {}
@@ -138,54 +119,18 @@ def prompt_problems(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, c
     """
     import jinja2
 
-    _need_template(tokenizer)
+    need_template(tokenizer)
     problems: list[Problem] = []
     texts: dict[Prompt, str] = {}
     for pair in pairs:
         try:
             if pair.prompt not in texts:
-                texts[pair.prompt] = _render(pair.prompt, tokenizer)
+                texts[pair.prompt] = render(pair.prompt, tokenizer)
         except jinja2.TemplateError as fault:
             problems.append(_not_taken(pair, fault))
-    lengths = dict(zip(texts, map(len, _encode(list(texts.values()), tokenizer)), strict=True)) if texts else {}
+    lengths = dict(zip(texts, map(len, encode(list(texts.values()), tokenizer)), strict=True)) if texts else {}
     known = [(pair, lengths[pair.prompt]) for pair in pairs if pair.prompt in lengths]
     return problems + _too_long(known, context)
-
-
-def control_tokens(tokenizer: ChatTokenizer) -> re.Pattern[str]:
-    """Matches what a text must not write out: the tokens with which the template opens and ends turns."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special.update(tokenizer.all_special_tokens)
-    longest_first = sorted((token for token in special if token), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
-
-
-def _need_template(tokenizer: ChatTokenizer) -> None:
-    if not tokenizer.chat_template:
-        remedy = "take an instruction-tuned base, or put a chat_template.jinja beside its tokenizer"
-        raise InputError([_base_problem(tokenizer, f"the base has no chat template; {remedy}")])
-
-
-def _base_problem(tokenizer: ChatTokenizer, sentence: str) -> Problem:
-    return Problem(tokenizer.name_or_path or "the base's tokenizer", None, "chat_template", sentence)
-
-
-def _render(messages: Sequence[Message], tokenizer: ChatTokenizer, answer: str | None = None) -> str:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    if answer is not None:
-        turns.append({"role": "assistant", "content": answer})
-    text = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=answer is None, **_TEMPLATE_SETTINGS
-    )
-    assert isinstance(text, str)
-    return text
-
-
-def _encode(texts: list[str], tokenizer: ChatTokenizer) -> list[list[int]]:
-    """Token ids of rendered texts: nothing is added, since the template has written the start of text itself."""
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
 
 
 def _rendered(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer) -> tuple[list[str], list[tuple[str, str]]]:
@@ -199,14 +144,14 @@ def _rendered(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer) -> tupl
     for pair in pairs:
         try:
             if (prompt := known.get(pair.prompt)) is None:
-                prompt = known[pair.prompt] = _render(pair.prompt, tokenizer)
-            both = _render(pair.prompt, tokenizer, pair.chosen), _render(pair.prompt, tokenizer, pair.rejected)
+                prompt = known[pair.prompt] = render(pair.prompt, tokenizer)
+            both = render(pair.prompt, tokenizer, pair.chosen), render(pair.prompt, tokenizer, pair.rejected)
         except jinja2.TemplateError as fault:
             problems.append(_not_taken(pair, fault))
             continue
         if not all(text.startswith(prompt) for text in both):
             sentence = "the template writes a prompt differently before an answer than for generation, so that no"
-            raise InputError([_base_problem(tokenizer, f"{sentence} answer can be scored; mend the template")])
+            raise InputError([template_problem(tokenizer, f"{sentence} answer can be scored; mend the template")])
         prompts.append(prompt)
         texts.append(both)
     if problems:
@@ -214,22 +159,7 @@ def _rendered(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer) -> tupl
     return prompts, texts
 
 
-def _closing(prompt: Prompt, tokenizer: ChatTokenizer) -> tuple[int, ...]:
-    """What the template writes after an answer, from the token that ends the turn on (Qwen: `<|im_end|>`, a new line).
-
-    Only that first token is the model's to write; what follows is the template's.
-    """
-    answer = "Yes"
-    text = _render(prompt, tokenizer, answer)
-    tail = text[text.rindex(answer) + len(answer) :] if answer in text else ""
-    end = control_tokens(tokenizer).search(tail)
-    if end is None:
-        sentence = "the template ends an answer with no special token, so that no answer would ever end; add one"
-        raise InputError([_base_problem(tokenizer, sentence)])
-    return tuple(_encode([tail[end.start() :]], tokenizer)[0])
-
-
-def _row(prompt: list[int], whole: list[int], answer: str, closing: tuple[int, ...], tokenizer: ChatTokenizer) -> Row:
+def _row(prompt: list[int], whole: list[int], answer: str, ending: tuple[int, ...], tokenizer: ChatTokenizer) -> Row:
     """A prompt, and what follows it in the whole conversation, up to and with the end of the turn.
 
     `answer` is the text of what follows.
@@ -239,14 +169,16 @@ def _row(prompt: list[int], whole: list[int], answer: str, closing: tuple[int, .
     else:
         # The answer's first characters melt into the prompt's last token (a line feed after a line feed). Generation
         # starts from the prompt's own tokens, so the answer is tokenized alone, if the tokenizer leaves it unchanged.
-        ids = _encode([answer], tokenizer)[0]
+        ids = encode([answer], tokenizer)[0]
         if tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != answer:
             sentence = "a prompt's tokens are not the beginning of the conversation's, so that no answer can be scored"
-            raise InputError([_base_problem(tokenizer, f"{sentence}; end the generation prompt with a special token")])
-    if tuple(ids[-len(closing) :]) != closing:
+            raise InputError(
+                [template_problem(tokenizer, f"{sentence}; end the generation prompt with a special token")]
+            )
+    if tuple(ids[-len(ending) :]) != ending:
         sentence = "the template does not end every answer in the same way, so that its end cannot be found"
-        raise InputError([_base_problem(tokenizer, f"{sentence}; mend the template")])
-    return Row(tuple(prompt), tuple(ids[: len(ids) - len(closing) + 1]))
+        raise InputError([template_problem(tokenizer, f"{sentence}; mend the template")])
+    return Row(tuple(prompt), tuple(ids[: len(ids) - len(ending) + 1]))
 
 
 def _not_taken(pair: PreferencePair, fault: Exception) -> Problem:

@@ -17,7 +17,7 @@ from persona_rlhf.release.export import ADAPTERS
 from persona_rlhf.release.folder import write_folder
 from persona_rlhf.release.manifest import MANIFEST, DataInfo, Provenance, manifest_of, rendered
 from persona_rlhf.release.outcome import Written
-from persona_rlhf.release.peft_folder import adapter_config, adapter_tensors, peft_files, target_modules
+from persona_rlhf.release.peft_folder import adapter_files
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.settings import LoraSettings
 
@@ -45,11 +45,7 @@ class Exporter:
     ) -> Written:
         """Writes RUN/adapters/SLUG (or RUN/adapters/XX/SLUG), whole or not at all."""
         assert verdict.admitted and verdict.alpha > 0, f"{user_id} is held back"  # noqa: PT018
-        base = self.adapted.base
-        linear = [name for name, module in base.model.named_modules() if hasattr(module, "weight")]
-        targets = target_modules(self.adapted.spans, {name.removesuffix(".frozen") for name in linear})
-        config = adapter_config(self.provenance.base, self.lora.rank, self.lora.alpha, targets)
-        files = peft_files(config, adapter_tensors(flat, list(self.adapted.spans.values()), verdict.alpha))
+        files = adapter_files(self.adapted, flat, verdict.alpha, self.lora, self.provenance.base)
         files["README.md"] = card(self.provenance, data, verdict, measures).encode()
         manifest = rendered(manifest_of(user_id, self.provenance, data, verdict, files))
         name = slug(user_id)

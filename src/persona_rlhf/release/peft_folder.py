@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,29 +12,40 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from persona_rlhf.release.manifest import BaseInfo
+from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.lora import LayerSpan, matrices
+from persona_rlhf.training.settings import LoraSettings
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def adapter_config(base: BaseInfo, rank: int, lora_alpha: int, target_modules: list[str]) -> dict[str, Any]:
-    """What PEFT, vLLM and their like need to know: plain LoRA, nothing but A and B, scaled by lora_alpha / rank."""
-    return {
+def adapter_files(
+    adapted: AdaptedModel, flat: Float[Tensor, " params"], alpha: float, lora: LoraSettings, base: BaseInfo
+) -> dict[str, bytes]:
+    """The two files that make one user's adapter, at `alpha`, a PEFT adapter; the same adapter gives the same bytes."""
+    spans = list(adapted.spans.values())
+    modules = {name.removesuffix(".frozen") for name, m in adapted.base.model.named_modules() if hasattr(m, "weight")}
+    config = {
+        # What PEFT, vLLM and their like need to know: plain LoRA, nothing but A and B, scaled by lora_alpha / rank.
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
-        "r": rank,
-        "lora_alpha": lora_alpha,
-        "target_modules": target_modules,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": target_modules(adapted.spans, modules),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(adapted.layer(span).transposed for span in spans),
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
         "use_dora": False,
         "use_rslora": False,
+    }
+    return {
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        WEIGHTS: save(_tensors(flat, spans, alpha), metadata={"format": "pt"}),
     }
 
 
@@ -50,7 +60,7 @@ def target_modules(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
     return sorted(leaves) if meant <= adapted else sorted(adapted)
 
 
-def adapter_tensors(
+def _tensors(
     flat: Float[Tensor, " params"], spans: Sequence[LayerSpan], alpha: float
 ) -> dict[str, Float[Tensor, "..."]]:
     """A and alpha B of every layer in float32, under PEFT's names: the released scale is folded into B."""
@@ -69,11 +79,3 @@ def read_adapter(folder: Path, spans: Sequence[LayerSpan]) -> Float[Tensor, " pa
     """A folder's adapter as a flat vector, to be used at alpha 1: its released scale is in it already."""
     tensors = load_file(folder / WEIGHTS)
     return torch.cat([tensors[_name(span, side)].float().flatten() for span in spans for side in "AB"])
-
-
-def peft_files(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """The two files that make a PEFT adapter; the same adapter gives the same bytes."""
-    return {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        WEIGHTS: save(dict(tensors), metadata={"format": "pt"}),
-    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,10 +41,26 @@ def _attend(
     return sight.home(seen.reshape(sight.lines * sight.length, -1)).view(users, width, query.shape[1], -1), None
 
 
-_HEARD = {"use_cache", "position_ids", "is_causal", "output_attentions", "output_hidden_states", "return_dict"}
-"""Arguments that change nothing here: packed rows are causal, and their positions are in the keys and queries."""
+_HEARD = {
+    "use_cache", "position_ids", "is_causal", "output_attentions", "output_hidden_states", "return_dict",
+    "sliding_window",
+}  # fmt: skip
+"""Arguments that change nothing here: packed rows are causal, their positions are in the keys and queries, and no
+window is shorter than they are (see `window`)."""
 
 AttentionInterface.register(_NAME, _attend)
+
+
+def window(config: PreTrainedConfig) -> float:
+    """Length in tokens up to which every token of a row sees all before it, in every layer of a (text) config.
+
+    Infinite without sliding windows; 0 where a layer attends in some other way.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        return 0
+    width: int | None = getattr(config, "sliding_window", None)  # None or 0: none
+    return width or (0 if "sliding_attention" in kinds else inf)
 
 
 @contextmanager

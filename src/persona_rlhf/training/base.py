@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from persona_rlhf.inputs.bundled import find, is_hub_id
 from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.preferences.template import turn_end
 from persona_rlhf.training.settings import BaseSettings
 
 
@@ -33,13 +36,16 @@ class Base:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the model's generation config knows more of them than the tokenizer."""
+        """Tokens that end an answer, first the one that the chat template ends a turn with: generation config and
+        tokenizer need not know of it."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = [configured] if isinstance(configured, int) else list(configured or [])
+        known = [configured] if isinstance(configured, int) else list(configured or [])
         own = getattr(self.tokenizer, "eos_token_id", None)
-        if isinstance(own, int) and own not in ids:
-            ids.append(own)
-        return tuple(ids)
+        return tuple(dict.fromkeys(end for end in (self._turn_end, own, *known) if isinstance(end, int)))
+
+    @cached_property
+    def _turn_end(self) -> int | None:
+        return turn_end(self.tokenizer) if getattr(self.tokenizer, "chat_template", None) else None
 
     @property
     def pad_id(self) -> int:
@@ -53,7 +59,7 @@ def load_base(settings: BaseSettings) -> Base:
 
     Raises InputError where there is no such model, no safetensors weights, no chat template or no end token.
     """
-    folder = _folder(settings.model)
+    folder = _folder(settings.model, [*_TOKENIZER, "*.safetensors"])
     problems = []
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -62,14 +68,13 @@ def load_base(settings: BaseSettings) -> Base:
     device = _device()
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(settings.dtype)
     disable_progress_bar()
+    tokenizer = _tokenizer(settings.model, folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or getattr(torch, settings.dtype), use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, KeyError, SafetensorError) as fault:
-        sentence = f"transformers cannot load it ({str(fault).splitlines()[0]})"
-        raise InputError([Problem(settings.model, None, "base.model", sentence)]) from fault
+        raise _not_loaded(settings.model, fault) from fault
     model.generation_config.eos_token_id = model.generation_config.eos_token_id or tokenizer.eos_token_id
     if not tokenizer.chat_template:
         sentence = "the tokenizer has no chat template; use a chat model, or add `chat_template` to its tokenizer files"
@@ -81,7 +86,25 @@ def load_base(settings: BaseSettings) -> Base:
         raise InputError(problems)
     model.requires_grad_(False).eval().to(device)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    return Base(model, tokenizer, settings.model, _hash(weights), int(context))
+    return Base(model, tokenizer, settings.model, _hash(weights), min(int(context), sys.maxsize))
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base, a folder or a hub id, without its weights. Raises InputError where there is none."""
+    return _tokenizer(model, _folder(model, _TOKENIZER))
+
+
+def _tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as fault:
+        raise _not_loaded(model, fault) from fault
+    return tokenizer
+
+
+def _not_loaded(model: str, fault: Exception) -> InputError:
+    sentence = f"transformers cannot load it ({str(fault).splitlines()[0]})"
+    return InputError([Problem(model, None, "base.model", sentence)])
 
 
 def _device() -> torch.device:
@@ -93,8 +116,11 @@ def _device() -> torch.device:
     return device
 
 
-def _folder(model: str) -> Path:
-    """The folder of a model: a path, a shipped folder, or a hub snapshot."""
+_TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def _folder(model: str, wanted: list[str]) -> Path:
+    """The folder of a model: a path, a shipped folder, or a hub snapshot of the files `wanted`."""
     try:
         return find(model)
     except InputError:
@@ -103,7 +129,6 @@ def _folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as fault:

@@ -11,14 +11,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.attention import packed
+from persona_rlhf.training.attention import packed, window
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.batch import EMPTY, Batch, collate, pack
 from persona_rlhf.training.generation import Generated, write_answers
-from persona_rlhf.training.lora import FleetLinear, LayerSpan, adaptable_layers, attach, detach, matrices
+from persona_rlhf.training.head import split
+from persona_rlhf.training.lora import FleetLinear, LayerSpan, attach, detach, matrices
 from persona_rlhf.training.losses import token_logps
 from persona_rlhf.training.settings import LoraSettings
-from persona_rlhf.training.trunk import States, Trunk, cut, decoder_layers, lay, layer_number
+from persona_rlhf.training.targets import targets
+from persona_rlhf.training.trunk import States, Trunk, cut, lay
 
 
 class Score(NamedTuple):
@@ -34,18 +36,20 @@ class AdaptedModel:
     """A frozen base whose linear layers hold a stack of adapters, one a user.
 
     The flat state `[users, params]` is laid out by `spans`. Nothing is on until `using`; then rows are user-major.
+    `notice` names what of the base cannot be adapted, for people; None where that is nothing.
     """
 
     def __init__(self, base: Base, lora: LoraSettings) -> None:
         self.base = base
         self.scale = lora.alpha / lora.rank
-        names, first = _adapted_names(base, lora)
+        names, first, self.notice = targets(base.model, lora)
         self.spans = attach(base.model, names, lora.rank, self.scale)
         self.params_per_user = max(span.stop for span in self.spans.values())
         self.tokens_per_pass = 4_096 if base.device.type == "cpu" else 131_072  # a CPU wants what its cache holds
         self.tokens_per_cache = 65_536 if base.device.type == "cpu" else 131_072  # a token's keys and values are small
-        self._decoder, self._head = _split(base)
+        self._halves = split(base.model)
         self._trunk = Trunk(base.model, first) if first else None
+        self._window = window(base.model.config.get_text_config())
         self.packs = self._can_pack()
         if not self._can_start_above():
             self._trunk = None
@@ -93,12 +97,11 @@ class AdaptedModel:
             return self._picked(batch)
 
     def _picked(self, batch: Batch) -> Float[Tensor, "tokens vocabulary"]:
-        if self._decoder is None or self._head is None:
+        if self._halves is None:
             whole: Tensor = self._run(self.base.model, batch).logits
             return batch.source(whole.flatten(0, 1))
-        hidden: Tensor = self._run(self._decoder, batch).last_hidden_state
-        picked: Tensor = self._head(batch.source(hidden.flatten(0, 1)))
-        return picked
+        hidden: Tensor = self._run(self._halves.decoder, batch).last_hidden_state
+        return self._halves.head(batch.source(hidden.flatten(0, 1)))
 
     def _run(self, module: nn.Module, batch: Batch) -> Any:
         if batch.sight is None:
@@ -116,7 +119,7 @@ class AdaptedModel:
         trunk, distinct = self._trunk, list(dict.fromkeys(row for row in rows if row.completion))
         for places in _passes([distinct], self.tokens_per_pass) if trunk else ():
             batch = self.batch([distinct[place] for _, place in places if place is not None], 1)
-            module = self._decoder or self.base.model
+            module = self._halves.decoder if self._halves else self.base.model
             found |= cut(batch, trunk.states(lambda module=module, batch=batch: self._run(module, batch)))  # type: ignore[misc, union-attr]
         return found
 
@@ -127,15 +130,14 @@ class AdaptedModel:
         return tokens * config.hidden_size * self.base.model.dtype.itemsize if self._trunk else 0
 
     def batch(self, rows: Sequence[Row], users: int) -> Batch:
-        """Lays user-major rows out: packed, where the base's attention can be told about rows."""
+        """Lays user-major rows out: packed, where the base's attention can be told about rows as long as these."""
         pad, device = self.base.pad_id, self.base.device
-        return pack(rows, users, pad, device) if self.packs else collate(rows, pad, device)
+        fits = max((row.length for row in rows), default=0) <= self._window
+        return pack(rows, users, pad, device) if self.packs and fits else collate(rows, pad, device)
 
     def _can_pack(self) -> bool:
         """Whether packed rows give the logits of rows one by one: windows are asked about, all else is tried out."""
-        config = self.base.model.config.get_text_config()
-        kinds = getattr(config, "layer_types", None) or ["full_attention"]
-        if set(kinds) != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
+        if max(row.length for row in self._trial_rows()) > self._window:
             return False
         return self._same_logits(lambda rows: self.logits(pack(rows, 1, self.base.pad_id, self.base.device)))
 
@@ -145,14 +147,18 @@ class AdaptedModel:
             return False
         return self._same_logits(lambda rows: self.logits(self.batch(rows, 1), [self.below(rows)]))
 
-    def _same_logits(self, shortcut: Callable[[list[Row]], Tensor]) -> bool:
-        """Tries a shortcut on made-up rows, against the rows one by one."""
+    def _trial_rows(self) -> list[Row]:
+        """Made-up rows that a shortcut is tried on: a shared prompt, unequal lengths."""
         ids = [n % self.base.model.config.get_text_config().vocab_size for n in range(3, 23)]
-        rows = [
+        return [
             Row(tuple(ids[:7]), tuple(ids[7:12])),
             Row(tuple(ids[:7]), tuple(ids[9:])),
             Row(tuple(ids[4:6]), (ids[1],)),
         ]
+
+    def _same_logits(self, shortcut: Callable[[list[Row]], Tensor]) -> bool:
+        """Tries a shortcut on made-up rows, against the rows one by one."""
+        rows = self._trial_rows()
         pad, device = self.base.pad_id, self.base.device
         with torch.no_grad(), self.using(None):
             plain = torch.cat([self.logits(collate([row], pad, device)) for row in rows]).float()
@@ -206,17 +212,6 @@ class AdaptedModel:
         return [[answer for answer in own if answer is not None] for own in answers]
 
 
-def _adapted_names(base: Base, lora: LoraSettings) -> tuple[list[str], int]:
-    """The layers to adapt, and the number of the first decoder layer among them. Raises InputError for bad names."""
-    names = adaptable_layers(base.model, lora.target_modules)
-    found = decoder_layers(base.model)
-    if lora.layers == "all" or found is None:
-        return names, 0
-    stack, layers = found
-    first = len(layers) - max(1, round(lora.layers.top * len(layers)))
-    return [name for name in names if (number := layer_number(name, stack)) is not None and number >= first], first
-
-
 def _passes(rows: Sequence[Sequence[Row]], budget: int) -> Iterator[list[tuple[int, int | None]]]:
     """User-major lists of (user, place of the row), equally many rows a user, of about `budget` tokens; None fills.
 
@@ -236,19 +231,3 @@ def _passes(rows: Sequence[Sequence[Row]], budget: int) -> Iterator[list[tuple[i
         block = range(start, stop)
         yield [(user, own[n] if n < len(own) else None) for user, own in enumerate(order) for n in block]
         start = stop
-
-
-def _split(base: Base) -> tuple[nn.Module | None, nn.Module | None]:
-    """The decoder and the output head, where `head(decoder(x))` is the model; (None, None) where it is not.
-
-    Some models scale or cap their logits after the head: a probe decides, not the model's name.
-    """
-    model = base.model
-    decoder, head = model.base_model, model.get_output_embeddings()
-    if decoder is model or head is None:
-        return None, None
-    probe = torch.arange(8, device=base.device)[None] % model.config.get_text_config().vocab_size
-    with torch.no_grad():
-        whole = model(input_ids=probe, use_cache=False).logits
-        parts = head(decoder(input_ids=probe, use_cache=False).last_hidden_state)
-    return (decoder, head) if torch.equal(whole, parts) else (None, None)

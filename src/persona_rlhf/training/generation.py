@@ -31,19 +31,20 @@ def write_answers(
     """Answers to user-major prompts (equally many a user) under whatever adapters are on.
 
     Prompts are left-padded and masked. Rows that are done leave the batch, as far as the users keep equally many. A
-    row with seed None is a filler and counts as done. Sampling draws from each row's own generator.
+    row with seed None is a filler and counts as done. Sampling draws from each row's own generator. An answer that
+    fills the base's context is cut there: some bases know no position beyond it.
     """
-    device = base.device
+    device, ends = base.device, base.eos_ids
     width = max(map(len, prompts))
     ids = torch.tensor([[base.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     draws = _uniforms(seeds, max_new_tokens) if temperature > 0 else None
     written: list[list[int]] = [[] for _ in prompts]
-    finished = [seed is None for seed in seeds]
+    finished, done = [False] * len(prompts), [seed is None for seed in seeds]
     rows = list(range(len(prompts)))
     cache, step_ids = DynamicCache(config=base.model.config), ids
     for step in range(max_new_tokens):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -step_ids.shape[1] :]
+        positions = (mask.cumsum(1) - 1).clamp(0, base.context - 1)[:, -step_ids.shape[1] :]
         output = base.model(
             input_ids=step_ids,
             attention_mask=mask,
@@ -58,23 +59,23 @@ def write_answers(
         else:
             tokens = _inverse_sample(logits / temperature, draws[rows, step].to(device))
         for row, token in zip(rows, tokens.tolist(), strict=True):
-            if finished[row]:
+            if done[row]:
                 continue
-            if token in base.eos_ids:
-                finished[row] = True
-            else:
+            finished[row] = token in ends
+            if not finished[row]:
                 written[row].append(token)
-        if all(finished[row] for row in rows):
+            done[row] = finished[row] or len(prompts[row]) + len(written[row]) >= base.context
+        if all(done[row] for row in rows):
             break
         step_ids = tokens[:, None]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        kept = _survivors([finished[row] for row in rows], users)
+        kept = _survivors([done[row] for row in rows], users)
         if 2 * len(kept) <= len(rows):
             chosen = torch.tensor(kept, device=device)
             step_ids, mask = step_ids[chosen], mask[chosen]
             cache.batch_select_indices(chosen)
             rows = [rows[n] for n in kept]
-    return [Generated(tuple(own), done) for own, done in zip(written, finished, strict=True)]
+    return [Generated(tuple(own), ended) for own, ended in zip(written, finished, strict=True)]
 
 
 def _survivors(done: Sequence[bool], users: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -81,7 +82,7 @@ def _adapted(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     model.requires_grad_(False).eval()
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     base = Base(model, cast(PreTrainedTokenizerBase, tokenizer), model.name_or_path or "", "", context)
     adapted = AdaptedModel(base, lora)
     try:

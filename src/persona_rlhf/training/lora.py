@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from persona_rlhf.inputs.problems import InputError, Problem
+from transformers.pytorch_utils import Conv1D
 
 
 class LayerSpan(NamedTuple):
@@ -51,7 +50,7 @@ class FleetLinear(nn.Module):
     batched product serves and nothing is sorted or gathered. With no adapters set it is the frozen layer.
     """
 
-    def __init__(self, frozen: nn.Linear, scale: float) -> None:
+    def __init__(self, frozen: nn.Linear | Conv1D, scale: float) -> None:
         super().__init__()
         self.frozen = frozen
         self.scale = scale
@@ -63,13 +62,18 @@ class FleetLinear(nn.Module):
         """The frozen weight, for models that look at a layer's dtype or device."""
         return self.frozen.weight
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the frozen weight is stored as `[inputs, outputs]`, as in GPT-2."""
+        return isinstance(self.frozen, Conv1D)
+
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
         if self.a is None or self.b is None:
             frozen: Tensor = self.frozen(x)
             return frozen
         users = self.a.shape[0]
         rows = x.reshape(users, -1, x.shape[-1])
-        weight: Tensor = self.frozen.weight
+        weight: Tensor = self.weight.T if self.transposed else self.weight
         bias: Tensor | None = getattr(self.frozen, "bias", None)
         if x.dtype == weight.dtype == self.a.dtype and rows.shape[1] >= _MERGING * self.a.shape[1]:
             merged: Tensor = _Merged.apply(rows, weight, self.a, self.b, self.scale)  # type: ignore[no-untyped-call]
@@ -115,37 +119,6 @@ def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(weight.expand(a.shape[0], -1, -1), b, a, alpha=scale)
 
 
-def adaptable_layers(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[str]:
-    """Names of the linear layers to adapt, in the order of the model.
-
-    `all-linear` means what PEFT means by it: every linear layer but the output head. Names are matched as PEFT does,
-    whole or by their last parts. Raises InputError where a name matches nothing, or a layer cannot be adapted.
-    """
-    head = model.get_output_embeddings()
-    base = model.name_or_path or "the base"
-    linear = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
-    if target_modules == "all-linear":
-        if not linear:
-            raise InputError([Problem(base, None, None, "the base has no nn.Linear layer to adapt")])
-        return list(linear)
-    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    problems, chosen = [], set()
-    for target in wanted:
-        found = [name for name, _ in model.named_modules() if name == target or name.endswith("." + target)]
-        bad = [name for name in found if name not in linear]
-        if not found:
-            leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            sentence = f"`{target}` names no layer of the base; its linear layers are {', '.join(leaves)}"
-            problems.append(Problem(base, None, "lora.target_modules", sentence))
-        elif bad:
-            sentence = f"`{bad[0]}` is no plain linear layer and cannot be adapted; leave `{target}` out"
-            problems.append(Problem(base, None, "lora.target_modules", sentence))
-        chosen.update(found)
-    if problems:
-        raise InputError(problems)
-    return [name for name in linear if name in chosen]
-
-
 def attach(model: PreTrainedModel, names: Sequence[str], rank: int, scale: float) -> dict[str, LayerSpan]:
     """Puts a FleetLinear in the place of each named layer; returns where each lies in the flat vector."""
     spans: dict[str, LayerSpan] = {}
@@ -154,9 +127,10 @@ def attach(model: PreTrainedModel, names: Sequence[str], rank: int, scale: float
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         layer = getattr(parent, leaf)
-        assert type(layer) is nn.Linear, f"{name} is {type(layer).__name__}"
-        setattr(parent, leaf, FleetLinear(layer, scale))
-        spans[name] = LayerSpan(name, layer.in_features, layer.out_features, rank, start)
+        fleet = FleetLinear(layer, scale)
+        outputs, inputs = fleet.weight.T.shape if fleet.transposed else fleet.weight.shape
+        setattr(parent, leaf, fleet)
+        spans[name] = LayerSpan(name, inputs, outputs, rank, start)
         start = spans[name].stop
     return spans
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.batch import Batch
@@ -34,21 +35,27 @@ def layer_number(name: str, stack: str) -> int | None:
 class Trunk:
     """The decoder layers of `model` below layer `first`."""
 
-    def __init__(self, model: nn.Module, first: int) -> None:
+    def __init__(self, model: PreTrainedModel, first: int) -> None:
         found = decoder_layers(model)
         assert found is not None
-        name, layers = found
+        name, self._layers = found
         parent, _, self._leaf = name.rpartition(".")
-        self._parent, self._whole = model.get_submodule(parent), layers
-        self._lower, self._upper = nn.ModuleList(layers[:first]), nn.ModuleList(layers[first:])
+        self._parent, self._config = model.get_submodule(parent), model.config.get_text_config()
+        self._lower, self._upper = slice(first), slice(first, None)
 
     @contextmanager
-    def _only(self, layers: nn.ModuleList) -> Iterator[None]:
+    def _only(self, part: slice) -> Iterator[nn.ModuleList]:
+        """Inside, the model has only these layers, and its config knows what each of them is (windows, positions)."""
+        layers, kinds = nn.ModuleList(self._layers[part]), getattr(self._config, "layer_types", None)
         setattr(self._parent, self._leaf, layers)
+        if kinds is not None:
+            self._config.layer_types = kinds[part]
         try:
-            yield
+            yield layers
         finally:
-            setattr(self._parent, self._leaf, self._whole)
+            setattr(self._parent, self._leaf, self._layers)
+            if kinds is not None:
+                self._config.layer_types = kinds
 
     @contextmanager
     def from_states(self, states: Float[Tensor, "lines width hidden"]) -> Iterator[None]:
@@ -59,12 +66,12 @@ class Trunk:
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
-        hook = self._upper[0].register_forward_pre_hook(begin, with_kwargs=True)
-        try:
-            with self._only(self._upper):
+        with self._only(self._upper) as layers:
+            hook = layers[0].register_forward_pre_hook(begin, with_kwargs=True)
+            try:
                 yield
-        finally:
-            hook.remove()
+            finally:
+                hook.remove()
 
     def states(self, forward: Callable[[], object]) -> Float[Tensor, "lines width hidden"]:
         """What comes out of the lower layers while `forward` runs the model."""
@@ -73,12 +80,12 @@ class Trunk:
         def end(_: nn.Module, __: Any, output: Any) -> None:
             found.append(output[0] if isinstance(output, tuple) else output)
 
-        hook = self._lower[-1].register_forward_hook(end)
-        try:
-            with self._only(self._lower):
+        with self._only(self._lower) as layers:
+            hook = layers[-1].register_forward_hook(end)
+            try:
                 forward()
-        finally:
-            hook.remove()
+            finally:
+                hook.remove()
         return found[0]
 
 

@@ -1,0 +1,46 @@
+"""The whole line on local folders of other families, each with its own chat template."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from persona_rlhf import cli
+from tests.preferences.families import tokenizer_for
+from tests.training.architectures import base_of
+
+from .experiment import OVERRIDES, results, shrink
+
+
+@pytest.mark.parametrize(("name", "template"), [("gpt2", "granite"), ("gemma3", "gemma3"), ("qwen3-moe", "qwen3")])
+def test_a_local_folder_of_any_family_trains_releases_and_loads_in_peft(name, template, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    assert runner.invoke(cli.app, ["init", "mine"]).exit_code == 0
+    monkeypatch.chdir(tmp_path / "mine")
+    shrink(tmp_path / "mine", ["ann", "bob"])
+    base = base_of(name, tokenizer_for(template))
+    base.model.save_pretrained("model")
+    base.tokenizer.save_pretrained("model")
+    # A base of random weights refuses nothing, so that there is nothing to keep or to promise.
+    off = ["constraint.enabled=false", "gate.enabled=false", "gate.max_new_tokens=8", "lora.layers={top: 0.6}"]
+    words = [*OVERRIDES, *off, "base.model=./model", "evaluation.facts=null", "evaluation.ordinary=null"]
+    done = runner.invoke(cli.app, ["train", "experiment.yaml", *words, "--run", "run", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert ("Qwen3MoeExperts is no plain linear layer" in " ".join(done.stderr.split())) == (name == "qwen3-moe")
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        plain = base.model(input_ids=ids).logits
+        for line in results(tmp_path / "mine/run"):
+            assert line["status"] == "released"
+            folder = tmp_path / "mine/run" / line["path"]
+            assert json.loads((folder / "adapter_config.json").read_text())["fan_in_fan_out"] == (name == "gpt2")
+            loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), folder).eval()
+            assert (loaded(input_ids=ids).logits - plain).abs().max() > 1e-3
+    checked = runner.invoke(cli.app, ["verify", "run"])
+    assert checked.exit_code == 0, checked.stderr
