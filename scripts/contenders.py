@@ -111,11 +111,11 @@ class EventDraws(UserDraws):
 class NullEngine(Engine):
     """After each step `A <- A - A U U^T`, U the main directions of a layer's inputs on tier-one refusals."""
 
-    def _step(self) -> Any:
+    def _step(self, say: Callable[[str], None]) -> Any:
         if not hasattr(self, "_away"):
             assert isinstance(self.bank, ConstraintBank)
             self._away = tier_one_directions(self.adapted, self.bank)
-        done = super()._step()
+        done = super()._step(say)
         for span in self.adapted.spans.values():
             a = self.slots.flat[:, span.start : span.middle].view(-1, span.rank, span.inputs)
             a -= a @ self._away[span.name]

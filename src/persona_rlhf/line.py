@@ -160,7 +160,7 @@ def train_chunk(
     judged = {result.user_id for result in results}
     steps = {schedule.rows.user_id: schedule.steps for schedule in engine.schedules.values()}
     progress.begin(steps, engine.finished, len(chunk.rows))
-    fleet = (user for user in engine.run(progress.step) if user.user_id not in judged)
+    fleet = (user for user in engine.run(progress.step, progress.say) if user.user_id not in judged)
     for cohort in cohorts(fleet, engine.count):
         for user in cohort:
             progress.end(user.user_id, user.steps)

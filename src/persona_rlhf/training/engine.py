@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.identity import slug
-from persona_rlhf.preferences.tokens import UserRows
+from persona_rlhf.preferences.tokens import PairRow, UserRows
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.capacity import slots_of
 from persona_rlhf.training.constraint import ConstraintBank, Draw, UserDraws
@@ -20,11 +21,13 @@ from persona_rlhf.training.duals import DualTrace
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.ground import Ground
 from persona_rlhf.training.lora import fresh_adapter
-from persona_rlhf.training.objective import StepLoss, heldout_loss, step_loss
+from persona_rlhf.training.objective import StepLoss, detached, heldout_loss, joined, step_loss
+from persona_rlhf.training.passes import release_cache
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.scheduler import UserSchedule, queue_order, user_generator
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings
 from persona_rlhf.training.slots import Slots
+from persona_rlhf.training.trunk import States
 
 
 class TrainedUser(NamedTuple):
@@ -90,21 +93,30 @@ class Engine:
             self.count = min(chosen, len(queue))
         else:
             self.count = kept[1].pop("slots")
+        self.together = self.count if kept is None else kept[1].pop("together")
         categories = len(bank.categories) if bank else 0
         device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
         self.slots = Slots(self.count, adapted.params_per_user, categories, dpo, constraint, device, dtype)
         self.ground = Ground(adapted, bank, self.count, fleet.trunk_cache * 2**20)
         self.finished: list[str] = [] if kept is None else self._resume(*kept)
 
-    def run(self, report: Callable[[Sequence[StepReport]], None] = lambda _: None) -> Iterator[TrainedUser]:
-        """Trains until the queue and the slots are empty; yields each user as he ends, those of a resumed run first."""
+    def run(
+        self,
+        report: Callable[[Sequence[StepReport]], None] = lambda _: None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> Iterator[TrainedUser]:
+        """Trains until the queue and the slots are empty; yields each user as he ends, those of a resumed run first.
+
+        A step that the device has no memory for is taken in halves of its users from then on, and `say` tells of it.
+        Raises InputError where one user alone is too much.
+        """
         if not (self.finished or any(self.slots.users)):
             self._save()  # so that a resumed run has these slots, wherever it was killed
         yield from map(self._stored, self.finished)
         since_checkpoint = 0
         while self._fill():
             started = time.perf_counter()
-            reports, moved = self._step()
+            reports, moved = self._step(say)
             self.slots.spend(time.perf_counter() - started)
             report(reports)
             for place, user_id in enumerate(self.slots.users):
@@ -131,7 +143,7 @@ class Engine:
         self.slots.close_free()
         return bool(self.slots.users)
 
-    def _step(self) -> tuple[list[StepReport], list[bool]]:
+    def _step(self, say: Callable[[str], None]) -> tuple[list[StepReport], list[bool]]:
         """One optimizer step of every user in a slot, and whose gradient was finite."""
         slots = self.slots
         users = [user for user in slots.users if user is not None]
@@ -144,24 +156,18 @@ class Engine:
                     self.draws[user] = self.bank.walk(self.constraint, self.seed, user)
                 draws.append(self.draws[user].at(step))
         drawn: Sequence[Draw | None] = draws or [None] * len(users)
-        learning = slots.flat.detach().requires_grad_()
-        with self.adapted.using(learning):
-            duals = slots.duals.values
-            states = [
-                self.ground.of(user, schedule.rows.train, own, draw)
-                for user, schedule, own, draw in zip(users, schedules, pairs, drawn, strict=True)
-            ]
-            loss = step_loss(
-                self.adapted, self.reference, pairs, draws, self.bank, duals, self.dpo, self.constraint, states
-            )
-            gradient = self._gradient(loss, learning)
+        states = [
+            self.ground.of(user, schedule.rows.train, own, draw)
+            for user, schedule, own, draw in zip(users, schedules, pairs, drawn, strict=True)
+        ]
+        gradient, loss = self._gradients(pairs, draws, states, say)
         device = slots.flat.device
         rates = [schedule.rate(step) for schedule, step in zip(schedules, slots.steps, strict=True)]
         norms, moves = slots.optimizer.step(gradient, torch.tensor(rates, dtype=torch.float64, device=device))
         if loss.violations is not None and loss.seen is not None:
             slots.duals.update(loss.violations, loss.seen, moves)
         slots.steps = [step + 1 for step in slots.steps]
-        figures = torch.stack([loss.dpo.detach(), loss.margin, loss.accuracy, norms.to(loss.dpo)]).tolist()
+        figures = torch.stack([loss.dpo, loss.margin, loss.accuracy, norms.to(loss.dpo)]).tolist()
         worst: list[float | None] = [None] * len(users)
         strongest = worst
         if self.bank is not None:
@@ -170,6 +176,42 @@ class Engine:
         totals = [schedule.steps for schedule in schedules]
         columns = zip(users, slots.steps, totals, *figures, worst, strongest, strict=True)
         return [StepReport(*column) for column in columns], moves.tolist()
+
+    def _gradients(
+        self,
+        pairs: Sequence[Sequence[PairRow]],
+        draws: Sequence[Draw],
+        states: Sequence[States],
+        say: Callable[[str], None],
+    ) -> tuple[Float[Tensor, "users params"], StepLoss]:
+        """Every user's gradient, and his loss without its graph; as many users at once as the device has room for."""
+        gradients, losses, first = [], list[StepLoss](), 0
+        while first < len(pairs):
+            part, fits = slice(first, first + self.together), True
+            learning = self.slots.flat[part].detach().requires_grad_()
+            try:
+                with self.adapted.using(learning):
+                    duals = self.slots.duals.values[part]
+                    some = pairs[part], draws[part], self.bank, duals, self.dpo, self.constraint, states[part]
+                    loss = step_loss(self.adapted, self.reference, *some)
+                    gradients.append(self._gradient(loss, learning))
+                    losses.append(detached(loss))
+            except torch.OutOfMemoryError:
+                fits = False  # what failed is let go of when this handler is left
+            if fits:
+                first += len(pairs[part])
+            else:
+                self._halve(len(pairs[part]), say)
+        return torch.cat(gradients), joined(losses)
+
+    def _halve(self, users: int, say: Callable[[str], None]) -> None:
+        """Fewer users in a pass from now on. Raises InputError where there was one only."""
+        release_cache()
+        if users == 1:
+            sentence = "one user's step does not fit the device; lower dpo.pairs_per_step, or take a smaller base"
+            raise InputError([Problem(self.adapted.base.name, None, "dpo.pairs_per_step", sentence)])
+        self.together = users // 2
+        say(f"out of memory with {users} users in a step: it is taken in parts of {self.together} from now on")
 
     def _gradient(self, loss: StepLoss, learning: Float[Tensor, "users params"]) -> Float[Tensor, "users params"]:
         """Of what each user minimises; users share no parameter, so the sum over users gives each his own."""
@@ -213,7 +255,7 @@ class Engine:
 
     def _save(self) -> None:
         if self.state is not None:
-            notes = self.slots.notes() | {"waiting": len(self.queue), "slots": self.count}
+            notes = self.slots.notes() | {"waiting": len(self.queue), "slots": self.count, "together": self.together}
             checkpoint.save(self.state / "slots.safetensors", self.slots.tensors(), notes)
 
     def _kept(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -18,6 +18,7 @@ from persona_rlhf.training.generation import Generated, write_answers
 from persona_rlhf.training.head import split
 from persona_rlhf.training.lora import FleetLinear, LayerSpan, attach, detach, matrices
 from persona_rlhf.training.losses import token_logps
+from persona_rlhf.training.passes import Places, in_passes
 from persona_rlhf.training.settings import LoraSettings
 from persona_rlhf.training.targets import targets
 from persona_rlhf.training.trunk import States, Trunk, cut, lay
@@ -117,10 +118,15 @@ class AdaptedModel:
         """
         found: dict[Row, Tensor] = {}
         trunk, distinct = self._trunk, list(dict.fromkeys(row for row in rows if row.completion))
-        for places in _passes([distinct], self.tokens_per_pass) if trunk else ():
+        if trunk is None:
+            return found
+        module = self._halves.decoder if self._halves else self.base.model
+
+        def run(places: Places) -> None:
             batch = self.batch([distinct[place] for _, place in places if place is not None], 1)
-            module = self._halves.decoder if self._halves else self.base.model
-            found |= cut(batch, trunk.states(lambda module=module, batch=batch: self._run(module, batch)))  # type: ignore[misc, union-attr]
+            found.update(cut(batch, trunk.states(lambda: self._run(module, batch))))
+
+        in_passes([distinct], self.tokens_per_pass, run)
         return found
 
     def below_bytes(self, rows: Sequence[Row]) -> int:
@@ -177,7 +183,8 @@ class AdaptedModel:
     def score(self, rows: Sequence[Sequence[Row]], states: Sequence[States] = ()) -> list[list[Score]]:
         """Scores the rows of every user under his own adapter, in length-sorted passes of bounded size."""
         scores: list[list[Score | None]] = [[None] * len(own) for own in rows]
-        for places in _passes(rows, self.tokens_per_pass):
+
+        def run(places: Places) -> None:
             picked = [EMPTY if place is None else rows[user][place] for user, place in places]
             batch = self.batch(picked, len(rows))
             logits = self.logits(batch, states)
@@ -186,6 +193,8 @@ class AdaptedModel:
             for (user, place), row, logp, missed in zip(places, picked, sums, misses, strict=True):
                 if place is not None:
                     scores[user][place] = Score(logp, len(row.completion), missed == 0)
+
+        in_passes(rows, self.tokens_per_pass, run)
         return [[score for score in own if score is not None] for own in scores]
 
     @torch.no_grad()
@@ -202,32 +211,14 @@ class AdaptedModel:
         """
         rows = [[Row(prompt, (0,) * max_new_tokens) for prompt in own] for own in prompts]
         answers: list[list[Generated | None]] = [[None] * len(own) for own in prompts]
-        for places in _passes(rows, self.tokens_per_cache):
+
+        def run(places: Places) -> None:
             picked = [(self.base.eos_ids[:1] if place is None else prompts[user][place]) for user, place in places]
             seeds = [None if place is None else seed * 1_000_003 + place for _, place in places]
             written = write_answers(self.base, len(prompts), picked, seeds, max_new_tokens, temperature)
             for (user, place), answer in zip(places, written, strict=True):
                 if place is not None:
                     answers[user][place] = answer
+
+        in_passes(rows, self.tokens_per_cache, run)
         return [[answer for answer in own if answer is not None] for own in answers]
-
-
-def _passes(rows: Sequence[Sequence[Row]], budget: int) -> Iterator[list[tuple[int, int | None]]]:
-    """User-major lists of (user, place of the row), equally many rows a user, of about `budget` tokens; None fills.
-
-    Longest first, but rows with the same prompt stay side by side, so that a pass can share it.
-    """
-    lengths, order = [], []
-    for own in rows:
-        longest: dict[tuple[int, ...], int] = {}
-        for row in own:
-            longest[row.prompt] = max(longest.get(row.prompt, 0), len(row.prompt) + len(row.completion))
-        order.append(sorted(range(len(own)), key=lambda n, own=own, of=longest: (-of[own[n].prompt], own[n].prompt)))  # type: ignore[misc]
-        lengths.append([longest[own[n].prompt] for n in order[-1]])
-    start, most = 0, max((len(own) for own in rows), default=0)
-    while start < most:
-        widest = max(1, *(own[start] for own in lengths if start < len(own)))
-        stop = min(most, start + max(1, budget // (widest * len(rows))))
-        block = range(start, stop)
-        yield [(user, own[n] if n < len(own) else None) for user, own in enumerate(order) for n in block]
-        start = stop

@@ -31,6 +31,17 @@ class StepLoss(NamedTuple):
     seen: Bool[Tensor, "users categories"] | None
 
 
+def detached(loss: StepLoss) -> StepLoss:
+    """The loss without the graph that it was computed by."""
+    return StepLoss(*(None if part is None else part.detach() for part in loss))  # type: ignore[arg-type]
+
+
+def joined(losses: Sequence[StepLoss]) -> StepLoss:
+    """The losses of groups of users as one."""
+    columns = zip(*losses, strict=True)
+    return StepLoss(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
 def heldout_loss(adapted: AdaptedModel, reference: Reference, pairs: Sequence[PairRow], dpo: DpoSettings) -> float:
     """The DPO loss of one user's held-out pairs, their weighted mean; his adapter must be on, and nobody else's.
 
