@@ -3,46 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 import persona_rlhf
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.measures import Measures
 from persona_rlhf.release.manifest import DataInfo, Provenance
+from persona_rlhf.release.pages import templates
 
 
 def card(provenance: Provenance, data: DataInfo, verdict: Verdict, measures: Measures | None) -> str:
     """README.md of an adapter folder: YAML front matter that the hub reads, and a page for people."""
-    body = _template().render(
-        base=provenance.base,
-        policy=provenance,
-        demands=provenance.demands,
-        data=data,
-        verdict=verdict,
-        measures=measures,
-        classifier=(provenance.settings.get("gate") or {}).get("classifier"),
-        lora=provenance.settings["lora"],
-        aligned_by=provenance.settings["aligned_by"],
-        version=persona_rlhf.__version__,
-        percent="{:.1%}".format,
-        plain_name=_one_line,
+    body = (
+        templates(html=False)
+        .get_template("card.md.j2")
+        .render(
+            base=provenance.base,
+            policy=provenance,
+            demands=provenance.demands,
+            data=data,
+            verdict=verdict,
+            measures=measures,
+            classifier=(provenance.settings.get("gate") or {}).get("classifier"),
+            lora=provenance.settings["lora"],
+            aligned_by=provenance.settings["aligned_by"],
+            version=persona_rlhf.__version__,
+            percent="{:.1%}".format,
+            plain_name=_one_line,
+        )
     )
     return f"---\n{_front_matter(provenance, verdict, measures)}\n---\n\n{body.strip()}\n"
-
-
-@lru_cache(maxsize=1)
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("persona_rlhf.release"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,  # Markdown
-    )
-    return environment.get_template("card.md.j2")
 
 
 def _front_matter(provenance: Provenance, verdict: Verdict, measures: Measures | None) -> str:

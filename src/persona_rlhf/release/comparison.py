@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 
@@ -16,6 +15,7 @@ import persona_rlhf
 from persona_rlhf.evaluation.intervals import Interval, bootstrap
 from persona_rlhf.release.charts import intervals
 from persona_rlhf.release.folder import write_file
+from persona_rlhf.release.pages import templates
 from persona_rlhf.release.results import Result, plain
 
 Arm = dict[int, Sequence[Result]]
@@ -111,20 +111,17 @@ def _figure(own: Mapping[str, float], first: Mapping[str, float]) -> Figure | No
 def write_comparison(folder: Path, name: str, found: Comparison) -> None:
     """Writes FOLDER/sweep.json and FOLDER/report.html."""
     write_file(folder / "sweep.json", json.dumps(to_json(found), indent=2).encode() + b"\n")
-    environment = Environment(
-        loader=PackageLoader("persona_rlhf.release"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("sweep.html.j2").render(
-        name=name,
-        version=persona_rlhf.__version__,
-        arms=found,
-        titles=list(FIGURES),
-        shown=_shown,
-        charts=_charts(found),
+    page = (
+        templates(html=True)
+        .get_template("sweep.html.j2")
+        .render(
+            name=name,
+            version=persona_rlhf.__version__,
+            arms=found,
+            titles=list(FIGURES),
+            shown=_shown,
+            charts=_charts(found),
+        )
     )
     write_file(folder / "report.html", page.encode("utf-8", "backslashreplace"))
 

@@ -11,7 +11,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import persona_rlhf
@@ -23,6 +22,7 @@ from persona_rlhf.release.charts import bars, bounds, histogram, scatter
 from persona_rlhf.release.columns import Columns
 from persona_rlhf.release.fleet import SUMMARY, promise_of_run, write_summary
 from persona_rlhf.release.folder import write_file
+from persona_rlhf.release.pages import templates
 from persona_rlhf.release.results import Result, RunResults, Summary, summarise
 from persona_rlhf.release.seal import SEAL, seal
 from persona_rlhf.release.table import printable
@@ -67,32 +67,28 @@ def render(
     The results are gone through four times and never held all at once: of many users, the page has pictures and
     figures of all, and rows of those who need a look and of the first.
     """
-    environment = Environment(
-        loader=PackageLoader("persona_rlhf.release"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["printable"] = printable
     summary = summarise(results)
     measured = Columns.of(results)
     certify = policy.get("certify") or {}
-    return environment.get_template("report.html.j2").render(
-        name=printable(str(config.get("name", "run"))),
-        gate={"enabled": True, "family": "each"} | (config.get("gate") or {}),
-        judged=summary.released + summary.held_back,
-        version=persona_rlhf.__version__,
-        summary=summary,
-        figures=_figures(summary, measured),
-        charts=_charts(measured),
-        results=_shown(results, summary.users),
-        policy=policy,
-        delta=certify.get("delta"),
-        promise=promise_of_run(config, policy, results, summary.users),
-        screening=screening,
-        perplexity=_perplexity(measured),
-        tones=_tones(measured),
+    return (
+        templates(html=True)
+        .get_template("report.html.j2")
+        .render(
+            name=printable(str(config.get("name", "run"))),
+            gate={"enabled": True, "family": "each"} | (config.get("gate") or {}),
+            judged=summary.released + summary.held_back,
+            version=persona_rlhf.__version__,
+            summary=summary,
+            figures=_figures(summary, measured),
+            charts=_charts(measured),
+            results=_shown(results, summary.users),
+            policy=policy,
+            delta=certify.get("delta"),
+            promise=promise_of_run(config, policy, results, summary.users),
+            screening=screening,
+            perplexity=_perplexity(measured),
+            tones=_tones(measured),
+        )
     )
 
 
