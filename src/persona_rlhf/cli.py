@@ -92,13 +92,28 @@ def base_build(
 
 @app.command()
 @bounded
-def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    shape: Annotated[bool, typer.Option("--shape", help="By the base's shape alone: no weights are loaded.")] = False,
+    memory: Annotated[float | None, typer.Option(help="With --shape: GiB of the device, for the slots.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="With --shape: teraflops a second, for the time.")] = None,
+    as_json: Json = False,
+) -> None:
     """Say users, pairs, steps, slots, memory and time before anything is trained; nothing is written."""
+    if not shape and not (memory is tflops is None):
+        raise typer.BadParameter("--memory and --tflops go with --shape")
     from persona_rlhf.config import read_config
     from persona_rlhf.materials import read_materials
 
     settings = read_config(config, overrides or [])
     materials = read_materials(settings)  # what is wrong so far is said before torch is loaded
+    if shape:
+        from persona_rlhf import sizing
+
+        sizes = sizing.sizes(settings, materials, memory, tflops)
+        print_json(sizes.to_json()) if as_json else print_table(sizing.render(sizes))
+        return
     from persona_rlhf import plan as planning
 
     found = planning.plan(settings, materials)
