@@ -25,7 +25,7 @@ from persona_rlhf.training.constraint import ConstraintBank, Draw, Excess, UserD
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.objective import StepLoss
-from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.reference import Known
 from persona_rlhf.training.settings import ConstraintSettings
 
 WORDINGS = 4  # refusals of a probe that `event` adds up
@@ -45,8 +45,8 @@ class KeptBank(ConstraintBank):
 
     last: Excess
 
-    def excess(self, draws: Sequence[Draw], logps: Watched, reference: Reference, margin: float) -> Excess:
-        self.last = super().excess(draws, logps, reference, margin)
+    def excess(self, draws: Sequence[Draw], logps: Watched, reference: Known, settings: ConstraintSettings) -> Excess:
+        self.last = super().excess(draws, logps, reference, settings)
         return self.last
 
 
@@ -82,7 +82,7 @@ class EventBank(ConstraintBank):
     def walk(self, settings: ConstraintSettings, seed: int, user_id: str) -> UserDraws:
         return EventDraws(self, settings, seed, user_id)
 
-    def excess(self, draws: Sequence[Draw], logps: Watched, reference: Reference, margin: float) -> Excess:
+    def excess(self, draws: Sequence[Draw], logps: Watched, reference: Known, settings: ConstraintSettings) -> Excess:
         refused, *others = logps
         groups = refused.view(len(draws), -1, WORDINGS)
         base = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in draws]).view(groups.shape)
@@ -90,7 +90,7 @@ class EventBank(ConstraintBank):
         gap = base.logsumexp(2) - groups.logsumexp(2)
         first = [draw._replace(refusals=draw.refusals[::WORDINGS]) for draw in draws]
         own = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in first])
-        return measure(first, (own - gap, others[0], others[1]), reference, len(self.categories), margin)
+        return measure(first, (own - gap, others[0], others[1]), reference, len(self.categories), settings)
 
 
 class EventDraws(UserDraws):

@@ -25,7 +25,7 @@ from tests.training.tiny import constraint_bank, tiny_base, user_rows
 
 LORA = LoraSettings(rank=4, alpha=8)
 DPO = DpoSettings(epochs=3, pairs_per_step=4, learning_rate=4e-3)
-CONSTRAINT = ConstraintSettings(margin=0.0, opening_weight=1.0)
+CONSTRAINT = ConstraintSettings(margin=0.0, floor=-1000, opening_weight=1.0)
 SEED = 7
 
 

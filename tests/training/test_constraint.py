@@ -59,7 +59,7 @@ def test_refusal_probability_falls_by_no_more_than_the_measured_excess(toy):
     with adapted.using(flat):
         logps = torch.tensor([[score.logp for score in own] for own in adapted.score([rows] * users)]).double()
     none = torch.zeros(users, 0).double()
-    excess = measure(everyone, (logps, none, none), reference, len(rows), 0.0).refusal
+    excess = measure(everyone, (logps, none, none), reference, len(rows), ConstraintSettings(margin=0)).refusal
     base = torch.tensor([reference[row] for row in rows]).double()
     gaps = []
     for _ in range(25):
@@ -103,13 +103,21 @@ def test_measure_by_hand():
     refused = torch.tensor([[-1.5, -1.0, -7.0], [-2.5, -3.0, -1.0]])
     complied = torch.tensor([[-3.0, -4.9], [-2.0, 0.0]])
     over = torch.tensor([[-9.0], [0.0]])
-    excess = measure(draws, (refused, complied, over), reference, 3, margin=0.5)
+    logps = refused, complied, over
+    excess = measure(draws, logps, reference, 3, ConstraintSettings(margin=0.5, floor=-100))
     # user 0, category 0: mean of (-1 + 1.5) and (-3 + 7); a rise over the base counts as a negative excess
     assert excess.refusal.tolist() == [[2.25, 0.0, -1.0], [0.0, 0.75, 0.0]]
     assert excess.counts.tolist() == [[2, 0, 1], [0, 2, 1]]
     # user 0: d rose by 1, which is 0.5 over the margin, e by 0.1, which is free; user 1: e rose by 3; no filler counts
     assert excess.compliance.tolist() == pytest.approx([0.25, 2.5])
     assert excess.overrefusal.tolist() == [0.0, 0.0]
+    # with a floor of -2.5 nats: user 0's openings are below it; user 1's rose over it, and only what is above counts
+    above = measure(draws, logps, reference, 3, ConstraintSettings(margin=0.5, floor=-2.5))
+    assert above.compliance.tolist() == pytest.approx([0.0, 0.5])
+    assert above.refusal.tolist() == excess.refusal.tolist()
+    # a floor below the base's own openings changes nothing: it never allows less than the margin
+    low = measure(draws, logps, reference, 3, ConstraintSettings(margin=0.5, floor=-4.8))
+    assert low.compliance.tolist() == pytest.approx(excess.compliance.tolist())
 
 
 def _bank(categories: int, probes: list[int], refusals: int) -> ConstraintBank:
@@ -275,10 +283,10 @@ def _poisoned(adapted: AdaptedModel) -> tuple[ConstraintBank, list[UserRows]]:
 class _Turned(ConstraintBank):
     """A constraint with its sign the wrong way round."""
 
-    def excess(self, draws, logps, reference, margin):
+    def excess(self, draws, logps, reference, settings):
         refused, complied, over = logps
         base = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in draws])
-        return super().excess(draws, (2 * base - refused, complied, over), reference, margin)
+        return super().excess(draws, (2 * base - refused, complied, over), reference, settings)
 
 
 class _Emptied(ConstraintBank):

@@ -62,9 +62,9 @@ class ConstraintBank:
         """A user's way through the bank."""
         return UserDraws(self, settings, seed, user_id)
 
-    def excess(self, draws: Sequence[Draw], logps: Watched, reference: Known, margin: float) -> Excess:
+    def excess(self, draws: Sequence[Draw], logps: Watched, reference: Known, settings: ConstraintSettings) -> Excess:
         """The functional: how far users are from the base on the rows they drew. A bank of another kind may differ."""
-        return measure(draws, logps, reference, len(self.categories), margin)
+        return measure(draws, logps, reference, len(self.categories), settings)
 
     def rows(self) -> list[Row]:
         """Every row whose reference log-probability is needed."""
@@ -201,12 +201,13 @@ def measure(
     logps: Watched,
     reference: Known,
     categories: int,
-    margin: float,
+    settings: ConstraintSettings,
 ) -> Excess:
     """Compares the users' log-probabilities of their constraint rows with the base's.
 
     Refusals: `log pi_ref(y|x) - log pi_user(y|x)`, averaged by category. The other two are hinges that cost nothing
-    until the user's log-probability of a compliance (or of refusing a harmless twin) is `margin` nats over the base's.
+    until the user's log-probability of a compliance (or of refusing a harmless twin) is `margin` nats over the base's,
+    and above `floor`: what rises from one in 10^13 to one in 10^12 tells of style, not of what anyone will read.
     """
     refused, complied, over = logps
     fill = {"dtype": refused.dtype, "device": refused.device}
@@ -223,7 +224,8 @@ def measure(
         for user, own in enumerate(rows):
             for n, row in enumerate(own):
                 known[user, n], present[user, n] = reference[row], 1.0
-        return (torch.relu(values - known - margin) * present).sum(1) / present.sum(1).clamp(min=1)
+        most = (known + settings.margin).clamp(min=settings.floor)
+        return (torch.relu(values - most) * present).sum(1) / present.sum(1).clamp(min=1)
 
     return Excess(
         refusal,
@@ -251,7 +253,7 @@ def penalty(
     settings: ConstraintSettings,
 ) -> Penalty:
     """`sum_c lambda_uc max(0, violation_uc) + w (compliance hinge + over-refusal hinge)`."""
-    excess = bank.excess(draws, logps, reference, settings.margin)
+    excess = bank.excess(draws, logps, reference, settings)
     violations, seen = excess.refusal - excess.refusal.new_tensor(bank.limits), excess.counts > 0
     total = (duals.to(violations) * torch.relu(violations) * seen).sum(1)
     total = total + settings.opening_weight * (excess.compliance + excess.overrefusal)

@@ -92,6 +92,9 @@ class ConstraintSettings(Section):
     twin_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a refusal to a benign twin.")
     opening_tokens: int = Field(8, ge=1, description="Length of those openings, in tokens.")
     margin: float = Field(0.5, ge=0, description="Nats an opening may rise over the base before it costs anything.")
+    floor: float = Field(
+        -12.0, le=0, description="Nats: an opening less likely than this costs nothing, however far it rose."
+    )
     opening_weight: float = Field(0.3, ge=0, description="Weight of the opening hinges in the loss.")
     gain: float = Field(0.1, gt=0, description="Rise of a dual variable per step and nat of smoothed violation.")
     smoothing: float = Field(0.9, ge=0, lt=1, description="Share of the old estimate in a smoothed violation.")
