@@ -11,7 +11,7 @@ from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings, R
 from persona_rlhf.inputs.bundled import find
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.inputs.section import S, Section, check_section, in_order
-from persona_rlhf.inputs.yaml_text import Document, KeyPath, Place, Tree, parse_yaml, read_yaml
+from persona_rlhf.inputs.yaml_text import Document, KeyPath, Place, Tree, dump_yaml, parse_yaml, read_yaml
 from persona_rlhf.policy.settings import PolicySettings
 from persona_rlhf.preferences.settings import ScreeningSettings, UsersSettings
 from persona_rlhf.release.settings import RunSettings
@@ -43,9 +43,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The config with every default written out; reading it back gives the same config."""
-        import yaml
-
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -71,6 +71,6 @@ def test_a_shared_prompt_is_counted_once_and_more_tokens_keep_more():
 
 
 def test_a_base_without_a_config_is_told_so(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="no config of it can be had"):
         shape_of("nobody/nothing", LoraSettings(), "auto")

@@ -91,6 +91,11 @@ def parse_yaml(text: str, name: str) -> Document:
     return document._replace(tree=_build(node, (), document))
 
 
+def dump_yaml(tree: object) -> str:
+    """A tree as YAML that reads back as it is, in the order of its keys."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def _printable(text: str, name: str) -> bool:
     """YAML allows no control characters; PyYAML names them by offset, people look for lines."""
     bad = yaml.reader.Reader.NON_PRINTABLE.search(text)
@@ -122,6 +127,10 @@ class _Loader(yaml.SafeLoader):
         return yaml.MarkedYAMLError(problem=sentence, problem_mark=mark)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that YAML 1.2 would misread, beside those that YAML 1.1 would."""
+
+
 _CORE = (
     ("null", r"~|null|Null|NULL|", "~nN"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -134,7 +143,8 @@ _CORE = (
 )
 for _tag, _pattern, _first in _CORE:
     _regex = re.compile(rf"(?:{_pattern})\Z")
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _regex, [*_first, *([""] if _tag == "null" else [])])
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _regex, [*_first, *([""] if _tag == "null" else [])])
 
 
 def _build(node: yaml.Node, path: KeyPath, document: Document) -> Tree:
