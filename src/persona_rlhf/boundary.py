@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 P = ParamSpec("P")
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 
 
 def verbs(what: str) -> typer.Typer:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from persona_rlhf import __version__
-from persona_rlhf.boundary import bounded, console, print_json, print_table, say, verbs
+from persona_rlhf.boundary import Json, bounded, console, print_json, print_table, say, verbs
 from persona_rlhf.config_verbs import config_verbs
 from persona_rlhf.data_verbs import data_verbs
 from persona_rlhf.ending import exit_held_back, finish, say_promise
@@ -30,7 +30,6 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 User = Annotated[str | None, typer.Option("--user", help="A user_id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 
 
 @app.callback(invoke_without_command=True)

@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from persona_rlhf.boundary import bounded, print_json, say, verbs
+from persona_rlhf.boundary import Json, bounded, print_json, say, verbs
 
 data_verbs = verbs("Preference files.")
 
 _FORMATS = "cragc25; or probes: advbench, ailuminate, harmbench, simplesafetytests, strongreject, xstest"
-Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 
 
 @data_verbs.command("check")

@@ -41,8 +41,8 @@ from persona_rlhf.training.settings import DpoSettings
 
 _STEPS = 5  # of a probed cohort, at most
 _ANCHORS = 8  # of a category, in the probe's constraint
-_CHANGED = 3  # one probe in so many is answered anew by a trained adapter
-_LOOKED_AT = 1_000  # users
+CHANGED = 3  # one probe in so many is answered anew by a trained adapter
+LOOKED_AT = 1_000  # users
 _MIB = 1 << 20
 
 
@@ -111,7 +111,7 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
     clock = perf_counter()
     ready = prepare(config, materials)
     loading, clock = perf_counter() - clock, perf_counter()
-    seen = min(ready.pairs.users, _LOOKED_AT)
+    seen = min(ready.pairs.users, LOOKED_AT)
     of_all = ready.pairs.users / seen
     known = prepare_users(ready, ready.pairs.of(range(seen))).rows
     preparing, clock = loading + (perf_counter() - clock) * of_all, perf_counter()
@@ -250,7 +250,7 @@ def _judging(ready: Prepared, first: Sequence[UserRows], typical: Sequence[UserR
     once = _judged(ready, first)
     again = _judged(ready, typical) / len(typical)
     examination, device = ready.examination, ready.adapted.base.device
-    anew = [*examination.harmless, *examination.probes[::_CHANGED]]
+    anew = [*examination.harmless, *examination.probes[::CHANGED]]
     clock = perf_counter()
     with ready.adapted.using(torch.zeros(len(typical), ready.adapted.params_per_user, device=device)):
         ready.adapted.generate([anew] * len(typical), examination.gate.max_new_tokens)

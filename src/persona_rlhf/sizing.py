@@ -16,6 +16,7 @@ from rich.table import Table
 
 from persona_rlhf.config import Config
 from persona_rlhf.materials import Materials
+from persona_rlhf.plan import CHANGED, LOOKED_AT
 from persona_rlhf.preferences.pairs import PreferencePair
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.capacity import StepCost, choose_slots
@@ -24,8 +25,6 @@ from persona_rlhf.training.shape import Shape, shape_of
 
 _CHARACTERS = 4  # a token of English, about
 _TURN = 6  # tokens that a chat template adds to a prompt, about
-_CHANGED = 3  # one probe in so many is answered anew by a trained adapter, as `plan` takes it
-_LOOKED_AT = 1_000  # users
 _MIB, _GIB = 1 << 20, 1 << 30
 
 
@@ -72,7 +71,7 @@ def sizes(config: Config, materials: Materials, memory: float | None, rate: floa
     Raises InputError where the base's shape is not to be had.
     """
     shape = shape_of(config.base.model, config.lora, config.base.dtype)
-    seen = min(materials.pairs.users, _LOOKED_AT)
+    seen = min(materials.pairs.users, LOOKED_AT)
     of_all = materials.pairs.users / seen
     known = [pair for pair in materials.pairs.of(range(seen)) if pair.split == "train"]
     lengths = _lengths(config, materials, known)
@@ -155,7 +154,7 @@ def _judged_tokens(config: Config, materials: Materials, lengths: _Lengths) -> i
     """Tokens of what one user is asked: the base's answer scored, and one in so many written anew."""
     asked = len(materials.policy.probes("certify")) + config.evaluation.test_probes * 3 // 2
     asked += 2 * config.evaluation.harmless_prompts
-    return asked * (lengths.probe + lengths.refusal) + asked // _CHANGED * lengths.refusal
+    return asked * (lengths.probe + lengths.refusal) + asked // CHANGED * lengths.refusal
 
 
 def render(found: Sizes) -> Table:

@@ -69,12 +69,12 @@ def sweep(path: Path, overrides: Sequence[str], folder: Path | None, resume: boo
     sweep and of all its configs, before anything is trained.
     """
     settings = checked(SweepSettings, read_yaml(find(path)), ())
-    runs = arm_runs(settings, overrides)
     place = folder or Path("sweeps") / settings.name
+    own = arm_runs(settings, overrides)
+    runs = [run._replace(config=_shared(run.config, len(own), place)) for run in own]
     _check_place(place, runs, resume)
     materials = _materials(runs)
     place.mkdir(parents=True, exist_ok=True)
-    runs = [run._replace(config=_shared(run.config, len(runs), place)) for run in runs]
     (place / "arms.json").write_text(_identity(runs), encoding="utf-8")
     for number, run in enumerate(runs, 1):
         where = place / "runs" / run.folder
@@ -149,8 +149,7 @@ def _check_place(place: Path, runs: Sequence[ArmRun], resume: bool) -> None:
     if not resume and place.is_dir() and any(place.iterdir()):
         sentence = "this folder is not empty; give --resume to go on with a sweep, or --run another folder"
         raise InputError([Problem(str(place), None, None, sentence)])
-    asked = [run._replace(config=_shared(run.config, len(runs), place)) for run in runs]
-    if resume and (place / "arms.json").read_text(encoding="utf-8") != _identity(asked):
+    if resume and (place / "arms.json").read_text(encoding="utf-8") != _identity(runs):
         sentence = "the sweep or a config of it changed since it began; start a new one with --run"
         raise InputError([Problem(str(place), None, "--resume", sentence)])
 

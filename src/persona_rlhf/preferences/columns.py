@@ -35,6 +35,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def columns_of(row: object) -> Mapping[str, object]:
+    """A row as named columns. Raises ValueError where it is something else."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a row is an object with named columns, not {shown(row)}")
+    return row
+
+
 def missing(column: str, present: Iterable[str]) -> Fault:
     """A required column is not there: names the one that is probably meant."""
     unknown = [name for name in present if name not in KNOWN]

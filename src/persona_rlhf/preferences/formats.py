@@ -6,13 +6,16 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from persona_rlhf.inputs.bundled import find, is_hub_id
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
+from persona_rlhf.preferences.columns import columns_of
+
+_T = TypeVar("_T")
 
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # what `Dataset.save_to_disk` leaves in its folder
 
@@ -42,6 +45,20 @@ def read_rows(path: Path | str) -> Iterator[RawRow | Problem]:
     else:
         for file in files_of(place):
             yield from read_file(file)
+
+
+def converted(
+    items: Iterable[RawRow | Problem], convert: Callable[[Mapping[str, object]], _T]
+) -> Iterator[_T | Problem]:
+    """What `convert` makes of every row; the problem of one that could not be read or that it raises ValueError for."""
+    for item in items:
+        if isinstance(item, Problem):
+            yield item
+            continue
+        try:
+            yield convert(columns_of(item.row))
+        except ValueError as fault:
+            yield Problem(item.file, item.line, None, str(fault))
 
 
 def files_of(folder: Path) -> list[Path]:

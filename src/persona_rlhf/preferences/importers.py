@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
 from persona_rlhf.policy.public_sets import public_sets
 from persona_rlhf.preferences.columns import shown
-from persona_rlhf.preferences.formats import read_file
+from persona_rlhf.preferences.formats import converted, read_file
 from persona_rlhf.preferences.pairs import first_problems
 from persona_rlhf.preferences.probe_sets import ProbeImport, import_probes
 
@@ -109,18 +109,11 @@ def _convert(name: str, convert: Convert, src: Path, out: Path) -> ImportSummary
     users: set[str] = set()
     left_out: Counter[str] = Counter()
     rows = 0
-    for item in read_file(src):
-        if isinstance(item, Problem):
-            problems.append(item)
+    for pair in converted(read_file(src), convert):
+        if isinstance(pair, Problem):
+            problems.append(pair)
             continue
         rows += 1
-        try:
-            if not isinstance(item.row, Mapping):
-                raise ValueError(f"a row is an object with named columns, not {shown(item.row)}")
-            pair = convert(item.row)
-        except ValueError as fault:
-            problems.append(Problem(item.file, item.line, None, str(fault)))
-            continue
         if isinstance(pair, str):
             left_out[pair] += 1
             continue

@@ -120,9 +120,10 @@ def parsed_rows(
 
 def parse_row(row: object, file: str, line: int) -> PreferencePair | list[Problem]:
     """One row as a pair, or everything that is wrong with it. A row without `split` is given `train` for the moment."""
-    if not isinstance(row, Mapping):
-        return [Problem(file, line, None, f"a row is an object with named columns, not {columns.shown(row)}")]
-    given = {name: value for name, value in row.items() if value is not None}
+    try:
+        given: dict[str, Any] = {name: value for name, value in columns.columns_of(row).items() if value is not None}
+    except ValueError as fault:
+        return [Problem(file, line, None, str(fault))]
     texts = _texts(given)
     faults = [*_user_faults(given), *(texts if isinstance(texts, list) else ()), *_optional_faults(given)]
     if faults or isinstance(texts, list):

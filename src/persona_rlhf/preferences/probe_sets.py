@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,7 @@ from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.policy.hazards import SplitBy, assign_topic
 from persona_rlhf.policy.likeness import Collection, plain
 from persona_rlhf.policy.public_sets import HARMLESS, Destination, PublicSet, public_sets
-from persona_rlhf.preferences.columns import shown
-from persona_rlhf.preferences.formats import read_rows
+from persona_rlhf.preferences.formats import converted, read_rows
 from persona_rlhf.preferences.pairs import first_problems
 
 OUR_BANK = "data/policy/tier_one_real"
@@ -59,16 +59,12 @@ def import_probes(name: str, src: Path | str, out: Path, train: bool = False) ->
     banks: dict[str, list[dict[str, str]]] = {}
     left_out: Counter[str] = Counter()
     rows = 0
-    for item in read_rows(src):
-        if isinstance(item, Problem):
-            problems.append(item)
+    for found in converted(read_rows(src), partial(_read, source)):
+        if isinstance(found, Problem):
+            problems.append(found)
             continue
         rows += 1
-        try:
-            text, (destination, reason) = _read(source, item.row)
-        except ValueError as fault:
-            problems.append(Problem(item.file, item.line, None, str(fault)))
-            continue
+        text, (destination, reason) = found
         if destination is not None and (twice := held.near(text)):
             destination, reason = None, f"held already, by {twice}"
         if destination is None:
@@ -84,9 +80,7 @@ def import_probes(name: str, src: Path | str, out: Path, train: bool = False) ->
     return ProbeImport(source, rows, _write(source, banks, out), dict(left_out))
 
 
-def _read(source: PublicSet, row: object) -> tuple[str, Destination]:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"a row is an object with named columns, not {shown(row)}")
+def _read(source: PublicSet, row: Mapping[str, object]) -> tuple[str, Destination]:
     text = source.text(row)
     return text, source.destination(row) if plain(text) else Destination(None, "an empty prompt")
 
