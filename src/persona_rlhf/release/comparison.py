@@ -49,7 +49,7 @@ Comparison = dict[str, Compared]
 
 
 def _refusal(result: Result) -> float | None:
-    count = result.test.pooled if result.test else result.pooled
+    count = result.test.pooled if result.test else None  # the certify probes decided, so they are shown apart
     return count.refused / count.n if count is not None and count.n else None
 
 
