@@ -23,6 +23,13 @@ def test_the_bound_lies_below_the_mean_and_grows_with_the_shares(shares, delta):
     assert mean_lower_bound([min(1, share + 0.1) for share in shares], delta) >= bound - 1e-9
 
 
+def test_shares_that_round_to_one_factor_are_all_counted():
+    """1 - b + b x / m is the same number for a share of 0 and one of 1e-38, and both lose their bet."""
+    shares = [0.0] * 8 + [1.0] * 3
+    assert mean_lower_bound([*shares, 1e-38], 0.2) == pytest.approx(mean_lower_bound([*shares, 0.0], 0.2), abs=1e-9)
+    assert mean_lower_bound([*shares, 1e-38], 0.2) < 0.25
+
+
 def test_without_a_miss_it_costs_little_more_than_clopper_pearson():
     """A fifth of the wealth is bet as boldly as the exact bound would."""
     for clusters in (16, 100, 400):

@@ -74,9 +74,9 @@ def _log_wealth(shares: Counter[float], mean: float) -> float:
     """The logarithm of the mean wealth of all bettors; it falls as the mean grows."""
     logs = []
     for bet in _BETS:
-        factors = {1 - bet + bet * share / mean: times for share, times in shares.items()}
-        lost = min(factors) <= 0
-        logs.append(float("-inf") if lost else fsum(times * log(factor) for factor, times in factors.items()))
+        factors = [(1 - bet + bet * share / mean, times) for share, times in shares.items()]
+        lost = min(factors)[0] <= 0
+        logs.append(float("-inf") if lost else fsum(times * log(factor) for factor, times in factors))
     top = max(logs)
     return top + log(fsum(exp(value - top) for value in logs) / len(logs)) if top > float("-inf") else top
 
