@@ -14,13 +14,13 @@ from persona_rlhf.config_verbs import config_verbs
 from persona_rlhf.data_verbs import data_verbs
 from persona_rlhf.ending import exit_held_back, finish, say_promise
 from persona_rlhf.later import announce, not_yet
+from persona_rlhf.policy_verbs import policy_verbs
 from persona_rlhf.processes import HELD_BACK
 
 app = verbs("Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept.")
-policy = verbs("Policy documents of three tiers.")
 base = verbs("The shared base model.")
 app.add_typer(data_verbs, name="data")
-app.add_typer(policy, name="policy")
+app.add_typer(policy_verbs, name="policy")
 app.add_typer(base, name="base")
 app.add_typer(config_verbs, name="config")
 
@@ -29,7 +29,6 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Changes to the config, as in YAML.")
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
-User = Annotated[str | None, typer.Option("--user", help="A user_id.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -48,29 +47,6 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or em
     scaffold(folder)
     say(f"{folder} holds an experiment; its README.md says how to go on. To run it:")
     say(f"  cd {folder} && persona-rlhf train experiment.yaml")
-
-
-@policy.command("show")
-@bounded
-def policy_show(config: ConfigFile, user: User = None, as_json: Json = False) -> None:
-    """Print the resolved rules, each with the tier and document it comes from."""
-    from persona_rlhf.config import read_config
-    from persona_rlhf.policy.listing import listing
-    from persona_rlhf.policy.tiers import Policy
-
-    resolved = Policy.read(read_config(config).policy.documents)
-    if user is not None:
-        resolved = resolved.for_user(user)
-    print_json(resolved.to_json()) if as_json else print_table(listing(resolved))
-
-
-@policy.command("check")
-@bounded
-def policy_check(paths: Annotated[list[Path], typer.Argument(metavar="PATH...")]) -> None:
-    """Validate policy documents (or folders of them), alone and against each other."""
-    from persona_rlhf.policy.tiers import check_documents
-
-    say(check_documents(paths))
 
 
 @base.command("build")
