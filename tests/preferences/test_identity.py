@@ -6,6 +6,7 @@ from pathlib import Path
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from persona_rlhf.preferences.identity import pseudonym
 from persona_rlhf.preferences.pairs import slug
 
 HOSTILE = [
@@ -47,3 +48,10 @@ def test_hostile_and_look_alike_ids_stay_apart() -> None:
     assert len(names) == len(HOSTILE)
     assert slug("Ana B.").startswith("ana-b-")
     assert slug("😀").startswith("user-")
+
+
+@given(ids, ids)
+def test_a_pseudonym_sets_two_ids_apart_and_shares_its_hash_with_the_slug(one: str, other: str) -> None:
+    assert re.fullmatch(r"[0-9a-f]{32}", pseudonym(one))
+    assert (pseudonym(one) == pseudonym(other)) == (one == other)
+    assert slug(one).endswith(pseudonym(one)[:12])

@@ -1,4 +1,4 @@
-"""What a user is called on disk: an opaque, safe, distinct name, whatever the id."""
+"""What a user is called on disk and in papers: opaque, safe, distinct names, whatever the id."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ def slug(user_id: str) -> str:
     readable = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_READABLE].strip("-") or "user"
     digest = hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{readable}-{digest[:_DIGEST]}"
+
+
+def pseudonym(user_id: str) -> str:
+    """What papers that outlive a user call him: 32 hex digits of the id's sha256, nothing readable.
+
+    Whoever knows the id can find his lines again; nobody can read the id off them.
+    """
+    return hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
