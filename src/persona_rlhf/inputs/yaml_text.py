@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -51,9 +52,11 @@ def read_yaml(path: Path) -> Document:
     """Reads a YAML file whose top is a mapping. Raises InputError where it cannot be read as one."""
     name = str(path)
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_BYTES + 1)  # a device may have no size, and no end
+        if len(content) > _MAX_BYTES:
             raise InputError([Problem(name, None, None, f"the file is larger than {_MAX_BYTES >> 20} MB")])
-        text = path.read_text(encoding="utf-8-sig")
+        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
     except UnicodeDecodeError as fault:
         raise InputError([Problem(name, None, None, f"the file is not UTF-8 (byte {fault.start})")]) from None
     except FileNotFoundError:
