@@ -31,7 +31,8 @@ def find(path: Path | str) -> Path:
         if not wanted.is_absolute() and ".." not in wanted.parts and (shipped_root() / wanted).exists():
             return shipped_root() / wanted
     except (OSError, ValueError, RuntimeError) as fault:  # a name too long, with a zero byte, of an unknown user's home
-        raise InputError([Problem(_shown(path), None, None, f"this is no path that can be opened ({fault})")]) from None
+        why = fault.strerror if isinstance(fault, OSError) else fault
+        raise InputError([Problem(_shown(path), None, None, f"this is no path that can be opened ({why})")]) from None
     raise InputError([Problem(str(path), None, None, f"no such file or folder{_neighbour(wanted)}")])
 
 

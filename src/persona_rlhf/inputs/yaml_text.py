@@ -178,6 +178,7 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[
             continue
         if key_node.tag != "tag:yaml.org,2002:str":
             document.problems.append(Problem(document.name, line, dotted(here), f'a key must be a text; write "{key}"'))
+            continue
         document.places[here] = Place(document.name, line)
         values[key] = _build(value_node, here, document)
     return values
@@ -198,9 +199,10 @@ def _scalar(node: yaml.ScalarNode, path: KeyPath, document: Document) -> Scalar:
                 return _number(text, kind)
             except ValueError:
                 pass
-    sentence = f"the tag or value `{text}` ({node.tag}) is not supported; write a plain text, number, true or false"
+    shown = text if len(text) <= 60 else f"{text[:57]}..."
+    sentence = f"the tag or value `{shown}` ({node.tag}) is not supported; write a plain text, number, true or false"
     document.problems.append(Problem(document.name, node.start_mark.line + 1, dotted(path), sentence))
-    return None
+    return None if kind in ("int", "float", "bool") else text  # a text that is tagged is still one
 
 
 def _number(text: str, kind: str) -> int | float:

@@ -93,29 +93,36 @@ def read_document(path: Path | str) -> tuple[PolicyDocument | None, list[Problem
     """
     try:
         file = find(path)
-        document = read_yaml(file)
+        document, problems = check_document(str(path), file, read_yaml(file))
     except InputError as fault:
         return None, fault.problems
-    head, problems = check_section(_Head, document)
-    problems = [*document.problems, *problems]
-    tree = document.tree
+    if document is not None:
+        document = replace(document, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    return document, problems
+
+
+def check_document(path: str, file: Path, yaml: Document) -> tuple[PolicyDocument | None, list[Problem]]:
+    """The document of a YAML tree, without the hash of its file, and every problem in it."""
+    head, problems = check_section(_Head, yaml)
+    problems = [*yaml.problems, *problems]
+    tree = yaml.tree
     assert isinstance(tree, dict)
     written = tree.get("rules")
     written = written if isinstance(written, list) else []
     rules: list[PlacedRule] = []
     for index, raw in enumerate(written):
         if isinstance(raw, dict):
-            rule, faults = _rule(document, index, raw.get("kind"))
+            rule, faults = _rule(yaml, index, raw.get("kind"))
             problems += faults
             rules += [PlacedRule(index, rule)] if rule else []
     tier = tree.get("tier")
     if isinstance(tier, str) and tier in ROLE:
-        problems += _tier_problems(document, tier, tree)
-    problems += _twice(document, written)
+        problems += _tier_problems(yaml, tier, tree)
+    problems += _twice(yaml, written)
     if head is None:
         return None, problems
     return PolicyDocument(
-        path=str(path),
+        path=path,
         file=file,
         tier=NUMBER[head.tier],
         issuer=head.issuer,
@@ -125,8 +132,8 @@ def read_document(path: Path | str) -> tuple[PolicyDocument | None, list[Problem
         certify=head.certify,
         aspects=head.aspects or Aspects(),
         rules=tuple(rules),
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-        yaml=document,
+        sha256="",
+        yaml=yaml,
     ), problems
 
 

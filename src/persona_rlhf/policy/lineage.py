@@ -11,6 +11,9 @@ from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.policy.documents import PolicyDocument, read_document
 from persona_rlhf.policy.narrowing import widenings
 
+_LONGEST = 16
+"""Documents of which each extends the next."""
+
 
 def read_all(paths: Sequence[Path | str]) -> tuple[list[PolicyDocument], list[Problem]]:
     """Reads documents and what they extend, by tier and each after its bases; and every problem, alone and between.
@@ -46,39 +49,52 @@ def casting(documents: Sequence[PolicyDocument]) -> Iterator[Problem]:
 
 def _read_line(path: Path | str, read: dict[Path, PolicyDocument], base_of: dict[Path, Path]) -> Iterator[Problem]:
     """Reads a document, what it extends, what that extends, and so on, into `read` and `base_of`."""
-    above: list[tuple[Path, PolicyDocument]] = []
+    above: dict[Path, PolicyDocument] = {}
+    lower: PolicyDocument | None = None
     while True:
         try:
-            file = find(path).resolve()
+            named = find(path) if lower is None else _beside(lower, str(path))
+            file = named.resolve()
         except InputError as fault:
-            missing = [
-                above[-1][1].problem(("extends",), f"{p.sentence}, got `{path}`") for p in fault.problems[: len(above)]
-            ]
-            yield from missing or fault.problems
+            yield from fault.problems if lower is None else _blamed(lower, fault.problems)
             return
-        if above:
-            if file in (known for known, _ in above):
-                circle = " -> ".join([*(document.path for _, document in above), str(path)])
-                yield above[-1][1].problem(("extends",), f"goes round in a circle: {circle}; leave one of them out")
+        if file in above or len(above) > _LONGEST:
+            line = [*(document.path for document in above.values()), str(path)]
+            what = f"goes round in a circle: {' -> '.join(line)}" if file in above else f"is the {_LONGEST}th in a line"
+            assert lower is not None
+            yield lower.problem(("extends",), f"{what}; leave one of them out")
+            return
+        if lower is not None:
+            base_of[lower.file.resolve()] = file
+        document = read.get(file)
+        if document is None:
+            document, faults = read_document(path if lower is None else named)
+            unreadable = lower is not None and document is None and all(fault.line is None for fault in faults)
+            yield from _blamed(lower, faults) if lower is not None and unreadable else faults
+            if document is None:
                 return
-            base_of[above[-1][0]] = file
-        if file in read:
-            document = read[file]
-        else:
-            found, faults = read_document(path)
-            yield from faults
-            if found is None:
-                return
-            document = read[file] = found
-        if above and above[-1][1].tier != document.tier:
-            lower = above[-1][1]
+            read[file] = document
+        if lower is not None and lower.tier != document.tier:
             sentence = f"{document.path} is of tier {document.tier}; a document extends one of its own tier"
             yield lower.problem(("extends",), sentence)
         if document.extends is None or file in base_of:
             return
-        above.append((file, document))
-        beside = document.file.parent / document.extends
-        path = beside if beside.exists() else document.extends
+        above[file] = lower = document
+        path = document.extends
+
+
+def _beside(document: PolicyDocument, extends: str) -> Path:
+    """The file that a document extends: from its own folder, else as any file that a user names."""
+    try:
+        return find(document.file.parent / extends)
+    except InputError:
+        return find(extends)
+
+
+def _blamed(document: PolicyDocument, problems: Sequence[Problem]) -> Iterator[Problem]:
+    """Problems of a file that is not there or cannot be read, at the line that asks for it."""
+    for problem in problems:
+        yield document.problem(("extends",), f"{problem.sentence}, got `{problem.file}`")
 
 
 def _with_bases(file: Path, read: dict[Path, PolicyDocument], base_of: dict[Path, Path]) -> PolicyDocument:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 from persona_rlhf.inputs.problems import Problem
 from persona_rlhf.policy.contradictions import contradict, looser
@@ -18,6 +19,7 @@ def widenings(documents: Sequence[PolicyDocument]) -> Iterator[Problem]:
     out of their dates count as well: they cannot be loosened before they are in force.
     """
     for index, lower in enumerate(documents):
+        yield from _excluding_requirements(lower)
         for upper in documents[:index]:
             yield from _shadowed_ids(upper, lower)
             if upper.above(lower):
@@ -96,6 +98,16 @@ def _weaker_requirements(upper: PolicyDocument, lower: PolicyDocument) -> Iterat
                 there = upper.where(("rules", at, "min_rate"))
                 sentence = f"would loosen the {strict.min_rate:g} of {there}; a lower tier only narrows"
                 yield lower.problem(("rules", index, "min_rate"), f"{sentence}, got {rule.min_rate:g}")
+
+
+def _excluding_requirements(document: PolicyDocument) -> Iterator[Problem]:
+    """Requirements of one document that no answer meets together."""
+    own = [(index, rule) for index, rule in document.rules if isinstance(rule, RequirementRule)]
+    for (first, one), (second, other) in combinations(own, 2):
+        together = one.when is None or other.when is None or one.when == other.when
+        if together and contradict(Wish(*one.property), Wish(*other.property)):
+            sentence = f"no answer has it and also the `{Wish(*one.property)}` of line {document.line(first)}"
+            yield document.problem(("rules", second, other.property[0]), f"{sentence}; take one of them out")
 
 
 def _weaker_bound(upper: PolicyDocument, lower: PolicyDocument) -> Iterator[Problem]:

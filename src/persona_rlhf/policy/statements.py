@@ -133,7 +133,7 @@ class When(Section):
 class RuleSection(Said):
     """What every rule has, whatever its kind."""
 
-    id: str = Field(min_length=1, description="Name of the rule, unique over all documents.")
+    id: str = Field(min_length=1, pattern=r"\S", description="Name of the rule, unique over all documents.")
     version: Text | None = Field(None, description="Version of the rule; else that of the document.")
     rationale: Text | None = Field(None, description="Why there is this rule, for those whom it binds.")
     contact: Text | None = Field(None, description="Where to ask about the rule; else the issuer's contact.")

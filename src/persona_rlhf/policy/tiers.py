@@ -42,10 +42,17 @@ class Policy:
 
         Raises InputError with every problem, within and between them.
         """
-        day = today or datetime.now(UTC).date()
         documents, problems = read_all(paths)
         if problems:
             raise InputError(in_order(problems))
+        return Policy.merged(documents, today or datetime.now(UTC).date())
+
+    @staticmethod
+    def merged(documents: Sequence[PolicyDocument], day: date) -> Policy:
+        """Merges documents that read well and loosen nothing, in the order of `read_all`, as of a day.
+
+        Raises InputError with what is wrong about them together, or with their probe banks.
+        """
         in_force = [document.on(day) for document in documents]
         restrictions, faults = merge_restrictions(in_force)
         problems = [*casting(documents), *lapsed(documents, day), *faults]
