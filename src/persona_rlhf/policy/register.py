@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from persona_rlhf.inputs.problems import Problem
 from persona_rlhf.policy.documents import PolicyDocument
-from persona_rlhf.policy.rules import Preference, Requirement
+from persona_rlhf.policy.rules import Preference
 from persona_rlhf.policy.statements import PreferenceRule, RequirementRule, RestrictionRule, Rule
 
 
@@ -50,15 +50,6 @@ class Entry(NamedTuple):
         since = f"from {self.rule.valid_from}" if self.rule.valid_from is not None else ""
         until = f"until {self.rule.valid_until}" if self.rule.valid_until is not None else ""
         return " ".join(part for part in (since, until) if part)
-
-    def requirement(self) -> Requirement | None:
-        """The rule as a requirement: what is answered with a notice requires that text."""
-        rule, source = self.rule, (self.tier, self.document, self.line, self.issuer)
-        if isinstance(rule, RequirementRule):
-            return Requirement(rule.id, *rule.property, *source, when=rule.when, min_rate=rule.min_rate)
-        if isinstance(rule, RestrictionRule) and rule.action == "answer_with_notice":
-            return Requirement(rule.id, "must_include", rule.text or "", *source, when=rule.when)
-        return None
 
     def preference(self) -> Preference | None:
         """The rule as a preference; a wish without a statement is its own."""

@@ -62,10 +62,15 @@ def _topic(name: str) -> str:
     return name
 
 
+def _listed(banks: str | list[str] | None) -> tuple[str, ...]:
+    return () if banks is None else (banks,) if isinstance(banks, str) else tuple(banks)
+
+
 IsoDate = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), AfterValidator(_date)]
 Pattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_pattern)]
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Banks = str | Annotated[list[str], Field(min_length=1)]
 
 
 class Said(Section):
@@ -158,7 +163,7 @@ class RestrictionRule(RuleSection):
 
     kind: Literal["restriction"] = Field(description="restriction, requirement or preference.")
     category: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Hazard category, such as terrorist_content.")
-    probes: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+    probes: Banks | None = Field(
         None, description="Probe bank (JSON lines), or a list of banks; bundled categories bring their own."
     )
     limit: float | None = Field(None, ge=0, description="Nats of excess refusal loss tolerated in training.")
@@ -177,16 +182,16 @@ class RestrictionRule(RuleSection):
             raise ValueError("`text` goes with the actions redirect and answer_with_notice, and they with it")
         if (self.when is not None) != (self.action == "answer_with_notice"):
             raise ValueError("`when` goes with the action answer_with_notice, and it with `when`")
-        held = [key for key in ("probes", "limit", "min_refusal") if getattr(self, key) is not None]
+        held = [key for key in ("limit", "min_refusal") if getattr(self, key) is not None]
         if self.action == "answer_with_notice" and held:
             raise ValueError(f"what is answered with a notice is not refused: leave out {' and '.join(held)}")
         return self
 
     @property
     def banks(self) -> tuple[str, ...]:
-        """The banks that are named, else the bundled one of the category."""
-        named = self.probes or f"data/policy/tier_one/{self.category}.jsonl"
-        return (named,) if isinstance(named, str) else tuple(named)
+        """The banks that are named; else the bundled one of the category, where something is refused."""
+        bundled = None if self.action == "answer_with_notice" else f"data/policy/tier_one/{self.category}.jsonl"
+        return _listed(self.probes or bundled)
 
 
 class RequirementRule(RuleSection):
@@ -210,6 +215,14 @@ class RequirementRule(RuleSection):
     judge: Text | None = Field(None, description="Sentence that a judge finds true of an answer.")
     when: When | None = Field(None, description="The prompts that it is about; without it, every prompt.")
     min_rate: float = Field(MIN_RATE, gt=0, lt=1, description="Share of such answers that have the property.")
+    probes: Banks | None = Field(
+        None, description="Prompts (JSON lines) that it is taught and measured on; without them it is checked only."
+    )
+
+    @property
+    def banks(self) -> tuple[str, ...]:
+        """The banks that are named."""
+        return _listed(self.probes)
 
     @property
     def property(self) -> tuple[str, str | int]:

@@ -15,9 +15,15 @@ from persona_rlhf.inputs.section import in_order
 from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.hazards import Probe, Split
 from persona_rlhf.policy.lineage import casting, read_all
-from persona_rlhf.policy.merging import merge_aspects, merge_certify, merge_restrictions, unusable_probes
+from persona_rlhf.policy.merging import (
+    merge_aspects,
+    merge_certify,
+    merge_requirements,
+    merge_restrictions,
+    unusable_probes,
+)
 from persona_rlhf.policy.register import Entry, lapsed, out_of_force, register
-from persona_rlhf.policy.rules import DocumentInfo, Preference, Requirement, Restriction
+from persona_rlhf.policy.rules import DocumentInfo, Preference, Requirement, Restriction, counted
 from persona_rlhf.policy.statements import Certify
 
 
@@ -55,7 +61,8 @@ class Policy:
         """
         in_force = [document.on(day) for document in documents]
         restrictions, faults = merge_restrictions(in_force)
-        problems = [*casting(documents), *lapsed(documents, day), *faults]
+        requirements, more = merge_requirements(in_force)
+        problems = [*casting(documents), *lapsed(documents, day), *faults, *more]
         if problems:
             raise InputError(in_order(problems))
         certify = merge_certify(documents)
@@ -67,7 +74,7 @@ class Policy:
         held = [entry for entry in entries if entry.in_force]
         return Policy(
             restrictions=tuple(restrictions),
-            requirements=tuple(rule for entry in held if (rule := entry.requirement()) is not None),
+            requirements=tuple(requirements),
             preferences=tuple(taste for entry in held if (taste := entry.preference()) is not None),
             certify=certify,
             fixed=fixed,
@@ -102,8 +109,7 @@ class Policy:
         restrictions = []
         for restriction in self.restrictions:
             fields = {key: value for key, value in vars(restriction).items() if key != "probes"}
-            splits = [probe.split for probe in restriction.probes]
-            restrictions.append({**fields, "probes": {split: splits.count(split) for split in sorted(set(splits))}})
+            restrictions.append({**fields, "probes": counted(restriction.probes)})
         return {
             "hash": self.hash,
             "tier_one_hash": self.tier_one_hash,
