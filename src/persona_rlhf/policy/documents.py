@@ -23,7 +23,7 @@ NUMBER: dict[str, int] = {"one": 1, "two": 2, "three": 3}
 ROLE: dict[str, str] = {"one": "model_provider", "two": "application_provider", "three": "end_user"}
 
 
-class _Head(Section):
+class Head(Section):
     """A document but for its rules, which are checked one by one, each by its kind."""
 
     tier: Tier = Field(description="one, two or three: whose rules these are.")
@@ -103,7 +103,7 @@ def read_document(path: Path | str) -> tuple[PolicyDocument | None, list[Problem
 
 def check_document(path: str, file: Path, yaml: Document) -> tuple[PolicyDocument | None, list[Problem]]:
     """The document of a YAML tree, without the hash of its file, and every problem in it."""
-    head, problems = check_section(_Head, yaml)
+    head, problems = check_section(Head, yaml)
     problems = [*yaml.problems, *problems]
     tree = yaml.tree
     assert isinstance(tree, dict)
@@ -162,7 +162,7 @@ def _tier_problems(document: Document, tier: str, tree: Mapping[str, object]) ->
             yield problem(("issuer", "role"), f"a tier-{tier} document is issued by `{ROLE[tier]}`, got `{role}`")
         if issuer.get("user_id") is not None and number != 3:
             yield problem(("issuer", "user_id"), "only the end user of a tier-three document has a user_id")
-    if number == 1 and "certify" not in tree and "extends" not in tree:
+    if number == 1 and tree.get("certify") is None and tree.get("extends") is None:
         sentence = "tier one states the bound it asks of the gate, such as certify: {min_refusal: 0.97, delta: 0.05}"
         yield problem((), sentence)
     rules = tree.get("rules")

@@ -9,6 +9,7 @@ from persona_rlhf.policy.likeness import Collection
 from persona_rlhf.policy.requirements import satisfied
 from persona_rlhf.policy.rules import Preference, Requirement, Restriction
 from persona_rlhf.policy.statements import Property
+from persona_rlhf.policy.taxonomy import title
 
 if TYPE_CHECKING:
     from persona_rlhf.policy.tiers import Policy
@@ -27,8 +28,8 @@ def system_prompt(policy: Policy, user_id: str) -> str:
     ]
     wishes = [_wished(taste) for taste in tastes if taste.id not in lost]
     parts = [
-        "\n".join([title, *(f"- {line}" for line in lines)])
-        for title, lines in (("Every answer keeps these rules:", rules), ("Within them, the user likes:", wishes))
+        "\n".join([heading, *(f"- {line}" for line in lines)])
+        for heading, lines in (("Every answer keeps these rules:", rules), ("Within them, the user likes:", wishes))
         if lines
     ]
     return "\n\n".join(parts)
@@ -58,7 +59,7 @@ class Redirects:
 
 
 def _redirect(rule: Restriction) -> str:
-    return f"Decline requests about {rule.category.replace('_', ' ')}, and say: {rule.text}"
+    return f"Decline requests about {title(rule.category).lower()}, and say: {rule.text}"
 
 
 def _required(rule: Requirement) -> str:

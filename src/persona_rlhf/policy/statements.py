@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from datetime import date
 from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from persona_rlhf.inputs.section import Section
 from persona_rlhf.policy.lookalikes import skeleton
@@ -124,6 +124,8 @@ class When(Section):
 
     topic: Annotated[str, AfterValidator(_topic)] | None = Field(None, description="A topic of policy/topics.yaml.")
     pattern: Pattern | None = Field(None, description="Pattern (Python's re, any case) found somewhere in the prompt.")
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["topic"]}, {"required": ["pattern"]}]})
 
     @model_validator(mode="after")
     def _one(self) -> When:
