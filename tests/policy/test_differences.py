@@ -126,6 +126,15 @@ def test_a_rule_that_comes_or_goes(folder):
     assert all(change.refused for change in gone)
 
 
+def test_dates_cannot_be_slipped_in_with_another_id(folder):
+    one = tier_one(folder)
+    renamed = changed(one, "rules", 0, to={**one["rules"][0], "id": "new", "valid_until": "2001-01-01"})
+    (change,) = compared(folder, [one], [renamed])
+    assert (change.about, change.direction) == ("category terrorist_content: valid_until", "looser")
+    new = {"id": "n", "kind": "requirement", "max_words": 4, "valid_from": "2030-01-01"}
+    assert [change.direction for change in compared(folder, [tier_two()], [tier_two(new)])] == ["stricter"]
+
+
 def test_an_action_softens_and_a_taste_is_only_other(folder):
     rule = {"id": "x", "kind": "restriction", "category": "hate", "probes": "b.jsonl", "limit": 1.0, "min_refusal": 0.5}
     soft = {**rule, "action": "redirect", "text": "Go there."}
