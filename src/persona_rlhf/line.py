@@ -29,8 +29,9 @@ from persona_rlhf.release.seal import seal
 from persona_rlhf.run_folder import RunFolder, identity_of
 from persona_rlhf.shards import Share
 from persona_rlhf.training.allocator import keep_big_blocks
+from persona_rlhf.training.anchors import policy_bank
+from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.bank_file import bank_from_json, bank_to_json, kept_bank
-from persona_rlhf.training.constraint import ConstraintBank, policy_bank
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.reference import Reference, shared_reference

@@ -15,8 +15,9 @@ from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.preferences.tokens import PairRow, UserRows
 from persona_rlhf.training import checkpoint
+from persona_rlhf.training.bank import ConstraintBank, UserDraws
 from persona_rlhf.training.capacity import slots_of
-from persona_rlhf.training.constraint import ConstraintBank, Draw, UserDraws
+from persona_rlhf.training.constraint import Draw
 from persona_rlhf.training.duals import DualTrace
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.ground import Ground
@@ -94,9 +95,9 @@ class Engine:
         else:
             self.count = kept[1].pop("slots")
         self.together = self.count if kept is None else kept[1].pop("together")
-        categories = len(bank.categories) if bank else 0
+        names = len(bank.names) if bank else 0
         device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
-        self.slots = Slots(self.count, adapted.params_per_user, categories, dpo, constraint, device, dtype)
+        self.slots = Slots(self.count, adapted.params_per_user, names, dpo, constraint, device, dtype)
         self.ground = Ground(adapted, bank, self.count, fleet.trunk_cache * 2**20)
         self.finished: list[str] = [] if kept is None else self._resume(*kept)
 
@@ -233,7 +234,7 @@ class Engine:
     def _finish(self, place: int, user_id: str, fault: str | None) -> TrainedUser:
         """Frees the slot; the user's result is on disk before anyone sees it."""
         slots = self.slots
-        names = self.bank.categories if self.bank else ()
+        names = self.bank.names if self.bank else ()
         user = TrainedUser(
             user_id,
             None if fault else slots.stopping.adapter(place, slots.flat[place]).detach().cpu().clone(),

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.tokens import UserRows, both_rows, halved
-from persona_rlhf.training import constraint as constraints
+from persona_rlhf.training import anchors
+from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.base import Base
-from persona_rlhf.training.constraint import ConstraintBank
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.reference import Reference
@@ -71,7 +71,7 @@ def policy_bank(
     Raises InputError where it refuses no probe of a category: then there is nothing to keep.
     """
     with _adapted(model, tokenizer, LoraSettings()) as adapted:
-        return constraints.policy_bank(adapted, policy, constraint or ConstraintSettings(), seed, max_new_tokens)
+        return anchors.policy_bank(adapted, policy, constraint or ConstraintSettings(), seed, max_new_tokens)
 
 
 @contextmanager
