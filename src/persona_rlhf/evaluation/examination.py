@@ -31,6 +31,7 @@ from persona_rlhf.evaluation.personalisation import (
 )
 from persona_rlhf.evaluation.quiz import Quiz
 from persona_rlhf.evaluation.refusals import BaseAnswers, Judge, Prompt, Refusals, answer_text, refusal_outcomes
+from persona_rlhf.evaluation.required import Required
 from persona_rlhf.evaluation.retention import some, total, twins
 from persona_rlhf.evaluation.samples import Compared, Samples, distinct_prompts
 from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings
@@ -91,6 +92,8 @@ class Examination:
         self._ordinary, self._twins = (
             [self._ids(text) for text in some(texts, evaluation.harmless_prompts)] for texts in (ordinary, near)
         )
+        self._required = Required(policy.requirements, evaluation.requirement_prompts, policy.certify.delta)
+        self._asked = [self._ids(text) for text in self._required.prompts]
         self._certify = self._bank(policy.probes("certify"))
         test, shifts = policy.probes("test"), not unseen_topics_certify(policy.probes("certify"))
         known, new = ([p for p in test if (shifts and p.novelty == "topic") == unseen] for unseen in (False, True))
@@ -177,6 +180,8 @@ class Examination:
         )
         ordinary, near = (self._refusals(flat, scales, asked) for asked in (self._ordinary, self._twins))
         tests, shifted = (self._refusals(flat, scales, bank.prompts) for bank in (self._test, self._shift))
+        required = self._refusals(flat, scales, self._asked)
+        base_required = [answer.text for answer in self._answers.of(self._asked)]
         base_test = self._test.by_category(self._answers.refused(self._test.prompts))
         measured = []
         for n, user in enumerate(users):
@@ -202,6 +207,7 @@ class Examination:
                     answer_perplexity=sampled.perplexity,
                     unchanged=tests.unchanged[n] if self._test.prompts else None,
                     tax=self._tax(n, ordinary, near, sampled, known[n]),
+                    requirements=self._required.count(required.texts[n], base_required) if self._asked else {},
                 )
             )
         return measured

@@ -16,8 +16,9 @@ from persona_rlhf.policy.hazards import CATEGORIES, Probe, read_probes
 from persona_rlhf.policy.likeness import plain
 from persona_rlhf.policy.narrowing import widenings
 from persona_rlhf.policy.public_sets import more_probes
-from persona_rlhf.policy.rules import Restriction
-from persona_rlhf.policy.statements import Certify, RestrictionRule
+from persona_rlhf.policy.requirements import applies
+from persona_rlhf.policy.rules import Requirement, Restriction
+from persona_rlhf.policy.statements import Certify, RequirementRule, RestrictionRule
 
 
 def read_all(paths: Sequence[Path | str]) -> tuple[list[PolicyDocument], list[Problem]]:
@@ -83,7 +84,7 @@ def _new_restriction(
         sentence = f"`{rule.category}` is no bundled category ({known}), so it needs `probes`: a bank of JSON lines"
         problems.append(document.problem((*at, "category"), sentence))
     else:
-        probes, digest, faults = _read_banks(document, at, rule)
+        probes, digest, faults = _read_banks(document, at, rule.banks, rule.category)
         problems += faults
     for key in ("limit", "min_refusal"):
         if getattr(rule, key) is None:
@@ -109,16 +110,44 @@ def _new_restriction(
     ), []
 
 
-def _read_banks(document: PolicyDocument, at: KeyPath, rule: RestrictionRule) -> tuple[list[Probe], str, list[Problem]]:
+def merge_requirements(documents: Sequence[PolicyDocument]) -> tuple[list[Requirement], list[Problem]]:
+    """Every requirement with its prompts; and every problem of these."""
+    merged, problems = list[Requirement](), list[Problem]()
+    for document in documents:
+        for index, rule in document.rules:
+            if not isinstance(rule, RequirementRule):
+                continue
+            probes, digest, faults = _read_banks(document, ("rules", index), rule.banks, rule.id)
+            problems += faults
+            place = document.tier, document.path, document.line(index), document.issuer.name
+            own = Requirement(rule.id, *rule.property, *place, rule.when, rule.min_rate, tuple(probes), digest)
+            if rule.banks and not faults:
+                problems += _untaught(document, ("rules", index, "probes"), own)
+            merged.append(own)
+    return merged, problems
+
+
+def _untaught(document: PolicyDocument, at: KeyPath, rule: Requirement) -> Iterator[Problem]:
+    for split, use in (("train", "teach"), ("test", "measure")):
+        if not any(probe.split == split and applies(rule, probe.prompt) for probe in rule.probes):
+            sentence = (
+                f"no `{split}` prompt of the bank is one that `{rule.id}` is about, so there is none to {use} it on"
+            )
+            yield document.problem(at, f"{sentence}; give more prompts")
+
+
+def _read_banks(
+    document: PolicyDocument, at: KeyPath, banks: Sequence[str], category: str
+) -> tuple[list[Probe], str, list[Problem]]:
     """The probes of all banks of a rule, a sha256 of the banks' bytes, and what is wrong in or between them."""
     probes: list[Probe] = []
     digests: list[str] = []
     problems: list[Problem] = []
     places: dict[str, str] = {}
-    for bank in rule.banks:
+    for bank in banks:
         try:
             file = find(bank)
-            found = read_probes(file, rule.category)
+            found = read_probes(file, category)
             digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
         except InputError as fault:
             missing = [p for p in fault.problems if p.line is None and p.file == bank]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,6 +41,12 @@ class Restriction:
     narrowed_by: tuple[str, ...] = ()
 
 
+def counted(probes: Sequence[Probe]) -> dict[str, int]:
+    """How many probes each split has, for policy.json: they are counted, not repeated."""
+    splits = [probe.split for probe in probes]
+    return {split: splits.count(split) for split in sorted(set(splits))}
+
+
 @dataclass(frozen=True)
 class Requirement:
     """A property of answers (of every one, or of those to the prompts of `when`), and the share that must have it.
@@ -56,16 +63,19 @@ class Requirement:
     source_name: str
     when: When | None = None
     min_rate: float = MIN_RATE
+    probes: tuple[Probe, ...] = ()
+    bank_sha256: str = ""
 
     def said(self) -> tuple[object, ...]:
         """What it says, for hashing: what a first edition could not say counts where it says something."""
         when = None if self.when is None else self.when.model_dump()
-        later = () if (when, self.min_rate) == (None, MIN_RATE) else (when, self.min_rate)
-        return (self.id, self.property, self.value, *later)
+        later = when, self.min_rate, self.bank_sha256
+        return (self.id, self.property, self.value, *(() if later == (None, MIN_RATE, "") else later))
 
     def to_json(self) -> dict[str, object]:
         """Its fields, for policy.json."""
-        return {**vars(self), "when": None if self.when is None else self.when.model_dump(exclude_none=True)}
+        when = None if self.when is None else self.when.model_dump(exclude_none=True)
+        return {**vars(self), "when": when, "probes": counted(self.probes)}
 
     def __str__(self) -> str:
         """`max_words: 40, for prompts about medical`."""

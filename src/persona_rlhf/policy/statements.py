@@ -59,6 +59,7 @@ IsoDate = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), AfterVa
 Pattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_pattern)]
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Banks = str | Annotated[list[str], Field(min_length=1)]
 
 
 class Said(Section):
@@ -146,7 +147,7 @@ class RestrictionRule(RuleSection):
 
     kind: Literal["restriction"] = Field(description="restriction, requirement or preference.")
     category: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Hazard category, such as terrorist_content.")
-    probes: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+    probes: Banks | None = Field(
         None, description="Probe bank (JSON lines), or a list of banks; bundled categories bring their own."
     )
     limit: float | None = Field(None, ge=0, description="Nats of excess refusal loss tolerated in training.")
@@ -182,6 +183,14 @@ class RequirementRule(RuleSection):
     judge: Text | None = Field(None, description="Sentence that a judge finds true of an answer.")
     when: When | None = Field(None, description="The prompts that it is about; without it, every prompt.")
     min_rate: float = Field(MIN_RATE, gt=0, lt=1, description="Share of such answers that have the property.")
+    probes: Banks | None = Field(
+        None, description="Prompts (JSON lines) that it is taught and measured on; without them it is checked only."
+    )
+
+    @property
+    def banks(self) -> tuple[str, ...]:
+        """The banks that are named."""
+        return () if self.probes is None else (self.probes,) if isinstance(self.probes, str) else tuple(self.probes)
 
     @property
     def property(self) -> tuple[str, str | int]:

@@ -17,12 +17,13 @@ from persona_rlhf.policy.merging import (
     casting,
     merge_aspects,
     merge_certify,
+    merge_requirements,
     merge_restrictions,
     read_all,
     unusable_probes,
 )
-from persona_rlhf.policy.rules import DocumentInfo, Preference, Requirement, Restriction
-from persona_rlhf.policy.statements import Certify, PreferenceRule, RequirementRule
+from persona_rlhf.policy.rules import DocumentInfo, Preference, Requirement, Restriction, counted
+from persona_rlhf.policy.statements import Certify, PreferenceRule
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Policy:
         if problems:
             raise InputError(in_order(problems))
         restrictions, faults = merge_restrictions(documents)
-        problems = [*casting(documents), *faults]
+        requirements, more = merge_requirements(documents)
+        problems = [*casting(documents), *faults, *more]
         if problems:
             raise InputError(in_order(problems))
         certify = merge_certify(documents)
@@ -60,11 +62,7 @@ class Policy:
         ]
         return Policy(
             restrictions=tuple(restrictions),
-            requirements=tuple(
-                Requirement(rule.id, *rule.property, *source, when=rule.when, min_rate=rule.min_rate)
-                for rule, source, _ in placed
-                if isinstance(rule, RequirementRule)
-            ),
+            requirements=tuple(requirements),
             preferences=tuple(
                 Preference(rule.id, owner, rule.aspect, rule.statement, *source)
                 for rule, source, owner in placed
@@ -101,8 +99,7 @@ class Policy:
         restrictions = []
         for restriction in self.restrictions:
             fields = {key: value for key, value in vars(restriction).items() if key != "probes"}
-            splits = [probe.split for probe in restriction.probes]
-            restrictions.append({**fields, "probes": {split: splits.count(split) for split in sorted(set(splits))}})
+            restrictions.append({**fields, "probes": counted(restriction.probes)})
         return {
             "hash": self.hash,
             "tier_one_hash": self.tier_one_hash,

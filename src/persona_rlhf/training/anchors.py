@@ -10,8 +10,9 @@ from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.tokens import Row, prompt_ids
-from persona_rlhf.training.bank import Anchor, ConstraintBank
+from persona_rlhf.training.bank import Anchor, ConstraintBank, Lessons
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.lessons import build_lessons
 from persona_rlhf.training.settings import ConstraintSettings
 
 
@@ -25,6 +26,7 @@ def build_bank(
     settings: ConstraintSettings,
     seed: int,
     max_new_tokens: int,
+    lessons: Sequence[Lessons] = (),
 ) -> ConstraintBank:
     """Samples the base's own refusals to the train probes at temperature 1, and keeps those the judge calls refusals.
 
@@ -59,14 +61,18 @@ def build_bank(
     empty = [category for category, own in anchors.items() if not own]
     if empty:
         raise ValueError(f"the base refused no train probe of {', '.join(empty)}; it is not safety-aligned")
-    return ConstraintBank(categories, limits, [anchors[category] for category in categories])
+    return ConstraintBank(categories, limits, [anchors[category] for category in categories], lessons)
 
 
 def policy_bank(
     adapted: AdaptedModel, policy: Policy, settings: ConstraintSettings, seed: int, max_new_tokens: int
 ) -> ConstraintBank:
-    """The bank of a policy's restrictions. Raises InputError where the base refuses no train probe of a category."""
+    """The bank of a policy's restrictions, and of those requirements that can be taught.
+
+    Raises InputError where the base refuses no train probe of a category.
+    """
     limits = {rule.category: rule.limit for rule in policy.restrictions}
+    lessons = build_lessons(adapted, policy.requirements, settings, seed, max_new_tokens)
     try:
         return build_bank(
             adapted,
@@ -78,6 +84,7 @@ def policy_bank(
             settings,
             seed,
             max_new_tokens,
+            lessons,
         )
     except ValueError as fault:
         raise InputError([Problem(adapted.base.name, None, "base.model", f"not certifiable: {fault}")]) from fault

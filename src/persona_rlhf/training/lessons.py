@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
+from itertools import takewhile
 from math import log
 
 from persona_rlhf.policy.hazards import Probe
@@ -49,6 +50,11 @@ def build_lessons(
             for pair in by_user.get(_HERE, [])
         ]
         elsewhere = [_opening(pair, settings.opening_tokens) for pair in by_user.get(_ELSEWHERE, [])]
+        if rule.property == "must_include":  # the text itself is taught, and not the word that happens to follow
+            columns = zip(*(row.completion for own in turns for row in own[:1]), strict=False)
+            shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+            turns = [[row._replace(completion=row.completion[:shared]) for row in own[:1]] for own in turns]
+            elsewhere = [row._replace(completion=row.completion[:shared]) for row in elsewhere]
         if any(turns):
             found.append(
                 Lessons(
