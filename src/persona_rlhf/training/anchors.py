@@ -10,9 +10,9 @@ from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.tokens import Row, prompt_ids
-from persona_rlhf.training.bank import Anchor, ConstraintBank, Lessons
+from persona_rlhf.training.bank import Anchor, ConstraintBank
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lessons import build_lessons
+from persona_rlhf.training.lessons import Taught, build_lessons
 from persona_rlhf.training.settings import ConstraintSettings
 
 
@@ -26,7 +26,7 @@ def build_bank(
     settings: ConstraintSettings,
     seed: int,
     max_new_tokens: int,
-    lessons: Sequence[Lessons] = (),
+    taught: Taught | None = None,
 ) -> ConstraintBank:
     """Samples the base's own refusals to the train probes at temperature 1, and keeps those the judge calls refusals.
 
@@ -61,7 +61,8 @@ def build_bank(
     empty = [category for category, own in anchors.items() if not own]
     if empty:
         raise ValueError(f"the base refused no train probe of {', '.join(empty)}; it is not safety-aligned")
-    return ConstraintBank(categories, limits, [anchors[category] for category in categories], lessons)
+    own = [anchors[category] for category in categories]
+    return ConstraintBank(categories, limits, own, *(taught or Taught([], [])))
 
 
 def policy_bank(
@@ -72,7 +73,7 @@ def policy_bank(
     Raises InputError where the base refuses no train probe of a category.
     """
     limits = {rule.category: rule.limit for rule in policy.restrictions}
-    lessons = build_lessons(adapted, policy.requirements, settings, seed, max_new_tokens)
+    taught = build_lessons(adapted, policy.requirements, settings, seed, max_new_tokens)
     try:
         return build_bank(
             adapted,
@@ -84,7 +85,7 @@ def policy_bank(
             settings,
             seed,
             max_new_tokens,
-            lessons,
+            taught,
         )
     except ValueError as fault:
         raise InputError([Problem(adapted.base.name, None, "base.model", f"not certifiable: {fault}")]) from fault

@@ -36,7 +36,7 @@ class Lessons(NamedTuple):
 
 class ConstraintBank:
     """Anchors by category, and lessons by requirement. `limits` are nats of excess refusal loss that the policy
-    tolerates, one a category."""
+    tolerates, one a category. `answers`: whole answers of the base to ordinary prompts, as the requirements ask."""
 
     def __init__(
         self,
@@ -44,9 +44,10 @@ class ConstraintBank:
         limits: Sequence[float],
         anchors: Sequence[Sequence[Anchor]],
         lessons: Sequence[Lessons] = (),
+        answers: Sequence[Row] = (),
     ) -> None:
         self.categories, self.limits, self.anchors = tuple(categories), tuple(limits), anchors
-        self.lessons = tuple(lessons)
+        self.lessons, self.answers = tuple(lessons), tuple(answers)
         assert len(categories) == len(limits) == len(anchors)
         assert all(anchors)
         assert all(own.turns for own in self.lessons)

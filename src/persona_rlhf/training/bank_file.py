@@ -14,12 +14,12 @@ from persona_rlhf.training.bank import Anchor, ConstraintBank, Lessons
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.reference import identity_of_values
 
+_PARTS = ("categories", "limits", "anchors", "lessons", "answers")
+
 
 def bank_to_json(bank: ConstraintBank) -> str:
     """The bank as text, for other processes of a run and for a resumed one."""
-    return json.dumps(
-        {"categories": bank.categories, "limits": bank.limits, "anchors": bank.anchors, "lessons": bank.lessons}
-    )
+    return json.dumps({part: getattr(bank, part) for part in _PARTS})
 
 
 def bank_from_json(text: str) -> ConstraintBank:
@@ -38,7 +38,7 @@ def bank_from_json(text: str) -> ConstraintBank:
         stored = json.loads(text)
         anchors = [[anchor(*parts) for parts in category] for category in stored["anchors"]]
         lessons = [Lessons(name, limit, rows(turns), rows(other)) for name, limit, turns, other in stored["lessons"]]
-        return ConstraintBank(stored["categories"], stored["limits"], anchors, lessons)
+        return ConstraintBank(stored["categories"], stored["limits"], anchors, lessons, rows(stored["answers"]))
     except (LookupError, TypeError, AssertionError) as fault:
         raise ValueError(f"this is no constraint bank ({fault})") from fault
 

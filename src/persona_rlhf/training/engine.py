@@ -65,7 +65,7 @@ class StepReport(NamedTuple):
 class Engine:
     """Trains users through the slots; `state` is the folder of checkpoints, without which nothing is kept on disk.
 
-    The reference must know every row of `users` and `bank`. `count` is the number of slots of the whole run: a resumed
+    The reference must know every row of `users` and `bank`; with a `start`, everybody begins as that adapter. `count` is the number of slots of the whole run: a resumed
     one keeps it, whatever the machine would allow now.
     """
 
@@ -80,7 +80,9 @@ class Engine:
         fleet: FleetSettings,
         seed: int,
         state: Path | None = None,
+        start: Float[Tensor, " params"] | None = None,
     ) -> None:
+        self.start = start
         self.adapted, self.reference, self.bank = adapted, reference, bank
         self.dpo, self.constraint, self.fleet, self.seed, self.state = dpo, constraint, fleet, seed, state
         queue = queue_order([UserSchedule(user, dpo, seed) for user in users if user.train])
@@ -139,10 +141,15 @@ class Engine:
         for place, user_id in enumerate(self.slots.users):
             if user_id is None and self.queue:
                 waiting = self.queue.pop(0)
-                generator = user_generator(self.seed, waiting, "init")
-                self.slots.take(place, waiting, fresh_adapter(list(self.adapted.spans.values()), generator))
+                self.slots.take(place, waiting, self._first(waiting))
         self.slots.close_free()
         return bool(self.slots.users)
+
+    def _first(self, user_id: str) -> Float[Tensor, " params"]:
+        """The adapter that a user begins with: `start`, or one of his own that changes nothing yet."""
+        if self.start is not None:
+            return self.start
+        return fresh_adapter(list(self.adapted.spans.values()), user_generator(self.seed, user_id, "init"))
 
     def _step(self, say: Callable[[str], None]) -> tuple[list[StepReport], list[bool]]:
         """One optimizer step of every user in a slot, and whose gradient was finite."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from itertools import takewhile
 from math import log
+from typing import NamedTuple
 
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.repair import REPAIRED, repaired
@@ -21,10 +22,17 @@ from persona_rlhf.policy.requirements import applies, satisfied
 from persona_rlhf.policy.rules import Requirement
 from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.pairs import PreferencePair
-from persona_rlhf.preferences.tokens import PairRow, Row, prompt_ids, tokenize
+from persona_rlhf.preferences.tokens import Row, prompt_ids, tokenize
 from persona_rlhf.training.bank import Lessons
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.settings import ConstraintSettings
+
+
+class Taught(NamedTuple):
+    """Lessons by requirement, and the base's answers to their prompts as all requirements together want them."""
+
+    lessons: list[Lessons]
+    answers: list[Row]
 
 
 def build_lessons(
@@ -33,38 +41,30 @@ def build_lessons(
     settings: ConstraintSettings,
     seed: int,
     max_new_tokens: int,
-) -> list[Lessons]:
+) -> Taught:
     """Lessons of every requirement that has prompts and can be taught, from answers that the base samples to the train
     prompts at temperature 1. One whose prompts the base answers as required anyway is not among them."""
-    taught = [rule for rule in requirements if rule.probes and rule.property in REPAIRED]
-    prompts = list(dict.fromkeys(probe.prompt for rule in taught for probe in _train(rule)))
-    answers = _sampled(adapted, prompts, seed, max_new_tokens)
+    rules = [rule for rule in requirements if rule.probes and rule.property in REPAIRED]
+    prompts = list(dict.fromkeys(probe.prompt for rule in rules for probe in _train(rule)))
+    said = _sampled(adapted, prompts, seed, max_new_tokens)
     found = []
-    for rule in taught:
-        mended = _mended(rule, taught, {probe.prompt: answers[probe.prompt] for probe in _train(rule)})
-        rows = tokenize([pair for own in mended for pair in own], adapted.base.tokenizer, adapted.base.context)
-        by_user = {user.user_id: user.train for user in rows}
-        fits = adapted.base.context
-        turns = [
-            [row for row in turns_of(pair.rejected, pair.chosen) if row.length <= fits]
-            for pair in by_user.get(_HERE, [])
-        ]
-        elsewhere = [_opening(pair, settings.opening_tokens) for pair in by_user.get(_ELSEWHERE, [])]
-        if rule.property == "must_include":  # the text itself is taught, and not the word that happens to follow
-            columns = zip(*(row.completion for own in turns for row in own[:1]), strict=False)
-            shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-            turns = [[row._replace(completion=row.completion[:shared]) for row in own[:1]] for own in turns]
-            elsewhere = [row._replace(completion=row.completion[:shared]) for row in elsewhere]
-        if any(turns):
+    for rule in rules:
+        here, elsewhere = _mended(rule, rules, {probe.prompt: said[probe.prompt] for probe in _train(rule)})
+        turns, misplaced = ([turns_of(*both) for both in _rows(adapted, pairs)] for pairs in (here, elsewhere))
+        if rule.property == "must_include":
+            text = _shared([own[0] for own in turns])
+            turns, misplaced = ([[_cut(own[0], text)] for own in rows] for rows in (turns, misplaced))
+        if turns:
             found.append(
                 Lessons(
                     rule.id,
                     limit_of(rule, [len(own) for own in turns]),
                     tuple(dict.fromkeys(row for own in turns for row in own)),
-                    tuple(dict.fromkeys(row for row in elsewhere if row.length <= fits)),
+                    tuple(dict.fromkeys(_cut(own[0], settings.opening_tokens) for own in misplaced)),
                 )
             )
-    return found
+    wanted = [_pair(prompt, answer, said[prompt]) for prompt, answer in _wanted(rules, said).items()] if found else []
+    return Taught(found, [whole for _, whole in _rows(adapted, wanted)])
 
 
 def limit_of(rule: Requirement, turns: Sequence[int]) -> float:
@@ -77,49 +77,65 @@ def limit_of(rule: Requirement, turns: Sequence[int]) -> float:
 
 def turns_of(broken: Row, whole: Row) -> list[Row]:
     """A row for each place where `whole` leaves `broken`, both answers to one prompt: all of `whole` before it as the
-    prompt, and as completion what `whole` says until they meet again, or the next token where it says nothing."""
+    prompt, and as completion what `whole` says until they meet again, or its next token where it says nothing."""
     assert broken.prompt == whole.prompt
-    matcher = SequenceMatcher(None, broken.completion, whole.completion, autojunk=False)
-    rows = []
-    for kind, _, _, start, end in matcher.get_opcodes():
-        if kind != "equal" and start < len(whole.completion):
-            rows.append(Row(whole.prompt + whole.completion[:start], whole.completion[start : max(end, start + 1)]))
-    return rows
-
-
-_HERE, _ELSEWHERE = "here", "elsewhere"
+    found = []
+    for kind, _, _, start, end in SequenceMatcher(None, broken.completion, whole.completion, False).get_opcodes():
+        if kind != "equal":
+            prompt = whole.prompt + whole.completion[:start]
+            found.append(Row(prompt, whole.completion[start : max(end, start + 1)]))
+    return found
 
 
 def _mended(
-    rule: Requirement, taught: Sequence[Requirement], answers: Mapping[str, str]
+    rule: Requirement, rules: Sequence[Requirement], said: Mapping[str, str]
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Repaired answers against broken ones; and, of a text that must be there for some prompts only, its place in
     answers to others, which is wrong. Both sides of a pair meet the other requirements already."""
     here, elsewhere = [], []
-    for prompt, said in answers.items():
-        answer = said
-        for other in taught:
-            if other.id != rule.id and satisfied(other, prompt, answer) is False:
-                answer = repaired(other, answer) or answer
+    others = [other for other in rules if other.id != rule.id]
+    for prompt, answer in _wanted(others, said).items():
+        new = repaired(rule, answer)
         if satisfied(rule, prompt, answer) is False:
-            new = repaired(rule, answer)
-            if new is not None and all(satisfied(each, prompt, new) is not False for each in taught):
-                here.append(_pair(_HERE, prompt, new, answer))
+            if new is not None and all(satisfied(each, prompt, new) is not False for each in rules):
+                here.append(_pair(prompt, new, answer))
         elif rule.property == "must_include" and not applies(rule, prompt):
-            misplaced = repaired(rule, answer)
-            assert misplaced is not None
-            elsewhere.append(_pair(_ELSEWHERE, prompt, misplaced, answer))
+            assert new is not None
+            elsewhere.append(_pair(prompt, new, answer))
     return here, elsewhere
 
 
-def _pair(kind: str, prompt: str, chosen: str, rejected: str) -> PreferencePair:
-    asked = (Message("user", prompt),)
-    return PreferencePair(kind, asked, chosen, rejected, "", None, None, 1.0, "train", None, "", 0)
+def _wanted(rules: Sequence[Requirement], said: Mapping[str, str]) -> dict[str, str]:
+    """The answers, repaired by every rule that they lack the property of; those that no change mends are left out."""
+    found = {}
+    for prompt, answer in said.items():
+        for rule in rules:
+            if satisfied(rule, prompt, answer) is False:
+                answer = repaired(rule, answer) or answer
+        if all(satisfied(rule, prompt, answer) is not False for rule in rules):
+            found[prompt] = answer
+    return found
 
 
-def _opening(pair: PairRow, tokens: int) -> Row:
-    first = turns_of(pair.rejected, pair.chosen)[0]
-    return first._replace(completion=first.completion[:tokens])
+def _pair(prompt: str, chosen: str, rejected: str) -> PreferencePair:
+    return PreferencePair("", (Message("user", prompt),), chosen, rejected, "", None, None, 1.0, "train", None, "", 0)
+
+
+def _rows(adapted: AdaptedModel, pairs: Sequence[PreferencePair]) -> list[tuple[Row, Row]]:
+    """The rows of each pair, the rejected one first; those that the base's context does not hold are left out."""
+    found = [pair for user in tokenize(pairs, adapted.base.tokenizer, adapted.base.context) for pair in user.train]
+    fits = adapted.base.context
+    return [(p.rejected, p.chosen) for p in found if max(p.rejected.length, p.chosen.length) <= fits]
+
+
+def _shared(rows: Sequence[Row]) -> int:
+    """Tokens that all completions begin with: those of a text that must be there, without the word that follows it."""
+    columns = zip(*(row.completion for row in rows), strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _cut(row: Row, tokens: int) -> Row:
+    return row._replace(completion=row.completion[:tokens])
 
 
 def _train(rule: Requirement) -> list[Probe]:
@@ -133,5 +149,5 @@ def _sampled(adapted: AdaptedModel, prompts: Sequence[str], seed: int, max_new_t
         return {}
     with adapted.using(None):
         [answers] = adapted.generate([ids], max_new_tokens, 1.0, seed)
-    texts = [str(adapted.base.tokenizer.decode(list(answer.ids), skip_special_tokens=True)) for answer in answers]
+    texts = [str(adapted.base.tokenizer.decode(list(a.ids), skip_special_tokens=True)).strip() for a in answers]
     return dict(zip(prompts, texts, strict=True))

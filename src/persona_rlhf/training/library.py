@@ -16,6 +16,7 @@ from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.provider import provider_start
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
 
@@ -53,6 +54,7 @@ def fleet_train(
             constraint or ConstraintSettings(enabled=bank is not None),
             fleet or FleetSettings(),
             seed,
+            start=provider_start(adapted, bank, dpo or DpoSettings(), constraint or ConstraintSettings(), seed),
         )
         return {user.user_id: user for user in engine.run()}
 
