@@ -36,4 +36,5 @@ def policy_check(paths: Annotated[list[Path], typer.Argument(metavar="PATH...")]
     """Validate policy documents (or folders of them), alone and against each other."""
     from persona_rlhf.policy.tiers import check_documents
 
-    say(check_documents(paths))
+    for line in check_documents(paths):
+        say(line)

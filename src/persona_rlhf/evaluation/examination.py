@@ -180,14 +180,13 @@ class Examination:
         )
         ordinary, near = (self._refusals(flat, scales, asked) for asked in (self._ordinary, self._twins))
         tests, shifted = (self._refusals(flat, scales, bank.prompts) for bank in (self._test, self._shift))
-        required = self._refusals(flat, scales, self._asked)
-        base_required = [answer.text for answer in self._answers.of(self._asked)]
+        required = self._samples.compare(flat, scales, [self._asked] * len(users))
         base_test = self._test.by_category(self._answers.refused(self._test.prompts))
         measured = []
         for n, user in enumerate(users):
-            utility, sampled = self.utilities.get(user.user_id), texts[n]
+            utility, sampled, written = self.utilities.get(user.user_id), texts[n], required[n]
             if alphas[n] == 0:  # the base is what he gets, to the bit, whatever the rounding of another pass
-                scores[n], sampled = base_scores[n], sampled.as_base()
+                scores[n], sampled, written = base_scores[n], sampled.as_base(), written.as_base()
                 known[n] = (own := known[n]) and own._replace(right=own.base_right)
             pooled, categories = self.demands.count(base_test, self._test.by_category(tests.refused[n]))
             harmless = [
@@ -207,7 +206,7 @@ class Examination:
                     answer_perplexity=sampled.perplexity,
                     unchanged=tests.unchanged[n] if self._test.prompts else None,
                     tax=self._tax(n, ordinary, near, sampled, known[n]),
-                    requirements=self._required.count(required.texts[n], base_required) if self._asked else {},
+                    requirements=self._required.count(written.adapted, written.base),
                 )
             )
         return measured

@@ -85,7 +85,7 @@ class Drift(NamedTuple):
 
 
 class Met(NamedTuple):
-    """Answers that have a required property among n, of the adapted model and of its base; a lower bound of the share,
+    """Answers, sampled at temperature 1, that have a required property among n, of the adapted model and of its base; a lower bound of the share,
     and the share that the policy asks."""
 
     n: int

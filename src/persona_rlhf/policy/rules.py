@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.policy.statements import MIN_RATE, When
+from persona_rlhf.policy.statements import MIN_RATE, Action, When, Wish
 
 
 class DocumentInfo(NamedTuple):
@@ -39,6 +39,13 @@ class Restriction:
     bank: str
     bank_sha256: str
     narrowed_by: tuple[str, ...] = ()
+    action: Action = "refuse"
+    text: str | None = None
+
+    def said(self) -> tuple[object, ...]:
+        """What it says, for hashing."""
+        later = () if self.action == "refuse" else (self.action, self.text)
+        return (self.id, self.category, self.limit, self.min_refusal, self.bank_sha256, *later)
 
 
 def counted(probes: Sequence[Probe]) -> dict[str, int]:
@@ -84,7 +91,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Preference:
-    """A taste stated by an end user; `user_id` is None where it is everybody's."""
+    """A taste stated by an end user; `user_id` is None where it is everybody's, `wish` what a program reads of it."""
 
     id: str
     user_id: str | None
@@ -94,3 +101,13 @@ class Preference:
     document: str
     line: int
     source_name: str
+    wish: Wish | None = None
+
+    def said(self) -> tuple[object, ...]:
+        """What it says, for hashing."""
+        later = () if self.wish is None else (*self.wish,)
+        return (self.id, self.user_id, self.aspect, self.statement, *later)
+
+    def to_json(self) -> dict[str, object]:
+        """Its fields, for policy.json."""
+        return {**vars(self), "wish": None if self.wish is None else self.wish._asdict()}

@@ -65,8 +65,8 @@ class StepReport(NamedTuple):
 class Engine:
     """Trains users through the slots; `state` is the folder of checkpoints, without which nothing is kept on disk.
 
-    The reference must know every row of `users` and `bank`; with a `start`, everybody begins as that adapter. `count` is the number of slots of the whole run: a resumed
-    one keeps it, whatever the machine would allow now.
+    The reference must know every row of `users` and `bank`. With a `start`, every user begins as that adapter. `count`
+    is the number of slots of the whole run: a resumed one keeps it, whatever the machine would allow now.
     """
 
     def __init__(
