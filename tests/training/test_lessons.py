@@ -15,6 +15,7 @@ from persona_rlhf.training.bank import ConstraintBank, Lessons, UserDraws
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.lessons import build_lessons, limit_of, turns_of
+from persona_rlhf.training.provider import provider_start
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
 
@@ -66,26 +67,28 @@ def test_lessons_are_where_the_bases_own_answers_break_the_rule():
     model = adapted()
     tokenizer = model.base.tokenizer
     short = rule("short", "max_words", 6)
-    about = When(pattern="w2[0-9]$")
-    notice = rule("notice", "must_include", "w5 w6", about)
+    notice = rule("notice", "must_include", "w5 w6", When(pattern="w2[0-9]$"))
     found = build_lessons(model, [short, notice, rule("told", "judge", "it is kind")], ConstraintSettings(), 0, 24)
-    by_name = {own.requirement: own for own in found}
+    by_name = {own.requirement: own for own in found.lessons}
     assert set(by_name) == {"short", "notice"}
-    for row in by_name[
-        "short"
-    ].turns:  # the answer ends, and what stands before it is as short as asked, notice and all
+    for row in by_name["short"].turns:  # the answer ends there; what stands before is short, and has its notice
         said = tokenizer.decode(list(row.prompt[2:]))
-        assert row.completion == (EOS,)
+        assert row.completion in ((EOS,), (0,))  # these answers have no sentence: `w9.` is no word of the tokenizer
         assert satisfied(short, "p", said)
         assert satisfied(notice, tokenizer.decode([row.prompt[1]]), said) is not False
     assert {row.completion for row in by_name["notice"].turns} == {(5, 6)}
     assert all(row.prompt[1] in range(20, 30) and len(row.prompt) == 2 for row in by_name["notice"].turns)
     assert by_name["notice"].elsewhere
     assert all(row.prompt[1] not in range(20, 30) for row in by_name["notice"].elsewhere)
-    asked = {row.prompt[1] for own in found for row in (*own.turns, *own.elsewhere)}
-    assert 61 not in asked  # a test prompt
-    again = build_lessons(model, [short, notice], ConstraintSettings(), 0, 24)
-    assert again == found
+    assert len(found.answers) > 30
+    for row in found.answers:
+        prompt, answer = tokenizer.decode([row.prompt[1]]), tokenizer.decode(list(row.completion[:-1]))
+        assert satisfied(short, prompt, answer)
+        assert satisfied(notice, prompt, answer) is not False
+    rows = [row for own in found.lessons for row in (*own.turns, *own.elsewhere)] + found.answers
+    assert 61 not in {row.prompt[1] for row in rows}  # a test prompt
+    assert build_lessons(model, [short, notice], ConstraintSettings(), 0, 24) == found
+    assert build_lessons(model, [rule("told", "judge", "it is kind")], ConstraintSettings(), 0, 24) == ([], [])
 
 
 def test_the_limit_shares_the_rate_over_an_answers_turns():
@@ -116,23 +119,38 @@ def test_requirements_take_turns_and_bring_their_opposites_along():
     assert without.at(0).refusals == UserDraws(bank, ConstraintSettings(twin_rows_per_step=0), 1, "u").at(0).refusals
 
 
-def test_a_user_learns_the_turn_and_his_dual_says_how_hard_it_was():
-    """With no lesson rows a step, nothing is learnt: the test can fail."""
+def test_a_user_begins_where_the_requirement_is_met_and_stays_there():
+    """Without lesson rows neither the provider nor the user learns anything: the test can fail."""
     model = AdaptedModel(tiny_base(), LoraSettings())
-    lessons = [Lessons("r", 0.05, tuple(Row((2, n), (30, 31)) for n in range(40, 48)), ())]
-    bank = ConstraintBank(["c"], [10.0], constraint_bank(categories=1).anchors, lessons)
-    user = user_rows("u", 12, seed=3)
+    turns = tuple(Row((2, n), (30, 31)) for n in range(40, 60))
+    answers = [Row(row.prompt, (*row.completion, EOS)) for row in turns]
+    bank = ConstraintBank(
+        ["c"], [10.0], constraint_bank(categories=1).anchors, [Lessons("r", 0.05, turns, ())], answers * 4
+    )
+    user, dpo = user_rows("u", 12, seed=3), DpoSettings(epochs=4, learning_rate=3e-2)
     reference = Reference(model)
     reference.add([*(row for pair in user.train for row in pair[1:]), *bank.rows()])
-    losses = {}
+
+    def loss(flat) -> float:
+        with model.using(flat[None]):
+            [scores] = model.score([list(turns)])
+        return -sum(score.logp for score in scores) / len(scores)
+
+    ended = {}
     for rows in (0, 2):
         section = ConstraintSettings(lesson_rows_per_step=rows)
-        dpo = DpoSettings(epochs=20, learning_rate=1e-2)
-        engine = Engine(model, [user], reference, bank, dpo, section, FleetSettings(slots=1), seed=1)
+        start = provider_start(model, bank, dpo, section, seed=1)
+        assert (start is None) == (rows == 0)
+        assert start is None or loss(start) < 2  # its logits are small: 0.74 nats a token is all that it can do
+        engine = Engine(model, [user], reference, bank, dpo, section, FleetSettings(slots=1), seed=1, start=start)
         [trained] = engine.run()
-        with model.using(trained.adapter[None]):
-            [scores] = model.score([list(lessons[0].turns)])
-        losses[rows] = sum(-score.logp for score in scores) / len(scores)
+        ended[rows] = loss(trained.adapter)
         assert set(trained.duals) == {"c", "r"}
         assert (trained.duals["r"].peak > 0) == (rows > 0)
-    assert losses[2] < 0.5 < 3 < losses[0]
+    assert ended[2] < 2 < 4 < ended[0]
+
+
+def test_nothing_is_begun_with_where_there_is_nothing_to_teach():
+    model = AdaptedModel(tiny_base(), LoraSettings())
+    for bank in (None, constraint_bank()):
+        assert provider_start(model, bank, DpoSettings(), ConstraintSettings(), seed=1) is None

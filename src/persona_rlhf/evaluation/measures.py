@@ -85,8 +85,8 @@ class Drift(NamedTuple):
 
 
 class Met(NamedTuple):
-    """Answers, sampled at temperature 1, that have a required property among n, of the adapted model and of its base; a lower bound of the share,
-    and the share that the policy asks."""
+    """Answers, sampled at temperature 1, that have a required property among n, of the adapted model and of its base;
+    a lower bound of the share, and the share that the policy asks."""
 
     n: int
     met: int

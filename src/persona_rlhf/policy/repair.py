@@ -6,7 +6,7 @@ import re
 
 from persona_rlhf.policy.rules import Requirement
 
-_SENTENCE = re.compile(r"\S.*?(?:[.!?…]+[\"')\]]*(?=\s|$)|$)", re.DOTALL)
+_SENTENCE = re.compile(r"\S.*?(?:(?<!\s\d)(?<!^\d)[.!?…]+[\"')\]]*(?=\s|$)|$)", re.DOTALL)  # `2.` ends none
 REPAIRED = ("must_include", "must_not_include", "max_words")
 """Properties that a small change of an answer gives it. The others are measured and checked, not taught."""
 

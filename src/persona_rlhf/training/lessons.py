@@ -94,22 +94,23 @@ def _mended(
     answers to others, which is wrong. Both sides of a pair meet the other requirements already."""
     here, elsewhere = [], []
     others = [other for other in rules if other.id != rule.id]
+    whole = _wanted(rules, said)
     for prompt, answer in _wanted(others, said).items():
-        new = repaired(rule, answer)
-        if satisfied(rule, prompt, answer) is False:
-            if new is not None and all(satisfied(each, prompt, new) is not False for each in rules):
-                here.append(_pair(prompt, new, answer))
+        if satisfied(rule, prompt, answer) is False and prompt in whole:
+            here.append(_pair(prompt, whole[prompt], answer))
         elif rule.property == "must_include" and not applies(rule, prompt):
-            assert new is not None
-            elsewhere.append(_pair(prompt, new, answer))
+            misplaced = repaired(rule, answer)
+            assert misplaced is not None
+            elsewhere.append(_pair(prompt, misplaced, answer))
     return here, elsewhere
 
 
 def _wanted(rules: Sequence[Requirement], said: Mapping[str, str]) -> dict[str, str]:
-    """The answers, repaired by every rule that they lack the property of; those that no change mends are left out."""
+    """The answers, repaired by every rule whose property they lack; those that no change mends are left out. A repair
+    may call for another (a notice makes an answer longer), so the rules are gone through as often as there are any."""
     found = {}
     for prompt, answer in said.items():
-        for rule in rules:
+        for rule in list(rules) * len(rules):
             if satisfied(rule, prompt, answer) is False:
                 answer = repaired(rule, answer) or answer
         if all(satisfied(rule, prompt, answer) is not False for rule in rules):

@@ -35,7 +35,7 @@ def provider_start(
     from the adapted model, and a constant. To the engine it is a lesson; the pairs by which it counts steps prefer
     nothing (both answers are one), so they teach nothing. Raises InputError where training fails.
     """
-    if bank is None or not bank.lessons:
+    if bank is None or not bank.lessons or not constraint.lesson_rows_per_step:
         return None
     reference = Reference(adapted)
     nothing = Row(bank.answers[0].prompt[:1], bank.answers[0].prompt[:1])
