@@ -50,17 +50,16 @@ def build_lessons(
     found = []
     for rule in rules:
         here, elsewhere = _mended(rule, rules, {probe.prompt: said[probe.prompt] for probe in _train(rule)})
-        turns, misplaced = ([turns_of(*both) for both in _rows(adapted, pairs)] for pairs in (here, elsewhere))
-        if rule.property == "must_include":
-            text = _shared([own[0] for own in turns])
-            turns, misplaced = ([[_cut(own[0], text)] for own in rows] for rows in (turns, misplaced))
-        if turns:
+        rows, misplaced = (_rows(adapted, pairs) for pairs in (here, elsewhere))
+        text, first = _shared([whole for _, whole in rows]), rule.property == "must_include"
+        turns = [[_cut(whole, text)] if first else turns_of(broken, whole) for broken, whole in rows]
+        if rows:
             found.append(
                 Lessons(
                     rule.id,
                     limit_of(rule, [len(own) for own in turns]),
                     tuple(dict.fromkeys(row for own in turns for row in own)),
-                    tuple(dict.fromkeys(_cut(own[0], settings.opening_tokens) for own in misplaced)),
+                    tuple(dict.fromkeys(_cut(whole, min(text, settings.opening_tokens)) for _, whole in misplaced)),
                 )
             )
     wanted = [_pair(prompt, answer, said[prompt]) for prompt, answer in _wanted(rules, said).items()] if found else []
