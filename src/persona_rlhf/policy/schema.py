@@ -22,6 +22,11 @@ from persona_rlhf.policy.topics import topic_names
 Schema = dict[str, Any]
 
 
+def schemas() -> dict[int, Schema]:
+    """The schemas of all tiers, by number."""
+    return {1: document_schema("one"), 2: document_schema("two"), 3: document_schema("three")}
+
+
 def document_schema(tier: Tier) -> Schema:
     """The schema of the documents of one tier."""
     head = Head.model_json_schema()
