@@ -72,7 +72,7 @@ def test_lessons_are_where_the_bases_own_answers_break_the_rule():
     by_name = {own.requirement: own for own in found.lessons}
     assert set(by_name) == {"short", "notice"}
     for row in by_name["short"].turns:  # the answer ends there; what stands before is short, and has its notice
-        said = tokenizer.decode(list(row.prompt[2:]))
+        said = tokenizer.decode(list(row.prompt[3:]))
         assert row.completion in ((EOS,), (0,))  # these answers have no sentence: `w9.` is no word of the tokenizer
         assert satisfied(short, "p", said)
         assert satisfied(notice, tokenizer.decode([row.prompt[1]]), said) is not False
@@ -82,7 +82,7 @@ def test_lessons_are_where_the_bases_own_answers_break_the_rule():
     assert all(row.prompt[1] not in range(20, 30) for row in by_name["notice"].elsewhere)
     assert len(found.answers) > 30
     for row in found.answers:
-        prompt, answer = tokenizer.decode([row.prompt[1]]), tokenizer.decode(list(row.completion[:-1]))
+        prompt, answer = tokenizer.decode([row.prompt[1]]), tokenizer.decode(list(row.completion[1:-1]))
         assert satisfied(short, prompt, answer)
         assert satisfied(notice, prompt, answer) is not False
     rows = [row for own in found.lessons for row in (*own.turns, *own.elsewhere)] + found.answers
