@@ -27,12 +27,14 @@ _REFUSED = Enforcement(
 )
 _REQUIRED = Enforcement(
     screening="pairs that prefer an answer without it to one with it are dropped",
-    training="",
-    gate="measured on test prompts where the rule names `probes`; holds nobody back",
-    card="the share of answers that have it, where it was measured",
-    serving="stands in the system prompt; every answer is checked, and a broken rule is reported",
+    training="not taught",
+    gate="measured where the rule names `probes` (results.jsonl); holds nobody back",
+    card="",
+    serving="stands in the system prompt; every answer is checked before it is given",
 )
-_TAUGHT = _REQUIRED._replace(training="the base's own answers, repaired, are taught where the rule names `probes`")
+_TAUGHT = _REQUIRED._replace(
+    training="taught where the rule names `probes`: the base's own answers, repaired, under a dual variable per user"
+)
 _JUDGED = Enforcement(
     screening="",
     training="",
