@@ -19,7 +19,7 @@ from persona_rlhf.policy.lookalikes import skeleton
 from persona_rlhf.policy.public_sets import more_probes
 from persona_rlhf.policy.requirements import applies
 from persona_rlhf.policy.rules import Requirement, Restriction
-from persona_rlhf.policy.statements import ACTIONS, MIN_RATE, Action, Certify, RequirementRule, RestrictionRule
+from persona_rlhf.policy.statements import ACTIONS, Action, Certify, PreferenceRule, RestrictionRule, asked
 
 
 class Held(NamedTuple):
@@ -108,16 +108,13 @@ def merge_requirements(documents: Sequence[PolicyDocument]) -> tuple[list[Requir
     merged, problems = list[Requirement](), list[Problem]()
     for document in documents:
         for index, rule in document.rules:
-            if isinstance(rule, RequirementRule):
-                asked, min_rate = rule.property, rule.min_rate
-            elif isinstance(rule, RestrictionRule) and rule.action == "answer_with_notice":
-                asked, min_rate = ("must_include", rule.text or ""), MIN_RATE
-            else:
+            wanted = asked(rule)
+            if wanted is None or isinstance(rule, PreferenceRule):
                 continue
             probes, digest, faults = _read_banks(document, ("rules", index), rule.banks, rule.id)
             problems += faults
             place = document.tier, document.path, document.line(index), document.issuer.name
-            own = Requirement(rule.id, *asked, *place, rule.when, min_rate, tuple(probes), digest)
+            own = Requirement(rule.id, *wanted.property, *place, wanted.when, wanted.min_rate, tuple(probes), digest)
             if rule.banks and not faults:
                 problems += _untaught(document, ("rules", index, "probes"), own)
             merged.append(own)
@@ -158,9 +155,7 @@ def _read_banks(
             problems.append(document.problem((*at, "probes"), sentence))
         places |= {key: bank for probe in found for key in (probe.id, plain(probe.prompt))}
         probes += found
-    whole = (
-        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
-    )
+    whole = hashlib.sha256("".join(digests).encode()).hexdigest() if len(digests) > 1 else "".join(digests)
     return probes, whole, problems
 
 
