@@ -115,8 +115,8 @@ class Aspects(Said):
         None,
         gt=0,
         lt=1,
-        description="Share of the base's right answers (to evaluation.facts) that an adapter may change; the gate holds "
-        "back whoever may change more.",
+        description="Share of the base's right answers (to evaluation.facts) that an adapter may change; the gate "
+        "holds back whoever may change more.",
     )
 
     @model_validator(mode="after")
