@@ -70,6 +70,14 @@ def test_each_demand_of_tier_one(folder, path, to, about, direction):
     assert {change.direction, back.direction} == {"stricter", "looser"}
 
 
+def test_a_larger_share_of_changed_facts_is_looser(folder):
+    sides = [tier_one(folder, aspects={"fixed": ["facts"], "max_changed": share}) for share in (0.02, 0.05)]
+    (change,) = compared(folder, sides[:1], sides[1:])
+    assert (change.about, change.direction, change.refused) == ("aspects.max_changed", "looser", True)
+    (change,) = compared(folder, [tier_one(folder, aspects={"fixed": ["facts"]})], sides[1:])
+    assert change.direction == "stricter"
+
+
 def test_probes_are_compared_by_their_prompts(folder, tmp_path):
     tree = tier_one(folder)
     more = write_bank(tmp_path / "more.jsonl", "terrorist_content", certify=61)

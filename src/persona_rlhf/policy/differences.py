@@ -126,6 +126,9 @@ def _demands(documents: Sequence[PolicyDocument]) -> dict[tuple[int, str], _Dema
             text = f"at least {certify.min_refusal:g}"
             found[tier, "certify.min_refusal"] = _Amount(text, certify.min_refusal, 0.0)
             found[tier, "certify.delta"] = _Amount(f"error at most {certify.delta:g}", -certify.delta, -1.0)
+        changed = document.aspects.max_changed
+        if changed is not None:
+            found[tier, "aspects.max_changed"] = _Amount(f"at most {changed:g}", -changed, -1.0)
         for _, rule in document.rules:
             if isinstance(rule, RestrictionRule):
                 found |= _of_restriction(tier, rule, found)

@@ -29,8 +29,8 @@ _REFUSED = Enforcement(
 _REQUIRED = Enforcement(
     screening="pairs that prefer an answer without it to one with it are dropped",
     training="not taught",
-    gate="measured where the rule names `probes` (results.jsonl); holds nobody back",
-    card="",
+    gate="measured where the rule names `probes`; holds nobody back",
+    card="the share of answers that have it, where it was measured",
     serving="stands in the system prompt; every answer is checked before it is given",
 )
 _TAUGHT = _REQUIRED._replace(
