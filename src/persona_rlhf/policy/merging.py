@@ -148,12 +148,13 @@ def _read_banks(
             problems += [p for p in fault.problems if p not in missing]
             problems += [document.problem((*at, "probes"), f"{p.sentence}, got `{bank}`") for p in missing]
             continue
-        twice = next((p for p in found if p.id in places or plain(p.prompt) in places), None)
+        twice = next((p for p in found if p.id in places or plain(p.prompt) in places), None) if places else None
         if twice is not None:
             first = places.get(twice.id) or places[plain(twice.prompt)]
             sentence = f"`{twice.id}` of {bank}, or its prompt, stands in {first} too; leave it out of one of them"
             problems.append(document.problem((*at, "probes"), sentence))
-        places |= {key: bank for probe in found for key in (probe.id, plain(probe.prompt))}
+        if len(banks) > 1:
+            places |= {key: bank for probe in found for key in (probe.id, plain(probe.prompt))}
         probes += found
     whole = hashlib.sha256("".join(digests).encode()).hexdigest() if len(digests) > 1 else "".join(digests)
     return probes, whole, problems
