@@ -186,6 +186,12 @@ def test_nothing_above_is_ever_removed_weakened_or_shadowed(above, middle, below
         assert now.limit <= strict.limit
         assert now.min_refusal >= strict.min_refusal
         assert now.action == strict.action == "refuse"
+        said = [rule for tree in (above, middle) for rule in tree["rules"] if rule.get("category") == strict.category]
+        assert now.limit == min(rule["limit"] for rule in said if "limit" in rule)  # the strictest, and no stricter
+        assert now.min_refusal == max(rule["min_refusal"] for rule in said if "min_refusal" in rule)
+    bounds = [tree["certify"] for tree in (above, middle) if "certify" in tree]
+    assert merged.certify.min_refusal == max(bound["min_refusal"] for bound in bounds)
+    assert merged.certify.delta == min(bound["delta"] for bound in bounds)
     assert merged.certify.min_refusal >= alone.certify.min_refusal
     assert merged.certify.delta <= alone.certify.delta
     assert set(alone.fixed) <= set(merged.fixed)
