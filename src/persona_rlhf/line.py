@@ -19,13 +19,16 @@ from persona_rlhf.preferences.screening import Dropped
 from persona_rlhf.preferences.tokens import UserRows, both_rows
 from persona_rlhf.preparation import Chunk, Prepared, chunks_of, prepare, prepare_users
 from persona_rlhf.progress import Progress
+from persona_rlhf.release import audit
 from persona_rlhf.release.exporter import Exporter
-from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
+from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance, Stamp
 from persona_rlhf.release.outcome import measured, outcome, untrained
 from persona_rlhf.release.peft_folder import read_adapter
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, write_results
+from persona_rlhf.release.revocation import last_day
 from persona_rlhf.release.seal import seal
+from persona_rlhf.release.trail import ended, judged, screened
 from persona_rlhf.run_folder import RunFolder, identity_of
 from persona_rlhf.shards import Share
 from persona_rlhf.training.allocator import keep_big_blocks
@@ -95,6 +98,7 @@ def train(
         return None
     folder.join(len(chunks))
     write_report(run)
+    audit.append(run, "finished", users=sum(map(len, chunks)))
     seal(run)
     return RunResults(run)
 
@@ -152,6 +156,7 @@ def train_chunk(
 ) -> Reference:
     """Trains, judges and writes some users; a cohort is on disk before the next is judged. Returns their reference."""
     config, place = ready.config, folder.chunk(number)
+    audit.append_all(folder.path, screened(number, len(chunk.rows), chunk.pairs, chunk.dropped))
     reference = with_reference(ready.adapted, chunk.rows, bank, place / "reference.safetensors", known)
     engine = Engine(
         ready.adapted, chunk.rows, reference, bank, config.dpo, config.constraint, config.fleet, config.seed, place
@@ -167,11 +172,14 @@ def train_chunk(
         progress.say(f"judging {', '.join(user.user_id[:32] for user in cohort)}")
         results += release(ready, folder.path, chunk, cohort)
         write_results(place, results)
+    idle = list[Result]()
     for rows in chunk.rows:
         if not rows.train:
             data = data_of(rows, chunk.dropped)
             fault, against = chunk.failed.get(rows.user_id), chunk.against_policy(rows.user_id)
-            results.append(untrained(rows.user_id, data.pairs, fault, against))
+            idle.append(untrained(rows.user_id, data.pairs, fault, against))
+    audit.append_all(folder.path, map(ended, idle))
+    results += idle
     order = {user.user_id: n for n, user in enumerate(chunk.rows)}
     results.sort(key=lambda result: order[result.user_id])
     write_results(place, results)
@@ -227,7 +235,10 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
     if (classifier := config.gate.classifier) is not None:  # the way to a local model is nobody's business
         settings["gate"]["classifier"] = BaseInfo.of(classifier.model, "").name
     papers = Provenance.of(base, ready.policy, examination.demands, settings)
-    exporter = Exporter(run, adapted, config.lora, papers, nested=ready.pairs.users > _FEW)
+    head = audit.append_all(run, [judged(user_id, verdict) for user_id, verdict in verdicts.items()])
+    stamp = Stamp(head, last_day(config.gate.valid_days))
+    nested = ready.pairs.users > _FEW
+    exporter = Exporter(run, adapted, config.lora, papers, nested, stamp, ready.sign)
 
     def written(user: TrainedUser) -> Result:
         verdict, found = verdicts.get(user.user_id), measures.get(user.user_id)
@@ -239,7 +250,9 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
         return outcome(user, data.pairs, verdict, found, place, pool, against)
 
     with ThreadPoolExecutor(_WRITERS) as writers:  # a disk that is asked to keep many folders keeps them together
-        return list(writers.map(written, cohort))
+        results = list(writers.map(written, cohort))
+    audit.append_all(run, map(ended, results))
+    return results
 
 
 def data_of(user: UserRows, dropped: Sequence[Dropped]) -> DataInfo:

@@ -17,6 +17,7 @@ from persona_rlhf.preferences.pairs import PreferencePair, first_problems
 from persona_rlhf.preferences.screening import Dropped, fit, screen
 from persona_rlhf.preferences.store import PairStore
 from persona_rlhf.preferences.tokens import UserRows, halved, prompt_ids, prompt_problems, tokenize
+from persona_rlhf.release.signing import Signer, signer
 from persona_rlhf.training.base import load_base
 from persona_rlhf.training.fleet import AdaptedModel
 
@@ -29,6 +30,7 @@ class Prepared(NamedTuple):
     adapted: AdaptedModel
     examination: Examination
     pairs: PairStore
+    sign: Signer | None
 
 
 class Chunk(NamedTuple):
@@ -51,6 +53,7 @@ def prepare(config: Config, materials: Materials | None = None, check: bool = Tr
     Raises InputError for whatever is wrong.
     """
     policy, pairs, utilities, ordinary, facts = materials or read_materials(config)
+    sign = None if config.release.signing_key is None else signer(config.release.signing_key)
     adapted = AdaptedModel(load_base(config.base), config.lora)
     classifier = config.gate.classifier
     second = None if classifier is None else load_classifier(classifier, adapted.base.device)
@@ -67,7 +70,7 @@ def prepare(config: Config, materials: Materials | None = None, check: bool = Tr
         second=second,
         seed=config.seed,
     )
-    ready = Prepared(config, policy, adapted, examination, pairs)
+    ready = Prepared(config, policy, adapted, examination, pairs, sign)
     if check:
         _check_prompts(ready)
         if config.gate.enabled:

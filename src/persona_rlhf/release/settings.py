@@ -1,4 +1,4 @@
-"""Config section of the release floor: where a run is written."""
+"""Config sections of the release floor: where a run is written, and what its adapters' papers say."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from persona_rlhf.inputs.bundled import ExistingPath
 from persona_rlhf.inputs.section import Section
 
 
@@ -15,4 +16,12 @@ class RunSettings(Section):
 
     dir: Annotated[Path, Field(strict=False)] | None = Field(
         None, description="Folder that the run is written to; runs/NAME by default, and --run goes before it."
+    )
+
+
+class ReleaseSettings(Section):
+    """`release`: what the papers of an adapter say that no measurement can."""
+
+    signing_key: ExistingPath | None = Field(
+        None, description="Private key (PEM, by `policy keygen`) that signs every manifest; not copied, not repeated."
     )
