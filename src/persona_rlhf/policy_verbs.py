@@ -37,3 +37,46 @@ def policy_check(paths: Annotated[list[Path], typer.Argument(metavar="PATH...")]
     from persona_rlhf.policy.tiers import check_documents
 
     say(check_documents(paths))
+
+
+@policy_verbs.command("keygen")
+@bounded
+def policy_keygen(out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file for the private key.")]) -> None:
+    """Make a key to sign documents and manifests with; prints the public key, for a file of trusted keys."""
+    from persona_rlhf.release.signing import make_key
+
+    typer.echo(make_key(out))
+    say(f"{out} holds the private key: keep it to yourself. The line on stdout goes into keys.yaml, under its role.")
+
+
+@policy_verbs.command("sign")
+@bounded
+def policy_sign(
+    document: Annotated[Path, typer.Argument(metavar="DOC", help="A policy document, or any file.")],
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="A private key made by `policy keygen`.")],
+) -> None:
+    """Write DOC.sig beside a document: a signature over its bytes, which `verify --trust` demands."""
+    from persona_rlhf.release.signing import sign_file
+
+    say(f"Signature: {sign_file(document, key)}")
+
+
+@policy_verbs.command("packet")
+@bounded
+def policy_packet(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="EARLIER", help="The run that was signed off before.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Default: RUN-packet.html beside it.")
+    ] = None,
+    approver: Annotated[str | None, typer.Option("--approver", help="Name and role of who is to decide.")] = None,
+) -> None:
+    """Write the sign-off packet of a run: one page with rules, bounds, exceptions, counts and what changed."""
+    from persona_rlhf.release.packet import write_packet
+
+    page = out or run.resolve().with_name(f"{run.resolve().name}-packet.html")
+    digest = write_packet(run, page, against, approver)
+    typer.echo(digest)
+    say(f"Packet: {page}")

@@ -14,7 +14,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder, or a run.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder, a run, or a sign-off packet.")],
     head: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE|HEAD", help="A head of the run's audit trail, kept elsewhere, that it must hold."),
@@ -29,18 +29,26 @@ def verify(
 ) -> None:
     """Check hashes, policy, verdict and audit trail again; exit 3 where something is wrong."""
     from persona_rlhf.release.audit import read_head
+    from persona_rlhf.release.packet import packet_faults
     from persona_rlhf.release.revocation import read_list
     from persona_rlhf.release.trust import SELF_DECLARED, read_trust
     from persona_rlhf.release.verify import Witnesses
     from persona_rlhf.release.verify import verify as faults_of
 
+    if folder.is_file():
+        _end(folder, packet_faults(folder), [], as_json)
+        return
     witnesses = Witnesses(
         [read_head(text) for text in head or []],
         None if trust is None else read_trust(trust),
         {} if revoked is None else read_list(revoked),
     )
-    faults = faults_of(folder, witnesses)
     notes = [SELF_DECLARED] if trust is None else []
+    _end(folder, faults_of(folder, witnesses), notes, as_json)
+
+
+def _end(folder: Path, faults: list[str], notes: list[str], as_json: bool) -> None:
+    """What was found, in words or as JSON; exit 3 where something is wrong."""
     if as_json:
         print_json({"path": str(folder), "faults": faults, "notes": notes})
     for sentence in (*faults, *notes):

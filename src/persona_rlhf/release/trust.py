@@ -41,13 +41,17 @@ class Trust(NamedTuple):
         try:
             signature, content = read_signature(signature_of(file)), file.read_bytes()
         except FileNotFoundError:
-            return f"it is not signed by a {role}"
+            return f"no {role} has signed it"
         except (OSError, ValueError, KeyError, TypeError) as fault:
             return f"its signature cannot be read ({type(fault).__name__})"
         public = self.keys[role].get(signature.key)
         if public is None:
-            return f"it is signed with the key {signature.key[:64]}, which is no trusted key of a {role}"
-        return None if holds(public, signature, content) else f"the signature of the {role} is not over these bytes"
+            return f"it is signed with the key {signature.key[:64]}, which is not a trusted key of any {role}"
+        return (
+            None
+            if holds(public, signature, content)
+            else f"the signature of the {role} is not over these bytes: something was changed"
+        )
 
 
 def read_trust(file: Path) -> Trust:
