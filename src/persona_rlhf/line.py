@@ -49,16 +49,18 @@ def train(
     console: Console,
     materials: Materials | None = None,
     share: Share | None = None,
+    trail: Path | None = None,
 ) -> RunResults | None:
     """Pairs and policy in, a run folder with one adapter per user out; the results in the order of the users.
 
     `materials` are read from the config where they are not given. A process with a `share` of the run trains its own
-    users; None comes from all but the one that puts the whole run together. Raises InputError for whatever is wrong
+    users; None comes from all but the one that puts the whole run together. `trail` is the run whose audit trail tells
+    of all this, where its users are to join that one. Raises InputError for whatever is wrong
     with the input, before anything is written.
     """
     keep_big_blocks()
     share = share or Share()
-    folder = RunFolder(run, share)
+    folder = RunFolder(run, share, trail)
     folder.check_place(resume)
     ready = prepare(config, materials, check=share.rank == 0)
     if share.rank > 0:
@@ -98,7 +100,7 @@ def train(
         return None
     folder.join(len(chunks))
     write_report(run)
-    audit.append(run, "finished", users=sum(map(len, chunks)))
+    audit.append(folder.trail, "finished", users=sum(map(len, chunks)))
     seal(run)
     return RunResults(run)
 
@@ -156,7 +158,7 @@ def train_chunk(
 ) -> Reference:
     """Trains, judges and writes some users; a cohort is on disk before the next is judged. Returns their reference."""
     config, place = ready.config, folder.chunk(number)
-    audit.append_all(folder.path, screened(number, len(chunk.rows), chunk.pairs, chunk.dropped))
+    audit.append_all(folder.trail, screened(number, len(chunk.rows), chunk.pairs, chunk.dropped))
     reference = with_reference(ready.adapted, chunk.rows, bank, place / "reference.safetensors", known)
     engine = Engine(
         ready.adapted, chunk.rows, reference, bank, config.dpo, config.constraint, config.fleet, config.seed, place
@@ -170,7 +172,7 @@ def train_chunk(
         for user in cohort:
             progress.end(user.user_id, user.steps)
         progress.say(f"judging {', '.join(user.user_id[:32] for user in cohort)}")
-        results += release(ready, folder.path, chunk, cohort)
+        results += release(ready, folder.path, chunk, cohort, folder.trail)
         write_results(place, results)
     idle = list[Result]()
     for rows in chunk.rows:
@@ -178,7 +180,7 @@ def train_chunk(
             data = data_of(rows, chunk.dropped)
             fault, against = chunk.failed.get(rows.user_id), chunk.against_policy(rows.user_id)
             idle.append(untrained(rows.user_id, data.pairs, fault, against))
-    audit.append_all(folder.path, map(ended, idle))
+    audit.append_all(folder.trail, map(ended, idle))
     results += idle
     order = {user.user_id: n for n, user in enumerate(chunk.rows)}
     results.sort(key=lambda result: order[result.user_id])
@@ -195,30 +197,35 @@ def cohorts(users: Iterable[TrainedUser], size: int) -> Iterator[list[TrainedUse
         yield group
 
 
-def release(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[TrainedUser]) -> list[Result]:
+def release(
+    ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[TrainedUser], trail: Path | None = None
+) -> list[Result]:
     """Judges a cohort, measures it at the alpha that the gate allows, and writes the adapters that may leave.
+
+    Every verdict, and what became of everybody, goes into the audit trail of `run`, or of another run that is to have
+    these users (`trail`).
 
     Where that raises, each user is judged alone, and one who raises again has failed; where all do, it is not theirs.
     """
     try:
-        return _released(ready, run, chunk, cohort)
+        return _released(ready, run, chunk, cohort, trail or run)
     except (InputError, OSError):
         raise
     except Exception:
         results = []
         for user in cohort:
             try:
-                results += _released(ready, run, chunk, [user])
+                results += _released(ready, run, chunk, [user], trail or run)
             except Exception as fault:
                 reason = f"could not be judged ({type(fault).__name__}: {fault})"
                 failed = user._replace(adapter=None, status="failed", reason=reason)
-                results += _released(ready, run, chunk, [failed])
+                results += _released(ready, run, chunk, [failed], trail or run)
         if len(cohort) > 1 and all(result.status == "failed" for result in results):
             raise
         return results
 
 
-def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[TrainedUser]) -> list[Result]:
+def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[TrainedUser], trail: Path) -> list[Result]:
     rows = {user.user_id: user for user in chunk.rows}
     config, examination, adapted = ready.config, ready.examination, ready.adapted
     sound = [user for user in cohort if user.adapter is not None]
@@ -235,7 +242,7 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
     if (classifier := config.gate.classifier) is not None:  # the way to a local model is nobody's business
         settings["gate"]["classifier"] = BaseInfo.of(classifier.model, "").name
     papers = Provenance.of(base, ready.policy, examination.demands, settings)
-    head = audit.append_all(run, [judged(user_id, verdict) for user_id, verdict in verdicts.items()])
+    head = audit.append_all(trail, [judged(user_id, verdict) for user_id, verdict in verdicts.items()])
     stamp = Stamp(head, last_day(config.gate.valid_days))
     nested = ready.pairs.users > _FEW
     exporter = Exporter(run, adapted, config.lora, papers, nested, stamp, ready.sign)
@@ -251,7 +258,7 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
 
     with ThreadPoolExecutor(_WRITERS) as writers:  # a disk that is asked to keep many folders keeps them together
         results = list(writers.map(written, cohort))
-    audit.append_all(run, map(ended, results))
+    audit.append_all(trail, map(ended, results))
     return results
 
 

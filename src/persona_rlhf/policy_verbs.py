@@ -41,11 +41,14 @@ def policy_check(paths: Annotated[list[Path], typer.Argument(metavar="PATH...")]
 
 @policy_verbs.command("keygen")
 @bounded
-def policy_keygen(out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file for the private key.")]) -> None:
+def policy_keygen(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file for the private key.")], as_json: Json = False
+) -> None:
     """Make a key to sign documents and manifests with; prints the public key, for a file of trusted keys."""
     from persona_rlhf.release.signing import make_key
 
-    typer.echo(make_key(out))
+    public = make_key(out)
+    print_json({"path": str(out), "public_key": public}) if as_json else typer.echo(public)
     say(f"{out} holds the private key: keep it to yourself. The line on stdout goes into keys.yaml, under its role.")
 
 
@@ -54,11 +57,15 @@ def policy_keygen(out: Annotated[Path, typer.Argument(metavar="OUT", help="A new
 def policy_sign(
     document: Annotated[Path, typer.Argument(metavar="DOC", help="A policy document, or any file.")],
     key: Annotated[Path, typer.Option("--key", metavar="FILE", help="A private key made by `policy keygen`.")],
+    as_json: Json = False,
 ) -> None:
     """Write DOC.sig beside a document: a signature over its bytes, which `verify --trust` demands."""
     from persona_rlhf.release.signing import sign_file
 
-    say(f"Signature: {sign_file(document, key)}")
+    signature = sign_file(document, key)
+    if as_json:
+        print_json({"path": str(signature)})
+    say(f"Signature: {signature}")
 
 
 @policy_verbs.command("packet")
@@ -72,11 +79,12 @@ def policy_packet(
         Path | None, typer.Option("--out", metavar="FILE", help="Default: RUN-packet.html beside it.")
     ] = None,
     approver: Annotated[str | None, typer.Option("--approver", help="Name and role of who is to decide.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Write the sign-off packet of a run: one page with rules, bounds, exceptions, counts and what changed."""
     from persona_rlhf.release.packet import write_packet
 
     page = out or run.resolve().with_name(f"{run.resolve().name}-packet.html")
     digest = write_packet(run, page, against, approver)
-    typer.echo(digest)
+    print_json({"path": str(page), "sha256": digest}) if as_json else typer.echo(digest)
     say(f"Packet: {page}")

@@ -27,8 +27,9 @@ _PARTS = ("results.jsonl", "screening.jsonl")  # of a chunk; they are joined for
 class RunFolder:
     """Paths of a run, and its identity: what must not change between a kill and `--resume`, or between its shards."""
 
-    def __init__(self, path: Path, share: Share | None = None) -> None:
+    def __init__(self, path: Path, share: Share | None = None, trail: Path | None = None) -> None:
         self.path, self.share = path, share or Share()
+        self.trail = trail or path  # the run whose audit trail tells of this one, which may be a part of it
         self.state = path / "state"
         self.metrics = path / "metrics.jsonl"
         self.bank, self.reference = self.state / "bank.json", self.state / "reference.safetensors"
@@ -76,7 +77,7 @@ class RunFolder:
         self.write(self.path / "policy.json", json.dumps(policy.to_json(), indent=2, ensure_ascii=False) + "\n")
         if self.share.rank == 0:
             keep_documents(self.path, policy.documents)
-            audit.append_all(self.path, beginning(self.path, policy, identity, self.share.name))
+            audit.append_all(self.trail, beginning(self.trail, policy, identity, self.share.name))
 
     def set_ready(self) -> None:
         """What all processes share is on disk."""

@@ -107,6 +107,11 @@ def test_signatures_are_demanded_where_keys_are_given(here):
     sign_file(here / "run" / other / "persona.json", here / "tier_one.pem")
     told = run("verify", "run", "--trust", "keys.yaml", code=3).output
     assert "not a trusted key of any releaser" in told
+    made = json.loads(run("policy", "packet", "run", "--approver", "An Officer", "--json").stdout)
+    assert made["sha256"] in (here / "run-packet.html").read_text()
+    run("verify", "run-packet.html")
+    (here / "run-packet.html").write_text((here / "run-packet.html").read_text().replace("An Officer", "Another"))
+    assert "the packet was changed" in run("verify", "run-packet.html", code=3).output
 
 
 def documents(folder):
@@ -197,6 +202,7 @@ def test_stricter_documents_give_the_verdicts_of_a_fresh_gate(here):
     assert "tier_one.yaml" not in told  # the document in force now is the one that the run was tested by
     manifest = json.loads(next((here / "lax/adapters").glob("*/persona.json")).read_bytes())
     assert manifest["verdict"]["valid_until"] > "2026"
+    assert "key.pem" not in json.dumps(manifest)
 
 
 def public(key):
