@@ -15,27 +15,30 @@ from persona_rlhf.evaluation.measures import Measures
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.materials import Materials
 from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.screening import Dropped
 from persona_rlhf.preferences.tokens import UserRows, both_rows
 from persona_rlhf.preparation import Chunk, Prepared, chunks_of, prepare, prepare_users
 from persona_rlhf.progress import Progress
 from persona_rlhf.release import audit
 from persona_rlhf.release.exporter import Exporter
-from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance, Stamp
-from persona_rlhf.release.outcome import measured, outcome, untrained
+from persona_rlhf.release.manifest import BaseInfo, Provenance, Stamp
+from persona_rlhf.release.outcome import measured, outcome
 from persona_rlhf.release.peft_folder import read_adapter
 from persona_rlhf.release.report import write_report
-from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, write_results
+from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, summarise, write_results
 from persona_rlhf.release.revocation import last_day
 from persona_rlhf.release.seal import seal
 from persona_rlhf.release.trail import ended, judged, screened
 from persona_rlhf.run_folder import RunFolder, identity_of
 from persona_rlhf.shards import Share
+from persona_rlhf.tracking import Tracking, check_trackers
+from persona_rlhf.training import checkpoint
 from persona_rlhf.training.allocator import keep_big_blocks
+from persona_rlhf.training.anchors import policy_bank
+from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.bank_file import bank_from_json, bank_to_json, kept_bank
-from persona_rlhf.training.constraint import ConstraintBank, policy_bank
-from persona_rlhf.training.engine import Engine, TrainedUser
+from persona_rlhf.training.engine import Engine, Start, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.provider import provider_start
 from persona_rlhf.training.reference import Reference, shared_reference
 
 _WRITERS = 8
@@ -62,6 +65,7 @@ def train(
     share = share or Share()
     folder = RunFolder(run, share, trail)
     folder.check_place(resume)
+    check_trackers(config.run.report_to, share.workers)
     ready = prepare(config, materials, check=share.rank == 0)
     if share.rank > 0:
         folder.wait_until_ready()
@@ -77,20 +81,23 @@ def train(
     folder.begin(config, ready.policy, identity, size)
     if bank is not None:
         folder.write(folder.bank, bank_to_json(bank))
+    start = shared_start(ready, bank, folder)
     place = config.fleet.reference_cache
     cache = None if place is None else shared_reference(ready.adapted, Path(place))
     known = Reference(ready.adapted, folder.reference, cache)
     if bank is not None and len(chunks) > 1:  # a lone chunk scores them in the same passes as its own rows
         known.add(bank.rows())
     folder.set_ready()
-    with Progress(console, folder.metrics, sum(len(chunks[number]) for number in todo), share) as progress:
+    tracking = Tracking(config, run)
+    users = sum(len(chunks[number]) for number in todo)
+    with Progress(console, folder.metrics, users, share, tracking) as progress:
         if ready.adapted.notice is not None and share.rank == 0:
             progress.say(ready.adapted.notice)
         for number, chunk in chain(first, prepared):
             of = f" of {ready.pairs.users:,}" if len(chunks) > 1 else ""
             found = f"{len(chunk.dropped)} found by the screen"
             progress.say(f"{len(chunk.rows)}{of} users, {chunk.pairs:,} pairs, {found}")
-            reference = train_chunk(ready, folder, number, chunk, bank, known, progress)
+            reference = train_chunk(ready, folder, number, chunk, bank, known, start, progress)
             if cache is not None:
                 cache.learn(reference)
     if share.rank > 0:
@@ -102,7 +109,9 @@ def train(
     write_report(run)
     audit.append(folder.trail, "finished", users=sum(map(len, chunks)))
     seal(run)
-    return RunResults(run)
+    results = RunResults(run)
+    tracking.end(summarise(results), progress.taken)
+    return results
 
 
 def shared_bank(ready: Prepared, folder: RunFolder) -> ConstraintBank | None:
@@ -113,6 +122,17 @@ def shared_bank(ready: Prepared, folder: RunFolder) -> ConstraintBank | None:
         except ValueError:
             pass  # a damaged file is written anew
     return constraint_bank(ready.config, ready.policy, ready.adapted)
+
+
+def shared_start(ready: Prepared, bank: ConstraintBank | None, folder: RunFolder) -> Start | None:
+    """What every user of the run begins with, where there are requirements to teach: from the folder, else made now."""
+    if folder.start.exists():
+        return Start(**checkpoint.load(folder.start, ready.adapted.base.device)[0])
+    config = ready.config
+    start = provider_start(ready.adapted, bank, config.dpo, config.constraint, config.seed)
+    if start is not None:
+        checkpoint.save(folder.start, start._asdict(), {})
+    return start
 
 
 def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> ConstraintBank | None:
@@ -154,6 +174,7 @@ def train_chunk(
     chunk: Chunk,
     bank: ConstraintBank | None,
     known: Reference,
+    start: Start | None,
     progress: Progress,
 ) -> Reference:
     """Trains, judges and writes some users; a cohort is on disk before the next is judged. Returns their reference."""
@@ -161,7 +182,16 @@ def train_chunk(
     audit.append_all(folder.trail, screened(number, len(chunk.rows), chunk.pairs, chunk.dropped))
     reference = with_reference(ready.adapted, chunk.rows, bank, place / "reference.safetensors", known)
     engine = Engine(
-        ready.adapted, chunk.rows, reference, bank, config.dpo, config.constraint, config.fleet, config.seed, place
+        ready.adapted,
+        chunk.rows,
+        reference,
+        bank,
+        config.dpo,
+        config.constraint,
+        config.fleet,
+        config.seed,
+        place,
+        start,
     )
     results = read_results(place) if (place / RESULTS).exists() else []
     judged = {result.user_id for result in results}
@@ -174,12 +204,7 @@ def train_chunk(
         progress.say(f"judging {', '.join(user.user_id[:32] for user in cohort)}")
         results += release(ready, folder.path, chunk, cohort, folder.trail)
         write_results(place, results)
-    idle = list[Result]()
-    for rows in chunk.rows:
-        if not rows.train:
-            data = data_of(rows, chunk.dropped)
-            fault, against = chunk.failed.get(rows.user_id), chunk.against_policy(rows.user_id)
-            idle.append(untrained(rows.user_id, data.pairs, fault, against))
+    idle = [chunk.untrained(rows) for rows in chunk.rows if not rows.train]
     audit.append_all(folder.trail, map(ended, idle))
     results += idle
     order = {user.user_id: n for n, user in enumerate(chunk.rows)}
@@ -249,7 +274,7 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
 
     def written(user: TrainedUser) -> Result:
         verdict, found = verdicts.get(user.user_id), measures.get(user.user_id)
-        data = data_of(rows[user.user_id], chunk.dropped)
+        data = chunk.data_of(rows[user.user_id])
         place = None
         if user.adapter is not None and verdict is not None and verdict.admitted:
             place = exporter.write(user.user_id, user.adapter, verdict, found, data)
@@ -260,12 +285,6 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
         results = list(writers.map(written, cohort))
     audit.append_all(trail, map(ended, results))
     return results
-
-
-def data_of(user: UserRows, dropped: Sequence[Dropped]) -> DataInfo:
-    """What is said of a user's pairs: counts and a fingerprint, no text."""
-    out = sum(found.pair.user_id == user.user_id and found.action != "flagged" for found in dropped)
-    return DataInfo.of([row.pair for row in (*user.train, *user.heldout, *user.deciding)], out)
 
 
 def evaluate(run: Path) -> list[Result]:

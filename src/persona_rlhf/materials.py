@@ -41,7 +41,7 @@ def read_materials(config: Config) -> Materials:
     try:
         utilities = read_utilities(config.evaluation.utilities) if config.evaluation.utilities else {}
         ordinary = read_ordinary(config.evaluation.ordinary) if config.evaluation.ordinary else []
-        facts = _facts(config.evaluation.facts)
+        facts = facts_of(config)
     except InputError as fault:
         problems += fault.problems
     if policy is None or pairs is None or problems:
@@ -49,7 +49,9 @@ def read_materials(config: Config) -> Materials:
     return Materials(policy, pairs, utilities, ordinary, facts)
 
 
-def _facts(named: str | Path | None) -> list[Fact]:
+def facts_of(config: Config) -> list[Fact]:
+    """The questions of knowledge that a config names. Raises InputError where they cannot be read."""
+    named = config.evaluation.facts
     if named is None:
         return []
     return bundled_facts() if named == "bundled" else read_facts(Path(named))

@@ -11,6 +11,7 @@ from persona_rlhf.config import Config, read_config
 from persona_rlhf.evaluation.classifiers import load_classifier
 from persona_rlhf.evaluation.examination import Examination
 from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.materials import facts_of
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.release import audit
@@ -47,6 +48,7 @@ def recertify(run: Path, documents: Sequence[Path], say: Callable[[str], None]) 
     try:
         examination = _examination(adapted, policy, config, users=len(RunResults(run)))
         examination.check_base()
+        fixed = policy.max_changed is not None
         called_back, spans, users = revoked(run), list(adapted.spans.values()), list[Retested]()
         for start in range(0, len(released), _COHORT):
             cohort = released[start : start + _COHORT]
@@ -56,7 +58,7 @@ def recertify(run: Path, documents: Sequence[Path], say: Callable[[str], None]) 
             pairs = list(zip(cohort, verdicts, strict=True))
             audit.append_all(run, [retested(one.user_id, verdict, policy.hash) for one, verdict in pairs])
             users += [
-                Retested(one.user_id, one.slug, one.alpha, verdict, one.manifest_sha256 in called_back)
+                Retested(one.user_id, one.slug, one.alpha, verdict, fixed, one.manifest_sha256 in called_back)
                 for one, verdict in pairs
             ]
     finally:
@@ -93,7 +95,15 @@ def _examination(adapted: AdaptedModel, policy: Policy, config: Config, users: i
     gate = config.gate.model_copy(update={"enabled": True})
     second = None if gate.classifier is None else load_classifier(gate.classifier, adapted.base.device)
     return Examination(
-        adapted, policy, is_refusal, gate, config.evaluation, users=users, second=second, seed=config.seed
+        adapted,
+        policy,
+        is_refusal,
+        gate,
+        config.evaluation,
+        users=users,
+        facts=facts_of(config),
+        second=second,
+        seed=config.seed,
     )
 
 

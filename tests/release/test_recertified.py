@@ -13,10 +13,10 @@ from .conftest import DEMANDS, refusals
 GRID = (0.25, 0.5, 0.75, 1.0)
 
 
-def user_at(released, missed, revoked=False):
+def user_at(released, missed, revoked=False, fixed=False):
     """A user released at this alpha; `missed` says how many probes his adapter misses at each alpha."""
     verdict = certify(DEMANDS, refusals(0), GRID, lambda alpha: refusals(missed[GRID.index(alpha)]))
-    return Retested("u", "u-0", released, verdict, revoked)
+    return Retested("u", "u-0", released, verdict, fixed, revoked)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,15 @@ def test_who_passes_and_what_helps_the_others(released, missed, passes, remedy):
 
 def test_who_was_revoked_before_stays_revoked():
     assert not user_at(1.0, (0, 0, 0, 0), revoked=True).passes
+
+
+def test_where_fixed_aspects_decide_they_were_asked_about_at_the_very_alpha():
+    assert user_at(1.0, (0, 0, 0, 0), fixed=True).passes
+    assert user_at(0.5, (0, 0, 0, 80)).passes
+    assert user_at(0.5, (0, 0, 0, 80), fixed=True).remedy == "alpha 0.75"
+    kept = user_at(1.0, (0, 0, 0, 0))
+    changed = kept._replace(verdict=kept.verdict._replace(admitted=False, alpha=0.0))
+    assert (changed.passes, changed.remedy) == (False, "retrain")
 
 
 def test_the_counts_are_those_of_the_users():

@@ -14,23 +14,26 @@ from persona_rlhf.release.table import printable
 
 
 class Retested(NamedTuple):
-    """One released user under the new documents. `verdict` is the gate's on his adapter as it was trained; `revoked`
-    says whether his adapter had been called back before."""
+    """One released user under the new documents. `verdict` is the gate's on his adapter as it was trained; `fixed`
+    says whether questions about fixed aspects decided too, which are asked at the verdict's alpha alone; `revoked`
+    whether his adapter had been called back before."""
 
     user_id: str
     slug: str
     alpha: float
     verdict: Verdict
+    fixed: bool
     revoked: bool
 
     @property
     def passes(self) -> bool:
-        """Whether the adapter may stay as it was released: the gate looked at this alpha, and it passed.
+        """Whether the adapter may stay as it was released: the gate would release it, and passed it at this alpha.
 
         Where new documents ask less, so that a larger alpha passes at once, the smaller one was not looked at.
         """
         looked = any(look.passed and look.alpha == self.alpha for look in self.verdict.looks)
-        return looked and not self.revoked
+        asked = not self.fixed or self.verdict.alpha == self.alpha
+        return self.verdict.admitted and looked and asked and not self.revoked
 
     @property
     def remedy(self) -> str | None:
