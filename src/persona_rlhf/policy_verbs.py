@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_rlhf.boundary import Json, bounded, print_json, print_table, say, verbs
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.inputs.problems import InputError, visible
 
 if TYPE_CHECKING:
     from persona_rlhf.policy.documents import PolicyDocument
@@ -49,7 +49,7 @@ def policy_show(
         return
     print_table(listing.listing(resolved))
     for sentence in [*out_of_force(resolved.written), *(found.sentence for found in lost)]:
-        say(sentence)
+        say(visible(sentence))
 
 
 @policy_verbs.command("check")
@@ -71,7 +71,7 @@ def policy_check(
         print_json({"problems": [], "notes": found})
         return
     for line in found:
-        say(line)
+        say(visible(line))
 
 
 @policy_verbs.command("diff")
