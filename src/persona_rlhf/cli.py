@@ -13,9 +13,9 @@ from persona_rlhf.boundary import Json, bounded, console, print_json, print_tabl
 from persona_rlhf.config_verbs import config_verbs
 from persona_rlhf.data_verbs import data_verbs
 from persona_rlhf.ending import exit_held_back, finish, say_promise
-from persona_rlhf.later import announce, not_yet
+from persona_rlhf.later import announce
 from persona_rlhf.policy_verbs import policy_verbs
-from persona_rlhf.processes import HELD_BACK
+from persona_rlhf.release_verbs import export, verify
 
 app = verbs("Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept.")
 base = verbs("The shared base model.")
@@ -192,49 +192,6 @@ def report(run: RunFolder) -> None:
 
 @app.command()
 @bounded
-def export(
-    run: RunFolder,
-    user: Annotated[str, typer.Option("--user", help="A user_id.")],
-    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="A new or empty folder.")] = None,
-    hub: Annotated[str | None, typer.Option("--hub", metavar="OWNER/NAME", help="A hub repository (later).")] = None,
-) -> None:
-    """Copy one user's released adapter out of a run: a plain PEFT folder."""
-    if hub is not None:
-        not_yet("export --hub")
-    if to is None:
-        raise typer.BadParameter("say where to, with --to DIR")
-    from persona_rlhf.release.export import HeldBack
-    from persona_rlhf.release.export import export as write
-
-    try:
-        write(run, user, to)
-    except HeldBack as reason:
-        say(str(reason))
-        raise typer.Exit(HELD_BACK) from None
-    say(f"Adapter of {user}: {to}")
-
-
-@app.command()
-@bounded
-def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder, or a run.")], as_json: Json = False
-) -> None:
-    """Check hashes, policy and verdict of a released adapter again; exit 3 where something is wrong."""
-    from persona_rlhf.release.verify import verify as faults_of
-
-    faults = faults_of(folder)
-    if as_json:
-        print_json({"path": str(folder), "faults": faults})
-    for fault in faults:
-        say(fault)
-    count = f"{len(faults)} fault{'' if len(faults) == 1 else 's'}"
-    say(f"{folder}: {count if faults else 'verified'}")
-    if faults:
-        raise typer.Exit(HELD_BACK)
-
-
-@app.command()
-@bounded
 def bench(
     shape: Annotated[str, typer.Option(help="bundled, 192x4, 256x6 or 512x8.")] = "192x4", as_json: Json = False
 ) -> None:
@@ -252,6 +209,10 @@ announce(app, "forget", "Delete one user everywhere and write a proof")
 announce(app, "chat", "Chat with one user's adapter in the terminal")
 announce(app, "collect", "Serve a page that collects feedback")
 announce(app, "serve", "Serve an OpenAI-style API, one adapter per user")
+
+
+app.command()(export)
+app.command()(verify)
 
 
 def main() -> None:

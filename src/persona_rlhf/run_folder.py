@@ -150,9 +150,10 @@ class RunFolder:
 
 def identity_of(config: Config, policy: Policy, pairs: PairStore, weights_hash: str) -> dict[str, str]:
     """Everything that decides what a run computes, as hashes but for the config; where and by how many it is computed
-    does not count, nor how its adapters are attacked afterwards."""
+    does not count, nor how its adapters are attacked afterwards, nor under what license they are given away."""
     elsewhere = {"processes", "chunk"}
-    asked = config.model_dump(mode="json", exclude={"run": True, "name": True, "redteam": True, "fleet": elsewhere})
+    aside: dict[str, Any] = {"run": True, "name": True, "redteam": True, "release": True, "fleet": elsewhere}
+    asked = config.model_dump(mode="json", exclude=aside)
     return {
         "config": json.dumps(asked, sort_keys=True),
         "policy": policy.hash,

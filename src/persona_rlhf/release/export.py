@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
 from persona_rlhf.release.folder import write_folder
@@ -25,22 +26,49 @@ def find_user(run: Path, user_id: str) -> Result:
     raise InputError([Problem(str(run), None, "--user", f"no user `{user_id}` in this run{hint}")])
 
 
+def admitted(run: Path, result: Result) -> Path:
+    """The folder of an adapter that may leave. Raises HeldBack, saying why, where it may not."""
+    if result.status != "released" or result.path is None:
+        raise HeldBack(f"`{result.user_id}` is not released ({result.status}): {result.reason}")
+    if faults := adapter_faults(run / result.path, result):
+        raise HeldBack(f"the adapter of `{result.user_id}` does not verify: {'; '.join(faults)}")
+    return run / result.path
+
+
+class Leaving(NamedTuple):
+    """Of all users of a run: the adapters that may leave, by user id, and why a judged one may not."""
+
+    folders: dict[str, Path]
+    held_back: list[str]
+
+
+def leaving(run: Path) -> Leaving:
+    """Everybody who may leave. Users whom the run did not train (skipped, failed) are in neither list."""
+    folders, held_back = dict[str, Path](), list[str]()
+    for result in RunResults(run):
+        if result.status in ("released", "held_back"):
+            try:
+                folders[result.user_id] = admitted(run, result)
+            except HeldBack as reason:
+                held_back.append(str(reason))
+    return Leaving(folders, held_back)
+
+
 def export(run: Path, user_id: str, to: Path) -> Path:
     """Copies a released adapter, and nothing else of the run, to the folder `to`, which must be new or empty.
 
     Raises HeldBack where the user was not released or his folder does not verify, InputError for an unknown user or a
     folder that is taken.
     """
-    result = find_user(run, user_id)
-    if result.status != "released" or result.path is None:
-        raise HeldBack(f"`{user_id}` is not released ({result.status}): {result.reason}")
-    source = run / result.path
-    faults = adapter_faults(source, result)
-    if faults:
-        raise HeldBack(f"the adapter of `{user_id}` does not verify: {'; '.join(faults)}")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError([Problem(str(to), None, "--to", "something stands there already; name a new or empty folder")])
+    source = admitted(run, find_user(run, user_id))
+    check_free(to)
     if to.is_dir():
         to.rmdir()
     write_folder(to, {file.name: file.read_bytes() for file in sorted(source.iterdir())})
     return to
+
+
+def check_free(to: Path) -> None:
+    """Raises InputError where `to` is there already, other than as an empty folder."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise InputError([Problem(str(to), None, "--to", "something stands there already; name a new or empty folder")])

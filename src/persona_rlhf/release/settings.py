@@ -1,4 +1,4 @@
-"""Config section of the release floor: where a run is written."""
+"""Config sections of the release floor: where a run is written, and what its adapters' papers say."""
 
 from __future__ import annotations
 
@@ -15,4 +15,14 @@ class RunSettings(Section):
 
     dir: Annotated[Path, Field(strict=False)] | None = Field(
         None, description="Folder that the run is written to; runs/NAME by default, and --run goes before it."
+    )
+
+
+class ReleaseSettings(Section):
+    """`release`: what the papers of an adapter say that no measurement can."""
+
+    license: str = Field(
+        "other",
+        pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$",
+        description="License of the adapters on their cards, by the hub's name for it; other: no license is granted.",
     )
