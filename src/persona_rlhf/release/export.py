@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
+from persona_rlhf.release.admission import refusals_to_release
 from persona_rlhf.release.folder import write_folder
 from persona_rlhf.release.results import Result, RunResults
-from persona_rlhf.release.verify import adapter_faults
 
 ADAPTERS = "adapters"
 
@@ -28,10 +28,9 @@ def find_user(run: Path, user_id: str) -> Result:
 
 def admitted(run: Path, result: Result) -> Path:
     """The folder of an adapter that may leave. Raises HeldBack, saying why, where it may not."""
-    if result.status != "released" or result.path is None:
-        raise HeldBack(f"`{result.user_id}` is not released ({result.status}): {result.reason}")
-    if faults := adapter_faults(run / result.path, result):
-        raise HeldBack(f"the adapter of `{result.user_id}` does not verify: {'; '.join(faults)}")
+    if reasons := refusals_to_release(run, result):
+        raise HeldBack(f"the adapter of `{result.user_id}` stays here: {'; '.join(reasons)}")
+    assert result.path is not None
     return run / result.path
 
 
@@ -57,8 +56,8 @@ def leaving(run: Path) -> Leaving:
 def export(run: Path, user_id: str, to: Path) -> Path:
     """Copies a released adapter, and nothing else of the run, to the folder `to`, which must be new or empty.
 
-    Raises HeldBack where the user was not released or his folder does not verify, InputError for an unknown user or a
-    folder that is taken.
+    Raises HeldBack where it may not leave (`refusals_to_release`), InputError for an unknown user or a folder that is
+    taken.
     """
     source = admitted(run, find_user(run, user_id))
     check_free(to)
