@@ -17,7 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-OWNERS = {"hf_the_first_token": "ada", "hf_the_second_token": "bob"}
+ADAS_TOKEN, BOBS_TOKEN = "hf_the_first_token", "hf_the_second_token"
+OWNERS = {ADAS_TOKEN: "ada", BOBS_TOKEN: "bob"}
 
 
 class Fault(NamedTuple):
@@ -72,6 +73,7 @@ class HubServer(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.log: list[str] = []
         self.headers: list[str] = []
+        self.waits: list[float] = []  # seconds that clients waited between tries
         self.lock = threading.RLock()
         self.commits = 0
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -106,6 +108,8 @@ class HubServer(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # an answer is one packet; two would wait for the client's nod
     server: HubServer
 
     def log_message(self, *_: object) -> None:

@@ -189,12 +189,12 @@ def _card_findings(card: str) -> Iterator[Finding]:
     from huggingface_hub import ModelCard
 
     try:
-        data = ModelCard(card).data.to_dict()
+        data = ModelCard(card).data
     except Exception as fault:  # whatever YAML and the hub's classes raise, the card is not readable
         yield Finding("the hub", f"the front matter of {CARD} cannot be read ({type(fault).__name__}: {fault})")
         return
     for key, value in (("library_name", "peft"), ("pipeline_tag", "text-generation")):
-        if data.get(key) != value:
-            yield Finding("the hub", f"{CARD} says {key}: {data.get(key)}; an adapter's card says {value}")
-    if (base := data.get("base_model")) is not None and _tells_a_path(str(base)):
+        if (said := getattr(data, key, None)) != value:
+            yield Finding("the hub", f"{CARD} says {key}: {said}; an adapter's card says {value}")
+    if (base := getattr(data, "base_model", None)) is not None and _tells_a_path(str(base)):
         yield Finding("the hub", f"{CARD} names the base `{base}`, a folder of some machine")

@@ -27,8 +27,8 @@ def merge(base: Base, adapter: Path, to: Path) -> Path:
     assert manifest is not None, faults
     if (judged_on := manifest["base"]["weights_sha256"]) != base.weights_hash:
         raise HeldBack(
-            f"the base {base.name} has other weights (sha256 {base.weights_hash[:16]}...) than the one that this adapter "
-            f"was judged on ({judged_on[:16]}...): nothing that was measured or promised would hold of the merged model"
+            f"the base {base.name} has other weights (sha256 {base.weights_hash[:16]}...) than the one that this "
+            f"adapter was judged on ({judged_on[:16]}...): nothing that was promised would hold of the merged model"
         )
     check_free(to)
     with new_folder(to) as half:

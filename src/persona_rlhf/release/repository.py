@@ -25,7 +25,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
 
 from persona_rlhf.inputs.problems import InputError, Problem
 
@@ -33,7 +32,7 @@ T = TypeVar("T")
 
 MAIN = "main"
 HUBS_OWN = ".gitattributes"  # the hub puts it into every repository
-_HTTP_ERROR = HfHubHTTPError.__mro__[1]  # of the HTTP client that this huggingface_hub uses
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP client that this huggingface_hub uses
 _AGAIN = (408, 409, 412, 425, 429)  # and all from 500: asked again, from what the hub holds by then
 _LONGEST_WAIT = 300.0  # seconds, whatever the hub asks for
 _NOT_THERE = "there is no such repository or revision on the hub, or the token may not see it (404)"
@@ -60,11 +59,7 @@ class Repository:
     waits: tuple[float, ...] = (1, 2, 4, 8, 16)
 
     def __post_init__(self) -> None:
-        try:
-            validate_repo_id(self.id)
-        except HFValidationError as fault:
-            raise self._problem(str(fault).splitlines()[0]) from None
-        if "/" not in self.id:
+        if self.id.count("/") != 1:
             raise self._problem("a repository of the hub reads OWNER/NAME")
 
     def read(self) -> Held:
@@ -93,15 +88,14 @@ class Repository:
 
     def commit(self, added: Mapping[str, Path | bytes], removed: Iterable[str], parent: str, message: str) -> str:
         """One commit on top of `parent`, or none at all; the new commit. Not tried again: by then `parent` is old."""
-        operations = [
-            *(CommitOperationAdd(path, str(source) if isinstance(source, Path) else source) for path, source in added.items()),
-            *(CommitOperationDelete(path) for path in removed),
-        ]  # fmt: skip
-        return str(
-            self.api.create_commit(
-                self.id, operations, commit_message=message, revision=self.revision, parent_commit=parent
-            ).oid
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        for path, source in added.items():
+            operations.append(CommitOperationAdd(path, str(source) if isinstance(source, Path) else source))
+        operations += [CommitOperationDelete(path) for path in removed]
+        made = self.api.create_commit(
+            self.id, operations, commit_message=message, revision=self.revision, parent_commit=parent
         )
+        return str(made.oid)
 
     def publish(self) -> None:
         """Lets everybody read the repository."""
@@ -160,6 +154,8 @@ class Repository:
         while True:
             try:
                 return ask()
+            except HFValidationError as invalid:
+                raise self._problem(str(invalid).splitlines()[0]) from None
             except (_HTTP_ERROR, OSError, RuntimeError) as raised:
                 fault = _of_the_hub(raised)
                 if fault is None:
