@@ -1,4 +1,4 @@
-"""A hub on this machine, for tests: the endpoints that huggingface_hub 2.4 calls for repositories of models, and faults.
+"""A hub on this machine, for tests: the endpoints that huggingface_hub 2.4 calls for model repositories, and faults.
 
 Standard library only. A commit is there whole or not at all; large files (safetensors) go through the LFS store, as on
 the real hub; a private repository is not there for anybody but its owner.
@@ -57,7 +57,7 @@ class Answer(NamedTuple):
     headers: dict[str, str] = {}  # noqa: RUF012
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         self.answer = Answer(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message})
 
@@ -194,7 +194,9 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.server.repos:
             return Answer(409, {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"})
         repo = Repo(owner, asked.get("visibility", "public") == "private")
-        repo.branches["main"] = [Commit(self.server.next_oid(), {".gitattributes": (b"*.safetensors filter=lfs\n", False)})]
+        repo.branches["main"] = [
+            Commit(self.server.next_oid(), {".gitattributes": (b"*.safetensors filter=lfs\n", False)})
+        ]
         self.server.repos[name] = repo
         return Answer(200, {"url": f"{self.server.url}/{name}", "name": name, "id": name})
 
@@ -254,9 +256,8 @@ class Handler(BaseHTTPRequestHandler):
                     raise Refused(422, message="the large file was not uploaded")
                 files[value["path"]] = (repo.store[value["oid"]], True)
                 repo.names[value["oid"]] = value["path"]
-            if key == "deletedFile":
-                if files.pop(value["path"], None) is None:
-                    raise Refused(404, "EntryNotFound", "A file with this name doesn't exist")
+            if key == "deletedFile" and files.pop(value["path"], None) is None:
+                raise Refused(404, "EntryNotFound", "A file with this name doesn't exist")
         made = Commit(self.server.next_oid(), files)
         repo.branches[unquote(revision)].append(made)
         return Answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{made.oid}", "commitOid": made.oid})
@@ -298,7 +299,9 @@ class Handler(BaseHTTPRequestHandler):
         rows = []
         for path, (content, large) in self.commit_of(self.repo(name), revision).files.items():
             row = {"type": "file", "path": path, "size": len(content), "oid": _git_sha1(content)}
-            rows.append(row | ({"lfs": {"oid": _sha256(content), "size": len(content), "pointerSize": 1}} if large else {}))
+            rows.append(
+                row | ({"lfs": {"oid": _sha256(content), "size": len(content), "pointerSize": 1}} if large else {})
+            )
         return Answer(200, rows)
 
     def resolve(self, name: str, revision: str, path: str) -> Answer:

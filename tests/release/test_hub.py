@@ -112,7 +112,7 @@ def test_the_token_is_in_no_file_of_the_run_and_in_nothing_that_is_said(run, hub
 def test_a_preview_sends_nothing_and_says_what_an_upload_would_do(run, hub):
     change = preview(run.path, one(run), public=False)
     assert set(change.added) == FILES
-    assert not (change.changed or change.same or change.removed)
+    assert change.changed == change.same == change.removed == []
     send(run, one(run))
     change = preview(run.path, one(run), public=False)
     assert set(change.same) == FILES
@@ -153,7 +153,14 @@ def test_the_hub_says_how_long_to_wait(run, hub):
 
 @pytest.mark.parametrize("what", [500, "drop"])
 def test_a_fault_anywhere_else_is_waited_for_too(run, hub, what):
-    requests = ["/repos/create", "preupload", "objects/batch", "PUT /lfs-store/", "GET /api/models/[^/]*/[^/]*$", "/tree/"]
+    requests = [
+        "/repos/create",
+        "preupload",
+        "objects/batch",
+        "PUT /lfs-store/",
+        "GET /api/models/[^/]*/[^/]*$",
+        "/tree/",
+    ]
     hub.faults = [Fault(request, what) for request in requests]
     send(run, many(run))
     assert hub.faults == []
