@@ -1,4 +1,4 @@
-"""Adapters leave a run by the command line, in processes of their own, and load elsewhere: what a person does and sees."""
+"""Adapters leave a run by the command line, in processes of their own, and load elsewhere: what a person sees."""
 
 import subprocess
 import sys
