@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from persona_rlhf.inputs.bundled import find
 from persona_rlhf.preferences.identity import pseudonym
 from tests.release.hub_server import ADAS_TOKEN, HubServer
 
@@ -45,12 +46,8 @@ def test_adapters_go_to_the_hub_and_load_from_there_in_another_process(copied, t
     user, path = released[0]["user_id"], released[0]["path"]
     merged = run(*command("export", "run", "--user", user, "--merge", "--to", tmp_path / "model"))
     assert merged.returncode == 0, merged.stderr
-    checked = run(*command("verify", "run"))
-    assert checked.returncode == 0, checked.stderr
     base = next(line.split()[-1] for line in (copied / "run/config.yaml").read_text().splitlines() if "model:" in line)
-    from persona_rlhf.inputs.bundled import find
-
-    words = (str(find(base)), f"run/{path}", "ada/fleet", f"users/{pseudonym(user)}", str(tmp_path / "model"))
+    words = (str(find(base).resolve()), f"run/{path}", "ada/fleet", f"users/{pseudonym(user)}", str(tmp_path / "model"))
     found = run(sys.executable, "-c", _ELSEWHERE, *words)
     hub.close()
     assert found.returncode == 0, found.stderr
@@ -58,6 +55,6 @@ def test_adapters_go_to_the_hub_and_load_from_there_in_another_process(copied, t
     assert there == 0
     assert model <= 1e-4  # sums in another order, on logits of a size of ten
     assert alone > 1e-2
-    told = "".join(done.stdout + done.stderr for done in (sent, merged, checked, found))
+    told = "".join(done.stdout + done.stderr for done in (sent, merged, found))
     told += "".join(file.read_bytes().decode("latin-1") for file in (copied / "run").rglob("*") if file.is_file())
     assert ADAS_TOKEN not in told

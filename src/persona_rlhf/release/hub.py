@@ -7,10 +7,10 @@ whoever may read a repository (or only a list of their names) is not therefore t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi
 
@@ -148,10 +148,10 @@ def delete_upload(run: Path, found: Upload, api: HfApi | None = None) -> bool:
     where the hub does not do it.
     """
     repository = Repository(found.repo, found.revision, api or HfApi(library_name="persona-rlhf"))
-    held = repository.read()
     if found.path:
         was_there = repository.delete_folder(found.path)
     else:
+        held = repository.read()
         _refuse_strangers(repository, held, shared=False)
         was_there = held.private is not None
         repository.delete()
@@ -206,10 +206,17 @@ def _checked(parcel: Parcel, public: bool) -> Held:
     if not parcel.shared and MANIFEST in held.files:
         with repository.downloaded([MANIFEST]) as folder:
             manifest, _ = read_manifest(folder / MANIFEST)
-        user_id = parcel.adapters[0].user_id
-        if manifest is None or manifest["user"] != user_mark(user_id, manifest["data"]["fingerprint"]):
+        if manifest is None or not _is_of(parcel.adapters[0].user_id, manifest):
             raise _problem(repository, "it holds the adapter of somebody else; name another repository")
     return held
+
+
+def _is_of(user_id: str, manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest, wherever it comes from, is of an adapter of this user."""
+    try:
+        return bool(manifest["user"] == user_mark(user_id, manifest["data"]["fingerprint"]))
+    except (KeyError, TypeError):
+        return False
 
 
 def _refuse_strangers(repository: Repository, held: Held, shared: bool) -> None:
