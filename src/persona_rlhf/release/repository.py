@@ -99,7 +99,7 @@ class Repository:
 
     def publish(self) -> None:
         """Lets everybody read the repository."""
-        self.patiently(lambda: self.api.update_repo_settings(self.id, visibility="public"))
+        self.patiently(lambda: self.api.update_repo_settings(self.id, private=False))
 
     def delete(self) -> None:
         """Deletes the repository with all its history; one that is not there is no fault."""
