@@ -147,7 +147,7 @@ def test_a_rank_above_vllms_default_is_told_on_export(run, type_in, tmp_path, mo
 
 def test_the_card_says_whose_and_how_to_load_and_how_to_have_it_deleted(run):
     card = ModelCard.load(run.path / "adapters" / slug("ada") / "README.md")
-    assert card.data.license == "other"
+    assert (card.data.license, card.data.license_name) == ("other", "none-granted")
     assert {result.metric_type for result in card.data.eval_results} == {"refusal_rate", "accuracy", "win_rate"}
     refusals = next(result for result in card.data.eval_results if result.metric_type == "refusal_rate")
     assert 0 < refusals.metric_args["lower_bound"] < refusals.metric_value <= 1

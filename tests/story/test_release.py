@@ -22,10 +22,12 @@ ids = torch.arange(5, 45).view(2, 20)
 def logits(model):
     with torch.no_grad():
         return model.eval()(ids).logits
+def loaded(folder):  # in the type that the run computed in, not the one that the base is stored in
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 def adapted(*where, **more):
-    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), *where, **more))
-here, alone = adapted(folder), logits(AutoModelForCausalLM.from_pretrained(base))
-there, model = adapted(repo, subfolder=place), logits(AutoModelForCausalLM.from_pretrained(merged))
+    return logits(PeftModel.from_pretrained(loaded(base), *where, **more))
+here, alone = adapted(folder), logits(loaded(base))
+there, model = adapted(repo, subfolder=place), logits(loaded(merged))
 print((here - there).abs().max().item(), (here - model).abs().max().item(), (here - alone).abs().max().item())
 """
 

@@ -57,6 +57,7 @@ def front_matter(
         library_name=library,
         pipeline_tag="text-generation",
         license=license,
+        license_name="none-granted" if license == "other" else None,
         base_model=base,
         base_model_relation=relation if base else None,
         tags=[*tags, f"base_model:{relation}:{base}"] if base else tags,
