@@ -15,6 +15,7 @@ from persona_rlhf.release import audit
 from persona_rlhf.release.export import leaving
 from persona_rlhf.release.hub import Adapter, delete_upload, parcels, preview, upload, uploads, verify_remote
 from persona_rlhf.release.manifest import MANIFEST
+from persona_rlhf.release.repository import Repository
 from persona_rlhf.release.verify import verify
 from persona_rlhf.training.settings import LoraSettings
 
@@ -143,6 +144,27 @@ def test_a_passing_fault_is_waited_for_and_one_commit_is_made(run, hub, what):
     assert hub.files("ada/mine").keys() == FILES
     assert len(hub.repos["ada/mine"].branches["main"]) == 2
     assert hub.waits == ([1] if what == "lost" else [1, 2])  # a commit that was made is not asked for again
+
+
+def test_a_commit_that_somebody_else_makes_meanwhile_is_built_upon(run, hub, monkeypatch):
+    send(run, many(run))
+    weights = hub.repos["ada/fleet"].branches["main"][-1].files
+    weights.pop(f"users/{pseudonym('ada')}/README.md")  # so that there is something to send
+    theirs = f"users/{'0' * 32}/README.md"
+    look = Repository.look
+    looks = iter(range(99))
+
+    def overtaken(repository):
+        held = look(repository)
+        if next(looks) == 1:  # after what was checked, before what is committed
+            HfApi(endpoint=hub.url).upload_file(path_or_fileobj=b"x", path_in_repo=theirs, repo_id="ada/fleet")
+        return held
+
+    monkeypatch.setattr(Repository, "look", overtaken)
+    send(run, many(run))
+    assert hub.waits == [1]
+    assert hub.files("ada/fleet")[theirs] == b"x"
+    assert len(hub.files("ada/fleet")) == 14
 
 
 def test_the_hub_says_how_long_to_wait(run, hub):
