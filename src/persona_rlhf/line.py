@@ -24,10 +24,11 @@ from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
 from persona_rlhf.release.outcome import measured, outcome, untrained
 from persona_rlhf.release.peft_folder import read_adapter
 from persona_rlhf.release.report import write_report
-from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, write_results
+from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, summarise, write_results
 from persona_rlhf.release.seal import seal
 from persona_rlhf.run_folder import RunFolder, identity_of
 from persona_rlhf.shards import Share
+from persona_rlhf.tracking import Tracking, check_trackers
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.anchors import policy_bank
@@ -61,6 +62,7 @@ def train(
     share = share or Share()
     folder = RunFolder(run, share)
     folder.check_place(resume)
+    check_trackers(config.run.report_to, share.workers)
     ready = prepare(config, materials, check=share.rank == 0)
     if share.rank > 0:
         folder.wait_until_ready()
@@ -83,7 +85,9 @@ def train(
     if bank is not None and len(chunks) > 1:  # a lone chunk scores them in the same passes as its own rows
         known.add(bank.rows())
     folder.set_ready()
-    with Progress(console, folder.metrics, sum(len(chunks[number]) for number in todo), share) as progress:
+    tracking = Tracking(config, run)
+    users = sum(len(chunks[number]) for number in todo)
+    with Progress(console, folder.metrics, users, share, tracking) as progress:
         if ready.adapted.notice is not None and share.rank == 0:
             progress.say(ready.adapted.notice)
         for number, chunk in chain(first, prepared):
@@ -101,7 +105,9 @@ def train(
     folder.join(len(chunks))
     write_report(run)
     seal(run)
-    return RunResults(run)
+    results = RunResults(run)
+    tracking.end(summarise(results), progress.taken)
+    return results
 
 
 def shared_bank(ready: Prepared, folder: RunFolder) -> ConstraintBank | None:
