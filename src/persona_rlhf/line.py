@@ -43,6 +43,7 @@ from persona_rlhf.training.reference import Reference, shared_reference
 
 _WRITERS = 8
 _FEW = 1_000  # users whose folders lie side by side; those of more lie in subfolders by hash
+_ON_PAPER = {"seed", "screening", "lora", "dpo", "constraint", "gate", "release"}  # sections that a manifest repeats
 
 
 def train(
@@ -262,7 +263,7 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
         found = examination.measures(flat, [rows[user.user_id] for user in sound], alphas)
         measures = dict(zip(verdicts, found, strict=True))
     base = BaseInfo.of(adapted.base.name, adapted.base.weights_hash)
-    settings = config.model_dump(mode="json", include={"seed", "screening", "lora", "dpo", "constraint", "gate"})
+    settings = config.model_dump(mode="json", include=_ON_PAPER)
     settings["aligned_by"] = config.base.aligned_by
     if (classifier := config.gate.classifier) is not None:  # the way to a local model is nobody's business
         settings["gate"]["classifier"] = BaseInfo.of(classifier.model, "").name

@@ -14,7 +14,9 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder, a run, or a sign-off packet.")],
+    place: Annotated[
+        str, typer.Argument(metavar="DIR", help="An adapter's folder, a run, a sign-off packet, or a hub id.")
+    ],
     head: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE|HEAD", help="A head of the run's audit trail, kept elsewhere, that it must hold."),
@@ -28,15 +30,18 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check hashes, policy, verdict and audit trail again; exit 3 where something is wrong."""
+    from persona_rlhf.inputs.bundled import is_hub_id
     from persona_rlhf.release.audit import read_head
+    from persona_rlhf.release.hub import verify_remote
     from persona_rlhf.release.packet import packet_faults
     from persona_rlhf.release.revocation import read_list
     from persona_rlhf.release.trust import SELF_DECLARED, read_trust
     from persona_rlhf.release.verify import Witnesses
     from persona_rlhf.release.verify import verify as faults_of
 
+    folder = Path(place)
     if folder.is_file():
-        _end(folder, packet_faults(folder), [], as_json)
+        _end(place, packet_faults(folder), [], as_json)
         return
     witnesses = Witnesses(
         [read_head(text) for text in head or []],
@@ -44,17 +49,18 @@ def verify(
         {} if revoked is None else read_list(revoked),
     )
     notes = [SELF_DECLARED] if trust is None else []
-    _end(folder, faults_of(folder, witnesses), notes, as_json)
+    remote = is_hub_id(place) and not folder.exists()
+    _end(place, verify_remote(place, witnesses) if remote else faults_of(folder, witnesses), notes, as_json)
 
 
-def _end(folder: Path, faults: list[str], notes: list[str], as_json: bool) -> None:
+def _end(place: str, faults: list[str], notes: list[str], as_json: bool) -> None:
     """What was found, in words or as JSON; exit 3 where something is wrong."""
     if as_json:
-        print_json({"path": str(folder), "faults": faults, "notes": notes})
+        print_json({"path": place, "faults": faults, "notes": notes})
     for sentence in (*faults, *notes):
         say(sentence)
     count = f"{len(faults)} fault{'' if len(faults) == 1 else 's'}"
-    say(f"{folder}: {count if faults else 'verified'}")
+    say(f"{place}: {count if faults else 'verified'}")
     if faults:
         raise typer.Exit(HELD_BACK)
 

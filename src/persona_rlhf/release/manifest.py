@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -43,12 +45,13 @@ class BaseInfo(NamedTuple):
 
 
 class DataInfo(NamedTuple):
-    """A user's pairs without their texts: a fingerprint, counts, and the first and last day where they are dated."""
+    """A user's pairs without their texts: a fingerprint, counts, first and last day where dated, kinds of source."""
 
     fingerprint: str
     pairs: PairCounts
     first_day: str | None
     last_day: str | None
+    sources: dict[str, int]  # pairs of each kind
 
     @staticmethod
     def of(pairs: Sequence[PreferencePair], screened_out: int) -> DataInfo:
@@ -56,7 +59,15 @@ class DataInfo(NamedTuple):
         days = sorted(pair.created_at[:10] for pair in pairs if pair.created_at)
         train = sum(pair.split == "train" for pair in pairs)
         counts = PairCounts(train, len(pairs) - train, screened_out)
-        return DataInfo(fingerprint(pairs), counts, days[0] if days else None, days[-1] if days else None)
+        sources = dict(sorted(Counter(_kind(pair.source) for pair in pairs).items()))
+        return DataInfo(fingerprint(pairs), counts, days[0] if days else None, days[-1] if days else None, sources)
+
+
+def _kind(source: str | None) -> str:
+    """A pair's source as a card may name it: a short label; anything longer may be a person's own text."""
+    if source is None:
+        return "not said"
+    return source if re.fullmatch(r"[a-z][a-z _-]{0,23}", source) else "other"
 
 
 def fingerprint(pairs: Sequence[PreferencePair]) -> str:

@@ -28,3 +28,8 @@ class ReleaseSettings(Section):
     signing_key: ExistingPath | None = Field(
         None, description="Private key (PEM, by `policy keygen`) that signs every manifest; not copied, not repeated."
     )
+    license: str = Field(
+        "other",
+        pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$",
+        description="License of the adapters on their cards, by the hub's name for it; other: no license is granted.",
+    )

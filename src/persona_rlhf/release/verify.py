@@ -14,6 +14,7 @@ from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.release.audit import Head
 from persona_rlhf.release.documents import SIGNATURE, document_faults
+from persona_rlhf.release.linter import lint
 from persona_rlhf.release.manifest import MANIFEST, read_manifest, user_mark
 from persona_rlhf.release.redteam import redteam_faults
 from persona_rlhf.release.results import RESULTS, Result, RunResults, plain
@@ -120,6 +121,7 @@ def paper_faults(folder: Path, result: Result | None = None, policy_hash: str | 
         if not faults:
             faults += _config_faults(json.loads((folder / "adapter_config.json").read_bytes()), manifest)
             faults += _weight_faults(folder / "adapter_model.safetensors", manifest["settings"]["lora"]["rank"])
+            faults += [str(found) for found in lint(folder) if found.refused]
         if result is not None:
             faults += _line_faults(folder, manifest, result)
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
