@@ -125,7 +125,6 @@ def test_all_problems_are_printed_and_counted(run, experiment):
         ["collect", "runs/x"],
         ["serve", "runs/x", "--port", "3"],
         ["base", "align", "m", "out"],
-        ["export", "runs/x", "--user", "u", "--hub", "me/mine"],
     ],
 )
 def test_verbs_of_later_releases_say_so_in_a_sentence(run, arguments):

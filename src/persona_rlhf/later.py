@@ -14,10 +14,5 @@ def announce(group: typer.Typer, verb: str, does: str) -> None:
     @group.command(verb.split()[-1], help=f"(later) {does}.", context_settings=settings, add_help_option=False)
     @bounded
     def later() -> None:
-        not_yet(verb)
-
-
-def not_yet(what: str) -> None:
-    """Says that a verb or an option comes later, and ends the program."""
-    say(f"`persona-rlhf {what}` comes with a later release.")
-    raise typer.Exit(2)
+        say(f"`persona-rlhf {verb}` comes with a later release.")
+        raise typer.Exit(2)

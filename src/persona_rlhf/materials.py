@@ -45,7 +45,7 @@ def read_materials(config: Config) -> Materials:
     try:
         utilities = read_utilities(config.evaluation.utilities) if config.evaluation.utilities else {}
         ordinary = read_ordinary(config.evaluation.ordinary) if config.evaluation.ordinary else []
-        facts = _facts(config.evaluation.facts)
+        facts = facts_of(config)
         reviews = read_reviews(config.screening.reviews) if config.screening.reviews else {}
     except InputError as fault:
         problems += fault.problems
@@ -54,7 +54,9 @@ def read_materials(config: Config) -> Materials:
     return Materials(policy, pairs, utilities, ordinary, facts, reviews)
 
 
-def _facts(named: str | Path | None) -> list[Fact]:
+def facts_of(config: Config) -> list[Fact]:
+    """The questions of knowledge that a config names. Raises InputError where they cannot be read."""
+    named = config.evaluation.facts
     if named is None:
         return []
     return bundled_facts() if named == "bundled" else read_facts(Path(named))

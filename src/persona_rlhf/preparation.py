@@ -19,6 +19,10 @@ from persona_rlhf.preferences.review import Review
 from persona_rlhf.preferences.screening import Dropped, fit, screen
 from persona_rlhf.preferences.store import PairStore
 from persona_rlhf.preferences.tokens import UserRows, halved, prompt_ids, prompt_problems, tokenize
+from persona_rlhf.release.manifest import DataInfo
+from persona_rlhf.release.outcome import untrained
+from persona_rlhf.release.results import Result
+from persona_rlhf.release.signing import Signer, signer
 from persona_rlhf.training.base import load_base
 from persona_rlhf.training.fleet import AdaptedModel
 
@@ -32,6 +36,7 @@ class Prepared(NamedTuple):
     examination: Examination
     pairs: PairStore
     reviews: Mapping[str, Review] = MappingProxyType({})
+    sign: Signer | None = None
 
 
 class Chunk(NamedTuple):
@@ -42,6 +47,16 @@ class Chunk(NamedTuple):
     rows: list[UserRows]
     dropped: list[Dropped]
     failed: dict[str, str]
+
+    def data_of(self, user: UserRows) -> DataInfo:
+        """What is said of a user's pairs: counts and a fingerprint, no text."""
+        out = sum(found.pair.user_id == user.user_id and not found.trained for found in self.dropped)
+        return DataInfo.of([row.pair for row in (*user.train, *user.heldout, *user.deciding)], out)
+
+    def untrained(self, user: UserRows) -> Result:
+        """The line of a user without a pair to train on."""
+        fault, against = self.failed.get(user.user_id), self.against_policy(user.user_id)
+        return untrained(user.user_id, self.data_of(user).pairs, fault, against)
 
     def against_policy(self, user_id: str) -> int:
         """How many pairs of a user the screen found to teach against the policy, whatever became of them."""
@@ -54,6 +69,7 @@ def prepare(config: Config, materials: Materials | None = None, check: bool = Tr
     Raises InputError for whatever is wrong.
     """
     policy, pairs, utilities, ordinary, facts, reviews = materials or read_materials(config)
+    sign = None if config.release.signing_key is None else signer(config.release.signing_key)
     adapted = AdaptedModel(load_base(config.base), config.lora)
     classifier = config.gate.classifier
     second = None if classifier is None else load_classifier(classifier, adapted.base.device)
@@ -70,7 +86,7 @@ def prepare(config: Config, materials: Materials | None = None, check: bool = Tr
         second=second,
         seed=config.seed,
     )
-    ready = Prepared(config, policy, adapted, examination, pairs, reviews)
+    ready = Prepared(config, policy, adapted, examination, pairs, reviews, sign)
     if check:
         _check_prompts(ready)
         if config.gate.enabled:

@@ -39,6 +39,7 @@ from persona_rlhf.training.duals import DualTrace
 from persona_rlhf.training.engine import TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.settings import LoraSettings
+from tests.release.hub_server import ADAS_TOKEN, HubServer
 from tests.training.tiny import tiny_base
 
 HAZARDS = ("terrorist_content", "sexual_assault")
@@ -141,3 +142,22 @@ def run(base: Base, tmp_path: Path):
     seal(path)
     yield Run(path, adapted, flats, alphas)
     adapted.close()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub of this test's own, which huggingface_hub is led to, and Ada's token; nobody waits between tries."""
+    server = HubServer()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)  # PEFT's `file_exists` is made at import
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-login"))
+    monkeypatch.setenv("HF_TOKEN", ADAS_TOKEN)
+    monkeypatch.setattr("persona_rlhf.release.repository.sleep", server.waits.append)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    yield server
+    server.close()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import persona_rlhf
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.measures import Measures
-from persona_rlhf.release.manifest import DataInfo, Provenance
+from persona_rlhf.release.linter import max_lora_rank
+from persona_rlhf.release.manifest import MANIFEST, DataInfo, Provenance
 from persona_rlhf.release.pages import templates
 
 
@@ -28,9 +31,11 @@ def card(provenance: Provenance, data: DataInfo, verdict: Verdict, measures: Mea
             classifier=(provenance.settings.get("gate") or {}).get("classifier"),
             lora=provenance.settings["lora"],
             aligned_by=provenance.settings["aligned_by"],
+            license=_license(provenance),
+            vllm_rank=max_lora_rank(provenance.settings["lora"]["rank"]),
             version=persona_rlhf.__version__,
             percent="{:.1%}".format,
-            plain_name=_one_line,
+            plain_name=one_line,
         )
     )
     return f"---\n{_front_matter(provenance, verdict, measures)}\n---\n\n{body.strip()}\n"
@@ -38,17 +43,50 @@ def card(provenance: Provenance, data: DataInfo, verdict: Verdict, measures: Mea
 
 def _front_matter(provenance: Provenance, verdict: Verdict, measures: Measures | None) -> str:
     name = provenance.base.name if provenance.base.on_hub else None  # a local folder would read as somebody's hub id
-    tags = ["lora", "dpo", "personalisation", "persona-rlhf"]
+    results = _eval_results(provenance, verdict, measures)
+    return front_matter("peft", "adapter", name, _license(provenance), ["lora"], results)
+
+
+def front_matter(
+    library: str, relation: str, base: str | None, license: str, tags: list[str], results: list[EvalResult]
+) -> str:
+    """The YAML that the hub reads; `base` is a hub id, or None where the base is nobody's but its maker's."""
+    tags = [*tags, "dpo", "personalisation", "persona-rlhf"]
     text = ModelCardData(
-        model_name="persona-rlhf adapter",
-        library_name="peft",
+        model_name=f"persona-rlhf {relation}" if results else None,
+        library_name=library,
         pipeline_tag="text-generation",
-        base_model=name,
-        base_model_relation="adapter" if name else None,
-        tags=[*tags, f"base_model:adapter:{name}"] if name else tags,
-        eval_results=_eval_results(provenance, verdict, measures),
+        license=license,
+        license_name="none-granted" if license == "other" else None,
+        base_model=base,
+        base_model_relation=relation if base else None,
+        tags=[*tags, f"base_model:{relation}:{base}"] if base else tags,
+        eval_results=results or None,
     ).to_yaml()
-    return text.strip()
+    return str(text).strip()
+
+
+def shared_card(folder: Path) -> str:
+    """README.md of a repository of many adapters that have the base and the license of the one in `folder`."""
+    data = ModelCard.load(folder / "README.md").data
+    papers = json.loads((folder / MANIFEST).read_bytes())["base"]
+    body = (
+        templates(html=False)
+        .get_template("shared_card.md.j2")
+        .render(
+            base=papers["name"],
+            weights=papers["weights_sha256"],
+            on_hub=data.base_model is not None,
+            version=persona_rlhf.__version__,
+            plain_name=one_line,
+        )
+    )
+    front = front_matter("peft", "adapter", data.base_model, data.license or "other", ["lora"], [])
+    return f"---\n{front}\n---\n\n{body.strip()}\n"
+
+
+def _license(provenance: Provenance) -> str:
+    return str((provenance.settings.get("release") or {}).get("license", "other"))
 
 
 def _eval_results(provenance: Provenance, verdict: Verdict, measures: Measures | None) -> list[EvalResult]:
@@ -92,7 +130,7 @@ def _result(dataset: str, metric: str, name: str, value: float, more: Mapping[st
     )
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """A name from a document as it may stand in a table: on one line, without marks of Markdown or HTML."""
     kept = "".join(" " if c in "|<>`*[]\n\r\t" else c for c in text if c.isprintable() or c.isspace())
     return " ".join(kept.split())

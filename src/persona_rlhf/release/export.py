@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
 from persona_rlhf.release.admission import refusals_to_release
@@ -25,20 +26,48 @@ def find_user(run: Path, user_id: str) -> Result:
     raise InputError([Problem(str(run), None, "--user", f"no user `{user_id}` in this run{hint}")])
 
 
+def admitted(run: Path, result: Result) -> Path:
+    """The folder of an adapter that may leave. Raises HeldBack, saying why, where it may not."""
+    if reasons := refusals_to_release(run, result):
+        raise HeldBack(f"the adapter of `{result.user_id}` stays here: {'; '.join(reasons)}")
+    assert result.path is not None
+    return run / result.path
+
+
+class Leaving(NamedTuple):
+    """Of all users of a run: the adapters that may leave, by user id, and why a judged one may not."""
+
+    folders: dict[str, Path]
+    held_back: list[str]
+
+
+def leaving(run: Path) -> Leaving:
+    """Everybody who may leave. Users whom the run did not train (skipped, failed) are in neither list."""
+    folders, held_back = dict[str, Path](), list[str]()
+    for result in RunResults(run):
+        if result.status in ("released", "held_back"):
+            try:
+                folders[result.user_id] = admitted(run, result)
+            except HeldBack as reason:
+                held_back.append(str(reason))
+    return Leaving(folders, held_back)
+
+
 def export(run: Path, user_id: str, to: Path) -> Path:
     """Copies a released adapter, and nothing else of the run, to the folder `to`, which must be new or empty.
 
     Raises HeldBack where it may not leave (`refusals_to_release`), InputError for an unknown user or a folder that is
     taken.
     """
-    result = find_user(run, user_id)
-    if reasons := refusals_to_release(run, result):
-        raise HeldBack(f"the adapter of `{user_id}` stays here: {'; '.join(reasons)}")
-    assert result.path is not None
-    source = run / result.path
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError([Problem(str(to), None, "--to", "something stands there already; name a new or empty folder")])
+    source = admitted(run, find_user(run, user_id))
+    check_free(to)
     if to.is_dir():
         to.rmdir()
     write_folder(to, {file.name: file.read_bytes() for file in sorted(source.iterdir())})
     return to
+
+
+def check_free(to: Path) -> None:
+    """Raises InputError where `to` is there already, other than as an empty folder."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise InputError([Problem(str(to), None, "--to", "something stands there already; name a new or empty folder")])

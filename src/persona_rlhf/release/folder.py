@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes a folder of files, flushed to the disk, and puts it in place by a rename; one that stood there goes."""
+    with new_folder(folder) as half:
+        for name, data in files.items():
+            write_flushed(half / name, data)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which is put in place by a rename at the end; one that stood there goes.
+
+    Where the writing raises, nothing has happened to what stood there.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     half, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("half", "old"))
     for left_over in (half, old):
         shutil.rmtree(left_over, ignore_errors=True)
     half.mkdir()
-    for name, data in files.items():
-        write_flushed(half / name, data)
+    try:
+        yield half
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
     _flush_folder(half)
     if folder.exists():
         folder.rename(old)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,6 +19,7 @@ from persona_rlhf.evaluation.gate import Demands, Verdict
 from persona_rlhf.inputs.bundled import is_hub_id
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.pairs import PreferencePair
+from persona_rlhf.release.audit import Head
 from persona_rlhf.release.results import PairCounts, plain
 
 MANIFEST = "persona.json"
@@ -42,12 +45,13 @@ class BaseInfo(NamedTuple):
 
 
 class DataInfo(NamedTuple):
-    """A user's pairs without their texts: a fingerprint, counts, and the first and last day where they are dated."""
+    """A user's pairs without their texts: a fingerprint, counts, first and last day where dated, kinds of source."""
 
     fingerprint: str
     pairs: PairCounts
     first_day: str | None
     last_day: str | None
+    sources: dict[str, int]  # pairs of each kind
 
     @staticmethod
     def of(pairs: Sequence[PreferencePair], screened_out: int) -> DataInfo:
@@ -55,7 +59,15 @@ class DataInfo(NamedTuple):
         days = sorted(pair.created_at[:10] for pair in pairs if pair.created_at)
         train = sum(pair.split == "train" for pair in pairs)
         counts = PairCounts(train, len(pairs) - train, screened_out)
-        return DataInfo(fingerprint(pairs), counts, days[0] if days else None, days[-1] if days else None)
+        sources = dict(sorted(Counter(_kind(pair.source) for pair in pairs).items()))
+        return DataInfo(fingerprint(pairs), counts, days[0] if days else None, days[-1] if days else None, sources)
+
+
+def _kind(source: str | None) -> str:
+    """A pair's source as a card may name it: a short label; anything longer may be a person's own text."""
+    if source is None:
+        return "not said"
+    return source if re.fullmatch(r"[a-z][a-z _-]{0,23}", source) else "other"
 
 
 def fingerprint(pairs: Sequence[PreferencePair]) -> str:
@@ -91,8 +103,21 @@ class Provenance:
         return Provenance(base, policy.hash, policy.tier_one_hash, documents, demands, settings)
 
 
+class Stamp(NamedTuple):
+    """What is put on papers when they are written: the head of the audit trail that holds the verdict, and the last day
+    on which the verdict counts. None where there is no trail, or no such day."""
+
+    head: Head | None = None
+    valid_until: str | None = None
+
+
 def manifest_of(
-    user_id: str, provenance: Provenance, data: DataInfo, verdict: Verdict, files: Mapping[str, bytes]
+    user_id: str,
+    provenance: Provenance,
+    data: DataInfo,
+    verdict: Verdict,
+    files: Mapping[str, bytes],
+    stamp: Stamp,
 ) -> dict[str, Any]:
     """The manifest of one adapter whose other files have these bytes."""
     demands = provenance.demands
@@ -123,6 +148,10 @@ def manifest_of(
         },
         "files": {name: {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)} for name, raw in files.items()},
     }
+    if stamp.head is not None:
+        content["audit"] = stamp.head._asdict()
+    if stamp.valid_until is not None:
+        content["verdict"]["valid_until"] = stamp.valid_until
     return content | {_SELF: self_hash(content)}
 
 

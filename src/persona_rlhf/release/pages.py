@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -20,4 +21,5 @@ def templates(html: bool) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["printable"] = printable
+    environment.filters["shell"] = shlex.quote
     return environment

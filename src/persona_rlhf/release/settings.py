@@ -1,4 +1,4 @@
-"""Config section of the release floor: where a run is written, and who is told."""
+"""Config sections of the release floor: where a run is written, who is told, and what its adapters' papers say."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from persona_rlhf.inputs.bundled import ExistingPath
 from persona_rlhf.inputs.section import Section
 
 
@@ -18,4 +19,17 @@ class RunSettings(Section):
     )
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
         [], description="Experiment trackers that get the curves of a run in one process; their packages are not ours."
+    )
+
+
+class ReleaseSettings(Section):
+    """`release`: what the papers of an adapter say that no measurement can."""
+
+    signing_key: ExistingPath | None = Field(
+        None, description="Private key (PEM, by `policy keygen`) that signs every manifest; not copied, not repeated."
+    )
+    license: str = Field(
+        "other",
+        pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$",
+        description="License of the adapters on their cards, by the hub's name for it; other: no license is granted.",
     )

@@ -1,0 +1,200 @@
+"""What PEFT, vLLM, llama.cpp and LoRAX ask of an adapter folder, checked without any of them and without its weights.
+
+Rules as of PEFT 0.21 (tuners/lora/config.py), vLLM 0.32 (vllm/lora/peft_helper.py, lora_model.py, config/lora.py),
+llama.cpp (convert_lora_to_gguf.py; llama-adapter.h for the scale) and LoRAX (docs/models/adapters/lora.md).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+CARD, CONFIG, WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `vllm serve --max-lora-rank` may be."""
+
+_VLLM_DEFAULT_RANK, _LORAX_RANK = 16, 64
+_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
+_FLOATS = ("F32", "F16", "BF16")
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
+_EXTRAS = ("lora_bias", "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "target_parameters")
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings", "embed_in")
+_KNOWN = frozenset(
+    # The linear layers of the families that vLLM serves with adapters: Llama and its kin, then the older ones.
+    [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "qkv_proj",
+        "gate_up_proj",
+        "out_proj",
+        "fc1",
+        "fc2",
+        "c_attn",
+        "c_proj",
+        "c_fc",
+        "query_key_value",
+        "dense",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+        "fc_in",
+        "fc_out",
+        "Wqkv",
+        "Wo",
+        "Wi",
+        "w1",
+        "w2",
+        "w3",
+    ]
+)
+
+
+class Finding(NamedTuple):
+    """What a loader says of an adapter. `refused`: it would not load, or compute something else; otherwise it loads
+    where its server is set so, or on some bases only."""
+
+    loader: str
+    sentence: str
+    refused: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.loader}: {self.sentence}"
+
+
+def lint(folder: Path) -> list[Finding]:
+    """Everything that some loader would say of this adapter folder; empty where it loads everywhere as it is."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+        tensors = _header(folder / WEIGHTS)
+        card = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError, RecursionError) as fault:
+        return [Finding("every loader", f"a file cannot be read ({type(fault).__name__}: {fault})")]
+    if not isinstance(config, dict):
+        return [Finding("every loader", f"{CONFIG} holds no object")]
+    return [*_config_findings(config), *_tensor_findings(config, tensors), *_card_findings(card)]
+
+
+def max_lora_rank(rank: int) -> int:
+    """The smallest `--max-lora-rank` of vLLM that takes adapters of this rank. Raises ValueError above its largest."""
+    fitting = [value for value in VLLM_RANKS if value >= rank]
+    if not fitting:
+        raise ValueError(f"vLLM serves adapters to rank {VLLM_RANKS[-1]}, this one has {rank}")
+    return fitting[0]
+
+
+def _header(file: Path) -> dict[str, str]:
+    """The type of every tensor in a safetensors file, by name; the weights are not read. Raises ValueError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as fault:
+        raise ValueError(f"{file.name}: {fault}") from None
+
+
+def _config_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
+    if config.get("peft_type") != "LORA":
+        yield Finding("PEFT", f"peft_type is {config.get('peft_type')!r}; plain adapters are LORA")
+    if config.get("task_type") != "CAUSAL_LM":
+        yield Finding("PEFT", f"task_type is {config.get('task_type')!r}; a chat model's adapter is CAUSAL_LM")
+    yield from _rank_findings(config.get("r"))
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or alpha <= 0:
+        yield Finding("vLLM", f"lora_alpha is {alpha!r}; it must be a number above 0")
+    if config.get("bias", "none") != "none":
+        yield Finding("vLLM", f"bias is {config['bias']!r}; only `none` is read")
+    if config.get("modules_to_save"):
+        yield Finding("vLLM", f"modules_to_save holds {config['modules_to_save']}; whole layers are not taken")
+    if config.get("use_dora"):
+        yield Finding("vLLM", "it is a DoRA adapter; llama.cpp takes none either")
+    for key in _EXTRAS:
+        if config.get(key):
+            yield Finding("vLLM", f"{key} is set; only plain LoRA is taken")
+    if (start := config.get("init_lora_weights", True)) not in _PLAIN_STARTS:
+        yield Finding(
+            "vLLM", f"init_lora_weights is {start!r}, which changes the base; the start of plain LoRA is true"
+        )
+    if config.get("use_rslora"):
+        yield Finding(
+            "llama.cpp", "use_rslora: it scales by lora_alpha / r whatever this says; fold it into lora_alpha"
+        )
+    if config.get("alpha_pattern"):
+        yield Finding("llama.cpp", "alpha_pattern: it scales all layers by one lora_alpha")
+    base = str(config.get("base_model_name_or_path") or "")
+    if not base or _tells_a_path(base):
+        yield Finding("every loader", f"base_model_name_or_path is `{base}`: nobody else has that folder")
+
+
+def _rank_findings(rank: object) -> Iterator[Finding]:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        yield Finding("vLLM", f"r is {rank!r}; it must be a whole number above 0")
+    elif rank > VLLM_RANKS[-1]:
+        yield Finding("vLLM", f"r is {rank}; it serves adapters to rank {VLLM_RANKS[-1]}")
+    elif rank > _VLLM_DEFAULT_RANK:
+        yield Finding("vLLM", f"r is {rank}: start it with --max-lora-rank {max_lora_rank(rank)}", refused=False)
+    if isinstance(rank, int) and _LORAX_RANK < rank <= VLLM_RANKS[-1]:
+        yield Finding("LoRAX", f"r is {rank}: set LORAX_COMPILE_MAX_RANK to it, or do without --compile", refused=False)
+
+
+def _tensor_findings(config: Mapping[str, Any], tensors: Mapping[str, str]) -> Iterator[Finding]:
+    modules = set()
+    for name, kind in tensors.items():
+        if "lora_embedding_" in name or (name.split(".")[-2:-1] and name.split(".")[-2] in _EMBEDDINGS):
+            yield Finding("llama.cpp", f"the weights hold an embedding, `{name}`")
+        elif (found := _TENSOR.fullmatch(name)) is None:
+            yield Finding("vLLM", f"the weights hold `{name}`, which is neither lora_A nor lora_B of a layer")
+        else:
+            modules.add(found["module"])
+        if kind not in _FLOATS:
+            yield Finding("llama.cpp", f"`{name}` is of type {kind}; it reads {', '.join(_FLOATS)}")
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
+        yield Finding("vLLM", f"target_modules is {targets!r}; it must list the adapted layers by name")
+        return
+    for target in sorted(set(targets)):
+        if not any(_means(target, module) for module in modules):
+            yield Finding("PEFT", f"target_modules names `{target}`, of which there are no weights")
+        leaf = target.rsplit(".", 1)[-1]
+        if leaf == "lm_head":
+            yield Finding("vLLM", "lm_head is adapted: not on bases that tie it to the embedding", refused=False)
+        elif leaf not in _KNOWN:
+            yield Finding("vLLM", f"it may not know layers called `{leaf}` on this base", refused=False)
+    for module in sorted(modules):
+        if not any(_means(target, module) for target in targets):
+            yield Finding("PEFT", f"target_modules does not name `{module}`: its weights would be left out")
+
+
+def _means(target: str, module: str) -> bool:
+    """Whether PEFT takes an entry of target_modules for this module."""
+    return module == target or module.endswith(f".{target}")
+
+
+def _tells_a_path(name: str) -> bool:
+    """Whether a base's name is the way to a folder of some machine."""
+    parts = PurePosixPath(name).parts
+    return name.startswith(("/", "~")) or "\\" in name or ".." in parts or bool(PureWindowsPath(name).drive)
+
+
+def _card_findings(card: str) -> Iterator[Finding]:
+    """The front matter through the hub's own reader, model-index and all."""
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard(card).data
+    except Exception as fault:  # whatever YAML and the hub's classes raise, the card is not readable
+        yield Finding("the hub", f"the front matter of {CARD} cannot be read ({type(fault).__name__}: {fault})")
+        return
+    for key, value in (("library_name", "peft"), ("pipeline_tag", "text-generation")):
+        if (said := getattr(data, key, None)) != value:
+            yield Finding("the hub", f"{CARD} says {key}: {said}; an adapter's card says {value}")
+    if (base := getattr(data, "base_model", None)) is not None and _tells_a_path(str(base)):
+        yield Finding("the hub", f"{CARD} names the base `{base}`, a folder of some machine")
