@@ -264,6 +264,7 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
         measures = dict(zip(verdicts, found, strict=True))
     base = BaseInfo.of(adapted.base.name, adapted.base.weights_hash)
     settings = config.model_dump(mode="json", include=_ON_PAPER)
+    del settings["release"]["signing_key"]  # the way to it is nobody's business
     settings["aligned_by"] = config.base.aligned_by
     if (classifier := config.gate.classifier) is not None:  # the way to a local model is nobody's business
         settings["gate"]["classifier"] = BaseInfo.of(classifier.model, "").name
