@@ -30,7 +30,7 @@ def card(provenance: Provenance, data: DataInfo, verdict: Verdict, measures: Mea
             aligned_by=provenance.settings["aligned_by"],
             version=persona_rlhf.__version__,
             percent="{:.1%}".format,
-            plain_name=_one_line,
+            plain_name=one_line,
         )
     )
     return f"---\n{_front_matter(provenance, verdict, measures)}\n---\n\n{body.strip()}\n"
@@ -92,7 +92,7 @@ def _result(dataset: str, metric: str, name: str, value: float, more: Mapping[st
     )
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """A name from a document as it may stand in a table: on one line, without marks of Markdown or HTML."""
     kept = "".join(" " if c in "|<>`*[]\n\r\t" else c for c in text if c.isprintable() or c.isspace())
     return " ".join(kept.split())

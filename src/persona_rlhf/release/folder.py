@@ -4,8 +4,41 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from persona_rlhf.inputs.problems import InputError, Problem
+
+
+def need_vacant(folder: Path) -> None:
+    """Raises InputError where something stands already; a new or an empty folder is none."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        sentence = "there is something here already, and nothing is overwritten; name a new or an empty folder"
+        raise InputError([Problem(str(folder), None, None, sentence)])
+
+
+@contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """A folder beside it to write files into, which takes the place of a new or empty `folder` by a rename when all is
+    done; after a fault nothing is left of it."""
+    need_vacant(folder)
+    folder = folder.absolute()  # `.` has no name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    half = folder.with_name(f".{folder.name}.half")
+    shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
+    half.mkdir()
+    try:
+        yield half
+        for file in half.iterdir():
+            _flush(file)
+        need_vacant(folder)
+        if folder.exists():
+            folder.rmdir()
+        half.rename(folder)
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -17,11 +50,11 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     half.mkdir()
     for name, data in files.items():
         write_flushed(half / name, data)
-    _flush_folder(half)
+    _flush(half)
     if folder.exists():
         folder.rename(old)
     half.rename(folder)
-    _flush_folder(folder.parent)
+    _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -40,10 +73,10 @@ def write_flushed(file: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, where the system can open a folder."""
+def _flush(path: Path) -> None:
+    """Makes a file, or the names in a folder, durable, where the system can open it for that."""
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
     except OSError:
         return
     try:

@@ -204,7 +204,9 @@ def build_base(
     optimizer = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95))
     tokens, losses = 0, 0.0
     pad = int(tokenizer.convert_tokens_to_ids("<|pad|>"))  # type: ignore[arg-type]
-    for step, batch in enumerate(batches(corpus(seed, refusals), Encoder(tokenizer, seed), Random(f"batches {seed}")), 1):
+    for step, batch in enumerate(
+        batches(corpus(seed, refusals), Encoder(tokenizer, seed), Random(f"batches {seed}")), 1
+    ):
         for group in optimizer.param_groups:
             group["lr"] = _rate(tokens / completion_tokens, step, peak_rate)
         loss = _loss(model, batch, pad)
