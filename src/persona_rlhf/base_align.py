@@ -68,7 +68,7 @@ class Alignment(NamedTuple):
             },
             "measured_on": {
                 "split": settings.align.split,
-                "ordinary_text": "written" if self.asked.held[0].answer else "the model's own, at temperature 1",
+                "ordinary_text": "written" if any(row.answer for row in self.asked.held) else "own",
             },
             "before": self.before.to_json(),
             "after": self.after.to_json(),

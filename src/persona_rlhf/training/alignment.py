@@ -122,6 +122,7 @@ def _options(base: Base, settings: AlignSettings, folder: str, seed: int) -> dic
         "save_strategy": "no",
         "logging_strategy": "steps",
         "logging_steps": 10,
+        "logging_first_step": True,
         "disable_tqdm": True,
         "dataloader_pin_memory": on_gpu,
     }
@@ -143,26 +144,23 @@ def _compared(lesson: Lesson) -> dict[str, list[int]]:
 
 
 class _Lines(TrainerCallback):
-    """Says now and then how far a stage is."""
+    """Says now and then how far a stage is, and that it is done."""
 
     def __init__(self, name: str, say: Say) -> None:
-        self._name, self._say = name, say
+        self._name, self._say, self._loss = name, say, float("nan")
         self._started = self._spoken = time.monotonic()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._loss = kwargs["logs"].get("loss", self._loss)
         now = time.monotonic()
-        if logs is None or "loss" not in logs or (now - self._spoken < _SPOKEN and state.global_step < state.max_steps):
-            return
-        self._spoken = now
-        left = int((now - self._started) * (state.max_steps - state.global_step) / max(1, state.global_step))
-        self._say(
-            f"{self._name}: step {state.global_step:,} of {state.max_steps:,}, loss {logs['loss']:.3f}, "
-            f"{left // 60}:{left % 60:02d} left"
-        )
+        if now - self._spoken >= _SPOKEN and state.global_step < state.max_steps:
+            self._spoken = now
+            left = int((now - self._started) * (state.max_steps - state.global_step) / max(1, state.global_step))
+            self._line(state, f"{left // 60}:{left % 60:02d} left")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._line(state, "done")
+
+    def _line(self, state: TrainerState, how: str) -> None:
+        steps = f"step {state.global_step:,} of {state.max_steps:,}"
+        self._say(f"{self._name}: {steps}, loss {self._loss:.3f}, {how}")
