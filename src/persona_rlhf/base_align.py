@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from rich.console import Group
@@ -20,7 +21,7 @@ from persona_rlhf.release.base_readme import base_readme
 from persona_rlhf.release.folder import drafted
 from persona_rlhf.release.manifest import BaseInfo
 from persona_rlhf.training.alignment import align
-from persona_rlhf.training.base import Base, load_base, load_tokenizer
+from persona_rlhf.training.base import load_base, load_tokenizer
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.lessons import Lessons, make_lessons
 from persona_rlhf.training.settings import BaseSettings, LoraSettings
@@ -86,58 +87,40 @@ def base_align(asked: AlignmentInputs, say: Callable[[str], None]) -> Alignment:
     if settings.align.weights == "full" and dtype == "auto":
         dtype = "float32"  # a step of all weights is smaller than what bfloat16 can tell apart
     base = load_base(settings.base.model_copy(update={"dtype": dtype}))
-    before, texts, lessons = _prepared(base, asked, say)
+    with closing(AdaptedModel(base, settings.lora)) as adapted:
+        if adapted.notice and settings.align.weights == "lora":
+            say(adapted.notice)
+        say(f"measuring {base.name} on {len(asked.measured):,} probes of `{settings.align.split}`")
+        texts = ordinary_texts(adapted, asked.held, settings.align.max_new_tokens, settings.seed)
+        before = _standing(adapted, asked, texts)
+        say(f"refused are {before.refusals[POOLED]}; sampling answers to learn from")
+        lessons = _lessons(adapted, asked)
+    say(
+        f"lessons: {len(lessons.hazardous):,} hazardous ({lessons.own:,} with the model's own refusal), "
+        f"{len(lessons.harmless):,} harmless ({lessons.left_out:,} more it refuses itself)"
+    )
     align(base, lessons.every, settings.align, settings.lora, settings.seed, say)
     with drafted(asked.out) as draft:
         base.model.save_pretrained(draft)
         load_tokenizer(settings.base.model).save_pretrained(draft)
         aligned = load_base(BaseSettings(model=str(draft), dtype=dtype))
-        say(f"measuring what was written, on probes of `{settings.align.split}`")
-        after = _standing(aligned, asked, texts)
+        say("measuring what was written")
+        with closing(AdaptedModel(aligned, LoraSettings())) as adapted:
+            after = _standing(adapted, asked, texts)
         found = Alignment(asked, lessons, base.weights_hash, aligned.weights_hash, before, after)
         (draft / CARD).write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
         (draft / "README.md").write_text(base_readme(found.to_json()), encoding="utf-8")
     return found
 
 
-def _prepared(base: Base, asked: AlignmentInputs, say: Callable[[str], None]) -> tuple[Standing, list[Row], Lessons]:
-    """How the model stands, the texts that its perplexity is measured on, and its lessons."""
-    given, seed = asked.settings.align, asked.settings.seed
-    adapted = AdaptedModel(base, asked.settings.lora)
-    try:
-        if adapted.notice and given.weights == "lora":
-            say(adapted.notice)
-        say(f"measuring {base.name} on {len(asked.measured):,} probes of `{given.split}`")
-        texts = ordinary_texts(adapted, asked.held, given.max_new_tokens, seed)
-        before = _asked(adapted, asked, texts)
-        say(f"refused are {before.refusals[POOLED]}; sampling answers to learn from")
-        lessons = make_lessons(
-            adapted,
-            asked.policy.probes("train"),
-            asked.ordinary,
-            asked.refusals,
-            given.tries,
-            given.max_new_tokens,
-            seed,
-        )
-        say(
-            f"lessons: {len(lessons.hazardous):,} hazardous ({lessons.own:,} with the model's own refusal), "
-            f"{len(lessons.harmless):,} harmless ({lessons.left_out:,} more it refuses itself)"
-        )
-        return before, texts, lessons
-    finally:
-        adapted.close()
+def _lessons(adapted: AdaptedModel, asked: AlignmentInputs) -> Lessons:
+    given = asked.settings.align
+    probes = asked.policy.probes("train")
+    seed = asked.settings.seed
+    return make_lessons(adapted, probes, asked.ordinary, asked.refusals, given.tries, given.max_new_tokens, seed)
 
 
-def _standing(base: Base, asked: AlignmentInputs, texts: list[Row]) -> Standing:
-    adapted = AdaptedModel(base, LoraSettings())
-    try:
-        return _asked(adapted, asked, texts)
-    finally:
-        adapted.close()
-
-
-def _asked(adapted: AdaptedModel, asked: AlignmentInputs, texts: list[Row]) -> Standing:
+def _standing(adapted: AdaptedModel, asked: AlignmentInputs, texts: list[Row]) -> Standing:
     prompts = [row.prompt for row in asked.held]
     return standing(adapted, asked.measured, prompts, texts, asked.settings.align.max_new_tokens)
 
