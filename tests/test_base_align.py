@@ -15,8 +15,8 @@ from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.training.alignment import align
 from persona_rlhf.training.base import load_base
+from persona_rlhf.training.demonstrations import Demonstration, make_demonstrations
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lessons import Lesson, make_lessons
 from persona_rlhf.training.settings import AlignSettings, BaseSettings, LoraSettings, PreferenceSettings, SftSettings
 from tests.preferences.families import tokenizer_for
 from tests.training.architectures import base_of
@@ -119,8 +119,8 @@ def test_any_family_with_a_chat_template_will_do(place, weights):
     done = run("./model", "out", *OVERRIDES, *FEW, *short)
     assert done.exit_code == 0, done.stderr
     card = json.loads((place / "out/alignment.json").read_text())
-    assert card["lessons"]["own_refusals"] == 0
-    assert card["lessons"]["hazardous"] == 16
+    assert card["demonstrations"]["own_refusals"] == 0
+    assert card["demonstrations"]["hazardous"] == 16
     assert card["measured_on"]["ordinary_text"] == "own"
     assert card["base"]["sha256"] != card["aligned"]["sha256"]
     assert load_base(BaseSettings(model="out")).model.config.model_type == "gpt2"
@@ -161,15 +161,15 @@ def test_no_ordinary_prompt_is_learned_and_measured(place):
 
 @pytest.mark.slow
 def test_alignment_makes_a_model_refuse_that_did_not(place, monkeypatch):
-    """The bundled base is taught to comply, by the same lessons turned round; then it is aligned."""
+    """The bundled base is taught to comply, by the same demonstrations turned round; then it is aligned."""
     monkeypatch.setattr(experiment, "_PROBES", {"train": 60, "dev": 15, "certify": 24, "test": 0})
     write_yaml(place / "tier_one.yaml", tier_one(place / "banks"))
     asked = read_alignment(BUNDLED, place / "out", OVERRIDES)
     base, lora = load_base(BaseSettings(model=BUNDLED)), LoraSettings(rank=16, alpha=32)
     adapted = AdaptedModel(base, lora)
-    taught = make_lessons(adapted, asked.policy.probes("train"), asked.ordinary, asked.refusals, 1, 40, 0)
+    taught = make_demonstrations(adapted, asked.policy.probes("train"), asked.ordinary, asked.refusals, 1, 40, 0)
     adapted.close()
-    harm = [Lesson(lesson.rejected, None) for lesson in taught.hazardous if lesson.rejected]
+    harm = [Demonstration(shown.rejected, None) for shown in taught.hazardous if shown.rejected]
     backwards = AlignSettings(
         sft=SftSettings(epochs=4, learning_rate=4e-3), dpo=PreferenceSettings(epochs=0), rows_per_step=16
     )

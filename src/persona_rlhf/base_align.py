@@ -22,8 +22,8 @@ from persona_rlhf.release.folder import drafted
 from persona_rlhf.release.manifest import BaseInfo
 from persona_rlhf.training.alignment import align
 from persona_rlhf.training.base import load_base, load_tokenizer
+from persona_rlhf.training.demonstrations import Demonstrations, make_demonstrations
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lessons import Lessons, make_lessons
 from persona_rlhf.training.settings import BaseSettings, LoraSettings
 
 CARD = "alignment.json"
@@ -36,7 +36,7 @@ class Alignment(NamedTuple):
     """What was done and measured; the JSON form is OUT/alignment.json."""
 
     asked: AlignmentInputs
-    lessons: Lessons
+    demonstrations: Demonstrations
     weights_before: str
     weights_after: str
     before: Standing
@@ -60,12 +60,12 @@ class Alignment(NamedTuple):
             "aligned": {"sha256": self.weights_after, "preferences": PREFERENCES},
             "policy_hash": self.asked.policy.hash,
             "settings": _settings(self.asked),
-            "lessons": {
-                "hazardous": len(self.lessons.hazardous),
-                "own_refusals": self.lessons.own,
-                "harmless": len(self.lessons.harmless),
-                "harmless_left_out": self.lessons.left_out,
-                "pairs": sum(lesson.rejected is not None for lesson in self.lessons.every),
+            "demonstrations": {
+                "hazardous": len(self.demonstrations.hazardous),
+                "own_refusals": self.demonstrations.own,
+                "harmless": len(self.demonstrations.harmless),
+                "harmless_left_out": self.demonstrations.left_out,
+                "pairs": sum(one.rejected is not None for one in self.demonstrations.every),
             },
             "measured_on": {
                 "split": settings.align.split,
@@ -94,12 +94,12 @@ def base_align(asked: AlignmentInputs, say: Callable[[str], None]) -> Alignment:
         texts = ordinary_texts(adapted, asked.held, settings.align.max_new_tokens, settings.seed)
         before = _standing(adapted, asked, texts)
         say(f"refused are {before.refusals[POOLED]}; sampling answers to learn from")
-        lessons = _lessons(adapted, asked)
+        shown = _demonstrations(adapted, asked)
     say(
-        f"lessons: {len(lessons.hazardous):,} hazardous ({lessons.own:,} with the model's own refusal), "
-        f"{len(lessons.harmless):,} harmless ({lessons.left_out:,} more it refuses itself)"
+        f"to learn: {len(shown.hazardous):,} hazardous ({shown.own:,} with the model's own refusal), "
+        f"{len(shown.harmless):,} harmless ({shown.left_out:,} more it refuses itself)"
     )
-    align(base, lessons.every, settings.align, settings.lora, settings.seed, say)
+    align(base, shown.every, settings.align, settings.lora, settings.seed, say)
     with drafted(asked.out) as draft:
         base.model.save_pretrained(draft)
         load_tokenizer(settings.base.model).save_pretrained(draft)
@@ -107,17 +107,17 @@ def base_align(asked: AlignmentInputs, say: Callable[[str], None]) -> Alignment:
         say("measuring what was written")
         with closing(AdaptedModel(aligned, LoraSettings())) as adapted:
             after = _standing(adapted, asked, texts)
-        found = Alignment(asked, lessons, base.weights_hash, aligned.weights_hash, before, after)
+        found = Alignment(asked, shown, base.weights_hash, aligned.weights_hash, before, after)
         (draft / CARD).write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
         (draft / "README.md").write_text(base_readme(found.to_json()), encoding="utf-8")
     return found
 
 
-def _lessons(adapted: AdaptedModel, asked: AlignmentInputs) -> Lessons:
+def _demonstrations(adapted: AdaptedModel, asked: AlignmentInputs) -> Demonstrations:
     given = asked.settings.align
     probes = asked.policy.probes("train")
     seed = asked.settings.seed
-    return make_lessons(adapted, probes, asked.ordinary, asked.refusals, given.tries, given.max_new_tokens, seed)
+    return make_demonstrations(adapted, probes, asked.ordinary, asked.refusals, given.tries, given.max_new_tokens, seed)
 
 
 def _standing(adapted: AdaptedModel, asked: AlignmentInputs, texts: list[Row]) -> Standing:

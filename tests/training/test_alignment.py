@@ -7,7 +7,7 @@ import torch
 
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.alignment import align
-from persona_rlhf.training.lessons import Lesson
+from persona_rlhf.training.demonstrations import Demonstration
 from persona_rlhf.training.settings import AlignSettings, LoraSettings, PreferenceSettings, SftSettings
 
 from .architectures import base_of
@@ -17,14 +17,14 @@ from .tiny import random_row
 LORA = LoraSettings(rank=4, alpha=8)
 
 
-def lessons(count: int = 8) -> list[Lesson]:
+def demonstrations(count: int = 8) -> list[Demonstration]:
     """Random ones; the last has nothing to unlearn."""
     draw = torch.Generator().manual_seed(3)
     made = []
     for n in range(count):
         chosen = random_row(draw, 4 + n % 3, 6)
         rejected = None if n == count - 1 else Row(chosen.prompt, random_row(draw, 1, 5).completion)
-        made.append(Lesson(chosen, rejected))
+        made.append(Demonstration(chosen, rejected))
     return made
 
 
@@ -43,7 +43,7 @@ def logps(base, rows):
     ("name", "weights"), [("llama3", "lora"), ("llama3", "full"), ("gpt2", "lora"), ("qwen3-moe", "lora")]
 )
 def test_chosen_answers_rise_and_above_the_rejected_ones(name, weights):
-    base, said, taught = base_of(name), [], lessons()
+    base, said, taught = base_of(name), [], demonstrations()
     config, tokenizer = base.model.config.to_dict(), copy.deepcopy(base.tokenizer)
     names = dict(base.model.named_parameters()).keys()
     chosen, rejected = [r.chosen for r in taught], [r.rejected for r in taught if r.rejected]
@@ -63,9 +63,9 @@ def test_chosen_answers_rise_and_above_the_rejected_ones(name, weights):
 
 
 def test_a_stage_can_be_left_out_and_each_does_its_part():
-    taught = lessons()
-    rejected = [lesson.rejected for lesson in taught if lesson.rejected]
-    chosen = [lesson.chosen for lesson in taught]
+    taught = demonstrations()
+    rejected = [demonstration.rejected for demonstration in taught if demonstration.rejected]
+    chosen = [demonstration.chosen for demonstration in taught]
     base = base_of("llama3")
     before = logps(base, chosen), logps(base, rejected)
     align(base, taught, settings(sft=SftSettings(epochs=0), dpo=PreferenceSettings(epochs=0)), LORA, 0, print)
@@ -88,8 +88,8 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone():
     for seed in (1, 1, 2):
         base = base_of("llama3")
         state = torch.random.get_rng_state()
-        align(base, lessons(), settings(), LORA, seed, lambda _: None)
+        align(base, demonstrations(), settings(), LORA, seed, lambda _: None)
         assert torch.equal(torch.random.get_rng_state(), state)
-        found.append(logps(base, [lessons()[0].chosen]))
+        found.append(logps(base, [demonstrations()[0].chosen]))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # exported lazily
 
 from persona_rlhf.training.base import Base
-from persona_rlhf.training.lessons import Lesson
+from persona_rlhf.training.demonstrations import Demonstration
 from persona_rlhf.training.settings import AlignSettings, LoraSettings
 from persona_rlhf.training.targets import targets
 from persona_rlhf.training.token_trainer import TokenDPOTrainer, quiet
@@ -34,7 +34,12 @@ _SPOKEN = 10.0
 
 
 def align(
-    base: Base, lessons: Sequence[Lesson], settings: AlignSettings, lora: LoraSettings, seed: int, say: Say
+    base: Base,
+    shown: Sequence[Demonstration],
+    settings: AlignSettings,
+    lora: LoraSettings,
+    seed: int,
+    say: Say,
 ) -> None:
     """Trains the base's weights in place. The reference of DPO is the model after SFT.
 
@@ -42,7 +47,7 @@ def align(
     """
     model, sft, dpo = base.model, settings.sft, settings.dpo
     configs = copy.deepcopy((model.config, model.generation_config))
-    pairs = [_compared(lesson) for lesson in lessons if lesson.rejected]
+    pairs = [_compared(one) for one in shown if one.rejected]
     with tempfile.TemporaryDirectory(prefix="persona-rlhf-") as folder, torch.random.fork_rng():
         torch.manual_seed(seed)  # PEFT draws its first weights before TRL sets a seed
 
@@ -72,7 +77,7 @@ def align(
                 "SFT",
                 SFTTrainer,
                 SFTConfig,
-                [_labelled(lesson) for lesson in lessons],
+                [_labelled(one) for one in shown],
                 num_train_epochs=sft.epochs,
                 learning_rate=sft.learning_rate,
                 dataset_kwargs={"skip_prepare_dataset": True},
@@ -128,14 +133,14 @@ def _options(base: Base, settings: AlignSettings, folder: str, seed: int) -> dic
     }
 
 
-def _labelled(lesson: Lesson) -> dict[str, list[int]]:
-    prompt, completion = lesson.chosen
+def _labelled(one: Demonstration) -> dict[str, list[int]]:
+    prompt, completion = one.chosen
     return {"input_ids": [*prompt, *completion], "labels": [-100] * len(prompt) + list(completion)}
 
 
-def _compared(lesson: Lesson) -> dict[str, list[int]]:
-    assert lesson.rejected is not None
-    chosen, rejected = lesson.chosen, lesson.rejected
+def _compared(one: Demonstration) -> dict[str, list[int]]:
+    assert one.rejected is not None
+    chosen, rejected = one.chosen, one.rejected
     return {
         "prompt_ids": list(chosen.prompt),
         "chosen_ids": list(chosen.completion),

@@ -39,14 +39,14 @@ class BaseSettings(Section):
 class SftSettings(Section):
     """`align.sft`: refusals and the model's own harmless answers are imitated."""
 
-    epochs: int = Field(2, ge=0, le=1000, description="Passes over all lessons; 0 leaves this stage out.")
+    epochs: int = Field(2, ge=0, le=1000, description="Passes over all demonstrations; 0 leaves this stage out.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak AdamW rate; all weights want about a tenth of it.")
 
 
 class PreferenceSettings(Section):
     """`align.dpo`: refusals are preferred to compliance, harmless answers to refusals."""
 
-    epochs: int = Field(1, ge=0, le=1000, description="Passes over all lessons; 0 leaves this stage out.")
+    epochs: int = Field(1, ge=0, le=1000, description="Passes over all demonstrations; 0 leaves this stage out.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak AdamW rate; all weights want about a tenth of it.")
     beta: float = Field(0.1, gt=0, description="Scale of the implicit reward, per nat, against the model after SFT.")
     sft_weight: float = Field(
@@ -75,7 +75,7 @@ class AlignSettings(Section):
     )
     tries: int = Field(2, ge=1, le=64, description="Answers sampled per train probe, among which to find a refusal.")
     max_new_tokens: int = Field(256, ge=1, description="Tokens after which a sampled or a measured answer is cut.")
-    rows_per_step: int = Field(8, ge=1, description="Lessons in an optimizer step, in both stages.")
+    rows_per_step: int = Field(8, ge=1, description="Demonstrations in an optimizer step, in both stages.")
     sft: SftSettings = SftSettings()
     dpo: PreferenceSettings = PreferenceSettings()
     split: Literal["dev", "test"] = Field(
@@ -138,6 +138,7 @@ class ConstraintSettings(Section):
     refusals_per_probe: int = Field(2, ge=1, le=64, description="Base answers sampled per probe; refusals are kept.")
     compliance_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a compliance.")
     twin_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a refusal to a benign twin.")
+    lesson_rows_per_step: int = Field(2, ge=0, description="Rows that teach requirements; these take turns.")
     opening_tokens: int = Field(8, ge=1, description="Length of those openings, in tokens.")
     margin: float = Field(0.5, ge=0, description="Nats an opening may rise over the base before it costs anything.")
     floor: float = Field(
