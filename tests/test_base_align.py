@@ -13,11 +13,8 @@ from persona_rlhf.evaluation.intervals import wilson
 from persona_rlhf.inputs.bundled import shipped_root
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.training.alignment import align
 from persona_rlhf.training.base import load_base
-from persona_rlhf.training.demonstrations import Demonstration, make_demonstrations
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import AlignSettings, BaseSettings, LoraSettings, PreferenceSettings, SftSettings
+from persona_rlhf.training.settings import BaseSettings
 from tests.preferences.families import tokenizer_for
 from tests.training.architectures import base_of
 
@@ -157,30 +154,3 @@ def test_no_ordinary_prompt_is_learned_and_measured(place):
     assert asked.ordinary
     assert not held & set(asked.ordinary)
     assert len(held) + len(asked.ordinary) == len(WORDS)
-
-
-@pytest.mark.slow
-def test_alignment_makes_a_model_refuse_that_did_not(place, monkeypatch):
-    """The bundled base is taught to comply, by the same demonstrations turned round; then it is aligned."""
-    monkeypatch.setattr(experiment, "_PROBES", {"train": 60, "dev": 15, "certify": 24, "test": 0})
-    write_yaml(place / "tier_one.yaml", tier_one(place / "banks"))
-    asked = read_alignment(BUNDLED, place / "out", OVERRIDES)
-    base, lora = load_base(BaseSettings(model=BUNDLED)), LoraSettings(rank=16, alpha=32)
-    adapted = AdaptedModel(base, lora)
-    taught = make_demonstrations(adapted, asked.policy.probes("train"), asked.ordinary, asked.refusals, 1, 40, 0)
-    adapted.close()
-    harm = [Demonstration(shown.rejected, None) for shown in taught.hazardous if shown.rejected]
-    backwards = AlignSettings(
-        sft=SftSettings(epochs=4, learning_rate=4e-3), dpo=PreferenceSettings(epochs=0), rows_per_step=16
-    )
-    align(base, [*harm, *taught.harmless], backwards, lora, 0, print)
-    base.model.save_pretrained("unaligned")
-    base.tokenizer.save_pretrained("unaligned")
-    rates = ["align.sft.epochs=4", "align.sft.learning_rate=4e-3", "align.dpo.learning_rate=1e-3", "align.tries=1"]
-    done = run("./unaligned", "out", *OVERRIDES, "align.max_new_tokens=40", "align.rows_per_step=16", *rates, "--json")
-    assert done.exit_code == 0, done.stderr
-    card = json.loads(done.stdout)
-    before, after = (card[when]["refusals"]["pooled"]["refused"] for when in ("before", "after"))
-    assert before <= 12  # of 60
-    assert after >= 45
-    assert card["after"]["over_refusal"]["twins"]["refused"] <= 12
