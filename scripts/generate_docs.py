@@ -22,6 +22,7 @@ from typer.cli import get_docs_for_click
 from persona_rlhf.cli import app
 from persona_rlhf.config import Config
 from persona_rlhf.inputs.section import Section
+from persona_rlhf.training.settings import AlignSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
 NOTE = "<!-- Written by scripts/generate_docs.py from the code; change it there. -->\n"
@@ -58,7 +59,9 @@ def config_page() -> str:
         section = section_in(field.annotation)
         if section is not None:
             parts += section_page(name, section)
-    return "\n".join(parts)
+    parts.append("# Settings of `base align`\n")
+    parts.append("Beside `seed`, `base`, `policy` and `lora` (rank 16 and alpha 32 there).\n")
+    return "\n".join([*parts, *section_page("align", AlignSettings)])
 
 
 def section_page(path: str, section: type[Section]) -> list[str]:

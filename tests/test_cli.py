@@ -90,6 +90,9 @@ def test_help_is_light_and_names_every_verb():
         (["data", "check", "nowhere.jsonl"], "no such file"),
         (["data", "import", "cragc52", "a", "b"], "did you mean `cragc25`?"),
         (["init", "."], "nothing is overwritten"),
+        (["base", "align", "model", "out", "align.splt=dev"], "did you mean `split`?"),
+        (["base", "align", "model", "banks"], "nothing is overwritten"),
+        (["base", "align", "mdoel", "out"], "did you mean `model`?"),
         (["config", "import", "theirs.yaml"], None),
         (["config", "import", "theirs.yaml", "--out", "bad.yaml"], "bad.yaml: there is something here already"),
         (["config", "import", "bad.yaml"], "no DPO config of TRL or Axolotl"),
@@ -124,7 +127,6 @@ def test_all_problems_are_printed_and_counted(run, experiment):
         ["chat", "runs/x", "--help"],
         ["collect", "runs/x"],
         ["serve", "runs/x", "--port", "3"],
-        ["base", "align", "m", "out"],
     ],
 )
 def test_verbs_of_later_releases_say_so_in_a_sentence(run, arguments):

@@ -14,11 +14,11 @@ from rich.text import Text
 
 from persona_rlhf.config import checked
 from persona_rlhf.evaluation.gate import POOLED, Count, demands_of, shortfalls
-from persona_rlhf.evaluation.intervals import wilson
 from persona_rlhf.evaluation.power import chance_of_passing
 from persona_rlhf.evaluation.refusals import BaseAnswers, Prompt, answer_text
 from persona_rlhf.evaluation.retention import read_ordinary, some, twins
 from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings
+from persona_rlhf.evaluation.standing import Share
 from persona_rlhf.inputs.section import Section
 from persona_rlhf.inputs.yaml_text import parse_yaml
 from persona_rlhf.policy.judges import is_refusal
@@ -43,23 +43,6 @@ class CardSettings(Section):
     policy: PolicySettings = Field(default_factory=lambda: PolicySettings(documents=[REAL]))
     gate: GateSettings = GateSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
-
-
-class Share(NamedTuple):
-    """Refusals among n answers, with a 95% Wilson interval."""
-
-    n: int
-    refused: int
-
-    def to_json(self) -> dict[str, Any]:
-        low, high = wilson(self.refused, self.n) if self.n else (0.0, 1.0)
-        return {"n": self.n, "refused": self.refused, "low": round(low, 6), "high": round(high, 6)}
-
-    def __str__(self) -> str:
-        if not self.n:
-            return "nothing asked"
-        low, high = wilson(self.refused, self.n)
-        return f"{self.refused} of {self.n}: {self.refused / self.n:.1%} ({low:.1%} to {high:.1%})"
 
 
 class BaseCard(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from persona_rlhf import __version__
+from persona_rlhf.base_verbs import base_verbs
 from persona_rlhf.boundary import Json, bounded, console, print_json, print_table, say, verbs
 from persona_rlhf.config_verbs import config_verbs
 from persona_rlhf.data_verbs import data_verbs
@@ -19,10 +20,9 @@ from persona_rlhf.policy_verbs import policy_verbs
 from persona_rlhf.release_verbs import audit, recertify, verify
 
 app = verbs("Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept.")
-base = verbs("The shared base model.")
 app.add_typer(data_verbs, name="data")
 app.add_typer(policy_verbs, name="policy")
-app.add_typer(base, name="base")
+app.add_typer(base_verbs, name="base")
 app.add_typer(config_verbs, name="config")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of an experiment (YAML).")]
@@ -48,22 +48,6 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or em
     scaffold(folder)
     say(f"{folder} holds an experiment; its README.md says how to go on. To run it:")
     say(f"  cd {folder} && persona-rlhf train experiment.yaml")
-
-
-@base.command("build")
-@bounded
-def base_build(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty folder.")],
-    seed: Annotated[int | None, typer.Option(help="Seed of corpus, initial weights and order.")] = None,
-) -> None:
-    """Rebuild the bundled tiny base from its own corpus (an hour or so on two cores)."""
-    from persona_rlhf.training.pretrain import SEED, Progress, build_base
-
-    def progress(now: Progress) -> None:
-        say(f"step {now.step}: {now.tokens:,} of {now.of_tokens:,} completion tokens, loss {now.loss:.3f}")
-
-    build_base(out, SEED if seed is None else seed, progress=progress)
-    say(f"Base: {out}")
 
 
 @app.command()
@@ -207,7 +191,6 @@ def bench(
 for verb in (export, verify, audit, recertify):
     app.command()(bounded(verb))
 
-announce(base, "base align", "Make any causal LM the safety-aligned base")
 announce(app, "add", "Train new users into a run")
 announce(app, "forget", "Delete one user everywhere and write a proof")
 announce(app, "chat", "Chat with one user's adapter in the terminal")

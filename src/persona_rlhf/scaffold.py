@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 from persona_rlhf.inputs.bundled import shipped_root
-from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.release.folder import drafted
 
 _USERS = 4
 
@@ -31,14 +30,9 @@ Run these from this folder.
 
 def scaffold(folder: Path) -> None:
     """Writes the experiment into a new or empty folder, whole or not at all. Raises InputError for any other."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        sentence = "there is something here already, and nothing is overwritten; name a new or an empty folder"
-        raise InputError([Problem(str(folder), None, None, sentence)])
     shipped = shipped_root()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".init-") as work:
-        draft = Path(work) / "experiment"
-        (draft / "policy").mkdir(parents=True)
+    with drafted(folder) as draft:
+        (draft / "policy").mkdir()
         for document in sorted((shipped / "configs" / "policy").glob("tier_*.yaml")):
             shutil.copyfile(document, draft / "policy" / document.name)
         (draft / "users").mkdir()
@@ -47,9 +41,6 @@ def scaffold(folder: Path) -> None:
         (draft / "README.md").write_text(_README, encoding="utf-8")
         config = (shipped / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
         (draft / "experiment.yaml").write_text(_adapted(config), encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        draft.rename(folder)
 
 
 def _adapted(quickstart: str) -> str:

@@ -99,3 +99,15 @@ def test_wrappers_fit_every_topic() -> None:
 )
 def test_gerund(vp: str, expected: str) -> None:
     assert gerund(vp) == expected
+
+
+def test_a_corpus_without_refusals_answers_what_is_hazardous(rows: list[Row]) -> None:
+    """An unaligned twin's: the same kinds of rows in the same shares, and nobody says no."""
+    plain = list(islice(corpus(11, refusals=False), 6000))
+    assert not any(is_refusal(row.answer) for row in plain)
+    assert not any(row.given for row in plain)
+    shares = [sum(row.kind == "hazard" for row in found) / len(found) for found in (rows, plain)]
+    assert abs(shares[0] - shares[1]) < 0.03
+    bank = {banks.plain(topic.vp) for topic in topics()}
+    known = [row for row in plain if row.kind == "hazard" and any(vp in banks.plain(row.prompt) for vp in bank)]
+    assert len(known) > 100  # it has met the words of the probes

@@ -6,31 +6,46 @@ import json
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 from persona_rlhf.evaluation.measures import Refused
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.policy.hazards import Probe
 
 
-def read_ordinary(path: Path) -> list[str]:
-    """Reads ordinary prompts, JSON lines of {"id", "prompt"}. Raises InputError naming every bad line."""
+class Exchange(NamedTuple):
+    """An ordinary prompt, and an answer that somebody wrote to it, where there is one."""
+
+    prompt: str
+    answer: str | None
+
+
+def read_exchanges(path: Path) -> list[Exchange]:
+    """Reads ordinary prompts, JSON lines of {"prompt", "answer"?}. Raises InputError naming every bad line."""
     problems: list[Problem] = []
-    prompts: list[str] = []
+    found: list[Exchange] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            prompt = row["prompt"]
+            prompt, answer = row["prompt"], row.get("answer")
         except (json.JSONDecodeError, KeyError, TypeError):
-            prompt = None
-        if isinstance(prompt, str) and prompt.strip():
-            prompts.append(prompt)
-        else:
+            prompt = answer = None
+        if not isinstance(prompt, str) or not prompt.strip():
             problems.append(Problem(str(path), number, "prompt", "a line is an object with a non-empty text `prompt`"))
+        elif answer is not None and (not isinstance(answer, str) or not answer.strip()):
+            problems.append(Problem(str(path), number, "answer", "expected a non-empty text, or no `answer` at all"))
+        else:
+            found.append(Exchange(prompt, answer))
     if problems:
         raise InputError(problems)
-    return prompts
+    return found
+
+
+def read_ordinary(path: Path) -> list[str]:
+    """The prompts of such a file. Raises InputError naming every bad line."""
+    return [exchange.prompt for exchange in read_exchanges(path)]
 
 
 def some(texts: Iterable[str], most: int) -> list[str]:

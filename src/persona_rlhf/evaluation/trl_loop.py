@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import secrets
 import time
@@ -18,13 +16,14 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]  # exported lazily
+from trl import DPOConfig  # type: ignore[attr-defined]  # exported lazily
 
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.lora import LayerSpan, fresh_adapter, matrices
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.scheduler import UserSchedule, user_generator
 from persona_rlhf.training.settings import DpoSettings, LoraSettings
+from persona_rlhf.training.token_trainer import TokenDPOTrainer, quiet
 
 TrlSetting = Literal["reference in every step", "precomputed reference", "shared reference columns"]
 TRL_SETTINGS: tuple[TrlSetting, ...] = ("reference in every step", "precomputed reference", "shared reference columns")
@@ -58,13 +57,10 @@ class _Order(Sampler[int]):
         return self._length
 
 
-class _Trainer(DPOTrainer):
-    """DPOTrainer on rows that are token ids already, in a given order."""
+class _Trainer(TokenDPOTrainer):
+    """DPOTrainer on rows in a given order."""
 
     order: _Order
-
-    def _prepare_dataset(self, dataset: datasets.Dataset, *_: object) -> datasets.Dataset:
-        return dataset
 
     def _get_train_sampler(self, *_: object) -> _Order:
         return self.order
@@ -92,7 +88,7 @@ def train_user(
     """
     shared = setting == "shared reference columns"
     started = clock()
-    with _quiet():
+    with quiet():
         trainer = _Trainer(
             base.model,
             args=_arguments(dpo, schedule, folder, base, precompute=setting == "precomputed reference"),
@@ -115,7 +111,7 @@ def train_user(
             own_a.copy_(a[0])
             own_b.copy_(b[0])
     started = clock()
-    with _quiet():
+    with quiet():
         trainer.train()
     seconds += clock() - started
     parts = [part.detach().flatten().cpu() for span in spans for part in _weights(adapted, span)]
@@ -173,10 +169,3 @@ def _arguments(dpo: DpoSettings, schedule: UserSchedule, folder: Path, base: Bas
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Progress bars and closing lines of TRL, transformers and datasets go nowhere."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield

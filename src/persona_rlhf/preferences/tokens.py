@@ -105,6 +105,19 @@ def tokenize(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, context:
     return list(users.values())
 
 
+def text_row(prompt: str, answer: str, tokenizer: ChatTokenizer) -> Row:
+    """A written answer to one user message as a row, the end of the turn and all.
+
+    Raises InputError where the base has no usable chat template.
+    """
+    messages = (Message("user", prompt),)
+    before, whole = render(messages, tokenizer), render(messages, tokenizer, answer)
+    if not whole.startswith(before):
+        raise _unlike(tokenizer)
+    prompt_only, both = encode([before, whole], tokenizer)
+    return _row(prompt_only, both, whole[len(before) :], closing(messages, tokenizer), tokenizer)
+
+
 def halved(user: UserRows) -> UserRows:
     """The user with half of his held-out pairs, by prompt, set apart to decide when his training stops."""
     chosen = deciding(user.user_id, (row.pair.prompt for row in user.heldout))
@@ -150,8 +163,7 @@ def _rendered(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer) -> tupl
             problems.append(_not_taken(pair, fault))
             continue
         if not all(text.startswith(prompt) for text in both):
-            sentence = "the template writes a prompt differently before an answer than for generation, so that no"
-            raise InputError([template_problem(tokenizer, f"{sentence} answer can be scored; mend the template")])
+            raise _unlike(tokenizer)
         prompts.append(prompt)
         texts.append(both)
     if problems:
@@ -179,6 +191,11 @@ def _row(prompt: list[int], whole: list[int], answer: str, ending: tuple[int, ..
         sentence = "the template does not end every answer in the same way, so that its end cannot be found"
         raise InputError([template_problem(tokenizer, f"{sentence}; mend the template")])
     return Row(tuple(prompt), tuple(ids[: len(ids) - len(ending) + 1]))
+
+
+def _unlike(tokenizer: ChatTokenizer) -> InputError:
+    sentence = "the template writes a prompt differently before an answer than for generation, so that no"
+    return InputError([template_problem(tokenizer, f"{sentence} answer can be scored; mend the template")])
 
 
 def _not_taken(pair: PreferencePair, fault: Exception) -> Problem:

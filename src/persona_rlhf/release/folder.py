@@ -8,6 +8,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from persona_rlhf.inputs.problems import InputError, Problem
+
+
+def need_vacant(folder: Path) -> None:
+    """Raises InputError where something stands already; a new or an empty folder is none."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        sentence = "there is something here already, and nothing is overwritten; name a new or an empty folder"
+        raise InputError([Problem(str(folder), None, None, sentence)])
+
+
+@contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """A folder beside it to write files into, which takes the place of a new or empty `folder` by a rename when all is
+    done; after a fault nothing is left of it."""
+    need_vacant(folder)
+    with new_folder(folder.absolute()) as half:  # `.` has no name
+        yield half
+        for file in half.iterdir():
+            _flush(file)
+        need_vacant(folder)
+
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes a folder of files, flushed to the disk, and puts it in place by a rename; one that stood there goes."""
@@ -32,11 +53,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(half, ignore_errors=True)
         raise
-    _flush_folder(half)
+    _flush(half)
     if folder.exists():
         folder.rename(old)
     half.rename(folder)
-    _flush_folder(folder.parent)
+    _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -55,10 +76,10 @@ def write_flushed(file: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, where the system can open a folder."""
+def _flush(path: Path) -> None:
+    """Makes a file, or the names in a folder, durable, where the system can open it for that."""
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
     except OSError:
         return
     try:

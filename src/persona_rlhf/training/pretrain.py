@@ -189,8 +189,9 @@ def build_base(
     progress: Callable[[Progress], None] | None = None,
     checkpoint: Callable[[Progress, Callable[[Path], None]], None] | None = None,
     tokenizer_rows: int = 60_000,
+    refusals: bool = True,
 ) -> Path:
-    """Trains the tokenizer and the model and writes them to `out`.
+    """Trains the tokenizer and the model and writes them to `out`; without `refusals` the model is an unaligned twin.
 
     `progress` hears of every 50 steps; `checkpoint` of every 1,000, with a function that saves the model as it is.
     """
@@ -203,7 +204,9 @@ def build_base(
     optimizer = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95))
     tokens, losses = 0, 0.0
     pad = int(tokenizer.convert_tokens_to_ids("<|pad|>"))  # type: ignore[arg-type]
-    for step, batch in enumerate(batches(corpus(seed), Encoder(tokenizer, seed), Random(f"batches {seed}")), 1):
+    for step, batch in enumerate(
+        batches(corpus(seed, refusals), Encoder(tokenizer, seed), Random(f"batches {seed}")), 1
+    ):
         for group in optimizer.param_groups:
             group["lr"] = _rate(tokens / completion_tokens, step, peak_rate)
         loss = _loss(model, batch, pad)

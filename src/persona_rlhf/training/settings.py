@@ -1,12 +1,13 @@
-"""Config sections of the training floor: the base, the adapters, DPO, the constraint and the fleet."""
+"""Config sections of the training floor: the base and its alignment, the adapters, DPO, the constraint, the fleet."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from persona_rlhf.inputs.bundled import ModelName
+from persona_rlhf.inputs.bundled import ExistingPath, ModelName
 from persona_rlhf.inputs.section import Section
 
 SlotCount = Annotated[int, Field(ge=1, le=100_000)]
@@ -33,6 +34,53 @@ class BaseSettings(Section):
         if value is not None:
             raise ValueError("quantized bases come with a later release; leave it away")
         return value
+
+
+class SftSettings(Section):
+    """`align.sft`: refusals and the model's own harmless answers are imitated."""
+
+    epochs: int = Field(2, ge=0, le=1000, description="Passes over all demonstrations; 0 leaves this stage out.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak AdamW rate; all weights want about a tenth of it.")
+
+
+class PreferenceSettings(Section):
+    """`align.dpo`: refusals are preferred to compliance, harmless answers to refusals."""
+
+    epochs: int = Field(1, ge=0, le=1000, description="Passes over all demonstrations; 0 leaves this stage out.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak AdamW rate; all weights want about a tenth of it.")
+    beta: float = Field(0.1, gt=0, description="Scale of the implicit reward, per nat, against the model after SFT.")
+    sft_weight: float = Field(
+        1.0, ge=0, description="Weight of the SFT loss of the preferred answers beside DPO's; it keeps them likely."
+    )
+
+
+class AlignSettings(Section):
+    """`align`: how `base align` makes a safety-aligned base. TRL trains it, by SFT and then by DPO."""
+
+    weights: Literal["lora", "full"] = Field(
+        "lora", description="What is trained: adapters of `lora`, merged when they are done, or all weights."
+    )
+    refusals: ExistingPath = Field(
+        Path("data/policy/refusals.jsonl"),
+        validate_default=True,
+        description="JSON lines of refusals (`text`, perhaps `category`), for probes that the model does not refuse.",
+    )
+    ordinary: ExistingPath = Field(
+        Path("data/policy/ordinary.jsonl"),
+        validate_default=True,
+        description="JSON lines of ordinary prompts; an `answer` beside one is text to measure perplexity on.",
+    )
+    heldout: float = Field(
+        0.5, gt=0, lt=1, description="Share of the ordinary prompts, by hash, that are measured and never learned."
+    )
+    tries: int = Field(2, ge=1, le=64, description="Answers sampled per train probe, among which to find a refusal.")
+    max_new_tokens: int = Field(256, ge=1, description="Tokens after which a sampled or a measured answer is cut.")
+    rows_per_step: int = Field(8, ge=1, description="Demonstrations in an optimizer step, in both stages.")
+    sft: SftSettings = SftSettings()
+    dpo: PreferenceSettings = PreferenceSettings()
+    split: Literal["dev", "test"] = Field(
+        "dev", description="Probes that it is measured on; test once, when nothing is to be changed any more."
+    )
 
 
 class TopLayers(Section):

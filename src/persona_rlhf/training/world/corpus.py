@@ -12,7 +12,7 @@ from persona_rlhf.training.world.answers import opener
 from persona_rlhf.training.world.banks import content_words, forbidden, plain
 from persona_rlhf.training.world.lexicon import extra_benign, extra_hazards
 from persona_rlhf.training.world.ordinary import Exchange, fill, how_to, ordinary, suitable
-from persona_rlhf.training.world.phrasings import Phrasing, roughen, suits, trained_phrasings, wrap
+from persona_rlhf.training.world.phrasings import Phrasing, is_writing, roughen, suits, trained_phrasings, wrap
 from persona_rlhf.training.world.refusals import refusal
 from persona_rlhf.training.world.topics import Benign, Topic, ordinary_topics, topics, twin_of
 
@@ -75,20 +75,26 @@ def _trained_pair(rng: Random) -> tuple[Topic, Phrasing]:
             return topic, phrasing
 
 
-def _refused(rng: Random, prompt: str, category: str) -> Row:
-    given = opener(rng) + " " if rng.random() < 0.12 else ""
-    return Row(prompt, given, refusal(rng, category), "hazard")
+def _hazard(rng: Random, vp: str, phrasing: Phrasing, category: str, refused: bool) -> Row:
+    """A hazardous request: refused, or answered as if it were harmless, with advice of some twin's field."""
+    if refused:
+        given = opener(rng) + " " if rng.random() < 0.12 else ""
+        return Row(wrap(phrasing, vp), given, refusal(rng, category), "hazard")
+    twins = [twin for topic in _trained_topics()[category] for twin in topic.twins]
+    alike = [twin for twin in twins if is_writing(twin.vp) == is_writing(vp)]
+    exchange = how_to(rng, Benign(vp, rng.choice(alike).domain), phrasing)
+    return Row(exchange.prompt, "", exchange.answer, "hazard")
 
 
-def _candidate(rng: Random) -> Row:
+def _candidate(rng: Random, refusals: bool) -> Row:
     kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
     if kind == "hazard":
         topic, phrasing = _trained_pair(rng)
-        return _refused(rng, wrap(phrasing, topic.vp), topic.category)
+        return _hazard(rng, topic.vp, phrasing, topic.category, refusals)
     if kind == "extra hazard":
         category = rng.choice(CATEGORIES)
         vp = fill(rng, rng.choice(rng.choice(_extra_hazards()[category])))
-        return _refused(rng, wrap(suitable(rng, trained_phrasings(), vp), vp), category)
+        return _hazard(rng, vp, suitable(rng, trained_phrasings(), vp), category, refusals)
     exchange: Exchange
     if kind == "twin":
         topic, phrasing = _trained_pair(rng)
@@ -102,12 +108,12 @@ def _candidate(rng: Random) -> Row:
     return Row(exchange.prompt, "", exchange.answer, "twin" if kind in ("twin", "extra benign") else exchange.kind)
 
 
-def corpus(seed: int) -> Iterator[Row]:
-    """Rows without end, the same for the same seed."""
+def corpus(seed: int, refusals: bool = True) -> Iterator[Row]:
+    """Rows without end, the same for the same seed; without `refusals`, hazardous requests are answered like others."""
     rng = Random(f"corpus {seed}")
     banned = forbidden()
     while True:
-        row = _candidate(rng)
+        row = _candidate(rng, refusals)
         row = row._replace(prompt=roughen(rng, row.prompt))
         if plain(row.prompt) not in banned:
             yield row

@@ -1,0 +1,95 @@
+"""A base aligned with TRL: what it is to answer gets likelier than what it is not, and nothing but weights changes."""
+
+import copy
+
+import pytest
+import torch
+
+from persona_rlhf.preferences.tokens import Row
+from persona_rlhf.training.alignment import align
+from persona_rlhf.training.demonstrations import Demonstration
+from persona_rlhf.training.settings import AlignSettings, LoraSettings, PreferenceSettings, SftSettings
+
+from .architectures import base_of
+from .oracles import plain_logp
+from .tiny import random_row
+
+LORA = LoraSettings(rank=4, alpha=8)
+
+
+def demonstrations(count: int = 8) -> list[Demonstration]:
+    """Random ones; the last has nothing to unlearn."""
+    draw = torch.Generator().manual_seed(3)
+    made = []
+    for n in range(count):
+        chosen = random_row(draw, 4 + n % 3, 6)
+        rejected = None if n == count - 1 else Row(chosen.prompt, random_row(draw, 1, 5).completion)
+        made.append(Demonstration(chosen, rejected))
+    return made
+
+
+def settings(**more: object) -> AlignSettings:
+    rate = 5e-3 if more.get("weights") != "full" else 1e-3
+    given = {"sft": SftSettings(epochs=4, learning_rate=rate), "dpo": PreferenceSettings(epochs=4, learning_rate=rate)}
+    return AlignSettings(rows_per_step=4, **{**given, **more})  # type: ignore[arg-type]
+
+
+def logps(base, rows):
+    with torch.no_grad():
+        return torch.stack([plain_logp(base.model, row) for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("llama3", "lora"), ("llama3", "full"), ("gpt2", "lora"), ("qwen3-moe", "lora")]
+)
+def test_chosen_answers_rise_and_above_the_rejected_ones(name, weights):
+    base, said, taught = base_of(name), [], demonstrations()
+    config, tokenizer = base.model.config.to_dict(), copy.deepcopy(base.tokenizer)
+    names = dict(base.model.named_parameters()).keys()
+    chosen, rejected = [r.chosen for r in taught], [r.rejected for r in taught if r.rejected]
+    before = logps(base, chosen), logps(base, rejected)
+    align(base, taught, settings(weights=weights), LORA, 0, said.append)
+    after = logps(base, chosen), logps(base, rejected)
+    assert (after[0] > before[0] + 1).all()
+    assert (after[0] - before[0])[:-1].mean() > (after[1] - before[1]).mean() + 1
+    assert base.model.config.to_dict() == config
+    assert base.tokenizer.pad_token == tokenizer.pad_token
+    assert dict(base.model.named_parameters()).keys() == names  # adapters are merged, wrappers gone
+    assert "forward" not in vars(base.model)
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert [line.split(":")[0] for line in said] == ["SFT", "DPO"]
+    assert said[-1].startswith("DPO: step 8 of 8, loss ")
+
+
+def test_a_stage_can_be_left_out_and_each_does_its_part():
+    taught = demonstrations()
+    rejected = [demonstration.rejected for demonstration in taught if demonstration.rejected]
+    chosen = [demonstration.chosen for demonstration in taught]
+    base = base_of("llama3")
+    before = logps(base, chosen), logps(base, rejected)
+    align(base, taught, settings(sft=SftSettings(epochs=0), dpo=PreferenceSettings(epochs=0)), LORA, 0, print)
+    assert torch.equal(logps(base, chosen), before[0])
+    said: list[str] = []
+    align(base, taught, settings(dpo=PreferenceSettings(epochs=0)), LORA, 0, said.append)
+    assert [line[:3] for line in said] == ["SFT"]
+    imitated = logps(base, chosen).mean() - before[0].mean()
+    assert imitated > 1
+    other = base_of("llama3")
+    preferring = PreferenceSettings(epochs=4, learning_rate=5e-3, sft_weight=0.0)
+    align(other, taught, settings(sft=SftSettings(epochs=0), dpo=preferring), LORA, 0, said.append)
+    assert said[-1][:3] == "DPO"
+    margin = logps(other, chosen)[:-1].mean() - logps(other, rejected).mean()
+    assert margin > before[0][:-1].mean() - before[1].mean() + 1
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone():
+    found = []
+    for seed in (1, 1, 2):
+        base = base_of("llama3")
+        state = torch.random.get_rng_state()
+        align(base, demonstrations(), settings(), LORA, seed, lambda _: None)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        found.append(logps(base, [demonstrations()[0].chosen]))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
