@@ -1,0 +1,65 @@
+"""What the policy asks of a conversation: its words at the beginning, and a look at the answer before it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from persona_rlhf.apps.writing import Declined, Piece, Usage, Wish, Writer
+from persona_rlhf.preferences.messages import Message, Prompt
+
+INSTEAD = "I cannot give an answer to that here."
+"""What is said where neither the user's adapter nor the base gives an answer that passes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """The policy of one run, in the two places where it meets a conversation.
+
+    `system_prompt` gives the words for a user (his id), None where it has none for him. `post_check` takes the user's last
+    message and an answer, and says what is wrong with the answer: nothing where it passes. None: no rule looks at
+    answers, and then they are streamed as they are written.
+    """
+
+    system_prompt: Callable[[str], str | None] | None = None
+    post_check: Callable[[str, str], list[str]] | None = None
+
+    def opened(self, user_id: str, messages: Prompt) -> Prompt:
+        """The messages with the policy's words before all others."""
+        words = None if self.system_prompt is None else self.system_prompt(user_id)
+        if words is None:
+            return messages
+        if messages[0].role == "system":
+            return (Message("system", f"{words}\n\n{messages[0].content}"), *messages[1:])
+        return (Message("system", words), *messages)
+
+    def answer(self, writer: Writer, user_id: str, model: str | None, messages: Prompt, wish: Wish) -> Iterator[Piece]:
+        """The answer of a user's adapter, where it passes; else the base's; else a fixed sentence.
+
+        An answer that must be looked at is given whole. Raises Declined at once where the request cannot be taken.
+        """
+        opened = self.opened(user_id, messages)
+        pieces = writer.write(model, opened, wish)
+        return pieces if self.post_check is None else self._looked_at(pieces, writer, opened, wish)
+
+    def _looked_at(self, pieces: Iterator[Piece], writer: Writer, messages: Prompt, wish: Wish) -> Iterator[Piece]:
+        assert self.post_check is not None
+        asked, used = messages[-1].content, Usage(0, 0)
+        for attempt in (lambda: pieces, lambda: writer.write(None, messages, wish)):
+            whole = together(attempt())
+            usage = whole.usage or Usage(0, 0)
+            used = Usage(usage.prompt, used.completion + usage.completion)
+            if not self.post_check(asked, whole.text):
+                yield whole._replace(usage=used)
+                return
+        yield Piece(INSTEAD, "content_filter", used)
+
+
+def together(pieces: Iterator[Piece]) -> Piece:
+    """An answer in one piece. Raises Declined where it has no end."""
+    texts = []
+    for piece in pieces:
+        texts.append(piece.text)
+        if piece.finish is not None:
+            return piece._replace(text="".join(texts))
+    raise Declined(502, "The engine ended without an end of its answer.", "engine_failed")
