@@ -1,4 +1,4 @@
-"""The HTTP server in OpenAI's form. It knows tokens, limits and the policy; answers come from whatever writer it is given.
+"""The HTTP server in OpenAI's form. It knows tokens, limits and the policy; a writer that it is given answers.
 
 Needs the extra `serve`: nothing else imports FastAPI or uvicorn.
 """

@@ -16,9 +16,9 @@ INSTEAD = "I cannot give an answer to that here."
 class Guard:
     """The policy of one run, in the two places where it meets a conversation.
 
-    `system_prompt` gives the words for a user (his id), None where it has none for him. `post_check` takes the user's last
-    message and an answer, and says what is wrong with the answer: nothing where it passes. None: no rule looks at
-    answers, and then they are streamed as they are written.
+    `system_prompt` gives the words for a user (his id), None where it has none for him. `post_check` takes the
+    user's last message and an answer, and says what is wrong with the answer: nothing where it passes. None: no rule
+    looks at answers, and then they are streamed as they are written.
     """
 
     system_prompt: Callable[[str], str | None] | None = None
@@ -45,8 +45,8 @@ class Guard:
     def _looked_at(self, pieces: Iterator[Piece], writer: Writer, messages: Prompt, wish: Wish) -> Iterator[Piece]:
         assert self.post_check is not None
         asked, used = messages[-1].content, Usage(0, 0)
-        for attempt in (lambda: pieces, lambda: writer.write(None, messages, wish)):
-            whole = together(attempt())
+        for attempt in ("the adapter", "the base"):
+            whole = together(pieces if attempt == "the adapter" else writer.write(None, messages, wish))
             usage = whole.usage or Usage(0, 0)
             used = Usage(usage.prompt, used.completion + usage.completion)
             if not self.post_check(asked, whole.text):

@@ -67,8 +67,8 @@ def _before(folder: Path) -> set[str]:
 def _script(command: Sequence[str]) -> str:
     lines = [
         "#!/bin/sh",
-        "# Serves the adapters of this folder. Whoever reaches this port reaches every user's adapter: let only the gateway",
-        "# (`persona-rlhf serve RUN --engine vllm --upstream URL`) reach it, and give both the same VLLM_API_KEY.",
+        "# Serves the adapters of this folder. Whoever reaches this port reaches every user's adapter: let only",
+        "# `persona-rlhf serve RUN --engine vllm --upstream URL` reach it, and give both the same VLLM_API_KEY.",
         'cd "$(dirname "$0")" || exit 1',
         f'exec {shlex.join(command)} "$@"',
     ]

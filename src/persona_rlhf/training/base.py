@@ -116,7 +116,7 @@ def _device() -> torch.device:
 
 
 def weights_hash(model: str) -> str:
-    """The hash of a base's weights, a folder or a hub id, which are not loaded. Raises InputError where there are none."""
+    """The hash of a base's weights, a folder or a hub id, without loading them. Raises InputError where it has none."""
     weights = sorted(_folder(model, ["*.safetensors"]).glob("*.safetensors"))
     if not weights:
         raise _no_weights(model)
