@@ -45,8 +45,8 @@ class Guard:
     def _looked_at(self, pieces: Iterator[Piece], writer: Writer, messages: Prompt, wish: Wish) -> Iterator[Piece]:
         assert self.post_check is not None
         asked, used = messages[-1].content, Usage(0, 0)
-        for attempt in ("the adapter", "the base"):
-            whole = together(pieces if attempt == "the adapter" else writer.write(None, messages, wish))
+        for attempt in (pieces, None):
+            whole = together(writer.write(None, messages, wish) if attempt is None else attempt)
             usage = whole.usage or Usage(0, 0)
             used = Usage(usage.prompt, used.completion + usage.completion)
             if not self.post_check(asked, whole.text):

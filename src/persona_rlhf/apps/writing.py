@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from persona_rlhf.preferences.messages import Prompt
 
@@ -38,6 +38,7 @@ class Piece(NamedTuple):
     usage: Usage | None = None
 
 
+@runtime_checkable  # for beartype in the tests
 class Writer(Protocol):
     """Whatever writes answers with the adapters of a run."""
 
