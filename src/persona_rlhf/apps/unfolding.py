@@ -44,11 +44,11 @@ class Unfolding:
             self._cut(known)
 
     def _cut(self, known: int) -> None:
-        """Ends the text before the first stop string that ends after `known` characters."""
-        found = [self._text.find(stop, max(0, known - len(stop) + 1)) for stop in self._stop]
-        places = [place for place in found if place >= 0]
-        if places:
-            self._text, self.stopped = self._text[: min(places)], True
+        """Ends the text before the stop string that is complete first, of those that end after `known` characters."""
+        found = [(self._text.find(stop, max(0, known - len(stop) + 1)), len(stop)) for stop in self._stop]
+        ends = [(start + length, start) for start, length in found if start >= 0]
+        if ends:
+            self._text, self.stopped = self._text[: min(ends)[1]], True
 
     def _begun(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""
