@@ -14,8 +14,19 @@ def test_a_token_opens_its_own_user_and_no_other(tmp_path):
     assert {slug: known.holder(token) for slug, token in made.items()} == {"ann": "ann", "bob": "bob"}
     prefix, key, secret = made["ann"].split("_", 2)
     other = made["bob"].split("_", 2)
-    for wrong in ("", "_", "__", "ann", made["ann"][:-1], made["ann"] + "x", f"{prefix}_{key}_{other[2]}",
-                  f"{prefix}_{other[1]}_{secret}", f"x_{key}_{secret}", f"{prefix}__{secret}", "\udcff_\udcff_\udcff"):
+    for wrong in (
+        "",
+        "_",
+        "__",
+        "ann",
+        made["ann"][:-1],
+        made["ann"] + "x",
+        f"{prefix}_{key}_{other[2]}",
+        f"{prefix}_{other[1]}_{secret}",
+        f"x_{key}_{secret}",
+        f"{prefix}__{secret}",
+        "\udcff_\udcff_\udcff",
+    ):
         assert known.holder(wrong) is None
 
 
