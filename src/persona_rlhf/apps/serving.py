@@ -102,7 +102,8 @@ def _answers(upstream: Upstream) -> bool:
     connection = connect(upstream.place, 5.0)
     try:
         connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+        with connection.getresponse() as response:
+            return response.status == 200
     except (OSError, HTTPException):
         return False
     finally:

@@ -39,6 +39,7 @@ class Upstream(NamedTuple):
             connection.close()
             raise Declined(502, "The engine behind this server cannot be reached.", "engine_unreachable") from None
         if response.status != 200:
+            response.close()
             connection.close()
             if response.status == 400:
                 raise Declined(400, "The engine did not take this request; is it too long?", "invalid_value")
@@ -86,7 +87,7 @@ def _pieces(connection: http.client.HTTPConnection, response: http.client.HTTPRe
     """The events of an answer as pieces; the last one waits for the count of tokens that comes after it."""
     finish: Finish | None = None
     usage = None
-    with closing(connection):
+    with closing(connection), response:
         try:
             for event in _events(response):
                 if (counted := event.get("usage")) is not None:
