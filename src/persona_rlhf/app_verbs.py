@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
@@ -64,10 +64,8 @@ def serve(
 
     known, config = read_tokens(tokens), read_config(run / "config.yaml")
     base, lora = config.base, config.lora
-    door = gateway.listening(host, port)
     if host not in ("127.0.0.1", "::1", "localhost"):
         say(f"Warning: {host} can be reached from other machines, and this is plain HTTP: put TLS before it.")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     source: AbstractContextManager[serving.Served | None]
     if engine == "builtin":
         source = serving.built_in(run, base, lora, int(memory * _GIB), say)
@@ -75,11 +73,12 @@ def serve(
         admitted = Admitted(run, weights_hash(base.model), lora, say, known.slugs)
         behind = port + 1 if 0 < port < 65535 else _VLLM_PORT
         source = serving.behind_vllm(admitted, base.model, lora.rank, given[0], behind, say)
-    with source as served:
+    with gateway.listening(host, port) as door, _ended_by_sigterm(), source as served:
         if served is None:
             return
         limits = Limits(tokens=max_tokens, rate=rate, concurrent=concurrent)
         app = gateway.Gateway(served.writer, served.admitted, known, say, limits=limits).app()
+        door.listen()
         say(f"Serving {run} at http://{host}:{door.getsockname()[1]}/v1; SIGTERM finishes what runs.")
         gateway.run_until_stopped(app, door)
 
@@ -112,6 +111,16 @@ def chat(
         screen = Screen(console(people=False))
         say(f"Chat with the adapter of {user}. {COMMANDS}")
         Chat(run, result, served.writer, Guard(), screen, say, max_tokens, compare is not None).run(_lines())
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the program as it would end by itself, and with it whatever it started."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _lines() -> Iterator[str]:

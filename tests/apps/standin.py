@@ -56,9 +56,11 @@ def stand_in() -> Iterator[ThreadingHTTPServer]:
         server.asked, server.fault = [], None
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 if __name__ == "__main__":  # as the command `vllm`

@@ -164,16 +164,24 @@ async def _no_such_place(request: Request, fault: Exception) -> Response:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens (port 0: any free one). Raises InputError where it cannot be had."""
+    """A socket at this place (port 0: any free one), not open yet. Raises InputError where it cannot be had."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    except OSError as fault:
+        raise _not_listening(host, port, fault) from fault
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
         found.bind(address)
     except OSError as fault:
-        sentence = f"cannot listen on {host}:{port} ({fault.strerror}); name another --host or --port"
-        raise InputError([Problem("serve", None, "--port", sentence)]) from fault
+        found.close()
+        raise _not_listening(host, port, fault) from fault
     return found
+
+
+def _not_listening(host: str, port: int, fault: OSError) -> InputError:
+    sentence = f"cannot listen on {host}:{port} ({fault.strerror}); name another --host or --port"
+    return InputError([Problem("serve", None, "--port", sentence)])
 
 
 def run_until_stopped(app: FastAPI, place: socket.socket) -> None:
