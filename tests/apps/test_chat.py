@@ -105,7 +105,7 @@ def test_what_cannot_be_done_is_said_and_the_chat_goes_on(talk, tmp_path):
 
 
 def test_the_policy_looks_at_answers_here_too(talk):
-    guard = Guard(lambda user_id: "Be kind.", lambda prompt, answer: [] if answer.startswith("base") else ["rule"])
+    guard = Guard(lambda user_id: "Be kind.", None, lambda prompt, answer: ["rule"] * answer.startswith("own"))
     asked, shown, _ = talk("hello", guard=guard)
     assert shown == "Ada> base answer 2\n"
     assert asked[0][1][0] == Message("system", "Be kind.")

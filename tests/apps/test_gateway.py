@@ -259,7 +259,7 @@ def test_other_places_hold_nothing(ask):
 
 
 def test_the_policys_words_stand_first(ask, echo):
-    guard = Guard(system_prompt=lambda user_id: f"Be kind to {user_id}." if user_id == "Ada" else None)
+    guard = Guard(system_prompt=lambda user_id: f"Be kind to {user_id}." if user_id == "Ada" else "")
     ask(ADA, guard=guard)
     ask(ADA2, guard=guard)
     mine = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
@@ -270,6 +270,14 @@ def test_the_policys_words_stand_first(ask, echo):
         [("user", "hi")],
         [("system", "Be kind to Ada.\n\nBe brief."), ("user", "hi")],
     ]
+
+
+def test_a_redirected_request_does_not_reach_the_model(ask, echo):
+    guard = Guard(redirect=lambda prompt: "Ask your doctor." if prompt == "pills?" else None)
+    [choice] = ask(guard=guard, messages=[{"role": "user", "content": "pills?"}]).json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Ask your doctor.", "content_filter")
+    assert echo.asked == []
+    assert ask(guard=guard).json()["choices"][0]["message"]["content"] == f"{ADA} says hi"
 
 
 @pytest.mark.parametrize("stream", [False, True])

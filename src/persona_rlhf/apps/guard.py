@@ -14,30 +14,36 @@ INSTEAD = "I cannot give an answer to that here."
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """The policy of one run, in the two places where it meets a conversation.
+    """The policy of one run, in the three places where it meets a conversation.
 
-    `system_prompt` gives the words for a user (his id), None where it has none for him. `post_check` takes the
-    user's last message and an answer, and says what is wrong with the answer: nothing where it passes. None: no rule
-    looks at answers, and then they are streamed as they are written.
+    `system_prompt` gives the words for a user (his id), nothing where it has none for him. `redirect` takes the user's
+    last message, and gives what is answered instead of the model; None where the model is asked. `post_check` takes
+    that message and an answer, and says which rules the answer breaks: none where it passes. Without a `post_check`
+    answers are streamed as they are written.
     """
 
-    system_prompt: Callable[[str], str | None] | None = None
+    system_prompt: Callable[[str], str] | None = None
+    redirect: Callable[[str], str | None] | None = None
     post_check: Callable[[str, str], list[str]] | None = None
 
     def opened(self, user_id: str, messages: Prompt) -> Prompt:
         """The messages with the policy's words before all others."""
-        words = None if self.system_prompt is None else self.system_prompt(user_id)
-        if words is None:
+        words = "" if self.system_prompt is None else self.system_prompt(user_id)
+        if not words:
             return messages
         if messages[0].role == "system":
             return (Message("system", f"{words}\n\n{messages[0].content}"), *messages[1:])
         return (Message("system", words), *messages)
 
     def answer(self, writer: Writer, user_id: str, model: str | None, messages: Prompt, wish: Wish) -> Iterator[Piece]:
-        """The answer of a user's adapter, where it passes; else the base's; else a fixed sentence.
+        """The answer of a user's adapter, where it passes; else the base's, greedy; else a fixed sentence.
 
-        An answer that must be looked at is given whole. Raises Declined at once where the request cannot be taken.
+        An answer that must be looked at is given whole. What the model did not write ends as `content_filter`. Raises
+        Declined at once where the request cannot be taken.
         """
+        instead = None if self.redirect is None else self.redirect(messages[-1].content)
+        if instead is not None:
+            return iter([Piece(instead, "content_filter", Usage(0, 0))])
         opened = self.opened(user_id, messages)
         pieces = writer.write(model, opened, wish)
         return pieces if self.post_check is None else self._looked_at(pieces, writer, opened, wish)
@@ -46,7 +52,7 @@ class Guard:
         assert self.post_check is not None
         asked, used = messages[-1].content, Usage(0, 0)
         for attempt in (pieces, None):
-            whole = together(writer.write(None, messages, wish) if attempt is None else attempt)
+            whole = together(attempt or writer.write(None, messages, wish._replace(temperature=0.0)))
             usage = whole.usage or Usage(0, 0)
             used = Usage(usage.prompt, used.completion + usage.completion)
             if not self.post_check(asked, whole.text):
