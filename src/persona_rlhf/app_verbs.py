@@ -58,12 +58,13 @@ def serve(
     gateway = _gateway()
     from persona_rlhf.apps import serving
     from persona_rlhf.apps.admitted import Admitted
+    from persona_rlhf.apps.guard import Guard, policy_of
     from persona_rlhf.apps.limits import Limits
     from persona_rlhf.config import read_config
     from persona_rlhf.training.base import weights_hash
 
     known, config = read_tokens(tokens), read_config(run / "config.yaml")
-    base, lora = config.base, config.lora
+    base, lora, guard = config.base, config.lora, Guard.of(policy_of(run, config.policy.documents))
     if host not in ("127.0.0.1", "::1", "localhost"):
         say(f"Warning: {host} can be reached from other machines, and this is plain HTTP: put TLS before it.")
     source: AbstractContextManager[serving.Served | None]
@@ -77,7 +78,7 @@ def serve(
         if served is None:
             return
         limits = Limits(tokens=max_tokens, rate=rate, concurrent=concurrent)
-        app = gateway.Gateway(served.writer, served.admitted, known, say, limits=limits).app()
+        app = gateway.Gateway(served.writer, served.admitted, known, say, guard, limits).app()
         door.listen()
         say(f"Serving {run} at http://{host}:{door.getsockname()[1]}/v1; SIGTERM finishes what runs.")
         gateway.run_until_stopped(app, door)
@@ -98,19 +99,20 @@ def chat(
 
     result = find_user(run, user)
     from persona_rlhf.apps.chat import COMMANDS, Chat
-    from persona_rlhf.apps.guard import Guard
+    from persona_rlhf.apps.guard import Guard, policy_of
     from persona_rlhf.apps.screen import Screen
     from persona_rlhf.apps.serving import built_in
     from persona_rlhf.config import read_config
 
     config = read_config(run / "config.yaml")
+    guard = Guard.of(policy_of(run, config.policy.documents))
     with built_in(run, config.base, config.lora, _GIB, say) as served:
         if reasons := served.admitted.reasons(result.slug):
             say(f"Nobody chats with this adapter: {'; '.join(reasons)}")
             raise typer.Exit(HELD_BACK)
         screen = Screen(console(people=False))
         say(f"Chat with the adapter of {user}. {COMMANDS}")
-        Chat(run, result, served.writer, Guard(), screen, say, max_tokens, compare is not None).run(_lines())
+        Chat(run, result, served.writer, guard, screen, say, max_tokens, compare is not None).run(_lines())
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import pytest
 
 from persona_rlhf.apps.admitted import Admitted
+from persona_rlhf.inputs.bundled import find
+from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.training.base import Base, load_base
 from persona_rlhf.training.fleet import AdaptedModel
@@ -59,11 +61,13 @@ def served_run(run: Run, base_folder) -> Run:  # noqa: F811
     config = {
         "name": "tiny",
         "base": {"model": str(base_folder)},
-        "policy": {"documents": ["configs/policy/tier_one.yaml"]},
+        "policy": {"documents": [find("configs/policy/tier_one.yaml")]},
         "users": {"path": "data/users"},
         "lora": LORA.model_dump(mode="json"),
     }
-    (run.path / "config.yaml").write_text(json.dumps(config))
+    (run.path / "config.yaml").write_text(json.dumps(config, default=str))
+    policy = Policy.read(config["policy"]["documents"])
+    (run.path / "policy.json").write_text(json.dumps(policy.to_json()))
     return run
 
 

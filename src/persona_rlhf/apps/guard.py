@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from persona_rlhf.apps.writing import Declined, Piece, Usage, Wish, Writer
+from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.policy.instructions import Redirects, post_check, system_prompt
+from persona_rlhf.policy.requirements import checkable
+from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.messages import Message, Prompt
 
 INSTEAD = "I cannot give an answer to that here."
@@ -25,6 +32,16 @@ class Guard:
     system_prompt: Callable[[str], str] | None = None
     redirect: Callable[[str], str | None] | None = None
     post_check: Callable[[str, str], list[str]] | None = None
+
+    @staticmethod
+    def of(policy: Policy) -> Guard:
+        """What a policy's rules ask of serving."""
+
+        def broken(prompt: str, answer: str) -> list[str]:
+            return [rule.id for rule in post_check(policy, prompt, answer)]
+
+        look = broken if any(map(checkable, policy.requirements)) else None
+        return Guard(partial(system_prompt, policy), Redirects(policy).answer, look)
 
     def opened(self, user_id: str, messages: Prompt) -> Prompt:
         """The messages with the policy's words before all others."""
@@ -59,6 +76,19 @@ class Guard:
                 yield whole._replace(usage=used)
                 return
         yield Piece(INSTEAD, "content_filter", used)
+
+
+def policy_of(run: Path, documents: Sequence[Path | str]) -> Policy:
+    """The policy of a run, from its documents. Raises InputError where they are not as they were when it was judged."""
+    policy = Policy.read(documents)
+    try:
+        judged_by = json.loads((run / "policy.json").read_bytes())["hash"]
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        raise InputError([Problem(str(run / "policy.json"), None, None, f"cannot be read ({fault})")]) from fault
+    if policy.hash != judged_by:
+        sentence = "the policy documents changed since this run was judged; judge it again, or put them back"
+        raise InputError([Problem(str(run / "policy.json"), None, "policy.documents", sentence)])
+    return policy
 
 
 def together(pieces: Iterator[Piece]) -> Piece:
