@@ -8,9 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from rich.console import Console
-from torch import Tensor
 
 from persona_rlhf.config import Config, read_config
 from persona_rlhf.evaluation.measures import Measures
@@ -35,7 +33,7 @@ from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.anchors import policy_bank
 from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.bank_file import bank_from_json, bank_to_json, kept_bank
-from persona_rlhf.training.engine import Engine, TrainedUser
+from persona_rlhf.training.engine import Engine, Start, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.provider import provider_start
 from persona_rlhf.training.reference import Reference, shared_reference
@@ -115,14 +113,14 @@ def shared_bank(ready: Prepared, folder: RunFolder) -> ConstraintBank | None:
     return constraint_bank(ready.config, ready.policy, ready.adapted)
 
 
-def shared_start(ready: Prepared, bank: ConstraintBank | None, folder: RunFolder) -> Float[Tensor, " params"] | None:
-    """What every adapter of the run begins with, where there are requirements to teach: from the folder, else now."""
+def shared_start(ready: Prepared, bank: ConstraintBank | None, folder: RunFolder) -> Start | None:
+    """What every user of the run begins with, where there are requirements to teach: from the folder, else made now."""
     if folder.start.exists():
-        return checkpoint.load(folder.start, ready.adapted.base.device)[0]["start"]
+        return Start(**checkpoint.load(folder.start, ready.adapted.base.device)[0])
     config = ready.config
     start = provider_start(ready.adapted, bank, config.dpo, config.constraint, config.seed)
     if start is not None:
-        checkpoint.save(folder.start, {"start": start}, {})
+        checkpoint.save(folder.start, start._asdict(), {})
     return start
 
 
@@ -165,7 +163,7 @@ def train_chunk(
     chunk: Chunk,
     bank: ConstraintBank | None,
     known: Reference,
-    start: Float[Tensor, " params"] | None,
+    start: Start | None,
     progress: Progress,
 ) -> Reference:
     """Trains, judges and writes some users; a cohort is on disk before the next is judged. Returns their reference."""
