@@ -121,9 +121,7 @@ def test_all_problems_are_printed_and_counted(run, experiment):
     [
         ["add", "runs/x", "--users", "u.jsonl"],
         ["forget", "runs/x", "--user", "u"],
-        ["chat", "runs/x", "--help"],
         ["collect", "runs/x"],
-        ["serve", "runs/x", "--port", "3"],
         ["base", "align", "m", "out"],
         ["export", "runs/x", "--user", "u", "--hub", "me/mine"],
     ],
