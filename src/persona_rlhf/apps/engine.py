@@ -83,7 +83,7 @@ class Engine:
             batch.append(job)
         return batch
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _write(self, batch: Sequence[_Job]) -> None:
         base, device = self._adapted.base, self._adapted.base.device
         zero = torch.zeros(self._adapted.params_per_user)  # the base is the adapter that adds nothing

@@ -9,11 +9,12 @@ import asyncio
 import hmac
 import socket
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
 
 import uvicorn
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -30,6 +31,7 @@ from persona_rlhf.apps.writing import Declined, Writer
 from persona_rlhf.inputs.problems import InputError, Problem
 
 _BODY_SECONDS = 30
+_SPARE_THREADS = 8
 _FINISH_SECONDS = 120  # what runs at the end may take so long to be read
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -56,12 +58,18 @@ class Gateway:
 
     def app(self) -> FastAPI:
         """The server, to be run by uvicorn."""
-        app = FastAPI(title="persona-rlhf", openapi_url=None, docs_url=None, redoc_url=None)
+        app = FastAPI(title="persona-rlhf", openapi_url=None, docs_url=None, redoc_url=None, lifespan=self._threads)
         app.add_api_route("/health", self._health, methods=["GET"])
         app.add_api_route("/v1/models", self._answered(self._models), methods=["GET"])
         app.add_api_route("/v1/chat/completions", self._answered(self._completions), methods=["POST"])
         app.add_exception_handler(HTTPException, _no_such_place)
         return app
+
+    @asynccontextmanager
+    async def _threads(self, _: FastAPI) -> AsyncIterator[None]:
+        """A thread for every answer that is waited for, and some for what is quickly done."""
+        current_default_thread_limiter().total_tokens = self._limits.concurrent + _SPARE_THREADS
+        yield
 
     async def _health(self) -> dict[str, str]:
         return {"status": "ok"}
