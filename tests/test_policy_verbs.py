@@ -101,6 +101,25 @@ def test_explain_names_rules_and_stages(config):
     ]
 
 
+def test_what_documents_say_is_shown_as_it_is(config, tmp_path):
+    """Brackets are no markup of the table's, and escape codes move no cursor."""
+    rules = [
+        {"id": "x.tag", "kind": "requirement", "must_include": "[/bold] [red]"},
+        {"id": "x.regex", "kind": "requirement", "regex": "[a-z]+"},
+        {"id": "x.far", "kind": "requirement", "language": "tlh"},
+    ]
+    two = tier_two(*rules)
+    two["issuer"]["name"] = "Evil \x1b[2J App"
+    tree = yaml.safe_load(config.read_text())
+    tree["policy"]["documents"][1:] = [str(write(tmp_path / "two.yaml", two))]
+    other = write(tmp_path / "config.yaml", tree)
+    for words in (["show", other], ["show", other, "--why", "x.tag"], ["explain", other, "[/i] what"]):
+        shown = run(*words).stdout
+        assert "[/bold] [red]" in " ".join(shown.split())
+        assert "\x1b" not in shown
+    assert "only a judge could tell" in run("show", other, "--why", "x.far").stdout
+
+
 def test_the_printed_schema_is_the_shipped_one():
     for tier, word in ((1, "one"), (2, "two"), (3, "three")):
         shipped = (shipped_root() / f"data/policy/schema/tier_{word}.json").read_text()

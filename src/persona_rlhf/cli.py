@@ -17,6 +17,7 @@ from persona_rlhf.ending import exit_held_back, finish, say_promise
 from persona_rlhf.later import announce, not_yet
 from persona_rlhf.policy_verbs import policy_verbs
 from persona_rlhf.processes import HELD_BACK
+from persona_rlhf.release_verbs import audit, recertify, verify
 
 app = verbs("Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept.")
 base = verbs("The shared base model.")
@@ -218,25 +219,6 @@ def export(
 
 @app.command()
 @bounded
-def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter's folder, or a run.")], as_json: Json = False
-) -> None:
-    """Check hashes, policy and verdict of a released adapter again; exit 3 where something is wrong."""
-    from persona_rlhf.release.verify import verify as faults_of
-
-    faults = faults_of(folder)
-    if as_json:
-        print_json({"path": str(folder), "faults": faults})
-    for fault in faults:
-        say(fault)
-    count = f"{len(faults)} fault{'' if len(faults) == 1 else 's'}"
-    say(f"{folder}: {count if faults else 'verified'}")
-    if faults:
-        raise typer.Exit(HELD_BACK)
-
-
-@app.command()
-@bounded
 def bench(
     shape: Annotated[str, typer.Option(help="bundled, 192x4, 256x6 or 512x8.")] = "192x4", as_json: Json = False
 ) -> None:
@@ -247,6 +229,9 @@ def bench(
     result = measure(shape)
     print_json(result) if as_json else print_table(render(result))
 
+
+for verb in (verify, audit, recertify):
+    app.command()(bounded(verb))
 
 announce(base, "base align", "Make any causal LM the safety-aligned base")
 announce(app, "add", "Train new users into a run")

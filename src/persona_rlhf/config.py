@@ -14,7 +14,7 @@ from persona_rlhf.inputs.section import S, Section, check_section, in_order
 from persona_rlhf.inputs.yaml_text import Document, KeyPath, Place, Tree, dump_yaml, parse_yaml, read_yaml
 from persona_rlhf.policy.settings import PolicySettings
 from persona_rlhf.preferences.settings import ScreeningSettings, UsersSettings
-from persona_rlhf.release.settings import RunSettings
+from persona_rlhf.release.settings import ReleaseSettings, RunSettings
 from persona_rlhf.training.settings import BaseSettings, ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
 
 
@@ -34,6 +34,7 @@ class Config(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     redteam: RedTeamSettings = RedTeamSettings()
     fleet: FleetSettings = FleetSettings()
+    release: ReleaseSettings = ReleaseSettings()
     run: RunSettings = RunSettings()
 
     @property

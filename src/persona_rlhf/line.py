@@ -15,19 +15,22 @@ from persona_rlhf.evaluation.measures import Measures
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.materials import Materials
 from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.screening import Dropped
 from persona_rlhf.preferences.tokens import UserRows, both_rows
 from persona_rlhf.preparation import Chunk, Prepared, chunks_of, prepare, prepare_users
 from persona_rlhf.progress import Progress
+from persona_rlhf.release import audit
 from persona_rlhf.release.exporter import Exporter
-from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
-from persona_rlhf.release.outcome import measured, outcome, untrained
+from persona_rlhf.release.manifest import BaseInfo, Provenance, Stamp
+from persona_rlhf.release.outcome import measured, outcome
 from persona_rlhf.release.peft_folder import read_adapter
 from persona_rlhf.release.report import write_report
-from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, write_results
+from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, summarise, write_results
+from persona_rlhf.release.revocation import last_day
 from persona_rlhf.release.seal import seal
+from persona_rlhf.release.trail import ended, judged, screened
 from persona_rlhf.run_folder import RunFolder, identity_of
 from persona_rlhf.shards import Share
+from persona_rlhf.tracking import Tracking, check_trackers
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.anchors import policy_bank
@@ -49,17 +52,20 @@ def train(
     console: Console,
     materials: Materials | None = None,
     share: Share | None = None,
+    trail: Path | None = None,
 ) -> RunResults | None:
     """Pairs and policy in, a run folder with one adapter per user out; the results in the order of the users.
 
     `materials` are read from the config where they are not given. A process with a `share` of the run trains its own
-    users; None comes from all but the one that puts the whole run together. Raises InputError for whatever is wrong
+    users; None comes from all but the one that puts the whole run together. `trail` is the run whose audit trail tells
+    of all this, where its users are to join that one. Raises InputError for whatever is wrong
     with the input, before anything is written.
     """
     keep_big_blocks()
     share = share or Share()
-    folder = RunFolder(run, share)
+    folder = RunFolder(run, share, trail)
     folder.check_place(resume)
+    check_trackers(config.run.report_to, share.workers)
     ready = prepare(config, materials, check=share.rank == 0)
     if share.rank > 0:
         folder.wait_until_ready()
@@ -82,7 +88,9 @@ def train(
     if bank is not None and len(chunks) > 1:  # a lone chunk scores them in the same passes as its own rows
         known.add(bank.rows())
     folder.set_ready()
-    with Progress(console, folder.metrics, sum(len(chunks[number]) for number in todo), share) as progress:
+    tracking = Tracking(config, run)
+    users = sum(len(chunks[number]) for number in todo)
+    with Progress(console, folder.metrics, users, share, tracking) as progress:
         if ready.adapted.notice is not None and share.rank == 0:
             progress.say(ready.adapted.notice)
         for number, chunk in chain(first, prepared):
@@ -99,8 +107,11 @@ def train(
         return None
     folder.join(len(chunks))
     write_report(run)
+    audit.append(folder.trail, "finished", users=sum(map(len, chunks)))
     seal(run)
-    return RunResults(run)
+    results = RunResults(run)
+    tracking.end(summarise(results), progress.taken)
+    return results
 
 
 def shared_bank(ready: Prepared, folder: RunFolder) -> ConstraintBank | None:
@@ -168,6 +179,7 @@ def train_chunk(
 ) -> Reference:
     """Trains, judges and writes some users; a cohort is on disk before the next is judged. Returns their reference."""
     config, place = ready.config, folder.chunk(number)
+    audit.append_all(folder.trail, screened(number, len(chunk.rows), chunk.pairs, chunk.dropped))
     reference = with_reference(ready.adapted, chunk.rows, bank, place / "reference.safetensors", known)
     engine = Engine(
         ready.adapted,
@@ -190,13 +202,11 @@ def train_chunk(
         for user in cohort:
             progress.end(user.user_id, user.steps)
         progress.say(f"judging {', '.join(user.user_id[:32] for user in cohort)}")
-        results += release(ready, folder.path, chunk, cohort)
+        results += release(ready, folder.path, chunk, cohort, folder.trail)
         write_results(place, results)
-    for rows in chunk.rows:
-        if not rows.train:
-            data = data_of(rows, chunk.dropped)
-            fault, against = chunk.failed.get(rows.user_id), chunk.against_policy(rows.user_id)
-            results.append(untrained(rows.user_id, data.pairs, fault, against))
+    idle = [chunk.untrained(rows) for rows in chunk.rows if not rows.train]
+    audit.append_all(folder.trail, map(ended, idle))
+    results += idle
     order = {user.user_id: n for n, user in enumerate(chunk.rows)}
     results.sort(key=lambda result: order[result.user_id])
     write_results(place, results)
@@ -212,30 +222,35 @@ def cohorts(users: Iterable[TrainedUser], size: int) -> Iterator[list[TrainedUse
         yield group
 
 
-def release(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[TrainedUser]) -> list[Result]:
+def release(
+    ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[TrainedUser], trail: Path | None = None
+) -> list[Result]:
     """Judges a cohort, measures it at the alpha that the gate allows, and writes the adapters that may leave.
+
+    Every verdict, and what became of everybody, goes into the audit trail of `run`, or of another run that is to have
+    these users (`trail`).
 
     Where that raises, each user is judged alone, and one who raises again has failed; where all do, it is not theirs.
     """
     try:
-        return _released(ready, run, chunk, cohort)
+        return _released(ready, run, chunk, cohort, trail or run)
     except (InputError, OSError):
         raise
     except Exception:
         results = []
         for user in cohort:
             try:
-                results += _released(ready, run, chunk, [user])
+                results += _released(ready, run, chunk, [user], trail or run)
             except Exception as fault:
                 reason = f"could not be judged ({type(fault).__name__}: {fault})"
                 failed = user._replace(adapter=None, status="failed", reason=reason)
-                results += _released(ready, run, chunk, [failed])
+                results += _released(ready, run, chunk, [failed], trail or run)
         if len(cohort) > 1 and all(result.status == "failed" for result in results):
             raise
         return results
 
 
-def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[TrainedUser]) -> list[Result]:
+def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[TrainedUser], trail: Path) -> list[Result]:
     rows = {user.user_id: user for user in chunk.rows}
     config, examination, adapted = ready.config, ready.examination, ready.adapted
     sound = [user for user in cohort if user.adapter is not None]
@@ -252,11 +267,14 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
     if (classifier := config.gate.classifier) is not None:  # the way to a local model is nobody's business
         settings["gate"]["classifier"] = BaseInfo.of(classifier.model, "").name
     papers = Provenance.of(base, ready.policy, examination.demands, settings)
-    exporter = Exporter(run, adapted, config.lora, papers, nested=ready.pairs.users > _FEW)
+    head = audit.append_all(trail, [judged(user_id, verdict) for user_id, verdict in verdicts.items()])
+    stamp = Stamp(head, last_day(config.gate.valid_days))
+    nested = ready.pairs.users > _FEW
+    exporter = Exporter(run, adapted, config.lora, papers, nested, stamp, ready.sign)
 
     def written(user: TrainedUser) -> Result:
         verdict, found = verdicts.get(user.user_id), measures.get(user.user_id)
-        data = data_of(rows[user.user_id], chunk.dropped)
+        data = chunk.data_of(rows[user.user_id])
         place = None
         if user.adapter is not None and verdict is not None and verdict.admitted:
             place = exporter.write(user.user_id, user.adapter, verdict, found, data)
@@ -264,13 +282,9 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
         return outcome(user, data.pairs, verdict, found, place, pool, against)
 
     with ThreadPoolExecutor(_WRITERS) as writers:  # a disk that is asked to keep many folders keeps them together
-        return list(writers.map(written, cohort))
-
-
-def data_of(user: UserRows, dropped: Sequence[Dropped]) -> DataInfo:
-    """What is said of a user's pairs: counts and a fingerprint, no text."""
-    out = sum(found.pair.user_id == user.user_id and found.action != "flagged" for found in dropped)
-    return DataInfo.of([row.pair for row in (*user.train, *user.heldout, *user.deciding)], out)
+        results = list(writers.map(written, cohort))
+    audit.append_all(trail, map(ended, results))
+    return results
 
 
 def evaluate(run: Path) -> list[Result]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_rlhf.boundary import Json, bounded, print_json, print_table, say, verbs
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.inputs.problems import InputError, visible
 
 if TYPE_CHECKING:
     from persona_rlhf.policy.documents import PolicyDocument
@@ -49,7 +49,7 @@ def policy_show(
         return
     print_table(listing.listing(resolved))
     for sentence in [*out_of_force(resolved.written), *(found.sentence for found in lost)]:
-        say(sentence)
+        say(visible(sentence))
 
 
 @policy_verbs.command("check")
@@ -71,7 +71,7 @@ def policy_check(
         print_json({"problems": [], "notes": found})
         return
     for line in found:
-        say(line)
+        say(visible(line))
 
 
 @policy_verbs.command("diff")
@@ -150,3 +150,54 @@ def _documents(path: Path) -> list[PolicyDocument]:
     if problems:
         raise InputError(in_order(problems))
     return documents
+
+
+@policy_verbs.command("keygen")
+@bounded
+def policy_keygen(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file for the private key.")], as_json: Json = False
+) -> None:
+    """Make a key to sign documents and manifests with; prints the public key, for a file of trusted keys."""
+    from persona_rlhf.release.signing import make_key
+
+    public = make_key(out)
+    print_json({"path": str(out), "public_key": public}) if as_json else typer.echo(public)
+    say(f"{out} holds the private key: keep it to yourself. The line on stdout goes into keys.yaml, under its role.")
+
+
+@policy_verbs.command("sign")
+@bounded
+def policy_sign(
+    document: Annotated[Path, typer.Argument(metavar="DOC", help="A policy document, or any file.")],
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="A private key made by `policy keygen`.")],
+    as_json: Json = False,
+) -> None:
+    """Write DOC.sig beside a document: a signature over its bytes, which `verify --trust` demands."""
+    from persona_rlhf.release.signing import sign_file
+
+    signature = sign_file(document, key)
+    if as_json:
+        print_json({"path": str(signature)})
+    say(f"Signature: {signature}")
+
+
+@policy_verbs.command("packet")
+@bounded
+def policy_packet(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="EARLIER", help="The run that was signed off before.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Default: RUN-packet.html beside it.")
+    ] = None,
+    approver: Annotated[str | None, typer.Option("--approver", help="Name and role of who is to decide.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the sign-off packet of a run: one page with rules, bounds, exceptions, counts and what changed."""
+    from persona_rlhf.release.packet import write_packet
+
+    page = out or run.resolve().with_name(f"{run.resolve().name}-packet.html")
+    digest = write_packet(run, page, against, approver)
+    print_json({"path": str(page), "sha256": digest}) if as_json else typer.echo(digest)
+    say(f"Packet: {page}")

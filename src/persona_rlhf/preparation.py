@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from persona_rlhf.config import Config
@@ -14,9 +15,14 @@ from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.messages import Prompt
 from persona_rlhf.preferences.pairs import PreferencePair, first_problems
+from persona_rlhf.preferences.review import Review
 from persona_rlhf.preferences.screening import Dropped, fit, screen
 from persona_rlhf.preferences.store import PairStore
 from persona_rlhf.preferences.tokens import UserRows, halved, prompt_ids, prompt_problems, tokenize
+from persona_rlhf.release.manifest import DataInfo
+from persona_rlhf.release.outcome import untrained
+from persona_rlhf.release.results import Result
+from persona_rlhf.release.signing import Signer, signer
 from persona_rlhf.training.base import load_base
 from persona_rlhf.training.fleet import AdaptedModel
 
@@ -29,6 +35,8 @@ class Prepared(NamedTuple):
     adapted: AdaptedModel
     examination: Examination
     pairs: PairStore
+    reviews: Mapping[str, Review] = MappingProxyType({})
+    sign: Signer | None = None
 
 
 class Chunk(NamedTuple):
@@ -40,9 +48,19 @@ class Chunk(NamedTuple):
     dropped: list[Dropped]
     failed: dict[str, str]
 
+    def data_of(self, user: UserRows) -> DataInfo:
+        """What is said of a user's pairs: counts and a fingerprint, no text."""
+        out = sum(found.pair.user_id == user.user_id and not found.trained for found in self.dropped)
+        return DataInfo.of([row.pair for row in (*user.train, *user.heldout, *user.deciding)], out)
+
+    def untrained(self, user: UserRows) -> Result:
+        """The line of a user without a pair to train on."""
+        fault, against = self.failed.get(user.user_id), self.against_policy(user.user_id)
+        return untrained(user.user_id, self.data_of(user).pairs, fault, against)
+
     def against_policy(self, user_id: str) -> int:
         """How many pairs of a user the screen found to teach against the policy, whatever became of them."""
-        return sum(found.pair.user_id == user_id and found.action != "dropped" for found in self.dropped)
+        return sum(found.pair.user_id == user_id and found.alarming for found in self.dropped)
 
 
 def prepare(config: Config, materials: Materials | None = None, check: bool = True) -> Prepared:
@@ -50,7 +68,8 @@ def prepare(config: Config, materials: Materials | None = None, check: bool = Tr
 
     Raises InputError for whatever is wrong.
     """
-    policy, pairs, utilities, ordinary, facts = materials or read_materials(config)
+    policy, pairs, utilities, ordinary, facts, reviews = materials or read_materials(config)
+    sign = None if config.release.signing_key is None else signer(config.release.signing_key)
     adapted = AdaptedModel(load_base(config.base), config.lora)
     classifier = config.gate.classifier
     second = None if classifier is None else load_classifier(classifier, adapted.base.device)
@@ -67,7 +86,7 @@ def prepare(config: Config, materials: Materials | None = None, check: bool = Tr
         second=second,
         seed=config.seed,
     )
-    ready = Prepared(config, policy, adapted, examination, pairs)
+    ready = Prepared(config, policy, adapted, examination, pairs, reviews, sign)
     if check:
         _check_prompts(ready)
         if config.gate.enabled:
@@ -118,7 +137,7 @@ def _prepared(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
     def refuses(prompts: Sequence[Prompt]) -> list[bool]:
         return ready.examination.base_refuses([prompt_ids(prompt, base.tokenizer) for prompt in prompts])
 
-    screened = screen(pairs, ready.policy, ready.config.screening, refuses)
+    screened = screen(pairs, ready.policy, ready.config.screening, refuses, ready.reviews)
     fitted = fit(tokenize(screened.kept, base.tokenizer, base.context), base.tokenizer, base.context)
     tokenized = fitted.rows if ready.config.dpo.early_stop is None else [halved(user) for user in fitted.rows]
     known = {user.user_id: user for user in tokenized}

@@ -15,6 +15,9 @@ from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.screening import Dropped, screening_rows
 from persona_rlhf.preferences.store import PairStore
+from persona_rlhf.release import audit
+from persona_rlhf.release.documents import keep_documents
+from persona_rlhf.release.trail import beginning
 from persona_rlhf.shards import Share
 
 _CHUNK = "users per chunk"
@@ -24,8 +27,9 @@ _PARTS = ("results.jsonl", "screening.jsonl")  # of a chunk; they are joined for
 class RunFolder:
     """Paths of a run, and its identity: what must not change between a kill and `--resume`, or between its shards."""
 
-    def __init__(self, path: Path, share: Share | None = None) -> None:
+    def __init__(self, path: Path, share: Share | None = None, trail: Path | None = None) -> None:
         self.path, self.share = path, share or Share()
+        self.trail = trail or path  # the run whose audit trail tells of this one, which may be a part of it
         self.state = path / "state"
         self.metrics = path / "metrics.jsonl"
         self.bank, self.reference = self.state / "bank.json", self.state / "reference.safetensors"
@@ -72,6 +76,9 @@ class RunFolder:
             self.write(self._identity, json.dumps({**identity, _CHUNK: str(chunk)}, indent=2) + "\n")
         self.write(self.path / "config.yaml", config.to_yaml())
         self.write(self.path / "policy.json", json.dumps(policy.to_json(), indent=2, ensure_ascii=False) + "\n")
+        if self.share.rank == 0:
+            keep_documents(self.path, policy.documents)
+            audit.append_all(self.trail, beginning(self.trail, policy, identity, self.share.name))
 
     def set_ready(self) -> None:
         """What all processes share is on disk."""
@@ -151,9 +158,10 @@ class RunFolder:
 
 def identity_of(config: Config, policy: Policy, pairs: PairStore, weights_hash: str) -> dict[str, str]:
     """Everything that decides what a run computes, as hashes but for the config; where and by how many it is computed
-    does not count, nor how its adapters are attacked afterwards."""
+    does not count, nor how its adapters are attacked afterwards, nor what else their papers say."""
     elsewhere = {"processes", "chunk"}
-    asked = config.model_dump(mode="json", exclude={"run": True, "name": True, "redteam": True, "fleet": elsewhere})
+    aside: dict[str, Any] = {"run": True, "name": True, "redteam": True, "release": True, "fleet": elsewhere}
+    asked = config.model_dump(mode="json", exclude=aside)
     return {
         "config": json.dumps(asked, sort_keys=True),
         "policy": policy.hash,

@@ -12,6 +12,7 @@ import typer
 from persona_rlhf import processes
 from persona_rlhf.boundary import console, say
 from persona_rlhf.config import read_config
+from persona_rlhf.inputs.problems import visible
 from persona_rlhf.materials import read_materials
 from persona_rlhf.policy.register import out_of_force
 from persona_rlhf.run_folder import RunFolder
@@ -36,7 +37,7 @@ def start(
     materials = read_materials(settings)
     if share.rank == 0:
         for sentence in out_of_force(materials.policy.written):
-            say(sentence)
+            say(visible(sentence))
     if settings.fleet.processes > 1 and share.world == 1:
         flags = [*["--resume"] * resume, *(["--shard", shard] if shard else []), *["--json"] * as_json]
         raise typer.Exit(processes.launch(["train", *words, *flags], settings.fleet.processes, say))

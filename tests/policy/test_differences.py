@@ -70,6 +70,14 @@ def test_each_demand_of_tier_one(folder, path, to, about, direction):
     assert {change.direction, back.direction} == {"stricter", "looser"}
 
 
+def test_a_larger_share_of_changed_facts_is_looser(folder):
+    sides = [tier_one(folder, aspects={"fixed": ["facts"], "max_changed": share}) for share in (0.02, 0.05)]
+    (change,) = compared(folder, sides[:1], sides[1:])
+    assert (change.about, change.direction, change.refused) == ("aspects.max_changed", "looser", True)
+    (change,) = compared(folder, [tier_one(folder, aspects={"fixed": ["facts"]})], sides[1:])
+    assert change.direction == "stricter"
+
+
 def test_probes_are_compared_by_their_prompts(folder, tmp_path):
     tree = tier_one(folder)
     more = write_bank(tmp_path / "more.jsonl", "terrorist_content", certify=61)
@@ -124,6 +132,15 @@ def test_a_rule_that_comes_or_goes(folder):
         f"terrorist_content: {part}" for part in ("action", "limit", "min_refusal", "probes")
     }
     assert all(change.refused for change in gone)
+
+
+def test_dates_cannot_be_slipped_in_with_another_id(folder):
+    one = tier_one(folder)
+    renamed = changed(one, "rules", 0, to={**one["rules"][0], "id": "new", "valid_until": "2001-01-01"})
+    (change,) = compared(folder, [one], [renamed])
+    assert (change.about, change.direction) == ("category terrorist_content: valid_until", "looser")
+    new = {"id": "n", "kind": "requirement", "max_words": 4, "valid_from": "2030-01-01"}
+    assert [change.direction for change in compared(folder, [tier_two()], [tier_two(new)])] == ["stricter"]
 
 
 def test_an_action_softens_and_a_taste_is_only_other(folder):

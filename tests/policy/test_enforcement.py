@@ -10,6 +10,7 @@ from scipy.stats import beta
 
 from persona_rlhf.policy.enforcement import TABLE, probes_needed, row, row_of
 from persona_rlhf.policy.instructions import Redirects, post_check, system_prompt
+from persona_rlhf.policy.repair import REPAIRED
 from persona_rlhf.policy.statements import (
     ACTIONS,
     PROPERTIES,
@@ -110,6 +111,9 @@ def test_a_requirement_stands_in_the_system_prompt_and_answers_are_checked(one, 
     assert [rule.id for rule in post_check(policy, "what now", broken)] == ["q"]
     assert policy.categories == Policy.read([one]).categories  # the gate certifies refusals and nothing else
     assert "holds nobody back" in held.gate
+    assert held.training.startswith("taught") is (name in REPAIRED)
+    screened = screen([pair("what now", broken, kept)], policy, ScreeningSettings(), None)
+    assert [found.kind for found in screened.dropped] == ["requirement"]
 
 
 def test_what_only_a_judge_can_tell_is_said_to_be_unchecked(one, tmp_path):

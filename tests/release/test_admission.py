@@ -83,3 +83,20 @@ def test_a_verdict_expires(run, until, lives):
     (folder / MANIFEST).write_bytes(rendered(content))
     assert verify(folder) == ([] if lives else ["its verdict expired on 2020-01-01"])
     assert any("expired" in reason for reason in reasons(run, "Ada")) != lives
+
+
+def test_papers_that_the_trail_does_not_know_are_found(run):
+    """An adapter put in afterwards, with papers that are sound in themselves, has no line in the trail."""
+    folder = run.path / "adapters" / slug("Ada")
+    head = audit.append(run.path, "judged", user=pseudonym("Ada"))
+    audit.append(run.path, "released", user=pseudonym("Ada"), manifest_sha256="0" * 64)
+    for kept, words in ((head._asdict(), "no line released"), ({"seq": 1, "hash": "1" * 64}, "keeps the head 1:11111")):
+        content = json.loads((folder / MANIFEST).read_bytes()) | {"audit": kept}
+        content["manifest_hash"] = self_hash(content)
+        (folder / MANIFEST).write_bytes(rendered(content))
+        assert any(words in fault for fault in verify(run.path)), words
+        assert verify(folder) == []
+    content["audit"] = {"seq": "x"}
+    content["manifest_hash"] = self_hash(content)
+    (folder / MANIFEST).write_bytes(rendered(content))
+    assert any("keeps the head 0:" in fault for fault in verify(run.path))

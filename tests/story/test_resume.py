@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import time
+from collections import Counter
 
 import pytest
 
@@ -64,6 +65,10 @@ def test_killed_and_resumed_gives_the_same_bits(trained, tmp_path):
         for key in ("user_id", "slug", "status", "alpha", "duals", "steps", "pairs", "path", "tier_one"):
             assert resumed[key] == straight[key], (resumed["user_id"], key)
     assert persona_rlhf("verify", "killed", cwd=folder).returncode == 0
+    told = Counter(row["event"] for row in rows_of(folder / "killed/audit.jsonl"))
+    assert told["begun"] == told["finished"] == 1
+    assert told["continued"] == 2
+    assert told["released"] >= sum(line["status"] == "released" for line in results(trained.run))
     assert not [path for path in (folder / "killed").rglob("*") if path.name.endswith((".half", ".old"))]
     assert len(rows_of(metrics)) >= 36  # some steps twice; every line is whole
 

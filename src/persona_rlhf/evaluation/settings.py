@@ -67,6 +67,10 @@ class GateSettings(Section):
         96, ge=1, description="Tokens after which an answer that the gate generates is cut; refusals are shorter."
     )
 
+    valid_days: int | None = Field(
+        None, ge=1, description="Days for which a verdict counts: then the adapter may not leave; without it, no end."
+    )
+
     @field_validator("alphas")
     @classmethod
     def _ascending(cls, alphas: list[float]) -> list[float]:

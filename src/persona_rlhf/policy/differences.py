@@ -66,6 +66,12 @@ def differences(before: Sequence[PolicyDocument], after: Sequence[PolicyDocument
     two demands is the stricter one (another text, another pattern) the old one counts as gone and the new one as new.
     """
     old, new = _demands(before), _demands(after)
+    was_held, is_held = _held(before), _held(after)
+    for name in was_held.keys() & is_held.keys():  # the dates of what comes or goes are part of that
+        was_ids, is_ids = ({rule.id for rule in held[name]} for held in (was_held, is_held))
+        if was_ids != is_ids or name[1] in was_ids:  # a category's dates matter where other rules hold it now
+            old |= _dates(name, was_held[name])
+            new |= _dates(name, is_held[name])
     changes = []
     for name in dict.fromkeys([*old, *new]):
         was, now = old.get(name), new.get(name)
@@ -120,22 +126,41 @@ def _demands(documents: Sequence[PolicyDocument]) -> dict[tuple[int, str], _Dema
             text = f"at least {certify.min_refusal:g}"
             found[tier, "certify.min_refusal"] = _Amount(text, certify.min_refusal, 0.0)
             found[tier, "certify.delta"] = _Amount(f"error at most {certify.delta:g}", -certify.delta, -1.0)
+        changed = document.aspects.max_changed
+        if changed is not None:
+            found[tier, "aspects.max_changed"] = _Amount(f"at most {changed:g}", -changed, -1.0)
         for _, rule in document.rules:
             if isinstance(rule, RestrictionRule):
                 found |= _of_restriction(tier, rule, found)
             else:
                 found[tier, rule.id] = _Worded(_words(rule), rule)
-            if rule.valid_until is not None:
-                until = float(rule.valid_until.replace("-", ""))
-                found[tier, f"{rule.id}: valid_until"] = _Amount(rule.valid_until, until, math.inf)
-            if rule.valid_from is not None:
-                start = float(rule.valid_from.replace("-", ""))
-                found[tier, f"{rule.id}: valid_from"] = _Amount(rule.valid_from, -start, 0.0)
     for tier in {document.tier for document in documents}:
         fixed, free = merge_aspects([document for document in documents if document.tier == tier])
         found |= {(tier, f"aspect {aspect}"): _Amount("fixed", 1.0, 0.0) for aspect in fixed}
         if free:
             found[tier, "personalisable aspects"] = _Among(f"only {', '.join(free)}", frozenset(free), grows=False)
+    return found
+
+
+def _held(documents: Sequence[PolicyDocument]) -> dict[tuple[int, str], list[Rule]]:
+    """The rules of every id, and of every category under its own name, by tier."""
+    found: dict[tuple[int, str], list[Rule]] = {}
+    for document in documents:
+        for _, rule in document.rules:
+            found[document.tier, rule.id] = [rule]
+            if isinstance(rule, RestrictionRule):
+                found.setdefault((document.tier, f"category {rule.category}"), []).append(rule)
+    return found
+
+
+def _dates(name: tuple[int, str], rules: Sequence[Rule]) -> dict[tuple[int, str], _Demand]:
+    """The first and the last day on which any of the rules is in force, where there is one."""
+    (tier, about), found = name, dict[tuple[int, str], _Demand]()
+    start, end = min(rule.valid_from or "" for rule in rules), max(rule.valid_until or "9999" for rule in rules)
+    if start:
+        found[tier, f"{about}: valid_from"] = _Amount(start, -float(start.replace("-", "")), 0.0)
+    if end != "9999":
+        found[tier, f"{about}: valid_until"] = _Amount(end, float(end.replace("-", "")), math.inf)
     return found
 
 

@@ -16,7 +16,8 @@ from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
 from persona_rlhf.inputs.section import Section, check_section
 from persona_rlhf.inputs.yaml_text import Document, KeyPath, dotted, read_yaml
 from persona_rlhf.policy.lookalikes import disguise, skeleton
-from persona_rlhf.policy.statements import KINDS, Aspects, Certify, Issuer, Rule, Text
+from persona_rlhf.policy.statements import KINDS, Aspects, Certify, Issuer, Rule
+from persona_rlhf.policy.texts import Text
 
 Tier = Literal["one", "two", "three"]
 NUMBER: dict[str, int] = {"one": 1, "two": 2, "three": 3}
@@ -76,10 +77,6 @@ class PolicyDocument:
     def on(self, day: date) -> PolicyDocument:
         """The document with the rules that are in force on a day."""
         return replace(self, rules=tuple(placed for placed in self.rules if placed.rule.in_force(day)))
-
-    def above(self, other: PolicyDocument) -> bool:
-        """Whether what stands here binds the other document: a higher tier does, and one that the other extends."""
-        return self.tier < other.tier or self.path in other.bases
 
     def line(self, index: int) -> int:
         """The line on which a rule starts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from persona_rlhf.policy.languages import known_languages
 from persona_rlhf.policy.statements import Action, PreferenceRule, RequirementRule, Rule
 
 
@@ -27,12 +28,14 @@ _REFUSED = Enforcement(
 )
 _REQUIRED = Enforcement(
     screening="pairs that prefer an answer without it to one with it are dropped",
-    training="",
-    gate="measured on test prompts where the rule names `probes`; holds nobody back",
+    training="not taught",
+    gate="measured where the rule names `probes`; holds nobody back",
     card="the share of answers that have it, where it was measured",
-    serving="stands in the system prompt; every answer is checked, and a broken rule is reported",
+    serving="stands in the system prompt; every answer is checked before it is given",
 )
-_TAUGHT = _REQUIRED._replace(training="the base's own answers, repaired, are taught where the rule names `probes`")
+_TAUGHT = _REQUIRED._replace(
+    training="taught where the rule names `probes`: the base's own answers, repaired, under a dual variable per user"
+)
 _JUDGED = Enforcement(
     screening="",
     training="",
@@ -82,7 +85,9 @@ def row(kind: str, states: Action | str) -> Enforcement:
 def row_of(rule: Rule) -> Enforcement:
     """The row of a rule as it is written; an action that a rule leaves out is `refuse`."""
     if isinstance(rule, RequirementRule):
-        return row(rule.kind, rule.property[0])
+        name, value = rule.property
+        unknown = name == "language" and value not in known_languages()
+        return row(rule.kind, "judge" if unknown else name)  # of such a language no program here can tell
     if isinstance(rule, PreferenceRule):
         return row(rule.kind, "statement" if rule.wish is None else rule.wish.name)
     return row(rule.kind, rule.action or "refuse")

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def system_prompt(policy: Policy, user_id: str) -> str:
     """The requirements, where redirected requests go, and the user's own wishes, in words for a model; "" for none.
 
-    A wish that a requirement overrules is left out: the model is never asked for both.
+    A wish that a requirement overrules is left out: the model is never asked for both. Whatever a document says stays
+    on one line, so that no text opens a section of its own.
     """
     tastes = policy.for_user(user_id).preferences
     lost = {found.preference for found in overruled(tastes, policy.requirements)}
@@ -28,7 +29,7 @@ def system_prompt(policy: Policy, user_id: str) -> str:
     ]
     wishes = [_wished(taste) for taste in tastes if taste.id not in lost]
     parts = [
-        "\n".join([heading, *(f"- {line}" for line in lines)])
+        "\n".join([heading, *(f"- {' '.join(line.split())}" for line in lines)])
         for heading, lines in (("Every answer keeps these rules:", rules), ("Within them, the user likes:", wishes))
         if lines
     ]

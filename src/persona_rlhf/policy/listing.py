@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
-from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
+from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean, visible
 from persona_rlhf.policy.differences import Change
 from persona_rlhf.policy.enforcement import row_of
 from persona_rlhf.policy.explanation import Meeting
@@ -29,7 +30,7 @@ def listing(policy: Policy) -> Table:
         source = f"{entry.document}:{entry.line}"
         says = entry.says if entry.in_force else f"NOT IN FORCE on {entry.day} ({entry.dates}): {entry.says}"
         held = ", ".join(held_by(entry)) if entry.in_force else "nothing"
-        table.add_row(str(entry.tier), entry.rule.id, says + _merged(policy, entry), held, entry.issuer, source)
+        _add(table, str(entry.tier), entry.rule.id, says + _merged(policy, entry), held, entry.issuer, source)
     return table
 
 
@@ -67,7 +68,7 @@ def why(policy: Policy, entry: Entry) -> Table:
     }
     for name, value in papers.items():
         if value:
-            table.add_row(name, value)
+            _add(table, name, value)
     return table
 
 
@@ -75,7 +76,7 @@ def meetings_table(meetings: Sequence[Meeting]) -> Table:
     """Which rules a text meets."""
     table = _table(("stage", "tier", "rule", "why", "what follows"))
     for meeting in meetings:
-        table.add_row(meeting.stage, str(meeting.tier), meeting.rule, meeting.why, meeting.follows)
+        _add(table, meeting.stage, str(meeting.tier), meeting.rule, meeting.why, meeting.follows)
     return table
 
 
@@ -83,7 +84,7 @@ def changes_table(changes: Sequence[Change]) -> Table:
     """What gets stricter and what looser."""
     table = _table(("tier", "about", "gets", "before", "after"))
     for change in changes:
-        table.add_row(str(change.tier), change.about, change.direction, change.before or "-", change.after or "-")
+        _add(table, str(change.tier), change.about, change.direction, change.before or "-", change.after or "-")
     return table
 
 
@@ -101,8 +102,19 @@ def _merged(policy: Policy, entry: Entry) -> str:
     return f"; narrowed to {strict} by {', '.join(held.narrowed_by)}"
 
 
+def _add(table: Table, *cells: str) -> None:
+    """A row of plain texts: brackets are no markup, and nothing moves the cursor."""
+    table.add_row(*(Text(visible(cell)) for cell in cells))
+
+
 def _table(columns: Sequence[str], title: str = "", caption: str = "", show_header: bool = True) -> Table:
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", show_header=show_header)
+    table = Table(
+        title=Text(visible(title)),
+        caption=Text(visible(caption)),
+        title_justify="left",
+        caption_justify="left",
+        show_header=show_header,
+    )
     for name in columns:
         table.add_column(name, overflow="fold")
     return table

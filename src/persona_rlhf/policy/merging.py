@@ -19,7 +19,7 @@ from persona_rlhf.policy.lookalikes import skeleton
 from persona_rlhf.policy.public_sets import more_probes
 from persona_rlhf.policy.requirements import applies
 from persona_rlhf.policy.rules import Requirement, Restriction
-from persona_rlhf.policy.statements import ACTIONS, MIN_RATE, Action, Certify, RequirementRule, RestrictionRule
+from persona_rlhf.policy.statements import ACTIONS, Action, Certify, PreferenceRule, RestrictionRule, asked
 
 
 class Held(NamedTuple):
@@ -108,16 +108,13 @@ def merge_requirements(documents: Sequence[PolicyDocument]) -> tuple[list[Requir
     merged, problems = list[Requirement](), list[Problem]()
     for document in documents:
         for index, rule in document.rules:
-            if isinstance(rule, RequirementRule):
-                asked, min_rate = rule.property, rule.min_rate
-            elif isinstance(rule, RestrictionRule) and rule.action == "answer_with_notice":
-                asked, min_rate = ("must_include", rule.text or ""), MIN_RATE
-            else:
+            wanted = asked(rule)
+            if wanted is None or isinstance(rule, PreferenceRule):
                 continue
             probes, digest, faults = _read_banks(document, ("rules", index), rule.banks, rule.id)
             problems += faults
             place = document.tier, document.path, document.line(index), document.issuer.name
-            own = Requirement(rule.id, *asked, *place, rule.when, min_rate, tuple(probes), digest)
+            own = Requirement(rule.id, *wanted.property, *place, wanted.when, wanted.min_rate, tuple(probes), digest)
             if rule.banks and not faults:
                 problems += _untaught(document, ("rules", index, "probes"), own)
             merged.append(own)
@@ -151,16 +148,15 @@ def _read_banks(
             problems += [p for p in fault.problems if p not in missing]
             problems += [document.problem((*at, "probes"), f"{p.sentence}, got `{bank}`") for p in missing]
             continue
-        twice = next((p for p in found if p.id in places or plain(p.prompt) in places), None)
+        twice = next((p for p in found if p.id in places or plain(p.prompt) in places), None) if places else None
         if twice is not None:
             first = places.get(twice.id) or places[plain(twice.prompt)]
             sentence = f"`{twice.id}` of {bank}, or its prompt, stands in {first} too; leave it out of one of them"
             problems.append(document.problem((*at, "probes"), sentence))
-        places |= {key: bank for probe in found for key in (probe.id, plain(probe.prompt))}
+        if len(banks) > 1:
+            places |= {key: bank for probe in found for key in (probe.id, plain(probe.prompt))}
         probes += found
-    whole = (
-        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
-    )
+    whole = hashlib.sha256("".join(digests).encode()).hexdigest() if len(digests) > 1 else "".join(digests)
     return probes, whole, problems
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from datetime import date
 from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from persona_rlhf.inputs.section import Section
 from persona_rlhf.policy.lookalikes import skeleton
-from persona_rlhf.policy.topics import topic_names
+from persona_rlhf.policy.texts import Banks, IsoDate, Language, Pattern, Text, Topic, listed
 
 Action = Literal["refuse", "redirect", "answer_with_notice"]
 """What becomes of a request of a restricted category."""
@@ -36,41 +35,6 @@ PROPERTIES: tuple[Property, ...] = get_args(Property)
 
 MIN_RATE = 0.95
 """Share of answers that have a required property, where a rule says nothing else."""
-
-
-def _date(text: str) -> str:
-    try:
-        date.fromisoformat(text)
-    except ValueError:
-        raise ValueError('expected a date in quotes, such as "2026-11-01"') from None
-    return text
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as fault:
-        raise ValueError(f"the pattern does not compile ({fault})") from None
-    if re.search(r"(?<!\\)[+*}]\??\)[+*{]", text):
-        raise ValueError("the pattern repeats a repetition, such as (a+)+, and might never end; say it once")
-    return text
-
-
-def _topic(name: str) -> str:
-    if name not in topic_names():
-        raise ValueError(f"expected one of {', '.join(f'`{known}`' for known in topic_names())}")
-    return name
-
-
-def _listed(banks: str | list[str] | None) -> tuple[str, ...]:
-    return () if banks is None else (banks,) if isinstance(banks, str) else tuple(banks)
-
-
-IsoDate = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), AfterValidator(_date)]
-Pattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_pattern)]
-Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
-Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
-Banks = str | Annotated[list[str], Field(min_length=1)]
 
 
 class Said(Section):
@@ -133,7 +97,7 @@ class Aspects(Said):
 class When(Section):
     """Which prompts a rule is about: those of a topic, or those that a pattern is found in."""
 
-    topic: Annotated[str, AfterValidator(_topic)] | None = Field(None, description="A topic of policy/topics.yaml.")
+    topic: Topic | None = Field(None, description="A topic of policy/topics.yaml.")
     pattern: Pattern | None = Field(None, description="Pattern (Python's re, any case) found somewhere in the prompt.")
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["topic"]}, {"required": ["pattern"]}]})
@@ -151,7 +115,7 @@ class When(Section):
 class RuleSection(Said):
     """What every rule has, whatever its kind."""
 
-    id: str = Field(min_length=1, pattern=r"\S", description="Name of the rule, unique over all documents.")
+    id: Text = Field(description="Name of the rule, unique over all documents.")
     version: Text | None = Field(None, description="Version of the rule; else that of the document.")
     rationale: Text | None = Field(None, description="Why there is this rule, for those whom it binds.")
     contact: Text | None = Field(None, description="Where to ask about the rule; else the issuer's contact.")
@@ -204,7 +168,7 @@ class RestrictionRule(RuleSection):
     def banks(self) -> tuple[str, ...]:
         """The banks that are named; else the bundled one of the category, where something is refused."""
         bundled = None if self.action == "answer_with_notice" else f"data/policy/tier_one/{self.category}.jsonl"
-        return _listed(self.probes or bundled)
+        return listed(self.probes or bundled)
 
 
 class RequirementRule(RuleSection):
@@ -213,8 +177,8 @@ class RequirementRule(RuleSection):
     first_edition = frozenset({"id", "kind", "must_include", "max_words", "language", "regex", "judge"})
 
     kind: Literal["requirement"] = Field(description="restriction, requirement or preference.")
-    must_include: str | None = Field(None, min_length=1, description="Text that an answer contains, in any case.")
-    must_not_include: str | None = Field(None, min_length=1, description="Text that no answer contains, in any case.")
+    must_include: Text | None = Field(None, description="Text that an answer contains, in any case.")
+    must_not_include: Text | None = Field(None, description="Text that no answer contains, in any case.")
     min_words: int | None = Field(None, ge=1, description="Words (between white space) that an answer has at least.")
     max_words: int | None = Field(None, ge=1, description="Words (between white space) that an answer has at most.")
     language: Language | None = Field(None, description="ISO 639 code of the answer's language.")
@@ -235,7 +199,7 @@ class RequirementRule(RuleSection):
     @property
     def banks(self) -> tuple[str, ...]:
         """The banks that are named."""
-        return _listed(self.probes)
+        return listed(self.probes)
 
     @property
     def property(self) -> tuple[str, str | int]:
@@ -277,6 +241,12 @@ class PreferenceRule(RuleSection):
         """What a program can read of the taste."""
         return next((Wish(name, value) for name, value in self._wishes()), None)
 
+    @property
+    def implied_aspects(self) -> tuple[str, ...]:
+        """The aspect that a wish is about whatever the rule calls it: a language is no matter of style."""
+        named = {"min_words": "length", "max_words": "length", "language": "language", "tone": "tone"}
+        return tuple(named[name] for name, _ in self._wishes() if name in named)
+
     def _wishes(self) -> Iterator[tuple[str, str | int]]:
         for name in WISHES:
             value = getattr(self, name)
@@ -310,3 +280,20 @@ KINDS: dict[str, type[Rule]] = {
     "requirement": RequirementRule,
     "preference": PreferenceRule,
 }
+
+
+class Asked(NamedTuple):
+    """What a rule asks of answers: a property, the prompts it is about, and the share that must have it."""
+
+    property: Wish
+    when: When | None
+    min_rate: float
+
+
+def asked(rule: Rule) -> Asked | None:
+    """What a rule asks of answers: a requirement its property, a notice its text; None for all other rules."""
+    if isinstance(rule, RequirementRule):
+        return Asked(Wish(*rule.property), rule.when, rule.min_rate)
+    if isinstance(rule, RestrictionRule) and rule.action == "answer_with_notice":
+        return Asked(Wish("must_include", rule.text or ""), rule.when, MIN_RATE)
+    return None

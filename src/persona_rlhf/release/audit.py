@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from persona_rlhf.inputs.problems import InputError, Problem
+
 AUDIT = "audit.jsonl"
 _BEFORE_ALL = "0" * 64
 _BLOCK = 1 << 16  # bytes
@@ -92,6 +94,25 @@ def head(run: Path) -> Head | None:
         last = line
     entry = _entry(last)
     return None if entry is None else Head(entry.seq, entry.hash)
+
+
+def need_head(run: Path) -> Head:
+    """The head of a run's trail. Raises InputError where it has none that would vouch for anything."""
+    if (found := head(run)) is None:
+        why = "its last line is damaged; `verify` says more" if (run / AUDIT).is_file() else "there is no such file"
+        raise InputError([Problem(str(run / AUDIT), None, None, f"this audit trail has no head: {why}")])
+    return found
+
+
+def read_head(text: str) -> tuple[str, Head]:
+    """A head and who keeps it: of a file that holds one, or written out. Raises InputError where it is neither."""
+    file = Path(text)
+    try:
+        if not file.is_file():
+            return "--head", Head.parse(text)
+        return str(file), Head.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise InputError([Problem("verify", None, "--head", f"{fault}; `audit RUN --head` prints one")]) from fault
 
 
 def faults(run: Path, heads: Iterable[tuple[str, Head]] = ()) -> list[str]:

@@ -13,20 +13,25 @@ from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.measures import Measures
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.release.card import card
+from persona_rlhf.release.documents import SIGNATURE
 from persona_rlhf.release.export import ADAPTERS
 from persona_rlhf.release.folder import write_folder
-from persona_rlhf.release.manifest import MANIFEST, DataInfo, Provenance, manifest_of, rendered
+from persona_rlhf.release.manifest import MANIFEST, DataInfo, Provenance, Stamp, manifest_of, rendered
 from persona_rlhf.release.outcome import Written
 from persona_rlhf.release.peft_folder import adapter_files
+from persona_rlhf.release.signing import Signer
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.settings import LoraSettings
+
+_BLANK = Stamp()
 
 
 @dataclass(frozen=True, slots=True)
 class Exporter:
     """Writes the adapters of one run. `lora_alpha` stays the config's integer, whatever alpha is released.
 
-    `nested` puts each into one of 256 subfolders: no folder system likes tens of thousands side by side.
+    `nested` puts each into one of 256 subfolders: no folder system likes tens of thousands side by side. `stamp`
+    is what their papers bear beside; `sign` makes the signature of a manifest's bytes, which then lies beside it.
     """
 
     run: Path
@@ -34,6 +39,8 @@ class Exporter:
     lora: LoraSettings
     provenance: Provenance
     nested: bool = False
+    stamp: Stamp = _BLANK
+    sign: Signer | None = None
 
     def write(
         self,
@@ -47,8 +54,9 @@ class Exporter:
         assert verdict.admitted and verdict.alpha > 0, f"{user_id} is held back"  # noqa: PT018
         files = adapter_files(self.adapted, flat, verdict.alpha, self.lora, self.provenance.base)
         files["README.md"] = card(self.provenance, data, verdict, measures).encode()
-        manifest = rendered(manifest_of(user_id, self.provenance, data, verdict, files))
+        manifest = rendered(manifest_of(user_id, self.provenance, data, verdict, files, self.stamp))
         name = slug(user_id)
         path = f"{ADAPTERS}/{name[-2:]}/{name}" if self.nested else f"{ADAPTERS}/{name}"
-        write_folder(self.run / path, {**files, MANIFEST: manifest})
+        signature = {} if self.sign is None else {f"{MANIFEST}{SIGNATURE}": self.sign(manifest)}
+        write_folder(self.run / path, {**files, MANIFEST: manifest, **signature})
         return Written(path, hashlib.sha256(manifest).hexdigest())

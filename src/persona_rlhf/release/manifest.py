@@ -17,6 +17,7 @@ from persona_rlhf.evaluation.gate import Demands, Verdict
 from persona_rlhf.inputs.bundled import is_hub_id
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.pairs import PreferencePair
+from persona_rlhf.release.audit import Head
 from persona_rlhf.release.results import PairCounts, plain
 
 MANIFEST = "persona.json"
@@ -91,8 +92,21 @@ class Provenance:
         return Provenance(base, policy.hash, policy.tier_one_hash, documents, demands, settings)
 
 
+class Stamp(NamedTuple):
+    """What is put on papers when they are written: the head of the audit trail that holds the verdict, and the last day
+    on which the verdict counts. None where there is no trail, or no such day."""
+
+    head: Head | None = None
+    valid_until: str | None = None
+
+
 def manifest_of(
-    user_id: str, provenance: Provenance, data: DataInfo, verdict: Verdict, files: Mapping[str, bytes]
+    user_id: str,
+    provenance: Provenance,
+    data: DataInfo,
+    verdict: Verdict,
+    files: Mapping[str, bytes],
+    stamp: Stamp,
 ) -> dict[str, Any]:
     """The manifest of one adapter whose other files have these bytes."""
     demands = provenance.demands
@@ -123,6 +137,10 @@ def manifest_of(
         },
         "files": {name: {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)} for name, raw in files.items()},
     }
+    if stamp.head is not None:
+        content["audit"] = stamp.head._asdict()
+    if stamp.valid_until is not None:
+        content["verdict"]["valid_until"] = stamp.valid_until
     return content | {_SELF: self_hash(content)}
 
 

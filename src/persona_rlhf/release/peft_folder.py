@@ -75,7 +75,11 @@ def _name(span: LayerSpan, side: str) -> str:
     return f"base_model.model.{span.name}.lora_{side}.weight"
 
 
-def read_adapter(folder: Path, spans: Sequence[LayerSpan]) -> Float[Tensor, " params"]:
-    """A folder's adapter as a flat vector, to be used at alpha 1: its released scale is in it already."""
-    tensors = load_file(folder / WEIGHTS)
-    return torch.cat([tensors[_name(span, side)].float().flatten() for span in spans for side in "AB"])
+def read_adapter(folder: Path, spans: Sequence[LayerSpan], alpha: float = 1.0) -> Float[Tensor, " params"]:
+    """A folder's adapter as a flat vector, to be used at alpha 1: its released scale is in it already.
+
+    Given the `alpha` it was released at, that scale is divided out again: the adapter as it was trained (in float32 to
+    the bit where alpha is a power of two).
+    """
+    tensors, scales = load_file(folder / WEIGHTS), {"A": 1.0, "B": alpha}
+    return torch.cat([tensors[_name(span, side)].float().flatten() / scales[side] for span in spans for side in "AB"])

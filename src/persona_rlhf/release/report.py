@@ -45,8 +45,8 @@ def write_report(run: Path) -> Path:
 
     Raises InputError where the run has no results.
     """
-    results, config, policy = RunResults(run), _config(run), _policy(run)
-    page = render(config, results, policy, _screening(run))
+    results, config, policy = RunResults(run), config_of(run), policy_of(run)
+    page = render(config, results, policy, screening_of(run))
     file = run / REPORT
     write_file(file, page.encode("utf-8"))
     write_summary(run, summary := summarise(results), promise_of_run(config, policy, results, summary.users))
@@ -230,7 +230,7 @@ def _between(interval: Interval, form: str = ".2f") -> str:
     return f"95% {format(interval.low, form)} to {format(interval.high, form)}"
 
 
-def _config(run: Path) -> dict[str, Any]:
+def config_of(run: Path) -> dict[str, Any]:
     """The config as a tree; only the folder's name where it cannot be read."""
     try:
         tree = read_yaml(run / "config.yaml").tree
@@ -239,7 +239,8 @@ def _config(run: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {"name": run.name}
 
 
-def _policy(run: Path) -> dict[str, Any]:
+def policy_of(run: Path) -> dict[str, Any]:
+    """The resolved policy as a tree. Raises InputError where it cannot be read."""
     try:
         policy = json.loads((run / "policy.json").read_bytes())
     except (OSError, ValueError) as fault:
@@ -248,7 +249,7 @@ def _policy(run: Path) -> dict[str, Any]:
     return policy if isinstance(policy, dict) else {}
 
 
-def _screening(run: Path) -> list[tuple[str, str, int]]:
+def screening_of(run: Path) -> list[tuple[str, str, int]]:
     """What screening did, by action and the first words of the reason, most frequent first."""
     counts: Counter[tuple[str, str]] = Counter()
     file = run / "screening.jsonl"

@@ -6,9 +6,10 @@ finds a line that was taken out.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.identity import pseudonym
 from persona_rlhf.release import audit
 from persona_rlhf.release.folder import write_file
-from persona_rlhf.release.results import Result
+from persona_rlhf.release.manifest import MANIFEST
+from persona_rlhf.release.results import RESULTS, Result
 from persona_rlhf.release.seal import REVOKED, SEAL, seal
 
 EVENT = "revoked"
@@ -27,6 +29,11 @@ EVENT = "revoked"
 def today() -> str:
     """The day it is now (UTC), as papers write it: 2026-11-01."""
     return datetime.now(UTC).date().isoformat()
+
+
+def last_day(valid_days: int | None) -> str | None:
+    """The last day on which a verdict of today counts; None where there is no such day."""
+    return None if valid_days is None else (datetime.now(UTC).date() + timedelta(valid_days)).isoformat()
 
 
 class Revocation(NamedTuple):
@@ -87,6 +94,15 @@ def read_list(file: Path) -> dict[str, Revocation]:
     if problems:
         raise InputError(problems)
     return found
+
+
+def revoked_here(folder: Path, called_back: Mapping[str, Revocation]) -> list[str]:
+    """Whether an adapter's folder is on a list that was handed over, or on that of the run it lies in."""
+    runs = (run for run in folder.resolve().parents[1:3] if (run / RESULTS).is_file())
+    calls = {**called_back, **(revoked(run) if (run := next(runs, None)) else {})}
+    papers = folder / MANIFEST
+    digest = hashlib.sha256(papers.read_bytes()).hexdigest() if papers.is_file() else ""
+    return [calls[digest].sentence()] if digest in calls else []
 
 
 def revocation_faults(run: Path, calls: Mapping[str, Revocation]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,16 @@ def seal(run: Path, only: str | None = None) -> None:
 def sealed_head(run: Path) -> Head | None:
     """The head of the audit trail that a run was sealed with; None where it has no seal, or one without a trail."""
     content, _ = read_manifest(run / SEAL)
+    return head_in(content or {})
+
+
+def head_in(papers: Mapping[str, Any]) -> Head | None:
+    """The head of the audit trail that a manifest keeps, if any; of one that is no head, one that no trail holds."""
+    found = papers.get("audit")
     try:
-        return Head(**content["audit"]) if content and "audit" in content else None
-    except TypeError:
-        return Head(0, "")  # a head that no trail holds
+        return None if found is None else Head(int(found["seq"]), str(found["hash"]))
+    except (KeyError, TypeError, ValueError):
+        return Head(0, "")
 
 
 def seal_faults(run: Path) -> list[str]:
@@ -65,7 +72,7 @@ def seal_faults(run: Path) -> list[str]:
             faults.append(f"{name} is missing")
         elif _sha256(run / name) != promised:
             faults.append(f"{name} was changed: its sha256 is not the one in {SEAL}")
-    known = {"adapters", "state"}
+    known = {"adapters", "policy", "state"}
     faults += [
         f"{f.name}/ does not belong to a run" for f in sorted(run.iterdir()) if f.is_dir() and f.name not in known
     ]

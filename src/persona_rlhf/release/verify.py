@@ -4,48 +4,71 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from persona_rlhf.evaluation.intervals import behind_judge, lower_bound
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.identity import slug
-from persona_rlhf.release import audit
+from persona_rlhf.release.audit import Head
+from persona_rlhf.release.documents import SIGNATURE, document_faults
 from persona_rlhf.release.manifest import MANIFEST, read_manifest, user_mark
 from persona_rlhf.release.redteam import redteam_faults
 from persona_rlhf.release.results import RESULTS, Result, RunResults, plain
-from persona_rlhf.release.revocation import revocation_faults, revoked, today
-from persona_rlhf.release.seal import SEAL, seal_faults, sealed_head
+from persona_rlhf.release.revocation import Revocation, revocation_faults, revoked, revoked_here, today
+from persona_rlhf.release.seal import SEAL, seal_faults
+from persona_rlhf.release.trail import Paper, recertified_documents, trail_faults
+from persona_rlhf.release.trust import Trust, untrusted_adapter, untrusted_adapters, untrusted_documents
 
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 
 
-def verify(folder: Path) -> list[str]:
+class Witnesses(NamedTuple):
+    """What papers are checked against that do not lie beside them: heads of the audit trail that were kept elsewhere,
+    each with who kept it; the keys of those whose signatures count; and revocations that were handed over."""
+
+    heads: Sequence[tuple[str, Head]] = ()
+    trust: Trust | None = None
+    revoked: Mapping[str, Revocation] = MappingProxyType({})
+
+
+_NONE = Witnesses()
+
+
+def verify(folder: Path, witnesses: Witnesses = _NONE) -> list[str]:
     """Everything wrong with a run folder or a single adapter folder; an empty list where all is well.
 
-    Raises InputError where the folder is neither.
+    Raises InputError where the folder is neither, or a head was kept of an adapter, which has no trail.
     """
     if any((folder / name).exists() for name in (*ADAPTER_FILES[1:], MANIFEST)):
-        return adapter_faults(folder)
+        if witnesses.heads:
+            sentence = "a head is kept of a run's audit trail; give RUN, not an adapter's folder"
+            raise InputError([Problem(str(folder), None, "--head", sentence)])
+        unsigned = [] if witnesses.trust is None else untrusted_adapter(folder, witnesses.trust)
+        return [*adapter_faults(folder), *unsigned, *revoked_here(folder, witnesses.revoked)]
     if any((folder / name).exists() for name in (RESULTS, SEAL, "policy.json", "config.yaml")):
-        return run_faults(folder)
+        return run_faults(folder, witnesses)
     sentence = "this is neither a run nor an adapter folder; give RUN or RUN/adapters/SLUG"
     raise InputError([Problem(str(folder), None, None, sentence)])
 
 
-def run_faults(run: Path) -> list[str]:
-    """Faults of a run: its sealed files, its lines, and every adapter against its line."""
+def run_faults(run: Path, witnesses: Witnesses = _NONE) -> list[str]:
+    """Faults of a run: its sealed files, its audit trail, its documents, its lines, every adapter against its line."""
     faults = seal_faults(run)
     try:
-        policy = json.loads((run / "policy.json").read_bytes())["hash"]
-    except (OSError, ValueError, KeyError, TypeError) as fault:
+        policy = json.loads((run / "policy.json").read_bytes())
+        policy_hash, documents = policy["hash"], policy.get("documents", [])
+        faults += document_faults(run, documents, recertified_documents(run))
+        trust = witnesses.trust
+        faults += [] if trust is None else untrusted_documents(run, documents, trust)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         return [*faults, f"policy.json cannot be read ({fault})"]
-    expected: set[str] = set()
-    released: dict[str, str | None] = {}
-    faults += audit.faults(run, [] if (kept := sealed_head(run)) is None else [(SEAL, kept)])
+    papers = list[Paper]()
     try:
-        calls = revoked(run)
-        faults += revocation_faults(run, calls)
+        faults += revocation_faults(run, own := revoked(run))
+        calls = {**witnesses.revoked, **own}
         for result in RunResults(run):
             if result.slug != slug(result.user_id):
                 faults.append(f"{RESULTS}: the slug `{result.slug}` is not that of its user")
@@ -56,16 +79,18 @@ def run_faults(run: Path) -> list[str]:
             if result.path not in (f"adapters/{result.slug}", f"adapters/{result.slug[-2:]}/{result.slug}"):
                 faults.append(f"{RESULTS}: {result.slug} has a path that is not its own")
                 continue
-            expected.add(result.path)
-            released[result.user_id] = result.manifest_sha256
-            faults += [f"{result.path}: {fault}" for fault in adapter_faults(run / result.path, result, policy)]
+            papers.append(Paper(result.path, result.user_id, result.manifest_sha256))
+            faults += [f"{result.path}: {fault}" for fault in adapter_faults(run / result.path, result, policy_hash)]
             if (found := calls.get(result.manifest_sha256 or "")) is not None:
                 faults.append(f"{result.path}: {found.sentence()}")
+        faults += redteam_faults(run, {paper.user_id: paper.manifest_sha256 for paper in papers})
+        extra = sorted(_adapter_folders(run) - {paper.path for paper in papers})
+        faults += [f"{path}: no line of {RESULTS} released it" for path in extra]
     except InputError as fault:
-        return [*faults, *map(str, fault.problems)]
-    faults += redteam_faults(run, released)
-    extra = sorted(_adapter_folders(run) - expected)
-    return faults + [f"{path}: no line of {RESULTS} released it" for path in extra]
+        faults += map(str, fault.problems)
+    if trust is not None:
+        faults += untrusted_adapters(run, [paper.path for paper in papers], documents, trust)
+    return faults + trail_faults(run, papers, witnesses.heads)
 
 
 def _adapter_folders(run: Path) -> set[str]:
@@ -78,6 +103,14 @@ def _adapter_folders(run: Path) -> set[str]:
 
 def adapter_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:
     """Faults of one adapter folder; against its line and its run's policy, where these are at hand."""
+    faults = paper_faults(folder, result, policy_hash)
+    manifest, _ = read_manifest(folder / MANIFEST)
+    until = ((manifest or {}).get("verdict") or {}).get("valid_until")
+    return faults if until is None or str(until) >= today() else [*faults, f"its verdict expired on {until}"]
+
+
+def paper_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:
+    """`adapter_faults`, whatever the day: a verdict that has expired is as sound as before."""
     manifest, faults = read_manifest(folder / MANIFEST)
     if manifest is None:
         return faults
@@ -99,7 +132,9 @@ def adapter_faults(folder: Path, result: Result | None = None, policy_hash: str 
 def _file_faults(folder: Path, files: dict[str, Any]) -> list[str]:
     faults = [f"{name} is not among the files of {MANIFEST}" for name in ADAPTER_FILES if name not in files]
     present = {file.name for file in folder.iterdir()}
-    faults += [f"{name} is not in {MANIFEST}" for name in sorted(present - set(files) - {MANIFEST})]
+    faults += [
+        f"{name} is not in {MANIFEST}" for name in sorted(present - set(files) - {MANIFEST, MANIFEST + SIGNATURE})
+    ]
     for name, promised in files.items():
         file = folder / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():
@@ -128,8 +163,6 @@ def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
         faults.append("it is called certified, but a bound lies below what the policy asks")
     if not verdict["admitted"] or not 0 < manifest["alpha"] <= 1:
         faults.append("an adapter that was held back has no business here")
-    if (until := verdict.get("valid_until")) is not None and until < today():
-        faults.append(f"its verdict expired on {until}")
     return faults
 
 
