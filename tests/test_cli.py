@@ -124,9 +124,7 @@ def test_all_problems_are_printed_and_counted(run, experiment):
     [
         ["add", "runs/x", "--users", "u.jsonl"],
         ["forget", "runs/x", "--user", "u"],
-        ["chat", "runs/x", "--help"],
         ["collect", "runs/x"],
-        ["serve", "runs/x", "--port", "3"],
     ],
 )
 def test_verbs_of_later_releases_say_so_in_a_sentence(run, arguments):

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from persona_rlhf import __version__
+from persona_rlhf.app_verbs import app_verbs
 from persona_rlhf.base_verbs import base_verbs
 from persona_rlhf.boundary import Json, bounded, console, print_json, print_table, say, verbs
 from persona_rlhf.config_verbs import config_verbs
@@ -20,6 +21,7 @@ from persona_rlhf.policy_verbs import policy_verbs
 from persona_rlhf.release_verbs import audit, recertify, verify
 
 app = verbs("Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept.")
+app.add_typer(app_verbs)
 app.add_typer(data_verbs, name="data")
 app.add_typer(policy_verbs, name="policy")
 app.add_typer(base_verbs, name="base")
@@ -193,9 +195,7 @@ for verb in (export, verify, audit, recertify):
 
 announce(app, "add", "Train new users into a run")
 announce(app, "forget", "Delete one user everywhere and write a proof")
-announce(app, "chat", "Chat with one user's adapter in the terminal")
 announce(app, "collect", "Serve a page that collects feedback")
-announce(app, "serve", "Serve an OpenAI-style API, one adapter per user")
 
 
 def main() -> None:

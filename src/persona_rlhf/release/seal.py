@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import persona_rlhf
+from persona_rlhf.preferences.ledger import LEDGER
 from persona_rlhf.release import audit
 from persona_rlhf.release.audit import AUDIT, Head
 from persona_rlhf.release.folder import write_file
@@ -15,7 +16,7 @@ from persona_rlhf.release.manifest import FORMAT, read_manifest, rendered, self_
 
 SEAL = "manifest.json"
 REVOKED = "revoked.jsonl"
-_GROWING = {AUDIT, REVOKED}  # they go on after a run is sealed; the chain of the one vouches for both
+_GROWING = {AUDIT, REVOKED, LEDGER}  # they go on after a run is sealed; the chain of the first vouches for the second
 MUST = ("config.yaml", "policy.json", "results.jsonl", "screening.jsonl")
 
 

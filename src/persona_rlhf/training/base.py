@@ -63,8 +63,7 @@ def load_base(settings: BaseSettings) -> Base:
     problems = []
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        sentence = "the folder holds no .safetensors weights; only safetensors are loaded, never pickles"
-        raise InputError([Problem(settings.model, None, "base.model", sentence)])
+        raise _no_weights(settings.model)
     device = _device()
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(settings.dtype)
     disable_progress_bar()
@@ -114,6 +113,19 @@ def _device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def weights_hash(model: str) -> str:
+    """The hash of a base's weights, a folder or a hub id, without loading them. Raises InputError where it has none."""
+    weights = sorted(_folder(model, ["*.safetensors"]).glob("*.safetensors"))
+    if not weights:
+        raise _no_weights(model)
+    return _hash(weights)
+
+
+def _no_weights(model: str) -> InputError:
+    sentence = "the folder holds no .safetensors weights; only safetensors are loaded, never pickles"
+    return InputError([Problem(model, None, "base.model", sentence)])
 
 
 _TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]

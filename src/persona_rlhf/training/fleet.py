@@ -87,6 +87,14 @@ class AdaptedModel:
             for layer, (a, b) in zip(layers, outer, strict=True):
                 layer.a, layer.b = a, b
 
+    def keep(self, users: Sequence[int]) -> None:
+        """Within `using`: of the adapters that are on, those at these places stay, in this order."""
+        for span in self.spans.values():
+            layer = self.layer(span)
+            assert layer.a is not None and layer.b is not None  # noqa: PT018
+            chosen = torch.tensor(users, device=layer.a.device)
+            layer.a, layer.b = layer.a[chosen], layer.b[chosen]
+
     def logits(self, batch: Batch, states: Sequence[States] = ()) -> Float[Tensor, "tokens vocabulary"]:
         """Logits at the positions that predict a completion token, and nowhere else.
 

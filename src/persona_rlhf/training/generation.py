@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -20,30 +21,38 @@ class Generated(NamedTuple):
     finished: bool
 
 
-def write_answers(
+class Step(NamedTuple):
+    """The rows that are still in the batch, by number, and the next token of each."""
+
+    rows: list[int]
+    tokens: list[int]
+
+
+Choose = Callable[[Float[Tensor, "rows vocabulary"], Sequence[int]], Tensor]
+"""A token a row from the logits of the rows of these numbers."""
+
+
+def decode(
     base: Base,
     users: int,
     prompts: Sequence[tuple[int, ...]],
-    seeds: Sequence[int | None],
-    max_new_tokens: int,
-    temperature: float,
-) -> list[Generated]:
-    """Answers to user-major prompts (equally many a user) under whatever adapters are on.
+    choose: Choose,
+    done: Sequence[bool],
+    leave: Callable[[Sequence[int]], None] | None = None,
+) -> Iterator[Step]:
+    """Goes on with user-major prompts (equally many a user) a token a step, under whatever adapters are on.
 
-    Prompts are left-padded and masked. Rows that are done leave the batch, as far as the users keep equally many. A
-    row with seed None is a filler and counts as done. Sampling draws from each row's own generator. An answer that
-    fills the base's context is cut there: some bases know no position beyond it.
+    Prompts are left-padded and masked. The caller marks the rows that need no more in `done` between the steps; the
+    last step is the one after which all are. Rows that are done leave the batch as far as the users keep equally
+    many; with `leave`, which is told the places of the users who stay, users who are done leave it too.
     """
-    device, ends = base.device, base.eos_ids
+    device = base.device
     width = max(map(len, prompts))
     ids = torch.tensor([[base.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    draws = _uniforms(seeds, max_new_tokens) if temperature > 0 else None
-    written: list[list[int]] = [[] for _ in prompts]
-    finished, done = [False] * len(prompts), [seed is None for seed in seeds]
     rows = list(range(len(prompts)))
     cache, step_ids = DynamicCache(config=base.model.config), ids
-    for step in range(max_new_tokens):
+    while not all(done[row] for row in rows):
         positions = (mask.cumsum(1) - 1).clamp(0, base.context - 1)[:, -step_ids.shape[1] :]
         output = base.model(
             input_ids=step_ids,
@@ -53,36 +62,62 @@ def write_answers(
             use_cache=True,
             logits_to_keep=1,
         )
-        logits = output.logits[:, -1].float()
+        tokens = choose(output.logits[:, -1].float(), rows)
+        yield Step(rows, tokens.tolist())
+        step_ids = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        ended, each = [done[row] for row in rows], len(rows) // users
+        staying = [u for u in range(users) if leave is None or not all(ended[u * each : (u + 1) * each])]
+        kept = _survivors(ended, each, staying)
+        if kept and 2 * len(kept) <= len(rows):
+            chosen = torch.tensor(kept, device=device)
+            step_ids, mask = step_ids[chosen], mask[chosen]
+            cache.batch_select_indices(chosen)
+            rows = [rows[n] for n in kept]
+            if leave is not None and len(staying) < users:
+                leave(staying)
+                users = len(staying)
+
+
+def write_answers(
+    base: Base,
+    users: int,
+    prompts: Sequence[tuple[int, ...]],
+    seeds: Sequence[int | None],
+    max_new_tokens: int,
+    temperature: float,
+) -> list[Generated]:
+    """Answers to user-major prompts (equally many a user) under whatever adapters are on; see `decode`.
+
+    A row with seed None is a filler and counts as done. Sampling draws from each row's own generator. An answer that
+    fills the base's context is cut there: some bases know no position beyond it.
+    """
+    draws = _uniforms(seeds, max_new_tokens) if temperature > 0 else None
+    written: list[list[int]] = [[] for _ in prompts]
+    finished, done = [False] * len(prompts), [seed is None for seed in seeds]
+    steps, ends = 0, base.eos_ids
+
+    def choose(logits: Float[Tensor, "rows vocabulary"], rows: Sequence[int]) -> Tensor:
         if draws is None:
-            tokens = logits.argmax(-1)
-        else:
-            tokens = _inverse_sample(logits / temperature, draws[rows, step].to(device))
-        for row, token in zip(rows, tokens.tolist(), strict=True):
+            return logits.argmax(-1)
+        return inverse_sample(logits / temperature, draws[list(rows), steps].to(logits.device))
+
+    for step in islice(decode(base, users, prompts, choose, done), max_new_tokens):
+        for row, token in zip(step.rows, step.tokens, strict=True):
             if done[row]:
                 continue
             finished[row] = token in ends
             if not finished[row]:
                 written[row].append(token)
             done[row] = finished[row] or len(prompts[row]) + len(written[row]) >= base.context
-        if all(done[row] for row in rows):
-            break
-        step_ids = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        kept = _survivors([done[row] for row in rows], users)
-        if 2 * len(kept) <= len(rows):
-            chosen = torch.tensor(kept, device=device)
-            step_ids, mask = step_ids[chosen], mask[chosen]
-            cache.batch_select_indices(chosen)
-            rows = [rows[n] for n in kept]
+        steps += 1
     return [Generated(tuple(own), ended) for own, ended in zip(written, finished, strict=True)]
 
 
-def _survivors(done: Sequence[bool], users: int) -> list[int]:
-    """Places to keep: all that are not done, and as many done ones a user as make the users equal."""
-    each = len(done) // users
-    runs = [range(user * each, (user + 1) * each) for user in range(users)]
-    most = max(sum(not done[n] for n in run) for run in runs)
+def _survivors(done: Sequence[bool], each: int, staying: Sequence[int]) -> list[int]:
+    """Places to keep, of the users who stay: all that are not done, and as many done ones as make the users equal."""
+    runs = [range(user * each, (user + 1) * each) for user in staying]
+    most = max((sum(not done[n] for n in run) for run in runs), default=0)
     return [n for run in runs for n in sorted(sorted(run, key=lambda n: done[n])[:most])]
 
 
@@ -92,7 +127,7 @@ def _uniforms(seeds: Sequence[int | None], steps: int) -> Float[Tensor, "rows st
     return torch.stack(streams)
 
 
-def _inverse_sample(logits: Float[Tensor, "rows vocabulary"], draws: Float[Tensor, " rows"]) -> Tensor:
+def inverse_sample(logits: Float[Tensor, "rows vocabulary"], draws: Float[Tensor, " rows"]) -> Tensor:
     """A token a row by inverting the cumulative distribution at the row's uniform number."""
     cumulative = torch.softmax(logits.double(), dim=-1).cumsum(-1)
     found = torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:])
