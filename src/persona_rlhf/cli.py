@@ -14,6 +14,8 @@ from persona_rlhf.config_verbs import config_verbs
 from persona_rlhf.data_verbs import data_verbs
 from persona_rlhf.ending import exit_held_back, finish, say_promise
 from persona_rlhf.later import announce, not_yet
+from persona_rlhf.life_verbs import add_life_verbs
+from persona_rlhf.opening import open_run
 from persona_rlhf.policy_verbs import policy_verbs
 from persona_rlhf.processes import HELD_BACK
 
@@ -166,6 +168,7 @@ def evaluate(
         from persona_rlhf import redteaming
         from persona_rlhf.release.redteam import redteam_table
 
+        open_run(run)
         found, file = redteaming.red_team(run, words, say)
         print_json(json.loads(file.read_bytes())) if as_json else print_table(redteam_table(found))
         say(f"Red team: {file}")
@@ -174,6 +177,7 @@ def evaluate(
     else:
         from persona_rlhf import line
 
+        open_run(run)
         results = line.evaluate(run)
         finish(results, as_json)
         exit_held_back(results)
@@ -185,6 +189,7 @@ def report(run: RunFolder) -> None:
     """Write RUN/report.html, a page that needs no network."""
     from persona_rlhf.release.report import write_report
 
+    open_run(run)
     page = write_report(run)
     say_promise(run)
     say(f"Report: {page}")
@@ -206,6 +211,7 @@ def export(
     from persona_rlhf.release.export import HeldBack
     from persona_rlhf.release.export import export as write
 
+    open_run(run)
     try:
         write(run, user, to)
     except HeldBack as reason:
@@ -222,6 +228,7 @@ def verify(
     """Check hashes, policy and verdict of a released adapter again; exit 3 where something is wrong."""
     from persona_rlhf.release.verify import verify as faults_of
 
+    open_run(folder)
     faults = faults_of(folder)
     if as_json:
         print_json({"path": str(folder), "faults": faults})
@@ -248,7 +255,7 @@ def bench(
 
 announce(base, "base align", "Make any causal LM the safety-aligned base")
 announce(app, "add", "Train new users into a run")
-announce(app, "forget", "Delete one user everywhere and write a proof")
+add_life_verbs(app)
 announce(app, "chat", "Chat with one user's adapter in the terminal")
 announce(app, "collect", "Serve a page that collects feedback")
 announce(app, "serve", "Serve an OpenAI-style API, one adapter per user")

@@ -12,7 +12,7 @@ from persona_rlhf.evaluation.retention import read_ordinary
 from persona_rlhf.evaluation.utility import Utility, read_utilities
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.store import PairStore
+from persona_rlhf.preferences.store import PairStore, Roll
 
 
 class Materials(NamedTuple):
@@ -25,8 +25,11 @@ class Materials(NamedTuple):
     facts: list[Fact]
 
 
-def read_materials(config: Config) -> Materials:
-    """Reads the files of a config. Raises InputError with the problems of all of them."""
+def read_materials(config: Config, roll: Roll | None = None) -> Materials:
+    """Reads the files of a config; a run that has begun has a `roll` of its users.
+
+    Raises InputError with the problems of all of them.
+    """
     problems: list[Problem] = []
     policy, pairs, utilities, ordinary = None, None, dict[str, Utility](), list[str]()
     facts: list[Fact] = []
@@ -35,7 +38,7 @@ def read_materials(config: Config) -> Materials:
     except InputError as fault:
         problems += fault.problems
     try:
-        pairs = PairStore(config.users.path, config.users.heldout)
+        pairs = PairStore(config.users.path, config.users.heldout, roll)
     except InputError as fault:
         problems += fault.problems
     try:

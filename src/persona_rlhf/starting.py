@@ -13,6 +13,7 @@ from persona_rlhf import processes
 from persona_rlhf.boundary import console, say
 from persona_rlhf.config import read_config
 from persona_rlhf.materials import read_materials
+from persona_rlhf.opening import open_run
 from persona_rlhf.run_folder import RunFolder
 from persona_rlhf.shards import share_of
 
@@ -31,8 +32,9 @@ def start(
     settings = read_config(config, overrides)
     folder = run or settings.run_dir
     words = [str(config), *overrides, "--run", str(folder)]
+    open_run(folder)
     RunFolder(folder, share).check_place(resume)
-    materials = read_materials(settings)
+    materials = read_materials(settings, RunFolder(folder).roll)
     if settings.fleet.processes > 1 and share.world == 1:
         flags = [*["--resume"] * resume, *(["--shard", shard] if shard else []), *["--json"] * as_json]
         raise typer.Exit(processes.launch(["train", *words, *flags], settings.fleet.processes, say))

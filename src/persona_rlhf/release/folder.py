@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
@@ -29,6 +29,16 @@ def write_file(file: Path, data: bytes) -> None:
     """Writes a file, flushed to the disk, by a rename."""
     half = file.with_name(f".{file.name}.half")
     write_flushed(half, data)
+    half.replace(file)
+
+
+def write_lines(file: Path, lines: Iterable[bytes]) -> None:
+    """Writes a file of any length, flushed to the disk, by a rename."""
+    half = file.with_name(f".{file.name}.half")
+    with half.open("wb") as stream:
+        stream.writelines(lines)
+        stream.flush()
+        os.fsync(stream.fileno())
     half.replace(file)
 
 

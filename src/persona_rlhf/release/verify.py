@@ -10,6 +10,7 @@ from typing import Any
 from persona_rlhf.evaluation.intervals import behind_judge, lower_bound
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.identity import slug
+from persona_rlhf.release.forgotten import adapter_folders, forgotten_faults
 from persona_rlhf.release.manifest import MANIFEST, read_manifest, user_mark
 from persona_rlhf.release.redteam import redteam_faults
 from persona_rlhf.release.results import RESULTS, Result, RunResults, plain
@@ -57,16 +58,9 @@ def run_faults(run: Path) -> list[str]:
     except InputError as fault:
         return [*faults, *map(str, fault.problems)]
     faults += redteam_faults(run, released)
-    extra = sorted(_adapter_folders(run) - expected)
+    faults += forgotten_faults(run)
+    extra = sorted({path.relative_to(run).as_posix() for path in adapter_folders(run)} - expected)
     return faults + [f"{path}: no line of {RESULTS} released it" for path in extra]
-
-
-def _adapter_folders(run: Path) -> set[str]:
-    """Everything in RUN/adapters, and in its subfolders by hash, which have names of two characters."""
-    top = list((run / "adapters").iterdir()) if (run / "adapters").is_dir() else []
-    nested = [path for path in top if path.is_dir() and len(path.name) == 2]
-    found = [*(path for path in top if path not in nested), *(path for folder in nested for path in folder.iterdir())]
-    return {path.relative_to(run).as_posix() for path in found}
 
 
 def adapter_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:

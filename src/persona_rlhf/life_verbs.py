@@ -1,0 +1,44 @@
+"""The verbs of the command line about a run's life after it was trained: users come and go, the base changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from persona_rlhf.boundary import Json, bounded, print_json, say
+from persona_rlhf.opening import open_run
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+
+@bounded
+def forget(
+    run: RunFolder,
+    user: Annotated[str, typer.Option("--user", help="A user_id.")],
+    data: Annotated[bool, typer.Option("--data", help="Take his rows out of the run's source files too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete one user everywhere and write a proof."""
+    from persona_rlhf.deletion import forget as delete
+    from persona_rlhf.preferences.identity import pseudonym
+    from persona_rlhf.release.forgotten import proof_file
+
+    open_run(run)
+    done = delete(run, user, data)
+    if done is None:
+        say(f"`{user}` was forgotten already; the proof is {proof_file(run, pseudonym(user))}")
+        return
+    if as_json:
+        print_json(done.content)
+    removed = sum(piece["count"] for piece in done.content["removed"])
+    say(f"`{user}` is forgotten: {removed:,} pieces in {len(done.content['removed'])} places.")
+    for sentence in done.remains:
+        say(f"Outside the run: {sentence}.")
+    say(f"He stays out, whatever the sources hold; to let him in again, delete the proof.\nProof: {done.proof}")
+
+
+def add_life_verbs(app: typer.Typer) -> None:
+    """Puts the verbs into the command line."""
+    app.command()(forget)

@@ -1,0 +1,17 @@
+"""How a program opens a run: what another one began to change in it, and was cut short in, is finished first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from persona_rlhf.boundary import say
+from persona_rlhf.release.forgotten import pending
+
+
+def open_run(run: Path) -> None:
+    """Finishes the deletions that were begun. Raises InputError where one cannot be, OSError where the disk is full."""
+    if pending(run):
+        from persona_rlhf.deletion import finish
+
+        for done in finish(run):
+            say(f"A deletion that was cut short is finished: {done.proof}")
