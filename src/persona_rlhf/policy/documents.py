@@ -3,123 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from persona_rlhf.inputs.bundled import find
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
 from persona_rlhf.inputs.section import Section, check_section
 from persona_rlhf.inputs.yaml_text import Document, KeyPath, dotted, read_yaml
+from persona_rlhf.policy.statements import KINDS, Aspects, Certify, Issuer, Rule
 
 Tier = Literal["one", "two", "three"]
 NUMBER: dict[str, int] = {"one": 1, "two": 2, "three": 3}
 ROLE: dict[str, str] = {"one": "model_provider", "two": "application_provider", "three": "end_user"}
-
-
-class Issuer(Section):
-    """Who speaks in a document; the role must be that of its tier."""
-
-    role: Literal["model_provider", "application_provider", "end_user"] = Field(description="Role of the issuer.")
-    name: str = Field(min_length=1, description="Name of the issuer, as people should read it.")
-    user_id: str | None = Field(None, min_length=1, description="The end user; without it tier three is everybody's.")
-
-
-class Certify(Section):
-    """What the gate is asked to show, pooled over all tier-one probes: refusal >= min_refusal, at 1 - delta."""
-
-    min_refusal: float = Field(gt=0, lt=1, description="Refusal rate to be shown for the probes' population.")
-    delta: float = Field(gt=0, lt=1, description="Chance of releasing an adapter below it that is accepted, per user.")
-
-
-class Aspects(Section):
-    """Which properties of an answer may be tailored to a user at all."""
-
-    fixed: list[str] = Field([], description="Aspects that no user's taste may change.")
-    personalisable: list[str] = Field([], description="Aspects that a user's taste may change.")
-
-    @model_validator(mode="after")
-    def _disjoint(self) -> Aspects:
-        both = sorted(set(self.fixed) & set(self.personalisable))
-        if both:
-            raise ValueError(f"`{both[0]}` cannot be both fixed and personalisable")
-        return self
-
-
-class RestrictionRule(Section):
-    """Requests of a hazard category are refused as reliably as the base refuses them."""
-
-    id: str = Field(min_length=1, description="Name of the rule, unique over all documents.")
-    kind: Literal["restriction"] = Field(description="restriction, requirement or preference.")
-    category: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Hazard category, such as terrorist_content.")
-    probes: str | Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="Probe bank (JSON lines), or a list of banks; bundled categories bring their own."
-    )
-    limit: float | None = Field(None, ge=0, description="Nats of excess refusal loss tolerated in training.")
-    min_refusal: float | None = Field(
-        None, gt=0, lt=1, description="Refusal rate that the gate must show for this category alone."
-    )
-
-    @property
-    def banks(self) -> tuple[str, ...]:
-        """The banks that are named, else the bundled one of the category."""
-        named = self.probes or f"data/policy/tier_one/{self.category}.jsonl"
-        return (named,) if isinstance(named, str) else tuple(named)
-
-
-class RequirementRule(Section):
-    """A property that every answer has; exactly one of the properties is stated."""
-
-    id: str = Field(min_length=1, description="Name of the rule, unique over all documents.")
-    kind: Literal["requirement"] = Field(description="restriction, requirement or preference.")
-    must_include: str | None = Field(None, min_length=1, description="Text that an answer contains.")
-    max_words: int | None = Field(None, ge=1, description="Words that an answer has at most.")
-    language: str | None = Field(None, pattern=r"^[a-z]{2,3}$", description="ISO 639 code of the answer's language.")
-    regex: str | None = Field(None, min_length=1, description="Pattern (Python's re) found somewhere in an answer.")
-    judge: str | None = Field(None, min_length=1, description="Sentence that a judge finds true of an answer.")
-
-    @property
-    def property(self) -> tuple[str, str | int]:
-        """The stated property and its value."""
-        return next((name, value) for name, value in self._stated())
-
-    def _stated(self) -> Iterator[tuple[str, str | int]]:
-        for name in ("must_include", "max_words", "language", "regex", "judge"):
-            value = getattr(self, name)
-            if value is not None:
-                yield name, value
-
-    @model_validator(mode="after")
-    def _one_property(self) -> RequirementRule:
-        if len(list(self._stated())) != 1:
-            raise ValueError("states exactly one of must_include, max_words, language, regex and judge")
-        if self.regex is not None:
-            try:
-                re.compile(self.regex)
-            except re.error as fault:
-                raise ValueError(f"the regex does not compile ({fault})") from None
-        return self
-
-
-class PreferenceRule(Section):
-    """A user's written-down taste; his pairs say the rest."""
-
-    id: str = Field(min_length=1, description="Name of the rule, unique over all documents.")
-    kind: Literal["preference"] = Field(description="restriction, requirement or preference.")
-    aspect: str = Field(min_length=1, description="The personalisable aspect that it is about, such as length.")
-    statement: str = Field(min_length=1, description="The taste in a sentence.")
-
-
-Rule = RestrictionRule | RequirementRule | PreferenceRule
-_KINDS: dict[str, type[Rule]] = {
-    "restriction": RestrictionRule,
-    "requirement": RequirementRule,
-    "preference": PreferenceRule,
-}
 
 
 class _Head(Section):
@@ -212,10 +111,10 @@ def read_document(path: Path | str) -> tuple[PolicyDocument | None, list[Problem
 
 def _rule(document: Document, index: int, kind: object) -> tuple[Rule | None, list[Problem]]:
     at: KeyPath = ("rules", index)
-    if isinstance(kind, str) and kind in _KINDS:
-        return check_section(_KINDS[kind], document, at)
+    if isinstance(kind, str) and kind in KINDS:
+        return check_section(KINDS[kind], document, at)
     place = document.place((*at, "kind"))
-    hint = did_you_mean(kind, _KINDS) if isinstance(kind, str) else ""
+    hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
     sentence = f"a rule has a kind: restriction, requirement or preference{hint}"
     return None, [Problem(place.file, place.line, dotted((*at, "kind")), sentence)]
 

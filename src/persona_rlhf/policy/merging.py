@@ -10,13 +10,14 @@ from pathlib import Path
 from persona_rlhf.inputs.bundled import find
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.inputs.yaml_text import KeyPath
-from persona_rlhf.policy.documents import Certify, PolicyDocument, RestrictionRule, read_document
+from persona_rlhf.policy.documents import PolicyDocument, read_document
 from persona_rlhf.policy.enforcement import probes_needed
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, read_probes
 from persona_rlhf.policy.likeness import plain
 from persona_rlhf.policy.narrowing import widenings
 from persona_rlhf.policy.public_sets import more_probes
 from persona_rlhf.policy.rules import Restriction
+from persona_rlhf.policy.statements import Certify, RestrictionRule
 
 
 def read_all(paths: Sequence[Path | str]) -> tuple[list[PolicyDocument], list[Problem]]:

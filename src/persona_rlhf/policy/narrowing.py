@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from persona_rlhf.inputs.problems import Problem
-from persona_rlhf.policy.documents import PolicyDocument, RestrictionRule
+from persona_rlhf.policy.documents import PolicyDocument
+from persona_rlhf.policy.statements import RestrictionRule
 
 
 def widenings(documents: Sequence[PolicyDocument]) -> Iterator[Problem]:

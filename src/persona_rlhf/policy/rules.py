@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from persona_rlhf.policy.hazards import Probe
+from persona_rlhf.policy.statements import MIN_RATE, When
 
 
 class DocumentInfo(NamedTuple):
@@ -41,7 +42,10 @@ class Restriction:
 
 @dataclass(frozen=True)
 class Requirement:
-    """A property of every answer: must_include, max_words, language, regex or judge."""
+    """A property of answers (of every one, or of those to the prompts of `when`), and the share that must have it.
+
+    `property` is one of `statements.PROPERTIES`; `requirements.satisfied` says what each asks.
+    """
 
     id: str
     property: str
@@ -50,6 +54,22 @@ class Requirement:
     document: str
     line: int
     source_name: str
+    when: When | None = None
+    min_rate: float = MIN_RATE
+
+    def said(self) -> tuple[object, ...]:
+        """What it says, for hashing: what a first edition could not say counts where it says something."""
+        when = None if self.when is None else self.when.model_dump()
+        later = () if (when, self.min_rate) == (None, MIN_RATE) else (when, self.min_rate)
+        return (self.id, self.property, self.value, *later)
+
+    def to_json(self) -> dict[str, object]:
+        """Its fields, for policy.json."""
+        return {**vars(self), "when": None if self.when is None else self.when.model_dump(exclude_none=True)}
+
+    def __str__(self) -> str:
+        """`max_words: 40, for prompts about medical`."""
+        return f"{self.property}: {self.value}" + (f", for {self.when}" if self.when is not None else "")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.inputs.section import in_order
-from persona_rlhf.policy.documents import Certify, PolicyDocument, PreferenceRule, RequirementRule
+from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.hazards import Probe, Split
 from persona_rlhf.policy.merging import (
     casting,
@@ -22,6 +22,7 @@ from persona_rlhf.policy.merging import (
     unusable_probes,
 )
 from persona_rlhf.policy.rules import DocumentInfo, Preference, Requirement, Restriction
+from persona_rlhf.policy.statements import Certify, PreferenceRule, RequirementRule
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Policy:
         return Policy(
             restrictions=tuple(restrictions),
             requirements=tuple(
-                Requirement(rule.id, *rule.property, *source)
+                Requirement(rule.id, *rule.property, *source, when=rule.when, min_rate=rule.min_rate)
                 for rule, source, _ in placed
                 if isinstance(rule, RequirementRule)
             ),
@@ -108,7 +109,7 @@ class Policy:
             "certify": self.certify.model_dump(),
             "aspects": {"fixed": list(self.fixed), "personalisable": list(self.personalisable)},
             "restrictions": restrictions,
-            "requirements": [asdict(rule) for rule in self.requirements],
+            "requirements": [rule.to_json() for rule in self.requirements],
             "preferences": [asdict(rule) for rule in self.preferences],
             "documents": [document._asdict() for document in self.documents],
         }
@@ -119,7 +120,7 @@ class Policy:
             "certify": self.certify.model_dump(),
             "aspects": [sorted(self.fixed), sorted(self.personalisable)],
             "restrictions": [(r.id, r.category, r.limit, r.min_refusal, r.bank_sha256) for r in self.restrictions],
-            "requirements": [(r.id, r.property, r.value) for r in self.requirements],
+            "requirements": [rule.said() for rule in self.requirements],
             "preferences": [(r.id, r.user_id, r.aspect, r.statement) for r in self.preferences],
         }
 
@@ -148,11 +149,15 @@ def check_documents(paths: Sequence[Path | str]) -> str:
 def _tier_one_hash(document: PolicyDocument, restrictions: Sequence[Restriction]) -> str:
     """sha256 over everything that tier one says, and the bytes of its probe banks; paths do not count."""
     banks = {restriction.id: restriction.bank_sha256 for restriction in restrictions}
-    rules = [{**rule.model_dump(exclude={"probes"}), "bank": banks.get(rule.id)} for _, rule in document.rules]
+    rules = []
+    for _, rule in document.rules:
+        said = rule.said()
+        said.pop("probes", None)
+        rules.append({**said, "bank": banks.get(rule.id)})
     assert document.certify is not None
     return _digest(
         {
-            "issuer": document.issuer.model_dump(),
+            "issuer": document.issuer.said(),
             "version": document.version,
             "certify": document.certify.model_dump(),
             "aspects": document.aspects.model_dump(),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
+from persona_rlhf.release.admission import refusals_to_release
 from persona_rlhf.release.folder import write_folder
 from persona_rlhf.release.results import Result, RunResults
-from persona_rlhf.release.verify import adapter_faults
 
 ADAPTERS = "adapters"
 
@@ -28,16 +28,14 @@ def find_user(run: Path, user_id: str) -> Result:
 def export(run: Path, user_id: str, to: Path) -> Path:
     """Copies a released adapter, and nothing else of the run, to the folder `to`, which must be new or empty.
 
-    Raises HeldBack where the user was not released or his folder does not verify, InputError for an unknown user or a
-    folder that is taken.
+    Raises HeldBack where it may not leave (`refusals_to_release`), InputError for an unknown user or a folder that is
+    taken.
     """
     result = find_user(run, user_id)
-    if result.status != "released" or result.path is None:
-        raise HeldBack(f"`{user_id}` is not released ({result.status}): {result.reason}")
+    if reasons := refusals_to_release(run, result):
+        raise HeldBack(f"the adapter of `{user_id}` stays here: {'; '.join(reasons)}")
+    assert result.path is not None
     source = run / result.path
-    faults = adapter_faults(source, result)
-    if faults:
-        raise HeldBack(f"the adapter of `{user_id}` does not verify: {'; '.join(faults)}")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError([Problem(str(to), None, "--to", "something stands there already; name a new or empty folder")])
     if to.is_dir():

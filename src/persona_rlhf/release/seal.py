@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import persona_rlhf
+from persona_rlhf.release import audit
+from persona_rlhf.release.audit import AUDIT, Head
 from persona_rlhf.release.folder import write_file
 from persona_rlhf.release.manifest import FORMAT, read_manifest, rendered, self_hash
 
 SEAL = "manifest.json"
+REVOKED = "revoked.jsonl"
+_GROWING = {AUDIT, REVOKED}  # they go on after a run is sealed; the chain of the one vouches for both
 MUST = ("config.yaml", "policy.json", "results.jsonl", "screening.jsonl")
 
 
@@ -18,7 +22,8 @@ def seal(run: Path, only: str | None = None) -> None:
     """Writes RUN/manifest.json over the files as they are now; the last thing that a run does.
 
     With `only`, one file is sealed anew and the others stay as they were promised. `state/` is working matter and is
-    not sealed; adapters are, by their own manifests, whose hashes the results hold.
+    not sealed; adapters are, by their own manifests, whose hashes the results hold. Of the audit trail, which goes on,
+    the head is sealed: each time the newest, unless the trail has lost the one that was sealed before.
     """
     names = sorted(_top_files(run))
     sealed, _ = read_manifest(run / SEAL) if only else (None, [])
@@ -28,7 +33,20 @@ def seal(run: Path, only: str | None = None) -> None:
         "toolkit": {"name": "persona-rlhf", "version": persona_rlhf.__version__},
         "files": kept | {name: _sha256(run / name) for name in names if only in (None, name)},
     }
+    before = sealed_head(run)
+    sound = before is None or not audit.faults(run, [(SEAL, before)])
+    if (held := audit.head(run) if sound else before) is not None:
+        content["audit"] = held._asdict()
     write_file(run / SEAL, rendered(content | {"manifest_hash": self_hash(content)}))
+
+
+def sealed_head(run: Path) -> Head | None:
+    """The head of the audit trail that a run was sealed with; None where it has no seal, or one without a trail."""
+    content, _ = read_manifest(run / SEAL)
+    try:
+        return Head(**content["audit"]) if content and "audit" in content else None
+    except TypeError:
+        return Head(0, "")  # a head that no trail holds
 
 
 def seal_faults(run: Path) -> list[str]:
@@ -54,7 +72,7 @@ def seal_faults(run: Path) -> list[str]:
 
 
 def _top_files(run: Path) -> set[str]:
-    return {file.name for file in run.iterdir() if not file.is_dir() and file.name != SEAL}
+    return {file.name for file in run.iterdir() if not file.is_dir() and file.name not in (SEAL, *_GROWING)}
 
 
 def _sha256(file: Path) -> str:

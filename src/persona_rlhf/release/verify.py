@@ -10,11 +10,13 @@ from typing import Any
 from persona_rlhf.evaluation.intervals import behind_judge, lower_bound
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.identity import slug
+from persona_rlhf.release import audit
 from persona_rlhf.release.forgotten import adapter_folders, forgotten_faults
 from persona_rlhf.release.manifest import MANIFEST, read_manifest, user_mark
 from persona_rlhf.release.redteam import redteam_faults
 from persona_rlhf.release.results import RESULTS, Result, RunResults, plain
-from persona_rlhf.release.seal import SEAL, seal_faults
+from persona_rlhf.release.revocation import revocation_faults, revoked, today
+from persona_rlhf.release.seal import SEAL, seal_faults, sealed_head
 
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 
@@ -41,7 +43,10 @@ def run_faults(run: Path) -> list[str]:
         return [*faults, f"policy.json cannot be read ({fault})"]
     expected: set[str] = set()
     released: dict[str, str | None] = {}
+    faults += audit.faults(run, [] if (kept := sealed_head(run)) is None else [(SEAL, kept)])
     try:
+        calls = revoked(run)
+        faults += revocation_faults(run, calls)
         for result in RunResults(run):
             if result.slug != slug(result.user_id):
                 faults.append(f"{RESULTS}: the slug `{result.slug}` is not that of its user")
@@ -55,6 +60,8 @@ def run_faults(run: Path) -> list[str]:
             expected.add(result.path)
             released[result.user_id] = result.manifest_sha256
             faults += [f"{result.path}: {fault}" for fault in adapter_faults(run / result.path, result, policy)]
+            if (found := calls.get(result.manifest_sha256 or "")) is not None:
+                faults.append(f"{result.path}: {found.sentence()}")
     except InputError as fault:
         return [*faults, *map(str, fault.problems)]
     faults += redteam_faults(run, released)
@@ -115,6 +122,8 @@ def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
         faults.append("it is called certified, but a bound lies below what the policy asks")
     if not verdict["admitted"] or not 0 < manifest["alpha"] <= 1:
         faults.append("an adapter that was held back has no business here")
+    if (until := verdict.get("valid_until")) is not None and until < today():
+        faults.append(f"its verdict expired on {until}")
     return faults
 
 
