@@ -7,7 +7,6 @@ the next program that opens the run.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 from persona_rlhf.evaluation.utility import read_utilities
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
 from persona_rlhf.preferences.identity import pseudonym
+from persona_rlhf.release import audit
 from persona_rlhf.release.erasure import erase, files_with_rows, rows_of
 from persona_rlhf.release.forgotten import (
     others_adapters,
@@ -32,7 +32,9 @@ from persona_rlhf.release.report import REPORT, write_report
 from persona_rlhf.release.results import RESULTS, RunResults
 from persona_rlhf.release.seal import seal, seal_faults
 from persona_rlhf.run_folder import RunFolder
-from persona_rlhf.traces import Outside, Owner, Trace, cached, read_outside, traces
+from persona_rlhf.traces import Outside, Owner, Trace, cached, read_outside, sweep, traces
+
+EVENT = "forgotten"
 
 
 class Forgotten(NamedTuple):
@@ -59,6 +61,7 @@ def forget(run: Path, user_id: str, data: bool = False) -> Forgotten | None:
         raise InputError([Problem(str(run), None, "--user", f"no user `{user_id}` in this run{_near(run, user_id)}")])
     order = {
         "user": name,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": data,
         "removed": [_told(run, trace, name) for trace in (*found, *sources)],
         "others": others_adapters(run, name),
@@ -79,7 +82,7 @@ def _finish(run: Path, name: str) -> Forgotten:
         sentence = f"{'; '.join(faults)}; give `forget` again with the user's id, after deleting this file"
         raise InputError([Problem(str(pending_file(run, name)), None, None, sentence)])
     outside, folder = read_outside(run), RunFolder(run)
-    _sweep(run)
+    sweep(run)
     for trace in (*cached(outside, folder.roll, name), *traces(run, name)):  # the index line, in the second, goes last
         trace.remove()
     if order["data"]:
@@ -92,24 +95,20 @@ def _finish(run: Path, name: str) -> Forgotten:
     remains = list(_remains(run, outside, folder, Owner(name)))
     after = others_adapters(run, name)
     content = {
-        **{key: order[key] for key in ("user", "removed", "faults_before")},
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **{key: order[key] for key in ("user", "at", "removed", "faults_before")},
         "others": {
             other: {"before": order["others"].get(other), "after": after.get(other)}
             for other in sorted({*order["others"], *after})
         },
         "remains": [what for what, _ in remains],
     }
-    write_paper(proof_file(run, name), content)
+    proof = write_paper(proof_file(run, name), content)
+    if not any(entry.facts.get("proof") == proof for entry in audit.read(run) if entry.event == EVENT):
+        audit.append(run, EVENT, user=name, proof=proof)
+    if folder.finished:
+        seal(run, only=audit.AUDIT)
     pending_file(run, name).unlink()
     return Forgotten(proof_file(run, name), content, [sentence for _, sentence in remains])
-
-
-def _sweep(run: Path) -> None:
-    """Removes what interrupted writes left behind: nobody reads it, and anybody's data may be in it."""
-    for path in sorted(run.rglob("*")):
-        if path.name.endswith((".half", ".old")) and not path.is_symlink() and path.exists():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sources(outside: Outside, folder: RunFolder, his: Owner) -> Iterator[Trace]:
@@ -139,6 +138,9 @@ def _remains(run: Path, outside: Outside, folder: RunFolder, his: Owner) -> Iter
     before = run.with_name(f"{run.name}.before")
     if before.is_dir():
         yield "the run before its base was changed", f"{before} is the run on its old base: forget him there too"
+    sent = [entry.facts for entry in audit.read(run) if entry.event == "uploaded"]
+    for place in sorted({str(facts["repo"]) for facts in sent if facts["user"] == his.name}):
+        yield "an upload", f"{place} on the hub has, or had, his adapter: delete it there"
     copies = "copies that left the run, and backups, are not known to it"
     yield copies, f"{copies}: delete those that were made"
 

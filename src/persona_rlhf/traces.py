@@ -19,13 +19,18 @@ from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.inputs.yaml_text import read_yaml
 from persona_rlhf.preferences.identity import pseudonym
 from persona_rlhf.preferences.store import PairStore, Roll
+from persona_rlhf.release import audit
 from persona_rlhf.release.erasure import erase, files_with_rows, rows_of
+from persona_rlhf.release.fleet import SUMMARY
 from persona_rlhf.release.folder import write_file
 from persona_rlhf.release.forgotten import LIST, adapter_folders, tail
 from persona_rlhf.release.redteam import REDTEAM, without_user
+from persona_rlhf.release.seal import REVOKED, SEAL
 from persona_rlhf.run_folder import RunFolder
 
-_NAMELESS = ("audit.jsonl", "users.jsonl")  # they call users by their pseudonyms; the second is an index of its own
+_NAMELESS = (audit.AUDIT, REVOKED, "users.jsonl")  # they call users by their pseudonyms; the last goes by itself
+
+_PAPERS = {SEAL, REDTEAM, SUMMARY, "policy.json", "bank.json", "identity.json", "persona.json", "adapter_config.json"}
 
 
 class Trace(NamedTuple):
@@ -93,16 +98,29 @@ def _files(run: Path, his: Owner) -> Iterator[Trace]:
             continue  # swept at the end, whosever it is
         if file.name in _NAMELESS or LIST in file.relative_to(run).parts or not files_with_rows(file):
             continue
-        ours = file.parent == run or (run / "state") in file.parents
-        if file.suffix == ".json" and (ours or (run / "adapters") in file.parents):
-            continue  # papers, not preferences
-        if count := rows_of(file, his, torn=ours):
-            yield Trace(file, "lines", count, partial(erase, file, his, torn=ours))
+        if file.suffix == ".json" and file.name in _PAPERS:
+            continue
+        if count := rows_of(file, his):
+            yield Trace(file, "lines", count, partial(erase, file, his))
 
 
 def files_below(folder: Path) -> list[Path]:
     """All files below a folder, but those behind links."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def sweep(run: Path) -> None:
+    """Removes what interrupted writes left behind: halves of files, and of lines. Anybody's data may be in them."""
+    for path in sorted(run.rglob("*")):
+        if path.name.endswith((".half", ".old")) and not path.is_symlink() and path.exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for file in (*run.rglob("metrics*.jsonl"), *run.rglob("ledger.jsonl")):
+        if rows_of(file, _nobody, torn=True):
+            erase(file, _nobody, torn=True)
+
+
+def _nobody(_: object) -> bool:
+    return False
 
 
 def _checkpoints(run: Path, his: Owner) -> Iterator[Trace]:

@@ -42,12 +42,14 @@ def pending(run: Path) -> list[str]:
     return sorted(file.stem for file in (run / LIST).glob(f"*{_PENDING}"))
 
 
-def write_paper(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a proof, or what is to become one, with its own hash in it."""
+def write_paper(file: Path, content: Mapping[str, Any]) -> str:
+    """Writes a proof, or what is to become one, with its own hash in it, which is returned."""
     toolkit = {"name": "persona-rlhf", "version": persona_rlhf.__version__}
     content = {"format": FORMAT, "toolkit": toolkit, **content}
     file.parent.mkdir(exist_ok=True)
-    write_file(file, rendered(content | {"manifest_hash": self_hash(content)}))
+    digest = self_hash(content)
+    write_file(file, rendered(content | {"manifest_hash": digest}))
+    return digest
 
 
 def tail(name: str) -> str:
