@@ -254,7 +254,6 @@ def bench(
 
 
 announce(base, "base align", "Make any causal LM the safety-aligned base")
-announce(app, "add", "Train new users into a run")
 add_life_verbs(app)
 announce(app, "chat", "Chat with one user's adapter in the terminal")
 announce(app, "collect", "Serve a page that collects feedback")

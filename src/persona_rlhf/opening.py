@@ -6,10 +6,16 @@ from pathlib import Path
 
 from persona_rlhf.boundary import say
 from persona_rlhf.release.forgotten import pending
+from persona_rlhf.run_folder import RunFolder
 
 
 def open_run(run: Path) -> None:
-    """Finishes the deletions that were begun. Raises InputError where one cannot be, OSError where the disk is full."""
+    """Finishes the additions and deletions that were begun. Raises InputError where one cannot be, OSError where the disk is full."""
+    if RunFolder(run).joining.is_file():
+        from persona_rlhf.joining import join
+
+        join(run)
+        say(f"An addition that was cut short is finished: {run}")
     if pending(run):
         from persona_rlhf.deletion import finish
 

@@ -35,6 +35,8 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.bank, self.reference = self.state / "bank.json", self.state / "reference.safetensors"
         self.users = self.state / "users.jsonl"
+        self.adding = self.state / "adding"  # a run inside, of users who are to be added
+        self.joining = self.adding / "joining.json"  # they are trained, and on their way
         self._identity, self._ready = self.state / "identity.json", self.state / "ready"
         if self.share.workers > 1:
             self.metrics = self.state / f"metrics-{self.share.name}.jsonl"
@@ -66,15 +68,22 @@ class RunFolder:
             (*self.sources,),
         )
 
+    def add_source(self, source: str) -> None:
+        """Reads a file after all others from now on."""
+        self.write(
+            self.path / SOURCES, json.dumps([*(s for s in self.sources if s != source), source], indent=2) + "\n"
+        )
+
     def change_users(self, known: Sequence[tuple[str, str] | None]) -> None:
         """Writes down other users than the run began with, by their numbers: it is theirs from now on."""
         self.write(self._identity, _rendered(self._read_identity() | {PAIRS: fingerprint_of(known)}))
         self.write(self.users, _lines(known))
 
-    def begin_as(self, other: RunFolder, chunk: int) -> None:
-        """Begins a run that must be asked the same as another one, of its own users."""
+    def begin_as(self, other: RunFolder, known: Sequence[tuple[str, str] | None], chunk: int) -> None:
+        """Begins a run that is asked the same as another one, but of other users."""
         self.state.mkdir(parents=True, exist_ok=True)
-        self.write(self._identity, _rendered(other._read_identity() | {_CHUNK: str(chunk)}))
+        own = {PAIRS: fingerprint_of(known), _CHUNK: str(chunk)}
+        self.write(self._identity, _rendered(other._read_identity() | own))
 
     def check_place(self, resume: bool) -> None:
         """Raises InputError where a new run would overwrite something, or there is no run to go on with.

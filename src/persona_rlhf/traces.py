@@ -22,7 +22,7 @@ from persona_rlhf.preferences.store import PairStore, Roll
 from persona_rlhf.release import audit
 from persona_rlhf.release.erasure import erase, files_with_rows, rows_of
 from persona_rlhf.release.fleet import SUMMARY
-from persona_rlhf.release.folder import write_file
+from persona_rlhf.release.folder import remove_folder, write_file
 from persona_rlhf.release.forgotten import LIST, adapter_folders, tail
 from persona_rlhf.release.redteam import REDTEAM, without_user
 from persona_rlhf.release.seal import REVOKED, SEAL
@@ -81,7 +81,9 @@ _pseudonym = lru_cache(4096)(pseudonym)
 
 def traces(run: Path, name: str) -> Iterator[Trace]:
     """What the run folder holds of a user, piece by piece. Raises InputError where a file of it cannot be read."""
-    his = Owner(name)
+    his, inner = Owner(name), RunFolder(RunFolder(run).adding)
+    if number_of(inner.roll.known, name) is not None:
+        yield Trace(inner.path, "an addition under way, all of it", 1, partial(remove_folder, inner.path))
     for folder in adapter_folders(run):
         if folder.name.lstrip(".").partition(".")[0].endswith(tail(name)):
             yield Trace(folder, "adapter", 1, partial(shutil.rmtree, folder))
@@ -136,20 +138,19 @@ def _checkpoints(run: Path, his: Owner) -> Iterator[Trace]:
 
 
 def _index(run: Path, his: Owner) -> Iterator[Trace]:
-    """His line among the users, of the run and of an addition to it; his number stays free. It goes last.
+    """His line among the users; his number stays free. It goes last.
 
     Before it goes the base's log-probabilities that his chunk asked for, if it is in training: they are computed anew
     for the others.
     """
-    for users in sorted(run.rglob("state/users.jsonl")):
-        folder = RunFolder(users.parent.parent)
-        known = folder.roll.known
-        if (number := number_of(known, his.name)) is not None:
-            values = folder.chunk(number // folder.chunk_size) / folder.reference.name
-            if values.exists():
-                yield Trace(values, "the base's log-probabilities of a chunk, all", 1, values.unlink)
-            rest = [*known[:number], None, *known[number + 1 :]]
-            yield Trace(users, "index line", 1, partial(folder.change_users, rest))
+    folder = RunFolder(run)
+    known = folder.roll.known
+    if (number := number_of(known, his.name)) is not None:
+        values = folder.chunk(number // folder.chunk_size) / folder.reference.name
+        if values.exists():
+            yield Trace(values, "the base's log-probabilities of a chunk, all", 1, values.unlink)
+        rest = [*known[:number], None, *known[number + 1 :]]
+        yield Trace(folder.users, "index line", 1, partial(folder.change_users, rest))
 
 
 def number_of(known: Sequence[tuple[str, str] | None], name: str) -> int | None:

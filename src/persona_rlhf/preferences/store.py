@@ -56,6 +56,7 @@ class PairStore:
         places = {known[0]: number for number, known in enumerate(roll.known) if known is not None}
         self._names: list[str | None] = [None if known is None else known[0] for known in roll.known]
         self._digests: list[bytes | None] = [None] * len(roll.known)
+        left_out: set[str] = set()
         problems: list[Problem] = []
         faults = 0
         for source in (path, *roll.more):
@@ -70,6 +71,7 @@ class PairStore:
                 if pair.user_id not in numbers:
                     name = pseudonym(pair.user_id)
                     numbers[pair.user_id] = None if name in roll.out else self._begin(name, places)
+                    left_out |= roll.out & {name}
                 if (number := numbers[pair.user_id]) is None:
                     continue
                 said = (pair.user_id, pair.prompt, pair.chosen, pair.rejected, split, pair.weight, pair.clean_choice)
@@ -79,6 +81,7 @@ class PairStore:
                 self._digests[number] = hashlib.sha256(before + json.dumps(said).encode()).digest()
         if problems:
             raise InputError(first_problems(problems, faults))
+        self.left_out = len(left_out)  # users of the files who stay out
 
     def _begin(self, name: str, places: dict[str, int]) -> int:
         """The number of a user whom a file begins to tell of; what earlier files told of him is forgotten."""

@@ -25,6 +25,14 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder: it is there whole or not at all, and what a kill leaves has the name of a left-over."""
+    gone = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
 def write_file(file: Path, data: bytes) -> None:
     """Writes a file, flushed to the disk, by a rename."""
     half = file.with_name(f".{file.name}.half")
