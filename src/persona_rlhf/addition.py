@@ -1,4 +1,4 @@
-"""`add`: users who are new to a finished run, or whose pairs changed, are trained into it; nobody else's bytes change."""
+"""`add`: users new to a finished run, or whose pairs changed, are trained into it; the others stay as they are."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def add(run: Path, source: str, console: Console) -> Added:
         raise InputError([Problem(str(run), None, None, sentence)])
     config = read_config(run / "config.yaml")
     if config.gate.enabled and config.gate.family == "all":
-        sentence = (
-            "this run shares delta among all of its users, so nothing of it is left for new ones; train them apart"
-        )
+        sentence = "this run shares delta among all of its users, so nothing of it is left for new ones"
         raise InputError([Problem(str(run / "config.yaml"), None, "gate.family", sentence)])
     roll = folder.roll
     wanted, store = _wanted(config, source, roll)

@@ -28,8 +28,8 @@ from persona_rlhf.release.forgotten import (
 )
 from persona_rlhf.release.manifest import read_manifest
 from persona_rlhf.release.redteam import REDTEAM
-from persona_rlhf.release.report import REPORT, write_report
-from persona_rlhf.release.results import RESULTS, RunResults
+from persona_rlhf.release.report import write_report
+from persona_rlhf.release.results import RunResults
 from persona_rlhf.release.seal import seal, seal_faults
 from persona_rlhf.run_folder import RunFolder
 from persona_rlhf.traces import Outside, Owner, Trace, cached, read_outside, sweep, traces
@@ -90,7 +90,7 @@ def _finish(run: Path, name: str) -> Forgotten:
             trace.remove()
     if folder.finished:
         write_report(run)
-        for changed in (RESULTS, "screening.jsonl", "metrics.jsonl", "ledger.jsonl", "policy.json", REDTEAM, REPORT):
+        for changed in (*(file.name for file in run.glob("*.jsonl")), "policy.json", REDTEAM):
             seal(run, only=changed)
     remains = list(_remains(run, outside, folder, Owner(name)))
     after = others_adapters(run, name)

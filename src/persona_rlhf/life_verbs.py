@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from persona_rlhf.boundary import Json, bounded, console, print_json, say
+from persona_rlhf.boundary import Json, bounded, console, print_json, print_table, say
 from persona_rlhf.ending import exit_held_back, finish, say_promise
 from persona_rlhf.opening import open_run
 from persona_rlhf.release.forgotten import LIST
+from persona_rlhf.replacement import before, check_replacement, replace_run
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
@@ -54,9 +55,10 @@ def add(
     from persona_rlhf.addition import add as train
 
     done = train(run, users, console(people=True))
-    if not done.results:
+    if done.results or as_json:
+        finish(done.results, as_json)
+    else:
         say("Nobody in there is new or changed.")
-    finish(done.results, as_json)
     if done.unchanged:
         say(f"{done.unchanged:,} users are in the run already, with the same pairs.")
     if done.forgotten:
@@ -66,7 +68,44 @@ def add(
     exit_held_back(done.results)
 
 
+@bounded
+def rebase(
+    run: RunFolder,
+    base: Annotated[str, typer.Option("--base", metavar="NEW", help="The new base: a folder or a hub id.")],
+    to: Annotated[
+        Path | None, typer.Option("--run", metavar="NEWRUN", help="Folder of the new run; else RUN.rebased.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Then put the new run in the old one's place, and that to RUN.before.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train all users of a run again on a new base, and say what that changes for each of them."""
+    open_run(run)
+    from persona_rlhf import rebasing
+    from persona_rlhf.release.comparison import comparison_table
+    from persona_rlhf.release.results import RunResults
+    from persona_rlhf.release.succession import succession_table
+
+    place = to or run.with_name(f"{run.name}.rebased")
+    if replace:
+        check_replacement(run, place)
+    done = rebasing.rebase(run, base, place, console(people=True))
+    if as_json:
+        print_json(done.to_json())
+    else:
+        print_table(succession_table(done.users))
+        print_table(comparison_table(done.figures))
+    if replace:
+        replace_run(run, place)
+        place = run
+        say(f"{run} is on the new base now; the old run is {before(run)}.")
+    say(f"Report:   {place / 'report.html'}\nAdapters: {place / 'adapters'}")
+    exit_held_back(RunResults(place))
+
+
 def add_life_verbs(app: typer.Typer) -> None:
     """Puts the verbs into the command line."""
     app.command()(add)
     app.command()(forget)
+    app.command()(rebase)

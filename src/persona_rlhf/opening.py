@@ -6,11 +6,17 @@ from pathlib import Path
 
 from persona_rlhf.boundary import say
 from persona_rlhf.release.forgotten import pending
+from persona_rlhf.replacement import finish_replacement
 from persona_rlhf.run_folder import RunFolder
 
 
 def open_run(run: Path) -> None:
-    """Finishes the additions and deletions that were begun. Raises InputError where one cannot be, OSError where the disk is full."""
+    """Finishes the additions, deletions and replacements that were begun.
+
+    Raises InputError where one cannot be finished, OSError where the disk is full.
+    """
+    if finish_replacement(run):
+        say(f"A replacement that was cut short is finished: {run}")
     if RunFolder(run).joining.is_file():
         from persona_rlhf.joining import join
 

@@ -70,9 +70,16 @@ class RunFolder:
 
     def add_source(self, source: str) -> None:
         """Reads a file after all others from now on."""
-        self.write(
-            self.path / SOURCES, json.dumps([*(s for s in self.sources if s != source), source], indent=2) + "\n"
-        )
+        sources = [*(known for known in self.sources if known != source), source]
+        self.write(self.path / SOURCES, json.dumps(sources, indent=2) + "\n")
+
+    def begin_with(self, other: RunFolder) -> None:
+        """Before it begins, a run takes over from another where its pairs lie, and who asked to be forgotten."""
+        for file in (other.path / SOURCES, *(other.path / LIST).glob("*.json")):
+            if file.exists():
+                place = self.path / file.relative_to(other.path)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                self.write(place, file.read_text(encoding="utf-8"))
 
     def change_users(self, known: Sequence[tuple[str, str] | None]) -> None:
         """Writes down other users than the run began with, by their numbers: it is theirs from now on."""
@@ -129,6 +136,11 @@ class RunFolder:
         """Waits for the first process of this host to have checked everything; if it fails, it is its to say so."""
         while not (self.begun and self._ready.exists()):
             time.sleep(0.1)
+
+    @property
+    def base_hash(self) -> str:
+        """sha256 of the weights of the base that the run is on."""
+        return self._read_identity()["base"]
 
     @property
     def chunk_size(self) -> int:

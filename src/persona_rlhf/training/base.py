@@ -89,6 +89,11 @@ def load_base(settings: BaseSettings) -> Base:
     return Base(model, tokenizer, settings.model, _hash(weights), min(int(context), sys.maxsize))
 
 
+def weights_hash(model: str) -> str:
+    """What `Base.weights_hash` would be of a model, a folder or a hub id, without loading it."""
+    return _hash(sorted(_folder(model, [*_TOKENIZER, "*.safetensors"]).glob("*.safetensors")))
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base, a folder or a hub id, without its weights. Raises InputError where there is none."""
     return _tokenizer(model, _folder(model, _TOKENIZER))
