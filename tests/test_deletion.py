@@ -1,13 +1,11 @@
-"""`forget`: canaries in everything of a user, and nothing of them left; cut short anywhere, the next start finishes it."""
+"""`forget`: canaries in all that is a user's, and none left; cut short anywhere, it is finished by the next start."""
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
-import os
 import shutil
-import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -29,6 +27,7 @@ from persona_rlhf.release.seal import seal
 from persona_rlhf.release.verify import verify
 from persona_rlhf.run_folder import PAIRS, RunFolder
 from persona_rlhf.training import checkpoint
+from tests.cut_short import DONE, FAILED, KILLED, UNMINDED, cut_short
 from tests.release import conftest as small
 
 base, run = small.base, small.run  # the small finished run, with the user below in it
@@ -71,7 +70,7 @@ def planted(monkeypatch, request, tmp_path) -> Path:
         lines({**row(u, 0, u == ID), "action": "dropped", "reason": "r"} for u in users)
     )
     steps = [{"user_id": user, "step": n} for n in range(3) for user in users]
-    (path / "metrics.jsonl").write_text(lines(steps) + '{"user_id": "kanarienvo')
+    (path / "metrics.jsonl").write_text(lines(steps) + '{"user_id": "kanarienvogel')
     policy = json.loads((path / "policy.json").read_bytes())
     policy["preferences"] = [{"id": "r", "user_id": ID, "statement": "CANARYPROMPT", "document": "/canary.yaml"}]
     policy["documents"].append(
@@ -203,58 +202,19 @@ def test_a_proof_that_was_changed_shows_and_so_does_his_return(planted):
     assert any("1 users who were to be forgotten" in fault for fault in verify(planted))
 
 
-def in_a_child(work, at: int, how) -> int:
-    """Runs `work` in a process of its own that meets `how` before the `at`-th thing it does to a disk; its exit code.
-
-    40 where nothing was left to meet.
-    """
-    child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def hook(event, args):
-            nonlocal seen
-            changing = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate") or (
-                event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
-            )
-            if changing:
-                seen += 1
-                if seen == at:
-                    how()
-
-        sys.addaudithook(hook)
-        code = 40
-        try:
-            work()
-            code = 40 if seen < at else 41
-        except OSError:
-            code = 42
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def killed():
-    os._exit(9)
-
-
-def full():
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "code"), [(killed, 9), (full, 42)])
-def test_cut_short_anywhere_it_is_finished_by_the_next_start(planted, tmp_path, how, code):
-    old, at, cut = others(planted), 0, 0
-    while True:
-        at += 1
+@pytest.mark.parametrize("full", [False, True])
+def test_cut_short_anywhere_it_is_finished_by_the_next_start(planted, tmp_path, full):
+    """Killed before each change it makes to a disk; and with a full disk at every fourth of them."""
+    old, cut = others(planted), 0
+    for at in count(1, 4 if full else 1):
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(planted, copy)
-        met = in_a_child(lambda copy=copy: forget(copy, ID), at, how)
-        if met == 40:
+        met = cut_short(lambda copy=copy: forget(copy, ID), at, full)
+        if met == DONE:
             break
-        assert met in (code, 41), at  # 41: nobody minds, as where a folder that is to be made is there
+        assert met in ((FAILED, UNMINDED) if full else (KILLED,)), at
         if pending_file(copy, pseudonym(ID)).exists():
             cut += 1
             assert any("not finished" in fault for fault in verify(copy)), at
@@ -266,12 +226,12 @@ def test_cut_short_anywhere_it_is_finished_by_the_next_start(planted, tmp_path, 
         assert verify(copy) == [], at
         assert len(list(audit.read(copy))) == 1, at
         assert not pending_file(copy, pseudonym(ID)).exists()
-    assert cut >= 20
+    assert cut >= (5 if full else 20)
 
 
 def test_interrupted_twice_it_is_still_finished(planted):
-    assert in_a_child(lambda: forget(planted, ID), 12, killed) == 9
-    assert in_a_child(lambda: finish(planted), 9, killed) == 9
+    assert cut_short(lambda: forget(planted, ID), 12) == KILLED
+    assert cut_short(lambda: finish(planted), 9) == KILLED
     assert len(finish(planted)) == 1
     assert held(planted) == {}
     assert verify(planted) == []

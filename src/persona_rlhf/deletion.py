@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from persona_rlhf.release.redteam import REDTEAM
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import RunResults
 from persona_rlhf.release.seal import seal, seal_faults
+from persona_rlhf.replacement import before
 from persona_rlhf.run_folder import RunFolder
 from persona_rlhf.traces import Outside, Owner, Trace, cached, read_outside, sweep, traces
 
@@ -83,7 +85,7 @@ def _finish(run: Path, name: str) -> Forgotten:
         raise InputError([Problem(str(pending_file(run, name)), None, None, sentence)])
     outside, folder = read_outside(run), RunFolder(run)
     sweep(run)
-    for trace in (*cached(outside, folder.roll, name), *traces(run, name)):  # the index line, in the second, goes last
+    for trace in chain(cached(outside, folder.roll, name), traces(run, name)):  # the index line, in these, goes last
         trace.remove()
     if order["data"]:
         for trace in _sources(outside, folder, Owner(name)):
@@ -115,6 +117,8 @@ def _sources(outside: Outside, folder: RunFolder, his: Owner) -> Iterator[Trace]
     """His rows in the files outside the run that its pairs come from."""
     for source in (outside.users, *folder.sources):
         for file in files_with_rows(Path(source)):
+            if folder.path.resolve() in file.resolve().parents:
+                continue  # its rows go in any case
             if count := rows_of(file, his):
                 yield Trace(file, "rows of a source", count, partial(erase, file, his))
 
@@ -135,9 +139,9 @@ def _remains(run: Path, outside: Outside, folder: RunFolder, his: Owner) -> Iter
     tastes = outside.utilities
     if tastes is not None and Path(tastes).exists() and any(map(his, read_utilities(tastes))):
         yield "a written-down taste", f"{tastes} has a taste of his (evaluation.utilities)"
-    before = run.with_name(f"{run.name}.before")
-    if before.is_dir():
-        yield "the run before its base was changed", f"{before} is the run on its old base: forget him there too"
+    for beside in (before(run), run.with_name(f"{run.name}.rebased")):
+        if beside.is_dir():
+            yield "a run on another base", f"{beside} is this run on another base: forget him there too"
     sent = [entry.facts for entry in audit.read(run) if entry.event == "uploaded"]
     for place in sorted({str(facts["repo"]) for facts in sent if facts["user"] == his.name}):
         yield "an upload", f"{place} on the hub has, or had, his adapter: delete it there"

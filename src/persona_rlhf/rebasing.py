@@ -58,6 +58,7 @@ def rebase(run: Path, base: str, to: Path, console: Console) -> Rebased:
     users = successions(old_results, results)
     write_successions(to, users)
     if not any(entry.event == EVENT for entry in audit.read(to)):
-        audit.append(to, EVENT, old_base=folder.base_hash, new_base=new.base_hash, users=len(users))
+        facts = {"old_base": folder.base_hash, "new_base": new.base_hash, "old_trail": str(audit.head(run) or "")}
+        audit.append(to, EVENT, **facts, users=len(users))
         seal(to, only=audit.AUDIT)
     return Rebased(users, compare({"old base": {0: old_results}, "new base": {0: results}}))
