@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.inputs.yaml_text import read_yaml
 from persona_rlhf.preferences.identity import pseudonym
+from persona_rlhf.preferences.pairs import PreferencePair
 from persona_rlhf.preferences.store import PairStore, Roll
 from persona_rlhf.release import audit
 from persona_rlhf.release.erasure import erase, files_with_rows, rows_of
@@ -211,14 +212,15 @@ def _keys(outside: Outside, roll: Roll, number: int) -> set[bytes] | None:
             return None
         tokenizer = load_tokenizer(outside.model)
 
-        def keys(users: range) -> set[bytes]:
-            rows = tokenize(pairs.of(users), tokenizer, sys.maxsize)
+        def keys(told: Sequence[PreferencePair]) -> set[bytes]:
+            rows = tokenize(told, tokenizer, sys.maxsize)
             return {key_of(row) for user in rows for row in both_rows((*user.train, *user.heldout))}
 
-        own = keys(range(number, number + 1))
-        for other in range(pairs.users):
-            if other != number:
-                own -= keys(range(other, other + 1))
+        his = pairs.of(range(number, number + 1))
+        own = keys(his)
+        for start in range(0, pairs.users, 256):
+            told = pairs.of(range(start, min(start + 256, pairs.users)))
+            own -= keys([pair for pair in told if pair.user_id != his[0].user_id])
     except InputError:
         return None
     return own

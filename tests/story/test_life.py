@@ -69,7 +69,7 @@ def test_forgotten_in_the_midst_of_training(trained, tmp_path):
         }
         row |= {**marked, "id": f"{WORDS[3]}{n}", "source": WORDS[4]}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    words = ("train", "experiment.yaml", *OVERRIDES, "fleet.reference_cache=cache", "fleet.slots=2", "--run", "killed")
+    words = ("train", "experiment.yaml", *OVERRIDES, "fleet.reference_cache=cache", "fleet.slots=4", "--run", "killed")
     run = folder / "killed"
     killed_in_training(words, folder, run / "metrics.jsonl", 9)
     tokenizer = load_tokenizer("data/base")
