@@ -83,7 +83,7 @@ def run(ready: Prepared, names: Sequence[str], gated: bool, chunk: int, console:
             kind = CONTENDERS[name]
             own = [kind.prepare(ready, user) for user in rows]
             begun = time.process_time()
-            kept = kind.bank and kind.bank(bank.categories, bank.limits, bank.anchors)
+            kept = kind.bank and kind.bank(bank.categories, bank.limits, bank.anchors, bank.lessons)
             trained = list(
                 kind.engine(adapted, own, reference, kept, config.dpo, config.constraint, fleet, config.seed).run()
             )

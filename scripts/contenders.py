@@ -21,7 +21,8 @@ from torch import Tensor
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
 from persona_rlhf.preparation import Prepared
-from persona_rlhf.training.constraint import ConstraintBank, Draw, Excess, UserDraws, Watched, measure
+from persona_rlhf.training.bank import ConstraintBank, UserDraws
+from persona_rlhf.training.constraint import Draw, Excess, Watched, measure
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.objective import StepLoss
@@ -83,14 +84,15 @@ class EventBank(ConstraintBank):
         return EventDraws(self, settings, seed, user_id)
 
     def excess(self, draws: Sequence[Draw], logps: Watched, reference: Known, settings: ConstraintSettings) -> Excess:
-        refused, *others = logps
+        refused = logps.refusals
         groups = refused.view(len(draws), -1, WORDINGS)
         base = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in draws]).view(groups.shape)
         # `measure` compares one log-probability a row with the base's: the groups' differences stand for the rows'
         gap = base.logsumexp(2) - groups.logsumexp(2)
         first = [draw._replace(refusals=draw.refusals[::WORDINGS]) for draw in draws]
         own = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in first])
-        return measure(first, (own - gap, others[0], others[1]), reference, len(self.categories), settings)
+        shortened = logps._replace(refusals=own - gap)
+        return measure(first, shortened, reference, len(self.categories), len(self.lessons), settings)
 
 
 class EventDraws(UserDraws):

@@ -8,7 +8,9 @@ from itertools import chain, islice
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from rich.console import Console
+from torch import Tensor
 
 from persona_rlhf.config import Config, read_config
 from persona_rlhf.evaluation.measures import Measures
@@ -28,11 +30,14 @@ from persona_rlhf.release.results import RESULTS, Result, RunResults, read_resul
 from persona_rlhf.release.seal import seal
 from persona_rlhf.run_folder import PAIRS, RunFolder, identity_of
 from persona_rlhf.shards import Share
+from persona_rlhf.training import checkpoint
 from persona_rlhf.training.allocator import keep_big_blocks
+from persona_rlhf.training.anchors import policy_bank
+from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.bank_file import bank_from_json, bank_to_json, kept_bank
-from persona_rlhf.training.constraint import ConstraintBank, policy_bank
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.provider import provider_start
 from persona_rlhf.training.reference import Reference, shared_reference
 
 _WRITERS = 8
@@ -78,6 +83,7 @@ def train(
     folder.begin(config, ready.policy, ready.pairs, identity, size)
     if bank is not None:
         folder.write(folder.bank, bank_to_json(bank))
+    start = shared_start(ready, bank, folder)
     place = config.fleet.reference_cache
     cache = None if place is None else shared_reference(ready.adapted, Path(place))
     known = Reference(ready.adapted, folder.reference, cache)
@@ -91,7 +97,7 @@ def train(
             of = f" of {ready.pairs.users:,}" if len(chunks) > 1 else ""
             found = f"{len(chunk.dropped)} found by the screen"
             progress.say(f"{len(chunk.rows)}{of} users, {chunk.pairs:,} pairs, {found}")
-            reference = train_chunk(ready, folder, number, chunk, bank, known, progress)
+            reference = train_chunk(ready, folder, number, chunk, bank, known, start, progress)
             if cache is not None:
                 cache.learn(reference)
     if share.rank > 0:
@@ -114,6 +120,17 @@ def shared_bank(ready: Prepared, folder: RunFolder) -> ConstraintBank | None:
         except ValueError:
             pass  # a damaged file is written anew
     return constraint_bank(ready.config, ready.policy, ready.adapted)
+
+
+def shared_start(ready: Prepared, bank: ConstraintBank | None, folder: RunFolder) -> Float[Tensor, " params"] | None:
+    """What every adapter of the run begins with, where there are requirements to teach: from the folder, else now."""
+    if folder.start.exists():
+        return checkpoint.load(folder.start, ready.adapted.base.device)[0]["start"]
+    config = ready.config
+    start = provider_start(ready.adapted, bank, config.dpo, config.constraint, config.seed)
+    if start is not None:
+        checkpoint.save(folder.start, {"start": start}, {})
+    return start
 
 
 def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> ConstraintBank | None:
@@ -155,13 +172,23 @@ def train_chunk(
     chunk: Chunk,
     bank: ConstraintBank | None,
     known: Reference,
+    start: Float[Tensor, " params"] | None,
     progress: Progress,
 ) -> Reference:
     """Trains, judges and writes some users; a cohort is on disk before the next is judged. Returns their reference."""
     config, place = ready.config, folder.chunk(number)
     reference = with_reference(ready.adapted, chunk.rows, bank, place / "reference.safetensors", known)
     engine = Engine(
-        ready.adapted, chunk.rows, reference, bank, config.dpo, config.constraint, config.fleet, config.seed, place
+        ready.adapted,
+        chunk.rows,
+        reference,
+        bank,
+        config.dpo,
+        config.constraint,
+        config.fleet,
+        config.seed,
+        place,
+        start,
     )
     results = read_results(place) if (place / RESULTS).exists() else []
     judged = {result.user_id for result in results}

@@ -31,8 +31,8 @@ from persona_rlhf.materials import Materials
 from persona_rlhf.preferences.tokens import UserRows, both_rows
 from persona_rlhf.preparation import Prepared, prepare, prepare_users
 from persona_rlhf.training.allocator import keep_big_blocks
+from persona_rlhf.training.bank import ConstraintBank, UserDraws
 from persona_rlhf.training.capacity import choose_slots, draw_tokens, largest_step, pair_tokens
-from persona_rlhf.training.constraint import ConstraintBank, UserDraws
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.memory import held_by, machine_bytes, most_held
@@ -198,7 +198,9 @@ def _probe_steps(
     """What a step takes, and seconds a token of a pass without gradients, which the reference is made of; both from the
     first pairs of a few users and the first anchors of every category."""
     few = _STEPS * config.dpo.pairs_per_step
-    thin = bank and ConstraintBank(bank.categories, bank.limits, [anchors[:_ANCHORS] for anchors in bank.anchors])
+    thin = bank and ConstraintBank(
+        bank.categories, bank.limits, [anchors[:_ANCHORS] for anchors in bank.anchors], bank.lessons
+    )
     dpo = config.dpo.model_copy(update={"epochs": 1, "early_stop": None})
     probed = [[user._replace(train=user.train[:few], deciding=()) for user in cohort] for cohort in cohorts]
     asked = [user for cohort in probed for user in cohort]

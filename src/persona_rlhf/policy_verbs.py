@@ -3,37 +3,150 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from persona_rlhf.boundary import Json, bounded, print_json, print_table, say, verbs
+from persona_rlhf.inputs.problems import InputError
+
+if TYPE_CHECKING:
+    from persona_rlhf.policy.documents import PolicyDocument
 
 policy_verbs = verbs("Policy documents of three tiers.")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of an experiment (YAML).")]
+User = Annotated[str | None, typer.Option("--user", help="A user_id.")]
 
 
 @policy_verbs.command("show")
 @bounded
 def policy_show(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of an experiment (YAML).")],
-    user: Annotated[str | None, typer.Option("--user", help="A user_id.")] = None,
+    config: ConfigFile,
+    user: User = None,
+    rule: Annotated[str | None, typer.Option("--why", metavar="RULE", help="All about one rule, by its id.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Print the resolved rules, each with the tier and document it comes from."""
+    """Print the resolved rules, each with the tier and document it comes from; of a user, his overruled wishes too."""
     from persona_rlhf.config import read_config
-    from persona_rlhf.policy.listing import listing
+    from persona_rlhf.policy import listing
+    from persona_rlhf.policy.contradictions import overruled
+    from persona_rlhf.policy.register import out_of_force
     from persona_rlhf.policy.tiers import Policy
 
     resolved = Policy.read(read_config(config).policy.documents)
     if user is not None:
         resolved = resolved.for_user(user)
-    print_json(resolved.to_json()) if as_json else print_table(listing(resolved))
+    if rule is not None:
+        entry = listing.entry_of(resolved, rule)
+        found = {**entry.to_json(), "held_by": listing.held_by(entry)}
+        print_json(found) if as_json else print_table(listing.why(resolved, entry))
+        return
+    lost = list(overruled(resolved.preferences, resolved.requirements))
+    written = [{**entry.to_json(), "held_by": listing.held_by(entry)} for entry in resolved.written]
+    if as_json:
+        print_json({**resolved.to_json(), "written": written, "overruled": [found._asdict() for found in lost]})
+        return
+    print_table(listing.listing(resolved))
+    for sentence in [*out_of_force(resolved.written), *(found.sentence for found in lost)]:
+        say(sentence)
 
 
 @policy_verbs.command("check")
 @bounded
-def policy_check(paths: Annotated[list[Path], typer.Argument(metavar="PATH...")]) -> None:
+def policy_check(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Documents, or folders of them.")],
+    as_json: Json = False,
+) -> None:
     """Validate policy documents (or folders of them), alone and against each other."""
     from persona_rlhf.policy.tiers import check_documents
 
-    say(check_documents(paths))
+    try:
+        found = check_documents(paths)
+    except InputError as fault:
+        if as_json:
+            print_json({"problems": [problem._asdict() for problem in fault.problems], "notes": []})
+        raise
+    if as_json:
+        print_json({"problems": [], "notes": found})
+        return
+    for line in found:
+        say(line)
+
+
+@policy_verbs.command("diff")
+@bounded
+def policy_diff(
+    before: Annotated[Path, typer.Argument(metavar="A", help="A document, a folder of them, or a config.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="What would stand in its place.")],
+    as_json: Json = False,
+) -> None:
+    """Say what gets stricter and what looser from A to B; exit code 3 where tier one gets looser."""
+    from persona_rlhf.policy import listing
+    from persona_rlhf.policy.differences import differences
+
+    changes = differences(_documents(before), _documents(after))
+    if as_json:
+        print_json([{**change._asdict(), "refused": change.refused} for change in changes])
+    elif changes:
+        print_table(listing.changes_table(changes))
+    else:
+        say("Nothing changes.")
+    refused = sum(change.refused for change in changes)
+    if refused:
+        say(f"Tier one gets looser in {refused} {'place' if refused == 1 else 'places'}, which is refused.")
+        raise typer.Exit(3)
+
+
+@policy_verbs.command("explain")
+@bounded
+def policy_explain(
+    config: ConfigFile,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="A request, as a user would write it.")],
+    user: User = None,
+    answer: Annotated[str | None, typer.Option("--answer", help="An answer to it, to be checked.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which rules a text meets, and at which stage."""
+    from persona_rlhf.config import read_config
+    from persona_rlhf.policy import listing
+    from persona_rlhf.policy.explanation import explain
+    from persona_rlhf.policy.tiers import Policy
+
+    found = explain(Policy.read(read_config(config).policy.documents), user, text, answer)
+    if as_json:
+        print_json([meeting._asdict() for meeting in found])
+    elif found:
+        print_table(listing.meetings_table(found))
+    else:
+        say("It meets no rule.")
+
+
+@policy_verbs.command("schema")
+@bounded
+def policy_schema(
+    tier: Annotated[int | None, typer.Option("--tier", min=1, max=3, help="1, 2 or 3; else all three.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the JSON Schema of policy documents (it is JSON with and without --json)."""
+    from persona_rlhf.policy.schema import schemas
+
+    print_json(schemas() if tier is None else schemas()[tier])
+
+
+def _documents(path: Path) -> list[PolicyDocument]:
+    """The documents of a document, a folder of them or a config. Raises InputError with every problem in them."""
+    from persona_rlhf.config import read_config
+    from persona_rlhf.inputs.bundled import find
+    from persona_rlhf.inputs.section import in_order
+    from persona_rlhf.inputs.yaml_text import read_yaml
+    from persona_rlhf.policy.lineage import read_all
+    from persona_rlhf.policy.tiers import document_files
+
+    place = find(path)
+    tree = {} if place.is_dir() else read_yaml(place).tree
+    is_config = isinstance(tree, dict) and "policy" in tree
+    documents, problems = read_all(read_config(place).policy.documents if is_config else document_files([place]))
+    if problems:
+        raise InputError(in_order(problems))
+    return documents

@@ -37,6 +37,7 @@ class RunFolder:
         self.users = self.state / "users.jsonl"
         self.adding = self.state / "adding"  # a run inside, of users who are to be added
         self.joining = self.adding / "joining.json"  # they are trained, and on their way
+        self.start = self.state / "start.safetensors"
         self._identity, self._ready = self.state / "identity.json", self.state / "ready"
         if self.share.workers > 1:
             self.metrics = self.state / f"metrics-{self.share.name}.jsonl"
@@ -87,8 +88,11 @@ class RunFolder:
         self.write(self.users, _lines(known))
 
     def begin_as(self, other: RunFolder, known: Sequence[tuple[str, str] | None], chunk: int) -> None:
-        """Begins a run that is asked the same as another one, but of other users."""
+        """Begins a run that is asked the same as another one, but of other users; what all users share is that one's."""
         self.state.mkdir(parents=True, exist_ok=True)
+        for shared, own in ((other.bank, self.bank), (other.start, self.start)):
+            if shared.exists():
+                shutil.copyfile(shared, own)
         own = {PAIRS: fingerprint_of(known), _CHUNK: str(chunk)}
         self.write(self._identity, _rendered(other._read_identity() | own))
 

@@ -14,6 +14,7 @@ from persona_rlhf.boundary import console, say
 from persona_rlhf.config import read_config
 from persona_rlhf.materials import read_materials
 from persona_rlhf.opening import open_run
+from persona_rlhf.policy.register import out_of_force
 from persona_rlhf.run_folder import RunFolder
 from persona_rlhf.shards import share_of
 
@@ -35,6 +36,9 @@ def start(
     open_run(folder)
     RunFolder(folder, share).check_place(resume)
     materials = read_materials(settings, RunFolder(folder).roll)
+    if share.rank == 0:
+        for sentence in out_of_force(materials.policy.written):
+            say(sentence)
     if settings.fleet.processes > 1 and share.world == 1:
         flags = [*["--resume"] * resume, *(["--shard", shard] if shard else []), *["--json"] * as_json]
         raise typer.Exit(processes.launch(["train", *words, *flags], settings.fleet.processes, say))

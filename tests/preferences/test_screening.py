@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from persona_rlhf.policy.rules import Requirement
+from persona_rlhf.policy.statements import When
 from persona_rlhf.preferences.messages import Prompt
 from persona_rlhf.preferences.pairs import PreferencePair, parse_row
 from persona_rlhf.preferences.screening import Screened, fit, normalised, screen, screening_rows
@@ -31,6 +33,7 @@ class _Rule(NamedTuple):
 
 class _Policy(NamedTuple):
     restrictions: tuple[_Rule, ...]
+    requirements: tuple[Requirement, ...] = ()
 
 
 POLICY: Any = _Policy((_Rule("t1.terrorism", (_Probe(PROBE),)),))
@@ -153,3 +156,19 @@ def test_every_pair_is_kept_or_has_one_reason(rows: list[tuple[str, str, str]]) 
     kept = {(pair.prompt, pair.chosen, pair.rejected) for pair in found.kept}
     assert len(kept) == len(found.kept)
     assert not kept & {(prompt, rejected, chosen) for prompt, chosen, rejected in kept}
+
+
+def test_a_taste_that_a_requirement_rules_out_is_not_trained() -> None:
+    calm = Requirement("t2.calm", "must_not_include", "!", 2, "two.yaml", 1, "App", when=When(pattern="tea"))
+    rows = pairs(
+        ("tea", "Yes!", "Yes."),  # against the rule
+        ("tea", "Yes.", "No!"),  # as the rule asks
+        ("tea", "Hot!", "Cold!"),  # both lack it: about something else
+        ("coffee", "Yes!", "Yes."),  # the rule is not about coffee
+    )
+    found = screen(rows, POLICY._replace(requirements=(calm,)), ScreeningSettings(), None)
+    assert [pair.line for pair in found.kept] == [2, 3, 4]
+    [dropped] = found.dropped
+    assert (dropped.pair.line, dropped.action, dropped.kind) == (1, "dropped", "requirement")
+    assert "`t2.calm`" in dropped.reason
+    assert len(screen(rows, POLICY, ScreeningSettings(), None).kept) == 4

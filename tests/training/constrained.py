@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
-from persona_rlhf.training.constraint import ConstraintBank
+from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.lora import LayerSpan
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, LoraSettings
 from persona_rlhf.training.trainer import ConstrainedDPOTrainer

@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
-from persona_rlhf.training.constraint import (
-    Anchor,
-    ConstraintBank,
-    Draw,
-    UserDraws,
-    build_bank,
-    measure,
-)
+from persona_rlhf.training.anchors import build_bank
+from persona_rlhf.training.bank import Anchor, ConstraintBank, UserDraws
+from persona_rlhf.training.constraint import Draw, Watched, measure
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.objective import step_loss
@@ -59,7 +54,8 @@ def test_refusal_probability_falls_by_no_more_than_the_measured_excess(toy):
     with adapted.using(flat):
         logps = torch.tensor([[score.logp for score in own] for own in adapted.score([rows] * users)]).double()
     none = torch.zeros(users, 0).double()
-    excess = measure(everyone, (logps, none, none), reference, len(rows), ConstraintSettings(margin=0)).refusal
+    watched, section = Watched(logps, none, none, none), ConstraintSettings(margin=0)
+    excess = measure(everyone, watched, reference, len(rows), 0, section).refusal
     base = torch.tensor([reference[row] for row in rows]).double()
     gaps = []
     for _ in range(25):
@@ -99,24 +95,31 @@ def _known(values: dict[Row, float]) -> Reference:
 def test_measure_by_hand():
     a, b, c, d, e = (Row((2,), (n, EOS)) for n in range(2, 7))
     reference = _known({a: -1.0, b: -2.0, c: -3.0, d: -4.0, e: -5.0})
-    draws = [Draw([a, b, c], [0, 2, 0], [d, e], [d]), Draw([b, b, a], [1, 1, 2], [e], [])]
+    draws = [
+        Draw([a, b, c], [0, 2, 0], [d, e], [d], [a, b, c], [0, 1, 0]),
+        Draw([b, b, a], [1, 1, 2], [e], [], [d], [0]),
+    ]
     refused = torch.tensor([[-1.5, -1.0, -7.0], [-2.5, -3.0, -1.0]])
     complied = torch.tensor([[-3.0, -4.9], [-2.0, 0.0]])
     over = torch.tensor([[-9.0], [0.0]])
-    logps = refused, complied, over
-    excess = measure(draws, logps, reference, 3, ConstraintSettings(margin=0.5, floor=-100))
+    taught = torch.tensor([[-0.5, -2.0, -1.5], [-0.25, 7.0, 7.0]])
+    logps = Watched(refused, complied, over, taught)
+    excess = measure(draws, logps, reference, 3, 2, ConstraintSettings(margin=0.5, floor=-100))
     # user 0, category 0: mean of (-1 + 1.5) and (-3 + 7); a rise over the base counts as a negative excess
     assert excess.refusal.tolist() == [[2.25, 0.0, -1.0], [0.0, 0.75, 0.0]]
     assert excess.counts.tolist() == [[2, 0, 1], [0, 2, 1]]
     # user 0: d rose by 1, which is 0.5 over the margin, e by 0.1, which is free; user 1: e rose by 3; no filler counts
     assert excess.compliance.tolist() == pytest.approx([0.25, 2.5])
     assert excess.overrefusal.tolist() == [0.0, 0.0]
+    # lessons are compared with certainty, not with the base; user 1 has one, and no filler counts
+    assert excess.lesson.tolist() == [[1.0, 2.0], [0.25, 0.0]]
+    assert excess.lesson_counts.tolist() == [[2, 1], [1, 0]]
     # with a floor of -2.5 nats: user 0's openings are below it; user 1's rose over it, and only what is above counts
-    above = measure(draws, logps, reference, 3, ConstraintSettings(margin=0.5, floor=-2.5))
+    above = measure(draws, logps, reference, 3, 2, ConstraintSettings(margin=0.5, floor=-2.5))
     assert above.compliance.tolist() == pytest.approx([0.0, 0.5])
     assert above.refusal.tolist() == excess.refusal.tolist()
     # a floor below the base's own openings changes nothing: it never allows less than the margin
-    low = measure(draws, logps, reference, 3, ConstraintSettings(margin=0.5, floor=-4.8))
+    low = measure(draws, logps, reference, 3, 2, ConstraintSettings(margin=0.5, floor=-4.8))
     assert low.compliance.tolist() == pytest.approx(excess.compliance.tolist())
 
 
@@ -284,9 +287,8 @@ class _Turned(ConstraintBank):
     """A constraint with its sign the wrong way round."""
 
     def excess(self, draws, logps, reference, settings):
-        refused, complied, over = logps
-        base = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in draws])
-        return super().excess(draws, (2 * base - refused, complied, over), reference, settings)
+        base = logps.refusals.new_tensor([[reference[row] for row in draw.refusals] for draw in draws])
+        return super().excess(draws, logps._replace(refusals=2 * base - logps.refusals), reference, settings)
 
 
 class _Emptied(ConstraintBank):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from trl import DPOConfig
 
 from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.training.constraint import ConstraintBank
+from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.reference import Reference

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from persona_rlhf.preferences.pairs import Message, PreferencePair
 from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
+from persona_rlhf.training.bank import Anchor, ConstraintBank
 from persona_rlhf.training.base import Base
-from persona_rlhf.training.constraint import Anchor, ConstraintBank
 from persona_rlhf.training.fleet import AdaptedModel
 
 VOCABULARY = 96

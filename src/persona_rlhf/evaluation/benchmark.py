@@ -18,7 +18,7 @@ from persona_rlhf.evaluation.workload import PAIRS_AND_EPOCHS, SEED, Shape, Work
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
 from persona_rlhf.preferences.tokens import Row, UserRows, both_rows
 from persona_rlhf.training.allocator import keep_big_blocks
-from persona_rlhf.training.constraint import ConstraintBank
+from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses

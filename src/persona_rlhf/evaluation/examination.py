@@ -31,6 +31,7 @@ from persona_rlhf.evaluation.personalisation import (
 )
 from persona_rlhf.evaluation.quiz import Quiz
 from persona_rlhf.evaluation.refusals import BaseAnswers, Judge, Prompt, Refusals, answer_text, refusal_outcomes
+from persona_rlhf.evaluation.required import Required
 from persona_rlhf.evaluation.retention import some, total, twins
 from persona_rlhf.evaluation.samples import Compared, Samples, distinct_prompts
 from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings
@@ -91,6 +92,8 @@ class Examination:
         self._ordinary, self._twins = (
             [self._ids(text) for text in some(texts, evaluation.harmless_prompts)] for texts in (ordinary, near)
         )
+        self._required = Required(policy.requirements, evaluation.requirement_prompts, policy.certify.delta)
+        self._asked = [self._ids(text) for text in self._required.prompts]
         self._certify = self._bank(policy.probes("certify"))
         test, shifts = policy.probes("test"), not unseen_topics_certify(policy.probes("certify"))
         known, new = ([p for p in test if (shifts and p.novelty == "topic") == unseen] for unseen in (False, True))
@@ -177,12 +180,13 @@ class Examination:
         )
         ordinary, near = (self._refusals(flat, scales, asked) for asked in (self._ordinary, self._twins))
         tests, shifted = (self._refusals(flat, scales, bank.prompts) for bank in (self._test, self._shift))
+        required = self._samples.compare(flat, scales, [self._asked] * len(users))
         base_test = self._test.by_category(self._answers.refused(self._test.prompts))
         measured = []
         for n, user in enumerate(users):
-            utility, sampled = self.utilities.get(user.user_id), texts[n]
+            utility, sampled, written = self.utilities.get(user.user_id), texts[n], required[n]
             if alphas[n] == 0:  # the base is what he gets, to the bit, whatever the rounding of another pass
-                scores[n], sampled = base_scores[n], sampled.as_base()
+                scores[n], sampled, written = base_scores[n], sampled.as_base(), written.as_base()
                 known[n] = (own := known[n]) and own._replace(right=own.base_right)
             pooled, categories = self.demands.count(base_test, self._test.by_category(tests.refused[n]))
             harmless = [
@@ -202,6 +206,7 @@ class Examination:
                     answer_perplexity=sampled.perplexity,
                     unchanged=tests.unchanged[n] if self._test.prompts else None,
                     tax=self._tax(n, ordinary, near, sampled, known[n]),
+                    requirements=self._required.count(written.adapted, written.base),
                 )
             )
         return measured

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from persona_rlhf.evaluation.gate import Count
@@ -82,6 +84,17 @@ class Drift(NamedTuple):
     base: float
 
 
+class Met(NamedTuple):
+    """Answers, sampled at temperature 1, that have a required property among n, of the adapted model and of its base;
+    a lower bound of the share, and the share that the policy asks."""
+
+    n: int
+    met: int
+    base_met: int
+    lower_bound: float
+    min_rate: float
+
+
 class AlignmentTax(NamedTuple):
     """What personalisation costs beside over-refusal; None or empty where nothing was asked.
 
@@ -114,6 +127,7 @@ class Measures(NamedTuple):
     unchanged: float | None
     """Share of the test probes answered to the token as the base answers them."""
     tax: AlignmentTax | None = None
+    requirements: Mapping[str, Met] = MappingProxyType({})
 
     @property
     def gain(self) -> float | None:

@@ -93,6 +93,9 @@ class EvaluationSettings(Section):
     harmless_prompts: int = Field(
         60, ge=0, description="Ordinary prompts, and as many benign twins, asked of each user for over-refusal."
     )
+    requirement_prompts: int = Field(
+        100, ge=0, description="Test prompts of a requirement, of those that it is about, which each user answers once."
+    )
     test_probes: int = Field(
         160, ge=0, description="Probes of the test split asked of each user at the end; half as many of unseen topics."
     )

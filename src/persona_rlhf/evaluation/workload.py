@@ -15,8 +15,8 @@ from persona_rlhf.inputs.bundled import find
 from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.pairs import PreferencePair, read_pairs
 from persona_rlhf.preferences.tokens import PairRow, Row, UserRows, tokenize
+from persona_rlhf.training.bank import Anchor, ConstraintBank
 from persona_rlhf.training.base import Base, load_base
-from persona_rlhf.training.constraint import Anchor, ConstraintBank
 from persona_rlhf.training.lora import LayerSpan, attach, detach
 from persona_rlhf.training.settings import BaseSettings, DpoSettings, LoraSettings
 from persona_rlhf.training.targets import adaptable_layers

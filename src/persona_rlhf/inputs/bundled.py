@@ -24,11 +24,15 @@ def find(path: Path | str) -> Path:
 
     Raises InputError where it is in neither place.
     """
-    wanted = Path(path).expanduser()
-    if wanted.exists():
-        return wanted
-    if not wanted.is_absolute() and ".." not in wanted.parts and (shipped_root() / wanted).exists():
-        return shipped_root() / wanted
+    try:
+        wanted = Path(path).expanduser()
+        if wanted.exists():
+            return wanted
+        if not wanted.is_absolute() and ".." not in wanted.parts and (shipped_root() / wanted).exists():
+            return shipped_root() / wanted
+    except (OSError, ValueError, RuntimeError) as fault:  # a name too long, with a zero byte, of an unknown user's home
+        why = fault.strerror if isinstance(fault, OSError) else fault
+        raise InputError([Problem(_shown(path), None, None, f"this is no path that can be opened ({why})")]) from None
     raise InputError([Problem(str(path), None, None, f"no such file or folder{_neighbour(wanted)}")])
 
 
@@ -38,6 +42,11 @@ def is_hub_id(model: str) -> bool:
     if not slash or not name or "/" in name or owner in ("", ".", "..", "~"):
         return False
     return not Path(owner).is_dir() and not (shipped_root() / owner).is_dir()
+
+
+def _shown(path: Path | str) -> str:
+    text = str(path).encode("unicode_escape").decode()
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _neighbour(missing: Path) -> str:

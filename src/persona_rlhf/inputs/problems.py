@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+_LONGEST_KEY = 120
+
 
 class Problem(NamedTuple):
     """One mistake: the file, its line where known, the dotted key or column, and a sentence with the remedy."""
@@ -17,7 +19,7 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
-        return f"{place}: {self.key}: {self.sentence}" if self.key else f"{place}: {self.sentence}"
+        return visible(f"{place}: {_cut(self.key)}: {self.sentence}" if self.key else f"{place}: {self.sentence}")
 
 
 class InputError(ValueError):
@@ -27,6 +29,15 @@ class InputError(ValueError):
         assert problems
         self.problems = list(problems)
         super().__init__("\n".join(map(str, problems)))
+
+
+def visible(text: str) -> str:
+    """A text in which nothing moves the cursor or hides: what a terminal would not show as a sign is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _cut(key: str) -> str:
+    return key if len(key) <= _LONGEST_KEY else f"{key[:_LONGEST_KEY]}..."
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

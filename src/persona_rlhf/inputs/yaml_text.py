@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -51,9 +52,11 @@ def read_yaml(path: Path) -> Document:
     """Reads a YAML file whose top is a mapping. Raises InputError where it cannot be read as one."""
     name = str(path)
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_BYTES + 1)  # a device may have no size, and no end
+        if len(content) > _MAX_BYTES:
             raise InputError([Problem(name, None, None, f"the file is larger than {_MAX_BYTES >> 20} MB")])
-        text = path.read_text(encoding="utf-8-sig")
+        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
     except UnicodeDecodeError as fault:
         raise InputError([Problem(name, None, None, f"the file is not UTF-8 (byte {fault.start})")]) from None
     except FileNotFoundError:
@@ -175,6 +178,7 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[
             continue
         if key_node.tag != "tag:yaml.org,2002:str":
             document.problems.append(Problem(document.name, line, dotted(here), f'a key must be a text; write "{key}"'))
+            continue
         document.places[here] = Place(document.name, line)
         values[key] = _build(value_node, here, document)
     return values
@@ -195,9 +199,10 @@ def _scalar(node: yaml.ScalarNode, path: KeyPath, document: Document) -> Scalar:
                 return _number(text, kind)
             except ValueError:
                 pass
-    sentence = f"the tag or value `{text}` ({node.tag}) is not supported; write a plain text, number, true or false"
+    shown = text if len(text) <= 60 else f"{text[:57]}..."
+    sentence = f"the tag or value `{shown}` ({node.tag}) is not supported; write a plain text, number, true or false"
     document.problems.append(Problem(document.name, node.start_mark.line + 1, dotted(path), sentence))
-    return None
+    return None if kind in ("int", "float", "bool") else text  # a text that is tagged is still one
 
 
 def _number(text: str, kind: str) -> int | float:

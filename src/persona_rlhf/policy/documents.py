@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,19 +15,24 @@ from persona_rlhf.inputs.bundled import find
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
 from persona_rlhf.inputs.section import Section, check_section
 from persona_rlhf.inputs.yaml_text import Document, KeyPath, dotted, read_yaml
-from persona_rlhf.policy.statements import KINDS, Aspects, Certify, Issuer, Rule
+from persona_rlhf.policy.lookalikes import disguise, skeleton
+from persona_rlhf.policy.statements import KINDS, Aspects, Certify, Issuer, Rule, Text
 
 Tier = Literal["one", "two", "three"]
 NUMBER: dict[str, int] = {"one": 1, "two": 2, "three": 3}
 ROLE: dict[str, str] = {"one": "model_provider", "two": "application_provider", "three": "end_user"}
 
 
-class _Head(Section):
+class Head(Section):
     """A document but for its rules, which are checked one by one, each by its kind."""
 
     tier: Tier = Field(description="one, two or three: whose rules these are.")
     issuer: Issuer = Field(description="Who speaks, such as {role: model_provider, name: Example Lab}.")
     version: str = Field(min_length=1, description="Version of the document.")
+    jurisdiction: Text | None = Field(None, description="Where the document holds, such as EU.")
+    extends: Text | None = Field(
+        None, description="A document of the same tier that this one adds to; a path from this one's folder."
+    )
     certify: Certify | None = Field(None, description="The bound asked of the gate; tier one states it.")
     aspects: Aspects | None = Field(None, description="What may be tailored at all.")
     rules: list[dict[str, object]] = Field(description="The rules: restriction, requirement or preference.")
@@ -44,14 +50,18 @@ class PolicyDocument:
     """A document whose head is right; `rules` are those that read well, `yaml` knows where each was written."""
 
     path: str
+    file: Path
     tier: int
     issuer: Issuer
     version: str
+    jurisdiction: str | None
+    extends: str | None
     certify: Certify | None
     aspects: Aspects
     rules: tuple[PlacedRule, ...]
     sha256: str
     yaml: Document
+    bases: tuple[str, ...] = ()  # paths of the documents that it extends, the nearest first
 
     def problem(self, path: KeyPath, sentence: str) -> Problem:
         """A problem with what stands at a key path of this document."""
@@ -62,6 +72,14 @@ class PolicyDocument:
         """`file:line` of a key path, for messages about two documents."""
         place = self.yaml.place(path)
         return place.file if place.line is None else f"{place.file}:{place.line}"
+
+    def on(self, day: date) -> PolicyDocument:
+        """The document with the rules that are in force on a day."""
+        return replace(self, rules=tuple(placed for placed in self.rules if placed.rule.in_force(day)))
+
+    def above(self, other: PolicyDocument) -> bool:
+        """Whether what stands here binds the other document: a higher tier does, and one that the other extends."""
+        return self.tier < other.tier or self.path in other.bases
 
     def line(self, index: int) -> int:
         """The line on which a rule starts."""
@@ -75,37 +93,47 @@ def read_document(path: Path | str) -> tuple[PolicyDocument | None, list[Problem
     """
     try:
         file = find(path)
-        document = read_yaml(file)
+        document, problems = check_document(str(path), file, read_yaml(file))
     except InputError as fault:
         return None, fault.problems
-    head, problems = check_section(_Head, document)
-    problems = [*document.problems, *problems]
-    tree = document.tree
+    if document is not None:
+        document = replace(document, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    return document, problems
+
+
+def check_document(path: str, file: Path, yaml: Document) -> tuple[PolicyDocument | None, list[Problem]]:
+    """The document of a YAML tree, without the hash of its file, and every problem in it."""
+    head, problems = check_section(Head, yaml)
+    problems = [*yaml.problems, *problems]
+    tree = yaml.tree
     assert isinstance(tree, dict)
     written = tree.get("rules")
     written = written if isinstance(written, list) else []
     rules: list[PlacedRule] = []
     for index, raw in enumerate(written):
         if isinstance(raw, dict):
-            rule, faults = _rule(document, index, raw.get("kind"))
+            rule, faults = _rule(yaml, index, raw.get("kind"))
             problems += faults
             rules += [PlacedRule(index, rule)] if rule else []
     tier = tree.get("tier")
     if isinstance(tier, str) and tier in ROLE:
-        problems += _tier_problems(document, tier, tree)
-    problems += _twice(document, written)
+        problems += _tier_problems(yaml, tier, tree)
+    problems += _twice(yaml, written)
     if head is None:
         return None, problems
     return PolicyDocument(
-        path=str(path),
+        path=path,
+        file=file,
         tier=NUMBER[head.tier],
         issuer=head.issuer,
         version=head.version,
+        jurisdiction=head.jurisdiction,
+        extends=head.extends,
         certify=head.certify,
         aspects=head.aspects or Aspects(),
         rules=tuple(rules),
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-        yaml=document,
+        sha256="",
+        yaml=yaml,
     ), problems
 
 
@@ -134,7 +162,7 @@ def _tier_problems(document: Document, tier: str, tree: Mapping[str, object]) ->
             yield problem(("issuer", "role"), f"a tier-{tier} document is issued by `{ROLE[tier]}`, got `{role}`")
         if issuer.get("user_id") is not None and number != 3:
             yield problem(("issuer", "user_id"), "only the end user of a tier-three document has a user_id")
-    if number == 1 and "certify" not in tree:
+    if number == 1 and tree.get("certify") is None and tree.get("extends") is None:
         sentence = "tier one states the bound it asks of the gate, such as certify: {min_refusal: 0.97, delta: 0.05}"
         yield problem((), sentence)
     rules = tree.get("rules")
@@ -146,10 +174,13 @@ def _tier_problems(document: Document, tier: str, tree: Mapping[str, object]) ->
             yield problem(path, "preferences belong to tier three; state a restriction or a requirement here")
         if kind in ("restriction", "requirement") and number == 3:
             yield problem(path, f"tier three holds preferences only; a {kind} belongs to tier one or two")
+        if number == 1 and raw.get("action") in ("redirect", "answer_with_notice"):
+            sentence = f"what tier one restricts is refused; {raw['action']} is an action of tier two"
+            yield problem(("rules", index, "action"), sentence)
 
 
 def _twice(document: Document, rules: Sequence[object]) -> Iterator[Problem]:
-    """Rules that share an id, and restrictions that share a category."""
+    """Rules that share an id or one that looks like it, restrictions that share a category, and disguised ids."""
     seen: dict[tuple[str, object], int] = {}
     for index, raw in enumerate(rules):
         if not isinstance(raw, dict):
@@ -158,9 +189,16 @@ def _twice(document: Document, rules: Sequence[object]) -> Iterator[Problem]:
             value = raw.get(key)
             if not isinstance(value, str) or (key == "category" and raw.get("kind") != "restriction"):
                 continue
-            first = seen.setdefault((key, value), index)
+            place = document.place(("rules", index, key))
+            trick = disguise(value) if key == "id" else None
+            if trick is not None:
+                yield Problem(
+                    place.file, place.line, dotted(("rules", index, key)), f"`{value}` {trick}; write it plainly"
+                )
+            first = seen.setdefault((key, skeleton(value)), index)
             if first != index:
-                place = document.place(("rules", index, key))
                 line = document.place(("rules", first, key)).line
-                sentence = f"`{value}` stands in a rule on line {line} already; each {key} has one rule"
+                other = rules[first][key]  # type: ignore[index]
+                like = "stands" if other == value else f"looks like `{other}`, which stands"
+                sentence = f"`{value}` {like} in a rule on line {line} already; each {key} has one rule"
                 yield Problem(place.file, place.line, dotted(("rules", index, key)), sentence)

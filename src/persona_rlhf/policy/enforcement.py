@@ -1,30 +1,91 @@
-"""What each kind of rule means along the line, and how many probes a bound needs before it can be shown."""
+"""What each rule means along the line, stage by stage, and how many probes a bound needs before it can be shown."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
+from persona_rlhf.policy.statements import Action, PreferenceRule, RequirementRule, Rule
+
 
 class Enforcement(NamedTuple):
-    """Where a kind of rule is held: one phrase a stage, empty where the stage does nothing about it."""
+    """Where a rule is held: one phrase a stage, empty where the stage does nothing about it."""
 
     screening: str
     training: str
     gate: str
+    card: str
     serving: str
 
 
-BY_KIND = {
-    "restriction": Enforcement(
-        screening="pairs that prefer complying are quarantined",
-        training="refusal loss held within `limit` by a dual variable per user",
-        gate="refusal rate shown to be at least `min_refusal`, pooled and by category",
-        serving="",
+_REFUSED = Enforcement(
+    screening="pairs that prefer complying are quarantined",
+    training="refusal loss held within `limit` by a dual variable per user",
+    gate="certified: refusal rate shown to be at least `min_refusal`, pooled (tier one) and by category",
+    card="the counts and bounds of its category",
+    serving="the adapter that passed the gate refuses; nothing more is checked",
+)
+_REQUIRED = Enforcement(
+    screening="pairs that prefer an answer without it to one with it are dropped",
+    training="",
+    gate="measured on test prompts where the rule names `probes`; holds nobody back",
+    card="the share of answers that have it, where it was measured",
+    serving="stands in the system prompt; every answer is checked, and a broken rule is reported",
+)
+_TAUGHT = _REQUIRED._replace(training="the base's own answers, repaired, are taught where the rule names `probes`")
+_JUDGED = Enforcement(
+    screening="",
+    training="",
+    gate="",
+    card="",
+    serving="stands in the system prompt; not checked, since only a judge could tell",
+)
+_WISHED = Enforcement(
+    screening="",
+    training="not enforced: the user's own pairs train his adapter",
+    gate="",
+    card="",
+    serving="stands in the user's system prompt, unless a requirement overrules it",
+)
+
+TABLE: dict[tuple[str, str], Enforcement] = {
+    ("restriction", "refuse"): _REFUSED,
+    ("restriction", "redirect"): _REFUSED._replace(
+        serving="a request near a probe gets the redirect's text in place of the model's answer"
     ),
-    "requirement": Enforcement(screening="", training="", gate="", serving="recorded; checked by `serve`, later"),
-    "preference": Enforcement(screening="", training="", gate="", serving="recorded; the user's pairs are what trains"),
+    ("restriction", "answer_with_notice"): _TAUGHT,
+    ("requirement", "must_include"): _TAUGHT,
+    ("requirement", "must_not_include"): _TAUGHT,
+    ("requirement", "max_words"): _TAUGHT,
+    ("requirement", "min_words"): _REQUIRED,
+    ("requirement", "language"): _REQUIRED,
+    ("requirement", "reading_level"): _REQUIRED,
+    ("requirement", "regex"): _REQUIRED,
+    ("requirement", "format"): _REQUIRED,
+    ("requirement", "judge"): _JUDGED,
+    ("preference", "statement"): _WISHED,
+    ("preference", "min_words"): _WISHED,
+    ("preference", "max_words"): _WISHED,
+    ("preference", "language"): _WISHED,
+    ("preference", "formality"): _WISHED,
+    ("preference", "tone"): _WISHED,
+    ("preference", "avoid"): _WISHED,
 }
+"""Every kind of rule, by what it states: an action, a property, a wish."""
+
+
+def row(kind: str, states: Action | str) -> Enforcement:
+    """The row of a rule. Raises KeyError where there is none: no rule without a row."""
+    return TABLE[kind, states]
+
+
+def row_of(rule: Rule) -> Enforcement:
+    """The row of a rule as it is written; an action that a rule leaves out is `refuse`."""
+    if isinstance(rule, RequirementRule):
+        return row(rule.kind, rule.property[0])
+    if isinstance(rule, PreferenceRule):
+        return row(rule.kind, "statement" if rule.wish is None else rule.wish.name)
+    return row(rule.kind, rule.action or "refuse")
 
 
 def probes_needed(min_refusal: float, delta: float) -> int:

@@ -85,6 +85,8 @@ def read_probes(path: Path, category: str) -> list[Probe]:
     Raises InputError naming every bad line.
     """
     try:
+        if not path.is_file():
+            raise OSError("it is no regular file")  # a device may have no end
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as fault:
         raise InputError([Problem(str(path), None, None, f"the probe bank cannot be read ({fault})")]) from None

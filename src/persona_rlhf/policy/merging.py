@@ -1,49 +1,43 @@
-"""Merging documents of three tiers: who may speak, one restriction a category, and enough probes for every bound."""
+"""Merging documents of three tiers: one restriction a category, the strictest of it, and probes for every bound."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import NamedTuple
 
 from persona_rlhf.inputs.bundled import find
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.inputs.yaml_text import KeyPath
-from persona_rlhf.policy.documents import PolicyDocument, read_document
+from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.enforcement import probes_needed
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, read_probes
 from persona_rlhf.policy.likeness import plain
-from persona_rlhf.policy.narrowing import widenings
+from persona_rlhf.policy.lookalikes import skeleton
 from persona_rlhf.policy.public_sets import more_probes
-from persona_rlhf.policy.rules import Restriction
-from persona_rlhf.policy.statements import Certify, RestrictionRule
+from persona_rlhf.policy.requirements import applies
+from persona_rlhf.policy.rules import Requirement, Restriction
+from persona_rlhf.policy.statements import ACTIONS, MIN_RATE, Action, Certify, RequirementRule, RestrictionRule
 
 
-def read_all(paths: Sequence[Path | str]) -> tuple[list[PolicyDocument], list[Problem]]:
-    """Reads documents in the order of their tiers, and every problem in them, alone and against those above."""
-    documents: list[PolicyDocument] = []
-    problems: list[Problem] = []
-    for path in paths:
-        document, faults = read_document(path)
-        documents += [document] if document else []
-        problems += faults
-    documents.sort(key=lambda document: document.tier)
-    return documents, [*problems, *widenings(documents)]
+class Held(NamedTuple):
+    """What is held of a category; `and_also` is the stricter of two in every part, so its order does not matter."""
 
+    limit: float = math.inf
+    min_refusal: float = 0.0
+    action: Action = ACTIONS[-1]
 
-def casting(documents: Sequence[PolicyDocument]) -> Iterator[Problem]:
-    """One model provider, at most one application provider, one document a user."""
-    if not documents or documents[0].tier != 1:
-        name = documents[0].path if documents else "policy.documents"
-        yield Problem(name, None, None, "a policy needs a tier-one document, such as configs/policy/tier_one.yaml")
-    seen: dict[tuple[int, str | None], str] = {}
-    for document in documents:
-        key = (document.tier, document.issuer.user_id)
-        first = seen.setdefault(key, document.path)
-        if first is not document.path:
-            who = f"user `{document.issuer.user_id}`" if document.issuer.user_id else f"tier {document.tier}"
-            yield document.problem(("tier",), f"{first} speaks for {who} already; a policy takes one document of each")
+    @staticmethod
+    def of(rule: RestrictionRule) -> Held:
+        """What one rule asks for; what it leaves out it leaves to the rules above it."""
+        limit = math.inf if rule.limit is None else rule.limit
+        return Held(limit, rule.min_refusal or 0.0, rule.action or ACTIONS[-1])
+
+    def and_also(self, other: Held) -> Held:
+        action = min(self.action, other.action, key=ACTIONS.index)
+        return Held(min(self.limit, other.limit), max(self.min_refusal, other.min_refusal), action)
 
 
 def merge_restrictions(documents: Sequence[PolicyDocument]) -> tuple[list[Restriction], list[Problem]]:
@@ -52,7 +46,7 @@ def merge_restrictions(documents: Sequence[PolicyDocument]) -> tuple[list[Restri
     problems: list[Problem] = []
     for document in documents:
         for index, rule in document.rules:
-            if not isinstance(rule, RestrictionRule):
+            if not isinstance(rule, RestrictionRule) or rule.action == "answer_with_notice":
                 continue
             upper = merged.get(rule.category)
             if upper is None:
@@ -62,12 +56,10 @@ def merge_restrictions(documents: Sequence[PolicyDocument]) -> tuple[list[Restri
                     merged[rule.category] = restriction
                 continue
             source = f"{document.where(('rules', index))} {rule.id}"
-            merged[rule.category] = replace(
-                upper,
-                limit=upper.limit if rule.limit is None else min(upper.limit, rule.limit),
-                min_refusal=max(upper.min_refusal, rule.min_refusal or 0.0),
-                narrowed_by=(*upper.narrowed_by, source),
-            )
+            held = Held(upper.limit, upper.min_refusal, upper.action).and_also(Held.of(rule))
+            text = upper.text if held.action == upper.action else None  # a redirect that is now refused leads nowhere
+            narrowed_by = (*upper.narrowed_by, source)
+            merged[rule.category] = replace(upper, **held._asdict(), text=text, narrowed_by=narrowed_by)
     return list(merged.values()), problems
 
 
@@ -83,7 +75,7 @@ def _new_restriction(
         sentence = f"`{rule.category}` is no bundled category ({known}), so it needs `probes`: a bank of JSON lines"
         problems.append(document.problem((*at, "category"), sentence))
     else:
-        probes, digest, faults = _read_banks(document, at, rule)
+        probes, digest, faults = _read_banks(document, at, rule.banks, rule.category)
         problems += faults
     for key in ("limit", "min_refusal"):
         if getattr(rule, key) is None:
@@ -106,19 +98,53 @@ def _new_restriction(
         source_name=document.issuer.name,
         bank=", ".join(rule.banks),
         bank_sha256=digest,
+        action=rule.action or "refuse",
+        text=rule.text,
     ), []
 
 
-def _read_banks(document: PolicyDocument, at: KeyPath, rule: RestrictionRule) -> tuple[list[Probe], str, list[Problem]]:
+def merge_requirements(documents: Sequence[PolicyDocument]) -> tuple[list[Requirement], list[Problem]]:
+    """Every requirement with its prompts, and every problem of these. A notice is a text that answers must include."""
+    merged, problems = list[Requirement](), list[Problem]()
+    for document in documents:
+        for index, rule in document.rules:
+            if isinstance(rule, RequirementRule):
+                asked, min_rate = rule.property, rule.min_rate
+            elif isinstance(rule, RestrictionRule) and rule.action == "answer_with_notice":
+                asked, min_rate = ("must_include", rule.text or ""), MIN_RATE
+            else:
+                continue
+            probes, digest, faults = _read_banks(document, ("rules", index), rule.banks, rule.id)
+            problems += faults
+            place = document.tier, document.path, document.line(index), document.issuer.name
+            own = Requirement(rule.id, *asked, *place, rule.when, min_rate, tuple(probes), digest)
+            if rule.banks and not faults:
+                problems += _untaught(document, ("rules", index, "probes"), own)
+            merged.append(own)
+    return merged, problems
+
+
+def _untaught(document: PolicyDocument, at: KeyPath, rule: Requirement) -> Iterator[Problem]:
+    for split, use in (("train", "teach"), ("test", "measure")):
+        if not any(probe.split == split and applies(rule, probe.prompt) for probe in rule.probes):
+            sentence = (
+                f"no `{split}` prompt of the bank is one that `{rule.id}` is about, so there is none to {use} it on"
+            )
+            yield document.problem(at, f"{sentence}; give more prompts")
+
+
+def _read_banks(
+    document: PolicyDocument, at: KeyPath, banks: Sequence[str], category: str
+) -> tuple[list[Probe], str, list[Problem]]:
     """The probes of all banks of a rule, a sha256 of the banks' bytes, and what is wrong in or between them."""
     probes: list[Probe] = []
     digests: list[str] = []
     problems: list[Problem] = []
     places: dict[str, str] = {}
-    for bank in rule.banks:
+    for bank in banks:
         try:
             file = find(bank)
-            found = read_probes(file, rule.category)
+            found = read_probes(file, category)
             digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
         except InputError as fault:
             missing = [p for p in fault.problems if p.line is None and p.file == bank]
@@ -132,7 +158,9 @@ def _read_banks(document: PolicyDocument, at: KeyPath, rule: RestrictionRule) ->
             problems.append(document.problem((*at, "probes"), sentence))
         places |= {key: bank for probe in found for key in (probe.id, plain(probe.prompt))}
         probes += found
-    whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    whole = (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
+    )
     return probes, whole, problems
 
 
@@ -144,11 +172,14 @@ def merge_certify(documents: Sequence[PolicyDocument]) -> Certify:
 
 def merge_aspects(documents: Sequence[PolicyDocument]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Fixed aspects of any document; of the personalisable ones, those that no document leaves out or fixes."""
-    fixed = dict.fromkeys(aspect for document in documents for aspect in document.aspects.fixed)
+    fixed = {
+        skeleton(aspect): aspect for document in reversed(documents) for aspect in reversed(document.aspects.fixed)
+    }
     lists = [document.aspects.personalisable for document in documents if document.aspects.personalisable]
     first = lists[0] if lists else []
-    open_to_taste = [a for a in first if a not in fixed and all(a in other for other in lists[1:])]
-    return tuple(fixed), tuple(open_to_taste)
+    allowed = [set(map(skeleton, names)) for names in lists]
+    open_to_taste = [a for a in first if skeleton(a) not in fixed and all(skeleton(a) in names for names in allowed)]
+    return tuple(reversed(fixed.values())), tuple(open_to_taste)
 
 
 def unusable_probes(

@@ -49,9 +49,9 @@ def satisfied(requirement: Requirement, prompt: str, answer: str) -> bool | None
     name, value = cast(Property, requirement.property), requirement.value
     match name:
         case "must_include":
-            return _folded(str(value)) in _folded(answer)
+            return folded(str(value)) in folded(answer)
         case "must_not_include":
-            return _folded(str(value)) not in _folded(answer)
+            return folded(str(value)) not in folded(answer)
         case "min_words":
             return len(answer.split()) >= int(value)
         case "max_words":
@@ -70,6 +70,12 @@ def satisfied(requirement: Requirement, prompt: str, answer: str) -> bool | None
     assert_never(name)
 
 
+def folded(text: str) -> str:
+    """A text as it is compared: in any case and width, without invisible characters, white space as single spaces."""
+    seen = "".join(c for c in text if unicodedata.category(c) != "Cf")  # a zero-width space hides no word
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", seen).casefold()).split())
+
+
 def reading_grade(text: str) -> float:
     """US school grade of an English text: 0.39 words/sentence + 11.8 syllables/word - 15.59; 0 without words.
 
@@ -81,11 +87,6 @@ def reading_grade(text: str) -> float:
     sentences = sum(1 for part in re.split(r"[.!?]+(?:\s|$)|\n{2,}", text) if re.search(r"[^\W\d_]", part))
     syllables = sum(max(1, len(_VOWELS.findall(re.sub(r"(?<![aeiouyl])e$", "", word)))) for word in words)
     return 0.39 * len(words) / sentences + 11.8 * syllables / len(words) - 15.59
-
-
-def _folded(text: str) -> str:
-    seen = "".join(c for c in text if unicodedata.category(c) != "Cf")  # a zero-width space hides no word
-    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", seen).casefold()).split())
 
 
 def _is_json(text: str) -> bool:

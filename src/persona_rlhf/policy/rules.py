@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.policy.statements import MIN_RATE, When
+from persona_rlhf.policy.statements import MIN_RATE, Action, When, Wish
 
 
 class DocumentInfo(NamedTuple):
@@ -38,6 +39,19 @@ class Restriction:
     bank: str
     bank_sha256: str
     narrowed_by: tuple[str, ...] = ()
+    action: Action = "refuse"
+    text: str | None = None
+
+    def said(self) -> tuple[object, ...]:
+        """What it says, for hashing."""
+        later = () if self.action == "refuse" else (self.action, self.text)
+        return (self.id, self.category, self.limit, self.min_refusal, self.bank_sha256, *later)
+
+
+def counted(probes: Sequence[Probe]) -> dict[str, int]:
+    """How many probes each split has, for policy.json: they are counted, not repeated."""
+    splits = [probe.split for probe in probes]
+    return {split: splits.count(split) for split in sorted(set(splits))}
 
 
 @dataclass(frozen=True)
@@ -56,16 +70,19 @@ class Requirement:
     source_name: str
     when: When | None = None
     min_rate: float = MIN_RATE
+    probes: tuple[Probe, ...] = ()
+    bank_sha256: str = ""
 
     def said(self) -> tuple[object, ...]:
         """What it says, for hashing: what a first edition could not say counts where it says something."""
         when = None if self.when is None else self.when.model_dump()
-        later = () if (when, self.min_rate) == (None, MIN_RATE) else (when, self.min_rate)
-        return (self.id, self.property, self.value, *later)
+        later = when, self.min_rate, self.bank_sha256
+        return (self.id, self.property, self.value, *(() if later == (None, MIN_RATE, "") else later))
 
     def to_json(self) -> dict[str, object]:
         """Its fields, for policy.json."""
-        return {**vars(self), "when": None if self.when is None else self.when.model_dump(exclude_none=True)}
+        when = None if self.when is None else self.when.model_dump(exclude_none=True)
+        return {**vars(self), "when": when, "probes": counted(self.probes)}
 
     def __str__(self) -> str:
         """`max_words: 40, for prompts about medical`."""
@@ -74,7 +91,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Preference:
-    """A taste stated by an end user; `user_id` is None where it is everybody's."""
+    """A taste stated by an end user; `user_id` is None where it is everybody's, `wish` what a program reads of it."""
 
     id: str
     user_id: str | None
@@ -84,3 +101,13 @@ class Preference:
     document: str
     line: int
     source_name: str
+    wish: Wish | None = None
+
+    def said(self) -> tuple[object, ...]:
+        """What it says, for hashing."""
+        later = () if self.wish is None else (*self.wish,)
+        return (self.id, self.user_id, self.aspect, self.statement, *later)
+
+    def to_json(self) -> dict[str, object]:
+        """Its fields, for policy.json."""
+        return {**vars(self), "wish": None if self.wish is None else self.wish._asdict()}

@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from datetime import date
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from persona_rlhf.inputs.section import Section
+from persona_rlhf.policy.lookalikes import skeleton
 from persona_rlhf.policy.topics import topic_names
+
+Action = Literal["refuse", "redirect", "answer_with_notice"]
+"""What becomes of a request of a restricted category."""
+
+ACTIONS: tuple[Action, ...] = get_args(Action)
+"""From the strictest to the loosest."""
 
 Property = Literal[
     "must_include",
@@ -55,10 +62,15 @@ def _topic(name: str) -> str:
     return name
 
 
+def _listed(banks: str | list[str] | None) -> tuple[str, ...]:
+    return () if banks is None else (banks,) if isinstance(banks, str) else tuple(banks)
+
+
 IsoDate = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), AfterValidator(_date)]
 Pattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_pattern)]
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Banks = str | Annotated[list[str], Field(min_length=1)]
 
 
 class Said(Section):
@@ -100,7 +112,8 @@ class Aspects(Section):
 
     @model_validator(mode="after")
     def _disjoint(self) -> Aspects:
-        both = sorted(set(self.fixed) & set(self.personalisable))
+        fixed = set(map(skeleton, self.fixed))
+        both = sorted(aspect for aspect in self.personalisable if skeleton(aspect) in fixed)
         if both:
             raise ValueError(f"`{both[0]}` cannot be both fixed and personalisable")
         return self
@@ -111,6 +124,8 @@ class When(Section):
 
     topic: Annotated[str, AfterValidator(_topic)] | None = Field(None, description="A topic of policy/topics.yaml.")
     pattern: Pattern | None = Field(None, description="Pattern (Python's re, any case) found somewhere in the prompt.")
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["topic"]}, {"required": ["pattern"]}]})
 
     @model_validator(mode="after")
     def _one(self) -> When:
@@ -125,12 +140,16 @@ class When(Section):
 class RuleSection(Said):
     """What every rule has, whatever its kind."""
 
-    id: str = Field(min_length=1, description="Name of the rule, unique over all documents.")
+    id: str = Field(min_length=1, pattern=r"\S", description="Name of the rule, unique over all documents.")
     version: Text | None = Field(None, description="Version of the rule; else that of the document.")
     rationale: Text | None = Field(None, description="Why there is this rule, for those whom it binds.")
     contact: Text | None = Field(None, description="Where to ask about the rule; else the issuer's contact.")
     valid_from: IsoDate | None = Field(None, description="First day on which the rule is in force (UTC, in quotes).")
     valid_until: IsoDate | None = Field(None, description="Last day on which the rule is in force (UTC, in quotes).")
+
+    def in_force(self, day: date) -> bool:
+        """Whether the rule holds on a day."""
+        return (self.valid_from or "") <= day.isoformat() <= (self.valid_until or "9999-12-31")
 
     @model_validator(mode="after")
     def _dates_in_order(self) -> RuleSection:
@@ -146,19 +165,35 @@ class RestrictionRule(RuleSection):
 
     kind: Literal["restriction"] = Field(description="restriction, requirement or preference.")
     category: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Hazard category, such as terrorist_content.")
-    probes: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+    probes: Banks | None = Field(
         None, description="Probe bank (JSON lines), or a list of banks; bundled categories bring their own."
     )
     limit: float | None = Field(None, ge=0, description="Nats of excess refusal loss tolerated in training.")
     min_refusal: float | None = Field(
         None, gt=0, lt=1, description="Refusal rate that the gate must show for this category alone."
     )
+    action: Action | None = Field(
+        None, description="refuse (the default); redirect: refuse and say where to go; answer_with_notice: answer."
+    )
+    text: Text | None = Field(None, description="Where a redirect leads, or the notice, as the user reads it.")
+    when: When | None = Field(None, description="The prompts whose answers carry a notice.")
+
+    @model_validator(mode="after")
+    def _fits_its_action(self) -> RestrictionRule:
+        if (self.text is not None) != (self.action in ("redirect", "answer_with_notice")):
+            raise ValueError("`text` goes with the actions redirect and answer_with_notice, and they with it")
+        if (self.when is not None) != (self.action == "answer_with_notice"):
+            raise ValueError("`when` goes with the action answer_with_notice, and it with `when`")
+        held = [key for key in ("limit", "min_refusal") if getattr(self, key) is not None]
+        if self.action == "answer_with_notice" and held:
+            raise ValueError(f"what is answered with a notice is not refused: leave out {' and '.join(held)}")
+        return self
 
     @property
     def banks(self) -> tuple[str, ...]:
-        """The banks that are named, else the bundled one of the category."""
-        named = self.probes or f"data/policy/tier_one/{self.category}.jsonl"
-        return (named,) if isinstance(named, str) else tuple(named)
+        """The banks that are named; else the bundled one of the category, where something is refused."""
+        bundled = None if self.action == "answer_with_notice" else f"data/policy/tier_one/{self.category}.jsonl"
+        return _listed(self.probes or bundled)
 
 
 class RequirementRule(RuleSection):
@@ -182,6 +217,14 @@ class RequirementRule(RuleSection):
     judge: Text | None = Field(None, description="Sentence that a judge finds true of an answer.")
     when: When | None = Field(None, description="The prompts that it is about; without it, every prompt.")
     min_rate: float = Field(MIN_RATE, gt=0, lt=1, description="Share of such answers that have the property.")
+    probes: Banks | None = Field(
+        None, description="Prompts (JSON lines) that it is taught and measured on; without them it is checked only."
+    )
+
+    @property
+    def banks(self) -> tuple[str, ...]:
+        """The banks that are named."""
+        return _listed(self.probes)
 
     @property
     def property(self) -> tuple[str, str | int]:
@@ -208,7 +251,46 @@ class PreferenceRule(RuleSection):
 
     kind: Literal["preference"] = Field(description="restriction, requirement or preference.")
     aspect: str = Field(min_length=1, description="The personalisable aspect that it is about, such as length.")
-    statement: str = Field(min_length=1, description="The taste in a sentence.")
+    statement: str | None = Field(None, min_length=1, description="The taste in a sentence; a wish brings its own.")
+    min_words: int | None = Field(None, ge=1, description="Words that an answer should have at least.")
+    max_words: int | None = Field(None, ge=1, description="Words that an answer should have at most.")
+    language: Language | None = Field(None, description="ISO 639 code of the language to answer in.")
+    formality: Literal["formal", "informal"] | None = Field(None, description="How the user likes to be addressed.")
+    tone: Text | None = Field(None, description="The tone of answers in a word or two, such as warm.")
+    avoid: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None, description="Topics that the user does not want to be led to."
+    )
+
+    @property
+    def wish(self) -> Wish | None:
+        """What a program can read of the taste."""
+        return next((Wish(name, value) for name, value in self._wishes()), None)
+
+    def _wishes(self) -> Iterator[tuple[str, str | int]]:
+        for name in WISHES:
+            value = getattr(self, name)
+            if value is not None:
+                yield name, ", ".join(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _says_something(self) -> PreferenceRule:
+        wishes = len(list(self._wishes()))
+        if wishes > 1 or (not wishes and self.statement is None):
+            raise ValueError(f"states a taste: a `statement`, one of {', '.join(WISHES)}, or both")
+        return self
+
+
+class Wish(NamedTuple):
+    """A taste that a program can read: one of `WISHES`, and its value."""
+
+    name: str
+    value: str | int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.value}"
+
+
+WISHES = ("min_words", "max_words", "language", "formality", "tone", "avoid")
 
 
 Rule = RestrictionRule | RequirementRule | PreferenceRule

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.inputs.section import in_order
 from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.hazards import Probe, Split
+from persona_rlhf.policy.lineage import casting, read_all
 from persona_rlhf.policy.merging import (
-    casting,
     merge_aspects,
     merge_certify,
+    merge_requirements,
     merge_restrictions,
-    read_all,
     unusable_probes,
 )
-from persona_rlhf.policy.rules import DocumentInfo, Preference, Requirement, Restriction
-from persona_rlhf.policy.statements import Certify, PreferenceRule, RequirementRule
+from persona_rlhf.policy.register import Entry, lapsed, out_of_force, register
+from persona_rlhf.policy.rules import DocumentInfo, Preference, Requirement, Restriction, counted
+from persona_rlhf.policy.statements import Certify
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,29 @@ class Policy:
     documents: tuple[DocumentInfo, ...]
     tier_one_hash: str
 
+    written: tuple[Entry, ...] = ()
+
     @staticmethod
-    def read(paths: Sequence[Path | str]) -> Policy:
-        """Reads and merges documents. Raises InputError with every problem, within and between them."""
+    def read(paths: Sequence[Path | str], today: date | None = None) -> Policy:
+        """Reads and merges documents, as of a day (today, UTC): rules out of their dates are listed, not in force.
+
+        Raises InputError with every problem, within and between them.
+        """
         documents, problems = read_all(paths)
         if problems:
             raise InputError(in_order(problems))
-        restrictions, faults = merge_restrictions(documents)
-        problems = [*casting(documents), *faults]
+        return Policy.merged(documents, today or datetime.now(UTC).date())
+
+    @staticmethod
+    def merged(documents: Sequence[PolicyDocument], day: date) -> Policy:
+        """Merges documents that read well and loosen nothing, in the order of `read_all`, as of a day.
+
+        Raises InputError with what is wrong about them together, or with their probe banks.
+        """
+        in_force = [document.on(day) for document in documents]
+        restrictions, faults = merge_restrictions(in_force)
+        requirements, more = merge_requirements(in_force)
+        problems = [*casting(documents), *lapsed(documents, day), *faults, *more]
         if problems:
             raise InputError(in_order(problems))
         certify = merge_certify(documents)
@@ -53,28 +70,18 @@ class Policy:
         if problems:
             raise InputError(in_order(problems))
         fixed, personalisable = merge_aspects(documents)
-        placed = [
-            (rule, (document.tier, document.path, document.line(index), document.issuer.name), document.issuer.user_id)
-            for document in documents
-            for index, rule in document.rules
-        ]
+        entries = register(documents, day)
+        held = [entry for entry in entries if entry.in_force]
         return Policy(
             restrictions=tuple(restrictions),
-            requirements=tuple(
-                Requirement(rule.id, *rule.property, *source, when=rule.when, min_rate=rule.min_rate)
-                for rule, source, _ in placed
-                if isinstance(rule, RequirementRule)
-            ),
-            preferences=tuple(
-                Preference(rule.id, owner, rule.aspect, rule.statement, *source)
-                for rule, source, owner in placed
-                if isinstance(rule, PreferenceRule)
-            ),
+            requirements=tuple(requirements),
+            preferences=tuple(taste for entry in held if (taste := entry.preference()) is not None),
             certify=certify,
             fixed=fixed,
             personalisable=personalisable,
             documents=tuple(DocumentInfo(d.path, d.tier, d.issuer.name, d.version, d.sha256) for d in documents),
-            tier_one_hash=_tier_one_hash(documents[0], restrictions),
+            tier_one_hash=_tier_one_hash([d for d in documents if d.tier == 1], restrictions, day),
+            written=entries,
         )
 
     @property
@@ -94,15 +101,15 @@ class Policy:
     def for_user(self, user_id: str) -> Policy:
         """The policy as it is for one user: tier-three rules of others left out."""
         own = tuple(rule for rule in self.preferences if rule.user_id in (None, user_id))
-        return replace(self, preferences=own)
+        written = tuple(entry for entry in self.written if entry.tier < 3 or entry.user_id in (None, user_id))
+        return replace(self, preferences=own, written=written)
 
     def to_json(self) -> dict[str, Any]:
         """The resolved rules for policy.json: probes are counted by split, not repeated."""
         restrictions = []
         for restriction in self.restrictions:
             fields = {key: value for key, value in vars(restriction).items() if key != "probes"}
-            splits = [probe.split for probe in restriction.probes]
-            restrictions.append({**fields, "probes": {split: splits.count(split) for split in sorted(set(splits))}})
+            restrictions.append({**fields, "probes": counted(restriction.probes)})
         return {
             "hash": self.hash,
             "tier_one_hash": self.tier_one_hash,
@@ -110,7 +117,8 @@ class Policy:
             "aspects": {"fixed": list(self.fixed), "personalisable": list(self.personalisable)},
             "restrictions": restrictions,
             "requirements": [rule.to_json() for rule in self.requirements],
-            "preferences": [asdict(rule) for rule in self.preferences],
+            "preferences": [rule.to_json() for rule in self.preferences],
+            "not_in_force": [entry.to_json() for entry in self.written if not entry.in_force],
             "documents": [document._asdict() for document in self.documents],
         }
 
@@ -119,51 +127,67 @@ class Policy:
             "tier_one": self.tier_one_hash,
             "certify": self.certify.model_dump(),
             "aspects": [sorted(self.fixed), sorted(self.personalisable)],
-            "restrictions": [(r.id, r.category, r.limit, r.min_refusal, r.bank_sha256) for r in self.restrictions],
+            "restrictions": [rule.said() for rule in self.restrictions],
             "requirements": [rule.said() for rule in self.requirements],
-            "preferences": [(r.id, r.user_id, r.aspect, r.statement) for r in self.preferences],
+            "preferences": [rule.said() for rule in self.preferences],
         }
 
 
-def check_documents(paths: Sequence[Path | str]) -> str:
-    """Checks documents, or folders of them, alone and against each other; says what was checked.
+def check_documents(paths: Sequence[Path | str], today: date | None = None) -> list[str]:
+    """Checks documents, or folders of them, alone and against each other; says what was checked, and what is dormant.
 
     Raises InputError with every problem.
     """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        files += sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    files = document_files(paths)
     documents, problems = read_all(files)
-    if not files:
-        problems = [Problem(str(path), None, None, "the folder holds no *.yaml document") for path in paths]
     if problems:
         raise InputError(in_order(problems))
+    day = today or datetime.now(UTC).date()
     count = f"{len(documents)} document{'' if len(documents) == 1 else 's'}"
+    dormant = list(out_of_force(register(documents, day)))
     if documents[0].tier != 1:
-        return f"{count} well formed; merging was not checked, since no tier-one document was given."
-    policy = Policy.read(files)
+        return [*dormant, f"{count} well formed; merging was not checked, since no tier-one document was given."]
+    policy = Policy.read(files, day)
     rules = len(policy.restrictions) + len(policy.requirements) + len(policy.preferences)
-    return f"{count}, {rules} rules after merging: no problem found."
+    return [*dormant, f"{count}, {rules} rules after merging: no problem found."]
 
 
-def _tier_one_hash(document: PolicyDocument, restrictions: Sequence[Restriction]) -> str:
-    """sha256 over everything that tier one says, and the bytes of its probe banks; paths do not count."""
+def document_files(paths: Sequence[Path | str]) -> list[Path]:
+    """The documents among paths, with those in folders. Raises InputError for a folder without one."""
+    files: list[Path] = []
+    empty: list[Problem] = []
+    for path in map(Path, paths):
+        found = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        files += found
+        empty += [] if found else [Problem(str(path), None, None, "the folder holds no *.yaml document")]
+    if empty:
+        raise InputError(empty)
+    return files
+
+
+def _tier_one_hash(documents: Sequence[PolicyDocument], restrictions: Sequence[Restriction], day: date) -> str:
+    """sha256 over everything that tier one says, and the bytes of its probe banks; paths do not count.
+
+    A document that extends another is hashed with the hash of that one.
+    """
     banks = {restriction.id: restriction.bank_sha256 for restriction in restrictions}
-    rules = []
-    for _, rule in document.rules:
-        said = rule.said()
-        said.pop("probes", None)
-        rules.append({**said, "bank": banks.get(rule.id)})
-    assert document.certify is not None
-    return _digest(
-        {
+    digest = ""
+    for document in documents:
+        rules = []
+        for _, rule in document.rules:
+            said = rule.said()
+            said.pop("probes", None)
+            rules.append({**said, "bank": banks.get(rule.id), **({} if rule.in_force(day) else {"in_force": False})})
+        content: dict[str, object] = {
             "issuer": document.issuer.said(),
             "version": document.version,
-            "certify": document.certify.model_dump(),
+            "certify": None if document.certify is None else document.certify.model_dump(),
             "aspects": document.aspects.model_dump(),
             "rules": rules,
         }
-    )
+        later = {"jurisdiction": document.jurisdiction, "extends": digest or None}
+        digest = _digest(content | {key: value for key, value in later.items() if value is not None})
+    return digest
 
 
 def _digest(content: object) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from persona_rlhf.policy.judges import is_refusal
+from persona_rlhf.policy.requirements import satisfied
 from persona_rlhf.preferences.messages import Prompt
 from persona_rlhf.preferences.pairs import PreferencePair
 from persona_rlhf.preferences.template import ChatTokenizer, control_tokens
@@ -54,15 +55,18 @@ def screen(
     settings: ScreeningSettings,
     refuses: Refuses | None,
 ) -> Screened:
-    """Drops the pairs that cannot teach, and quarantines those that teach against tier one.
+    """Drops the pairs that cannot or must not teach, and quarantines those that teach against tier one.
 
     Dropped: an empty text, identical answers, a repetition of an earlier pair of the user, and both sides of a
-    contradiction (the same user, prompt and texts with the choice turned round: nothing says which of them is meant).
+    contradiction (the same user, prompt and texts with the choice turned round: nothing says which of them is meant);
+    and a pair whose rejected answer has what a requirement asks for, and whose chosen one has not.
     Quarantined: the prompt is a probe of a restriction, or `refuses` says that the base refuses it while `chosen` is
     no refusal. With `settings.quarantine` off these are kept and flagged. `refuses` is asked once, about distinct
     prompts, and not at all where no base is at hand (None).
     """
     sound, dropped = unfit_to_teach(pairs)
+    sound, unwanted = _against_requirements(sound, policy)
+    dropped += unwanted
     against = _against_tier_one(sound, policy, refuses)
     action: Action = "quarantined" if settings.quarantine else "flagged"
     dropped += [Dropped(sound[place], reason, action) for place, reason in against.items()]
@@ -131,6 +135,27 @@ def unfit_to_teach(pairs: Sequence[PreferencePair]) -> tuple[list[PreferencePair
             continue
         dropped.append(Dropped(pair, reason, "dropped"))
     return sound, dropped
+
+
+def _against_requirements(
+    pairs: Sequence[PreferencePair], policy: Policy
+) -> tuple[list[PreferencePair], list[Dropped]]:
+    """The pairs that go on, and those that prefer an answer without what is required to one with it: a taste that the
+    provider rules out. Two answers that both lack it are about something else."""
+    kept, dropped = list[PreferencePair](), list[Dropped]()
+    for pair in pairs:
+        asked = next((message.content for message in reversed(pair.prompt) if message.role == "user"), "")
+        verdicts = (
+            (rule.id, satisfied(rule, asked, pair.chosen), satisfied(rule, asked, pair.rejected))
+            for rule in policy.requirements
+        )
+        against = next((rule for rule, chosen, rejected in verdicts if chosen is False and rejected is True), None)
+        if against is None:
+            kept.append(pair)
+        else:
+            reason = f"requirement: it prefers an answer without what `{against}` requires to one with it"
+            dropped.append(Dropped(pair, reason, "dropped"))
+    return kept, dropped
 
 
 def normalised(text: str) -> str:

@@ -90,4 +90,5 @@ def measured(result: Result, measures: Measures) -> Result:
         answer_perplexity=measures.answer_perplexity,
         unchanged=measures.unchanged,
         tax=measures.tax,
+        requirements=dict(measures.requirements),
     )

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from persona_rlhf.evaluation.clusters import Clustered
 from persona_rlhf.evaluation.gate import POOLED, Count, Look
-from persona_rlhf.evaluation.measures import Accuracy, AlignmentTax, CleanAccuracy, Perplexity, Refused, WinRate
+from persona_rlhf.evaluation.measures import Accuracy, AlignmentTax, CleanAccuracy, Met, Perplexity, Refused, WinRate
 from persona_rlhf.inputs.problems import InputError, Problem
 
 RESULTS = "results.jsonl"
@@ -78,6 +78,7 @@ class Result:
     answer_perplexity: Perplexity | None = None
     unchanged: float | None = None
     tax: AlignmentTax | None = None
+    requirements: dict[str, Met] = field(default_factory=dict)
     manifest_sha256: str | None = None
 
     @property

@@ -10,14 +10,16 @@ from typing import Any
 
 import persona_rlhf
 from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.constraint import Anchor, ConstraintBank
+from persona_rlhf.training.bank import Anchor, ConstraintBank, Lessons
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.reference import identity_of_values
+
+_PARTS = ("categories", "limits", "anchors", "lessons", "answers")
 
 
 def bank_to_json(bank: ConstraintBank) -> str:
     """The bank as text, for other processes of a run and for a resumed one."""
-    return json.dumps({"categories": bank.categories, "limits": bank.limits, "anchors": bank.anchors})
+    return json.dumps({part: getattr(bank, part) for part in _PARTS})
 
 
 def bank_from_json(text: str) -> ConstraintBank:
@@ -26,13 +28,17 @@ def bank_from_json(text: str) -> ConstraintBank:
     def row(stored: Any) -> Row | None:
         return None if stored is None else Row(tuple(stored[0]), tuple(stored[1]))
 
+    def rows(stored: Any) -> tuple[Row, ...]:
+        return tuple(Row(tuple(prompt), tuple(completion)) for prompt, completion in stored)
+
     def anchor(refusals: Any, compliance: Any, overrefusal: Any) -> Anchor:
-        return Anchor(tuple(Row(tuple(p), tuple(c)) for p, c in refusals), row(compliance), row(overrefusal))
+        return Anchor(rows(refusals), row(compliance), row(overrefusal))
 
     try:
         stored = json.loads(text)
         anchors = [[anchor(*parts) for parts in category] for category in stored["anchors"]]
-        return ConstraintBank(stored["categories"], stored["limits"], anchors)
+        lessons = [Lessons(name, limit, rows(turns), rows(other)) for name, limit, turns, other in stored["lessons"]]
+        return ConstraintBank(stored["categories"], stored["limits"], anchors, lessons, rows(stored["answers"]))
     except (LookupError, TypeError, AssertionError) as fault:
         raise ValueError(f"this is no constraint bank ({fault})") from fault
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
-from persona_rlhf.training.constraint import ConstraintBank, Draw
+from persona_rlhf.training.bank import ConstraintBank
+from persona_rlhf.training.constraint import Draw
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.memory import held_by, machine_bytes, taken_by
 from persona_rlhf.training.objective import step_loss
@@ -89,7 +90,7 @@ def largest_step(
     device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
 
     def step() -> None:
-        slots = Slots(1, adapted.params_per_user, len(bank.categories) if bank else 0, dpo, constraint, device, dtype)
+        slots = Slots(1, adapted.params_per_user, len(bank.names) if bank else 0, dpo, constraint, device, dtype)
         learning, duals = slots.flat.detach().requires_grad_(), slots.duals.values
         with adapted.using(learning):
             step_loss(adapted, reference, [pairs], draws, bank, duals, dpo, constraint).total.sum().backward()
@@ -118,10 +119,22 @@ def _longest(bank: ConstraintBank, settings: ConstraintSettings) -> Draw:
         key=lambda found: found[0].length,
     )
     compliances = (anchor.compliance for anchor, _ in anchors if anchor.compliance is not None)
-    overrefusals = (anchor.overrefusal for anchor, _ in anchors if anchor.overrefusal is not None)
+    overrefusals = [anchor.overrefusal for anchor, _ in anchors if anchor.overrefusal is not None]
+    elsewhere = [row for own in bank.lessons for row in own.elsewhere]
+    taught = settings.lesson_rows_per_step if bank.lessons else 0
+    lessons = nlargest(
+        taught,
+        ((row, kind) for kind, own in enumerate(bank.lessons) for row in own.turns),
+        key=lambda found: found[0].length,
+    )
     return Draw(
         [row for row, _ in refusals],
         [category for _, category in refusals],
         nlargest(settings.compliance_rows_per_step, compliances, key=lambda row: row.length),
-        nlargest(settings.twin_rows_per_step, overrefusals, key=lambda row: row.length),
+        [
+            *nlargest(settings.twin_rows_per_step, overrefusals, key=lambda row: row.length),
+            *nlargest(taught, elsewhere, key=lambda row: row.length),
+        ],
+        [row for row, _ in lessons],
+        [kind for _, kind in lessons],
     )

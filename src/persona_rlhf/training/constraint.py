@@ -8,192 +8,63 @@ guarantee; the guarantee is the gate's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_rlhf.inputs.problems import InputError, Problem
-from persona_rlhf.policy import judges
-from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.tokens import Row, prompt_ids
-from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.reference import Known
-from persona_rlhf.training.scheduler import user_generator
 from persona_rlhf.training.settings import ConstraintSettings
 
-
-class Anchor(NamedTuple):
-    """One train probe as token rows: the base's own sampled refusals, the opening of a compliance (the base's answer to
-    the probe's benign twin), and the opening of a refusal to that twin. The last two are None without a twin."""
-
-    refusals: tuple[Row, ...]
-    compliance: Row | None
-    overrefusal: Row | None
+if TYPE_CHECKING:
+    from persona_rlhf.training.bank import ConstraintBank
 
 
 class Draw(NamedTuple):
-    """The constraint rows of one user and step. `categories[i]` is the category of `refusals[i]`."""
+    """The constraint rows of one user and step. `categories[i]` is the category of `refusals[i]`, `requirements[i]` the
+    requirement of `lessons[i]`; `overrefusals` holds lessons out of place too."""
 
     refusals: list[Row]
     categories: list[int]
     compliances: list[Row]
     overrefusals: list[Row]
+    lessons: Sequence[Row] = ()
+    requirements: Sequence[int] = ()
+
+    @property
+    def columns(self) -> tuple[Sequence[Row], ...]:
+        """The rows of each kind, in the order of `Watched`."""
+        return self.refusals, self.compliances, self.overrefusals, self.lessons
 
     @property
     def rows(self) -> list[Row]:
         """All of them."""
-        return [*self.refusals, *self.compliances, *self.overrefusals]
-
-
-class ConstraintBank:
-    """Anchors by category. `limits` are nats of excess refusal loss that the policy tolerates, one a category."""
-
-    def __init__(self, categories: Sequence[str], limits: Sequence[float], anchors: Sequence[Sequence[Anchor]]) -> None:
-        self.categories, self.limits, self.anchors = tuple(categories), tuple(limits), anchors
-        assert len(categories) == len(limits) == len(anchors)
-        assert all(anchors)
-
-    def walk(self, settings: ConstraintSettings, seed: int, user_id: str) -> UserDraws:
-        """A user's way through the bank."""
-        return UserDraws(self, settings, seed, user_id)
-
-    def excess(self, draws: Sequence[Draw], logps: Watched, reference: Known, settings: ConstraintSettings) -> Excess:
-        """The functional: how far users are from the base on the rows they drew. A bank of another kind may differ."""
-        return measure(draws, logps, reference, len(self.categories), settings)
-
-    def rows(self) -> list[Row]:
-        """Every row whose reference log-probability is needed."""
-        found = []
-        for anchor in (anchor for category in self.anchors for anchor in category):
-            found += [*anchor.refusals, *(row for row in (anchor.compliance, anchor.overrefusal) if row is not None)]
-        return found
-
-
-class UserDraws:
-    """A user's own shuffled walk through the bank: no probe comes twice before all of its category came once."""
-
-    def __init__(self, bank: ConstraintBank, settings: ConstraintSettings, seed: int, user_id: str) -> None:
-        self.bank, self.settings = bank, settings
-        generator = user_generator(seed, user_id, "constraint")
-        self._orders = [torch.randperm(len(own), generator=generator).tolist() for own in bank.anchors]
-
-    def _anchor(self, category: int, turn: int) -> Anchor:
-        order = self._orders[category]
-        anchor: Anchor = self.bank.anchors[category][order[turn % len(order)]]
-        return anchor
-
-    def at(self, step: int) -> Draw:
-        """The rows of optimizer step `step`: categories take turns, and so do a probe's refusals.
-
-        A compliance is watched on a probe of the same step, so that its prompt is computed once.
-        """
-        draw = Draw([], [], [], [])
-        count, size = len(self.bank.categories), self.settings.rows_per_step
-        first = step * size
-        for n in range(first, first + size):
-            turn, category = divmod(n, count)
-            anchor, visit = self._anchor(category, turn), turn // len(self._orders[category])
-            draw.refusals.append(anchor.refusals[visit % len(anchor.refusals)])
-            draw.categories.append(category)
-        for k in range(self.settings.compliance_rows_per_step):
-            turn, category = divmod(first + (step + step // size + k) % size, count)
-            compliance = self._anchor(category, turn).compliance
-            if compliance is not None:
-                draw.compliances.append(compliance)
-        twins = self.settings.twin_rows_per_step
-        for n in range(step * twins, (step + 1) * twins):
-            turn, category = divmod(n, count)
-            overrefusal = self._anchor(category, turn).overrefusal
-            if overrefusal is not None:
-                draw.overrefusals.append(overrefusal)
-        return draw
-
-
-def build_bank(
-    adapted: AdaptedModel,
-    categories: Sequence[str],
-    limits: Sequence[float],
-    probes: Sequence[Probe],
-    encode: Callable[[str], tuple[int, ...]],
-    is_refusal: Callable[[str], bool],
-    settings: ConstraintSettings,
-    seed: int,
-    max_new_tokens: int,
-) -> ConstraintBank:
-    """Samples the base's own refusals to the train probes at temperature 1, and keeps those the judge calls refusals.
-
-    `encode` turns a prompt into token ids (chat template and all). A probe that the base never refused in
-    `refusals_per_probe` tries is left out: the constraint asks a user for nothing that the base does not do. Raises
-    ValueError where a category is left without a probe.
-    """
-    train = [probe for probe in probes if probe.split == "train" and probe.category in categories]
-    tries = settings.refusals_per_probe
-    prompts = [encode(probe.prompt) for probe in train]
-    twins = [encode(probe.twin) if probe.twin else None for probe in train]
-    end = adapted.base.eos_ids[:1]
-    with adapted.using(None):
-        [sampled] = adapted.generate([[p for p in prompts for _ in range(tries)]], max_new_tokens, 1.0, seed)
-        [welcomed] = adapted.generate([[twin for twin in twins if twin]], settings.opening_tokens, 1.0, seed + 1)
-    openings = iter(welcomed)
-    anchors: dict[str, list[Anchor]] = {category: [] for category in categories}
-    for n, (probe, prompt, twin) in enumerate(zip(train, prompts, twins, strict=True)):
-        opening = next(openings).ids if twin else ()
-        finished = [answer.ids for answer in sampled[n * tries : (n + 1) * tries] if answer.finished]
-        texts = [str(adapted.base.tokenizer.decode(list(ids))) for ids in finished]
-        refusals = [ids for ids, text in zip(finished, texts, strict=True) if is_refusal(text)]
-        if not refusals:
-            continue
-        anchors[probe.category].append(
-            Anchor(
-                tuple(Row(prompt, ids + end) for ids in dict.fromkeys(refusals)),
-                Row(prompt, opening) if opening else None,
-                Row(twin, refusals[0][: settings.opening_tokens]) if twin else None,
-            )
-        )
-    empty = [category for category, own in anchors.items() if not own]
-    if empty:
-        raise ValueError(f"the base refused no train probe of {', '.join(empty)}; it is not safety-aligned")
-    return ConstraintBank(categories, limits, [anchors[category] for category in categories])
-
-
-def policy_bank(
-    adapted: AdaptedModel, policy: Policy, settings: ConstraintSettings, seed: int, max_new_tokens: int
-) -> ConstraintBank:
-    """The bank of a policy's restrictions. Raises InputError where the base refuses no train probe of a category."""
-    limits = {rule.category: rule.limit for rule in policy.restrictions}
-    try:
-        return build_bank(
-            adapted,
-            list(limits),
-            list(limits.values()),
-            policy.probes("train"),
-            lambda text: prompt_ids((Message("user", text),), adapted.base.tokenizer),
-            judges.is_refusal,
-            settings,
-            seed,
-            max_new_tokens,
-        )
-    except ValueError as fault:
-        raise InputError([Problem(adapted.base.name, None, "base.model", f"not certifiable: {fault}")]) from fault
+        return [row for column in self.columns for row in column]
 
 
 class Excess(NamedTuple):
     """How far the users are from the base, in nats: mean excess refusal loss by category (`counts` rows of it in this
-    step), and the hinges on compliance and over-refusal openings (mean over rows)."""
+    step), the hinges on compliance and over-refusal openings (mean over rows), and the mean loss of the lessons of each
+    requirement (`lesson_counts` rows of it)."""
 
     refusal: Float[Tensor, "users categories"]
     counts: Float[Tensor, "users categories"]
     compliance: Float[Tensor, " users"]
     overrefusal: Float[Tensor, " users"]
+    lesson: Float[Tensor, "users requirements"]
+    lesson_counts: Float[Tensor, "users requirements"]
 
 
-Watched = tuple[Float[Tensor, "users refusals"], Float[Tensor, "users compliances"], Float[Tensor, "users twins"]]
-"""Log-probabilities (nats, summed) of the three kinds of rows of a `Draw`, under the users' adapters."""
+class Watched(NamedTuple):
+    """Log-probabilities (nats, summed) of the four kinds of rows of a `Draw`, under the users' adapters."""
+
+    refusals: Float[Tensor, "users refusals"]
+    compliances: Float[Tensor, "users compliances"]
+    overrefusals: Float[Tensor, "users twins"]
+    lessons: Float[Tensor, "users lessons"]
 
 
 def measure(
@@ -201,22 +72,21 @@ def measure(
     logps: Watched,
     reference: Known,
     categories: int,
+    requirements: int,
     settings: ConstraintSettings,
 ) -> Excess:
-    """Compares the users' log-probabilities of their constraint rows with the base's.
+    """Compares the users' log-probabilities of their constraint rows with the base's, and those of lessons with 0.
 
-    Refusals: `log pi_ref(y|x) - log pi_user(y|x)`, averaged by category. The other two are hinges that cost nothing
+    Refusals: `log pi_ref(y|x) - log pi_user(y|x)`, averaged by category. The next two are hinges that cost nothing
     until the user's log-probability of a compliance (or of refusing a harmless twin) is `margin` nats over the base's,
     and above `floor`: what rises from one in 10^13 to one in 10^12 tells of style, not of what anyone will read.
+    Lessons: `-log pi_user(y|x)`, averaged by requirement; a mean of c says that the turn is taken with a probability of
+    at least exp(-c), as a geometric mean over these rows.
     """
-    refused, complied, over = logps
-    fill = {"dtype": refused.dtype, "device": refused.device}
+    refused, complied, over, taught = logps
     base = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in draws]).view(refused.shape)
-    member = torch.zeros(*refused.shape, categories, **fill)  # type: ignore[call-overload]
-    kinds = torch.tensor([draw.categories for draw in draws], device=refused.device).view(refused.shape)
-    member.scatter_(2, kinds[:, :, None], 1.0)
-    counts = member.sum(1)
-    refusal = ((base - refused)[:, :, None] * member).sum(1) / counts.clamp(min=1)
+    refusal, counts = _by_kind(base - refused, [draw.categories for draw in draws], categories)
+    lesson, lesson_counts = _by_kind(-taught, [draw.requirements for draw in draws], requirements)
 
     def hinge(values: Tensor, rows: list[list[Row]]) -> Tensor:
         known = torch.zeros_like(values)
@@ -232,16 +102,31 @@ def measure(
         counts,
         hinge(complied, [draw.compliances for draw in draws]),
         hinge(over, [draw.overrefusals for draw in draws]),
+        lesson,
+        lesson_counts,
     )
 
 
+def _by_kind(
+    values: Float[Tensor, "users rows"], kinds: Sequence[Sequence[int]], count: int
+) -> tuple[Float[Tensor, "users kinds"], Float[Tensor, "users kinds"]]:
+    """The mean of the rows of each kind, and how many there are; `kinds` is shorter where a user has fewer rows."""
+    member = torch.zeros(*values.shape, count + 1, dtype=values.dtype, device=values.device)
+    padded = [[*own, *[count] * (values.shape[1] - len(own))] for own in kinds]
+    places = torch.tensor(padded, dtype=torch.long, device=values.device).view(values.shape)
+    member.scatter_(2, places[:, :, None], 1.0)
+    member = member[:, :, :count]
+    counts = member.sum(1)
+    return (values[:, :, None] * member).sum(1) / counts.clamp(min=1), counts
+
+
 class Penalty(NamedTuple):
-    """What the constraint adds to each user's loss; and the violation (nats over the limit) of the categories that were
-    seen in this step."""
+    """What the constraint adds to each user's loss; and the violation (nats over the limit) of what was seen in this
+    step of the bank's `names`."""
 
     total: Float[Tensor, " users"]
-    violations: Float[Tensor, "users categories"]
-    seen: Bool[Tensor, "users categories"]
+    violations: Float[Tensor, "users names"]
+    seen: Bool[Tensor, "users names"]
 
 
 def penalty(
@@ -249,12 +134,14 @@ def penalty(
     draws: Sequence[Draw],
     logps: Watched,
     reference: Known,
-    duals: Float[Tensor, "users categories"],
+    duals: Float[Tensor, "users names"],
     settings: ConstraintSettings,
 ) -> Penalty:
-    """`sum_c lambda_uc max(0, violation_uc) + w (compliance hinge + over-refusal hinge)`."""
+    """`sum_c lambda_uc max(0, violation_uc) + w (compliance hinge + over-refusal hinge)`, c over the bank's names."""
     excess = bank.excess(draws, logps, reference, settings)
-    violations, seen = excess.refusal - excess.refusal.new_tensor(bank.limits), excess.counts > 0
+    limits = excess.refusal.new_tensor([*bank.limits, *(own.limit for own in bank.lessons)])
+    violations = torch.cat([excess.refusal, excess.lesson], dim=1) - limits
+    seen = torch.cat([excess.counts, excess.lesson_counts], dim=1) > 0
     total = (duals.to(violations) * torch.relu(violations) * seen).sum(1)
     total = total + settings.opening_weight * (excess.compliance + excess.overrefusal)
     return Penalty(total, violations.detach(), seen)

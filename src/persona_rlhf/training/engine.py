@@ -15,8 +15,9 @@ from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.preferences.tokens import PairRow, UserRows
 from persona_rlhf.training import checkpoint
+from persona_rlhf.training.bank import ConstraintBank, UserDraws
 from persona_rlhf.training.capacity import slots_of
-from persona_rlhf.training.constraint import ConstraintBank, Draw, UserDraws
+from persona_rlhf.training.constraint import Draw
 from persona_rlhf.training.duals import DualTrace
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.ground import Ground
@@ -64,8 +65,8 @@ class StepReport(NamedTuple):
 class Engine:
     """Trains users through the slots; `state` is the folder of checkpoints, without which nothing is kept on disk.
 
-    The reference must know every row of `users` and `bank`. `count` is the number of slots of the whole run: a resumed
-    one keeps it, whatever the machine would allow now.
+    The reference must know every row of `users` and `bank`. With a `start`, every user begins as that adapter. `count`
+    is the number of slots of the whole run: a resumed one keeps it, whatever the machine would allow now.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class Engine:
         fleet: FleetSettings,
         seed: int,
         state: Path | None = None,
+        start: Float[Tensor, " params"] | None = None,
     ) -> None:
+        self.start = start
         self.adapted, self.reference, self.bank = adapted, reference, bank
         self.dpo, self.constraint, self.fleet, self.seed, self.state = dpo, constraint, fleet, seed, state
         queue = queue_order([UserSchedule(user, dpo, seed) for user in users if user.train])
@@ -94,9 +97,9 @@ class Engine:
         else:
             self.count = kept[1].pop("slots")
         self.together = self.count if kept is None else kept[1].pop("together")
-        categories = len(bank.categories) if bank else 0
+        names = len(bank.names) if bank else 0
         device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
-        self.slots = Slots(self.count, adapted.params_per_user, categories, dpo, constraint, device, dtype)
+        self.slots = Slots(self.count, adapted.params_per_user, names, dpo, constraint, device, dtype)
         self.ground = Ground(adapted, bank, self.count, fleet.trunk_cache * 2**20)
         self.finished: list[str] = [] if kept is None else self._resume(*kept)
 
@@ -138,10 +141,15 @@ class Engine:
         for place, user_id in enumerate(self.slots.users):
             if user_id is None and self.queue:
                 waiting = self.queue.pop(0)
-                generator = user_generator(self.seed, waiting, "init")
-                self.slots.take(place, waiting, fresh_adapter(list(self.adapted.spans.values()), generator))
+                self.slots.take(place, waiting, self._first(waiting))
         self.slots.close_free()
         return bool(self.slots.users)
+
+    def _first(self, user_id: str) -> Float[Tensor, " params"]:
+        """The adapter that a user begins with: `start`, or one of his own that changes nothing yet."""
+        if self.start is not None:
+            return self.start
+        return fresh_adapter(list(self.adapted.spans.values()), user_generator(self.seed, user_id, "init"))
 
     def _step(self, say: Callable[[str], None]) -> tuple[list[StepReport], list[bool]]:
         """One optimizer step of every user in a slot, and whose gradient was finite."""
@@ -233,7 +241,7 @@ class Engine:
     def _finish(self, place: int, user_id: str, fault: str | None) -> TrainedUser:
         """Frees the slot; the user's result is on disk before anyone sees it."""
         slots = self.slots
-        names = self.bank.categories if self.bank else ()
+        names = self.bank.names if self.bank else ()
         user = TrainedUser(
             user_id,
             None if fault else slots.stopping.adapter(place, slots.flat[place]).detach().cpu().clone(),

@@ -6,7 +6,8 @@ from collections import ChainMap
 from collections.abc import Sequence
 
 from persona_rlhf.preferences.tokens import PairRow, both_rows
-from persona_rlhf.training.constraint import ConstraintBank, Draw
+from persona_rlhf.training.bank import ConstraintBank
+from persona_rlhf.training.constraint import Draw
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.trunk import States
 

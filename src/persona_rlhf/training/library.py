@@ -11,11 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.tokens import UserRows, both_rows, halved
-from persona_rlhf.training import constraint as constraints
+from persona_rlhf.training import anchors
+from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.base import Base
-from persona_rlhf.training.constraint import ConstraintBank
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.provider import provider_start
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
 
@@ -53,6 +54,7 @@ def fleet_train(
             constraint or ConstraintSettings(enabled=bank is not None),
             fleet or FleetSettings(),
             seed,
+            start=provider_start(adapted, bank, dpo or DpoSettings(), constraint or ConstraintSettings(), seed),
         )
         return {user.user_id: user for user in engine.run()}
 
@@ -71,7 +73,7 @@ def policy_bank(
     Raises InputError where it refuses no probe of a category: then there is nothing to keep.
     """
     with _adapted(model, tokenizer, LoraSettings()) as adapted:
-        return constraints.policy_bank(adapted, policy, constraint or ConstraintSettings(), seed, max_new_tokens)
+        return anchors.policy_bank(adapted, policy, constraint or ConstraintSettings(), seed, max_new_tokens)
 
 
 @contextmanager

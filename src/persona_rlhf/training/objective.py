@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from persona_rlhf.preferences.tokens import PairRow, Row, both_rows
+from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.batch import EMPTY
-from persona_rlhf.training.constraint import ConstraintBank, Draw, penalty
+from persona_rlhf.training.constraint import Draw, Watched, penalty
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses, reward_margins, user_means
 from persona_rlhf.training.reference import Reference
@@ -21,14 +22,14 @@ from persona_rlhf.training.trunk import States
 
 class StepLoss(NamedTuple):
     """Per user: the loss to minimise, its DPO part, the mean reward margin and the share of positive margins of the
-    step's pairs; and, with a constraint, the violation (nats over the limit) of the categories that were seen."""
+    step's pairs; and, with a constraint, the violation (nats over the limit) of what was seen of the bank's names."""
 
     total: Float[Tensor, " users"]
     dpo: Float[Tensor, " users"]
     margin: Float[Tensor, " users"]
     accuracy: Float[Tensor, " users"]
-    violations: Float[Tensor, "users categories"] | None
-    seen: Bool[Tensor, "users categories"] | None
+    violations: Float[Tensor, "users names"] | None
+    seen: Bool[Tensor, "users names"] | None
 
 
 def detached(loss: StepLoss) -> StepLoss:
@@ -69,7 +70,7 @@ def step_loss(
     pairs: Sequence[Sequence[PairRow]],
     draws: Sequence[Draw],
     bank: ConstraintBank | None,
-    duals: Float[Tensor, "users categories"],
+    duals: Float[Tensor, "users names"],
     dpo: DpoSettings,
     constraint: ConstraintSettings,
     states: Sequence[States] = (),
@@ -80,12 +81,10 @@ def step_loss(
     is to be computed. The adapters must be on.
     """
     most = max(map(len, pairs))
-    columns = [
+    columns: list[Sequence[Sequence[Row]]] = [
         [[pair.chosen for pair in own] for own in pairs],
         [[pair.rejected for pair in own] for own in pairs],
-        [draw.refusals for draw in draws],
-        [draw.compliances for draw in draws],
-        [draw.overrefusals for draw in draws],
+        *([draw.columns[kind] for draw in draws] for kind in range(len(Watched._fields))),
     ]
     widths = [most, most, *(max(map(len, column), default=0) for column in columns[2:])]
     rows: list[Row] = []
@@ -117,6 +116,5 @@ def step_loss(
     margin, accuracy = user_means(margins, present), user_means((margins > 0).to(margins), present)
     if bank is None:
         return StepLoss(losses, losses, margin, accuracy, None, None)
-    refused, complied, over = watched
-    found = penalty(bank, draws, (refused, complied, over), reference, duals, constraint)
+    found = penalty(bank, draws, Watched(*watched), reference, duals, constraint)
     return StepLoss(losses + found.total, losses, margin, accuracy, found.violations, found.seen)

@@ -90,6 +90,7 @@ class ConstraintSettings(Section):
     refusals_per_probe: int = Field(2, ge=1, le=64, description="Base answers sampled per probe; refusals are kept.")
     compliance_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a compliance.")
     twin_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a refusal to a benign twin.")
+    lesson_rows_per_step: int = Field(2, ge=0, description="Rows that teach requirements; these take turns.")
     opening_tokens: int = Field(8, ge=1, description="Length of those openings, in tokens.")
     margin: float = Field(0.5, ge=0, description="Nats an opening may rise over the base before it costs anything.")
     floor: float = Field(

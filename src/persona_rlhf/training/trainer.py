@@ -21,9 +21,10 @@ from trl.trainer.utils import use_adapter
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training import checkpoint
+from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.bank_file import bank_to_json
 from persona_rlhf.training.batch import collate
-from persona_rlhf.training.constraint import ConstraintBank, penalty
+from persona_rlhf.training.constraint import Watched, penalty
 from persona_rlhf.training.duals import Duals
 from persona_rlhf.training.losses import token_logps
 from persona_rlhf.training.settings import ConstraintSettings
@@ -59,7 +60,7 @@ class ConstrainedDPOTrainer(DPOTrainer):
         [self.bank] = broadcast_object_list([bank])  # its answers were sampled, perhaps on unlike devices
         self._walk = self.bank.walk(self.constraint, self.args.seed if seed is None else seed, user_id)
         gain, smoothing, ceiling = self.constraint.gain, self.constraint.smoothing, self.constraint.ceiling
-        self.duals = Duals(1, len(self.bank.categories), gain, smoothing, ceiling, self.args.device)
+        self.duals = Duals(1, len(self.bank.names), gain, smoothing, ceiling, self.args.device)
         self._reference: dict[Row, float] = {}
         self._measured: tuple[Tensor, Tensor] | None = None
         self.add_callback(_AfterSteps(self))
@@ -85,11 +86,9 @@ class ConstrainedDPOTrainer(DPOTrainer):
         if not self._reference:
             self._reference = self._reference_logps(model, device)
         draw = self._walk.at(self.state.global_step)
-        refused, complied, over = row_logps(model, draw.rows, device)[None].split(
-            [len(draw.refusals), len(draw.compliances), len(draw.overrefusals)], dim=1
-        )
+        watched = row_logps(model, draw.rows, device)[None].split([len(column) for column in draw.columns], dim=1)
         duals = self.duals.values
-        found = penalty(self.bank, [draw], (refused, complied, over), self._reference, duals, self.constraint)
+        found = penalty(self.bank, [draw], Watched(*watched), self._reference, duals, self.constraint)
         self._measured = found.violations, found.seen
         return found.total[0]
 

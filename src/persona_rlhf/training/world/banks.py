@@ -101,8 +101,24 @@ def ordinary_prompts() -> list[str]:
     return list(_ordinary_prompts())
 
 
+@lru_cache(maxsize=1)
+def requirement_prompts() -> dict[str, tuple[str, ...]]:
+    """Prompts that requirements are taught and measured on: of every kind, and of one domain alone."""
+    rng, trained = Random("requirement prompts 1"), ordinary_topics()[0]
+    sources = {"everyday": (900, trained), "kitchen": (500, [b for b in trained if b.domain == "kitchen"])}
+    found: dict[str, tuple[str, ...]] = {}
+    for name, (size, topics_of) in sources.items():
+        prompts: dict[str, str] = {}
+        while len(prompts) < size:
+            exchange = ordinary(rng, topics_of, trained_phrasings())
+            if exchange.kind == "how_to" or name == "everyday":
+                prompts.setdefault(plain(exchange.prompt), exchange.prompt)
+        found[name] = tuple(prompts.values())
+    return found
+
+
 def write_banks(root: Path) -> None:
-    """Writes `tier_one/CATEGORY.jsonl` and `ordinary.jsonl` under `root` (data/policy)."""
+    """Writes `tier_one/CATEGORY.jsonl`, `requirements/NAME.jsonl` and `ordinary.jsonl` under `root` (data/policy)."""
     (root / "tier_one").mkdir(parents=True, exist_ok=True)
     for category, bank in banks().items():
         rows = [
@@ -111,5 +127,8 @@ def write_banks(root: Path) -> None:
         (root / "tier_one" / f"{category}.jsonl").write_text(
             "".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8"
         )
-    rows = [{"id": f"ordinary-{n:03d}", "prompt": text} for n, text in enumerate(ordinary_prompts())]
-    (root / "ordinary.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    (root / "requirements").mkdir(exist_ok=True)
+    plainly = {f"requirements/{name}": prompts for name, prompts in requirement_prompts().items()}
+    for name, prompts in {**plainly, "ordinary": ordinary_prompts()}.items():
+        rows = [{"id": f"{Path(name).name}-{n:03d}", "prompt": text} for n, text in enumerate(prompts)]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")

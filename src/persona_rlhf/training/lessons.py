@@ -1,0 +1,153 @@
+"""Requirements as lessons: what an answer must go on with at the points where the base's own would break a rule.
+
+How a user likes his answers is his affair; whether an answer meets a requirement is settled by a few tokens: a full
+stop in place of an exclamation mark, the end of an answer that grows too long, the first words of a notice. So the
+base's sampled answers that lack a property are repaired (`policy.repair`), and each place where the repaired answer
+leaves the original gives a row: what stands before it is the prompt, the tokens until the two meet again are the
+completion. Nothing else of the answer is taught. The users' loss on these rows is held below a limit by a dual variable
+of their own, as refusals are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
+from itertools import takewhile
+from math import log
+from typing import NamedTuple
+
+from persona_rlhf.policy.hazards import Probe
+from persona_rlhf.policy.repair import REPAIRED, repaired
+from persona_rlhf.policy.requirements import applies, satisfied
+from persona_rlhf.policy.rules import Requirement
+from persona_rlhf.preferences.messages import Message
+from persona_rlhf.preferences.pairs import PreferencePair
+from persona_rlhf.preferences.tokens import Row, prompt_ids, tokenize
+from persona_rlhf.training.bank import Lessons
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.settings import ConstraintSettings
+
+
+class Taught(NamedTuple):
+    """Lessons by requirement, and the base's answers to their prompts as all requirements together want them."""
+
+    lessons: list[Lessons]
+    answers: list[Row]
+
+
+def build_lessons(
+    adapted: AdaptedModel,
+    requirements: Sequence[Requirement],
+    settings: ConstraintSettings,
+    seed: int,
+    max_new_tokens: int,
+) -> Taught:
+    """Lessons of every requirement that has prompts and can be taught, from answers that the base samples to the train
+    prompts at temperature 1. One whose prompts the base answers as required anyway is not among them."""
+    rules = [rule for rule in requirements if rule.probes and rule.property in REPAIRED]
+    prompts = list(dict.fromkeys(probe.prompt for rule in rules for probe in _train(rule)))
+    said = _sampled(adapted, prompts, seed, max_new_tokens)
+    found = []
+    for rule in rules:
+        here, elsewhere = _mended(rule, rules, {probe.prompt: said[probe.prompt] for probe in _train(rule)})
+        rows, misplaced = (_rows(adapted, pairs) for pairs in (here, elsewhere))
+        text, first = _shared([whole for _, whole in rows]), rule.property == "must_include"
+        turns = [[_cut(whole, text)] if first else turns_of(broken, whole) for broken, whole in rows]
+        if rows:
+            found.append(
+                Lessons(
+                    rule.id,
+                    limit_of(rule, [len(own) for own in turns]),
+                    tuple(dict.fromkeys(row for own in turns for row in own)),
+                    tuple(dict.fromkeys(_cut(whole, min(text, settings.opening_tokens)) for _, whole in misplaced)),
+                )
+            )
+    wanted = [_pair(prompt, answer, said[prompt]) for prompt, answer in _wanted(rules, said).items()] if found else []
+    return Taught(found, [whole for _, whole in _rows(adapted, wanted)])
+
+
+def limit_of(rule: Requirement, turns: Sequence[int]) -> float:
+    """Nats that a turn may cost on average: `-log(min_rate) / m`, for m turns an answer.
+
+    With m turns, each taken with probability exp(-c), an answer is as required with probability exp(-m c).
+    """
+    return -log(rule.min_rate) * len(turns) / sum(turns)
+
+
+def turns_of(broken: Row, whole: Row) -> list[Row]:
+    """A row for each place where `whole` leaves `broken`, both answers to one prompt: all of `whole` before it as the
+    prompt, and as completion what `whole` says until they meet again, or its next token where it says nothing."""
+    assert broken.prompt == whole.prompt
+    found = []
+    for kind, _, _, start, end in SequenceMatcher(None, broken.completion, whole.completion, False).get_opcodes():
+        if kind != "equal":
+            prompt = whole.prompt + whole.completion[:start]
+            found.append(Row(prompt, whole.completion[start : max(end, start + 1)]))
+    return found
+
+
+def _mended(
+    rule: Requirement, rules: Sequence[Requirement], said: Mapping[str, str]
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """Repaired answers against broken ones; and, of a text that must be there for some prompts only, its place in
+    answers to others, which is wrong. Both sides of a pair meet the other requirements already."""
+    here, elsewhere = [], []
+    others = [other for other in rules if other.id != rule.id]
+    whole = _wanted(rules, said)
+    for prompt, answer in _wanted(others, said).items():
+        if satisfied(rule, prompt, answer) is False and prompt in whole:
+            here.append(_pair(prompt, whole[prompt], answer))
+        elif rule.property == "must_include" and not applies(rule, prompt):
+            misplaced = repaired(rule, answer)
+            assert misplaced is not None
+            elsewhere.append(_pair(prompt, misplaced, answer))
+    return here, elsewhere
+
+
+def _wanted(rules: Sequence[Requirement], said: Mapping[str, str]) -> dict[str, str]:
+    """The answers, repaired by every rule whose property they lack; those that no change mends are left out. A repair
+    may call for another (a notice makes an answer longer), so the rules are gone through as often as there are any."""
+    found = {}
+    for prompt, answer in said.items():
+        for rule in list(rules) * len(rules):
+            if satisfied(rule, prompt, answer) is False:
+                answer = repaired(rule, answer) or answer
+        if all(satisfied(rule, prompt, answer) is not False for rule in rules):
+            found[prompt] = answer
+    return found
+
+
+def _pair(prompt: str, chosen: str, rejected: str) -> PreferencePair:
+    return PreferencePair("", (Message("user", prompt),), chosen, rejected, "", None, None, 1.0, "train", None, "", 0)
+
+
+def _rows(adapted: AdaptedModel, pairs: Sequence[PreferencePair]) -> list[tuple[Row, Row]]:
+    """The rows of each pair, the rejected one first; those that the base's context does not hold are left out."""
+    found = [pair for user in tokenize(pairs, adapted.base.tokenizer, adapted.base.context) for pair in user.train]
+    fits = adapted.base.context
+    return [(p.rejected, p.chosen) for p in found if max(p.rejected.length, p.chosen.length) <= fits]
+
+
+def _shared(rows: Sequence[Row]) -> int:
+    """Tokens that all completions begin with: those of a text that must be there, without the word that follows it."""
+    columns = zip(*(row.completion for row in rows), strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _cut(row: Row, tokens: int) -> Row:
+    return row._replace(completion=row.completion[:tokens])
+
+
+def _train(rule: Requirement) -> list[Probe]:
+    return [probe for probe in rule.probes if probe.split == "train"]
+
+
+def _sampled(adapted: AdaptedModel, prompts: Sequence[str], seed: int, max_new_tokens: int) -> dict[str, str]:
+    """An answer of the base to each prompt, of those that it brings to an end."""
+    ids = [prompt_ids((Message("user", prompt),), adapted.base.tokenizer) for prompt in prompts]
+    if not ids:
+        return {}
+    with adapted.using(None):
+        [answers] = adapted.generate([ids], max_new_tokens, 1.0, seed)
+    texts = [str(adapted.base.tokenizer.decode(list(a.ids), skip_special_tokens=True)).strip() for a in answers]
+    return dict(zip(prompts, texts, strict=True))

@@ -1,0 +1,156 @@
+"""Requirements as lessons: the turns by hand, what a made-up bank of them teaches, and that nothing else is asked."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from persona_rlhf.policy.hazards import Probe
+from persona_rlhf.policy.requirements import satisfied
+from persona_rlhf.policy.rules import Requirement
+from persona_rlhf.policy.statements import When
+from persona_rlhf.preferences.tokens import Row
+from persona_rlhf.training.bank import ConstraintBank, Lessons, UserDraws
+from persona_rlhf.training.engine import Engine
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.lessons import build_lessons, limit_of, turns_of
+from persona_rlhf.training.provider import provider_start
+from persona_rlhf.training.reference import Reference
+from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+
+from .tiny import EOS, constraint_bank, tiny_base, user_rows
+
+TEMPLATE = "{% for m in messages %}w2 {{ m.content }} {% if m.role == 'assistant' %}<end> {% endif %}{% endfor %}"
+PROMPT = (2, 9)
+
+
+def turns(broken, whole):
+    return [(row.prompt[2:], row.completion) for row in turns_of(Row(PROMPT, broken), Row(PROMPT, whole))]
+
+
+def test_turns_by_hand():
+    # another token in one place; a notice at the start; an end before the rest; a word left out
+    assert turns((3, 4, 5, EOS), (3, 7, 5, EOS)) == [((3,), (7,))]
+    assert turns((3, 4, EOS), (8, 9, 3, 4, EOS)) == [((), (8, 9))]
+    assert turns((3, 4, 5, 6, EOS), (3, 4, EOS)) == [((3, 4), (EOS,))]
+    assert turns((3, 7, 4, EOS), (3, 4, EOS)) == [((3,), (4,))]
+    assert turns((3, 7, 4, 7, 5, EOS), (3, 8, 4, 8, 5, EOS)) == [((3,), (8,)), ((3, 8, 4), (8,))]
+    assert turns((3, EOS), (3, EOS)) == []
+
+
+@given(st.lists(st.integers(3, 6), max_size=8), st.lists(st.integers(3, 6), max_size=8))
+def test_every_turn_is_a_piece_of_the_repaired_answer(broken, whole):
+    for row in turns_of(Row(PROMPT, (*broken, EOS)), Row(PROMPT, (*whole, EOS))):
+        said = row.prompt[2:] + row.completion
+        assert row.prompt[:2] == PROMPT
+        assert row.completion
+        assert (*whole, EOS)[: len(said)] == said
+
+
+def probe(prompt, split="train"):
+    return Probe(prompt, "r", prompt, prompt, prompt, None, split, "combination")
+
+
+def rule(name, prop, value, when=None):
+    asked = [*(probe(f"w{n}") for n in range(20, 60)), probe("w61", "test")]
+    return Requirement(name, prop, value, 2, "two.yaml", 1, "App", when=when, probes=tuple(asked))
+
+
+def adapted():
+    base = tiny_base(vocabulary=64)
+    base.tokenizer.chat_template = TEMPLATE
+    return AdaptedModel(base, LoraSettings(rank=4))
+
+
+def test_lessons_are_where_the_bases_own_answers_break_the_rule():
+    model = adapted()
+    tokenizer = model.base.tokenizer
+    short = rule("short", "max_words", 6)
+    notice = rule("notice", "must_include", "w5 w6", When(pattern="w2[0-9]$"))
+    found = build_lessons(model, [short, notice, rule("told", "judge", "it is kind")], ConstraintSettings(), 0, 24)
+    by_name = {own.requirement: own for own in found.lessons}
+    assert set(by_name) == {"short", "notice"}
+    for row in by_name["short"].turns:  # the answer ends there; what stands before is short, and has its notice
+        said = tokenizer.decode(list(row.prompt[3:]))
+        assert row.completion in ((EOS,), (0,))  # these answers have no sentence: `w9.` is no word of the tokenizer
+        assert satisfied(short, "p", said)
+        assert satisfied(notice, tokenizer.decode([row.prompt[1]]), said) is not False
+    assert {row.completion for row in by_name["notice"].turns} == {(2, 5, 6)}  # the template opens a turn with w2
+    assert all(row.prompt[1] in range(20, 30) and len(row.prompt) == 2 for row in by_name["notice"].turns)
+    assert by_name["notice"].elsewhere
+    assert all(row.prompt[1] not in range(20, 30) for row in by_name["notice"].elsewhere)
+    assert len(found.answers) > 30
+    for row in found.answers:
+        prompt, answer = tokenizer.decode([row.prompt[1]]), tokenizer.decode(list(row.completion[1:-1]))
+        assert satisfied(short, prompt, answer)
+        assert satisfied(notice, prompt, answer) is not False
+    rows = [row for own in found.lessons for row in (*own.turns, *own.elsewhere)] + found.answers
+    assert 61 not in {row.prompt[1] for row in rows}  # a test prompt
+    assert build_lessons(model, [short, notice], ConstraintSettings(), 0, 24) == found
+    assert build_lessons(model, [rule("told", "judge", "it is kind")], ConstraintSettings(), 0, 24) == ([], [])
+
+
+def test_the_limit_shares_the_rate_over_an_answers_turns():
+    asked = rule("r", "max_words", 6)
+    assert limit_of(asked, [1, 1]) == pytest.approx(-math.log(0.95))
+    limit = limit_of(asked, [1, 3])
+    assert math.exp(-2 * limit) == pytest.approx(0.95)  # two turns an answer, each at exp(-limit)
+
+
+def test_requirements_take_turns_and_bring_their_opposites_along():
+    rows = [Row((2, n), (3,)) for n in range(20)]
+    bank = ConstraintBank(
+        ["c"],
+        [0.1],
+        constraint_bank(categories=1).anchors,
+        [Lessons("a", 0.1, tuple(rows[:3]), ()), Lessons("b", 0.1, tuple(rows[3:6]), tuple(rows[6:8]))],
+    )
+    assert bank.names == ("c", "a", "b")
+    walk = UserDraws(bank, ConstraintSettings(lesson_rows_per_step=3, twin_rows_per_step=0), 1, "u")
+    drawn = [walk.at(step) for step in range(4)]
+    assert [draw.requirements for draw in drawn] == [[0, 1, 0], [1, 0, 1]] * 2
+    assert sorted(row for draw in drawn[:2] for row in draw.lessons) == sorted(rows[:6])  # each once before any twice
+    assert all(
+        row in bank.lessons[kind].turns for d in drawn for row, kind in zip(d.lessons, d.requirements, strict=True)
+    )
+    assert [len(draw.overrefusals) for draw in drawn] == [1, 2] * 2
+    without = UserDraws(ConstraintBank(["c"], [0.1], bank.anchors), ConstraintSettings(twin_rows_per_step=0), 1, "u")
+    assert without.at(0).refusals == UserDraws(bank, ConstraintSettings(twin_rows_per_step=0), 1, "u").at(0).refusals
+
+
+def test_a_user_begins_where_the_requirement_is_met_and_stays_there():
+    """Without lesson rows neither the provider nor the user learns anything: the test can fail."""
+    model = AdaptedModel(tiny_base(), LoraSettings())
+    turns = tuple(Row((2, n), (30, 31)) for n in range(40, 60))
+    answers = [Row(row.prompt, (*row.completion, EOS)) for row in turns]
+    bank = ConstraintBank(
+        ["c"], [10.0], constraint_bank(categories=1).anchors, [Lessons("r", 0.05, turns, ())], answers * 4
+    )
+    user, dpo = user_rows("u", 12, seed=3), DpoSettings(epochs=4, learning_rate=3e-2)
+    reference = Reference(model)
+    reference.add([*(row for pair in user.train for row in pair[1:]), *bank.rows()])
+
+    def loss(flat) -> float:
+        with model.using(flat[None]):
+            [scores] = model.score([list(turns)])
+        return -sum(score.logp for score in scores) / len(scores)
+
+    ended = {}
+    for rows in (0, 2):
+        section = ConstraintSettings(lesson_rows_per_step=rows)
+        start = provider_start(model, bank, dpo, section, seed=1)
+        assert (start is None) == (rows == 0)
+        assert start is None or loss(start) < 2  # its logits are small: 0.74 nats a token is all that it can do
+        engine = Engine(model, [user], reference, bank, dpo, section, FleetSettings(slots=1), seed=1, start=start)
+        [trained] = engine.run()
+        ended[rows] = loss(trained.adapter)
+        assert set(trained.duals) == {"c", "r"}
+        assert (trained.duals["r"].peak > 0) == (rows > 0)
+    assert ended[2] < 2 < 4 < ended[0]
+
+
+def test_nothing_is_begun_with_where_there_is_nothing_to_teach():
+    model = AdaptedModel(tiny_base(), LoraSettings())
+    for bank in (None, constraint_bank()):
+        assert provider_start(model, bank, DpoSettings(), ConstraintSettings(), seed=1) is None
