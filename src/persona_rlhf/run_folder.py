@@ -88,11 +88,11 @@ class RunFolder:
         self.write(self.users, _lines(known))
 
     def begin_as(self, other: RunFolder, known: Sequence[tuple[str, str] | None], chunk: int) -> None:
-        """Begins a run that is asked the same as another one, but of other users; what all users share is that one's."""
+        """Begins a run that is asked the same as another one, of other users; what all share is taken from that."""
         self.state.mkdir(parents=True, exist_ok=True)
-        for shared, own in ((other.bank, self.bank), (other.start, self.start)):
+        for shared, place in ((other.bank, self.bank), (other.start, self.start)):
             if shared.exists():
-                shutil.copyfile(shared, own)
+                shutil.copyfile(shared, place)
         own = {PAIRS: fingerprint_of(known), _CHUNK: str(chunk)}
         self.write(self._identity, _rendered(other._read_identity() | own))
 
