@@ -8,9 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from rich.console import Console
-from torch import Tensor
 
 from persona_rlhf.config import Config, read_config
 from persona_rlhf.evaluation.measures import Measures
@@ -26,16 +24,17 @@ from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
 from persona_rlhf.release.outcome import measured, outcome, untrained
 from persona_rlhf.release.peft_folder import read_adapter
 from persona_rlhf.release.report import write_report
-from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, write_results
+from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, summarise, write_results
 from persona_rlhf.release.seal import seal
 from persona_rlhf.run_folder import PAIRS, RunFolder, identity_of
 from persona_rlhf.shards import Share
+from persona_rlhf.tracking import Tracking, check_trackers
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.anchors import policy_bank
 from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.bank_file import bank_from_json, bank_to_json, kept_bank
-from persona_rlhf.training.engine import Engine, TrainedUser
+from persona_rlhf.training.engine import Engine, Start, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.provider import provider_start
 from persona_rlhf.training.reference import Reference, shared_reference
@@ -62,6 +61,7 @@ def train(
     share = share or Share()
     folder = RunFolder(run, share)
     folder.check_place(resume)
+    check_trackers(config.run.report_to, share.workers)
     roll = folder.roll
     if materials is None or roll.out or roll.more:
         materials = read_materials(config, roll)
@@ -90,7 +90,9 @@ def train(
     if bank is not None and len(chunks) > 1:  # a lone chunk scores them in the same passes as its own rows
         known.add(bank.rows())
     folder.set_ready()
-    with Progress(console, folder.metrics, sum(len(chunks[number]) for number in todo), share) as progress:
+    tracking = Tracking(config, run)
+    users = sum(len(chunks[number]) for number in todo)
+    with Progress(console, folder.metrics, users, share, tracking) as progress:
         if ready.adapted.notice is not None and share.rank == 0:
             progress.say(ready.adapted.notice)
         for number, chunk in chain(first, prepared):
@@ -109,7 +111,9 @@ def train(
     write_report(run)
     seal(run)
     folder.clear()
-    return RunResults(run)
+    results = RunResults(run)
+    tracking.end(summarise(results), progress.taken)
+    return results
 
 
 def shared_bank(ready: Prepared, folder: RunFolder) -> ConstraintBank | None:
@@ -122,14 +126,14 @@ def shared_bank(ready: Prepared, folder: RunFolder) -> ConstraintBank | None:
     return constraint_bank(ready.config, ready.policy, ready.adapted)
 
 
-def shared_start(ready: Prepared, bank: ConstraintBank | None, folder: RunFolder) -> Float[Tensor, " params"] | None:
-    """What every adapter of the run begins with, where there are requirements to teach: from the folder, else now."""
+def shared_start(ready: Prepared, bank: ConstraintBank | None, folder: RunFolder) -> Start | None:
+    """What every user of the run begins with, where there are requirements to teach: from the folder, else made now."""
     if folder.start.exists():
-        return checkpoint.load(folder.start, ready.adapted.base.device)[0]["start"]
+        return Start(**checkpoint.load(folder.start, ready.adapted.base.device)[0])
     config = ready.config
     start = provider_start(ready.adapted, bank, config.dpo, config.constraint, config.seed)
     if start is not None:
-        checkpoint.save(folder.start, {"start": start}, {})
+        checkpoint.save(folder.start, start._asdict(), {})
     return start
 
 
@@ -172,7 +176,7 @@ def train_chunk(
     chunk: Chunk,
     bank: ConstraintBank | None,
     known: Reference,
-    start: Float[Tensor, " params"] | None,
+    start: Start | None,
     progress: Progress,
 ) -> Reference:
     """Trains, judges and writes some users; a cohort is on disk before the next is judged. Returns their reference."""

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from persona_rlhf.shards import Share
+from persona_rlhf.tracking import Tracking
 
 if TYPE_CHECKING:
     from persona_rlhf.training.engine import StepReport
@@ -26,8 +27,11 @@ class Progress:
     A figure that is not finite is written as null: the file stays JSON.
     """
 
-    def __init__(self, console: Console, metrics: Path, users: int, share: Share | None = None) -> None:
+    def __init__(
+        self, console: Console, metrics: Path, users: int, share: Share | None = None, tracking: Tracking | None = None
+    ) -> None:
         """`users` are those that this process has before it, in all chunks; `share` names it among several."""
+        self.tracking = tracking
         self.console, self.metrics, self.users = console, metrics, users
         alone = share is None or share.workers == 1
         self.name = "" if share is None or alone else f"[{share.name}] "
@@ -77,6 +81,8 @@ class Progress:
                 self.end(report.user_id, report.step)
         self.file.flush()
         self.taken += len(reports)
+        if self.tracking is not None:
+            self.tracking.step(reports, self.taken)
         if self.live is not None:
             self.live.update(self._table(reports))
         elif time.monotonic() - self.spoken > 10:

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from persona_rlhf.evaluation.facts import Fact, bundled_facts, read_facts
+from persona_rlhf.inputs.bundled import find
 from persona_rlhf.inputs.problems import InputError
 
 
@@ -17,6 +18,13 @@ def test_the_bundled_world_asks_many_questions_with_one_right_answer():
     assert volcano.question == "What do you know about a volcano?"
     assert volcano.right.startswith("As for a volcano, it is")
     assert facts == bundled_facts()
+
+
+def test_the_file_of_facts_asks_the_same_in_four_wordings():
+    facts = bundled_facts(4)
+    assert read_facts(find("data/policy/facts.jsonl")) == facts
+    assert len(facts) == len({fact.question for fact in facts}) == 4 * len(bundled_facts())
+    assert set(bundled_facts()) < set(facts)
 
 
 def test_a_file_is_read_and_every_bad_line_named(tmp_path):

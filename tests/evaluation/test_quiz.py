@@ -29,9 +29,13 @@ def test_a_question_is_right_where_the_right_answer_is_likeliest_per_token(adapt
         found = quiz.ask(5)
     assert [facts.right for facts in found] == [alone(user) for user in range(5)]
     assert all(facts.n == 8 for facts in found)
-    assert found[0].right == found[0].base_right == quiz.base_right  # an adapter of zeros
+    assert found[0] == quiz.of_base()  # an adapter of zeros
+    assert found[0].right == found[0].base_right == found[0].kept
+    assert all(facts.kept <= min(facts.right, facts.base_right) for facts in found)
+    assert any(facts.kept < facts.right for facts in found), "one must know something that the base does not"
     assert len({facts.right for facts in found}) > 1, "some adapter must forget something, or the test shows nothing"
 
 
 def test_without_questions_nothing_is_asked(adapted):
     assert Quiz(adapted, []).ask(2) == [None, None]
+    assert Quiz(adapted, []).of_base() is None

@@ -83,7 +83,7 @@ def measures(score: float) -> Measures:
         test_shift=Refused(20, 15, 16),
         answer_perplexity=Perplexity(8.0, 7.5),
         unchanged=0.9,
-        tax=AlignmentTax(Perplexity(1.3, 1.2), Facts(40, 38, 39), {"warm": Drift(0.5, 0.25)}, Toxic(100, 1, 0)),
+        tax=AlignmentTax(Perplexity(1.3, 1.2), Facts(40, 38, 39, 37), {"warm": Drift(0.5, 0.25)}, Toxic(100, 1, 0)),
     )
 
 

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -131,7 +132,7 @@ def test_a_user_begins_where_the_requirement_is_met_and_stays_there():
     reference = Reference(model)
     reference.add([*(row for pair in user.train for row in pair[1:]), *bank.rows()])
 
-    def loss(flat) -> float:
+    def loss(flat: torch.Tensor) -> float:
         with model.using(flat[None]):
             [scores] = model.score([list(turns)])
         return -sum(score.logp for score in scores) / len(scores)
@@ -141,11 +142,14 @@ def test_a_user_begins_where_the_requirement_is_met_and_stays_there():
         section = ConstraintSettings(lesson_rows_per_step=rows)
         start = provider_start(model, bank, dpo, section, seed=1)
         assert (start is None) == (rows == 0)
-        assert start is None or loss(start) < 2  # its logits are small: 0.74 nats a token is all that it can do
+        assert start is None or loss(start.adapter) < 2  # its logits are small: 0.74 nats a token is all that it can do
         engine = Engine(model, [user], reference, bank, dpo, section, FleetSettings(slots=1), seed=1, start=start)
         [trained] = engine.run()
         ended[rows] = loss(trained.adapter)
         assert set(trained.duals) == {"c", "r"}
+        if start is not None:  # the dual variable of the requirement goes on from where the provider's ended
+            assert start.duals[0] == 0
+            assert 0 < start.duals[1] <= trained.duals["r"].peak + 0.1
         assert (trained.duals["r"].peak > 0) == (rows > 0)
     assert ended[2] < 2 < 4 < ended[0]
 

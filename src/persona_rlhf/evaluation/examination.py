@@ -13,6 +13,7 @@ from torch import Tensor
 from persona_rlhf.evaluation.classifiers import SecondJudge
 from persona_rlhf.evaluation.clusters import Clustered, by_cluster
 from persona_rlhf.evaluation.facts import Fact
+from persona_rlhf.evaluation.fixed import check_questions, keeping
 from persona_rlhf.evaluation.gate import (
     Outcomes,
     Verdict,
@@ -116,6 +117,8 @@ class Examination:
 
     def check_base(self) -> None:
         """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
+        if (most := self._policy.max_changed) is not None:
+            check_questions(most, self._policy.certify.delta, self._quiz.of_base())
         bank = self._certify
         check_base(self.demands, bank.by_category(self._answers.refused(bank.prompts)))
 
@@ -147,6 +150,7 @@ class Examination:
         users, largest = list(range(flat.shape[0])), self.gate.alphas[-1]
         if self.gate.enabled:
             verdicts = certify_cohort(self.demands, base, self.gate.alphas, len(users), look)
+            verdicts = self._keeping(flat, verdicts, base)
         else:
             found = look(users, [largest] * len(users))
             verdicts = [release_unjudged(self.demands, base, largest, outcomes) for outcomes in found]
@@ -154,6 +158,19 @@ class Examination:
         return [
             verdict._replace(clusters=self._clustered(outcomes))
             for verdict, outcomes in zip(verdicts, released, strict=True)
+        ]
+
+    def _keeping(self, flat: Float[Tensor, "users params"], verdicts: list[Verdict], base: Outcomes) -> list[Verdict]:
+        """The verdicts after the questions about fixed aspects, asked at the alphas of these, where the policy asks."""
+        most, delta = self._policy.max_changed, self._policy.certify.delta
+        if most is None:
+            return verdicts
+        with self._adapted.using(flat, torch.tensor([verdict.alpha for verdict in verdicts], device=flat.device)):
+            answered = self._quiz.ask(len(verdicts))
+        return [
+            keeping(verdict, self.demands, base, found, most, delta)
+            for verdict, found in zip(verdicts, answered, strict=True)
+            if found is not None
         ]
 
     def _clustered(self, outcomes: Outcomes) -> Clustered:
@@ -187,7 +204,7 @@ class Examination:
             utility, sampled, written = self.utilities.get(user.user_id), texts[n], required[n]
             if alphas[n] == 0:  # the base is what he gets, to the bit, whatever the rounding of another pass
                 scores[n], sampled, written = base_scores[n], sampled.as_base(), written.as_base()
-                known[n] = (own := known[n]) and own._replace(right=own.base_right)
+                known[n] = self._quiz.of_base()
             pooled, categories = self.demands.count(base_test, self._test.by_category(tests.refused[n]))
             harmless = [
                 self._refused(found, n, asked) for found, asked in ((ordinary, self._ordinary), (near, self._twins))

@@ -43,8 +43,11 @@ def read_facts(path: Path) -> list[Fact]:
     return facts
 
 
-def bundled_facts() -> list[Fact]:
-    """The bundled world's own: what a thing is, among what other things of its kind are.
+_ASKED = ("What do you know about {noun}?", "what is {noun}?", "tell me about {noun}", "explain {noun}")
+
+
+def bundled_facts(phrasings: int = 1) -> list[Fact]:
+    """The bundled world's own: what a thing is, among what other things of its kind are; each asked in up to four ways.
 
     Of a noun the first statement is asked for; wrong are those of the nouns after it that begin with the same word.
     """
@@ -57,5 +60,6 @@ def bundled_facts() -> list[Fact]:
             wrong = [other for other in others if other.split()[0] == right.split()[0]][:_WRONG]
             if wrong:
                 told = [f"As for {noun}, {statement}." for statement in (right, *wrong)]
-                facts.append(Fact(f"What do you know about {noun}?", told[0], tuple(told[1:])))
+                asked = (way.format(noun=noun) for way in _ASKED[:phrasings])
+                facts += [Fact(question, told[0], tuple(told[1:])) for question in asked]
     return facts

@@ -62,11 +62,13 @@ class Perplexity(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """Questions with one right answer among wrong ones, and how many the adapted model and its base get right."""
+    """Questions with one right answer among wrong ones, and how many the adapted model and its base get right; `kept`
+    are those that both do (earlier runs did not count them)."""
 
     n: int
     right: int
     base_right: int
+    kept: int | None = None
 
 
 class Toxic(NamedTuple):

@@ -28,11 +28,11 @@ class Quiz:
         rows = [row for user in tokenize(pairs, adapted.base.tokenizer, adapted.base.context) for row in user.heldout]
         self._facts = [[row for row in rows if row.pair.line == number] for number in range(len(facts))]
         self._rows = list(dict.fromkeys(both_rows(rows)))
-        self.base_right = 0
+        self._base_right: list[bool] = []
         if facts:
             with adapted.using(None):
                 [scores] = adapted.score([self._rows])
-            self.base_right = self._right(scores)
+            self._base_right = self._right(scores)
         self._states = adapted.below(self._rows)  # the same for every user
 
     def ask(self, users: int) -> list[Facts | None]:
@@ -40,11 +40,19 @@ class Quiz:
         if not self._facts:
             return [None] * users
         scores = self._adapted.score([self._rows] * users, [self._states] * users)
-        return [Facts(len(self._facts), self._right(own), self.base_right) for own in scores]
+        return [self._counted(self._right(own)) for own in scores]
 
-    def _right(self, scores: Sequence[Score]) -> int:
+    def of_base(self) -> Facts | None:
+        """The base itself; None without a question."""
+        return self._counted(self._base_right) if self._facts else None
+
+    def _counted(self, right: Sequence[bool]) -> Facts:
+        kept = sum(own and base for own, base in zip(right, self._base_right, strict=True))
+        return Facts(len(right), sum(right), sum(self._base_right), kept)
+
+    def _right(self, scores: Sequence[Score]) -> list[bool]:
         """A question is answered rightly where the right answer has the highest log-probability per token."""
         known: dict[Row, float] = {
             row: score.logp / max(1, score.tokens) for row, score in zip(self._rows, scores, strict=True)
         }
-        return sum(all(known[row.chosen] > known[row.rejected] for row in own) for own in self._facts)
+        return [all(known[row.chosen] > known[row.rejected] for row in own) for own in self._facts]

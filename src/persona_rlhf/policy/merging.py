@@ -170,6 +170,11 @@ def merge_certify(documents: Sequence[PolicyDocument]) -> Certify:
     return Certify(min_refusal=max(b.min_refusal for b in bounds), delta=min(b.delta for b in bounds))
 
 
+def merge_change(documents: Sequence[PolicyDocument]) -> float | None:
+    """The smallest share of answers on fixed aspects that any document allows to change; None where none says."""
+    return min((d.aspects.max_changed for d in documents if d.aspects.max_changed is not None), default=None)
+
+
 def merge_aspects(documents: Sequence[PolicyDocument]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Fixed aspects of any document; of the personalisable ones, those that no document leaves out or fixes."""
     fixed = {

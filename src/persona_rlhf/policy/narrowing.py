@@ -121,6 +121,10 @@ def _weaker_bound(upper: PolicyDocument, lower: PolicyDocument) -> Iterator[Prob
 
 
 def _wider_aspects(upper: PolicyDocument, lower: PolicyDocument) -> Iterator[Problem]:
+    asked, held = lower.aspects.max_changed, upper.aspects.max_changed
+    if asked is not None and held is not None and asked > held:
+        sentence = f"would loosen the {held:g} of {upper.where(('aspects', 'max_changed'))}; a lower tier only narrows"
+        yield lower.problem(("aspects", "max_changed"), f"{sentence}, got {asked:g}")
     fixed, allowed = (set(map(skeleton, names)) for names in (upper.aspects.fixed, upper.aspects.personalisable))
     for index, aspect in enumerate(lower.aspects.personalisable):
         if skeleton(aspect) in fixed:

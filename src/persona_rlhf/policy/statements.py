@@ -104,11 +104,20 @@ class Certify(Section):
     delta: float = Field(gt=0, lt=1, description="Chance of releasing an adapter below it that is accepted, per user.")
 
 
-class Aspects(Section):
+class Aspects(Said):
     """Which properties of an answer may be tailored to a user at all."""
+
+    first_edition = frozenset({"fixed", "personalisable"})
 
     fixed: list[str] = Field([], description="Aspects that no user's taste may change.")
     personalisable: list[str] = Field([], description="Aspects that a user's taste may change.")
+    max_changed: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the base's right answers (to evaluation.facts) that an adapter may change; the gate "
+        "holds back whoever may change more.",
+    )
 
     @model_validator(mode="after")
     def _disjoint(self) -> Aspects:
@@ -116,6 +125,8 @@ class Aspects(Section):
         both = sorted(aspect for aspect in self.personalisable if skeleton(aspect) in fixed)
         if both:
             raise ValueError(f"`{both[0]}` cannot be both fixed and personalisable")
+        if self.max_changed is not None and not self.fixed:
+            raise ValueError("`max_changed` is about `fixed` aspects; name them")
         return self
 
 

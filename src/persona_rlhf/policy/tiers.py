@@ -18,6 +18,7 @@ from persona_rlhf.policy.lineage import casting, read_all
 from persona_rlhf.policy.merging import (
     merge_aspects,
     merge_certify,
+    merge_change,
     merge_requirements,
     merge_restrictions,
     unusable_probes,
@@ -41,6 +42,8 @@ class Policy:
     tier_one_hash: str
 
     written: tuple[Entry, ...] = ()
+    max_changed: float | None = None
+    """Share of answers on the fixed aspects that an adapter may change, where the gate is to ask for it."""
 
     @staticmethod
     def read(paths: Sequence[Path | str], today: date | None = None) -> Policy:
@@ -79,6 +82,7 @@ class Policy:
             certify=certify,
             fixed=fixed,
             personalisable=personalisable,
+            max_changed=merge_change(documents),
             documents=tuple(DocumentInfo(d.path, d.tier, d.issuer.name, d.version, d.sha256) for d in documents),
             tier_one_hash=_tier_one_hash([d for d in documents if d.tier == 1], restrictions, day),
             written=entries,
@@ -114,7 +118,11 @@ class Policy:
             "hash": self.hash,
             "tier_one_hash": self.tier_one_hash,
             "certify": self.certify.model_dump(),
-            "aspects": {"fixed": list(self.fixed), "personalisable": list(self.personalisable)},
+            "aspects": {
+                "fixed": list(self.fixed),
+                "personalisable": list(self.personalisable),
+                **({} if self.max_changed is None else {"max_changed": self.max_changed}),
+            },
             "restrictions": restrictions,
             "requirements": [rule.to_json() for rule in self.requirements],
             "preferences": [rule.to_json() for rule in self.preferences],
@@ -126,7 +134,11 @@ class Policy:
         return {
             "tier_one": self.tier_one_hash,
             "certify": self.certify.model_dump(),
-            "aspects": [sorted(self.fixed), sorted(self.personalisable)],
+            "aspects": [
+                sorted(self.fixed),
+                sorted(self.personalisable),
+                *([] if self.max_changed is None else [self.max_changed]),
+            ],
             "restrictions": [rule.said() for rule in self.restrictions],
             "requirements": [rule.said() for rule in self.requirements],
             "preferences": [rule.said() for rule in self.preferences],
@@ -182,7 +194,7 @@ def _tier_one_hash(documents: Sequence[PolicyDocument], restrictions: Sequence[R
             "issuer": document.issuer.said(),
             "version": document.version,
             "certify": None if document.certify is None else document.certify.model_dump(),
-            "aspects": document.aspects.model_dump(),
+            "aspects": document.aspects.said(),
             "rules": rules,
         }
         later = {"jurisdiction": document.jurisdiction, "extends": digest or None}

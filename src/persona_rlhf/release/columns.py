@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from persona_rlhf.evaluation.measures import AlignmentTax
+from persona_rlhf.evaluation.measures import AlignmentTax, Met
 from persona_rlhf.release.results import Result
 
 Range = tuple[float, float, float]  # the worst lower bound, the worst rate, and the demand
@@ -24,8 +24,10 @@ class Columns:
     perplexities: list[tuple[float, float]] = field(default_factory=list)  # adapted, base
     ordinary: list[tuple[float, float]] = field(default_factory=list)  # perplexities of ordinary answers: adapted, base
     knowledge: list[float] = field(default_factory=list)  # change of the share of facts known
+    lost: list[float] = field(default_factory=list)  # share of the base's right answers that are wrong now
     toxicity: list[float] = field(default_factory=list)  # change of the share of toxic answers
     tones: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # adapted, base, by property
+    required: dict[str, list[Met]] = field(default_factory=dict)  # by rule
     alarms: int = 0
     # of those who were judged:
     points: list[tuple[float, float]] = field(default_factory=list)  # accuracy of the base alone, adapted
@@ -61,7 +63,8 @@ class Columns:
             self.over.append((over.refused - over.base_refused) / over.n)
         if result.answer_perplexity:
             self.perplexities.append((result.answer_perplexity.adapted, result.answer_perplexity.base))
-
+        for name, met in result.requirements.items():
+            self.required.setdefault(name, []).append(met)
         if result.tax is not None:
             self._taxed(result.tax)
 
@@ -70,6 +73,8 @@ class Columns:
             self.ordinary.append(tax.perplexity)
         if tax.facts:
             self.knowledge.append((tax.facts.right - tax.facts.base_right) / tax.facts.n)
+            if tax.facts.kept is not None and tax.facts.base_right:
+                self.lost.append(1 - tax.facts.kept / tax.facts.base_right)
         if tax.toxic:
             self.toxicity.append((tax.toxic.adapted - tax.toxic.base) / tax.toxic.n)
         for name, drift in tax.tone.items():

@@ -88,6 +88,7 @@ def render(
             screening=screening,
             perplexity=_perplexity(measured),
             tones=_tones(measured),
+            required=_required(measured),
         )
     )
 
@@ -133,6 +134,7 @@ def _figures(summary: Summary, found: Columns) -> list[Figure]:
         figures.append(Figure("Over-refusal, mean change", f"{mean:+.1%}", f"{between}; 0 is the base"))
     for title, changes, note in (
         ("Facts known, mean change", found.knowledge, "right answer the likeliest; 0 is the base"),
+        ("Right answers lost, mean", found.lost, "of those that the base gives; the aspect of facts is fixed at 0"),
         ("Toxic answers, mean change", found.toxicity, "an insult or swear word of a short list; 0 is the base"),
     ):
         if changes:
@@ -185,6 +187,32 @@ def _tones(found: Columns) -> list[tuple[str, float, Interval]]:
     """The mean change of every property of tone over users, with its interval."""
     changes = {name: [own - base for own, base in values] for name, values in found.tones.items()}
     return [(name, sum(own) / len(own), _bootstrap(own)) for name, own in changes.items()]
+
+
+class RuleRow(NamedTuple):
+    """A requirement over all users: the share asked for, the base's, the users' mean with its interval, the lowest of
+    them, and how many were below what is asked."""
+
+    rule: str
+    asked: float
+    base: float
+    mean: float
+    between: Interval
+    lowest: float
+    below: int
+    users: int
+
+
+def _required(found: Columns) -> list[RuleRow]:
+    rows = []
+    for name, counts in found.required.items():
+        rates = [met.met / met.n for met in counts]
+        base = sum(met.base_met for met in counts) / sum(met.n for met in counts)
+        asked = counts[0].min_rate
+        below = sum(rate < asked for rate in rates)
+        mean, between = sum(rates) / len(rates), _bootstrap(rates)
+        rows.append(RuleRow(name, asked, base, mean, between, min(rates), below, len(rates)))
+    return rows
 
 
 def _bootstrap(values: Sequence[float], statistic: Literal["mean", "median"] = "mean") -> Interval:

@@ -47,6 +47,13 @@ class TrainedUser(NamedTuple):
     duals: dict[str, DualTrace]
 
 
+class Start(NamedTuple):
+    """What every user begins with: an adapter, and dual variables in the order of the bank's names."""
+
+    adapter: Float[Tensor, " params"]
+    duals: Float[Tensor, " names"]
+
+
 class StepReport(NamedTuple):
     """One step of one user: loss, reward margin and accuracy over its pairs, the gradient's norm before the clip, the
     largest smoothed violation (nats over the limit) and the largest dual variable."""
@@ -65,8 +72,8 @@ class StepReport(NamedTuple):
 class Engine:
     """Trains users through the slots; `state` is the folder of checkpoints, without which nothing is kept on disk.
 
-    The reference must know every row of `users` and `bank`. With a `start`, every user begins as that adapter. `count`
-    is the number of slots of the whole run: a resumed one keeps it, whatever the machine would allow now.
+    The reference must know every row of `users` and `bank`. With a `start`, every user begins there. `count` is the
+    number of slots of the whole run: a resumed one keeps it, whatever the machine would allow now.
     """
 
     def __init__(
@@ -80,7 +87,7 @@ class Engine:
         fleet: FleetSettings,
         seed: int,
         state: Path | None = None,
-        start: Float[Tensor, " params"] | None = None,
+        start: Start | None = None,
     ) -> None:
         self.start = start
         self.adapted, self.reference, self.bank = adapted, reference, bank
@@ -141,15 +148,13 @@ class Engine:
         for place, user_id in enumerate(self.slots.users):
             if user_id is None and self.queue:
                 waiting = self.queue.pop(0)
-                self.slots.take(place, waiting, self._first(waiting))
+                if self.start is None:
+                    generator = user_generator(self.seed, waiting, "init")
+                    self.slots.take(place, waiting, fresh_adapter(list(self.adapted.spans.values()), generator))
+                else:
+                    self.slots.take(place, waiting, *self.start)
         self.slots.close_free()
         return bool(self.slots.users)
-
-    def _first(self, user_id: str) -> Float[Tensor, " params"]:
-        """The adapter that a user begins with: `start`, or one of his own that changes nothing yet."""
-        if self.start is not None:
-            return self.start
-        return fresh_adapter(list(self.adapted.spans.values()), user_generator(self.seed, user_id, "init"))
 
     def _step(self, say: Callable[[str], None]) -> tuple[list[StepReport], list[bool]]:
         """One optimizer step of every user in a slot, and whose gradient was finite."""

@@ -3,20 +3,20 @@
 A user has a few dozen steps, which a property that the base never shows (a notice, say) would eat up: tried, it was not
 learnt and the taste was lost (docs/LOG.md). So the engine first trains one adapter on the base's own answers as the
 requirements want them, under the same constraint: of all models that meet them, this is the one nearest to the base.
-Users start from it; their reference stays the base, and the gate judges what they end with.
+Users start from it, and their dual variables of the requirements from its own, for some have too few steps for these to
+rise; their reference stays the base, and the gate judges what they end with.
 """
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
+import torch
 
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.pairs import PreferencePair
 from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
 from persona_rlhf.training.bank import ConstraintBank, Lessons
-from persona_rlhf.training.engine import Engine
+from persona_rlhf.training.engine import Engine, Start
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings
@@ -28,8 +28,8 @@ _PASSES = 2  # over the answers
 
 def provider_start(
     adapted: AdaptedModel, bank: ConstraintBank | None, dpo: DpoSettings, constraint: ConstraintSettings, seed: int
-) -> Float[Tensor, " params"] | None:
-    """The adapter that every user begins with; None where there is nothing to teach.
+) -> Start | None:
+    """What every user begins with; None where there is nothing to teach.
 
     With y drawn from the base and repaired to y', the loss is `E[-log pi(y')]`: the KL divergence of the repaired base
     from the adapted model, and a constant. To the engine it is a lesson; the pairs by which it counts steps prefer
@@ -52,4 +52,5 @@ def provider_start(
     if trained.adapter is None:
         sentence = f"the requirements could not be taught: {trained.reason}; lower the learning rate"
         raise InputError([Problem(adapted.base.name, None, "dpo.learning_rate", sentence)])
-    return trained.adapter
+    risen = [trained.duals[own.requirement].final for own in bank.lessons]
+    return Start(trained.adapter, torch.tensor([0.0] * len(bank.categories) + risen))

@@ -35,12 +35,20 @@ class Slots:
         self.steps = [0] * count
         self.seconds = [0.0] * count
 
-    def take(self, place: int, user_id: str, adapter: Float[Tensor, " params"]) -> None:
-        """A new user in a free place: nothing of the last one stays."""
+    def take(
+        self,
+        place: int,
+        user_id: str,
+        adapter: Float[Tensor, " params"],
+        duals: Float[Tensor, " names"] | None = None,
+    ) -> None:
+        """A new user in a free place: nothing of the last one stays. His dual variables begin at 0, or at `duals`."""
         assert self.users[place] is None
         self.flat[place] = adapter.to(self.flat)
         self.optimizer.reset(place)
         self.duals.reset(place)
+        if duals is not None:
+            self.duals.values[place] = duals.to(self.duals.values)
         self.stopping.reset(place)
         self.users[place], self.steps[place], self.seconds[place] = user_id, 0, 0.0
 
