@@ -9,19 +9,24 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from persona_rlhf.addition import add
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.joining import begin_joining, join
 from persona_rlhf.opening import open_run
 from persona_rlhf.preferences.identity import pseudonym
+from persona_rlhf.rebasing import rebase
 from persona_rlhf.release import audit
 from persona_rlhf.release.results import read_results, write_results
 from persona_rlhf.release.seal import seal
 from persona_rlhf.release.verify import verify
 from persona_rlhf.replacement import before, check_replacement, finish_replacement, replace_run
 from persona_rlhf.run_folder import PAIRS, RunFolder
+from persona_rlhf.training.base import weights_hash
 from tests.cut_short import DONE, KILLED, cut_short
 from tests.release import conftest as small
+from tests.story.experiment import listing
 
 base, run = small.base, small.run
 NEW, CHANGED = "Ada", "ada"
@@ -158,3 +163,27 @@ def test_only_a_run_beside_it_takes_its_place_and_only_once(tmp_path):
     (tmp_path / "run.before").mkdir()
     with pytest.raises(InputError, match="move it away first"):
         check_replacement(tmp_path / "run", tmp_path / "run.rebased")
+
+
+def test_a_run_that_is_not_finished_or_shares_delta_takes_nobody(run):
+    config = {
+        "name": "n",
+        "base": {"model": "data/base"},
+        "policy": {"documents": ["configs/policy/tier_one.yaml"]},
+        "users": {"path": "data/users"},
+        "gate": {"family": "all"},
+    }
+    (run.path / "config.yaml").write_text(json.dumps(config))
+    before = listing(run.path)
+    with pytest.raises(InputError, match=r"gate\.family: this run shares delta"):
+        add(run.path, "data/users", Console(quiet=True))
+    identity = {"base": weights_hash("data/base"), "users per chunk": "1"}
+    (run.path / "state/identity.json").write_text(json.dumps(identity))
+    with pytest.raises(InputError, match="the weights of the base that the run has"):
+        rebase(run.path, "data/base", run.path.with_name("new"), Console(quiet=True))
+    (run.path / "state/identity.json").unlink()
+    assert listing(run.path) == before
+    (run.path / "manifest.json").unlink()
+    for start in (lambda: add(run.path, "x", Console()), lambda: rebase(run.path, "x", run.path, Console())):
+        with pytest.raises(InputError, match="this run is not finished"):
+            start()

@@ -62,12 +62,12 @@ class RunFolder:
     def roll(self) -> Roll:
         """Whose pairs the run uses: its users in their order, those who asked to be forgotten, and later sources."""
         lines = self.users.read_text(encoding="utf-8").splitlines() if self.users.exists() else []
-        known = (json.loads(line) for line in lines)
-        return Roll(
-            tuple(None if user is None else (user[0], user[1]) for user in known),
-            forgotten(self.path),
-            (*self.sources,),
-        )
+        try:
+            known = [None if user is None else (str(user[0]), str(user[1])) for user in map(json.loads, lines)]
+        except (ValueError, LookupError, TypeError) as fault:
+            sentence = f"the users of this run cannot be read ({fault}); start a new run with --run"
+            raise InputError([Problem(str(self.users), None, None, sentence)]) from fault
+        return Roll(tuple(known), forgotten(self.path), tuple(self.sources))
 
     def add_source(self, source: str) -> None:
         """Reads a file after all others from now on."""

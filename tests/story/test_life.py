@@ -77,9 +77,7 @@ def test_forgotten_in_the_midst_of_training(trained, tmp_path):
     assert len(found_in(run, canaries)) >= 2  # metrics and checkpoint: the scan sees him
     keys = {}
     for user in tokenize(read_pairs(file, 0.25), tokenizer, 10**6):
-        keys[user.user_id] = {key_of(row) for row in both_rows((*user.train, *user.heldout))}
-    alone = keys["heron zero"] - set().union(*(own for user, own in keys.items() if user != "heron zero"))
-    assert alone
+        keys[user.user_id] = {key_of(row) for row in both_rows(user.train)}
 
     gone = persona_rlhf("forget", "killed", "--user", "heron zero", "--json", cwd=folder)
     assert gone.returncode == 0, gone.stderr
@@ -92,16 +90,19 @@ def test_forgotten_in_the_midst_of_training(trained, tmp_path):
     assert all(line["steps"] == 6 for line in results(run))
     assert found_in(run, canaries) == []
     [values] = (folder / "cache").glob("*.safetensors")
+    before = {bytes(key) for key in load_file(values)["keys"]}
+    assert before >= keys["b"] | keys["c"]
+    assert not before & keys["heron zero"]
+    assert persona_rlhf("forget", "killed", "--user", "c", cwd=folder).returncode == 0
     kept = {bytes(key) for key in load_file(values)["keys"]}
-    assert not kept & alone
-    assert keys["b"] <= kept
+    assert before - kept == keys["c"] - keys["b"] - keys["Ann"] != set()
     assert persona_rlhf("verify", "killed", cwd=folder).returncode == 0
     again = persona_rlhf("forget", "killed", "--user", "heron zero", cwd=folder)
     assert (again.returncode, "forgotten already" in again.stderr) == (0, True)
     assert persona_rlhf("forget", "killed", "--user", "heron", cwd=folder).returncode == 2
     back = persona_rlhf("add", "killed", "--users", "users", cwd=folder)
     assert back.returncode == 0, back.stderr
-    assert "1 users asked to be forgotten and stay out" in back.stderr
+    assert "2 users asked to be forgotten and stay out" in back.stderr
 
 
 @pytest.fixture(scope="module")
