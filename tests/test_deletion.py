@@ -73,6 +73,7 @@ def planted(monkeypatch, request, tmp_path) -> Path:
     (path / "metrics.jsonl").write_text(lines(steps) + '{"user_id": "kanarienvogel')
     policy = json.loads((path / "policy.json").read_bytes())
     policy["preferences"] = [{"id": "r", "user_id": ID, "statement": "CANARYPROMPT", "document": "/canary.yaml"}]
+    policy["not_in_force"] = [{"id": "q", "user_id": ID, "says": "CANARYCHOSEN", "document": "/canary.yaml"}]
     policy["documents"].append(
         {"path": "/canary.yaml", "tier": 3, "issuer": "kanarienvogel", "version": "1", "sha256": "f" * 64}
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from persona_rlhf.boundary import Json, bounded, print_json, say, verbs
+from persona_rlhf.boundary import Json, bounded, print_json, print_table, say, verbs
 
 data_verbs = verbs("Preference files.")
 
@@ -45,3 +45,29 @@ def data_import(
         print_json(summary.to_json())
     for sentence in summary.sentences():
         say(sentence)
+
+
+@data_verbs.command("review")
+@bounded
+def data_review(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    user: Annotated[str | None, typer.Option("--user", help="A user_id; without --pair, his quarantine alone.")] = None,
+    pair: Annotated[str | None, typer.Option("--pair", metavar="ID", help="The pair to decide about.")] = None,
+    decision: Annotated[Literal["accept", "reject"] | None, typer.Option("--decide", help="What is decided.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Why, for the audit trail.")] = None,
+    reviewer: Annotated[str | None, typer.Option(help="Who decides.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the quarantine of a run, or decide about one pair; a later run is given the decisions."""
+    from persona_rlhf import reviewing
+
+    if pair is None:
+        held = reviewing.quarantine(run, user)
+        print_json([own.to_json() for own in held]) if as_json else print_table(reviewing.render(held))
+        return
+    if user is None or decision is None or not (reason and reason.strip()) or not (reviewer and reviewer.strip()):
+        raise typer.BadParameter("to decide about a pair: --user, --pair, --decide accept|reject, --reason, --reviewer")
+    made = reviewing.review(run, user, pair, decision, reason, reviewer)
+    if as_json:
+        print_json(made._asdict())
+    say(f"{decision}ed; give it to the next run with screening.reviews={run / 'reviews.jsonl'}")

@@ -282,7 +282,7 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
 
 def data_of(user: UserRows, dropped: Sequence[Dropped]) -> DataInfo:
     """What is said of a user's pairs: counts and a fingerprint, no text."""
-    out = sum(found.pair.user_id == user.user_id and found.action != "flagged" for found in dropped)
+    out = sum(found.pair.user_id == user.user_id and not found.trained for found in dropped)
     return DataInfo.of([row.pair for row in (*user.train, *user.heldout, *user.deciding)], out)
 
 

@@ -12,17 +12,20 @@ from persona_rlhf.evaluation.retention import read_ordinary
 from persona_rlhf.evaluation.utility import Utility, read_utilities
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.policy.tiers import Policy
+from persona_rlhf.preferences.review import Review, read_reviews
 from persona_rlhf.preferences.store import PairStore, Roll
 
 
 class Materials(NamedTuple):
-    """The policy and the preference pairs; for the measurements, written-down tastes, ordinary prompts and facts."""
+    """The policy and the preference pairs; for the measurements, written-down tastes, ordinary prompts and facts;
+    what was decided about quarantined pairs."""
 
     policy: Policy
     pairs: PairStore
     utilities: Mapping[str, Utility]
     ordinary: list[str]
     facts: list[Fact]
+    reviews: Mapping[str, Review]
 
 
 def read_materials(config: Config, roll: Roll | None = None) -> Materials:
@@ -33,6 +36,7 @@ def read_materials(config: Config, roll: Roll | None = None) -> Materials:
     problems: list[Problem] = []
     policy, pairs, utilities, ordinary = None, None, dict[str, Utility](), list[str]()
     facts: list[Fact] = []
+    reviews: dict[str, Review] = {}
     try:
         policy = Policy.read(config.policy.documents)
     except InputError as fault:
@@ -45,11 +49,12 @@ def read_materials(config: Config, roll: Roll | None = None) -> Materials:
         utilities = read_utilities(config.evaluation.utilities) if config.evaluation.utilities else {}
         ordinary = read_ordinary(config.evaluation.ordinary) if config.evaluation.ordinary else []
         facts = _facts(config.evaluation.facts)
+        reviews = read_reviews(config.screening.reviews) if config.screening.reviews else {}
     except InputError as fault:
         problems += fault.problems
     if policy is None or pairs is None or problems:
         raise InputError(problems)
-    return Materials(policy, pairs, utilities, ordinary, facts)
+    return Materials(policy, pairs, utilities, ordinary, facts, reviews)
 
 
 def _facts(named: str | Path | None) -> list[Fact]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from persona_rlhf.config import Config
@@ -14,6 +15,7 @@ from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.messages import Prompt
 from persona_rlhf.preferences.pairs import PreferencePair, first_problems
+from persona_rlhf.preferences.review import Review
 from persona_rlhf.preferences.screening import Dropped, fit, screen
 from persona_rlhf.preferences.store import PairStore
 from persona_rlhf.preferences.tokens import UserRows, halved, prompt_ids, prompt_problems, tokenize
@@ -29,6 +31,7 @@ class Prepared(NamedTuple):
     adapted: AdaptedModel
     examination: Examination
     pairs: PairStore
+    reviews: Mapping[str, Review] = MappingProxyType({})
 
 
 class Chunk(NamedTuple):
@@ -42,7 +45,7 @@ class Chunk(NamedTuple):
 
     def against_policy(self, user_id: str) -> int:
         """How many pairs of a user the screen found to teach against the policy, whatever became of them."""
-        return sum(found.pair.user_id == user_id and found.action != "dropped" for found in self.dropped)
+        return sum(found.pair.user_id == user_id and found.alarming for found in self.dropped)
 
 
 def prepare(config: Config, materials: Materials | None = None, check: bool = True) -> Prepared:
@@ -50,7 +53,7 @@ def prepare(config: Config, materials: Materials | None = None, check: bool = Tr
 
     Raises InputError for whatever is wrong.
     """
-    policy, pairs, utilities, ordinary, facts = materials or read_materials(config)
+    policy, pairs, utilities, ordinary, facts, reviews = materials or read_materials(config)
     adapted = AdaptedModel(load_base(config.base), config.lora)
     classifier = config.gate.classifier
     second = None if classifier is None else load_classifier(classifier, adapted.base.device)
@@ -67,7 +70,7 @@ def prepare(config: Config, materials: Materials | None = None, check: bool = Tr
         second=second,
         seed=config.seed,
     )
-    ready = Prepared(config, policy, adapted, examination, pairs)
+    ready = Prepared(config, policy, adapted, examination, pairs, reviews)
     if check:
         _check_prompts(ready)
         if config.gate.enabled:
@@ -118,7 +121,7 @@ def _prepared(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
     def refuses(prompts: Sequence[Prompt]) -> list[bool]:
         return ready.examination.base_refuses([prompt_ids(prompt, base.tokenizer) for prompt in prompts])
 
-    screened = screen(pairs, ready.policy, ready.config.screening, refuses)
+    screened = screen(pairs, ready.policy, ready.config.screening, refuses, ready.reviews)
     fitted = fit(tokenize(screened.kept, base.tokenizer, base.context), base.tokenizer, base.context)
     tokenized = fitted.rows if ready.config.dpo.early_stop is None else [halved(user) for user in fitted.rows]
     known = {user.user_id: user for user in tokenized}

@@ -34,6 +34,9 @@ _NAMELESS = (audit.AUDIT, REVOKED, "users.jsonl")  # they call users by their ps
 _PAPERS = {SEAL, REDTEAM, SUMMARY, "policy.json", "bank.json", "identity.json", "persona.json", "adapter_config.json"}
 
 
+_RULES = ("preferences", "not_in_force")  # of policy.json: what end users stated
+
+
 class Trace(NamedTuple):
     """A piece: where it lies, what it is in words, how many of these there are, and what takes them away."""
 
@@ -166,7 +169,7 @@ def _papers(run: Path, his: Owner) -> Iterator[Trace]:
         yield Trace(file, "red team's figures", 1, partial(without_user, run, his))
     for place in sorted(run.rglob("policy.json")):
         policy = json.loads(place.read_bytes())
-        if own := [rule for rule in policy["preferences"] if his(rule["user_id"])]:
+        if own := [rule for key in _RULES for rule in policy.get(key, ()) if his(rule["user_id"])]:
             yield Trace(place, "tier-three rules of the policy", len(own), partial(_unrule, place, policy, own))
 
 
@@ -174,7 +177,7 @@ def _unrule(file: Path, policy: dict[str, Any], own: list[dict[str, Any]]) -> No
     """The policy without a user's own rules and their document; its hash stays that which everybody was judged by."""
     documents = {rule["document"] for rule in own}
     kept = {
-        "preferences": [rule for rule in policy["preferences"] if rule not in own],
+        **{key: [rule for rule in policy[key] if rule not in own] for key in _RULES if key in policy},
         "documents": [document for document in policy["documents"] if document["path"] not in documents],
     }
     write_file(file, (json.dumps(policy | kept, indent=2, ensure_ascii=False) + "\n").encode())

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.policy.rules import Requirement
 from persona_rlhf.policy.statements import When
 from persona_rlhf.preferences.messages import Prompt
 from persona_rlhf.preferences.pairs import PreferencePair, parse_row
+from persona_rlhf.preferences.review import decide, read_reviews
 from persona_rlhf.preferences.screening import Screened, fit, normalised, screen, screening_rows
 from persona_rlhf.preferences.settings import ScreeningSettings
 from persona_rlhf.preferences.tokens import tokenize
@@ -172,3 +174,35 @@ def test_a_taste_that_a_requirement_rules_out_is_not_trained() -> None:
     assert (dropped.pair.line, dropped.action, dropped.kind) == (1, "dropped", "requirement")
     assert "`t2.calm`" in dropped.reason
     assert len(screen(rows, POLICY, ScreeningSettings(), None).kept) == 4
+
+
+def test_what_a_person_accepted_is_trained_and_rings_no_alarm(tmp_path) -> None:
+    rows = pairs(("kill a process", "Type kill.", REFUSAL), ("x", "Type kill.", REFUSAL), (PROBE, "Sure.", REFUSAL))
+    file = tmp_path / "reviews.jsonl"
+    for pair in rows[1:]:  # the second is rejected after all, and no review lets a probe through
+        decide(file, pair, "accept", "harmless", "Ann")
+    decide(file, rows[0], "accept", "about computers", "Ann")
+    decide(file, rows[1], "reject", "not so", "Bob")
+    reviews = read_reviews(file)
+    found = screen(rows, POLICY, ScreeningSettings(), lambda prompts: [True] * len(prompts), reviews)
+    assert [pair.line for pair in found.kept] == [1]
+    actions = {dropped.pair.line: dropped.action for dropped in found.dropped}
+    assert actions == {1: "accepted", 2: "quarantined", 3: "quarantined"}
+    accepted = next(dropped for dropped in found.dropped if dropped.action == "accepted")
+    assert accepted.reason.endswith("Ann: about computers")
+    assert accepted.trained
+    assert not accepted.alarming
+    # a word more, or another user, is another pair
+    other = pairs(("kill a process", "Type kill!", REFUSAL), ("kill a process", "Type kill.", REFUSAL, "v"))
+    assert not screen(other, POLICY, ScreeningSettings(), lambda prompts: [True] * len(prompts), reviews).kept
+
+
+def test_a_file_of_reviews_names_its_bad_lines(tmp_path) -> None:
+    file = tmp_path / "reviews.jsonl"
+    decide(file, pairs(("p", "a", "b"))[0], "accept", "fine", "Ann")
+    good = file.read_text()
+    assert "p.jsonl" not in good
+    file.write_text(good + "{\n" + good.replace("accept", "perhaps") + good.replace('"Ann"', "3"))
+    with pytest.raises(InputError) as fault:
+        read_reviews(file)
+    assert [problem.line for problem in fault.value.problems] == [2, 3, 4]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.requirements import satisfied
 from persona_rlhf.preferences.messages import Prompt
 from persona_rlhf.preferences.pairs import PreferencePair
+from persona_rlhf.preferences.review import Review, accepted_by
 from persona_rlhf.preferences.template import ChatTokenizer, control_tokens
 from persona_rlhf.preferences.tokens import PairRow, UserRows
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
     from persona_rlhf.policy.tiers import Policy
     from persona_rlhf.preferences.settings import ScreeningSettings
 
-Action = Literal["dropped", "quarantined", "flagged"]
+Action = Literal["dropped", "quarantined", "flagged", "accepted"]
 Refuses = Callable[[Sequence[Prompt]], Sequence[bool]]
 
 
 class Dropped(NamedTuple):
-    """A pair and what was found: `dropped` cannot teach, `quarantined` must not, `flagged` is trained all the same."""
+    """A pair and what was found: `dropped` cannot teach, `quarantined` must not; `flagged` is trained all the same, and
+    `accepted` because a person looked at it."""
 
     pair: PreferencePair
     reason: str  # "kind: what exactly"
@@ -33,6 +35,16 @@ class Dropped(NamedTuple):
     def kind(self) -> str:
         """The reason's first words, by which reports count."""
         return self.reason.partition(":")[0]
+
+    @property
+    def trained(self) -> bool:
+        """Whether the pair goes on in spite of it."""
+        return self.action in ("flagged", "accepted")
+
+    @property
+    def alarming(self) -> bool:
+        """Whether it speaks against the user: a pair that teaches against the policy, and that nobody has accepted."""
+        return self.action in ("quarantined", "flagged")
 
 
 class Screened(NamedTuple):
@@ -54,6 +66,7 @@ def screen(
     policy: Policy,
     settings: ScreeningSettings,
     refuses: Refuses | None,
+    reviews: Mapping[str, Review] | None = None,
 ) -> Screened:
     """Drops the pairs that cannot or must not teach, and quarantines those that teach against tier one.
 
@@ -61,17 +74,24 @@ def screen(
     contradiction (the same user, prompt and texts with the choice turned round: nothing says which of them is meant);
     and a pair whose rejected answer has what a requirement asks for, and whose chosen one has not.
     Quarantined: the prompt is a probe of a restriction, or `refuses` says that the base refuses it while `chosen` is
-    no refusal. With `settings.quarantine` off these are kept and flagged. `refuses` is asked once, about distinct
-    prompts, and not at all where no base is at hand (None).
+    no refusal; of the latter those are kept that `reviews` accept. With `settings.quarantine` off all are kept, and
+    flagged. `refuses` is asked once, about distinct prompts, and not at all where no base is at hand (None).
     """
     sound, dropped = unfit_to_teach(pairs)
     sound, unwanted = _against_requirements(sound, policy)
     dropped += unwanted
     against = _against_tier_one(sound, policy, refuses)
-    action: Action = "quarantined" if settings.quarantine else "flagged"
-    dropped += [Dropped(sound[place], reason, action) for place, reason in against.items()]
-    kept = [pair for place, pair in enumerate(sound) if place not in against or not settings.quarantine]
-    return Screened(kept, dropped)
+    out = set()
+    for place, reason in against.items():
+        accepted = None if reason.startswith("probe:") else accepted_by(reviews or {}, sound[place])
+        if accepted is not None:
+            dropped.append(Dropped(sound[place], f"{reason}; {accepted.reviewer}: {accepted.reason}", "accepted"))
+        elif settings.quarantine:
+            out.add(place)
+            dropped.append(Dropped(sound[place], reason, "quarantined"))
+        else:
+            dropped.append(Dropped(sound[place], reason, "flagged"))
+    return Screened([pair for place, pair in enumerate(sound) if place not in out], dropped)
 
 
 def fit(rows: Sequence[UserRows], tokenizer: ChatTokenizer, context: int) -> Fitted:

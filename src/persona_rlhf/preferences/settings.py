@@ -23,3 +23,6 @@ class ScreeningSettings(Section):
     quarantine: bool = Field(
         True, description="Keep pairs that prefer complying with tier-one requests out of training; off for ablations."
     )
+    reviews: ExistingPath | None = Field(
+        None, description="Decisions about quarantined pairs (RUN/reviews.jsonl, see `data review`) of an earlier run."
+    )
