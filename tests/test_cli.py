@@ -124,6 +124,22 @@ def test_all_problems_are_printed_and_counted(run, experiment):
     [
         ["add", "runs/x", "--users", "u.jsonl"],
         ["forget", "runs/x", "--user", "u"],
+        ["rebase", "runs/x", "--base", "data/base"],
+        ["report", "runs/x"],
+    ],
+)
+def test_verbs_over_a_run_need_one(run, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "x" in result.stderr
+    assert "1 problem found." in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
         ["collect", "runs/x"],
     ],
 )

@@ -17,6 +17,8 @@ from persona_rlhf.data_verbs import data_verbs
 from persona_rlhf.ending import exit_held_back, finish, say_promise
 from persona_rlhf.export_verbs import export
 from persona_rlhf.later import announce
+from persona_rlhf.life_verbs import add_life_verbs
+from persona_rlhf.opening import open_run
 from persona_rlhf.policy_verbs import policy_verbs
 from persona_rlhf.release_verbs import audit, recertify, verify
 
@@ -153,6 +155,7 @@ def evaluate(
         from persona_rlhf import redteaming
         from persona_rlhf.release.redteam import redteam_table
 
+        open_run(run)
         found, file = redteaming.red_team(run, words, say)
         print_json(json.loads(file.read_bytes())) if as_json else print_table(redteam_table(found))
         say(f"Red team: {file}")
@@ -161,6 +164,7 @@ def evaluate(
     else:
         from persona_rlhf import line
 
+        open_run(run)
         results = line.evaluate(run)
         finish(results, as_json)
         exit_held_back(results)
@@ -172,6 +176,7 @@ def report(run: RunFolder) -> None:
     """Write RUN/report.html, a page that needs no network."""
     from persona_rlhf.release.report import write_report
 
+    open_run(run)
     page = write_report(run)
     say_promise(run)
     say(f"Report: {page}")
@@ -193,8 +198,7 @@ def bench(
 for verb in (export, verify, audit, recertify):
     app.command()(bounded(verb))
 
-announce(app, "add", "Train new users into a run")
-announce(app, "forget", "Delete one user everywhere and write a proof")
+add_life_verbs(app)
 announce(app, "collect", "Serve a page that collects feedback")
 
 

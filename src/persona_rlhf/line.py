@@ -13,7 +13,7 @@ from rich.console import Console
 from persona_rlhf.config import Config, read_config
 from persona_rlhf.evaluation.measures import Measures
 from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.materials import Materials
+from persona_rlhf.materials import Materials, read_materials
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.tokens import UserRows, both_rows
 from persona_rlhf.preparation import Chunk, Prepared, chunks_of, prepare, prepare_users
@@ -28,7 +28,7 @@ from persona_rlhf.release.results import RESULTS, Result, RunResults, read_resul
 from persona_rlhf.release.revocation import last_day
 from persona_rlhf.release.seal import seal
 from persona_rlhf.release.trail import ended, judged, screened
-from persona_rlhf.run_folder import RunFolder, identity_of
+from persona_rlhf.run_folder import PAIRS, RunFolder, identity_of
 from persona_rlhf.shards import Share
 from persona_rlhf.tracking import Tracking, check_trackers
 from persona_rlhf.training import checkpoint
@@ -67,19 +67,25 @@ def train(
     folder = RunFolder(run, share, trail)
     folder.check_place(resume)
     check_trackers(config.run.report_to, share.workers)
+    roll = folder.roll
+    if materials is None or roll.out or roll.more:
+        materials = read_materials(config, roll)
     ready = prepare(config, materials, check=share.rank == 0)
     if share.rank > 0:
         folder.wait_until_ready()
     identity = identity_of(config, ready.policy, ready.pairs, ready.adapted.base.weights_hash)
     if folder.begun:
         folder.check_same(identity)
+    if folder.finished:
+        folder.clear()
+        return RunResults(run) if share.rank == 0 and share.shards == 1 else None
     size = folder.chunk_size if folder.begun else share.chunk_size(ready.pairs.users, config.fleet.chunk)
     chunks = chunks_of(ready.pairs.users, size)
     todo = [number for number in share.mine(len(chunks)) if not folder.is_done(number)]
     prepared = ((number, prepare_users(ready, ready.pairs.of(chunks[number]))) for number in todo)
     first = list(islice(prepared, 1))  # what is wrong with all of its users is said before anything is written
     bank = shared_bank(ready, folder)
-    folder.begin(config, ready.policy, identity, size)
+    folder.begin(config, ready.policy, ready.pairs, identity, size)
     if bank is not None:
         folder.write(folder.bank, bank_to_json(bank))
     start = shared_start(ready, bank, folder)
@@ -110,6 +116,7 @@ def train(
     write_report(run)
     audit.append(folder.trail, "finished", users=sum(map(len, chunks)))
     seal(run)
+    folder.clear()
     results = RunResults(run)
     tracking.end(summarise(results), progress.taken)
     return results
@@ -296,13 +303,13 @@ def evaluate(run: Path) -> list[Result]:
     users' pairs are no longer those of the run.
     """
     config = read_config(run / "config.yaml")
-    ready = prepare(config)
     folder = RunFolder(run)
-    folder.check_same({"preference pairs": ready.pairs.fingerprint})
+    ready = prepare(config, read_materials(config, folder.roll))
+    folder.check_same({PAIRS: ready.pairs.fingerprint})
     before, results = iter(RunResults(run)), list[Result]()
     for users in chunks_of(ready.pairs.users, folder.chunk_size):
         rows = {user.user_id: user for user in prepare_users(ready, ready.pairs.of(users)).rows}
-        for result in islice(before, len(users)):
+        for result in islice(before, len(rows)):
             if result.path is None:
                 results.append(result)
                 continue

@@ -13,7 +13,7 @@ from persona_rlhf.evaluation.utility import Utility, read_utilities
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.review import Review, read_reviews
-from persona_rlhf.preferences.store import PairStore
+from persona_rlhf.preferences.store import PairStore, Roll
 
 
 class Materials(NamedTuple):
@@ -28,8 +28,11 @@ class Materials(NamedTuple):
     reviews: Mapping[str, Review]
 
 
-def read_materials(config: Config) -> Materials:
-    """Reads the files of a config. Raises InputError with the problems of all of them."""
+def read_materials(config: Config, roll: Roll | None = None) -> Materials:
+    """Reads the files of a config; a run that has begun has a `roll` of its users.
+
+    Raises InputError with the problems of all of them.
+    """
     problems: list[Problem] = []
     policy, pairs, utilities, ordinary = None, None, dict[str, Utility](), list[str]()
     facts: list[Fact] = []
@@ -39,7 +42,7 @@ def read_materials(config: Config) -> Materials:
     except InputError as fault:
         problems += fault.problems
     try:
-        pairs = PairStore(config.users.path, config.users.heldout)
+        pairs = PairStore(config.users.path, config.users.heldout, roll)
     except InputError as fault:
         problems += fault.problems
     try:

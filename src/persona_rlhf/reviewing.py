@@ -16,6 +16,7 @@ from persona_rlhf.preferences.review import REVIEWS, Decision, Review, decide, m
 from persona_rlhf.preferences.store import PairStore
 from persona_rlhf.release import audit
 from persona_rlhf.release.table import printable
+from persona_rlhf.run_folder import RunFolder
 
 
 class Held(NamedTuple):
@@ -61,7 +62,7 @@ def quarantine(run: Path, user_id: str | None = None) -> list[Held]:
         return []
     return [
         Held(pair, why, reviews.get(mark_of(pair)))
-        for pair in PairStore(config.users.path, config.users.heldout)
+        for pair in PairStore(config.users.path, config.users.heldout, RunFolder(run).roll)
         if (why := reasons.get((pair.user_id, pair.file, pair.line))) is not None
     ]
 

@@ -14,13 +14,18 @@ from persona_rlhf.config import Config
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.screening import Dropped, screening_rows
-from persona_rlhf.preferences.store import PairStore
+from persona_rlhf.preferences.store import PairStore, Roll, fingerprint_of
 from persona_rlhf.release import audit
 from persona_rlhf.release.documents import keep_documents
+from persona_rlhf.release.forgotten import LIST, forgotten
+from persona_rlhf.release.seal import SEAL
 from persona_rlhf.release.trail import beginning
 from persona_rlhf.shards import Share
 
 _CHUNK = "users per chunk"
+PAIRS = "preference pairs"
+SOURCES = "sources.json"
+_SEEDS = (LIST, SOURCES)  # what may lie in the folder of a run before it begins
 _PARTS = ("results.jsonl", "screening.jsonl")  # of a chunk; they are joined for the run
 
 
@@ -33,6 +38,9 @@ class RunFolder:
         self.state = path / "state"
         self.metrics = path / "metrics.jsonl"
         self.bank, self.reference = self.state / "bank.json", self.state / "reference.safetensors"
+        self.users = self.state / "users.jsonl"
+        self.adding = self.state / "adding"  # a run inside, of users who are to be added
+        self.joining = self.adding / "joining.json"  # they are trained, and on their way
         self.start = self.state / "start.safetensors"
         self._identity, self._ready = self.state / "identity.json", self.state / "ready"
         if self.share.workers > 1:
@@ -42,6 +50,55 @@ class RunFolder:
     def begun(self) -> bool:
         """Whether there is a run in the folder."""
         return self._identity.is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is whole and sealed."""
+        return (self.path / SEAL).is_file()
+
+    @property
+    def sources(self) -> list[str]:
+        """Where the pairs of users lie who were added since, in the order in which they came."""
+        file = self.path / SOURCES
+        return list(json.loads(file.read_bytes())) if file.exists() else []
+
+    @property
+    def roll(self) -> Roll:
+        """Whose pairs the run uses: its users in their order, those who asked to be forgotten, and later sources."""
+        lines = self.users.read_text(encoding="utf-8").splitlines() if self.users.exists() else []
+        try:
+            known = [None if user is None else (str(user[0]), str(user[1])) for user in map(json.loads, lines)]
+        except (ValueError, LookupError, TypeError) as fault:
+            sentence = f"the users of this run cannot be read ({fault}); start a new run with --run"
+            raise InputError([Problem(str(self.users), None, None, sentence)]) from fault
+        return Roll(tuple(known), forgotten(self.path), tuple(self.sources))
+
+    def add_source(self, source: str) -> None:
+        """Reads a file after all others from now on."""
+        sources = [*(known for known in self.sources if known != source), source]
+        self.write(self.path / SOURCES, json.dumps(sources, indent=2) + "\n")
+
+    def begin_with(self, other: RunFolder) -> None:
+        """Before it begins, a run takes over from another where its pairs lie, and who asked to be forgotten."""
+        for file in (other.path / SOURCES, *(other.path / LIST).glob("*.json")):
+            if file.exists():
+                place = self.path / file.relative_to(other.path)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                self.write(place, file.read_text(encoding="utf-8"))
+
+    def change_users(self, known: Sequence[tuple[str, str] | None]) -> None:
+        """Writes down other users than the run began with, by their numbers: it is theirs from now on."""
+        self.write(self._identity, _rendered(self._read_identity() | {PAIRS: fingerprint_of(known)}))
+        self.write(self.users, _lines(known))
+
+    def begin_as(self, other: RunFolder, known: Sequence[tuple[str, str] | None], chunk: int) -> None:
+        """Begins a run that is asked the same as another one, of other users; what all share is taken from that."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        for shared, place in ((other.bank, self.bank), (other.start, self.start)):
+            if shared.exists():
+                shutil.copyfile(shared, place)
+        own = {PAIRS: fingerprint_of(known), _CHUNK: str(chunk)}
+        self.write(self._identity, _rendered(other._read_identity() | own))
 
     def check_place(self, resume: bool) -> None:
         """Raises InputError where a new run would overwrite something, or there is no run to go on with.
@@ -54,7 +111,7 @@ class RunFolder:
             return
         if resume and not self.begun:
             raise InputError([Problem(str(self.path), None, "--resume", "there is no run here to go on with")])
-        if not resume and self.path.is_dir() and any(self.path.iterdir()):
+        if not resume and self.path.is_dir() and any(entry.name not in _SEEDS for entry in self.path.iterdir()):
             sentence = "this run folder is not empty; give --resume to go on with it, or --run another folder"
             raise InputError([Problem(str(self.path), None, None, sentence)])
 
@@ -69,11 +126,13 @@ class RunFolder:
             sentence = f"the {' and the '.join(changed)} changed since this run began; start a new run with --run"
             raise InputError([Problem(str(self.path), None, "--resume", sentence)])
 
-    def begin(self, config: Config, policy: Policy, identity: Mapping[str, str], chunk: int) -> None:
-        """Writes what was asked: the identity first, so that a kill leaves what `--resume` takes up; then the rest."""
+    def begin(self, config: Config, policy: Policy, pairs: PairStore, identity: Mapping[str, str], chunk: int) -> None:
+        """Writes what was asked: the identity early, so that a kill leaves what `--resume` takes up; then the rest."""
         self.state.mkdir(parents=True, exist_ok=True)
         if not self.begun:
-            self.write(self._identity, json.dumps({**identity, _CHUNK: str(chunk)}, indent=2) + "\n")
+            self.write(self._identity, _rendered({**identity, _CHUNK: str(chunk)}))
+        if not self.users.exists():
+            self.write(self.users, _lines(pairs.known))
         self.write(self.path / "config.yaml", config.to_yaml())
         self.write(self.path / "policy.json", json.dumps(policy.to_json(), indent=2, ensure_ascii=False) + "\n")
         if self.share.rank == 0:
@@ -88,6 +147,11 @@ class RunFolder:
         """Waits for the first process of this host to have checked everything; if it fails, it is its to say so."""
         while not (self.begun and self._ready.exists()):
             time.sleep(0.1)
+
+    @property
+    def base_hash(self) -> str:
+        """sha256 of the weights of the base that the run is on."""
+        return self._read_identity()["base"]
 
     @property
     def chunk_size(self) -> int:
@@ -118,6 +182,10 @@ class RunFolder:
         for number in chunks:
             while not self.is_done(number):
                 time.sleep(0.2)
+
+    def clear(self) -> None:
+        """A finished run needs its chunks no more: what they wrote is joined and sealed."""
+        shutil.rmtree(self.state / "chunks", ignore_errors=True)
 
     def join(self, chunks: int) -> None:
         """Puts the parts of all chunks together: RUN/results.jsonl, screening.jsonl and metrics.jsonl."""
@@ -165,9 +233,17 @@ def identity_of(config: Config, policy: Policy, pairs: PairStore, weights_hash: 
     return {
         "config": json.dumps(asked, sort_keys=True),
         "policy": policy.hash,
-        "preference pairs": pairs.fingerprint,
+        PAIRS: pairs.fingerprint,
         "base": weights_hash,
     }
+
+
+def _rendered(identity: Mapping[str, str]) -> str:
+    return json.dumps(identity, indent=2) + "\n"
+
+
+def _lines(known: Iterable[tuple[str, str] | None]) -> str:
+    return "".join(json.dumps(user) + "\n" for user in known)
 
 
 def _changed_keys(before: str, now: str) -> list[str]:

@@ -14,6 +14,7 @@ from persona_rlhf.boundary import console, say
 from persona_rlhf.config import read_config
 from persona_rlhf.inputs.problems import visible
 from persona_rlhf.materials import read_materials
+from persona_rlhf.opening import open_run
 from persona_rlhf.policy.register import out_of_force
 from persona_rlhf.run_folder import RunFolder
 from persona_rlhf.shards import share_of
@@ -33,8 +34,9 @@ def start(
     settings = read_config(config, overrides)
     folder = run or settings.run_dir
     words = [str(config), *overrides, "--run", str(folder)]
+    open_run(folder)
     RunFolder(folder, share).check_place(resume)
-    materials = read_materials(settings)
+    materials = read_materials(settings, RunFolder(folder).roll)
     if share.rank == 0:
         for sentence in out_of_force(materials.policy.written):
             say(visible(sentence))

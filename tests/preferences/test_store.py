@@ -8,8 +8,9 @@ import random
 import pytest
 
 from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.preferences.identity import pseudonym
 from persona_rlhf.preferences.pairs import read_pairs
-from persona_rlhf.preferences.store import PairStore
+from persona_rlhf.preferences.store import PairStore, Roll, fingerprint_of
 
 
 def row(user, n, **more):
@@ -52,6 +53,30 @@ def test_its_fingerprint_is_of_what_the_rows_say(file, tmp_path):
     for old, new in (("yes 7", "yes 07"), ('"weight": 0.1', '"weight": 0.2'), ('"heldout"', '"train"')):
         other.write_text(whole.replace(old, new, 1), encoding="utf-8")
         assert PairStore(other, 0.25).fingerprint != PairStore(file, 0.25).fingerprint
+
+
+def test_a_run_keeps_the_numbers_of_its_users(file, tmp_path):
+    first = PairStore(file, 0.25)
+    names = [user[0] for user in first.known]
+    assert names == [pseudonym(user) for user in dict.fromkeys(pair.user_id for pair in first.of(range(7)))]
+    gone = (*first.known[:2], None, *first.known[3:])
+    more = tmp_path / "more.jsonl"
+    changed = next(pair.user_id for pair in first.of(range(4, 5)))
+    more.write_text("".join(json.dumps(row(user, n)) + "\n" for n, user in enumerate(["new", changed, "new"])))
+    later = PairStore(file, 0.25, Roll(gone, frozenset({names[2], names[6]}), (str(more),)))
+    assert (later.users, later.left_out) == (8, 2)
+    assert [pair.chosen for pair in later.of(range(4, 5))] == ["yes 1"]  # the later file has all that he said
+    assert [pair.user_id for pair in later.of(range(7, 8))] == ["new", "new"]
+    assert later.of(range(2, 3)) == later.of(range(6, 7)) == []
+    for number in (0, 1, 3, 5):
+        assert later.of(range(number, number + 1)) == first.of(range(number, number + 1))
+        assert later.known[number] == first.known[number]
+    assert later.known[4] != first.known[4]
+    assert len(later) == sum(1 for _ in later)
+    assert later.fingerprint == fingerprint_of(later.known) != first.fingerprint
+    assert fingerprint_of(first.known) == fingerprint_of((None, *first.known, None))
+    without = [user for user in later.known if user is not None]
+    assert fingerprint_of(without) == later.fingerprint
 
 
 def test_bad_rows_are_all_counted_and_the_first_are_named(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,10 +61,28 @@ def new_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder: it is there whole or not at all, and what a kill leaves has the name of a left-over."""
+    gone = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
 def write_file(file: Path, data: bytes) -> None:
     """Writes a file, flushed to the disk, by a rename."""
     half = file.with_name(f".{file.name}.half")
     write_flushed(half, data)
+    half.replace(file)
+
+
+def write_lines(file: Path, lines: Iterable[bytes]) -> None:
+    """Writes a file of any length, flushed to the disk, by a rename."""
+    half = file.with_name(f".{file.name}.half")
+    with half.open("wb") as stream:
+        stream.writelines(lines)
+        stream.flush()
+        os.fsync(stream.fileno())
     half.replace(file)
 
 

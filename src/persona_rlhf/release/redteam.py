@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,6 +144,22 @@ def write_redteam(run: Path, content: Mapping[str, Any]) -> Path:
     if (run / SEAL).exists():
         seal(run, only=REDTEAM)
     return run / REDTEAM
+
+
+def without_user(run: Path, his: Callable[[str], bool]) -> None:
+    """Takes one user out of RUN/redteam.json, his merged pairs too, and draws the figures anew from the others.
+
+    The file goes where nobody is left.
+    """
+    content = json.loads((run / REDTEAM).read_bytes())
+    found = _FOUND.validate_python({key: content[key] for key in RedTeamResult._fields})
+    users = [user for user in found.users if not his(user.user_id)]
+    if not users:
+        (run / REDTEAM).unlink()
+        return
+    found = RedTeamResult(users, [pair for pair in found.merged if not any(map(his, pair.user_ids))], found.left_out)
+    papers = {key: value for key, value in content.items() if key not in content_of(found, {})}
+    write_redteam(run, content_of(found, papers))
 
 
 def redteam_faults(run: Path, released: Mapping[str, str | None]) -> list[str]:

@@ -72,7 +72,7 @@ def seal_faults(run: Path) -> list[str]:
             faults.append(f"{name} is missing")
         elif _sha256(run / name) != promised:
             faults.append(f"{name} was changed: its sha256 is not the one in {SEAL}")
-    known = {"adapters", "policy", "state"}
+    known = {"adapters", "policy", "state", "forgotten", "tracking"}
     faults += [
         f"{f.name}/ does not belong to a run" for f in sorted(run.iterdir()) if f.is_dir() and f.name not in known
     ]

@@ -14,6 +14,7 @@ from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.release.audit import Head
 from persona_rlhf.release.documents import SIGNATURE, document_faults
+from persona_rlhf.release.forgotten import adapter_folders, forgotten_faults
 from persona_rlhf.release.linter import lint
 from persona_rlhf.release.manifest import MANIFEST, read_manifest, user_mark
 from persona_rlhf.release.redteam import redteam_faults
@@ -85,21 +86,15 @@ def run_faults(run: Path, witnesses: Witnesses = _NONE) -> list[str]:
             if (found := calls.get(result.manifest_sha256 or "")) is not None:
                 faults.append(f"{result.path}: {found.sentence()}")
         faults += redteam_faults(run, {paper.user_id: paper.manifest_sha256 for paper in papers})
-        extra = sorted(_adapter_folders(run) - {paper.path for paper in papers})
+        there = {path.relative_to(run).as_posix() for path in adapter_folders(run)}
+        extra = sorted(there - {paper.path for paper in papers})
         faults += [f"{path}: no line of {RESULTS} released it" for path in extra]
     except InputError as fault:
         faults += map(str, fault.problems)
+    faults += forgotten_faults(run)
     if trust is not None:
         faults += untrusted_adapters(run, [paper.path for paper in papers], documents, trust)
     return faults + trail_faults(run, papers, witnesses.heads)
-
-
-def _adapter_folders(run: Path) -> set[str]:
-    """Everything in RUN/adapters, and in its subfolders by hash, which have names of two characters."""
-    top = list((run / "adapters").iterdir()) if (run / "adapters").is_dir() else []
-    nested = [path for path in top if path.is_dir() and len(path.name) == 2]
-    found = [*(path for path in top if path not in nested), *(path for folder in nested for path in folder.iterdir())]
-    return {path.relative_to(run).as_posix() for path in found}
 
 
 def adapter_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,24 @@ def save(file: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         half.replace(file)
     finally:
         half.unlink(missing_ok=True)
+
+
+def sits_in(file: Path, gone: Callable[[str], bool]) -> bool:
+    """Whether a user sits in the slots of a checkpoint, or waits for one."""
+    notes = load(file, torch.device("cpu"))[1]
+    return any(user is not None and gone(user) for user in (*notes["users"], *notes["waiting"]))
+
+
+def without(file: Path, gone: Callable[[str], bool]) -> None:
+    """Takes a user out of the slots of a checkpoint: his place is free and holds zeros, and he waits no more."""
+    tensors, notes = load(file, torch.device("cpu"))
+    for place, user in enumerate(notes["users"]):
+        if user is not None and gone(user):
+            notes["users"][place], notes["steps"][place], notes["seconds"][place] = None, 0, 0.0
+            for tensor in tensors.values():
+                tensor[place] = 0
+    notes["waiting"] = [user for user in notes["waiting"] if not gone(user)]
+    save(file, tensors, notes)
 
 
 @contextmanager

@@ -268,7 +268,7 @@ class Engine:
 
     def _save(self) -> None:
         if self.state is not None:
-            notes = self.slots.notes() | {"waiting": len(self.queue), "slots": self.count, "together": self.together}
+            notes = self.slots.notes() | {"waiting": self.queue, "slots": self.count, "together": self.together}
             checkpoint.save(self.state / "slots.safetensors", self.slots.tensors(), notes)
 
     def _kept(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -284,7 +284,7 @@ class Engine:
         gone since, all begin anew, for the same reason.
         """
         assert self.state is not None
-        queue = self.queue[len(self.queue) - notes.pop("waiting") :]
+        queue: list[str] = notes.pop("waiting")
         underway = {*queue, *notes["users"]}
         done = [user for user in self.schedules if user not in underway]
         if {slug(user) for user in done} - {stored.stem for stored in checkpoint.stored_files(self.state / "trained")}:

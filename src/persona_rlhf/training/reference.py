@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,11 +40,11 @@ class Reference:
             self._values |= self._read(file)
 
     def __getitem__(self, row: Row) -> float:
-        return self._values[_key(row)]
+        return self._values[key_of(row)]
 
     def add(self, rows: Iterable[Row]) -> None:
         """Computes what is not known yet, each distinct row once, in length-sorted passes with the adapters off."""
-        wanted = {key: row for row in rows if (key := _key(row)) not in self._values}
+        wanted = {key: row for row in rows if (key := key_of(row)) not in self._values}
         missing = {key: row for key, row in wanted.items() if key not in self._known}
         found = {key: self._known[key] for key in wanted if key not in missing}
         if missing:
@@ -86,6 +86,30 @@ class Reference:
         half.replace(file)
 
 
+def values_of(file: Path, rows: Container[bytes] | None) -> int:
+    """How many values of these rows (see `key_of`), or with None of any, a file holds. A damaged file counts as one."""
+    try:
+        return sum(rows is None or bytes(key) in rows for key in load_file(file)["keys"])
+    except (SafetensorError, KeyError):
+        return 1
+
+
+def drop_values(file: Path, rows: Container[bytes] | None) -> None:
+    """Takes the values of these rows, or with None all, out of a file; one that is empty then, or damaged, goes."""
+    try:
+        stored = load_file(file)
+        kept = [] if rows is None else [n for n, key in enumerate(stored["keys"]) if bytes(key) not in rows]
+    except (SafetensorError, KeyError):
+        kept = []
+    if not kept:
+        file.unlink()
+        return
+    half = file.with_suffix(".half")
+    with writing(half):
+        save_file(stored | {name: stored[name][kept] for name in ("keys", "logps")}, half)
+    half.replace(file)
+
+
 def identity_of_values(adapted: AdaptedModel) -> str:
     """What log-probabilities depend on beside the rows: the base's weights, their type, and the kind of device."""
     return f"{adapted.base.weights_hash} {adapted.base.model.dtype} {adapted.base.device.type}"
@@ -100,7 +124,8 @@ def shared_reference(adapted: AdaptedModel, folder: Path) -> Reference:
     return Reference(adapted, folder / f"{name}.safetensors")
 
 
-def _key(row: Row) -> bytes:
+def key_of(row: Row) -> bytes:
+    """What a row is known by: a hash of its token ids."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(np.array([len(row.prompt), *row.prompt, *row.completion], dtype=np.int64).tobytes())
     return digest.digest()
