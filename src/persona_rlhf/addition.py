@@ -59,7 +59,7 @@ def add(run: Path, source: str, console: Console) -> Added:
     out = roll.out | {user[0] for user in store.known if user is not None} - {name for name, _ in wanted}
     asked = config.model_copy(update={"users": config.users.model_copy(update={"path": source})})
     materials = read_materials(asked, Roll(inner.roll.known, frozenset(out)))
-    line.train(config, inner.path, True, console, materials)
+    line.train(config, inner.path, True, console, materials, trail=run)
     results = read_results(inner.path)
     begin_joining(run, source)
     join(run)

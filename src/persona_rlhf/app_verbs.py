@@ -15,6 +15,7 @@ import typer
 
 from persona_rlhf.boundary import bounded, console, say, verbs
 from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.opening import open_run
 from persona_rlhf.processes import HELD_BACK
 
 app_verbs = verbs("The adapters of a run in use.")
@@ -63,6 +64,7 @@ def serve(
     from persona_rlhf.config import read_config
     from persona_rlhf.training.base import weights_hash
 
+    open_run(run)
     known, config = read_tokens(tokens), read_config(run / "config.yaml")
     base, lora, guard = config.base, config.lora, Guard.of(policy_of(run, config.policy.documents))
     if host not in ("127.0.0.1", "::1", "localhost"):
@@ -97,6 +99,7 @@ def chat(
     """Chat with one user's adapter in the terminal; `/pair` saves a preference to the run's ledger."""
     from persona_rlhf.release.export import find_user
 
+    open_run(run)
     result = find_user(run, user)
     from persona_rlhf.apps.chat import COMMANDS, Chat
     from persona_rlhf.apps.guard import Guard, policy_of

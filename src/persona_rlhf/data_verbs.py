@@ -60,7 +60,9 @@ def data_review(
 ) -> None:
     """Show the quarantine of a run, or decide about one pair; a later run is given the decisions."""
     from persona_rlhf import reviewing
+    from persona_rlhf.opening import open_run
 
+    open_run(run)
     if pair is None:
         held = reviewing.quarantine(run, user)
         print_json([own.to_json() for own in held]) if as_json else print_table(reviewing.render(held))

@@ -27,6 +27,7 @@ from persona_rlhf.release.forgotten import (
     tail,
     write_paper,
 )
+from persona_rlhf.release.hub import delete_upload, uploads_of
 from persona_rlhf.release.manifest import read_manifest
 from persona_rlhf.release.redteam import REDTEAM
 from persona_rlhf.release.report import write_report
@@ -71,6 +72,19 @@ def forget(run: Path, user_id: str, data: bool = False) -> Forgotten | None:
     }
     write_paper(pending_file(run, name), order)
     return _finish(run, name)
+
+
+def withdraw(run: Path, user_id: str) -> list[str]:
+    """Asks the hub to delete what was uploaded of a user; says what it did, and what it would not do."""
+    said = []
+    for sent in uploads_of(run, pseudonym(user_id)):
+        try:
+            there = delete_upload(run, sent)
+        except InputError as fault:
+            said.append(f"Not deleted: {'; '.join(str(problem) for problem in fault.problems)}")
+        else:
+            said.append(f"{sent.repo}: his adapter {'is deleted' if there else 'was not there any more'}")
+    return said
 
 
 def finish(run: Path) -> list[Forgotten]:
@@ -142,9 +156,8 @@ def _remains(run: Path, outside: Outside, folder: RunFolder, his: Owner) -> Iter
     for beside in (before(run), run.with_name(f"{run.name}.rebased")):
         if beside.is_dir():
             yield "a run on another base", f"{beside} is this run on another base: forget him there too"
-    sent = [entry.facts for entry in audit.read(run) if entry.event == "uploaded"]
-    for place in sorted({str(facts["repo"]) for facts in sent if facts["user"] == his.name}):
-        yield "an upload", f"{place} on the hub has, or had, his adapter: delete it there"
+    for sent in uploads_of(run, his.name):
+        yield "an upload", f"{sent.repo} on the hub has, or had, his adapter: forget him again, or delete it there"
     copies = "copies that left the run, and backups, are not known to it"
     yield copies, f"{copies}: delete those that were made"
 

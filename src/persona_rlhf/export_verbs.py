@@ -48,8 +48,10 @@ def export(
     _check_options(user, everybody, to, hub, merge or form != "peft", per_user, dry_run or public or revision != "main")
     if merge and form == "gguf":
         raise typer.BadParameter("--merge and --format gguf do not go together")
+    from persona_rlhf.opening import open_run
     from persona_rlhf.release.export import HeldBack
 
+    open_run(run)
     try:
         if hub is not None:
             _to_hub(run, user, hub, revision, per_user, dry_run, public)

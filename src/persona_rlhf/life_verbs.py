@@ -25,10 +25,13 @@ def forget(
 ) -> None:
     """Delete one user everywhere and write a proof."""
     from persona_rlhf.deletion import forget as delete
+    from persona_rlhf.deletion import withdraw
     from persona_rlhf.preferences.identity import pseudonym
     from persona_rlhf.release.forgotten import proof_file
 
     open_run(run)
+    for sentence in withdraw(run, user):
+        say(sentence)
     done = delete(run, user, data)
     if done is None:
         say(f"`{user}` was forgotten already; the proof is {proof_file(run, pseudonym(user))}")

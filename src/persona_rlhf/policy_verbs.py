@@ -195,8 +195,10 @@ def policy_packet(
     as_json: Json = False,
 ) -> None:
     """Write the sign-off packet of a run: one page with rules, bounds, exceptions, counts and what changed."""
+    from persona_rlhf.opening import open_run
     from persona_rlhf.release.packet import write_packet
 
+    open_run(run)
     page = out or run.resolve().with_name(f"{run.resolve().name}-packet.html")
     digest = write_packet(run, page, against, approver)
     print_json({"path": str(page), "sha256": digest}) if as_json else typer.echo(digest)

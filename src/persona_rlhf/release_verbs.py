@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from persona_rlhf.boundary import Json, print_json, print_json_list, print_table, say
+from persona_rlhf.opening import open_run
 from persona_rlhf.processes import HELD_BACK
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
@@ -43,6 +44,8 @@ def verify(
     if folder.is_file():
         _end(place, packet_faults(folder), [], as_json)
         return
+    if folder.exists():
+        open_run(folder)
     witnesses = Witnesses(
         [read_head(text) for text in head or []],
         None if trust is None else read_trust(trust),
@@ -74,6 +77,7 @@ def audit(
     from persona_rlhf.release import audit as trail
     from persona_rlhf.release.trail import trail_table
 
+    open_run(run)
     last, faults = trail.need_head(run), trail.faults(run)
     if head:
         print_json(last._asdict()) if as_json else typer.echo(str(last))
@@ -98,6 +102,7 @@ def recertify(
     from persona_rlhf import recertification
     from persona_rlhf.release.recertified import recertified_table
 
+    open_run(run)
     found = recertification.recertify(run, policy, say)
     print_json(found.to_json()) if as_json else print_table(recertified_table(found))
     if found.failed:

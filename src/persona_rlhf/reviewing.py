@@ -11,6 +11,7 @@ from rich.table import Table
 
 from persona_rlhf.config import read_config
 from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
+from persona_rlhf.preferences.identity import pseudonym
 from persona_rlhf.preferences.pairs import PreferencePair
 from persona_rlhf.preferences.review import REVIEWS, Decision, Review, decide, mark_of, read_reviews
 from persona_rlhf.preferences.store import PairStore
@@ -83,7 +84,7 @@ def review(run: Path, user_id: str, pair_id: str, decision: Decision, reason: st
         sentence = f"cannot be accepted; {found.why.removeprefix('probe: ')}, and no review lifts that"
         raise InputError([Problem(found.pair.file, found.pair.line, "prompt", sentence)])
     made = decide(run / REVIEWS, found.pair, decision, reason, reviewer)
-    audit.append(run, "review", **made._asdict())
+    audit.append(run, "review", **(made._asdict() | {"user_id": pseudonym(user_id)}))
     return made
 
 

@@ -18,8 +18,9 @@ Decision = Literal["accept", "reject"]
 
 
 class Review(NamedTuple):
-    """One decision: of which pair (`mark_of`), what, why, by whom and when (UTC). It holds no text of the pair."""
+    """One decision: of whose pair, which one (`mark_of`), what, why, by whom and when (UTC); no text of the pair."""
 
+    user_id: str
     pair: str
     decision: Decision
     reason: str
@@ -36,7 +37,7 @@ def mark_of(pair: PreferencePair) -> str:
 def decide(file: Path, pair: PreferencePair, decision: Decision, reason: str, reviewer: str) -> Review:
     """Adds a decision to the file; on the disk when this returns. A later one about the same pair goes before it."""
     at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    review = Review(mark_of(pair), decision, reason, reviewer, at)
+    review = Review(pair.user_id, mark_of(pair), decision, reason, reviewer, at)
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(review._asdict()) + "\n")
         stream.flush()

@@ -129,9 +129,14 @@ def upload(run: Path, parcel: Parcel, public: bool, say: Callable[[str], None], 
 
 def uploads(run: Path, user_id: str) -> list[Upload]:
     """Where a user's adapter may be on the hub, by the run's audit trail."""
+    return uploads_of(run, pseudonym(user_id))
+
+
+def uploads_of(run: Path, name: str) -> list[Upload]:
+    """The same of the user whom this pseudonym calls."""
     found: dict[tuple[str, str, str], Upload] = {}
     for entry in audit.read(run):
-        if entry.event in (_BEGUN, _DONE, _DELETED) and entry.facts.get("user") == pseudonym(user_id):
+        if entry.event in (_BEGUN, _DONE, _DELETED) and entry.facts.get("user") == name:
             where = Upload(**entry.facts)
             if entry.event == _DELETED:
                 found.pop(where[1:4], None)
