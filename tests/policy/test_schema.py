@@ -93,6 +93,13 @@ _keys = st.sampled_from(
 _head_keys = st.sampled_from(sorted({*SCHEMAS["one"]["properties"], "rule"} - {"tier"}))
 
 
+@pytest.mark.parametrize("tier", list(NUMBER))
+@pytest.mark.parametrize("key", ["text", "when", "action", "probes"])
+def test_a_key_that_says_nothing_is_as_one_that_is_not_there(tier, key):
+    document = tree(tier, {**RULES[0], key: None})
+    assert fits(document) is reads(document)
+
+
 @settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(list(NUMBER)), st.sampled_from(RULES), st.dictionaries(_keys, _values, max_size=2), st.data())
 def test_reader_and_schema_agree_on_random_mistakes(tier, rule, changes, data):

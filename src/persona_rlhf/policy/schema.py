@@ -66,7 +66,7 @@ def _rule(kind: type[RuleSection], tier: Tier) -> Schema:
         ]}  # fmt: skip
     elif tier == "one":
         for key in ("text", "when"):
-            del schema["properties"][key]
+            schema["properties"][key] = {"type": "null", "default": None}
         schema["properties"]["action"] = {"enum": ["refuse", None], "default": None}
     else:
         schema["allOf"] = [
