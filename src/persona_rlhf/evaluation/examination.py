@@ -161,10 +161,14 @@ class Examination:
         ]
 
     def _keeping(self, flat: Float[Tensor, "users params"], verdicts: list[Verdict], base: Outcomes) -> list[Verdict]:
-        """The verdicts after the questions about fixed aspects, asked at the alphas of these, where the policy asks."""
+        """The verdicts after the questions about fixed aspects, asked at the alphas of these, where the policy asks.
+
+        Raises InputError where there are too few questions: nobody's verdict is left out.
+        """
         most, delta = self._policy.max_changed, self._policy.certify.delta
         if most is None:
             return verdicts
+        check_questions(most, delta, self._quiz.of_base())
         with self._adapted.using(flat, torch.tensor([verdict.alpha for verdict in verdicts], device=flat.device)):
             answered = self._quiz.ask(len(verdicts))
         return [

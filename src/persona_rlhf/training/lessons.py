@@ -143,7 +143,7 @@ def _train(rule: Requirement) -> list[Probe]:
 
 
 def _sampled(adapted: AdaptedModel, prompts: Sequence[str], seed: int, max_new_tokens: int) -> dict[str, str]:
-    """An answer of the base to each prompt, of those that it brings to an end."""
+    """An answer of the base to each prompt; one that grows too long is cut off."""
     ids = [prompt_ids((Message("user", prompt),), adapted.base.tokenizer) for prompt in prompts]
     if not ids:
         return {}
