@@ -34,12 +34,12 @@ from persona_rlhf.evaluation.benchmark import bench
 from persona_rlhf.evaluation.gate import demands_of, release_unjudged
 from persona_rlhf.evaluation.workload import SEED, made_users, make_work
 from persona_rlhf.inputs.bundled import find
-from persona_rlhf.line import data_of, with_reference
+from persona_rlhf.line import with_reference
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.pairs import read_pairs
 from persona_rlhf.preferences.tokens import tokenize
 from persona_rlhf.release.exporter import Exporter
-from persona_rlhf.release.manifest import BaseInfo, Provenance
+from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
 from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
@@ -110,7 +110,8 @@ def parts(count: int = 24) -> dict[str, float]:
             timed("tokens", lambda user=user: tokenize(own[user], work.base.tokenizer, work.base.context))  # type: ignore[misc]
             timed("reference, known", lambda user=user: with_reference(adapted, [rows[user]], None, None, reference))  # type: ignore[misc]
             timed("slot", lambda user=user: slot(user))  # type: ignore[misc]
-            timed("export", lambda user=user: exporter.write(user, flat, verdict, None, data_of(rows[user], [])))  # type: ignore[misc]
+            data = DataInfo.of([row.pair for row in rows[user].train], 0)
+            timed("export", lambda user=user, data=data: exporter.write(user, flat, verdict, None, data))  # type: ignore[misc]
     result = {name: median(values) for name, values in found.items()}
     return result | {"together": sum(result.values())}
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from persona_rlhf.config import Config, read_config
     from persona_rlhf.evaluation.examination import Examination
     from persona_rlhf.inputs.problems import InputError, Problem
-    from persona_rlhf.line import constraint_bank, evaluate, release, train, with_reference
+    from persona_rlhf.line import constraint_bank, evaluate, train, with_reference
     from persona_rlhf.policy.tiers import Policy
     from persona_rlhf.preferences.pairs import PreferencePair, read_pairs
     from persona_rlhf.preferences.screening import fit, screen
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from persona_rlhf.preparation import prepare, prepare_users
     from persona_rlhf.release.results import Result, read_results
     from persona_rlhf.release.verify import verify
+    from persona_rlhf.releasing import release
     from persona_rlhf.training.base import Base, load_base
     from persona_rlhf.training.engine import Engine, TrainedUser
     from persona_rlhf.training.fleet import AdaptedModel
@@ -55,7 +56,7 @@ _HOMES = {
     "read_config": "config",
     "read_pairs": "preferences.pairs",
     "read_results": "release.results",
-    "release": "line",
+    "release": "releasing",
     "screen": "preferences.screening",
     "tokenize": "preferences.tokens",
     "train": "line",

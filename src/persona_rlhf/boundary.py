@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 P = ParamSpec("P")
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of an experiment (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Changes to the config, as in YAML.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 
 

@@ -11,7 +11,7 @@ import typer
 from persona_rlhf import __version__
 from persona_rlhf.app_verbs import app_verbs
 from persona_rlhf.base_verbs import base_verbs
-from persona_rlhf.boundary import Json, bounded, console, print_json, print_table, say, verbs
+from persona_rlhf.boundary import ConfigFile, Json, Overrides, bounded, console, print_json, print_table, say, verbs
 from persona_rlhf.config_verbs import config_verbs
 from persona_rlhf.data_verbs import data_verbs
 from persona_rlhf.ending import exit_held_back, finish, say_promise
@@ -29,10 +29,6 @@ app.add_typer(policy_verbs, name="policy")
 app.add_typer(base_verbs, name="base")
 app.add_typer(config_verbs, name="config")
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of an experiment (YAML).")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Changes to the config, as in YAML.")
-]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 

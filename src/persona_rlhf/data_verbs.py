@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from persona_rlhf.boundary import Json, bounded, print_json, print_table, say, verbs
+from persona_rlhf.boundary import ConfigFile, Json, Overrides, bounded, print_json, print_table, say, verbs
 
 data_verbs = verbs("Preference files.")
 
@@ -45,6 +45,23 @@ def data_import(
         print_json(summary.to_json())
     for sentence in summary.sentences():
         say(sentence)
+
+
+@data_verbs.command("screen")
+@bounded
+def data_screen(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Say what the screen of a config would take out, and how well it tells forbidden requests; nothing is written."""
+    from persona_rlhf.config import read_config
+    from persona_rlhf.materials import read_materials
+    from persona_rlhf.sifting import render, sift
+
+    settings = read_config(config, overrides or [])
+    sifted = sift(settings, read_materials(settings))
+    if as_json:
+        print_json(sifted.to_json())
+        return
+    for table in render(sifted):
+        print_table(table)
 
 
 @data_verbs.command("review")

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import json
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from persona_rlhf.config import Config, read_config
-from persona_rlhf.evaluation.measures import Measures
-from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.materials import Materials, read_materials
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.tokens import UserRows, both_rows
 from persona_rlhf.preparation import Chunk, Prepared, chunks_of, prepare, prepare_users
 from persona_rlhf.progress import Progress
 from persona_rlhf.release import audit
-from persona_rlhf.release.exporter import Exporter
-from persona_rlhf.release.manifest import BaseInfo, Provenance, Stamp
-from persona_rlhf.release.outcome import measured, outcome
+from persona_rlhf.release.outcome import measured
 from persona_rlhf.release.peft_folder import read_adapter
-from persona_rlhf.release.report import write_report
+from persona_rlhf.release.report import SCREENS, write_report
 from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, summarise, write_results
-from persona_rlhf.release.revocation import last_day
 from persona_rlhf.release.seal import seal
-from persona_rlhf.release.trail import ended, judged, screened
+from persona_rlhf.release.trail import ended, screened
+from persona_rlhf.releasing import release
 from persona_rlhf.run_folder import PAIRS, RunFolder, identity_of
 from persona_rlhf.shards import Share
 from persona_rlhf.tracking import Tracking, check_trackers
@@ -40,10 +35,6 @@ from persona_rlhf.training.engine import Engine, Start, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.provider import provider_start
 from persona_rlhf.training.reference import Reference, shared_reference
-
-_WRITERS = 8
-_FEW = 1_000  # users whose folders lie side by side; those of more lie in subfolders by hash
-_ON_PAPER = {"seed", "screening", "lora", "dpo", "constraint", "gate", "release"}  # sections that a manifest repeats
 
 
 def train(
@@ -86,6 +77,8 @@ def train(
     first = list(islice(prepared, 1))  # what is wrong with all of its users is said before anything is written
     bank = shared_bank(ready, folder)
     folder.begin(config, ready.policy, ready.pairs, identity, size)
+    if share.rank == 0:
+        folder.write(run / SCREENS, json.dumps([own.to_json() for own in ready.screens], indent=2) + "\n")
     if bank is not None:
         folder.write(folder.bank, bank_to_json(bank))
     start = shared_start(ready, bank, folder)
@@ -228,72 +221,6 @@ def cohorts(users: Iterable[TrainedUser], size: int) -> Iterator[list[TrainedUse
     users = iter(users)
     while group := list(islice(users, max(1, size))):
         yield group
-
-
-def release(
-    ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[TrainedUser], trail: Path | None = None
-) -> list[Result]:
-    """Judges a cohort, measures it at the alpha that the gate allows, and writes the adapters that may leave.
-
-    Every verdict, and what became of everybody, goes into the audit trail of `run`, or of another run that is to have
-    these users (`trail`).
-
-    Where that raises, each user is judged alone, and one who raises again has failed; where all do, it is not theirs.
-    """
-    try:
-        return _released(ready, run, chunk, cohort, trail or run)
-    except (InputError, OSError):
-        raise
-    except Exception:
-        results = []
-        for user in cohort:
-            try:
-                results += _released(ready, run, chunk, [user], trail or run)
-            except Exception as fault:
-                reason = f"could not be judged ({type(fault).__name__}: {fault})"
-                failed = user._replace(adapter=None, status="failed", reason=reason)
-                results += _released(ready, run, chunk, [failed], trail or run)
-        if len(cohort) > 1 and all(result.status == "failed" for result in results):
-            raise
-        return results
-
-
-def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[TrainedUser], trail: Path) -> list[Result]:
-    rows = {user.user_id: user for user in chunk.rows}
-    config, examination, adapted = ready.config, ready.examination, ready.adapted
-    sound = [user for user in cohort if user.adapter is not None]
-    verdicts, measures = {}, dict[str, Measures]()
-    if sound:
-        flat = torch.stack([user.adapter for user in sound if user.adapter is not None]).to(adapted.base.device)
-        verdicts = dict(zip([user.user_id for user in sound], examination.verdicts(flat), strict=True))
-        alphas = [verdict.alpha for verdict in verdicts.values()]
-        found = examination.measures(flat, [rows[user.user_id] for user in sound], alphas)
-        measures = dict(zip(verdicts, found, strict=True))
-    base = BaseInfo.of(adapted.base.name, adapted.base.weights_hash)
-    settings = config.model_dump(mode="json", include=_ON_PAPER)
-    del settings["release"]["signing_key"]  # the way to it is nobody's business
-    settings["aligned_by"] = config.base.aligned_by
-    if (classifier := config.gate.classifier) is not None:  # the way to a local model is nobody's business
-        settings["gate"]["classifier"] = BaseInfo.of(classifier.model, "").name
-    papers = Provenance.of(base, ready.policy, examination.demands, settings)
-    head = audit.append_all(trail, [judged(user_id, verdict) for user_id, verdict in verdicts.items()])
-    stamp = Stamp(head, last_day(config.gate.valid_days))
-    nested = ready.pairs.users > _FEW
-    exporter = Exporter(run, adapted, config.lora, papers, nested, stamp, ready.sign)
-
-    def written(user: TrainedUser) -> Result:
-        verdict, found = verdicts.get(user.user_id), measures.get(user.user_id)
-        data = chunk.data_of(rows[user.user_id])
-        place = None
-        if user.adapter is not None and verdict is not None and verdict.admitted:
-            place = exporter.write(user.user_id, user.adapter, verdict, found, data)
-        pool, against = examination.demands.in_pool, chunk.against_policy(user.user_id)
-        return outcome(user, data.pairs, verdict, found, place, pool, against)
-
-    with ThreadPoolExecutor(_WRITERS) as writers:  # a disk that is asked to keep many folders keeps them together
-        results = list(writers.map(written, cohort))
-    audit.append_all(trail, map(ended, results))
-    return results
 
 
 def evaluate(run: Path) -> list[Result]:

@@ -12,13 +12,14 @@ from persona_rlhf.evaluation.retention import read_ordinary
 from persona_rlhf.evaluation.utility import Utility, read_utilities
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.policy.tiers import Policy
+from persona_rlhf.preferences.patterns import Patterns
 from persona_rlhf.preferences.review import Review, read_reviews
 from persona_rlhf.preferences.store import PairStore, Roll
 
 
 class Materials(NamedTuple):
     """The policy and the preference pairs; for the measurements, written-down tastes, ordinary prompts and facts;
-    what was decided about quarantined pairs."""
+    what was decided about quarantined pairs; patterns of forbidden requests."""
 
     policy: Policy
     pairs: PairStore
@@ -26,6 +27,7 @@ class Materials(NamedTuple):
     ordinary: list[str]
     facts: list[Fact]
     reviews: Mapping[str, Review]
+    rules: Patterns | None
 
 
 def read_materials(config: Config, roll: Roll | None = None) -> Materials:
@@ -37,6 +39,7 @@ def read_materials(config: Config, roll: Roll | None = None) -> Materials:
     policy, pairs, utilities, ordinary = None, None, dict[str, Utility](), list[str]()
     facts: list[Fact] = []
     reviews: dict[str, Review] = {}
+    rules: Patterns | None = None
     try:
         policy = Policy.read(config.policy.documents)
     except InputError as fault:
@@ -52,9 +55,14 @@ def read_materials(config: Config, roll: Roll | None = None) -> Materials:
         reviews = read_reviews(config.screening.reviews) if config.screening.reviews else {}
     except InputError as fault:
         problems += fault.problems
+    if policy is not None and config.screening.rules is not None:
+        try:
+            rules = Patterns.read(config.screening.rules, policy.categories)
+        except InputError as fault:
+            problems += fault.problems
     if policy is None or pairs is None or problems:
         raise InputError(problems)
-    return Materials(policy, pairs, utilities, ordinary, facts, reviews)
+    return Materials(policy, pairs, utilities, ordinary, facts, reviews, rules)
 
 
 def facts_of(config: Config) -> list[Fact]:

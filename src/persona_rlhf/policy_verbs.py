@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from persona_rlhf.boundary import Json, bounded, print_json, print_table, say, verbs
+from persona_rlhf.boundary import ConfigFile, Json, bounded, print_json, print_table, say, verbs
 from persona_rlhf.inputs.problems import InputError, visible
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 policy_verbs = verbs("Policy documents of three tiers.")
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of an experiment (YAML).")]
 User = Annotated[str | None, typer.Option("--user", help="A user_id.")]
 
 

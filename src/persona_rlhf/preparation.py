@@ -7,22 +7,23 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from persona_rlhf.config import Config
+from persona_rlhf.evaluation.calibration import Calibrated
 from persona_rlhf.evaluation.classifiers import load_classifier
 from persona_rlhf.evaluation.examination import Examination
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.materials import Materials, read_materials
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.messages import Prompt
 from persona_rlhf.preferences.pairs import PreferencePair, first_problems
 from persona_rlhf.preferences.review import Review
 from persona_rlhf.preferences.screening import Dropped, fit, screen
 from persona_rlhf.preferences.store import PairStore
-from persona_rlhf.preferences.tokens import UserRows, halved, prompt_ids, prompt_problems, tokenize
+from persona_rlhf.preferences.tokens import UserRows, halved, prompt_problems, tokenize
 from persona_rlhf.release.manifest import DataInfo
 from persona_rlhf.release.outcome import untrained
 from persona_rlhf.release.results import Result
 from persona_rlhf.release.signing import Signer, signer
+from persona_rlhf.screens import screens_of
 from persona_rlhf.training.base import load_base
 from persona_rlhf.training.fleet import AdaptedModel
 
@@ -35,6 +36,7 @@ class Prepared(NamedTuple):
     adapted: AdaptedModel
     examination: Examination
     pairs: PairStore
+    screens: Sequence[Calibrated] = ()
     reviews: Mapping[str, Review] = MappingProxyType({})
     sign: Signer | None = None
 
@@ -68,7 +70,7 @@ def prepare(config: Config, materials: Materials | None = None, check: bool = Tr
 
     Raises InputError for whatever is wrong.
     """
-    policy, pairs, utilities, ordinary, facts, reviews = materials or read_materials(config)
+    policy, pairs, utilities, ordinary, facts, reviews, rules = materials or read_materials(config)
     sign = None if config.release.signing_key is None else signer(config.release.signing_key)
     adapted = AdaptedModel(load_base(config.base), config.lora)
     classifier = config.gate.classifier
@@ -86,7 +88,8 @@ def prepare(config: Config, materials: Materials | None = None, check: bool = Tr
         second=second,
         seed=config.seed,
     )
-    ready = Prepared(config, policy, adapted, examination, pairs, reviews, sign)
+    screens = screens_of(config, policy, adapted, examination, rules, measure=check)
+    ready = Prepared(config, policy, adapted, examination, pairs, screens, reviews, sign)
     if check:
         _check_prompts(ready)
         if config.gate.enabled:
@@ -133,11 +136,8 @@ def prepare_users(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
 
 def _prepared(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
     base = ready.adapted.base
-
-    def refuses(prompts: Sequence[Prompt]) -> list[bool]:
-        return ready.examination.base_refuses([prompt_ids(prompt, base.tokenizer) for prompt in prompts])
-
-    screened = screen(pairs, ready.policy, ready.config.screening, refuses, ready.reviews)
+    screens = [own.screen for own in ready.screens]
+    screened = screen(pairs, ready.policy, ready.config.screening, screens, ready.reviews)
     fitted = fit(tokenize(screened.kept, base.tokenizer, base.context), base.tokenizer, base.context)
     tokenized = fitted.rows if ready.config.dpo.early_stop is None else [halved(user) for user in fitted.rows]
     known = {user.user_id: user for user in tokenized}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -233,9 +234,16 @@ def identity_of(config: Config, policy: Policy, pairs: PairStore, weights_hash: 
     return {
         "config": json.dumps(asked, sort_keys=True),
         "policy": policy.hash,
+        "files of screening": _digest(config.screening.files),
         PAIRS: pairs.fingerprint,
         "base": weights_hash,
     }
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """sha256 over the contents of files."""
+    digests = (hashlib.sha256(file.read_bytes()).digest() for file in files)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _rendered(identity: Mapping[str, str]) -> str:

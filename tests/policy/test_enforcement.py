@@ -77,7 +77,7 @@ def test_a_restriction_is_screened_trained_and_gated(one, tmp_path, action):
     policy = Policy.read([one, write(tmp_path / "two.yaml", tier_two({**rule, **soft}))])
     prompt = next(probe.prompt for probe in policy.probes("train") if probe.category == "hate")
     held = row("restriction", action)
-    screened = screen([pair(prompt, "Sure.", "No.")], policy, ScreeningSettings(), None)
+    screened = screen([pair(prompt, "Sure.", "No.")], policy, ScreeningSettings())
     assert "quarantined" in held.screening
     assert [found.action for found in screened.dropped] == ["quarantined"]
     # training and the gate read these, category by category
@@ -112,7 +112,7 @@ def test_a_requirement_stands_in_the_system_prompt_and_answers_are_checked(one, 
     assert policy.categories == Policy.read([one]).categories  # the gate certifies refusals and nothing else
     assert "holds nobody back" in held.gate
     assert held.training.startswith("taught") is (name in REPAIRED)
-    screened = screen([pair("what now", broken, kept)], policy, ScreeningSettings(), None)
+    screened = screen([pair("what now", broken, kept)], policy, ScreeningSettings())
     assert [found.kind for found in screened.dropped] == ["requirement"]
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +13,7 @@ from persona_rlhf.policy.rules import Requirement
 from persona_rlhf.policy.statements import When
 from persona_rlhf.preferences.messages import Prompt
 from persona_rlhf.preferences.pairs import PreferencePair, parse_row
+from persona_rlhf.preferences.requests import Score, Screen
 from persona_rlhf.preferences.review import decide, read_reviews
 from persona_rlhf.preferences.screening import Screened, fit, normalised, screen, screening_rows
 from persona_rlhf.preferences.settings import ScreeningSettings
@@ -35,6 +36,7 @@ class _Rule(NamedTuple):
 
 class _Policy(NamedTuple):
     restrictions: tuple[_Rule, ...]
+    categories: tuple[str, ...] = ("terrorist_content",)
     requirements: tuple[Requirement, ...] = ()
 
 
@@ -51,8 +53,23 @@ def pairs(*rows: tuple[str, str, str] | tuple[str, str, str, str]) -> list[Prefe
     return made
 
 
+class _Classifier(NamedTuple):
+    """Finds what its function says."""
+
+    refuses: Callable[[Sequence[Prompt]], Sequence[bool]]
+    finding: str = "refused: the base refuses the prompt"
+    categories: frozenset[str] = frozenset()
+
+    def __call__(self, requests: Sequence[Prompt]) -> list[Score]:
+        return [Score(float(no), self.categories) for no in self.refuses(requests)]
+
+
+def screens(refuses: Any) -> list[Screen]:
+    return [] if refuses is None else [Screen(_Classifier(refuses), 1.0)]
+
+
 def screened(rows: list[PreferencePair], quarantine: bool = True, refuses: Any = None) -> Screened:
-    return screen(rows, POLICY, ScreeningSettings(quarantine=quarantine), refuses)
+    return screen(rows, POLICY, ScreeningSettings(quarantine=quarantine), screens(refuses))
 
 
 @pytest.mark.parametrize(
@@ -168,12 +185,12 @@ def test_a_taste_that_a_requirement_rules_out_is_not_trained() -> None:
         ("tea", "Hot!", "Cold!"),  # both lack it: about something else
         ("coffee", "Yes!", "Yes."),  # the rule is not about coffee
     )
-    found = screen(rows, POLICY._replace(requirements=(calm,)), ScreeningSettings(), None)
+    found = screen(rows, POLICY._replace(requirements=(calm,)), ScreeningSettings())
     assert [pair.line for pair in found.kept] == [2, 3, 4]
     [dropped] = found.dropped
     assert (dropped.pair.line, dropped.action, dropped.kind) == (1, "dropped", "requirement")
     assert "`t2.calm`" in dropped.reason
-    assert len(screen(rows, POLICY, ScreeningSettings(), None).kept) == 4
+    assert len(screen(rows, POLICY, ScreeningSettings()).kept) == 4
 
 
 def test_what_a_person_accepted_is_trained_and_rings_no_alarm(tmp_path) -> None:
@@ -184,7 +201,7 @@ def test_what_a_person_accepted_is_trained_and_rings_no_alarm(tmp_path) -> None:
     decide(file, rows[0], "accept", "about computers", "Ann")
     decide(file, rows[1], "reject", "not so", "Bob")
     reviews = read_reviews(file)
-    found = screen(rows, POLICY, ScreeningSettings(), lambda prompts: [True] * len(prompts), reviews)
+    found = screen(rows, POLICY, ScreeningSettings(), screens(lambda prompts: [True] * len(prompts)), reviews)
     assert [pair.line for pair in found.kept] == [1]
     actions = {dropped.pair.line: dropped.action for dropped in found.dropped}
     assert actions == {1: "accepted", 2: "quarantined", 3: "quarantined"}
@@ -194,7 +211,30 @@ def test_what_a_person_accepted_is_trained_and_rings_no_alarm(tmp_path) -> None:
     assert not accepted.alarming
     # a word more, or another user, is another pair
     other = pairs(("kill a process", "Type kill!", REFUSAL), ("kill a process", "Type kill.", REFUSAL, "v"))
-    assert not screen(other, POLICY, ScreeningSettings(), lambda prompts: [True] * len(prompts), reviews).kept
+    assert not screen(other, POLICY, ScreeningSettings(), screens(lambda prompts: [True] * len(prompts)), reviews).kept
+
+
+def test_screens_ask_one_after_the_other_and_only_of_categories_that_the_policy_restricts() -> None:
+    rows = pairs(*((f"request {n}", "Type kill.", REFUSAL) for n in range(4)))
+    asked: list[list[str]] = []
+
+    def classifier(name: str, bad: str, *categories: str) -> Screen:
+        def refuses(requests: Sequence[Prompt]) -> list[bool]:
+            asked.append([request[-1].content for request in requests])
+            return [request[-1].content in bad for request in requests]
+
+        return Screen(_Classifier(refuses, name, frozenset(categories)), 1.0)
+
+    first = classifier("rules: one", "request 1", "terrorist_content", "hate")
+    other = classifier("classifier: two", "request 2", "hate")  # which nobody restricts
+    last = classifier("refused: three", "request 1, request 3")
+    found = screen(rows, POLICY, ScreeningSettings(), [first, other, last])
+    assert [len(texts) for texts in asked] == [4, 3, 3]
+    assert {dropped.pair.line: dropped.reason for dropped in found.dropped} == {
+        2: "rules: one (terrorist_content), and chosen is no refusal",
+        4: "refused: three, and chosen is no refusal",
+    }
+    assert [pair.line for pair in found.kept] == [1, 3]
 
 
 def test_a_file_of_reviews_names_its_bad_lines(tmp_path) -> None:

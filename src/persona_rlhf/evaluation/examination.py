@@ -23,6 +23,7 @@ from persona_rlhf.evaluation.gate import (
     release_unjudged,
 )
 from persona_rlhf.evaluation.measures import AlignmentTax, Facts, Measures, Refused
+from persona_rlhf.evaluation.openings import OPENING
 from persona_rlhf.evaluation.personalisation import (
     clean_accuracy,
     heldout_accuracy,
@@ -42,8 +43,6 @@ from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.pairs import Message
 from persona_rlhf.preferences.tokens import UserRows, prompt_ids
 from persona_rlhf.training.fleet import AdaptedModel
-
-_OPENING = 20  # tokens, within which a refusal has said that it is one
 
 
 class Bank(NamedTuple):
@@ -128,7 +127,7 @@ class Examination:
         For screening, where every pair's prompt is asked; the gate judges whole answers.
         """
         with self._adapted.using(None):
-            [openings] = self._adapted.generate([prompts], min(_OPENING, self.gate.max_new_tokens))
+            [openings] = self._adapted.generate([prompts], min(OPENING, self.gate.max_new_tokens))
         return [self._judge(answer_text(self._adapted, opening)) for opening in openings]
 
     def verdicts(self, flat: Float[Tensor, "users params"]) -> list[Verdict]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.requirements import satisfied
 from persona_rlhf.preferences.messages import Prompt
 from persona_rlhf.preferences.pairs import PreferencePair
+from persona_rlhf.preferences.requests import Screen
 from persona_rlhf.preferences.review import Review, accepted_by
 from persona_rlhf.preferences.template import ChatTokenizer, control_tokens
 from persona_rlhf.preferences.tokens import PairRow, UserRows
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from persona_rlhf.preferences.settings import ScreeningSettings
 
 Action = Literal["dropped", "quarantined", "flagged", "accepted"]
-Refuses = Callable[[Sequence[Prompt]], Sequence[bool]]
 
 
 class Dropped(NamedTuple):
@@ -65,7 +65,7 @@ def screen(
     pairs: Sequence[PreferencePair],
     policy: Policy,
     settings: ScreeningSettings,
-    refuses: Refuses | None,
+    screens: Sequence[Screen] = (),
     reviews: Mapping[str, Review] | None = None,
 ) -> Screened:
     """Drops the pairs that cannot or must not teach, and quarantines those that teach against tier one.
@@ -73,14 +73,14 @@ def screen(
     Dropped: an empty text, identical answers, a repetition of an earlier pair of the user, and both sides of a
     contradiction (the same user, prompt and texts with the choice turned round: nothing says which of them is meant);
     and a pair whose rejected answer has what a requirement asks for, and whose chosen one has not.
-    Quarantined: the prompt is a probe of a restriction, or `refuses` says that the base refuses it while `chosen` is
+    Quarantined: the prompt is a probe of a restriction, or one of the `screens` finds it forbidden while `chosen` is
     no refusal; of the latter those are kept that `reviews` accept. With `settings.quarantine` off all are kept, and
-    flagged. `refuses` is asked once, about distinct prompts, and not at all where no base is at hand (None).
+    flagged. Every screen is asked once, about distinct prompts that none before it has found.
     """
     sound, dropped = unfit_to_teach(pairs)
     sound, unwanted = _against_requirements(sound, policy)
     dropped += unwanted
-    against = _against_tier_one(sound, policy, refuses)
+    against = _against_restrictions(sound, policy, screens)
     out = set()
     for place, reason in against.items():
         accepted = None if reason.startswith("probe:") else accepted_by(reviews or {}, sound[place])
@@ -184,7 +184,7 @@ def normalised(text: str) -> str:
     return re.sub(r"[\W_]+", " ", plain).strip()
 
 
-def _against_tier_one(pairs: Sequence[PreferencePair], policy: Policy, refuses: Refuses | None) -> dict[int, str]:
+def _against_restrictions(pairs: Sequence[PreferencePair], policy: Policy, screens: Sequence[Screen]) -> dict[int, str]:
     """Places of the pairs that would teach against a restriction, each with its reason."""
     rules = {normalised(probe.prompt): rule.id for rule in policy.restrictions for probe in rule.probes}
     reasons: dict[int, str] = {}
@@ -194,14 +194,16 @@ def _against_tier_one(pairs: Sequence[PreferencePair], policy: Policy, refuses: 
         rule = next((rules[text] for text in asked if text in rules), None)
         if rule is not None:
             reasons[place] = f"probe: the prompt is one of the restriction `{rule}`"
-        elif refuses is not None and not is_refusal(pair.chosen):
+        elif screens and not is_refusal(pair.chosen):
             complying.append(place)
-    if refuses is not None and complying:
-        unique = list(dict.fromkeys(pairs[place].prompt for place in complying))
-        refused = {prompt for prompt, no in zip(unique, refuses(unique), strict=True) if no}
-        for place in complying:
-            if pairs[place].prompt in refused:
-                reasons[place] = "refused: the base refuses the prompt, and chosen is no refusal"
+    found: dict[Prompt, str] = {}
+    for screened in screens:
+        left = list(dict.fromkeys(pairs[place].prompt for place in complying if pairs[place].prompt not in found))
+        findings = zip(left, screened.findings(left, policy.categories), strict=True)
+        found |= {prompt: finding for prompt, finding in findings if finding is not None}
+    for place in complying:
+        if pairs[place].prompt in found:
+            reasons[place] = f"{found[pairs[place].prompt]}, and chosen is no refusal"
     return dict(sorted(reasons.items()))
 
 

@@ -25,7 +25,7 @@ from persona_rlhf.release.documents import copy_of, signature_of
 from persona_rlhf.release.fleet import NOTHING, promise_of_run
 from persona_rlhf.release.folder import write_file
 from persona_rlhf.release.pages import templates
-from persona_rlhf.release.report import config_of, policy_of, screening_of
+from persona_rlhf.release.report import config_of, policy_of, screening_of, screens_in
 from persona_rlhf.release.results import Result, RunResults, Summary, summarise
 from persona_rlhf.release.revocation import revoked
 from persona_rlhf.release.signing import read_signature
@@ -124,6 +124,7 @@ def render(run: Path, against: Path | None = None, approver: str | None = None) 
             exceptions=cases[:_MOST],
             counts=Counter(case.what.partition(" at alpha")[0] for case in cases),
             screening=screening_of(run),
+            screens=screens_in(run),
             against=None if against is None else printable(str(config_of(against).get("name", against.name))),
             changes=[] if against is None else changes(against, run),
             head=audit.head(run),

@@ -28,6 +28,7 @@ from persona_rlhf.release.seal import SEAL, seal
 from persona_rlhf.release.table import printable
 
 REPORT = "report.html"
+SCREENS = "screens.json"
 _MOST = 1000  # users with a row of their own on the page
 _DOTS = 2000  # users with a dot of their own in a picture
 
@@ -46,7 +47,7 @@ def write_report(run: Path) -> Path:
     Raises InputError where the run has no results.
     """
     results, config, policy = RunResults(run), config_of(run), policy_of(run)
-    page = render(config, results, policy, screening_of(run))
+    page = render(config, results, policy, screening_of(run), screens_in(run))
     file = run / REPORT
     write_file(file, page.encode("utf-8"))
     write_summary(run, summary := summarise(results), promise_of_run(config, policy, results, summary.users))
@@ -61,8 +62,10 @@ def render(
     results: Iterable[Result],
     policy: dict[str, Any],
     screening: Sequence[tuple[str, str, int]],
+    screens: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The page: of the config its name and its gate; `screening` counts (what was done, why, how many pairs).
+    """The page: of the config its name and its gate; `screening` counts (what was done, why, how many pairs), `screens`
+    is what told them (rows of RUN/screens.json).
 
     The results are gone through four times and never held all at once: of many users, the page has pictures and
     figures of all, and rows of those who need a look and of the first.
@@ -86,6 +89,7 @@ def render(
             delta=certify.get("delta"),
             promise=promise_of_run(config, policy, results, summary.users),
             screening=screening,
+            screens=screens,
             perplexity=_perplexity(measured),
             tones=_tones(measured),
             required=_required(measured),
@@ -247,6 +251,15 @@ def policy_of(run: Path) -> dict[str, Any]:
         sentence = f"the policy of this run cannot be read ({fault})"
         raise InputError([Problem(str(run / "policy.json"), None, None, sentence)]) from fault
     return policy if isinstance(policy, dict) else {}
+
+
+def screens_in(run: Path) -> list[dict[str, Any]]:
+    """The screens of a run, each with what it finds of `dev` probes; of a run from before they were written, none."""
+    try:
+        rows = json.loads((run / SCREENS).read_bytes())
+    except (OSError, ValueError):
+        return []
+    return rows if isinstance(rows, list) else []
 
 
 def screening_of(run: Path) -> list[tuple[str, str, int]]:
