@@ -55,8 +55,6 @@ def test_every_shipped_config_loads(file, monkeypatch):
 def test_every_field_says_what_it_is_and_is_read_somewhere():
     code = "\n".join(file.read_text() for file in SOURCE.rglob("*.py") if file.name != "settings.py")
     for key, name, field in sections():
-        if key == "base.quantization":  # refused until a later release
-            continue
         assert field.description, f"{key} has no description"
         assert re.search(rf"\.{name}\b", code), f"{key} is read nowhere"
 
@@ -82,7 +80,7 @@ seed: 1.5
 base:
   model: ./modle
   dtype: flot32
-  quantization: nf4
+  quantization: nf5
 policy: {documents: []}
 users:
   path: nope.jsonl
@@ -123,7 +121,7 @@ fleet: {slots: many}
     assert "did you mean `float32`?" in text
     assert "did you mean `dpo.learning_rate`?" in text
     assert "did you mean `learning_rate`?" in text
-    assert "later release" in text
+    assert "did you mean `nf4`?" in text
     assert "expected a whole number, got `1.5`" in text
     assert "expected a whole number or `auto`, got `many`" in text
 

@@ -24,6 +24,7 @@ from persona_rlhf.release.verify import verify
 from persona_rlhf.replacement import before, check_replacement, finish_replacement, replace_run
 from persona_rlhf.run_folder import PAIRS, RunFolder
 from persona_rlhf.training.base import weights_hash
+from persona_rlhf.training.settings import BaseSettings
 from tests.cut_short import DONE, KILLED, cut_short
 from tests.release import conftest as small
 from tests.story.experiment import listing
@@ -177,7 +178,7 @@ def test_a_run_that_is_not_finished_or_shares_delta_takes_nobody(run):
     before = listing(run.path)
     with pytest.raises(InputError, match=r"gate\.family: this run shares delta"):
         add(run.path, "data/users", Console(quiet=True))
-    identity = {"base": weights_hash("data/base"), "users per chunk": "1"}
+    identity = {"base": weights_hash(BaseSettings(model="data/base")), "users per chunk": "1"}
     (run.path / "state/identity.json").write_text(json.dumps(identity))
     with pytest.raises(InputError, match="the weights of the base that the run has"):
         rebase(run.path, "data/base", run.path.with_name("new"), Console(quiet=True))

@@ -73,7 +73,12 @@ def serve(
     if engine == "builtin":
         source = serving.built_in(run, base, lora, int(memory * _GIB), say)
     else:
-        admitted = Admitted(run, weights_hash(base.model), lora, say, known.slugs)
+        if base.quantization is not None:
+            sentence = (
+                f"its adapters were judged on weights stored as {base.quantization}; --engine builtin serves them"
+            )
+            raise InputError([Problem(str(run), None, "--engine", sentence)])
+        admitted = Admitted(run, weights_hash(base), lora, say, known.slugs)
         behind = port + 1 if 0 < port < 65535 else _VLLM_PORT
         source = serving.behind_vllm(admitted, base.model, lora.rank, given[0], behind, say)
     with gateway.listening(host, port) as door, _ended_by_sigterm(), source as served:

@@ -96,6 +96,7 @@ def _to_folder(run: Path, user: str, to: Path, merge: bool, form: str) -> None:
         return
     adapter = admitted(run, find_user(run, user))
     from persona_rlhf.config import read_config
+    from persona_rlhf.inputs.problems import InputError, Problem
 
     base = read_config(run / "config.yaml").base
     if form == "gguf":
@@ -103,6 +104,9 @@ def _to_folder(run: Path, user: str, to: Path, merge: bool, form: str) -> None:
 
         say(f"Adapter of {user}: {to_gguf(adapter, base.model, to)}")
         return
+    if base.quantization is not None:
+        sentence = f"its adapters were judged on weights stored as {base.quantization}; a merged model is another model"
+        raise InputError([Problem(str(run), None, "--merge", sentence)])
     check_free(to)  # before the base is loaded
     from persona_rlhf.release.merged import merge as write_merged
     from persona_rlhf.training.base import load_base

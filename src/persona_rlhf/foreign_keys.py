@@ -189,7 +189,7 @@ _REASONS = {
     ),
     "lora_dropout|disable_dropout": "there is no dropout",
     "use_rslora|use_dora|peft_.*|peft|lora_.*|loraplus_.*": "adapters are plain LoRA on linear layers",
-    "load_in_[48]bit|bnb_.*|use_bnb_.*|gptq|qlora_.*": "quantized bases come with a later release",
+    "load_in_[48]bit|bnb_.*|use_bnb_.*|gptq|qlora_.*": "a base can be stored in four bits with base.quantization: nf4",
     "precompute_ref_.*|ref_model.*|sync_ref_model": "the reference is the frozen base, computed once for all users",
     "optim|optimizer|optim_.*|adam_.*": "the optimizer is AdamW with betas 0.9 and 0.999 and epsilon 1e-8",
     "lr_scheduler_kwargs|cosine_.*": "dpo.schedule has no settings of its own",

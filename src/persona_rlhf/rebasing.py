@@ -47,7 +47,7 @@ def rebase(run: Path, base: str, to: Path, console: Console) -> Rebased:
         raise InputError([Problem(str(run), None, None, sentence)])
     # who aligned the old base says nothing of the new one
     config = read_config(run / "config.yaml", [f"base.model={json.dumps(base)}", "base.aligned_by=null"])
-    if weights_hash(config.base.model) == folder.base_hash:
+    if weights_hash(config.base) == folder.base_hash:
         raise InputError([Problem(base, None, "--base", "these are the weights of the base that the run has")])
     folder.check_same({PAIRS: read_materials(config, folder.roll).pairs.fingerprint})
     new.check_place(new.begun)

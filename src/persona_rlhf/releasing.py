@@ -66,7 +66,7 @@ def _released(ready: Prepared, run: Path, chunk: Chunk, cohort: Sequence[Trained
         alphas = [verdict.alpha for verdict in verdicts.values()]
         found = examination.measures(flat, [rows[user.user_id] for user in sound], alphas)
         measures = dict(zip(verdicts, found, strict=True))
-    base = BaseInfo.of(adapted.base.name, adapted.base.weights_hash)
+    base = BaseInfo.of(adapted.base.name, adapted.base.weights_hash, config.base.quantization)
     papers = Provenance.of(base, ready.policy, examination.demands, _on_paper(config))
     head = audit.append_all(trail, [judged(user_id, verdict) for user_id, verdict in verdicts.items()])
     stamp = Stamp(head, last_day(config.gate.valid_days))

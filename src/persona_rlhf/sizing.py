@@ -70,7 +70,7 @@ def sizes(config: Config, materials: Materials, memory: float | None, rate: floa
 
     Raises InputError where the base's shape is not to be had.
     """
-    shape = shape_of(config.base.model, config.lora, config.base.dtype)
+    shape = shape_of(config.base, config.lora)
     seen = min(materials.pairs.users, LOOKED_AT)
     of_all = materials.pairs.users / seen
     known = [pair for pair in materials.pairs.of(range(seen)) if pair.split == "train"]

@@ -7,7 +7,7 @@ from transformers import DynamicCache, LlamaConfig
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.training.settings import BaseSettings, LoraSettings
 from persona_rlhf.training.shape import Shape, shape_of
 from tests.training.tiny import tiny_base
 
@@ -21,7 +21,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_the_shipped_shapes_have_the_published_number_of_parameters(model):
-    shape = shape_of(model, LoraSettings(), "auto")
+    shape = shape_of(BaseSettings(model=model), LoraSettings())
     assert shape.parameters == PUBLISHED[model]
     assert shape.base_bytes == 2 * PUBLISHED[model]
 
@@ -59,7 +59,7 @@ def test_operations_are_those_of_the_matrix_products():
 
 
 def test_a_shared_prompt_is_counted_once_and_more_tokens_keep_more():
-    shape = shape_of("HuggingFaceTB/SmolLM2-135M-Instruct", LoraSettings(), "auto")
+    shape = shape_of(BaseSettings(model="HuggingFaceTB/SmolLM2-135M-Instruct"), LoraSettings())
     prompt = tuple(range(50))
     one = shape.step([Row(prompt, (1, 2, 3))])
     shared = shape.step([Row(prompt, (1, 2, 3)), Row(prompt, (4, 5, 6))])
@@ -73,4 +73,4 @@ def test_a_shared_prompt_is_counted_once_and_more_tokens_keep_more():
 def test_a_base_without_a_config_is_told_so(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="no config of it can be had"):
-        shape_of("nobody/nothing", LoraSettings(), "auto")
+        shape_of(BaseSettings(model="nobody/nothing"), LoraSettings())

@@ -28,20 +28,28 @@ _SELF = "manifest_hash"
 
 
 class BaseInfo(NamedTuple):
-    """The base as an adapter's papers name it: a hub id, or a local folder without the way to it."""
+    """The base as an adapter's papers name it: a hub id, or a local folder without the way to it; and how its weights
+    were stored, where not as they are in its files."""
 
     name: str
     weights_sha256: str
     on_hub: bool
+    quantization: str | None = None
 
     @staticmethod
-    def of(name: str, weights_sha256: str) -> BaseInfo:
+    def of(name: str, weights_sha256: str, quantization: str | None = None) -> BaseInfo:
         """A relative folder keeps its name as configured; of a path that says more, its last part is kept."""
         if is_hub_id(name):
-            return BaseInfo(name, weights_sha256, True)
+            return BaseInfo(name, weights_sha256, True, quantization)
         posix, windows = PurePosixPath(name), PureWindowsPath(name)
         telling = posix.is_absolute() or windows.is_absolute() or "\\" in name or {"..", "~"} & set(posix.parts)
-        return BaseInfo(windows.name if telling else str(posix), weights_sha256, False)
+        return BaseInfo(windows.name if telling else str(posix), weights_sha256, False, quantization)
+
+    @property
+    def on_paper(self) -> dict[str, str]:
+        """What a manifest says of it."""
+        stored = {} if self.quantization is None else {"quantization": self.quantization}
+        return {"name": self.name, "weights_sha256": self.weights_sha256, **stored}
 
 
 class DataInfo(NamedTuple):
@@ -124,7 +132,7 @@ def manifest_of(
     content: dict[str, Any] = {
         "format": FORMAT,
         "toolkit": {"name": "persona-rlhf", "version": persona_rlhf.__version__},
-        "base": {"name": provenance.base.name, "weights_sha256": provenance.base.weights_sha256},
+        "base": provenance.base.on_paper,
         "policy": {
             "hash": provenance.policy_hash,
             "tier_one_hash": provenance.tier_one_hash,

@@ -17,12 +17,14 @@ from transformers.utils.logging import disable_progress_bar
 from persona_rlhf.inputs.bundled import find, is_hub_id
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.template import turn_end
+from persona_rlhf.training.quantized import hash_as, nf4, one_kernel
 from persona_rlhf.training.settings import BaseSettings
 
 
 @dataclass(frozen=True)
 class Base:
-    """`name` is what the config calls it; `weights_hash` the sha256 over its safetensors files; `context` in tokens."""
+    """`name` is what the config calls it; `weights_hash` the sha256 over its safetensors files, and over how they are
+    stored in memory where that changes them; `context` in tokens."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -65,12 +67,16 @@ def load_base(settings: BaseSettings) -> Base:
     if not weights:
         raise _no_weights(settings.model)
     device = _device()
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(settings.dtype)
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = auto if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    stored = (
+        {} if settings.quantization is None else {"quantization_config": nf4(dtype, device), "device_map": {"": device}}
+    )
     disable_progress_bar()
     tokenizer = _tokenizer(settings.model, folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or getattr(torch, settings.dtype), use_safetensors=True, local_files_only=True
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **stored
         )
     except (OSError, ValueError, KeyError, SafetensorError) as fault:
         raise _not_loaded(settings.model, fault) from fault
@@ -83,9 +89,14 @@ def load_base(settings: BaseSettings) -> Base:
         problems.append(Problem(settings.model, None, "base.model", sentence))
     if problems:
         raise InputError(problems)
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
+    if stored:
+        one_kernel(model)
+    else:
+        model.to(device)  # type: ignore[arg-type]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    return Base(model, tokenizer, settings.model, _hash(weights), min(int(context), sys.maxsize))
+    weights_sha256 = hash_as(_hash(weights), settings.quantization)
+    return Base(model, tokenizer, settings.model, weights_sha256, min(int(context), sys.maxsize))
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -115,12 +126,12 @@ def _device() -> torch.device:
     return device
 
 
-def weights_hash(model: str) -> str:
-    """The hash of a base's weights, a folder or a hub id, without loading them. Raises InputError where it has none."""
-    weights = sorted(_folder(model, ["*.safetensors"]).glob("*.safetensors"))
+def weights_hash(settings: BaseSettings) -> str:
+    """The hash of a base's weights, without loading them. Raises InputError where it has none."""
+    weights = sorted(_folder(settings.model, ["*.safetensors"]).glob("*.safetensors"))
     if not weights:
-        raise _no_weights(model)
-    return _hash(weights)
+        raise _no_weights(settings.model)
+    return hash_as(_hash(weights), settings.quantization)
 
 
 def _no_weights(model: str) -> InputError:

@@ -63,6 +63,13 @@ class FleetLinear(nn.Module):
         return self.frozen.weight
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs; the weight may be stored in another form."""
+        if isinstance(self.frozen, Conv1D):
+            return self.weight.shape[1], self.weight.shape[0]
+        return self.frozen.out_features, self.frozen.in_features
+
+    @property
     def transposed(self) -> bool:
         """Whether the frozen weight is stored as `[inputs, outputs]`, as in GPT-2."""
         return isinstance(self.frozen, Conv1D)
@@ -128,7 +135,7 @@ def attach(model: PreTrainedModel, names: Sequence[str], rank: int, scale: float
         parent = model.get_submodule(parent_name)
         layer = getattr(parent, leaf)
         fleet = FleetLinear(layer, scale)
-        outputs, inputs = fleet.weight.T.shape if fleet.transposed else fleet.weight.shape
+        outputs, inputs = fleet.shape
         setattr(parent, leaf, fleet)
         spans[name] = LayerSpan(name, inputs, outputs, rank, start)
         start = spans[name].stop

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from persona_rlhf.inputs.bundled import ExistingPath, ModelName
 from persona_rlhf.inputs.section import Section
@@ -26,14 +26,10 @@ class BaseSettings(Section):
         min_length=1,
         description="Whose preferences aligned the base, and who collected them, as far as known; goes on every card.",
     )
-    quantization: Literal["nf4"] | None = Field(None, description="Type of stored frozen weights; none by default.")
-
-    @field_validator("quantization")
-    @classmethod
-    def _later(cls, value: str | None) -> str | None:
-        if value is not None:
-            raise ValueError("quantized bases come with a later release; leave it away")
-        return value
+    quantization: Literal["nf4"] | None = Field(
+        None,
+        description="Frozen weights stored in four bits (bitsandbytes); adapters are judged on that base.",
+    )
 
 
 class SftSettings(Section):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -19,7 +19,7 @@ from persona_rlhf.training.attention import packed
 from persona_rlhf.training.batch import pack
 from persona_rlhf.training.lora import FleetLinear, attach, matrices
 from persona_rlhf.training.losses import token_logps
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.training.settings import BaseSettings, LoraSettings
 from persona_rlhf.training.targets import targets
 
 _META = torch.device("meta")
@@ -36,21 +36,30 @@ class Step(NamedTuple):
     kept: int
 
 
+_NF4_BITS = 4.127
+"""Bits a weight: four, and its share of the constants, which are quantized themselves (QLoRA, section 3)."""
+
+
 class Shape:
     """A base as its config describes it: tensors without values, so that nothing is read and nothing computed."""
 
-    def __init__(self, config: PreTrainedConfig, lora: LoraSettings, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, lora: LoraSettings, dtype: torch.dtype, quantization: str | None = None
+    ) -> None:
         with _META:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model.requires_grad_(False).eval()
-        self.parameters = self.model.num_parameters()
+        self.parameters, self._quantization = self.model.num_parameters(), quantization
         self.spans = attach(self.model, targets(self.model, lora).names, lora.rank, lora.alpha / lora.rank)
         self.adapter_parameters = max(span.stop for span in self.spans.values())
 
     @property
     def base_bytes(self) -> int:
         """Of the frozen weights."""
-        return int(self.parameters * self.model.dtype.itemsize)
+        head = self.model.get_output_embeddings()
+        layers = (m for m in self.model.modules() if isinstance(m, nn.Linear) and m is not head)
+        packed = sum(layer.weight.numel() for layer in layers) if self._quantization else 0
+        return int((self.parameters - packed) * self.model.dtype.itemsize + packed * _NF4_BITS / 8)
 
     @property
     def cache_bytes(self) -> int:
@@ -93,16 +102,17 @@ class Shape:
         return Step(batch.ids.numel(), forward, both, size)
 
 
-def shape_of(model: str, lora: LoraSettings, dtype: str) -> Shape:
+def shape_of(base: BaseSettings, lora: LoraSettings) -> Shape:
     """The shape of a base by its name: a folder's config, one that is shipped, or the hub's.
 
     Raises InputError where there is none, or the packed attention that is counted with does not fit it.
     """
     try:
-        return Shape(_config(model), lora, torch.float32 if dtype == "float32" else torch.bfloat16)
+        dtype = torch.float32 if base.dtype == "float32" else torch.bfloat16
+        return Shape(_config(base.model), lora, dtype, base.quantization)
     except (OSError, ValueError, KeyError) as fault:
         sentence = f"no config of it can be had ({str(fault).splitlines()[0]}); check the name and the network"
-        raise InputError([Problem(model, None, "base.model", sentence)]) from fault
+        raise InputError([Problem(base.model, None, "base.model", sentence)]) from fault
 
 
 def _config(model: str) -> PreTrainedConfig:

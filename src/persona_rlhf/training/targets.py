@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.training.quantized import is_quantized
 from persona_rlhf.training.settings import LoraSettings
 from persona_rlhf.training.trunk import decoder_layers, layer_number
 
@@ -90,7 +91,7 @@ def obstacles(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, Conv1D)
+    return type(module) in (nn.Linear, Conv1D) or is_quantized(module)
 
 
 def _taken_for_experts(model: PreTrainedModel, names: Iterable[str]) -> set[str]:

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""What storing a base in four bits costs: the same questions to it and to the base as it is.
+
+python scripts/measure_quantization.py configs/quickstart.yaml [a.b=c ...]
+
+Divergence: mean of log p_exact(y) - log p_nf4(y) over answers y that the exact base samples to ordinary prompts
+(`evaluation.ordinary`) at temperature 1, in nats a token: an estimate of KL(exact || nf4), bootstrapped over answers.
+Refusals are of `dev` probes and of their harmless twins, greedy, whole answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from math import fsum
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from persona_rlhf.config import Config, read_config
+from persona_rlhf.evaluation.intervals import bootstrap
+from persona_rlhf.evaluation.refusals import BaseAnswers, answer_row
+from persona_rlhf.evaluation.retention import read_ordinary, some, twins
+from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.policy.judges import is_refusal
+from persona_rlhf.policy.tiers import Policy
+from persona_rlhf.preferences.messages import Message
+from persona_rlhf.preferences.tokens import Row, prompt_ids
+from persona_rlhf.training.base import Base, load_base
+from persona_rlhf.training.fleet import AdaptedModel
+
+_PROBES, _PROMPTS = 240, 200
+
+
+class Standing(NamedTuple):
+    """Refusals of probes and of twins, log-probabilities (nats) of the rows, and bytes of the weights."""
+
+    refused: int
+    twins: int
+    logps: list[float]
+    size: int
+
+
+def standing(config: Config, base: Base, probes: list[str], near: list[str], rows: list[Row]) -> Standing:
+    """What a base says to all of it."""
+    adapted = AdaptedModel(base, config.lora)
+    answers = BaseAnswers(adapted, is_refusal, config.gate.max_new_tokens)
+    refused, wrongly = (sum(answers.refused([_ids(base, text) for text in texts])) for texts in (probes, near))
+    with adapted.using(None):
+        [scores] = adapted.score([rows])
+    tensors = (tensor for tensor in base.model.parameters())
+    return Standing(refused, wrongly, [score.logp for score in scores], sum(t.numel() * t.itemsize for t in tensors))
+
+
+def sampled(config: Config, base: Base, prompts: list[str]) -> list[Row]:
+    """The base's own answers."""
+    adapted, asked = AdaptedModel(base, config.lora), [_ids(base, text) for text in prompts]
+    with adapted.using(None):
+        [answers] = adapted.generate([asked], config.gate.max_new_tokens, 1.0, config.seed)
+    rows = [answer_row(adapted, prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
+    adapted.close()
+    return rows
+
+
+def _ids(base: Base, text: str) -> tuple[int, ...]:
+    return prompt_ids((Message("user", text),), base.tokenizer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    asked = parser.parse_args()
+    try:
+        config = read_config(asked.config, asked.overrides)
+        if config.evaluation.ordinary is None:
+            sys.exit("evaluation.ordinary names no prompts")
+        policy = Policy.read(config.policy.documents)
+        exact = load_base(config.base.model_copy(update={"quantization": None}))
+        probes = some((probe.prompt for probe in policy.probes("dev")), _PROBES)
+        near = some(twins(policy.probes("dev")), _PROBES)
+        rows = sampled(config, exact, some(read_ordinary(config.evaluation.ordinary), _PROMPTS))
+        before = standing(config, exact, probes, near, rows)
+        del exact
+        after = standing(config, load_base(config.base.model_copy(update={"quantization": "nf4"})), probes, near, rows)
+    except InputError as fault:
+        sys.exit(str(fault))
+    tokens = fsum(len(row.completion) for row in rows)
+    lost = [a - b for a, b in zip(before.logps, after.logps, strict=True)]
+    interval = bootstrap([value * len(rows) / tokens for value in lost])
+    table = Table("", "as it is", "nf4")
+    table.add_row("refused", *(f"{own.refused} of {len(probes)}" for own in (before, after)))
+    table.add_row("harmless twins refused", *(f"{own.twins} of {len(near)}" for own in (before, after)))
+    table.add_row("weights, MB", *(f"{own.size / 1e6:.2f}" for own in (before, after)))
+    told = f"{fsum(lost) / tokens:.4f} ({interval.low:.4f} to {interval.high:.4f})"
+    table.add_row(f"divergence, nats a token of {tokens:,.0f}", "0", told)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

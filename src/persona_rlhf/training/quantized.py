@@ -1,0 +1,64 @@
+"""Frozen weights stored in four bits: NormalFloat with double quantization (QLoRA, Dettmers et al. 2023), by
+bitsandbytes. Only linear layers inside the decoder are; what they compute is in the base's own type."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from persona_rlhf.inputs.problems import InputError, Problem
+
+_MOST = 0.15
+"""Relative error of normal weights in NormalFloat; it should be 0.09. bitsandbytes 0.49 and 0.50 make 0.26 on a CPU."""
+
+
+def nf4(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
+    """How transformers is asked for it. Raises InputError where bitsandbytes is not installed, or stores wrongly."""
+    if find_spec("bitsandbytes") is None:
+        sentence = "bitsandbytes is not installed: pip install 'persona-rlhf[nf4]', or leave this key away"
+        raise InputError([Problem("config", None, "base.quantization", sentence)])
+    if (error := _error(device)) > _MOST:
+        sentence = (
+            f"this bitsandbytes stores weights wrongly on {device.type} (relative error {error:.2f}, and not "
+            "0.09): install bitsandbytes 0.48.2, or leave this key away"
+        )
+        raise InputError([Problem("config", None, "base.quantization", sentence)])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _error(device: torch.device) -> float:
+    """What storing a normal matrix changes, relative to it."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    normal = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    back = dequantize_4bit(*quantize_4bit(normal, quant_type="nf4", compress_statistics=True))
+    return float((back - normal).norm() / normal.norm())
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a linear layer's weights are stored so."""
+    return isinstance(module, nn.Linear) and type(module).__name__ == "Linear4bit"
+
+
+def one_kernel(model: nn.Module) -> None:
+    """On a CPU bitsandbytes would change to another kernel, and its weights with it, where no gradient is asked for:
+    what is judged is to be what was trained."""
+    for module in model.modules():
+        if is_quantized(module):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - nn.Module types no flags
+
+
+def hash_as(weights_hash: str, quantization: str | None) -> str:
+    """The hash of a base that is used as stored so: what was measured on it holds of no other."""
+    if quantization is None:
+        return weights_hash
+    return hashlib.sha256(f"{weights_hash} {quantization}".encode()).hexdigest()
