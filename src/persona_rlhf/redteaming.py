@@ -20,6 +20,7 @@ from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.release.peft_folder import read_adapter
 from persona_rlhf.release.redteam import Attacked, MergedPair, RedTeamResult, content_of, write_redteam
+from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import Result, RunResults
 from persona_rlhf.release.seal import SEAL
 from persona_rlhf.run_folder import RunFolder
@@ -66,7 +67,9 @@ def red_team(run: Path, overrides: Sequence[str], say: Callable[[str], None]) ->
         "seed": config.seed,
         "settings": config.redteam.model_dump(mode="json"),
     }
-    return found, write_redteam(run, content_of(found, papers))
+    file = write_redteam(run, content_of(found, papers))
+    write_report(run)
+    return found, file
 
 
 def _released(run: Path) -> list[Result]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from heapq import nsmallest
 from itertools import islice
 from math import ceil
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
@@ -23,6 +24,7 @@ from persona_rlhf.release.columns import Columns
 from persona_rlhf.release.fleet import SUMMARY, promise_of_run, write_summary
 from persona_rlhf.release.folder import write_file
 from persona_rlhf.release.pages import templates
+from persona_rlhf.release.redteam import REDTEAM
 from persona_rlhf.release.results import Result, RunResults, Summary, summarise
 from persona_rlhf.release.seal import SEAL, seal
 from persona_rlhf.release.table import printable
@@ -47,7 +49,7 @@ def write_report(run: Path) -> Path:
     Raises InputError where the run has no results.
     """
     results, config, policy = RunResults(run), config_of(run), policy_of(run)
-    page = render(config, results, policy, screening_of(run), screens_in(run))
+    page = render(config, results, policy, screening_of(run), screens_in(run), attacks_in(run))
     file = run / REPORT
     write_file(file, page.encode("utf-8"))
     write_summary(run, summary := summarise(results), promise_of_run(config, policy, results, summary.users))
@@ -63,9 +65,10 @@ def render(
     policy: dict[str, Any],
     screening: Sequence[tuple[str, str, int]],
     screens: Sequence[dict[str, Any]] = (),
+    attacks: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> str:
     """The page: of the config its name and its gate; `screening` counts (what was done, why, how many pairs), `screens`
-    is what told them (rows of RUN/screens.json).
+    is what told them (rows of RUN/screens.json), `attacks` the figures of RUN/redteam.json.
 
     The results are gone through four times and never held all at once: of many users, the page has pictures and
     figures of all, and rows of those who need a look and of the first.
@@ -90,6 +93,7 @@ def render(
             promise=promise_of_run(config, policy, results, summary.users),
             screening=screening,
             screens=screens,
+            attacks=attacks,
             perplexity=_perplexity(measured),
             tones=_tones(measured),
             required=_required(measured),
@@ -260,6 +264,15 @@ def screens_in(run: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         return []
     return rows if isinstance(rows, list) else []
+
+
+def attacks_in(run: Path) -> dict[str, dict[str, Any]]:
+    """The figures of a red team, by attack; none where the run was not attacked, or the file cannot be read."""
+    try:
+        figures = json.loads((run / REDTEAM).read_bytes())["attacks"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return figures if isinstance(figures, dict) else {}
 
 
 def screening_of(run: Path) -> list[tuple[str, str, int]]:
