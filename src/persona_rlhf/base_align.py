@@ -99,7 +99,7 @@ def base_align(asked: AlignmentInputs, say: Callable[[str], None]) -> Alignment:
         f"to learn: {len(shown.hazardous):,} hazardous ({shown.own:,} with the model's own refusal), "
         f"{len(shown.harmless):,} harmless ({shown.left_out:,} more it refuses itself)"
     )
-    align(base, shown.every, settings.align, settings.lora, settings.seed, say)
+    align(base, shown, settings.align, settings.lora, settings.seed, say)
     with drafted(asked.out) as draft:
         base.model.save_pretrained(draft)
         load_tokenizer(settings.base.model).save_pretrained(draft)
