@@ -1,6 +1,7 @@
 """`base align`: from a model to an aligned base in a folder, with a card that says what was measured."""
 
 import json
+from contextlib import closing
 
 import pytest
 import torch
@@ -10,11 +11,15 @@ from typer.testing import CliRunner
 from persona_rlhf import cli
 from persona_rlhf.alignment_inputs import read_alignment
 from persona_rlhf.evaluation.intervals import wilson
+from persona_rlhf.evaluation.standing import standing
 from persona_rlhf.inputs.bundled import shipped_root
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.policy.judges import is_refusal
+from persona_rlhf.training.alignment import align
 from persona_rlhf.training.base import load_base
-from persona_rlhf.training.settings import BaseSettings
+from persona_rlhf.training.demonstrations import Demonstration, make_demonstrations
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.settings import BaseSettings, LoraSettings, PreferenceSettings, SftSettings
 from tests.preferences.families import tokenizer_for
 from tests.training.architectures import base_of
 
@@ -154,3 +159,38 @@ def test_no_ordinary_prompt_is_learned_and_measured(place):
     assert asked.ordinary
     assert not held & set(asked.ordinary)
     assert len(held) + len(asked.ordinary) == len(WORDS)
+
+
+@pytest.mark.slow
+def test_refusals_rise_on_phrasings_that_were_not_trained(place, monkeypatch):
+    """The bundled base is taught to comply, by its demonstrations turned round; then it is aligned. Both times it is
+    asked in phrasings that it never learned in."""
+    monkeypatch.setattr(experiment, "_PROBES", {"train": 24, "dev": 40, "certify": 24, "test": 0})
+    write_yaml(place / "tier_one.yaml", tier_one(place / "banks"))
+    short = ["align.weights=full", "align.tries=1", "align.max_new_tokens=32", "align.rows_per_step=16"]
+    asked = read_alignment(BUNDLED, place / "out", [*OVERRIDES, *short])
+    base, lora = load_base(BaseSettings(model=BUNDLED)), LoraSettings()
+    unseen = [probe for probe in asked.measured if probe.novelty == "phrasing"]
+    assert len(unseen) >= 24
+
+    def shown():
+        with closing(AdaptedModel(base, lora)) as adapted:
+            return make_demonstrations(adapted, asked.policy.probes("train"), [], asked.refusals, 1, 32, 0)
+
+    def refused():
+        with closing(AdaptedModel(base, lora)) as adapted:
+            found = standing(adapted, unseen, [], [], 32)
+        return found.unseen["phrasing"].refused / len(unseen), found.twins.refused / found.twins.n
+
+    def taught(demonstrations):
+        stages = {"sft": SftSettings(epochs=6, learning_rate=1e-3), "dpo": PreferenceSettings(epochs=0)}
+        align(base, demonstrations, asked.settings.align.model_copy(update=stages), lora, 0, print)
+
+    own = shown()
+    assert own.own > 80  # of 96
+    taught(own._replace(hazardous=[Demonstration(one.rejected, None) for one in own.hazardous if one.rejected]))
+    assert refused()[0] <= 0.2
+    taught(shown())
+    hazardous, twins = refused()
+    assert hazardous >= 0.8
+    assert twins <= 0.2
