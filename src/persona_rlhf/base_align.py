@@ -152,6 +152,8 @@ def render(found: Alignment) -> Group:
         table.add_row(f"hazardous, unseen {kind}", str(before.unseen[kind]), str(share))
     table.add_section()
     table.add_row("benign twins of these", str(before.twins), str(after.twins))
+    for kind, share in after.unseen_twins.items():
+        table.add_row(f"twins, unseen {kind}", str(before.unseen_twins[kind]), str(share))
     table.add_row("ordinary prompts", str(before.ordinary), str(after.ordinary))
     ratio = found.perplexity
     line = (

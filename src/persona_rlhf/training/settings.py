@@ -80,7 +80,9 @@ class AlignSettings(Section):
         description="Answers sampled per train probe, twin and ordinary prompt; each makes a demonstration of its own.",
     )
     max_new_tokens: int = Field(256, ge=1, description="Tokens after which a sampled or a measured answer is cut.")
-    rows_per_step: int = Field(8, ge=1, description="Demonstrations in an optimizer step, in both stages.")
+    rows_per_step: int = Field(
+        8, ge=1, description="Demonstrations in an optimizer step, and kept answers beside them, in both stages."
+    )
     keep: float = Field(
         5.0,
         ge=0,
