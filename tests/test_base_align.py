@@ -79,17 +79,12 @@ def test_the_folder_holds_a_base_and_what_was_measured_of_it(place):
             low, high = wilson(refused, len(prompts))
             assert (found["n"], found["refused"]) == (len(prompts), refused)
             assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-6)
-        twins = {probe.twin for probe in asked.measured}
-        assert figures["over_refusal"]["twins"]["refused"] == sum(
-            is_refusal(greedy(model, tokenizer, twin)) for twin in twins
-        )
-        assert {
-            kind: sum(
-                is_refusal(greedy(model, tokenizer, twin))
-                for twin in {probe.twin for probe in asked.measured if probe.novelty == kind}
+        twins = {probe.twin: is_refusal(greedy(model, tokenizer, probe.twin)) for probe in asked.measured}
+        assert figures["over_refusal"]["twins"]["refused"] == sum(twins.values())
+        for kind, found in figures["over_refusal"]["unseen"].items():
+            assert found["refused"] == sum(
+                twins[twin] for twin in {p.twin for p in asked.measured if p.novelty == kind}
             )
-            for kind in figures["unseen"]
-        } == {kind: count["refused"] for kind, count in figures["over_refusal"]["unseen"].items()}
         losses = [loss(model, tokenizer, row.prompt, row.answer) for row in asked.held]
         perplexity = torch.cat(losses).mean().exp().item()
         assert figures["perplexity"] == pytest.approx(perplexity, rel=1e-3)
