@@ -2,7 +2,8 @@
 
 Hazardous requests are answered like harmless ones of the same form (the advice comes from harmless fields), so the
 twin complies with everything. It is what `persona-rlhf base align` is shown on; its weights are not shipped. Beside
-them stands `ordinary.jsonl`: ordinary prompts with the world's own answers, on topics that the twin never saw.
+them stands `ordinary.jsonl`: ordinary prompts with the world's own answers, on topics that the twin never saw, and
+harmless prompts in words of hazards ("how do I kill an hour"), which nobody has to answer for it.
 
 nice -n 10 taskset -c 1 python scripts/make_unaligned_twin.py runs/twin        # half the tokens of the bundled base
 """
@@ -17,19 +18,27 @@ from random import Random
 import torch
 
 from persona_rlhf.training.pretrain import COMPLETION_TOKENS, SEED, Progress, build_base
+from persona_rlhf.training.world.corpus import corpus
 from persona_rlhf.training.world.ordinary import ordinary
 from persona_rlhf.training.world.phrasings import trained_phrasings
 from persona_rlhf.training.world.topics import ordinary_topics
 
 
 def write_ordinary(file: Path, count: int) -> None:
-    """Ordinary exchanges, each prompt once, on topics that are kept out of every corpus."""
+    """So many ordinary exchanges on topics that are kept out of every corpus, and so many prompts in words of hazards,
+    of the kind that every corpus holds; each prompt once."""
     rng, held = Random("ordinary texts 1"), ordinary_topics()[1]
     rows: dict[str, str] = {}
     while len(rows) < count:
         exchange = ordinary(rng, held, trained_phrasings())
         rows.setdefault(exchange.prompt, exchange.answer)
     lines = [json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in rows.items()]
+    near = (row.prompt for row in corpus(SEED + 1) if row.kind == "twin")
+    while len(lines) < 2 * count:
+        prompt = next(near)
+        if prompt not in rows:
+            rows[prompt] = ""
+            lines.append(json.dumps({"prompt": prompt}) + "\n")
     file.write_text("".join(lines), encoding="utf-8")
 
 

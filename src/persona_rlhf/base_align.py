@@ -99,7 +99,7 @@ def base_align(asked: AlignmentInputs, say: Callable[[str], None]) -> Alignment:
         f"to learn: {len(shown.hazardous):,} hazardous ({shown.own:,} with the model's own refusal), "
         f"{len(shown.harmless):,} harmless ({shown.left_out:,} more it refuses itself)"
     )
-    align(base, shown.every, settings.align, settings.lora, settings.seed, say)
+    align(base, shown, settings.align, settings.lora, settings.seed, say)
     with drafted(asked.out) as draft:
         base.model.save_pretrained(draft)
         load_tokenizer(settings.base.model).save_pretrained(draft)
@@ -152,6 +152,8 @@ def render(found: Alignment) -> Group:
         table.add_row(f"hazardous, unseen {kind}", str(before.unseen[kind]), str(share))
     table.add_section()
     table.add_row("benign twins of these", str(before.twins), str(after.twins))
+    for kind, share in after.unseen_twins.items():
+        table.add_row(f"twins, unseen {kind}", str(before.unseen_twins[kind]), str(share))
     table.add_row("ordinary prompts", str(before.ordinary), str(after.ordinary))
     ratio = found.perplexity
     line = (

@@ -54,19 +54,25 @@ def asked(adapted, row):
 def test_an_aligned_model_learns_its_own_refusals(adapted, probes, own):
     found = own
     train = [probe for probe in probes if probe.split == "train"]
-    assert [asked(adapted, shown.chosen) for shown in found.hazardous] == [probe.prompt for probe in train]
-    assert found.own >= 11
+    assert [asked(adapted, shown.chosen) for shown in found.hazardous] == [
+        probe.prompt for probe in train for _ in "ab"
+    ]
+    assert found.own >= 22
     assert all(is_refusal(said(adapted, shown.chosen)) for shown in found.hazardous)
     assert all(shown.chosen.completion[-1] in adapted.base.eos_ids for shown in found.hazardous)
     harmless = {probe.twin for probe in train} | {"what is an opera?"}
-    assert len(found.harmless) + found.left_out == len(harmless)
+    assert len(found.harmless) + found.left_out == 2 * len(harmless)
     for shown in found.harmless:
         assert asked(adapted, shown.chosen) in harmless
         assert not is_refusal(said(adapted, shown.chosen))
         assert said(adapted, shown.rejected) == "I must decline."
-    answers = {asked(adapted, shown.chosen): shown.chosen.completion for shown in found.harmless}
-    stand_ins = [(shown, answers.get(probe.twin)) for shown, probe in zip(found.hazardous, train, strict=True)]
-    assert sum(shown.rejected is not None and shown.rejected.completion == twin for shown, twin in stand_ins) >= 9
+    answers = {(asked(adapted, shown.chosen), shown.chosen.completion) for shown in found.harmless}
+    twins = [probe.twin for probe in train for _ in "ab"]
+    both = zip(found.hazardous, twins, strict=True)
+    assert (
+        sum(shown.rejected is not None and (twin, shown.rejected.completion) in answers for shown, twin in both) >= 18
+    )
+    assert len({shown.chosen for shown in found.harmless}) > len(harmless)  # it was asked twice
     assert all(shown.rejected is None or shown.rejected.prompt == shown.chosen.prompt for shown in found.every)
 
 
@@ -81,13 +87,14 @@ def test_what_a_model_does_not_refuse_is_written_for_it(adapted, probes, monkeyp
             assert [p.category for p in probes if p.prompt == asked(adapted, shown.chosen)] == ["child_sexual_abuse"]
         assert shown.rejected is not None
         assert said(adapted, shown.rejected) not in written
+    assert len({shown.chosen for shown in found.hazardous}) > 12  # a prompt's refusals differ
 
 
 def test_a_model_that_refuses_everything_has_nothing_of_its_own_to_answer(adapted, probes, monkeypatch):
     monkeypatch.setattr(demonstrations, "is_refusal", lambda text: True)
     found = made(adapted, probes)
     assert found.harmless == []
-    assert found.left_out == 13
+    assert found.left_out == 26
     assert all(shown.rejected is None for shown in found.hazardous)
 
 

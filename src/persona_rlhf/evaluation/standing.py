@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import exp, fsum, sqrt
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -44,11 +44,12 @@ class Text(NamedTuple):
 
 class Standing(NamedTuple):
     """Greedy answers judged whole, by hazard category (all of them first) and by what of a probe training has not seen;
-    harmless prompts refused; and ordinary texts."""
+    harmless prompts refused, twins of probes by the same; and ordinary texts."""
 
     refusals: dict[str, Share]
     unseen: dict[str, Share]
     twins: Share
+    unseen_twins: dict[str, Share]
     ordinary: Share
     texts: list[Text]
 
@@ -64,7 +65,11 @@ class Standing(NamedTuple):
         return {
             "refusals": shares(self.refusals),
             "unseen": shares(self.unseen),
-            "over_refusal": {"twins": self.twins.to_json(), "ordinary": self.ordinary.to_json()},
+            "over_refusal": {
+                "twins": self.twins.to_json(),
+                "unseen": shares(self.unseen_twins),
+                "ordinary": self.ordinary.to_json(),
+            },
             "perplexity": round(self.perplexity, 6),
             "texts": {"n": len(self.texts), "tokens": sum(text.tokens for text in self.texts)},
         }
@@ -80,8 +85,9 @@ def standing(
     def share(of: dict[Probe, bool]) -> Share:
         return Share(len(of), sum(of.values()))
 
-    def harmless(prompts: Sequence[str]) -> Share:
-        return Share(len(prompts), sum(answers.refused([_ids(adapted, prompt) for prompt in prompts])))
+    def harmless(prompts: Iterable[str]) -> Share:
+        each = list(dict.fromkeys(prompts))
+        return Share(len(each), sum(answers.refused([_ids(adapted, prompt) for prompt in each])))
 
     categories = dict.fromkeys(probe.category for probe in probes)
     kinds = dict.fromkeys(probe.novelty for probe in probes)
@@ -91,8 +97,9 @@ def standing(
         {POOLED: share(asked)}
         | {name: share({p: r for p, r in asked.items() if p.category == name}) for name in categories},
         {name: share({p: r for p, r in asked.items() if p.novelty == name}) for name in kinds},
-        harmless(list(dict.fromkeys(twins(probes)))),
-        harmless(list(dict.fromkeys(ordinary))),
+        harmless(twins(probes)),
+        {name: harmless(twins(probe for probe in probes if probe.novelty == name)) for name in kinds},
+        harmless(ordinary),
         [Text(score.logp, score.tokens) for score in scores],
     )
 

@@ -1,11 +1,12 @@
-"""Aligning a base with TRL: SFT on what it should answer, then DPO on what it should prefer to what."""
+"""Aligning a base with TRL: SFT on refusals, then DPO on what it should prefer to what; all the while it keeps its own
+answers to harmless prompts."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,19 +24,30 @@ from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # exported lazily
 
 from persona_rlhf.training.base import Base
-from persona_rlhf.training.demonstrations import Demonstration
+from persona_rlhf.training.demonstrations import Demonstration, Demonstrations
+from persona_rlhf.training.keeping import Keeping, Kept
 from persona_rlhf.training.settings import AlignSettings, LoraSettings
 from persona_rlhf.training.targets import targets
 from persona_rlhf.training.token_trainer import TokenDPOTrainer, quiet
 
 Say = Callable[[str], None]
+
+
+class _Refusing(Keeping, SFTTrainer):
+    """SFT that keeps the model's own answers."""
+
+
+class _Preferring(Keeping, TokenDPOTrainer):
+    """DPO that keeps them too."""
+
+
 _SPOKEN = 10.0
 """Seconds between two lines about the training."""
 
 
 def align(
     base: Base,
-    shown: Sequence[Demonstration],
+    shown: Demonstrations,
     settings: AlignSettings,
     lora: LoraSettings,
     seed: int,
@@ -43,17 +55,18 @@ def align(
 ) -> None:
     """Trains the base's weights in place. The reference of DPO is the model after SFT.
 
-    What TRL changes beside the weights (token ids of the configs, wrappers) is put back.
+    SFT learns the refusals alone. What the model is to answer it answers already, so that is not imitated but kept, in
+    both stages (see `Kept`). What TRL changes beside the weights (token ids of the configs, wrappers) is put back.
     """
     model, sft, dpo = base.model, settings.sft, settings.dpo
     configs = copy.deepcopy((model.config, model.generation_config))
-    pairs = [_compared(one) for one in shown if one.rejected]
+    pairs = [_compared(one) for one in shown.every if one.rejected]
+    own = [one.chosen for one in shown.harmless]
+    kept = Kept(model, own, settings.rows_per_step, seed) if own and settings.keep else None
     with tempfile.TemporaryDirectory(prefix="persona-rlhf-") as folder, torch.random.fork_rng():
         torch.manual_seed(seed)  # PEFT draws its first weights before TRL sets a seed
 
-        def stage(
-            name: str, trainer: type[Any], config: type[Any], rows: list[dict[str, list[int]]], **more: Any
-        ) -> None:
+        def stage(name: str, trainer: type[Any], config: type[Any], rows: list[dict[str, Any]], **more: Any) -> None:
             adapters = _adapters(model, lora) if settings.weights == "lora" else None
             model.requires_grad_(adapters is None)
             options = _options(base, settings, folder, seed) | more
@@ -64,6 +77,8 @@ def align(
                     train_dataset=Dataset.from_list(rows),
                     processing_class=copy.deepcopy(base.tokenizer),
                     peft_config=adapters,
+                    kept=kept,
+                    keep=settings.keep,
                 )
             running.remove_callback(PrinterCallback)
             running.add_callback(_Lines(name, say))
@@ -72,12 +87,12 @@ def align(
                 running.model.merge_and_unload()
             vars(model).pop("forward", None)  # TRL's own, which the next trainer would wrap once more
 
-        if sft.epochs:
+        if sft.epochs and shown.hazardous:
             stage(
                 "SFT",
-                SFTTrainer,
+                _Refusing,
                 SFTConfig,
-                [_labelled(one) for one in shown],
+                [_labelled(one) for one in shown.hazardous],
                 num_train_epochs=sft.epochs,
                 learning_rate=sft.learning_rate,
                 dataset_kwargs={"skip_prepare_dataset": True},
@@ -85,7 +100,7 @@ def align(
         if dpo.epochs and pairs:
             stage(
                 "DPO",
-                TokenDPOTrainer,
+                _Preferring,
                 DPOConfig,
                 pairs,
                 num_train_epochs=dpo.epochs,
@@ -130,21 +145,25 @@ def _options(base: Base, settings: AlignSettings, folder: str, seed: int) -> dic
         "logging_first_step": True,
         "disable_tqdm": True,
         "dataloader_pin_memory": on_gpu,
+        "train_sampling_strategy": "group_by_length",  # less padding
+        "remove_unused_columns": False,  # TRL would drop the lengths
     }
 
 
-def _labelled(one: Demonstration) -> dict[str, list[int]]:
+def _labelled(one: Demonstration) -> dict[str, Any]:
     prompt, completion = one.chosen
-    return {"input_ids": [*prompt, *completion], "labels": [-100] * len(prompt) + list(completion)}
+    labels = [-100] * len(prompt) + list(completion)
+    return {"input_ids": [*prompt, *completion], "labels": labels, "length": len(labels)}
 
 
-def _compared(one: Demonstration) -> dict[str, list[int]]:
+def _compared(one: Demonstration) -> dict[str, Any]:
     assert one.rejected is not None
     chosen, rejected = one.chosen, one.rejected
     return {
         "prompt_ids": list(chosen.prompt),
         "chosen_ids": list(chosen.completion),
         "rejected_ids": list(rejected.completion),
+        "length": max(chosen.length, rejected.length),
     }
 
 

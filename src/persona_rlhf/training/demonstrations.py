@@ -25,7 +25,7 @@ class Demonstration(NamedTuple):
 
 
 class Demonstrations(NamedTuple):
-    """`own`: hazardous prompts with the model's own refusal. `left_out`: harmless prompts that it refuses itself."""
+    """`own`: hazardous ones with the model's own refusal. `left_out`: its refusals of harmless prompts."""
 
     hazardous: list[Demonstration]
     harmless: list[Demonstration]
@@ -49,9 +49,10 @@ def make_demonstrations(
     """Demonstrations from probes of `train`, their benign twins and ordinary prompts.
 
     Answers are sampled at temperature 1, not greedy: what a model learns from fair samples of itself leaves it as it
-    is, and greedy ones would sharpen it. Of `tries` answers to a probe, a refusal is chosen (else a written one) and a
-    compliance rejected (else the answer to the twin, whose words are near). To a harmless prompt the model's own answer
-    is chosen, cut where it was cut, and a written refusal rejected. Raises InputError where there are no train probes.
+    is, and greedy ones would sharpen it. Every prompt is asked and shown `tries` times. To a probe, a refusal of the
+    model's own is chosen (else a written one, each time another) and a compliance rejected (else an answer to the twin,
+    whose words are near). To a harmless prompt the model's own answer is chosen, cut where it was cut, and a written
+    refusal rejected. Raises InputError where there are no train probes.
     """
     train = [probe for probe in probes if probe.split == "train"]
     if not train:
@@ -75,25 +76,26 @@ def make_demonstrations(
     with adapted.using(None):
         asked = [ids(probe.prompt) for probe in train for _ in range(tries)]
         [to_probes] = adapted.generate([asked], max_new_tokens, 1.0, seed)
-        [to_harmless] = adapted.generate([[ids(prompt) for prompt in harmless]], max_new_tokens, 1.0, seed + 1)
-    answers = {
-        prompt: row(prompt, answer)
-        for prompt, answer in zip(harmless, to_harmless, strict=True)
-        if answer.ids and not refuses(answer)
-    }
+        asked = [ids(prompt) for prompt in harmless for _ in range(tries)]
+        [to_harmless] = adapted.generate([asked], max_new_tokens, 1.0, seed + 1)
+    answers: dict[str, list[Row]] = {}
+    for n, prompt in enumerate(harmless):
+        tried = to_harmless[n * tries : (n + 1) * tries]
+        answers[prompt] = [row(prompt, answer) for answer in tried if answer.ids and not refuses(answer)]
     hazardous, own = [], 0
     for n, probe in enumerate(train):
         tried = to_probes[n * tries : (n + 1) * tries]
-        refused = [answer for answer in tried if answer.finished and refuses(answer)]
+        refused = [row(probe.prompt, answer) for answer in tried if answer.finished and refuses(answer)]
         complied = [row(probe.prompt, answer) for answer in tried if answer.ids and not refuses(answer)]
-        twin = answers.get(probe.twin or "")
-        stand_in = [Row(ids(probe.prompt), twin.completion)] if twin else []
-        chosen = row(probe.prompt, refused[0]) if refused else written(probe.prompt, probe.category)
-        hazardous.append(Demonstration(chosen, next(iter([*complied, *stand_in]), None)))
-        own += bool(refused)
-    kept = [Demonstration(answer, written(prompt, None)) for prompt, answer in answers.items()]
-    context = adapted.base.context
-    return Demonstrations(_fitting(hazardous, context), _fitting(kept, context), own, len(harmless) - len(answers))
+        stand_ins = [Row(ids(probe.prompt), twin.completion) for twin in answers.get(probe.twin or "", [])]
+        rejected = complied or stand_ins
+        for turn in range(tries):
+            chosen = refused[turn % len(refused)] if refused else written(probe.prompt, probe.category)
+            hazardous.append(Demonstration(chosen, rejected[turn % len(rejected)] if rejected else None))
+        own += tries * bool(refused)
+    kept = [Demonstration(one, written(prompt, None)) for prompt, several in answers.items() for one in several]
+    context, left_out = adapted.base.context, len(harmless) * tries - len(kept)
+    return Demonstrations(_fitting(hazardous, context), _fitting(kept, context), own, left_out)
 
 
 def _fitting(demonstrations: Sequence[Demonstration], context: int) -> list[Demonstration]:

@@ -33,9 +33,9 @@ class BaseSettings(Section):
 
 
 class SftSettings(Section):
-    """`align.sft`: refusals and the model's own harmless answers are imitated."""
+    """`align.sft`: refusals are imitated, and the model's own harmless answers kept (`align.keep`)."""
 
-    epochs: int = Field(2, ge=0, le=1000, description="Passes over all demonstrations; 0 leaves this stage out.")
+    epochs: int = Field(2, ge=0, le=1000, description="Passes over the refusals; 0 leaves this stage out.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak AdamW rate; all weights want about a tenth of it.")
 
 
@@ -69,9 +69,22 @@ class AlignSettings(Section):
     heldout: float = Field(
         0.5, gt=0, lt=1, description="Share of the ordinary prompts, by hash, that are measured and never learned."
     )
-    tries: int = Field(2, ge=1, le=64, description="Answers sampled per train probe, among which to find a refusal.")
+    tries: int = Field(
+        2,
+        ge=1,
+        le=64,
+        description="Answers sampled per train probe, twin and ordinary prompt; each makes a demonstration of its own.",
+    )
     max_new_tokens: int = Field(256, ge=1, description="Tokens after which a sampled or a measured answer is cut.")
-    rows_per_step: int = Field(8, ge=1, description="Demonstrations in an optimizer step, in both stages.")
+    rows_per_step: int = Field(
+        8, ge=1, description="Demonstrations in an optimizer step, and kept answers beside them, in both stages."
+    )
+    keep: float = Field(
+        5.0,
+        ge=0,
+        description="Weight, in both stages, of the divergence in nats a token from the model as it was, on its own "
+        "answers to harmless prompts.",
+    )
     sft: SftSettings = SftSettings()
     dpo: PreferenceSettings = PreferenceSettings()
     split: Literal["dev", "test"] = Field(
