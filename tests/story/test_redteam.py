@@ -18,7 +18,8 @@ def test_released_adapters_are_attacked_and_the_run_still_verifies(copied):
     done = persona_rlhf("evaluate", "run", *SMALL, "--redteam", "--json", cwd=copied)
     assert done.returncode == 0, done.stderr
     after = listing(copied / "run")
-    assert {path for path in after if after[path] != before.get(path)} == {"redteam.json", "manifest.json", "report.html"}
+    changed = {path for path in after if after[path] != before.get(path)}
+    assert changed == {"redteam.json", "manifest.json", "report.html"}
     page = (copied / "run/report.html").read_text(encoding="utf-8")
     assert "Under attack" in page
     assert "<td class=\"l\">roleplay</td>" in page
