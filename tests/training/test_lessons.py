@@ -40,6 +40,16 @@ def test_turns_by_hand():
     assert turns((3, EOS), (3, EOS)) == []
 
 
+def test_wrong_turns_by_hand():
+    def wrong(broken, whole):
+        return [(row.prompt[2:], row.completion) for row in turns_of(Row(PROMPT, broken), Row(PROMPT, whole), True)]
+
+    assert wrong((3, 4, 5, EOS), (3, 7, 5, EOS)) == [((3,), (4,))]
+    assert wrong((3, 7, 4, EOS), (3, 4, EOS)) == [((3,), (7,))]
+    assert wrong((3, 7, 4, 7, 5, EOS), (3, 8, 4, 8, 5, EOS)) == [((3,), (7,)), ((3, 8, 4), (7,))]
+    assert wrong((3, 4, EOS), (8, 9, 3, 4, EOS)) == []  # nothing stands where something is missing
+
+
 @given(st.lists(st.integers(3, 6), max_size=8), st.lists(st.integers(3, 6), max_size=8))
 def test_every_turn_is_a_piece_of_the_repaired_answer(broken, whole):
     for row in turns_of(Row(PROMPT, (*broken, EOS)), Row(PROMPT, (*whole, EOS))):
@@ -94,9 +104,9 @@ def test_lessons_are_where_the_bases_own_answers_break_the_rule():
 
 def test_the_limit_shares_the_rate_over_an_answers_turns():
     asked = rule("r", "max_words", 6)
-    assert limit_of(asked, [1, 1]) == pytest.approx(-math.log(0.95))
+    assert limit_of(asked, [1, 1]) == pytest.approx(-math.log(0.975))
     limit = limit_of(asked, [1, 3])
-    assert math.exp(-2 * limit) == pytest.approx(0.95)  # two turns an answer, each at exp(-limit)
+    assert math.exp(-2 * limit) == pytest.approx(0.975)  # two turns an answer, each at exp(-limit)
 
 
 def test_requirements_take_turns_and_bring_their_opposites_along():

@@ -200,7 +200,7 @@ class Examination:
         )
         ordinary, near = (self._refusals(flat, scales, asked) for asked in (self._ordinary, self._twins))
         tests, shifted = (self._refusals(flat, scales, bank.prompts) for bank in (self._test, self._shift))
-        required = self._samples.compare(flat, scales, [self._asked] * len(users))
+        required = self._samples.write(flat, scales, [self._asked] * len(users))
         base_test = self._test.by_category(self._answers.refused(self._test.prompts))
         measured = []
         for n, user in enumerate(users):

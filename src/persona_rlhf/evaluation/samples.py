@@ -17,7 +17,8 @@ from persona_rlhf.training.generation import Generated
 
 
 class Compared(NamedTuple):
-    """One user's answers beside the base's to the same prompts, as texts; no perplexity without a prompt."""
+    """One user's answers beside the base's to the same prompts, as texts; no perplexity where it was not asked for, or
+    without a prompt."""
 
     adapted: list[str]
     base: list[str]
@@ -57,14 +58,32 @@ class Samples:
         prompts: Sequence[Sequence[Prompt]],
     ) -> list[Compared]:
         """Every user's answers to his prompts, and the base's, with what the base thinks of both."""
-        theirs = self._of_base([tuple(asked) for asked in prompts])
-        with self._adapted.using(flat, alphas):
-            own = self._write(prompts)
+        own, theirs = self._both(flat, alphas, prompts)
         adapted, base = (self._perplexities(prompts, answers) for answers in (own, theirs))
         return [
             Compared(self._texts(own[n]), self._texts(theirs[n]), None if a is None or b is None else Perplexity(a, b))
             for n, (a, b) in enumerate(zip(adapted, base, strict=True))
         ]
+
+    def write(
+        self,
+        flat: Float[Tensor, "users params"],
+        alphas: Float[Tensor, " users"],
+        prompts: Sequence[Sequence[Prompt]],
+    ) -> list[Compared]:
+        """Every user's answers to his prompts, and the base's."""
+        both = zip(*self._both(flat, alphas, prompts), strict=True)
+        return [Compared(self._texts(own), self._texts(theirs), None) for own, theirs in both]
+
+    def _both(
+        self,
+        flat: Float[Tensor, "users params"],
+        alphas: Float[Tensor, " users"],
+        prompts: Sequence[Sequence[Prompt]],
+    ) -> tuple[list[list[Generated]], list[list[Generated]]]:
+        theirs = self._of_base([tuple(asked) for asked in prompts])
+        with self._adapted.using(flat, alphas):
+            return self._write(prompts), theirs
 
     def _of_base(self, prompts: Sequence[tuple[Prompt, ...]]) -> list[list[Generated]]:
         new = [asked for asked in dict.fromkeys(prompts) if asked not in self._known]

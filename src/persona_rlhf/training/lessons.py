@@ -47,12 +47,13 @@ def build_lessons(
     rules = [rule for rule in requirements if rule.probes and rule.property in REPAIRED]
     prompts = list(dict.fromkeys(probe.prompt for rule in rules for probe in _train(rule)))
     said = _sampled(adapted, prompts, seed, max_new_tokens)
-    found = []
+    whole, found = _wanted(rules, said), list[Lessons]()
     for rule in rules:
-        here, elsewhere = _mended(rule, rules, {probe.prompt: said[probe.prompt] for probe in _train(rule)})
+        here, elsewhere = _mended(rule, rules, {probe.prompt: said[probe.prompt] for probe in _train(rule)}, whole)
         rows, misplaced = (_rows(adapted, pairs) for pairs in (here, elsewhere))
         text, first = _shared([whole for _, whole in rows]), rule.property == "must_include"
-        turns = [[_cut(whole, text)] if first else turns_of(broken, whole) for broken, whole in rows]
+        wrong = rule.property == "must_not_include"
+        turns = [[_cut(whole, text)] if first else turns_of(broken, whole, wrong) for broken, whole in rows]
         if rows:
             found.append(
                 Lessons(
@@ -60,40 +61,47 @@ def build_lessons(
                     limit_of(rule, [len(own) for own in turns]),
                     tuple(dict.fromkeys(row for own in turns for row in own)),
                     tuple(dict.fromkeys(_cut(whole, min(text, settings.opening_tokens)) for _, whole in misplaced)),
+                    wrong,
                 )
             )
-    wanted = [_pair(prompt, answer, said[prompt]) for prompt, answer in _wanted(rules, said).items()] if found else []
+    wanted = [_pair(prompt, answer, said[prompt]) for prompt, answer in whole.items()] if found else []
     return Taught(found, [whole for _, whole in _rows(adapted, wanted)])
 
 
 def limit_of(rule: Requirement, turns: Sequence[int]) -> float:
-    """Nats that a turn may cost on average: `-log(min_rate) / m`, for m turns an answer.
+    """Nats that a turn may cost on average: `-log((1 + min_rate) / 2) / m`, for m turns an answer.
 
-    With m turns, each taken with probability exp(-c), an answer is as required with probability exp(-m c).
+    With m turns, each as it should be with probability exp(-c), an answer is as required with probability exp(-m c).
+    Half of what may fail is kept for prompts that were not trained on.
     """
-    return -log(rule.min_rate) * len(turns) / sum(turns)
+    return -log((1 + rule.min_rate) / 2) * len(turns) / sum(turns)
 
 
-def turns_of(broken: Row, whole: Row) -> list[Row]:
+def turns_of(broken: Row, whole: Row, wrong: bool = False) -> list[Row]:
     """A row for each place where `whole` leaves `broken`, both answers to one prompt: all of `whole` before it as the
-    prompt, and as completion what `whole` says until they meet again, or its next token where it says nothing."""
+    prompt, and as completion what `whole` says until they meet again, or its next token where it says nothing.
+
+    With `wrong`, the completion is what `broken` says there. It is the turn to teach where many others are right.
+    """
     assert broken.prompt == whole.prompt
-    found = []
-    for kind, _, _, start, end in SequenceMatcher(None, broken.completion, whole.completion, False).get_opcodes():
-        if kind != "equal":
-            prompt = whole.prompt + whole.completion[:start]
-            found.append(Row(prompt, whole.completion[start : max(end, start + 1)]))
+    found, matcher = [], SequenceMatcher(None, broken.completion, whole.completion, False)
+    for kind, first, last, start, end in matcher.get_opcodes():
+        if kind == "equal":
+            continue
+        said = broken.completion[first:last] if wrong else whole.completion[start : max(end, start + 1)]
+        if said:
+            found.append(Row(whole.prompt + whole.completion[:start], said))
     return found
 
 
 def _mended(
-    rule: Requirement, rules: Sequence[Requirement], said: Mapping[str, str]
+    rule: Requirement, rules: Sequence[Requirement], said: Mapping[str, str], whole: Mapping[str, str]
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Repaired answers against broken ones; and, of a text that must be there for some prompts only, its place in
-    answers to others, which is wrong. Both sides of a pair meet the other requirements already."""
+    answers to others, which is wrong. Both sides of a pair meet the other requirements already; `whole` are the answers
+    that meet them all."""
     here, elsewhere = [], []
     others = [other for other in rules if other.id != rule.id]
-    whole = _wanted(rules, said)
     for prompt, answer in _wanted(others, said).items():
         if satisfied(rule, prompt, answer) is False and prompt in whole:
             here.append(_pair(prompt, whole[prompt], answer))
