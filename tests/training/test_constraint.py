@@ -55,7 +55,7 @@ def test_refusal_probability_falls_by_no_more_than_the_measured_excess(toy):
         logps = torch.tensor([[score.logp for score in own] for own in adapted.score([rows] * users)]).double()
     none = torch.zeros(users, 0).double()
     watched, section = Watched(logps, none, none, none), ConstraintSettings(margin=0)
-    excess = measure(everyone, watched, reference, len(rows), 0, section).refusal
+    excess = measure(everyone, watched, reference, len(rows), [], section).refusal
     base = torch.tensor([reference[row] for row in rows]).double()
     gaps = []
     for _ in range(25):
@@ -104,7 +104,7 @@ def test_measure_by_hand():
     over = torch.tensor([[-9.0], [0.0]])
     taught = torch.tensor([[-0.5, -2.0, -1.5], [-0.25, 7.0, 7.0]])
     logps = Watched(refused, complied, over, taught)
-    excess = measure(draws, logps, reference, 3, 2, ConstraintSettings(margin=0.5, floor=-100))
+    excess = measure(draws, logps, reference, 3, [False, False], ConstraintSettings(margin=0.5, floor=-100))
     # user 0, category 0: mean of (-1 + 1.5) and (-3 + 7); a rise over the base counts as a negative excess
     assert excess.refusal.tolist() == [[2.25, 0.0, -1.0], [0.0, 0.75, 0.0]]
     assert excess.counts.tolist() == [[2, 0, 1], [0, 2, 1]]
@@ -114,12 +114,21 @@ def test_measure_by_hand():
     # lessons are compared with certainty, not with the base; user 1 has one, and no filler counts
     assert excess.lesson.tolist() == [[1.0, 2.0], [0.25, 0.0]]
     assert excess.lesson_counts.tolist() == [[2, 1], [1, 0]]
+    # a wrong turn costs by the probability of all others; one that is sure costs much, but not infinitely much
+    turned = measure(draws, logps, reference, 3, [True, True], ConstraintSettings(margin=0.5, floor=-100))
+    by_hand = [-math.log(1 - math.exp(logp)) for logp in (-0.5, -1.5, -2.0, -0.25)]
+    assert turned.lesson.flatten().tolist() == pytest.approx([(by_hand[0] + by_hand[1]) / 2, *by_hand[2:], 0.0])
+    sure = logps._replace(lessons=torch.zeros_like(taught).requires_grad_())
+    costs = measure(draws, sure, reference, 3, [True, True], ConstraintSettings()).lesson
+    costs.sum().backward()
+    assert costs.isfinite().all()
+    assert costs.max() > 9
     # with a floor of -2.5 nats: user 0's openings are below it; user 1's rose over it, and only what is above counts
-    above = measure(draws, logps, reference, 3, 2, ConstraintSettings(margin=0.5, floor=-2.5))
+    above = measure(draws, logps, reference, 3, [False, False], ConstraintSettings(margin=0.5, floor=-2.5))
     assert above.compliance.tolist() == pytest.approx([0.0, 0.5])
     assert above.refusal.tolist() == excess.refusal.tolist()
     # a floor below the base's own openings changes nothing: it never allows less than the margin
-    low = measure(draws, logps, reference, 3, 2, ConstraintSettings(margin=0.5, floor=-4.8))
+    low = measure(draws, logps, reference, 3, [False, False], ConstraintSettings(margin=0.5, floor=-4.8))
     assert low.compliance.tolist() == pytest.approx(excess.compliance.tolist())
 
 

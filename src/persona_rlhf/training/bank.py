@@ -25,13 +25,14 @@ class Anchor(NamedTuple):
 
 class Lessons(NamedTuple):
     """What teaches one requirement (see `lessons.py`). `turns` are rows whose completion is what an answer must go on
-    with at that point, `limit` the nats that this may cost; `elsewhere` are rows whose completion should not begin to
-    appear where the requirement does not apply."""
+    with at that point, or must not where they are `wrong`; `limit` the nats that this may cost; `elsewhere` are rows
+    whose completion should not begin to appear where the requirement does not apply."""
 
     requirement: str
     limit: float
     turns: tuple[Row, ...]
     elsewhere: tuple[Row, ...]
+    wrong: bool = False
 
 
 class ConstraintBank:
@@ -63,7 +64,8 @@ class ConstraintBank:
 
     def excess(self, draws: Sequence[Draw], logps: Watched, reference: Known, settings: ConstraintSettings) -> Excess:
         """The functional: how far users are from the base on the rows they drew. A bank of another kind may differ."""
-        return measure(draws, logps, reference, len(self.categories), len(self.lessons), settings)
+        wrong = [own.wrong for own in self.lessons]
+        return measure(draws, logps, reference, len(self.categories), wrong, settings)
 
     def rows(self) -> list[Row]:
         """Every row whose reference log-probability is needed."""

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from persona_rlhf.training.bank import ConstraintBank
 
 
+_SURE = 1e-4
+"""Nats: a wrong turn counts as no surer than exp(-1e-4), so that its loss stays finite."""
+
+
 class Draw(NamedTuple):
     """The constraint rows of one user and step. `categories[i]` is the category of `refusals[i]`, `requirements[i]` the
     requirement of `lessons[i]`; `overrefusals` holds lessons out of place too."""
@@ -72,21 +76,24 @@ def measure(
     logps: Watched,
     reference: Known,
     categories: int,
-    requirements: int,
+    wrong: Sequence[bool],
     settings: ConstraintSettings,
 ) -> Excess:
-    """Compares the users' log-probabilities of their constraint rows with the base's, and those of lessons with 0.
+    """Compares the users' log-probabilities of their constraint rows with the base's, and looks at those of lessons:
+    right turns, or for some requirements `wrong` ones.
 
     Refusals: `log pi_ref(y|x) - log pi_user(y|x)`, averaged by category. The next two are hinges that cost nothing
     until the user's log-probability of a compliance (or of refusing a harmless twin) is `margin` nats over the base's,
     and above `floor`: what rises from one in 10^13 to one in 10^12 tells of style, not of what anyone will read.
-    Lessons: `-log pi_user(y|x)`, averaged by requirement; a mean of c says that the turn is taken with a probability of
-    at least exp(-c), as a geometric mean over these rows.
+    Lessons: `-log pi_user(y|x)` of right turns, `-log(1 - pi_user(y|x))` of wrong ones (unlikelihood, Welleck et al.
+    2020), averaged by requirement; a mean of c says that the turn is as it should be with a probability of at least
+    exp(-c), as a geometric mean over these rows.
     """
     refused, complied, over, taught = logps
     base = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in draws]).view(refused.shape)
     refusal, counts = _by_kind(base - refused, [draw.categories for draw in draws], categories)
-    lesson, lesson_counts = _by_kind(-taught, [draw.requirements for draw in draws], requirements)
+    kinds = [draw.requirements for draw in draws]
+    lesson, lesson_counts = _by_kind(_turned(taught, kinds, wrong), kinds, len(wrong))
 
     def hinge(values: Tensor, rows: list[list[Row]]) -> Tensor:
         known = torch.zeros_like(values)
@@ -105,6 +112,16 @@ def measure(
         lesson,
         lesson_counts,
     )
+
+
+def _turned(
+    logps: Float[Tensor, "users lessons"], kinds: Sequence[Sequence[int]], wrong: Sequence[bool]
+) -> Float[Tensor, "users lessons"]:
+    """The loss of every turn in nats; `logps` are of what stands in the row, which is to be said or not to be said."""
+    places = [[wrong[kind] for kind in own] + [False] * (logps.shape[1] - len(own)) for own in kinds]
+    avoided = torch.tensor(places, dtype=torch.bool, device=logps.device).view(logps.shape)
+    never = torch.log1p(-logps.clamp(max=-_SURE).exp())
+    return -torch.where(avoided, never, logps)
 
 
 def _by_kind(

@@ -47,9 +47,9 @@ def build_lessons(
     rules = [rule for rule in requirements if rule.probes and rule.property in REPAIRED]
     prompts = list(dict.fromkeys(probe.prompt for rule in rules for probe in _train(rule)))
     said = _sampled(adapted, prompts, seed, max_new_tokens)
-    whole, found = _wanted(rules, said), list[Lessons]()
+    met, found = _wanted(rules, said), list[Lessons]()
     for rule in rules:
-        here, elsewhere = _mended(rule, rules, {probe.prompt: said[probe.prompt] for probe in _train(rule)}, whole)
+        here, elsewhere = _mended(rule, rules, {probe.prompt: said[probe.prompt] for probe in _train(rule)}, met)
         rows, misplaced = (_rows(adapted, pairs) for pairs in (here, elsewhere))
         text, first = _shared([whole for _, whole in rows]), rule.property == "must_include"
         wrong = rule.property == "must_not_include"
@@ -64,7 +64,7 @@ def build_lessons(
                     wrong,
                 )
             )
-    wanted = [_pair(prompt, answer, said[prompt]) for prompt, answer in whole.items()] if found else []
+    wanted = [_pair(prompt, answer, said[prompt]) for prompt, answer in met.items()] if found else []
     return Taught(found, [whole for _, whole in _rows(adapted, wanted)])
 
 
