@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from math import inf
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from persona_rlhf.training.batch import Sight
+from persona_rlhf.training.sight import Sight
 
 _NAME = "persona_rlhf_rows"
 
@@ -27,18 +29,29 @@ def _attend(
     sight: Sight | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Lays packed `[users, heads, width, size]` out as rows, attends causally within each, and packs the result."""
+    """Lays packed `[users, heads, width, size]` out as `sight` says, attends, and packs the result."""
     unheard = sorted(name for name, value in others.items() if value is not None and name not in _HEARD)
     if sight is None or attention_mask is not None or unheard:
         raise NotImplementedError(f"attention over packed rows knows nothing of {unheard or 'masks'}")
     users, width = query.shape[0], query.shape[2]
+    lookups = ((sight.queries, query), (sight.keys, key), (sight.keys, value))
+    laid = [(lookup(x.transpose(1, 2).reshape(users * width, -1)), x) for lookup, x in lookups]
 
-    def rows(x: Tensor) -> Tensor:
-        laid = sight.rows(x.transpose(1, 2).reshape(users * width, -1))
-        return laid.view(sight.lines, sight.length, x.shape[1], x.shape[3]).transpose(1, 2)
+    def call(rows: slice, lines: int, seen: Tensor | None) -> Tensor:
+        q, k, v = (flat[rows].view(lines, -1, x.shape[1], x.shape[3]).transpose(1, 2) for flat, x in laid)
+        if seen is None:
+            found: Tensor = sdpa_attention_forward(module, q, k, v, None, dropout, scaling, True)[0]
+        else:  # straight to torch: `transformers` would repeat the keys for every head of a group
+            grouped = k.shape[1] < q.shape[1]
+            found = F.scaled_dot_product_attention(q, k, v, seen, dropout, scale=scaling, enable_gqa=grouped)
+            found = found.transpose(1, 2)
+        return found.reshape(found.shape[0] * found.shape[1], -1)
 
-    seen, _ = sdpa_attention_forward(module, rows(query), rows(key), rows(value), None, dropout, scaling, True)
-    return sight.home(seen.reshape(sight.lines * sight.length, -1)).view(users, width, query.shape[1], -1), None
+    lines, length = sight.prompts
+    split = lines * length
+    results = [call(slice(split), lines, None)] if split else []
+    results.append(call(slice(split, None), sight.rows, sight.seen))
+    return sight.home(torch.cat(results)).view(users, width, query.shape[1], -1), None
 
 
 _HEARD = {

@@ -99,8 +99,8 @@ class _Adapted(torch.autograd.Function):
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         lows = []
-        for down, up, rows, sums in _by_user(shares, a, b, x, y):
-            low = torch.bmm(down, rows.to(down.dtype).transpose(1, 2)).mul_(scale)
+        for down, up, rows, sums in _by_user(shares, a * scale, b, x, y):
+            low = torch.bmm(down, rows.to(down.dtype).transpose(1, 2))
             _add_product(sums, low.transpose(1, 2), up.transpose(1, 2))
             lows.append(low)
         ctx.save_for_backward(x, weight, a, b, *lows)
@@ -113,10 +113,10 @@ class _Adapted(torch.autograd.Function):
         gradient = gradient.contiguous()
         for_x = gradient @ weight if ctx.needs_input_grad[0] else None
         for_a, for_b = [], []
-        runs = _by_user(ctx.shares, a, b, x, gradient, x if for_x is None else for_x)
+        runs = _by_user(ctx.shares, a, b * ctx.scale, x, gradient, x if for_x is None else for_x)
         for (down, up, rows, pull, sums), low in zip(runs, lows, strict=True):
             pull = pull.to(up.dtype)
-            high = torch.bmm(up.transpose(1, 2), pull.transpose(1, 2)).mul_(ctx.scale)
+            high = torch.bmm(up.transpose(1, 2), pull.transpose(1, 2))
             for_a.append(torch.bmm(high, rows.to(down.dtype)))
             for_b.append(torch.bmm(low, pull).transpose(1, 2))
             if for_x is not None:
@@ -130,9 +130,9 @@ def _by_user(shares: Sequence[int] | None, a: Tensor, b: Tensor, *rows: Tensor) 
     if shares is None:
         yield a, b, *(x.view(a.shape[0], -1, x.shape[-1]) for x in rows)
     else:
-        parts = (x.split(list(shares)) for x in rows)
+        parts = (x.split_with_sizes(list(shares)) for x in rows)
         for down, up, *own in zip(a.split(1), b.split(1), *parts, strict=True):
-            yield down, up, *(part[None] for part in own)
+            yield down, up, *(part.unsqueeze(0) for part in own)
 
 
 def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
