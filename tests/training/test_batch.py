@@ -64,15 +64,14 @@ def _told(batch, sight):
     asked, known = sight.queries(marks).flatten().long(), sight.keys(marks).flatten().long()
     ids, positions, owners = batch.ids.flatten(), batch.positions.flatten(), _owners(batch)
     made = []
-    split = sight.prompts[0] * sight.prompts[1]
-    for part, lines, seen in ((slice(split), sight.prompts[0], None), (slice(split, None), sight.rows, sight.seen)):
-        if not len(asked[part]):
-            continue
-        queries, keys = asked[part].view(lines, -1), known[part].view(lines, -1)
+    for lines, count, length, seen in sight.calls:
+        queries, asked = asked[: lines * count].view(lines, count), asked[lines * count :]
+        keys, known = known[: lines * length].view(lines, length), known[lines * length :]
         for line in range(lines):
             for n, query in enumerate(queries[line].tolist()):
                 visible = keys[line, : n + 1] if seen is None else keys[line][seen[line, 0, n]]
                 made.append((query, visible))
+    assert len(asked) == len(known) == 0
     home = {}
     results = sight.home(torch.arange(len(made)).double()[:, None]).flatten().long().tolist()
     for token, result in enumerate(results):

@@ -37,20 +37,21 @@ def _attend(
     lookups = ((sight.queries, query), (sight.keys, key), (sight.keys, value))
     laid = [(lookup(x.transpose(1, 2).reshape(users * width, -1)), x) for lookup, x in lookups]
 
-    def call(rows: slice, lines: int, seen: Tensor | None) -> Tensor:
-        q, k, v = (flat[rows].view(lines, -1, x.shape[1], x.shape[3]).transpose(1, 2) for flat, x in laid)
+    results, asked, known = [], 0, 0
+    for lines, queries, keys, seen in sight.calls:
+        places = ((asked, queries), (known, keys), (known, keys))
+        q, k, v = (
+            flat[at : at + lines * length].view(lines, length, x.shape[1], x.shape[3]).transpose(1, 2)
+            for (flat, x), (at, length) in zip(laid, places, strict=True)
+        )
         if seen is None:
             found: Tensor = sdpa_attention_forward(module, q, k, v, None, dropout, scaling, True)[0]
         else:  # straight to torch: `transformers` would repeat the keys for every head of a group
             grouped = k.shape[1] < q.shape[1]
             found = F.scaled_dot_product_attention(q, k, v, seen, dropout, scale=scaling, enable_gqa=grouped)
             found = found.transpose(1, 2)
-        return found.reshape(found.shape[0] * found.shape[1], -1)
-
-    lines, length = sight.prompts
-    split = lines * length
-    results = [call(slice(split), lines, None)] if split else []
-    results.append(call(slice(split, None), sight.rows, sight.seen))
+        results.append(found.reshape(lines * queries, -1))
+        asked, known = asked + lines * queries, known + lines * keys
     return sight.home(torch.cat(results)).view(users, width, query.shape[1], -1), None
 
 

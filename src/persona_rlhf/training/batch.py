@@ -106,7 +106,7 @@ def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device, even: 
     return Batch(
         torch.tensor(ids if even else [list(chain(*ids))]).to(device),
         torch.tensor(placed if even else [list(chain(*placed))]).to(device),
-        look(parts, widths, device, whole=even),
+        look(parts, widths, device, one_call=even),
         Lookup([0] * start, read, device),
         *_answers(rows, device),
         places,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from persona_rlhf.training.lookup import Lookup
 
-_MASK = 1 << 24  # most entries of a mask: rows with longer ones are seen whole
+_LINES = 8  # rows of a call: those of like length go together, and a call costs little (on a CPU)
+_WORTH = 0.9  # of the scores of whole rows: a second call and a mask cost something too
+_MASK = 1 << 22  # most entries of a call's mask: longer rows are seen whole
 
 
 class Part(NamedTuple):
@@ -28,35 +30,64 @@ class Part(NamedTuple):
     completion: int
     answer: int
 
+    @property
+    def length(self) -> int:
+        """Tokens that the row has as input."""
+        return self.prompt + self.completion
+
+    def runs(self, begin: int, end: int, later: int) -> list[tuple[int, int, int, int]]:
+        """Neighbouring tokens of the row from `begin` to `end`: (first one, its place from `begin` on, how many, which
+        turn). Prompt tokens but the last one have been read `later` times more than by the rows before."""
+        last = self.prompt - 1
+        before = (self.prompt_at + begin, 0, min(end, last) - begin, self.turn + later)
+        middle = (self.prompt_at + last, last - begin, min(end - last, 1), self.turn)
+        after = (self.completion_at, self.prompt - begin, end - self.prompt, 0)
+        return [run for run in (before, middle, after) if run[2] > 0]
+
+
+class Call(NamedTuple):
+    """One call of attention over `lines` of `queries` tokens that ask, and `keys` tokens that they see: what `seen`
+    tells; where that is None, the tokens are the same and each sees those before it."""
+
+    lines: int
+    queries: int
+    keys: int
+    seen: Bool[Tensor, "lines 1 queries keys"] | None
+
 
 class Sight(NamedTuple):
-    """Queries and keys of packed tokens, laid out for one or two causal calls of attention.
-
-    First `prompts`, (lines, length): each once and without its last token; none where length is 0. Then the lines of
-    all `rows`: the tokens that predict a completion ask, and see of their row what `seen` tells; where that is None,
-    every token asks and sees those before it. `home` takes each token's result out of what the calls give, one behind
-    the other. `last` is for a layer of which only those predicting tokens are read: no call for the prompts.
-    """
+    """Packed tokens laid out for some calls, one behind the other: those that ask, and those that are seen. `home`
+    takes each token's result out of what the calls give. `last` is for a layer of which only those tokens are read
+    that predict a completion: no others need to ask."""
 
     queries: Lookup
     keys: Lookup
     home: Lookup
-    prompts: tuple[int, int]
-    rows: int
-    seen: Bool[Tensor, "lines 1 queries keys"] | None
+    calls: list[Call]
     last: Sight | None
 
 
-def look(parts: Sequence[Part], widths: Sequence[int], device: torch.device, whole: bool) -> Sight:
-    """The sight of the parts of users who have `widths` tokens: `whole` rows in one call, or in two where that costs
-    less. Two compute a prompt's own attention once for all its rows, but need a mask."""
-    keys = max(part.prompt + part.completion for part in parts)
-    entries = len(parts) * max(1 + part.completion for part in parts) * keys
-    firsts = [part for part in parts if part.turn == 0]
-    apart = len(firsts) * _causal(max(part.prompt for part in firsts) - 1) + entries
-    if whole or entries > _MASK or apart >= len(parts) * _causal(keys):
-        return _whole(parts, widths, device)
-    return _apart(parts, firsts, widths, device)._replace(last=_apart(parts, [], widths, device))
+def look(parts: Sequence[Part], widths: Sequence[int], device: torch.device, one_call: bool) -> Sight:
+    """The sight of the parts of users who have `widths` tokens.
+
+    In `one_call` every row is seen whole. Else rows of like length go together; and where it costs less, a prompt's own
+    attention is computed once for all its rows, which then ask with their predicting tokens only, under a mask.
+    """
+    if one_call:
+        return _laid([], [list(parts)], [], widths, device)
+    rows = _alike(parts, key=lambda part: part.length)
+    prompts = _alike([part for part in parts if part.turn == 0 and part.prompt > 1], key=lambda part: part.prompt)
+    masked = [len(own) * max(1 + part.completion for part in own) * own[0].length for own in rows]
+    cost = sum(masked) + sum(len(own) * _causal(own[0].prompt - 1) for own in prompts)
+    if max(masked) > _MASK or cost >= _WORTH * sum(len(own) * _causal(own[0].length) for own in rows):
+        return _laid([], rows, [], widths, device)
+    return _laid(prompts, [], rows, widths, device)._replace(last=_laid([], [], rows, widths, device))
+
+
+def _alike(parts: Sequence[Part], key: Callable[[Part], int]) -> list[list[Part]]:
+    """Groups of like size, the largest first."""
+    ordered = sorted(parts, key=key, reverse=True)
+    return [ordered[n : n + _LINES] for n in range(0, len(ordered), _LINES)]
 
 
 def _causal(length: int) -> int:
@@ -64,56 +95,59 @@ def _causal(length: int) -> int:
     return length * (length + 32) // 2
 
 
-def _whole(parts: Sequence[Part], widths: Sequence[int], device: torch.device) -> Sight:
-    length = max(part.prompt + part.completion for part in parts)
-    seen, home = [], []
-    for row, part in enumerate(parts):
-        at = row * length
-        seen += [(part.prompt_at, at, part.prompt, part.turn)]
-        seen += [(part.completion_at, at + part.prompt, part.completion, 0)]
-        home += [(at + part.prompt, part.completion_at, part.completion, 0)]
-        home += [(at, part.prompt_at, part.prompt, 0)] if part.turn == 0 else []
-    rows = Lookup(_own_tokens(parts, widths, length), seen, device)
-    back = Lookup(_own_results(parts, widths, 0, length), home, device)
-    return Sight(rows, rows, back, (0, 0), len(parts), None, None)
-
-
-def _apart(parts: Sequence[Part], firsts: Sequence[Part], widths: Sequence[int], device: torch.device) -> Sight:
-    """`firsts`: the parts whose prompts are attended to by themselves."""
-    length = max((part.prompt for part in firsts), default=1) - 1
-    asked = max(1 + part.completion for part in parts)
-    seen = max(part.prompt + part.completion for part in parts)
-    start = len(firsts) * length
-    prompts = [(part.prompt_at, line * length, part.prompt - 1, 0) for line, part in enumerate(firsts)]
-    queries, keys, home = [*prompts], [*prompts], [(place, source, count, 0) for source, place, count, _ in prompts]
-    for row, part in enumerate(parts):
-        at, to, last = start + row * asked, start + row * seen, part.prompt - 1
-        queries += [(part.prompt_at + last, at, 1, part.turn), (part.completion_at, at + 1, part.completion, 0)]
-        keys += [(part.prompt_at, to, last, part.turn + bool(firsts)), (part.prompt_at + last, to + last, 1, part.turn)]
-        keys += [(part.completion_at, to + part.prompt, part.completion, 0)]
-        home += [(at, part.prompt_at + last, 1, 0)] if part.turn == 0 else []
-        home += [(at + 1, part.completion_at, part.completion, 0)]
-    before = torch.tensor([part.prompt for part in parts])[:, None, None] + torch.arange(asked)[:, None]
-    return Sight(
-        Lookup([*_own_tokens(firsts, widths, length), *_own_tokens(parts, widths, asked)], queries, device),
-        Lookup([*_own_tokens(firsts, widths, length), *_own_tokens(parts, widths, seen)], keys, device),
-        Lookup(_own_results(parts, widths, start, asked), home, device),
-        (len(firsts), length),
-        len(parts),
-        (torch.arange(seen) < before)[:, None].to(device),
-        None,
+def _laid(
+    prompts: Sequence[Sequence[Part]],
+    whole: Sequence[Sequence[Part]],
+    read: Sequence[Sequence[Part]],
+    widths: Sequence[int],
+    device: torch.device,
+) -> Sight:
+    """Calls over prompts without their last token, over whole rows, and over rows whose predicting tokens ask."""
+    calls, queries, keys, home = list[Call](), _Layout(widths), _Layout(widths), []
+    ranges = (
+        (prompts, lambda part: (0, part.prompt - 1), 0),
+        (whole, lambda part: (0, part.length), 0),
+        (read, lambda part: (part.prompt - 1, part.length), 1 if prompts else 0),
     )
+    results: dict[int, int] = {}
+    for groups, of, later in ranges:
+        for parts in groups:
+            spans = [of(part) for part in parts]
+            asked, seen = max(end - begin for begin, end in spans), max(end for _, end in spans)
+            for part, (begin, end) in zip(parts, spans, strict=True):
+                runs = part.runs(begin, end, later)
+                at = queries.line(part.user, asked, runs)
+                keys.line(part.user, seen, part.runs(0, end, later))
+                home += [
+                    (at + n, token, count, 0)
+                    for token, n, count, _ in runs
+                    if part.turn == 0 or n + begin >= part.prompt
+                ]
+                results.setdefault(part.user, at)
+            mask = None
+            if groups is read:
+                begins = torch.tensor([begin for begin, _ in spans])[:, None, None, None]
+                mask = (torch.arange(seen) <= begins + torch.arange(asked)[:, None]).to(device)
+            calls.append(Call(len(parts), asked, seen, mask))
+    # What no result is meant for takes one of its user's.
+    fill = [at for user, width in enumerate(widths) for at in [results[user]] * width]
+    return Sight(queries.lookup(device), keys.lookup(device), Lookup(fill, home, device), calls, None)
 
 
-def _own_tokens(parts: Sequence[Part], widths: Sequence[int], length: int) -> list[int]:
-    """Padding of each part's line: its user's first token. A neighbour's might not be a number."""
-    starts = [0, *accumulate(widths)]
-    return [at for part in parts for at in [starts[part.user]] * length]
+class _Layout:
+    """Tokens in lines. Padding is a copy of its user's first token: a neighbour's might not be a number."""
 
+    def __init__(self, widths: Sequence[int]) -> None:
+        self._starts = [0, *accumulate(widths)]
+        self._fill: list[int] = []
+        self._runs: list[tuple[int, int, int, int]] = []
 
-def _own_results(parts: Sequence[Part], widths: Sequence[int], start: int, length: int) -> list[int]:
-    """What a token takes that no result is meant for: one of its user."""
-    first: dict[int, int] = {}
-    for row, part in enumerate(parts):
-        first.setdefault(part.user, start + row * length)
-    return [at for user, width in enumerate(widths) for at in [first[user]] * width]
+    def line(self, user: int, length: int, runs: Sequence[tuple[int, int, int, int]]) -> int:
+        """Adds a line with the runs of a part (see `Part.runs`); returns the place where it begins."""
+        at = len(self._fill)
+        self._fill += [self._starts[user]] * length
+        self._runs += [(token, at + n, count, turn) for token, n, count, turn in runs]
+        return at
+
+    def lookup(self, device: torch.device) -> Lookup:
+        return Lookup(self._fill, self._runs, device)
