@@ -37,6 +37,7 @@ from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.base import Base, load_base
 from persona_rlhf.training.engine import Engine, StepReport
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.ground import rows_ahead
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.scheduler import UserSchedule
 from persona_rlhf.training.settings import BaseSettings, ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
@@ -62,7 +63,7 @@ def train(base: Base, users: Sequence[UserRows], lora: LoraSettings, dpo: DpoSet
     base_scores = score_pairs_of_base(adapted, [user.heldout for user in users])
     started = time.process_time()
     reference = Reference(adapted)
-    reference.add(both_rows(pair for user in users for pair in user.train))
+    reference.add(rows_ahead(adapted, users, None))
     fleet, constraint = FleetSettings(slots=len(users)), ConstraintSettings(enabled=False)
     engine = Engine(adapted, users, reference, None, dpo, constraint, fleet, 0)
     course = Course([], [])

@@ -12,7 +12,7 @@ from rich.console import Console
 from persona_rlhf.config import Config, read_config
 from persona_rlhf.materials import Materials, read_materials
 from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.tokens import UserRows, both_rows
+from persona_rlhf.preferences.tokens import UserRows
 from persona_rlhf.preparation import Chunk, Prepared, chunks_of, prepare, prepare_users
 from persona_rlhf.progress import Progress
 from persona_rlhf.release import audit
@@ -33,6 +33,7 @@ from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.bank_file import bank_from_json, bank_to_json, kept_bank
 from persona_rlhf.training.engine import Engine, Start, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.ground import rows_ahead
 from persona_rlhf.training.provider import provider_start
 from persona_rlhf.training.reference import Reference, shared_reference
 
@@ -161,10 +162,9 @@ def with_reference(
     file: Path | None = None,
     known: Reference | None = None,
 ) -> Reference:
-    """The base's log-probabilities of everything that training compares with, once for all users."""
+    """The base's log-probabilities of what training compares with, once for all users (see `rows_ahead`)."""
     reference = Reference(adapted, file, known)
-    rows = both_rows(pair for user in users for pair in (*user.train, *user.deciding))
-    reference.add(rows + (bank.rows() if bank else []))
+    reference.add(rows_ahead(adapted, users, bank))
     return reference
 
 

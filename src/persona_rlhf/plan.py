@@ -206,6 +206,7 @@ def _probe_steps(
     asked = [user for cohort in probed for user in cohort]
     clock = perf_counter()
     reference = with_reference(adapted, asked, thin)
+    reference.add(both_rows(pair for user in asked for pair in user.train))
     each = (perf_counter() - clock) / max(1, _reference_tokens(asked, thin))
     sizes, seconds = list[int](), list[float]()
     for cohort in probed:

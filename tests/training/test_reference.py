@@ -21,9 +21,9 @@ def adapted(monkeypatch):
     score = model.score
     model.scored = []
 
-    def spy(rows):
+    def spy(rows, states=()):
         model.scored.extend(row for own in rows for row in own)
-        return score(rows)
+        return score(rows, states)
 
     monkeypatch.setattr(model, "score", spy)
     return model

@@ -21,6 +21,7 @@ from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.ground import rows_ahead
 from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.scheduler import UserSchedule
@@ -174,7 +175,7 @@ def _ours(
     adapted = AdaptedModel(work.base, lora or work.lora)
     adapted.packs = adapted.packs and packs
     reference = Reference(adapted)
-    reference.add(_pair_rows(users) + (bank.rows() if bank else []))
+    reference.add(rows_ahead(adapted, users, bank))
     fleet, constraint = FleetSettings(slots=len(users)), ConstraintSettings(enabled=bank is not None)
     engine = Engine(adapted, users, reference, bank, work.dpo, constraint, fleet, SEED)
     trained: list[TrainedUser] = list(engine.run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -11,26 +12,18 @@ from torch import Tensor
 
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.lookup import Lookup
+from persona_rlhf.training.sight import Part, Sight, look
 
 EMPTY = Row((), ())
 """A row that fills a place: no completion, so it has no loss and no gradient."""
 
 
-class Sight(NamedTuple):
-    """What attention sees of packed tokens: `rows` lays them out as `lines` rows of `length`, `home` takes each token's
-    result from the first row that it stands in."""
-
-    rows: Lookup
-    home: Lookup
-    lines: int
-    length: int
-
-
 class Place(NamedTuple):
-    """Where a row stands among the tokens of a batch, all lines in a row: first token of its prompt and of its
-    completion. `is_first`: no earlier row shares this prompt's tokens."""
+    """Where a row, the `number`-th, stands among the tokens of a batch, all lines in a row: first token of its prompt
+    and of its completion. `is_first`: no earlier row shares this prompt's tokens."""
 
     row: Row
+    number: int
     prompt: int
     completion: int
     is_first: bool
@@ -41,7 +34,8 @@ class Batch(NamedTuple):
 
     There is no attention mask: under causal attention a token never sees what lies to its right. `place` is where each
     completion token stands in the `[rows, longest completion]` grid. A completion's last token is no input: nothing is
-    predicted from it. `positions` and `sight` are None where a line of `ids` is one row.
+    predicted from it. `positions` and `sight` are None where a line of `ids` is one row. `shares`: how many tokens each
+    user has in the one line of all; None where users have equally many lines.
     """
 
     ids: Int[Tensor, "lines width"]
@@ -53,6 +47,14 @@ class Batch(NamedTuple):
     rows: int
     longest: int
     places: list[Place]
+    shares: list[int] | None
+
+    def read(self, users: int) -> list[int]:
+        """How many completion tokens each of the users has."""
+        each, counts = self.rows // users, [0] * users
+        for row, number, *_ in self.places:
+            counts[number // each] += len(row.completion)
+        return counts
 
     def spread(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "rows longest"]:
         """Values of the completion tokens as one row each, zero where a completion is shorter."""
@@ -70,64 +72,49 @@ def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Batch:
         ids.append(line + [pad] * (width - len(line)))
         runs.append((number * width + len(row.prompt) - 1, start, len(row.completion), 0))
         if row.completion:
-            places.append(Place(row, number * width, number * width + len(row.prompt), True))
+            places.append(Place(row, number, number * width, number * width + len(row.prompt), True))
         start += len(row.completion)
     source = Lookup([0] * start, runs, device)
-    return Batch(torch.tensor(ids).to(device), None, None, source, *_answers(rows, device), places)
+    return Batch(torch.tensor(ids).to(device), None, None, source, *_answers(rows, device), places, None)
 
 
-class _Part(NamedTuple):
-    """A row in its user's line, in tokens. `turn` counts the earlier rows with the same prompt; the completion is
-    without its last token. A stand-in has no answer: it fills the line of a user who has no row."""
-
-    user: int
-    prompt_at: int
-    prompt: int
-    turn: int
-    completion_at: int
-    completion: int
-    answer: int
-
-
-def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device) -> Batch:
+def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device, even: bool = True) -> Batch:
     """One line a user: his rows behind one another, each prompt once. `rows` are user-major, equally many a user.
 
     All but attention looks at tokens one by one and need not know whose row a token is in. So nothing is spent on
-    padding but what evens the lines out, nor twice on a prompt that several rows share (Wang & Hegde 2024,
-    "Accelerating direct preference optimization with prefix sharing"; here attention reads whole rows, without a mask).
+    padding but what makes lines `even` (else they are one), nor twice on a prompt that rows share (Wang & Hegde 2024,
+    "Accelerating direct preference optimization with prefix sharing"; see `sight.look`).
     """
     lines, positions, parts = _lines(rows, users, pad)
     width = max(map(len, lines))
-    length = max(part.prompt + part.completion for part in parts)
-    seen, home, read, places, start = [], [], [], [], 0
-    answered = (row for row in rows if row.completion)
-    rows_fill, home_fill = [0] * (len(parts) * length), [0] * (users * width)
-    for number, part in enumerate(parts):
-        line, row = part.user * width, number * length
-        prompt, completion = line + part.prompt_at, line + part.completion_at
-        seen += [(prompt, row, part.prompt, part.turn), (completion, row + part.prompt, part.completion, 0)]
-        home.append((row + part.prompt, completion, part.completion, 0))
-        # Padding is a copy of the user's own first token: a neighbour's might not be a number.
-        rows_fill[row : row + length] = [line] * length
-        if part.turn == 0:
-            home.append((row, prompt, part.prompt, 0))
-            if part.prompt_at == 0:
-                home_fill[line : line + width] = [row] * width
+    widths = [width] * users if even else [len(line) for line in lines]
+    starts = [0, *accumulate(widths)]
+    parts = [
+        part._replace(prompt_at=start + part.prompt_at, completion_at=start + part.completion_at)
+        for part in parts
+        for start in [starts[part.user]]
+    ]
+    read, places, start = [], [], 0
+    for part in parts:
         if part.answer:
-            read += [(prompt + part.prompt - 1, start, 1, part.turn), (completion, start + 1, part.completion, 0)]
-            places.append(Place(next(answered), prompt, completion, part.turn == 0))
+            read += [(part.prompt_at + part.prompt - 1, start, 1, part.turn)]
+            read += [(part.completion_at, start + 1, part.completion, 0)]
+            places.append(Place(rows[part.number], part.number, part.prompt_at, part.completion_at, part.turn == 0))
             start += part.answer
+    ids = [line + [pad] * (width - len(line)) for line, width in zip(lines, widths, strict=True)]
+    placed = [own + [0] * (width - len(own)) for own, width in zip(positions, widths, strict=True)]
     return Batch(
-        torch.tensor([line + [pad] * (width - len(line)) for line in lines]).to(device),
-        torch.tensor([own + [0] * (width - len(own)) for own in positions]).to(device),
-        Sight(Lookup(rows_fill, seen, device), Lookup(home_fill, home, device), len(parts), length),
+        torch.tensor(ids if even else [list(chain(*ids))]).to(device),
+        torch.tensor(placed if even else [list(chain(*placed))]).to(device),
+        look(parts, widths, device, one_call=even),
         Lookup([0] * start, read, device),
         *_answers(rows, device),
         places,
+        None if even else widths,
     )
 
 
-def _lines(rows: Sequence[Row], users: int, pad: int) -> tuple[list[list[int]], list[list[int]], list[_Part]]:
+def _lines(rows: Sequence[Row], users: int, pad: int) -> tuple[list[list[int]], list[list[int]], list[Part]]:
     """Each user's tokens and their positions in their rows, and where in them each row lies."""
     lines: list[list[int]] = [[] for _ in range(users)]
     positions: list[list[int]] = [[] for _ in range(users)]
@@ -135,7 +122,8 @@ def _lines(rows: Sequence[Row], users: int, pad: int) -> tuple[list[list[int]], 
     each = len(rows) // users
     for user, (line, counted) in enumerate(zip(lines, positions, strict=True)):
         prompts: dict[tuple[int, ...], tuple[int, int]] = {}
-        for prompt, completion in rows[user * each : (user + 1) * each]:
+        for number in range(user * each, (user + 1) * each):
+            prompt, completion = rows[number]
             if not completion:
                 continue
             assert prompt, "a completion needs a prompt token to be predicted from"
@@ -145,11 +133,11 @@ def _lines(rows: Sequence[Row], users: int, pad: int) -> tuple[list[list[int]], 
                 line += prompt
                 counted += range(len(prompt))
             fed = len(completion) - 1
-            parts.append(_Part(user, at, len(prompt), turn, len(line), fed, len(completion)))
+            parts.append(Part(number, user, at, len(prompt), turn, len(line), fed, len(completion)))
             line += completion[:fed]
             counted += range(len(prompt), len(prompt) + fed)
         if not line:
-            parts.append(_Part(user, 0, 1, 0, 1, 0, 0))
+            parts.append(Part(user * each, user, 0, 1, 0, 1, 0, 0))
             line.append(pad)
             counted.append(0)
     return lines, positions, parts

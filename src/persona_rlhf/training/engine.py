@@ -72,7 +72,7 @@ class StepReport(NamedTuple):
 class Engine:
     """Trains users through the slots; `state` is the folder of checkpoints, without which nothing is kept on disk.
 
-    The reference must know every row of `users` and `bank`. With a `start`, every user begins there. `count` is the
+    The reference must know the rows of `rows_ahead`. With a `start`, every user begins there. `count` is the
     number of slots of the whole run: a resumed one keeps it, whatever the machine would allow now.
     """
 
@@ -107,7 +107,7 @@ class Engine:
         names = len(bank.names) if bank else 0
         device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
         self.slots = Slots(self.count, adapted.params_per_user, names, dpo, constraint, device, dtype)
-        self.ground = Ground(adapted, bank, self.count, fleet.trunk_cache * 2**20)
+        self.ground = Ground(adapted, reference, bank, self.count, fleet.trunk_cache * 2**20)
         self.finished: list[str] = [] if kept is None else self._resume(*kept)
 
     def run(
@@ -268,6 +268,7 @@ class Engine:
 
     def _save(self) -> None:
         if self.state is not None:
+            self.reference.save()  # first: a resumed run has no value of its own for what its steps were taken with
             notes = self.slots.notes() | {"waiting": self.queue, "slots": self.count, "together": self.together}
             checkpoint.save(self.state / "slots.safetensors", self.slots.tensors(), notes)
 

@@ -18,6 +18,7 @@ from persona_rlhf.training.generation import Generated, write_answers
 from persona_rlhf.training.head import split
 from persona_rlhf.training.lora import FleetLinear, LayerSpan, attach, detach, matrices
 from persona_rlhf.training.losses import token_logps
+from persona_rlhf.training.narrowing import Narrowing, narrowing
 from persona_rlhf.training.passes import Places, in_passes
 from persona_rlhf.training.settings import LoraSettings
 from persona_rlhf.training.targets import targets
@@ -45,15 +46,24 @@ class AdaptedModel:
         self.scale = lora.alpha / lora.rank
         names, first, self.notice = targets(base.model, lora)
         self.spans = attach(base.model, names, lora.rank, self.scale)
+        self._layers = [self.layer(span) for span in self.spans.values()]
         self.params_per_user = max(span.stop for span in self.spans.values())
         self.tokens_per_pass = 4_096 if base.device.type == "cpu" else 131_072  # a CPU wants what its cache holds
         self.tokens_per_cache = 65_536 if base.device.type == "cpu" else 131_072  # a token's keys and values are small
+        self._even = base.device.type != "cpu"  # a GPU would rather compute some padding than one user after the other
         self._halves = split(base.model)
+        self._narrowing: Narrowing | None = None
         self._trunk = Trunk(base.model, first) if first else None
         self._window = window(base.model.config.get_text_config())
         self.packs = self._can_pack()
         if not self._can_start_above():
             self._trunk = None
+        self._narrowing = self._narrowed()
+
+    @property
+    def starts_above(self) -> bool:
+        """Whether frozen layers lie below the first adapted one, whose states `below` gives."""
+        return self._trunk is not None
 
     def close(self) -> None:
         """Gives the base back as it was."""
@@ -73,24 +83,22 @@ class AdaptedModel:
 
         Where `flat` requires a gradient, a backward pass inside gives it one. After it, all is as it was before.
         """
-        layers = [self.layer(span) for span in self.spans.values()]
-        outer = [(layer.a, layer.b) for layer in layers]
-        inner: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(layers)
+        outer = [(layer.a, layer.b) for layer in self._layers]
+        inner: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(outer)
         if flat is not None:
             stacks = matrices(flat, list(self.spans.values()))
             inner = [(a, b if alphas is None else b * alphas.to(b)[:, None, None]) for a, b in stacks]
         try:
-            for layer, (a, b) in zip(layers, inner, strict=True):
+            for layer, (a, b) in zip(self._layers, inner, strict=True):
                 layer.a, layer.b = a, b
             yield
         finally:
-            for layer, (a, b) in zip(layers, outer, strict=True):
+            for layer, (a, b) in zip(self._layers, outer, strict=True):
                 layer.a, layer.b = a, b
 
     def keep(self, users: Sequence[int]) -> None:
         """Within `using`: of the adapters that are on, those at these places stay, in this order."""
-        for span in self.spans.values():
-            layer = self.layer(span)
+        for layer in self._layers:
             assert layer.a is not None and layer.b is not None  # noqa: PT018
             chosen = torch.tensor(users, device=layer.a.device)
             layer.a, layer.b = layer.a[chosen], layer.b[chosen]
@@ -109,14 +117,24 @@ class AdaptedModel:
         if self._halves is None:
             whole: Tensor = self._run(self.base.model, batch).logits
             return batch.source(whole.flatten(0, 1))
-        hidden: Tensor = self._run(self._halves.decoder, batch).last_hidden_state
-        return self._halves.head(batch.source(hidden.flatten(0, 1)))
+        if self._narrowing is None or not batch.places:
+            hidden: Tensor = self._run(self._halves.decoder, batch).last_hidden_state
+            return self._halves.head(batch.source(hidden.flatten(0, 1)))
+        first = self._layers[0].a
+        with self._narrowing.to(batch.source, batch.read(1 if first is None else len(first))):
+            return self._halves.head(self._run(self._halves.decoder, batch).last_hidden_state[0])
 
     def _run(self, module: nn.Module, batch: Batch) -> Any:
-        if batch.sight is None:
-            return module(input_ids=batch.ids, use_cache=False)
-        with packed(self.base.model.config.get_text_config()):
-            return module(input_ids=batch.ids, use_cache=False, position_ids=batch.positions, sight=batch.sight)
+        try:
+            for layer in self._layers:
+                layer.shares = batch.shares
+            if batch.sight is None:
+                return module(input_ids=batch.ids, use_cache=False)
+            with packed(self.base.model.config.get_text_config()):
+                return module(input_ids=batch.ids, use_cache=False, position_ids=batch.positions, sight=batch.sight)
+        finally:
+            for layer in self._layers:
+                layer.shares = None
 
     @torch.no_grad()
     def below(self, rows: Sequence[Row]) -> States:
@@ -147,7 +165,7 @@ class AdaptedModel:
         """Lays user-major rows out: packed, where the base's attention can be told about rows as long as these."""
         pad, device = self.base.pad_id, self.base.device
         fits = max((row.length for row in rows), default=0) <= self._window
-        return pack(rows, users, pad, device) if self.packs and fits else collate(rows, pad, device)
+        return pack(rows, users, pad, device, self._even) if self.packs and fits else collate(rows, pad, device)
 
     def _can_pack(self) -> bool:
         """Whether packed rows give the logits of rows one by one: windows are asked about, all else is tried out."""
@@ -161,13 +179,32 @@ class AdaptedModel:
             return False
         return self._same_logits(lambda rows: self.logits(self.batch(rows, 1), [self.below(rows)]))
 
+    def _narrowed(self) -> Narrowing | None:
+        """A last layer that computes no more than is read; None where it would not give the logits of the whole one."""
+        rows, pad, device = self._trial_rows(), self.base.pad_id, self.base.device
+        if self._halves is None or device.type != "cpu":
+            return None
+        found = narrowing(self.base.model, lambda: self._picked(collate(rows, pad, device)))
+
+        def tried(batch: Batch) -> Tensor:
+            self._narrowing = found
+            try:
+                return self.logits(batch)
+            finally:
+                self._narrowing = None
+
+        layouts = (lambda rows: self.batch(rows, 1), lambda rows: collate(rows, pad, device))
+        exact = all(self._same_logits(lambda rows, lay=layout: tried(lay(rows))) for layout in layouts)  # type: ignore[misc]
+        return found if exact else None
+
     def _trial_rows(self) -> list[Row]:
-        """Made-up rows that a shortcut is tried on: a shared prompt, unequal lengths."""
+        """Made-up rows that a shortcut is tried on: a shared prompt, unequal lengths; however they are laid out, the
+        tokens that are read are no multiple of a line."""
         ids = [n % self.base.model.config.get_text_config().vocab_size for n in range(3, 23)]
         return [
             Row(tuple(ids[:7]), tuple(ids[7:12])),
             Row(tuple(ids[:7]), tuple(ids[9:])),
-            Row(tuple(ids[4:6]), (ids[1],)),
+            Row(tuple(ids[4:6]), tuple(ids[1:3])),
         ]
 
     def _same_logits(self, shortcut: Callable[[list[Row]], Tensor]) -> bool:

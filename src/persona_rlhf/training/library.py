@@ -10,12 +10,13 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.tokens import UserRows, both_rows, halved
+from persona_rlhf.preferences.tokens import UserRows, halved
 from persona_rlhf.training import anchors
 from persona_rlhf.training.bank import ConstraintBank
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.ground import rows_ahead
 from persona_rlhf.training.provider import provider_start
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
@@ -42,9 +43,7 @@ def fleet_train(
         reference = Reference(adapted)
         if dpo is not None and dpo.early_stop is not None:
             rows = [halved(user) for user in rows]
-        compared = (pair for user in rows for pair in (*user.train, *user.deciding))
-        pairs = both_rows(compared)
-        reference.add(pairs + (bank.rows() if bank else []))
+        reference.add(rows_ahead(adapted, rows, bank))
         engine = Engine(
             adapted,
             rows,

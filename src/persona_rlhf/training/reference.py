@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.checkpoint import writing
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.trunk import States
 
 
 @runtime_checkable
@@ -27,8 +28,8 @@ class Reference:
     """`log pi_ref(completion | prompt)` in nats, summed over tokens, of every row it was asked for.
 
     A row is known by the hash of its token ids, so users who judged the same answers share one value, and `file`
-    keeps the values for a resumed run (written whole or not at all). What `known` has is taken from there when it is
-    asked for, and kept too. Values hold for one base and device only.
+    keeps the values for a resumed run (written whole or not at all, by `save`). What `known` has is taken from there
+    when it is asked for, and kept too. Values hold for one base and device only.
     """
 
     def __init__(self, adapted: AdaptedModel, file: Path | None = None, known: Reference | None = None) -> None:
@@ -36,31 +37,43 @@ class Reference:
         self._values: dict[bytes, float] = {}
         self._known = known._values if known else {}
         self._identity = identity_of_values(adapted)
+        self._unsaved = False
         if file is not None and file.exists():
             self._values |= self._read(file)
 
     def __getitem__(self, row: Row) -> float:
         return self._values[key_of(row)]
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Computes what is not known yet, each distinct row once, in length-sorted passes with the adapters off."""
+    def add(self, rows: Iterable[Row], states: States | None = None) -> None:
+        """Computes what is not known yet, each distinct row once, in length-sorted passes with the adapters off.
+
+        With `states` (see `AdaptedModel.below`; {} where there are none) it starts from them, and saves nothing yet.
+        """
         wanted = {key: row for row in rows if (key := key_of(row)) not in self._values}
         missing = {key: row for key, row in wanted.items() if key not in self._known}
         found = {key: self._known[key] for key in wanted if key not in missing}
         if missing:
             with self._adapted.using(None):
-                [scores] = self._adapted.score([list(missing.values())])
+                [scores] = self._adapted.score([list(missing.values())], [states] if states else ())
             found.update(zip(missing, (score.logp for score in scores), strict=True))
         self._take(found)
+        if states is None:
+            self.save()
 
     def learn(self, other: Reference) -> None:
         """Takes over all that another one has."""
         self._take({key: value for key, value in other._values.items() if key not in self._values})
+        self.save()
 
     def _take(self, found: dict[bytes, float]) -> None:
         self._values |= found
-        if found and self._file is not None:
+        self._unsaved = self._unsaved or bool(found)
+
+    def save(self) -> None:
+        """Writes the file, where there is one and it does not have all values yet."""
+        if self._unsaved and self._file is not None:
             self._write(self._file)
+        self._unsaved = False
 
     def _read(self, file: Path) -> dict[bytes, float]:
         """What `_write` wrote for this base; nothing of a damaged file, whose values are computed again."""

@@ -64,7 +64,7 @@ class Trunk:
         def begin(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+            return with_states(args, kwargs, states)
 
         with self._only(self._upper) as layers:
             hook = layers[0].register_forward_pre_hook(begin, with_kwargs=True)
@@ -89,11 +89,18 @@ class Trunk:
         return found[0]
 
 
+def with_states(
+    args: tuple[Any, ...], kwargs: dict[str, Any], states: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of a decoder layer, or a part of one, with other hidden states."""
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+
 def cut(batch: Batch, hidden: Float[Tensor, "lines width hidden"]) -> dict[Row, Float[Tensor, "_tokens hidden"]]:
     """The states of every row of a batch; they own their memory."""
     tokens = hidden.flatten(0, 1)
     found = {}
-    for row, prompt, completion, _ in batch.places:
+    for row, _, prompt, completion, _ in batch.places:
         fed = len(row.completion) - 1
         found[row] = torch.cat([tokens[prompt : prompt + len(row.prompt)], tokens[completion : completion + fed]])
     return found
@@ -102,14 +109,14 @@ def cut(batch: Batch, hidden: Float[Tensor, "lines width hidden"]) -> dict[Row, 
 def lay(batch: Batch, states: Sequence[States]) -> Float[Tensor, "lines width hidden"]:
     """The states of a batch's rows at their tokens, zero in the padding; `states` has one entry a user."""
     lines, width = batch.ids.shape
-    each = lines * width // len(states)
+    each = batch.rows // len(states)
     first = batch.places[0]
-    some = states[first.prompt // each][first.row]
+    some = states[first.number // each][first.row]
     nothing = some.new_zeros(lines * width, some.shape[1])
     pieces: list[Tensor] = []
     at = 0
-    for row, prompt, completion, is_first in batch.places:
-        own = states[prompt // each][row]
+    for row, number, prompt, completion, is_first in batch.places:
+        own = states[number // each][row]
         for place, part in ((prompt, own[: len(row.prompt)]), (completion, own[len(row.prompt) :])):
             if place == prompt and not is_first:
                 continue
