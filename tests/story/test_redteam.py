@@ -22,7 +22,7 @@ def test_released_adapters_are_attacked_and_the_run_still_verifies(copied):
     assert changed == {"redteam.json", "manifest.json", "report.html"}
     page = (copied / "run/report.html").read_text(encoding="utf-8")
     assert "Under attack" in page
-    assert "<td class=\"l\">roleplay</td>" in page
+    assert '<td class="l">roleplay</td>' in page
     found = json.loads(done.stdout)
     assert found == json.loads((copied / "run/redteam.json").read_text())
     released = {line["user_id"]: line for line in results(copied / "run") if line["path"]}

@@ -66,6 +66,27 @@ def test_users_together_are_as_each_alone_and_gradients_reach_their_adapters(bas
     adapted.close()
 
 
+def test_logps_and_gradients_are_those_of_the_same_weights_unpacked(base):
+    plain = load_base(BaseSettings(model="data/base"))
+    with torch.no_grad():
+        for name, module in base.model.named_modules():
+            if quantized.is_quantized(module):
+                plain.model.get_submodule(name).weight.copy_(quantized.dense(module))
+    found = []
+    for own in (base, plain):
+        adapted = AdaptedModel(own, LoraSettings(rank=2, alpha=4))
+        size = max(span.stop for span in adapted.spans.values())
+        flat = (torch.randn(2, size, generator=torch.Generator().manual_seed(1)) * 0.02).requires_grad_()
+        with adapted.using(flat):
+            logps = adapted.row_logps(adapted.batch([*ROWS[:2], *ROWS[2:]], 2)).sum(1)
+        logps.sum().backward()
+        found.append((logps.detach(), flat.grad))
+        adapted.close()
+    (logps, gradient), (expected, wanted) = found
+    assert torch.allclose(logps, expected, atol=1e-4)
+    assert float((gradient - wanted).norm() / wanted.norm()) < 1e-5
+
+
 def test_the_plan_counts_packed_weights(exact):
     exactly = BaseSettings(model="data/base", dtype="bfloat16")
     whole, packed = (shape_of(own, LoraSettings()) for own in (exactly, SETTINGS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from persona_rlhf.training.quantized import dense, is_quantized
 
 
 class LayerSpan(NamedTuple):
@@ -80,10 +82,15 @@ class FleetLinear(nn.Module):
         if self.a is None or self.b is None:
             frozen: Tensor = self.frozen(x)
             return frozen
-        weight: Tensor = self.weight.T if self.transposed else self.weight
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = _Adapted.apply(rows, weight, self.frozen.bias, self.a, self.b, self.scale, self.shares)  # type: ignore[no-untyped-call]
+        y: Tensor = _Adapted.apply(rows, self._dense, self.frozen.bias, self.a, self.b, self.scale, self.shares)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], -1)
+
+    def _dense(self) -> Float[Tensor, "outputs inputs"]:
+        """The frozen weight as it is computed with; one that is stored in fewer bits is made anew each time."""
+        if is_quantized(self.frozen):
+            return dense(self.frozen)
+        return self.weight.T if self.transposed else self.weight
 
 
 class _Adapted(torch.autograd.Function):
@@ -97,28 +104,28 @@ class _Adapted(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Callable[[], Tensor],
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
         scale: float,
         shares: Sequence[int] | None,
     ) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight(), bias)
         lows = []
         for down, up, rows, sums in _by_user(shares, a * scale, b, x, y):
             low = torch.bmm(down, rows.to(down.dtype).transpose(1, 2))
             _add_product(sums, low.transpose(1, 2), up.transpose(1, 2))
             lows.append(low)
-        ctx.save_for_backward(x, weight, a, b, *lows)
-        ctx.scale, ctx.shares = scale, shares
+        ctx.save_for_backward(x, a, b, *lows)
+        ctx.weight, ctx.scale, ctx.shares = weight, scale, shares
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, *lows = ctx.saved_tensors
+        x, a, b, *lows = ctx.saved_tensors
         gradient = gradient.contiguous()
-        for_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        for_x = gradient @ ctx.weight() if ctx.needs_input_grad[0] else None
         for_a, for_b = [], []
         runs = _by_user(ctx.shares, a, b * ctx.scale, x, gradient, x if for_x is None else for_x)
         for (down, up, rows, pull, sums), low in zip(runs, lows, strict=True):

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import hashlib
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from persona_rlhf.inputs.problems import InputError, Problem
@@ -47,6 +49,15 @@ def _error(device: torch.device) -> float:
 def is_quantized(module: nn.Module) -> bool:
     """Whether a linear layer's weights are stored so."""
     return isinstance(module, nn.Linear) and type(module).__name__ == "Linear4bit"
+
+
+def dense(layer: nn.Module) -> Float[Tensor, "outputs inputs"]:
+    """The weight of such a layer as it computes with it."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    stored: Any = layer.weight  # bitsandbytes' own kind of parameter, which knows how to be read
+    weight: Tensor = dequantize_4bit(stored, stored.quant_state)
+    return weight
 
 
 def one_kernel(model: nn.Module) -> None:
