@@ -1,3 +1,5 @@
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +23,7 @@ FLEETS = (
 
 
 def _both(users, rows):
-    return [collate(rows, 0, CPU), pack(rows, users, 0, CPU)]
+    return [collate(rows, 0, CPU), pack(rows, users, 0, CPU), pack(rows, users, 0, CPU, even=False)]
 
 
 @given(FLEETS)
@@ -36,52 +38,73 @@ def test_every_completion_token_is_predicted_once_from_the_token_before_it(made)
         assert [divmod(place, batch.longest) for place in batch.place.tolist()] == grid
 
 
-@given(FLEETS)
-def test_attention_sees_each_row_whole_and_in_order(made):
-    """Laid out as rows, the packed tokens and their positions are those of the rows alone, whoever shares them."""
+@given(FLEETS, st.booleans())
+def test_attention_sees_each_row_whole_and_in_order(made, even):
+    """Every token that asks sees the tokens of its row up to itself, at their positions, and nobody else's."""
     users, rows = made
-    batch = pack(rows, users, 0, CPU)
+    batch = pack(rows, users, 0, CPU, even)
     assert batch.sight is not None
     assert batch.positions is not None
-    assert batch.ids.shape[0] == users
-    sight = batch.sight
-
-    def laid(x):
-        return sight.rows(x.flatten()[:, None].float()).view(sight.lines, sight.length).long().tolist()
-
-    real = [(n // (len(rows) // users), row) for n, row in enumerate(rows) if row.completion]
-    tokens, positions, owners = laid(batch.ids), laid(batch.positions), laid(_owner(batch))
-    seen = 0
-    for user in range(users):
-        own = [row for owner, row in real if owner == user] or [Row((0,), (0,))]
-        for row in own:
-            whole = [*row.prompt, *row.completion[:-1]]
-            assert tokens[seen][: len(whole)] == whole
-            assert positions[seen][: len(whole)] == list(range(len(whole)))
-            assert set(owners[seen]) == {user}
-            seen += 1
-    assert seen == sight.lines
+    assert batch.ids.shape[0] == (users if even else 1)
+    own = [(n // (len(rows) // users), row) for n, row in enumerate(rows) if row.completion]
+    own += [(user, Row((0,), (0,))) for user in range(users) if user not in {owner for owner, _ in own}]
+    wholes = {(user, (*prompt, *completion[:-1])) for user, (prompt, completion) in own}
+    wanted = {(user, whole[: n + 1]) for user, whole in wholes for n in range(len(whole))}
+    read = {(user, (*prompt, *completion[:n])) for user, (prompt, completion) in own for n in range(len(completion))}
+    told = _told(batch, batch.sight)
+    assert wanted <= {(user, ids) for user, ids, _ in told.values()}
+    if batch.sight.last is not None:
+        assert read <= {(user, ids) for user, ids, _ in _told(batch, batch.sight.last).values()}
+    assert all(places == list(range(len(places))) for _, _, places in told.values())
 
 
-def _owner(batch):
-    return torch.arange(batch.ids.shape[0])[:, None].expand_as(batch.ids)
+def _told(batch, sight):
+    """Of every token that gets a result of its own: whose it is, and which tokens at which positions it was made of."""
+    marks = torch.arange(batch.ids.numel()).double()[:, None]
+    asked, known = sight.queries(marks).flatten().long(), sight.keys(marks).flatten().long()
+    ids, positions, owners = batch.ids.flatten(), batch.positions.flatten(), _owners(batch)
+    made = []
+    for lines, count, length, seen in sight.calls:
+        queries, asked = asked[: lines * count].view(lines, count), asked[lines * count :]
+        keys, known = known[: lines * length].view(lines, length), known[lines * length :]
+        for line in range(lines):
+            for n, query in enumerate(queries[line].tolist()):
+                visible = keys[line, : n + 1] if seen is None else keys[line][seen[line, 0, n]]
+                made.append((query, visible))
+    assert len(asked) == len(known) == 0
+    home = {}
+    results = sight.home(torch.arange(len(made)).double()[:, None]).flatten().long().tolist()
+    for token, result in enumerate(results):
+        query, visible = made[result]
+        assert owners[token] == owners[query], "even padding takes what belongs to its user"
+        assert (owners[visible] == owners[query]).all()
+        if token == query:
+            home[token] = (int(owners[token]), tuple(ids[visible].tolist()), positions[visible].tolist())
+    return home
+
+
+def _owners(batch):
+    if batch.shares is None:
+        return torch.arange(batch.ids.shape[0]).repeat_interleave(batch.ids.shape[1])
+    return torch.arange(len(batch.shares)).repeat_interleave(torch.tensor(batch.shares))
 
 
 @given(FLEETS)
 def test_every_token_takes_its_result_home(made):
-    """There and back again is the identity on real tokens, and padding never leaves its user."""
+    """Every real token has a result of its own; where lines need not be even, they are as long as their users need."""
     users, rows = made
-    batch = pack(rows, users, 0, CPU)
-    assert batch.sight is not None
-    marks = torch.arange(batch.ids.numel()).view(batch.ids.shape)
-    back = batch.sight.home(batch.sight.rows(marks.flatten()[:, None].double())).view(batch.ids.shape).long()
     each = len(rows) // users
-    for user in range(users):
-        own = [row for row in rows[user * each : (user + 1) * each] if row.completion]
-        size = sum(len(prompt) for prompt in {row.prompt for row in own}) + sum(len(row.completion) - 1 for row in own)
-        assert back[user, :size].tolist() == marks[user, :size].tolist()
-        assert (back[user] // batch.ids.shape[1] == user).all()
-        assert batch.ids.shape[1] >= max(1, size)
+    own = [[row for row in rows[user * each : (user + 1) * each] if row.completion] for user in range(users)]
+    sizes = [sum(map(len, {row.prompt for row in mine})) + sum(len(row.completion) - 1 for row in mine) for mine in own]
+    even, uneven = pack(rows, users, 0, CPU), pack(rows, users, 0, CPU, even=False)
+    assert even.ids.shape == (users, max(1, *sizes))
+    assert uneven.shares == [max(1, size) for size in sizes]
+    for batch, starts in (
+        (even, [n * even.ids.shape[1] for n in range(users)]),
+        (uneven, [0, *accumulate(uneven.shares)]),
+    ):
+        told = _told(batch, batch.sight)
+        assert {start + n for start, size in zip(starts, sizes, strict=False) for n in range(size)} <= set(told)
 
 
 def test_a_shared_prompt_is_held_once_and_no_last_token_is_fed():

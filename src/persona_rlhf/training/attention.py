@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from math import inf
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from persona_rlhf.training.batch import Sight
+from persona_rlhf.training.sight import Sight
 
 _NAME = "persona_rlhf_rows"
 
@@ -27,18 +29,30 @@ def _attend(
     sight: Sight | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Lays packed `[users, heads, width, size]` out as rows, attends causally within each, and packs the result."""
+    """Lays packed `[users, heads, width, size]` out as `sight` says, attends, and packs the result."""
     unheard = sorted(name for name, value in others.items() if value is not None and name not in _HEARD)
     if sight is None or attention_mask is not None or unheard:
         raise NotImplementedError(f"attention over packed rows knows nothing of {unheard or 'masks'}")
     users, width = query.shape[0], query.shape[2]
+    lookups = ((sight.queries, query), (sight.keys, key), (sight.keys, value))
+    laid = [(lookup(x.transpose(1, 2).reshape(users * width, -1)), x) for lookup, x in lookups]
 
-    def rows(x: Tensor) -> Tensor:
-        laid = sight.rows(x.transpose(1, 2).reshape(users * width, -1))
-        return laid.view(sight.lines, sight.length, x.shape[1], x.shape[3]).transpose(1, 2)
-
-    seen, _ = sdpa_attention_forward(module, rows(query), rows(key), rows(value), None, dropout, scaling, True)
-    return sight.home(seen.reshape(sight.lines * sight.length, -1)).view(users, width, query.shape[1], -1), None
+    results, asked, known = [], 0, 0
+    for lines, queries, keys, seen in sight.calls:
+        places = ((asked, queries), (known, keys), (known, keys))
+        q, k, v = (
+            flat[at : at + lines * length].view(lines, length, x.shape[1], x.shape[3]).transpose(1, 2)
+            for (flat, x), (at, length) in zip(laid, places, strict=True)
+        )
+        if seen is None:
+            found: Tensor = sdpa_attention_forward(module, q, k, v, None, dropout, scaling, True)[0]
+        else:  # straight to torch: `transformers` would repeat the keys for every head of a group
+            grouped = k.shape[1] < q.shape[1]
+            found = F.scaled_dot_product_attention(q, k, v, seen, dropout, scale=scaling, enable_gqa=grouped)
+            found = found.transpose(1, 2)
+        results.append(found.reshape(lines * queries, -1))
+        asked, known = asked + lines * queries, known + lines * keys
+    return sight.home(torch.cat(results)).view(users, width, query.shape[1], -1), None
 
 
 _HEARD = {

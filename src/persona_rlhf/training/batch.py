@@ -12,19 +12,10 @@ from torch import Tensor
 
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.lookup import Lookup
+from persona_rlhf.training.sight import Part, Sight, look
 
 EMPTY = Row((), ())
 """A row that fills a place: no completion, so it has no loss and no gradient."""
-
-
-class Sight(NamedTuple):
-    """What attention sees of packed tokens: `rows` lays them out as `lines` rows of `length`, `home` takes each token's
-    result from the first row that it stands in."""
-
-    rows: Lookup
-    home: Lookup
-    lines: int
-    length: int
 
 
 class Place(NamedTuple):
@@ -87,55 +78,35 @@ def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Batch:
     return Batch(torch.tensor(ids).to(device), None, None, source, *_answers(rows, device), places, None)
 
 
-class _Part(NamedTuple):
-    """A row in its user's line, in tokens. `turn` counts the earlier rows with the same prompt; the completion is
-    without its last token. A stand-in has no answer: it fills the line of a user who has no row."""
-
-    number: int
-    user: int
-    prompt_at: int
-    prompt: int
-    turn: int
-    completion_at: int
-    completion: int
-    answer: int
-
-
 def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device, even: bool = True) -> Batch:
     """One line a user: his rows behind one another, each prompt once. `rows` are user-major, equally many a user.
 
     All but attention looks at tokens one by one and need not know whose row a token is in. So nothing is spent on
     padding but what makes lines `even` (else they are one), nor twice on a prompt that rows share (Wang & Hegde 2024,
-    "Accelerating direct preference optimization with prefix sharing"; here attention reads whole rows, without a mask).
+    "Accelerating direct preference optimization with prefix sharing"; see `sight.look`).
     """
     lines, positions, parts = _lines(rows, users, pad)
     width = max(map(len, lines))
     widths = [width] * users if even else [len(line) for line in lines]
     starts = [0, *accumulate(widths)]
-    length = max(part.prompt + part.completion for part in parts)
-    seen, home, read, places, start = [], [], [], [], 0
-    rows_fill, home_fill = [0] * (len(parts) * length), [0] * starts[-1]
-    for line_number, part in enumerate(parts):
-        line, row = starts[part.user], line_number * length
-        prompt, completion = line + part.prompt_at, line + part.completion_at
-        seen += [(prompt, row, part.prompt, part.turn), (completion, row + part.prompt, part.completion, 0)]
-        home.append((row + part.prompt, completion, part.completion, 0))
-        # Padding is a copy of the user's own first token: a neighbour's might not be a number.
-        rows_fill[row : row + length] = [line] * length
-        if part.turn == 0:
-            home.append((row, prompt, part.prompt, 0))
-            if part.prompt_at == 0:
-                home_fill[line : line + widths[part.user]] = [row] * widths[part.user]
+    parts = [
+        part._replace(prompt_at=start + part.prompt_at, completion_at=start + part.completion_at)
+        for part in parts
+        for start in [starts[part.user]]
+    ]
+    read, places, start = [], [], 0
+    for part in parts:
         if part.answer:
-            read += [(prompt + part.prompt - 1, start, 1, part.turn), (completion, start + 1, part.completion, 0)]
-            places.append(Place(rows[part.number], part.number, prompt, completion, part.turn == 0))
+            read += [(part.prompt_at + part.prompt - 1, start, 1, part.turn)]
+            read += [(part.completion_at, start + 1, part.completion, 0)]
+            places.append(Place(rows[part.number], part.number, part.prompt_at, part.completion_at, part.turn == 0))
             start += part.answer
     ids = [line + [pad] * (width - len(line)) for line, width in zip(lines, widths, strict=True)]
     placed = [own + [0] * (width - len(own)) for own, width in zip(positions, widths, strict=True)]
     return Batch(
         torch.tensor(ids if even else [list(chain(*ids))]).to(device),
         torch.tensor(placed if even else [list(chain(*placed))]).to(device),
-        Sight(Lookup(rows_fill, seen, device), Lookup(home_fill, home, device), len(parts), length),
+        look(parts, widths, device, one_call=even),
         Lookup([0] * start, read, device),
         *_answers(rows, device),
         places,
@@ -143,7 +114,7 @@ def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device, even: 
     )
 
 
-def _lines(rows: Sequence[Row], users: int, pad: int) -> tuple[list[list[int]], list[list[int]], list[_Part]]:
+def _lines(rows: Sequence[Row], users: int, pad: int) -> tuple[list[list[int]], list[list[int]], list[Part]]:
     """Each user's tokens and their positions in their rows, and where in them each row lies."""
     lines: list[list[int]] = [[] for _ in range(users)]
     positions: list[list[int]] = [[] for _ in range(users)]
@@ -162,11 +133,11 @@ def _lines(rows: Sequence[Row], users: int, pad: int) -> tuple[list[list[int]], 
                 line += prompt
                 counted += range(len(prompt))
             fed = len(completion) - 1
-            parts.append(_Part(number, user, at, len(prompt), turn, len(line), fed, len(completion)))
+            parts.append(Part(number, user, at, len(prompt), turn, len(line), fed, len(completion)))
             line += completion[:fed]
             counted += range(len(prompt), len(prompt) + fed)
         if not line:
-            parts.append(_Part(user * each, user, 0, 1, 0, 1, 0, 0))
+            parts.append(Part(user * each, user, 0, 1, 0, 1, 0, 0))
             line.append(pad)
             counted.append(0)
     return lines, positions, parts

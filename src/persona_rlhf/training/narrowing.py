@@ -39,6 +39,9 @@ class Narrowing:
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given.append(args[0] if args else kwargs["hidden_states"])
+            sight = kwargs.get("sight")
+            if sight is not None and sight.last is not None:
+                kwargs = {**kwargs, "sight": sight.last}
             return with_states(args, kwargs, cut(given[0]))
 
         def first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,153 @@
+"""What attention sees of packed tokens: which of them ask, and which of them each may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from persona_rlhf.training.lookup import Lookup
+
+_LINES = 8  # rows of a call: those of like length go together, and a call costs little (on a CPU)
+_WORTH = 0.9  # of the scores of whole rows: a second call and a mask cost something too
+_MASK = 1 << 22  # most entries of a call's mask: longer rows are seen whole
+
+
+class Part(NamedTuple):
+    """Where the `number`-th row lies among all tokens. `turn` counts the earlier rows with the same prompt; the
+    completion is without its last token. A stand-in has no answer: it fills the line of a user who has no row."""
+
+    number: int
+    user: int
+    prompt_at: int
+    prompt: int
+    turn: int
+    completion_at: int
+    completion: int
+    answer: int
+
+    @property
+    def length(self) -> int:
+        """Tokens that the row has as input."""
+        return self.prompt + self.completion
+
+    def runs(self, begin: int, end: int, later: int) -> list[tuple[int, int, int, int]]:
+        """Neighbouring tokens of the row from `begin` to `end`: (first one, its place from `begin` on, how many, which
+        turn). Prompt tokens but the last one have been read `later` times more than by the rows before."""
+        last = self.prompt - 1
+        before = (self.prompt_at + begin, 0, min(end, last) - begin, self.turn + later)
+        middle = (self.prompt_at + last, last - begin, min(end - last, 1), self.turn)
+        after = (self.completion_at, self.prompt - begin, end - self.prompt, 0)
+        return [run for run in (before, middle, after) if run[2] > 0]
+
+
+class Call(NamedTuple):
+    """One call of attention over `lines` of `queries` tokens that ask, and `keys` tokens that they see: what `seen`
+    tells; where that is None, the tokens are the same and each sees those before it."""
+
+    lines: int
+    queries: int
+    keys: int
+    seen: Bool[Tensor, "lines 1 queries keys"] | None
+
+
+class Sight(NamedTuple):
+    """Packed tokens laid out for some calls, one behind the other: those that ask, and those that are seen. `home`
+    takes each token's result out of what the calls give. `last` is for a layer of which only those tokens are read
+    that predict a completion: no others need to ask."""
+
+    queries: Lookup
+    keys: Lookup
+    home: Lookup
+    calls: list[Call]
+    last: Sight | None
+
+
+def look(parts: Sequence[Part], widths: Sequence[int], device: torch.device, one_call: bool) -> Sight:
+    """The sight of the parts of users who have `widths` tokens.
+
+    In `one_call` every row is seen whole. Else rows of like length go together; and where it costs less, a prompt's own
+    attention is computed once for all its rows, which then ask with their predicting tokens only, under a mask.
+    """
+    if one_call:
+        return _laid([], [list(parts)], [], widths, device)
+    rows = _alike(parts, key=lambda part: part.length)
+    prompts = _alike([part for part in parts if part.turn == 0 and part.prompt > 1], key=lambda part: part.prompt)
+    masked = [len(own) * max(1 + part.completion for part in own) * own[0].length for own in rows]
+    cost = sum(masked) + sum(len(own) * _causal(own[0].prompt - 1) for own in prompts)
+    if max(masked) > _MASK or cost >= _WORTH * sum(len(own) * _causal(own[0].length) for own in rows):
+        return _laid([], rows, [], widths, device)
+    return _laid(prompts, [], rows, widths, device)._replace(last=_laid([], [], rows, widths, device))
+
+
+def _alike(parts: Sequence[Part], key: Callable[[Part], int]) -> list[list[Part]]:
+    """Groups of like size, the largest first."""
+    ordered = sorted(parts, key=key, reverse=True)
+    return [ordered[n : n + _LINES] for n in range(0, len(ordered), _LINES)]
+
+
+def _causal(length: int) -> int:
+    """Scores that a causal kernel computes of a row: in blocks of 32 queries (torch on a CPU)."""
+    return length * (length + 32) // 2
+
+
+def _laid(
+    prompts: Sequence[Sequence[Part]],
+    whole: Sequence[Sequence[Part]],
+    read: Sequence[Sequence[Part]],
+    widths: Sequence[int],
+    device: torch.device,
+) -> Sight:
+    """Calls over prompts without their last token, over whole rows, and over rows whose predicting tokens ask."""
+    calls, queries, keys, home = list[Call](), _Layout(widths), _Layout(widths), []
+    ranges = (
+        (prompts, lambda part: (0, part.prompt - 1), 0),
+        (whole, lambda part: (0, part.length), 0),
+        (read, lambda part: (part.prompt - 1, part.length), 1 if prompts else 0),
+    )
+    results: dict[int, int] = {}
+    for groups, of, later in ranges:
+        for parts in groups:
+            spans = [of(part) for part in parts]
+            asked, seen = max(end - begin for begin, end in spans), max(end for _, end in spans)
+            for part, (begin, end) in zip(parts, spans, strict=True):
+                runs = part.runs(begin, end, later)
+                at = queries.line(part.user, asked, runs)
+                keys.line(part.user, seen, part.runs(0, end, later))
+                home += [
+                    (at + n, token, count, 0)
+                    for token, n, count, _ in runs
+                    if part.turn == 0 or n + begin >= part.prompt
+                ]
+                results.setdefault(part.user, at)
+            mask = None
+            if groups is read:
+                begins = torch.tensor([begin for begin, _ in spans])[:, None, None, None]
+                mask = (torch.arange(seen) <= begins + torch.arange(asked)[:, None]).to(device)
+            calls.append(Call(len(parts), asked, seen, mask))
+    # What no result is meant for takes one of its user's.
+    fill = [at for user, width in enumerate(widths) for at in [results[user]] * width]
+    return Sight(queries.lookup(device), keys.lookup(device), Lookup(fill, home, device), calls, None)
+
+
+class _Layout:
+    """Tokens in lines. Padding is a copy of its user's first token: a neighbour's might not be a number."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        self._starts = [0, *accumulate(widths)]
+        self._fill: list[int] = []
+        self._runs: list[tuple[int, int, int, int]] = []
+
+    def line(self, user: int, length: int, runs: Sequence[tuple[int, int, int, int]]) -> int:
+        """Adds a line with the runs of a part (see `Part.runs`); returns the place where it begins."""
+        at = len(self._fill)
+        self._fill += [self._starts[user]] * length
+        self._runs += [(token, at + n, count, turn) for token, n, count, turn in runs]
+        return at
+
+    def lookup(self, device: torch.device) -> Lookup:
+        return Lookup(self._fill, self._runs, device)
