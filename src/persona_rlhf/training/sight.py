@@ -13,7 +13,6 @@ from torch import Tensor
 from persona_rlhf.training.lookup import Lookup
 
 _LINES = 8  # rows of a call: those of like length go together, and a call costs little (on a CPU)
-_WORTH = 0.9  # of the scores of whole rows: a second call and a mask cost something too
 _MASK = 1 << 22  # most entries of a call's mask: longer rows are seen whole
 
 
@@ -79,7 +78,7 @@ def look(parts: Sequence[Part], widths: Sequence[int], device: torch.device, one
     prompts = _alike([part for part in parts if part.turn == 0 and part.prompt > 1], key=lambda part: part.prompt)
     masked = [len(own) * max(1 + part.completion for part in own) * own[0].length for own in rows]
     cost = sum(masked) + sum(len(own) * _causal(own[0].prompt - 1) for own in prompts)
-    if max(masked) > _MASK or cost >= _WORTH * sum(len(own) * _causal(own[0].length) for own in rows):
+    if max(masked) > _MASK or cost >= sum(len(own) * _causal(own[0].length) for own in rows):
         return _laid([], rows, [], widths, device)
     return _laid(prompts, [], rows, widths, device)._replace(last=_laid([], [], rows, widths, device))
 
