@@ -79,16 +79,43 @@ def test_packed_rows_are_rows_one_by_one(adapted, flat):
     scales = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     found = []
     assert adapted.packs
-    for batch in (pack(rows, USERS, 0, adapted.base.device), collate(rows, 0, adapted.base.device)):
+    device = adapted.base.device
+    layouts = pack(rows, USERS, 0, device, even=False), pack(rows, USERS, 0, device), collate(rows, 0, device)
+    for batch in layouts:
         learning = flat.clone().requires_grad_()
         with adapted.using(learning):
             logps = adapted.row_logps(batch)
             (logps.sum(1) * scales).sum().backward()
         found.append((logps.detach(), learning.grad))
-    (packed, gradient), (plain, expected) = found
-    assert torch.allclose(packed, plain, rtol=0, atol=5e-6)
+    *packed, (plain, expected) = found
+    for logps, gradient in packed:
+        assert torch.allclose(logps, plain, rtol=0, atol=5e-6)
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+        assert (gradient[2] == 0).all()
+
+
+@pytest.mark.parametrize(("prompt", "apart"), [(40, True), (2, False)])
+def test_attention_in_several_calls_is_attention_over_whole_rows(adapted, flat, prompt, apart):
+    """Rows of like length together, and with long prompts each prompt once: same values, same gradients."""
+    draw = torch.Generator().manual_seed(8)
+    rows = []
+    for n in range(3 * 6):
+        first = random_row(draw, prompt - n % 2, 43 + n - prompt)
+        rows += [first, Row(first.prompt, random_row(draw, 1, 20 - n).completion)]
+    found = []
+    for even in (False, True):
+        batch = pack(rows, USERS, 0, adapted.base.device, even)
+        learning = flat.clone().requires_grad_()
+        with adapted.using(learning):
+            logps = adapted.row_logps(batch)
+            logps.sum().backward()
+        found.append((logps.detach(), learning.grad))
+        assert batch.sight is not None
+        assert len(batch.sight.calls) == (1 if even else 8 if apart else 5)
+        assert (batch.sight.last is not None) == (apart and not even)
+    (several, gradient), (one, expected) = found
+    assert torch.allclose(several, one, rtol=0, atol=5e-6)
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
-    assert (gradient[2] == 0).all()
 
 
 @pytest.mark.parametrize("breaks", ["window", "attention"])
@@ -102,6 +129,7 @@ def test_a_base_whose_attention_cannot_see_rows_is_given_one_row_a_line(breaks, 
         layer.register_forward_hook(lambda _, __, out: out + torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :-1])
     adapted = AdaptedModel(base, LORA)
     assert not adapted.packs
+    assert (adapted._narrowing is None) == (breaks == "attention")
     draw = torch.Generator().manual_seed(0)
     row, other = random_row(draw, 4, 5), random_row(draw, 4, 9)
     with torch.no_grad(), adapted.using(None):

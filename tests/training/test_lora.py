@@ -192,8 +192,30 @@ def test_a_fresh_adapter_is_drawn_as_peft_draws_it(adapted):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_many_rows_and_few_rows_are_the_same_sum(bias):
-    """Many rows go through the merged weight, few through the low-rank products: same values, same gradients."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_users_with_unlike_shares_of_the_rows_are_users_alone(bias, dtype):
+    """Values and gradients; one user has no row at all."""
+    torch.manual_seed(0)
+    frozen = torch.nn.Linear(6, 5, bias=bias).to(dtype).requires_grad_(False)
+    layer = FleetLinear(frozen, 2.0)
+    shares = [7, 0, 40]
+    x = torch.randn(1, 47, 6, dtype=dtype, requires_grad=True)
+    layer.a, layer.b = (torch.randn(3, *shape, dtype=dtype, requires_grad=True) for shape in ((2, 6), (5, 2)))
+    layer.shares = shares
+    pull = torch.randn(1, 47, 5, dtype=dtype)
+    y = layer(x)
+    mine = torch.autograd.grad((y * pull).sum(), (x, layer.a, layer.b))
+    parts = x.split(shares, dim=1)
+    alone = [frozen(own) + 2.0 * own @ a.T @ b.T for own, a, b in zip(parts, layer.a, layer.b, strict=True)]
+    expected = torch.cat(alone, dim=1)
+    theirs = torch.autograd.grad((expected * pull).sum(), (x, layer.a, layer.b))
+    near = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    for one, other in zip((y, *mine), (expected, *theirs), strict=True):
+        assert torch.allclose(one, other, **near)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_in_one_piece_and_in_ten_are_the_same_sum(bias):
     torch.manual_seed(0)
     layer = FleetLinear(torch.nn.Linear(6, 5, bias=bias).double().requires_grad_(False), 2.0)
     x = torch.randn(3, 40, 6, dtype=torch.float64)

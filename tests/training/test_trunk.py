@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from persona_rlhf.preferences.tokens import Row
+from persona_rlhf.preferences.tokens import Row, both_rows
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.batch import EMPTY, collate
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.ground import Ground, rows_ahead
 from persona_rlhf.training.library import fleet_train
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings, TopLayers
@@ -64,6 +65,24 @@ def test_the_lower_layers_are_really_left_out(adapted):
         adapted.row_logps(adapted.batch([row], 1))
     hook.remove()
     assert calls
+
+
+def test_the_reference_of_a_users_rows_starts_from_his_states(adapted):
+    """Nothing frozen is computed twice: a row passes the lower layers once, for its states and its reference."""
+    users = [user_rows(f"u{n}", 3, n) for n in range(2)]
+    rows = both_rows(pair for user in users for pair in user.train)
+    assert rows_ahead(adapted, users, None) == []
+    whole, above, tokens = Reference(adapted), Reference(adapted), []
+    whole.add(rows)
+    hook = adapted.base.model.model.layers[0].register_forward_hook(lambda _, args, __: tokens.append(args[0].shape[1]))
+    ground = Ground(adapted, above, None, 2, 2**20)
+    for user in users:
+        ground.of(user.user_id, user.train, user.train[:1], None)
+    hook.remove()
+    fed = {(*row.prompt, *row.completion[:-1]) for row in rows}
+    assert sum(tokens) <= sum(map(len, fed))
+    for row in rows:
+        assert above[row] == pytest.approx(whole[row], abs=1e-4)
 
 
 def test_other_states_give_other_values(adapted):
