@@ -23,10 +23,11 @@ class Narrowing:
     gives wrong values or none, so this must be tried out before it is used.
     """
 
-    def __init__(self, layer: nn.Module, output: nn.Module) -> None:
-        """`output`: the linear layer that attention ends with."""
+    def __init__(self, layer: nn.Module, attention: nn.Module, output: nn.Module) -> None:
+        """`output`: the linear layer that `attention` ends with."""
         self._layer, self._output = layer, output
-        self._adapted = [module for module in layer.modules() if isinstance(module, FleetLinear)]
+        before = set(attention.modules()) - {output}
+        self._narrowed = [m for m in layer.modules() if isinstance(m, FleetLinear) and m not in before]
 
     @contextmanager
     def to(self, read: Lookup, shares: Sequence[int]) -> Iterator[None]:
@@ -39,6 +40,8 @@ class Narrowing:
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given.append(args[0] if args else kwargs["hidden_states"])
+            for module in self._narrowed:
+                module.shares = shares
             sight = kwargs.get("sight")
             if sight is not None and sight.last is not None:
                 kwargs = {**kwargs, "sight": sight.last}
@@ -48,8 +51,6 @@ class Narrowing:
             return with_states(args, kwargs, given.pop()) if given else None
 
         def leave(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            for module in self._adapted:
-                module.shares = shares
             return (cut(args[0]),)
 
         with ExitStack() as hooks:
@@ -74,4 +75,4 @@ def narrowing(model: PreTrainedModel, probe: Callable[[], object]) -> Narrowing 
             if isinstance(module, FleetLinear | nn.Linear | Conv1D) and id(module) not in frozen:
                 hooks.callback(module.register_forward_pre_hook(lambda m, _: called.append(m)).remove)
         probe()
-    return Narrowing(layer, called[-1]) if called else None
+    return Narrowing(layer, attention, called[-1]) if called else None
