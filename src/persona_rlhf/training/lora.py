@@ -97,7 +97,7 @@ class _Adapted(torch.autograd.Function):
         scale: float,
         shares: Sequence[int] | None,
     ) -> Tensor:
-        y = _product(x, weight, bias)
+        y = F.linear(x, weight, bias)
         lows = []
         for down, up, rows, sums in _by_user(shares, a * scale, b, x, y):
             low = torch.bmm(down, rows.to(down.dtype).transpose(1, 2))
@@ -111,7 +111,7 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, *lows = ctx.saved_tensors
         gradient = gradient.contiguous()
-        for_x = _product(gradient, weight.T, None) if ctx.needs_input_grad[0] else None
+        for_x = gradient @ weight if ctx.needs_input_grad[0] else None
         for_a, for_b = [], []
         runs = _by_user(ctx.shares, a, b * ctx.scale, x, gradient, x if for_x is None else for_x)
         for (down, up, rows, pull, sums), low in zip(runs, lows, strict=True):
@@ -122,18 +122,6 @@ class _Adapted(torch.autograd.Function):
             if for_x is not None:
                 _add_product(sums, high.transpose(1, 2), down)
         return for_x, None, None, torch.cat(for_a), torch.cat(for_b), None, None
-
-
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`W x + bias`. In single precision on a CPU by oneDNN, as torch's own compiler has it: MKL, which torch takes for
-    it otherwise, leaves the wide registers of processors that are not Intel's unused (a tenth slower)."""
-    if _ONEDNN is None or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or not len(x):
-        return F.linear(x, weight, bias)
-    found: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
-    return found
 
 
 def _by_user(shares: Sequence[int] | None, a: Tensor, b: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
