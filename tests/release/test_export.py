@@ -135,7 +135,8 @@ def test_targets_are_last_names_only_where_these_are_exact():
     ],
 )
 def test_a_base_is_named_without_the_way_to_it(name, public, on_hub):
-    assert BaseInfo.of(name, "0") == (public, "0", on_hub)
+    assert BaseInfo.of(name, "0") == (public, "0", on_hub, None)
+    assert BaseInfo.of(name, "0", "nf4") == (public, "0", on_hub, "nf4")
 
 
 def test_the_fingerprint_knows_content_not_order(run):
