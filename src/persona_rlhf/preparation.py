@@ -88,13 +88,12 @@ def prepare(config: Config, materials: Materials | None = None, check: bool = Tr
         second=second,
         seed=config.seed,
     )
-    screens = screens_of(config, policy, adapted, examination, rules, measure=check)
-    ready = Prepared(config, policy, adapted, examination, pairs, screens, reviews, sign)
+    ready = Prepared(config, policy, adapted, examination, pairs, reviews=reviews, sign=sign)
     if check:
         _check_prompts(ready)
         if config.gate.enabled:
             examination.check_base()
-    return ready
+    return ready._replace(screens=screens_of(config, policy, adapted, examination, rules, measure=check))
 
 
 def _check_prompts(ready: Prepared) -> None:

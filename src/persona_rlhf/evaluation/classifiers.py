@@ -50,6 +50,5 @@ class Classifier:
 
 def load_classifier(settings: ClassifierSettings, device: torch.device) -> Classifier:
     """Loads a classifier, a folder or a hub id. Raises InputError where it cannot be."""
-    template = None if settings.template is None else settings.template.read_text(encoding="utf-8")
-    words = load_words(settings.model, template, ("prompt", "answer"), "gate.classifier", device)
+    words = load_words(settings.model, settings.template, ("prompt", "answer"), "gate.classifier", device)
     return Classifier(words, settings.refused, settings.otherwise)

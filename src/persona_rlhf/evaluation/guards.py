@@ -47,5 +47,4 @@ class Guard:
 
 def load_guard(settings: GuardSettings, device: torch.device) -> Guard:
     """Loads a safety model, a folder or a hub id. Raises InputError where it cannot be loaded or asked."""
-    template = None if settings.template is None else settings.template.read_text(encoding="utf-8")
-    return Guard(load_words(settings.model, template, ("prompt",), "screening.classifier", device), settings)
+    return Guard(load_words(settings.model, settings.template, ("prompt",), "screening.classifier", device), settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,11 +55,11 @@ class Words:
         return str(self._tokenizer.decode(whole[0, len(ids) + len(said) :], skip_special_tokens=True))
 
 
-def load_words(model: str, template: str | None, places: Sequence[str], key: str, device: torch.device) -> Words:
+def load_words(model: str, file: Path | None, places: Sequence[str], key: str, device: torch.device) -> Words:
     """Loads a model, a folder or a hub id, in the type of its weights.
 
-    `places` are what a template must hold, in order; `key` is the config's section that names it. Raises InputError
-    where it cannot be loaded or asked.
+    `file` holds its template, if it is asked by one; `places` are what that must hold, in order; `key` is the config's
+    section that names it. Raises InputError where it cannot be loaded or asked.
     """
     place = model if is_hub_id(model) else find(model)
     try:
@@ -67,7 +68,7 @@ def load_words(model: str, template: str | None, places: Sequence[str], key: str
     except (OSError, ValueError) as fault:
         sentence = f"the classifier cannot be loaded ({fault})"
         raise InputError([Problem(model, None, f"{key}.model", sentence)]) from fault
-    at = f"{key}.template"
+    at, template = f"{key}.template", None if file is None else file.read_text(encoding="utf-8")
     if template is None and not tokenizer.chat_template:
         sentence = f"the classifier has no chat template; give its prompt in a file, {at}"
         raise InputError([Problem(model, None, at, sentence)])
