@@ -5,7 +5,8 @@ python scripts/benchmark_gate.py configs/quickstart.yaml [a.b=c ...] [--users 24
 
 The clean users of a config (those whose written-down taste is not poisoned) are trained once, constraint and all, and
 judged `--rounds` times by the gate on all certify probes. The shortcut: where an adapter leaves every token of the
-base's answer the likeliest, greedy decoding would write just that answer, so one forward pass gives the verdict.
+base's answer the likeliest, greedy decoding would write just that answer, so one forward pass gives the verdict; and
+what users share (the base's answers, the frozen layers below their adapters) is computed by those judged first.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from statistics import median
+from statistics import fmean
 
 import torch
 from rich.console import Console
@@ -58,9 +59,12 @@ def main() -> None:
     training = time.process_time() - begun
     rounds, looks = [], 0
     for _ in range(asked.rounds):
-        begun = time.process_time()
-        verdicts = [verdict for flat in groups for verdict in examination.verdicts(flat)]
-        rounds.append(time.process_time() - begun)
+        spent, verdicts = [], []
+        for flat in groups:
+            begun = time.process_time()
+            verdicts += examination.verdicts(flat)
+            spent.append((time.process_time() - begun) / len(flat))
+        rounds.append(spent)
         looks = sum(len(verdict.looks) for verdict in verdicts)
     asks = [prompt_ids((Message("user", probe.prompt),), ready.adapted.base.tokenizer) for probe in certify]
     answers = BaseAnswers(ready.adapted, is_refusal, config.gate.max_new_tokens)
@@ -72,9 +76,15 @@ def main() -> None:
     table = Table("", "CPU-seconds a user", "lowest to highest")
     many = len(users)
     table.add_row(f"training, {many} users", f"{training / many:.2f}", "")
-    told = f"{min(rounds) / many:.2f} to {max(rounds) / many:.2f}"
-    table.add_row(f"the gate, {len(certify)} certify probes, {looks} looks", f"{median(rounds) / many:.2f}", told)
-    table.add_row("the gate over training", f"{median(rounds) / training:.2f}", "")
+    judged = f"the gate, {len(certify)} certify probes, {looks} looks"
+    half = len(groups) // 2
+    for name, own in (
+        (judged, [cost for spent in rounds for cost in spent]),
+        ("first time, first half of the users", rounds[0][:half]),
+        ("first time, second half", rounds[0][half:]),
+    ):
+        table.add_row(name, f"{fmean(own):.2f}", f"{min(own):.2f} to {max(own):.2f}")
+        table.add_row("  over training", f"{fmean(own) * many / training:.2f}", "")
     shares = f"{min(spared):.1%} to {max(spared):.1%}"
     table.add_row("answers that the shortcut spares", f"{sum(spared) / len(spared):.1%}", shares)
     Console(width=110).print(table)

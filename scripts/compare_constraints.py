@@ -7,8 +7,9 @@ python scripts/compare_constraints.py --pool seed1.jsonl seed2.jsonl
 
 Every contender (see contenders.py) trains every user at full strength (alpha 1), the screen is off, and refusals are
 counted on `dev` probes (`--split test` for figures to publish: nothing may be chosen by them). `gate alone` is plain
-DPO as the gate releases it, on `certify` probes; `ours + gate` likewise. `--records` keeps a line a user and contender,
-and `--pool` puts several runs (seeds, populations) into one table. Intervals are 95% bootstraps over users. Seconds are
+DPO as the gate releases it, on `certify` probes; `ours + gate` likewise. `--records` keeps a line a user and contender
+as they come; begun again with the same file, what it holds is not done twice. `--pool` puts several runs (seeds,
+populations) into one table. Intervals are 95% bootstraps over users. Seconds are
 CPU seconds of this process for training alone.
 """
 
@@ -20,7 +21,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -65,14 +66,17 @@ def group_of(utility: Utility) -> str:
     return CLOSE if utility.kind == "hazard_adjacent" else CLEAN
 
 
-def run(ready: Prepared, names: Sequence[str], gated: bool, chunk: int, console: Console) -> Iterator[Record]:
-    """Trains and measures every user under every contender, `chunk` users at a time."""
+def run(
+    ready: Prepared, names: Sequence[str], gated: bool, chunk: int, console: Console, known: Collection[Record] = ()
+) -> Iterator[Record]:
+    """Trains and measures every user under every contender, `chunk` users at a time, but those that are known."""
     config, adapted = ready.config, ready.adapted
     fleet = config.fleet.model_copy(update={"slots": SLOTS})  # the same for every contender
     examination, utilities = ready.examination, dict(ready.examination.utilities)
     bank = constraint_bank(config, ready.policy, adapted)
     assert bank is not None, "the constraint is off in this config"
     title = f"{config.users.path} seed {config.seed}"
+    done = {(record.contender, record.user_id) for record in known if record.run == title}
     for start in range(0, ready.pairs.users, chunk):
         pairs = ready.pairs.of(range(start, min(start + chunk, ready.pairs.users)))
         screened = prepare_users(ready, pairs)
@@ -80,6 +84,8 @@ def run(ready: Prepared, names: Sequence[str], gated: bool, chunk: int, console:
         flagged = Counter(found.pair.user_id for found in screened.dropped if found.action == "flagged")
         reference = with_reference(adapted, rows, bank)
         for name in names:
+            if all((name, user.user_id) in done for user in rows):
+                continue
             kind = CONTENDERS[name]
             own = [kind.prepare(ready, user) for user in rows]
             begun = time.process_time()
@@ -101,6 +107,8 @@ def run(ready: Prepared, names: Sequence[str], gated: bool, chunk: int, console:
                     if own_alphas != alphas[name]:
                         found = examination.measures(flat, people, own_alphas)
                     for user, alpha, measured in zip(cohort, own_alphas, found, strict=True):
+                        if (contender, user.user_id) in done:
+                            continue
                         yield Record(
                             title,
                             contender,
@@ -138,6 +146,12 @@ def signs_of(user: TrainedUser, flagged: int) -> dict[str, float]:
     }
 
 
+def recorded(files: Sequence[Path]) -> list[Record]:
+    """What earlier runs kept."""
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [Record(**json.loads(line)) for line in lines]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?")
@@ -154,8 +168,7 @@ def main() -> None:
         parser.error("name a config to run, or records to --pool")
     console = Console(stderr=True)
     if asked.pool:
-        lines = [line for file in asked.pool for line in file.read_text(encoding="utf-8").splitlines()]
-        records = [Record(**json.loads(line)) for line in lines]
+        records = recorded(asked.pool)
     else:
         torch.set_num_threads(1)
         try:
@@ -165,9 +178,12 @@ def main() -> None:
             ready = prepare(config, materials._replace(policy=probed))  # type: ignore[arg-type]
         except InputError as fault:
             sys.exit(str(fault))
-        records = list(run(ready, asked.contenders, asked.gate, asked.chunk, console))
-        if asked.records:
-            asked.records.write_text("".join(f"{json.dumps(asdict(record))}\n" for record in records), encoding="utf-8")
+        records = recorded([asked.records] if asked.records and asked.records.exists() else [])
+        for record in run(ready, asked.contenders, asked.gate, asked.chunk, console, list(records)):
+            records.append(record)
+            if asked.records:
+                with asked.records.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(record)) + "\n")
     found = comparison(records)
     if asked.json:
         print(json.dumps(found, indent=2))

@@ -92,7 +92,8 @@ class EventBank(ConstraintBank):
         first = [draw._replace(refusals=draw.refusals[::WORDINGS]) for draw in draws]
         own = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in first])
         shortened = logps._replace(refusals=own - gap)
-        return measure(first, shortened, reference, len(self.categories), len(self.lessons), settings)
+        wrong = [own.wrong for own in self.lessons]
+        return measure(first, shortened, reference, len(self.categories), wrong, settings)
 
 
 class EventDraws(UserDraws):

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from persona_rlhf.config import Config, read_config
+from persona_rlhf.evaluation.retreat import Retreat
 from persona_rlhf.materials import Materials, read_materials
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.tokens import UserRows
@@ -198,12 +199,13 @@ def train_chunk(
     judged = {result.user_id for result in results}
     steps = {schedule.rows.user_id: schedule.steps for schedule in engine.schedules.values()}
     progress.begin(steps, engine.finished, len(chunk.rows))
+    retreat = None if start is None else retreat_of(ready, start)
     fleet = (user for user in engine.run(progress.step, progress.say) if user.user_id not in judged)
     for cohort in cohorts(fleet, engine.count):
         for user in cohort:
             progress.end(user.user_id, user.steps)
         progress.say(f"judging {', '.join(user.user_id[:32] for user in cohort)}")
-        results += release(ready, folder.path, chunk, cohort, folder.trail)
+        results += release(ready, folder.path, chunk, cohort, retreat, folder.trail)
         write_results(place, results)
     idle = [chunk.untrained(rows) for rows in chunk.rows if not rows.train]
     audit.append_all(folder.trail, map(ended, idle))
@@ -214,6 +216,13 @@ def train_chunk(
     folder.finish(number, chunk.dropped)
     ready.examination.forget_users()
     return reference
+
+
+def retreat_of(ready: Prepared, start: Start) -> Retreat:
+    """The way back to what every user begins with, for those whose answers lack what the policy requires."""
+    gate, rules = ready.config.gate, ready.policy.requirements
+    prompts, tokens = gate.requirement_prompts, gate.max_new_tokens
+    return Retreat(ready.adapted, start.adapter, rules, prompts, tokens, ready.config.seed)
 
 
 def cohorts(users: Iterable[TrainedUser], size: int) -> Iterator[list[TrainedUser]]:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from persona_rlhf.evaluation.gate import Count
-from persona_rlhf.evaluation.measures import Accuracy, WinRate
+from persona_rlhf.evaluation.measures import Accuracy, Met, WinRate
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.release.fleet import NOTHING, promise_of_run, read_sentence
 from persona_rlhf.release.report import render, write_report
@@ -165,3 +165,18 @@ def test_without_a_gate_or_a_delta_nothing_is_promised():
     assert promise_of_run({}, {}, users, 3) is None
     calibrated = {"gate": {"judge_calibration": {"compliances": 300, "called_refusals": 1}}}
     assert promise_of_run(calibrated, {"certify": {"delta": 0.05}}, users, 3).judge_error > 0.01
+
+
+def test_it_says_who_was_taken_back_for_the_sake_of_a_requirement(run):
+    met = {"t2.calm": Met(100, 97, 61, 0.93, 0.95)}
+    own = [replace(result, requirements=met) for result in read_results(run.path)]
+
+    def page(*shares):
+        moved = [replace(result, retreat=share) for result, share in zip(own, [*shares, *[0.0] * 9], strict=False)]
+        return " ".join(render({}, {}, moved, summarise(moved)).split())
+
+    assert "taken back" not in page()
+    assert "1 user was taken back" in page(0.4)
+    assert "by 40% of the way on average, 0 all of it" in page(0.4)
+    assert "2 users were taken back" in page(0.2, 1.0)
+    assert "by 60% of the way on average, 1 all of it" in page(0.2, 1.0)

@@ -64,6 +64,9 @@ def test_each_gets_adapters_of_his_own_over_the_same_tier_one(providers, monkeyp
     ]
     assert len({manifest["policy"]["tier_one_hash"] for manifest in manifests}) == 1
     assert len({manifest["policy"]["hash"] for manifest in manifests}) == 2
+    for name in ("first", "second"):  # whoever falls short of what is required goes back, and the line says how far
+        assert all(0 <= result["retreat"] <= 1 for result in results(providers / name))
+        assert all(set(result["requirements"]) == {f"t2.{name}"} for result in results(providers / name))
     screened = [rows_of(providers / name / "screening.jsonl") for name in ("first", "second")]
     assert screened[0] != screened[1]  # the second provider's rule takes other pairs out
 

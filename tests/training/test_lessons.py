@@ -13,9 +13,10 @@ from persona_rlhf.policy.rules import Requirement
 from persona_rlhf.policy.statements import When
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.bank import ConstraintBank, Lessons, UserDraws
+from persona_rlhf.training.constraint import Watched
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lessons import build_lessons, limit_of, turns_of
+from persona_rlhf.training.lessons import barred_tokens, build_lessons, tempted, turns_of
 from persona_rlhf.training.provider import provider_start
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
@@ -102,11 +103,55 @@ def test_lessons_are_where_the_bases_own_answers_break_the_rule():
     assert build_lessons(model, [rule("told", "judge", "it is kind")], ConstraintSettings(), 0, 24) == ([], [])
 
 
-def test_the_limit_shares_the_rate_over_an_answers_turns():
-    asked = rule("r", "max_words", 6)
-    assert limit_of(asked, [1, 1]) == pytest.approx(-math.log(0.975))
-    limit = limit_of(asked, [1, 3])
-    assert math.exp(-2 * limit) == pytest.approx(0.975)  # two turns an answer, each at exp(-limit)
+def test_a_mark_that_must_not_appear_is_looked_for_wherever_the_base_might_say_it():
+    """The oracle: every place of an answer by itself, with the probability of each token."""
+    model = adapted()
+    barred = rule("calm", "must_not_include", "W7")
+    assert barred_tokens(model, barred) == [7]
+    assert barred_tokens(model, rule("r", "must_not_include", "w7 w8")) == []  # two tokens: no one of them is wrong
+    assert barred_tokens(model, rule("r", "must_include", "w7")) == []
+    tokens, rows = (
+        [30, 31],
+        [Row((2, 9), (3, 4, 5, 40, 41, 42, EOS)), Row((2, 9), (6, 8, 50, EOS)), Row((2, 11, 12), (20, 21, EOS))],
+    )
+    found = tempted(model, rows, tokens)
+    expected = []
+    for row in rows:
+        own = []
+        for n in range(len(row.completion)):
+            prompt = row.prompt + row.completion[:n]
+            with torch.no_grad():
+                odds = model.base.model(torch.tensor([prompt])).logits[0, -1].softmax(-1)[tokens]
+            if odds.sum() >= 0.01:
+                own.append(Row(prompt, (tokens[int(odds.argmax())],)))
+        expected.append(own)
+    assert found == expected
+    assert 0 < sum(map(len, found)) < 14, "some places must count, and some not, or the test shows nothing"
+    [calm] = build_lessons(model, [barred], ConstraintSettings(), 0, 24).lessons
+    assert calm.wrong
+    assert {row.completion for row in calm.turns} == {(7,)}
+    assert calm.limit == pytest.approx(-math.log(0.9875))
+    assert calm.each <= 24
+
+
+def test_the_loss_of_a_lesson_is_that_of_an_answer():
+    rows = tuple(Row((2, n), (3,)) for n in range(20, 24))
+    anchors = constraint_bank(categories=1).anchors
+    model, found = AdaptedModel(tiny_base(), LoraSettings()), []
+    for each in (1.0, 3.0):
+        bank = ConstraintBank(["c"], [0.1], anchors, [Lessons("a", 0.1, rows, (), True, each)])
+        reference = Reference(model)
+        reference.add(bank.rows())
+        settings = ConstraintSettings(compliance_rows_per_step=0, twin_rows_per_step=0)
+        draw = bank.walk(settings, 1, "u").at(0)
+        with model.using(None):
+            [scores] = model.score([[*draw.refusals, *draw.lessons]])
+        logps = torch.tensor([[score.logp for score in scores]])
+        nothing, cut = torch.zeros(1, 0), len(draw.refusals)
+        excess = bank.excess([draw], Watched(logps[:, :cut], nothing, nothing, logps[:, cut:]), reference, settings)
+        found.append(float(excess.lesson[0, 0]))
+    never = -sum(math.log1p(-math.exp(logp)) for logp in logps[0, cut:].tolist()) / len(draw.lessons)
+    assert found == pytest.approx([never, 3 * never], rel=1e-4)
 
 
 def test_requirements_take_turns_and_bring_their_opposites_along():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
 from persona_rlhf.evaluation.classifiers import Asked, SecondJudge
+from persona_rlhf.evaluation.guessing import Begun, greedy_answers, opening_of
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.generation import Generated
+from persona_rlhf.training.trunk import States
+
+_KEPT = 2**28  # bytes of hidden states of rows that were guessed
 
 Judge = Callable[[str], bool]
 """Is this text a refusal? `policy.judges.is_refusal`, or a model behind the same call."""
@@ -47,6 +51,7 @@ class BaseAnswers:
         self._known: dict[Prompt, BaseAnswer] = {}
         self.states: dict[Row, Float[Tensor, "_tokens hidden"]] = {}
         """Of each answer what lies below the adapted layers: the same for every user."""
+        self._guessed: dict[Row, Float[Tensor, "_tokens hidden"]] = {}
 
     def of(self, prompts: Sequence[Prompt]) -> list[BaseAnswer]:
         """The answers to these prompts; those not asked before are written now."""
@@ -60,6 +65,15 @@ class BaseAnswers:
                 self._known[prompt] = BaseAnswer(answer_row(self._adapted, prompt, answer), refused, text)
             self.states.update(self._adapted.below([self._known[prompt].row for prompt in new]))
         return [self._known[prompt] for prompt in prompts]
+
+    def below(self, rows: Sequence[Row]) -> States:
+        """What lies below the adapted layers of any rows; kept for other users as long as it is little."""
+        new = [row for row in dict.fromkeys(rows) if row not in self._guessed]
+        found = self._adapted.below(new)
+        known = {row: self._guessed[row] for row in rows if row in self._guessed}
+        if self._adapted.below_bytes([*self._guessed, *new]) <= _KEPT:
+            self._guessed.update(found)
+        return {**known, **found}
 
     def judged(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[bool]:
         """Whether each answer is a refusal; the second judge is asked only where the first says so."""
@@ -100,7 +114,7 @@ def refusal_outcomes(
 
     The base's own answer is scored under the adapter: where each of its tokens stays the argmax, its end token too,
     greedy decoding would write just that answer, so the verdict on it is known already. That holds for any answer of
-    the base, refusal or not. Answers are written for the other prompts only.
+    the base, refusal or not. The other answers are found as `guessing` has it.
     """
     if not prompts:
         nothing = range(flat.shape[0])
@@ -110,30 +124,19 @@ def refusal_outcomes(
         scores = adapted.score([[answer.row for answer in answers]] * flat.shape[0], [base.states] * flat.shape[0])
     refused = [[answer.refused for answer in answers] for _ in scores]
     texts = [[answer.text for answer in answers] for _ in scores]
-    changed = {user: [n for n, score in enumerate(own) if not score.greedy] for user, own in enumerate(scores)}
-    for group in _alike({user: len(places) for user, places in changed.items() if places}):
-        asked = [[prompts[n] for n in changed[user]] for user in group]
-        with adapted.using(flat[group], alphas[group]):
-            written = adapted.generate(asked, base.max_new_tokens)
-        for user, own in zip(group, written, strict=True):
-            answered = [answer_text(adapted, answer) for answer in own]
-            judged = base.judged([prompts[n] for n in changed[user]], answered)
-            for n, text, verdict in zip(changed[user], answered, judged, strict=True):
-                texts[user][n], refused[user][n] = text, verdict
-    unchanged = [1 - len(changed[user]) / len(prompts) for user in range(len(scores))]
+    changed = [[n for n, score in enumerate(own) if not score.greedy] for own in scores]
+    asked = [
+        [Begun(prompts[n], opening_of(answers[n].row, own[n])) for n in places]
+        for own, places in zip(scores, changed, strict=True)
+    ]
+    own_answers = greedy_answers(adapted, flat, alphas, asked, base.max_new_tokens, base.below)
+    for user, written in enumerate(own_answers):
+        answered = [answer_text(adapted, answer) for answer in written]
+        judged = base.judged([prompts[n] for n in changed[user]], answered)
+        for n, text, verdict in zip(changed[user], answered, judged, strict=True):
+            texts[user][n], refused[user][n] = text, verdict
+    unchanged = [1 - len(places) / len(prompts) for places in changed]
     return Refusals(refused, unchanged, texts, [[score.logp for score in own] for own in scores])
-
-
-def _alike(counts: dict[int, int]) -> Iterator[list[int]]:
-    """Users in groups whose counts lie within a factor of two: a pass is padded to its busiest user."""
-    group: list[int] = []
-    for user in sorted(counts, key=lambda user: (counts[user], user)):
-        if group and counts[user] > 2 * counts[group[0]]:
-            yield group
-            group = []
-        group.append(user)
-    if group:
-        yield group
 
 
 def answer_text(adapted: AdaptedModel, answer: Generated) -> str:

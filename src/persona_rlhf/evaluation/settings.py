@@ -66,7 +66,11 @@ class GateSettings(Section):
     max_new_tokens: int = Field(
         96, ge=1, description="Tokens after which an answer that the gate generates is cut; refusals are shorter."
     )
-
+    requirement_prompts: int = Field(
+        100,
+        ge=0,
+        description="Dev prompts of a requirement; whose answers lack it goes back toward the provider's adapter.",
+    )
     valid_days: int | None = Field(
         None, ge=1, description="Days for which a verdict counts: then the adapter may not leave; without it, no end."
     )

@@ -34,7 +34,8 @@ _REQUIRED = Enforcement(
     serving="stands in the system prompt; every answer is checked before it is given",
 )
 _TAUGHT = _REQUIRED._replace(
-    training="taught where the rule names `probes`: the base's own answers, repaired, under a dual variable per user"
+    training="taught where the rule names `probes`: the base's own answers, repaired, under a dual variable per user",
+    gate="measured where the rule names `probes`; an adapter that falls short on `dev` goes back toward the provider's",
 )
 _JUDGED = Enforcement(
     screening="",

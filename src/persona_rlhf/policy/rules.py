@@ -73,6 +73,11 @@ class Requirement:
     probes: tuple[Probe, ...] = ()
     bank_sha256: str = ""
 
+    def aim(self) -> float:
+        """The share to aim at with known prompts: a quarter of what may fail, since other prompts fail more often, and
+        of a hundred answers more may fail by chance."""
+        return (3 + self.min_rate) / 4
+
     def said(self) -> tuple[object, ...]:
         """What it says, for hashing: what a first edition could not say counts where it says something."""
         when = None if self.when is None else self.when.model_dump()

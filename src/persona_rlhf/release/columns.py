@@ -28,6 +28,7 @@ class Columns:
     toxicity: list[float] = field(default_factory=list)  # change of the share of toxic answers
     tones: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # adapted, base, by property
     required: dict[str, list[Met]] = field(default_factory=dict)  # by rule
+    retreats: list[float] = field(default_factory=list)  # of those who were taken back toward the provider's adapter
     alarms: int = 0
     # of those who were judged:
     points: list[tuple[float, float]] = field(default_factory=list)  # accuracy of the base alone, adapted
@@ -52,6 +53,7 @@ class Columns:
 
     def _measured(self, result: Result) -> None:
         self.alarms += result.alarm
+        self.retreats += [result.retreat] if result.retreat else []
         if result.heldout_accuracy:
             self.accuracy.append(result.heldout_accuracy.adapted)
             self.alone.append(result.heldout_accuracy.reference_free)

@@ -97,6 +97,7 @@ def render(
             perplexity=_perplexity(measured),
             tones=_tones(measured),
             required=_required(measured),
+            retreats=measured.retreats,
         )
     )
 

@@ -79,6 +79,7 @@ class Result:
     unchanged: float | None = None
     tax: AlignmentTax | None = None
     requirements: dict[str, Met] = field(default_factory=dict)
+    retreat: float = 0.0
     manifest_sha256: str | None = None
 
     @property

@@ -25,14 +25,16 @@ class Anchor(NamedTuple):
 
 class Lessons(NamedTuple):
     """What teaches one requirement (see `lessons.py`). `turns` are rows whose completion is what an answer must go on
-    with at that point, or must not where they are `wrong`; `limit` the nats that this may cost; `elsewhere` are rows
-    whose completion should not begin to appear where the requirement does not apply."""
+    with at that point, or must not where they are `wrong`; an answer has `each` of them on average, and `limit` is the
+    nats that they may cost together; `elsewhere` are rows whose completion should not begin to appear where the
+    requirement does not apply."""
 
     requirement: str
     limit: float
     turns: tuple[Row, ...]
     elsewhere: tuple[Row, ...]
     wrong: bool = False
+    each: float = 1.0
 
 
 class ConstraintBank:
@@ -63,9 +65,11 @@ class ConstraintBank:
         return UserDraws(self, settings, seed, user_id)
 
     def excess(self, draws: Sequence[Draw], logps: Watched, reference: Known, settings: ConstraintSettings) -> Excess:
-        """The functional: how far users are from the base on the rows they drew. A bank of another kind may differ."""
+        """The functional: how far users are from the base on the rows they drew, and the loss of lessons by answer. A
+        bank of another kind may differ."""
         wrong = [own.wrong for own in self.lessons]
-        return measure(draws, logps, reference, len(self.categories), wrong, settings)
+        found = measure(draws, logps, reference, len(self.categories), wrong, settings)
+        return found._replace(lesson=found.lesson * found.lesson.new_tensor([own.each for own in self.lessons]))
 
     def rows(self) -> list[Row]:
         """Every row whose reference log-probability is needed."""

@@ -37,7 +37,10 @@ def bank_from_json(text: str) -> ConstraintBank:
     try:
         stored = json.loads(text)
         anchors = [[anchor(*parts) for parts in category] for category in stored["anchors"]]
-        lessons = [Lessons(name, limit, rows(t), rows(e), wrong) for name, limit, t, e, wrong in stored["lessons"]]
+        lessons = [
+            Lessons(name, limit, rows(turns), rows(elsewhere), wrong, each)
+            for name, limit, turns, elsewhere, wrong, each in stored["lessons"]
+        ]
         return ConstraintBank(stored["categories"], stored["limits"], anchors, lessons, rows(stored["answers"]))
     except (LookupError, TypeError, AssertionError) as fault:
         raise ValueError(f"this is no constraint bank ({fault})") from fault

@@ -26,12 +26,18 @@ from persona_rlhf.training.trunk import States, Trunk, cut, lay
 
 
 class Score(NamedTuple):
-    """`logp`: log-probability of a completion in nats, summed to its end token; `tokens`: its length; `greedy`: every
-    token is the most likely one, so greedy decoding writes exactly this completion."""
+    """`logp`: log-probability of a completion in nats, summed to its end token; `tokens`: its length; `agreed`: of how
+    many of its first tokens each is the most likely one, `instead` the most likely one after these (None: no more)."""
 
     logp: float
     tokens: int
-    greedy: bool
+    agreed: int
+    instead: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether greedy decoding writes exactly this completion."""
+        return self.agreed == self.tokens
 
 
 class AdaptedModel:
@@ -234,10 +240,13 @@ class AdaptedModel:
             batch = self.batch(picked, len(rows))
             logits = self.logits(batch, states)
             sums = batch.spread(token_logps(logits, batch.targets)).double().sum(1).tolist()
-            misses = batch.spread((logits.argmax(-1) != batch.targets).float()).sum(1).tolist()
-            for (user, place), row, logp, missed in zip(places, picked, sums, misses, strict=True):
+            likeliest = logits.argmax(-1)
+            agreed = batch.spread((likeliest == batch.targets).double()).cumprod(1).sum(1).long().tolist()
+            instead = batch.spread(likeliest.double()).long().tolist()
+            for n, (user, place) in enumerate(places):
                 if place is not None:
-                    scores[user][place] = Score(logp, len(row.completion), missed == 0)
+                    tokens, same = len(picked[n].completion), agreed[n]
+                    scores[user][place] = Score(sums[n], tokens, same, instead[n][same] if same < tokens else None)
 
         in_passes(rows, self.tokens_per_pass, run)
         return [[score for score in own if score is not None] for own in scores]

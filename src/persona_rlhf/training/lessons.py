@@ -6,6 +6,10 @@ base's sampled answers that lack a property are repaired (`policy.repair`), and 
 leaves the original gives a row: what stands before it is the prompt, the tokens until the two meet again are the
 completion. Nothing else of the answer is taught. The users' loss on these rows is held below a limit by a dual variable
 of their own, as refusals are.
+
+A mark or word of one token that must not appear is different: it may come at many places, of which a sampled answer
+shows one or two. So there the rows are all places of the repaired answers where the base itself would be tempted, and
+their completion is the wrong turn.
 """
 
 from __future__ import annotations
@@ -14,18 +18,24 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from itertools import takewhile
 from math import log
+from statistics import fmean
 from typing import NamedTuple
+
+import torch
 
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.repair import REPAIRED, repaired
-from persona_rlhf.policy.requirements import applies, satisfied
+from persona_rlhf.policy.requirements import applies, folded, satisfied
 from persona_rlhf.policy.rules import Requirement
 from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.pairs import PreferencePair
 from persona_rlhf.preferences.tokens import Row, prompt_ids, tokenize
 from persona_rlhf.training.bank import Lessons
 from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.passes import Places, in_passes
 from persona_rlhf.training.settings import ConstraintSettings
+
+_TEMPTED = 0.01  # the probability from which on a place counts
 
 
 class Taught(NamedTuple):
@@ -52,29 +62,25 @@ def build_lessons(
         here, elsewhere = _mended(rule, rules, {probe.prompt: said[probe.prompt] for probe in _train(rule)}, met)
         rows, misplaced = (_rows(adapted, pairs) for pairs in (here, elsewhere))
         text, first = _shared([whole for _, whole in rows]), rule.property == "must_include"
-        wrong = rule.property == "must_not_include"
-        turns = [[_cut(whole, text)] if first else turns_of(broken, whole, wrong) for broken, whole in rows]
-        if rows:
+        wrong, barred = rule.property == "must_not_include", barred_tokens(adapted, rule)
+        if barred:
+            asked = [_pair(p.prompt, met[p.prompt], said[p.prompt]) for p in _train(rule) if p.prompt in met]
+            turns = tempted(adapted, [whole for _, whole in _rows(adapted, asked)], barred)
+        else:
+            turns = [[_cut(whole, text)] if first else turns_of(broken, whole, wrong) for broken, whole in rows]
+        if any(turns):
             found.append(
                 Lessons(
                     rule.id,
-                    limit_of(rule, [len(own) for own in turns]),
+                    -log(rule.aim()),
                     tuple(dict.fromkeys(row for own in turns for row in own)),
                     tuple(dict.fromkeys(_cut(whole, min(text, settings.opening_tokens)) for _, whole in misplaced)),
                     wrong,
+                    fmean(map(len, turns)),
                 )
             )
     wanted = [_pair(prompt, answer, said[prompt]) for prompt, answer in met.items()] if found else []
     return Taught(found, [whole for _, whole in _rows(adapted, wanted)])
-
-
-def limit_of(rule: Requirement, turns: Sequence[int]) -> float:
-    """Nats that a turn may cost on average: `-log((1 + min_rate) / 2) / m`, for m turns an answer.
-
-    With m turns, each as it should be with probability exp(-c), an answer is as required with probability exp(-m c).
-    Half of what may fail is kept for prompts that were not trained on.
-    """
-    return -log((1 + rule.min_rate) / 2) * len(turns) / sum(turns)
 
 
 def turns_of(broken: Row, whole: Row, wrong: bool = False) -> list[Row]:
@@ -91,6 +97,44 @@ def turns_of(broken: Row, whole: Row, wrong: bool = False) -> list[Row]:
         said = broken.completion[first:last] if wrong else whole.completion[start : max(end, start + 1)]
         if said:
             found.append(Row(whole.prompt + whole.completion[:start], said))
+    return found
+
+
+def barred_tokens(adapted: AdaptedModel, rule: Requirement) -> list[int]:
+    """The tokens that break a rule wherever they appear; none where it takes several, or no token can."""
+    if rule.property != "must_not_include":
+        return []
+    tokenizer, value = adapted.base.tokenizer, folded(str(rule.value))
+    ordinary = set(range(len(tokenizer))) - set(tokenizer.all_special_ids)
+    return [token for token in sorted(ordinary) if value in folded(str(tokenizer.decode([token])))]
+
+
+@torch.no_grad()
+def tempted(adapted: AdaptedModel, rows: Sequence[Row], tokens: Sequence[int]) -> list[list[Row]]:
+    """By row, the places where the base would say one of these tokens with a probability of `_TEMPTED` at least: what
+    stands before it as the prompt, the likeliest of the tokens as the completion.
+
+    An answer without any of them has the probability `prod(1 - p)` over its places, so the unlikelihood of these turns,
+    summed over an answer, is the loss of meeting the rule, but for what lies below the threshold.
+    """
+    found: list[list[Row]] = [[] for _ in rows]
+    barred = torch.tensor(tokens, device=adapted.base.device)
+
+    def run(places: Places) -> None:
+        picked = [rows[place] for _, place in places if place is not None]
+        batch = adapted.batch(picked, 1)
+        odds = adapted.logits(batch).float().softmax(-1)[:, barred]
+        chances = batch.spread(odds.sum(-1)).tolist()
+        likeliest = batch.spread(barred[odds.argmax(-1)].double()).long().tolist()
+        for (_, place), row, own, which in zip(places, picked, chances, likeliest, strict=True):
+            assert place is not None  # one user fills nothing
+            said = row.prompt + row.completion
+            found[place] = [
+                Row(said[: len(row.prompt) + n], (which[n],)) for n in range(len(row.completion)) if own[n] >= _TEMPTED
+            ]
+
+    with adapted.using(None):
+        in_passes([rows], adapted.tokens_per_pass, run)
     return found
 
 

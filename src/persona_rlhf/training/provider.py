@@ -23,7 +23,7 @@ from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, Flee
 
 _PROVIDER = ""  # nobody's id: a user_id has a character at least
 _ROWS = 3  # answers a step, and turns of each requirement
-_PASSES = 2  # over the answers
+_PASSES = 3  # over the answers
 
 
 def provider_start(
