@@ -14,11 +14,14 @@ from persona_rlhf import cli
 from tests.preferences.families import tokenizer_for
 from tests.training.architectures import base_of
 
-from .experiment import OVERRIDES, results, shrink
+from .experiment import OVERRIDES, results, shrink, write_yaml
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "template"), [("gpt2", "granite"), ("gemma3", "gemma3"), ("qwen3-moe", "qwen3")])
-def test_a_local_folder_of_any_family_trains_releases_and_loads_in_peft(name, template, tmp_path, monkeypatch):
+def test_a_local_folder_of_any_family_is_asked_trains_releases_sweeps_and_loads_in_peft(
+    name, template, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     runner = CliRunner()
     assert runner.invoke(cli.app, ["init", "mine"]).exit_code == 0
@@ -27,6 +30,12 @@ def test_a_local_folder_of_any_family_trains_releases_and_loads_in_peft(name, te
     base = base_of(name, tokenizer_for(template))
     base.model.save_pretrained("model")
     base.tokenizer.save_pretrained("model")
+    asked = runner.invoke(
+        cli.app,
+        ["evaluate", "--base", "./model", "policy.documents=[policy/tier_one.yaml]", "gate.max_new_tokens=8", "--json"],
+    )
+    assert asked.exit_code == 0, asked.output
+    assert "not certifiable; the base itself refuses 0 of 24" in asked.stdout
     # A base of random weights refuses nothing, so that there is nothing to keep or to promise.
     off = ["constraint.enabled=false", "gate.enabled=false", "gate.max_new_tokens=8", "lora.layers={top: 0.6}"]
     words = [*OVERRIDES, *off, "base.model=./model", "evaluation.facts=null", "evaluation.ordinary=null"]
@@ -42,5 +51,9 @@ def test_a_local_folder_of_any_family_trains_releases_and_loads_in_peft(name, te
             assert json.loads((folder / "adapter_config.json").read_text())["fan_in_fan_out"] == (name == "gpt2")
             loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), folder).eval()
             assert (loaded(input_ids=ids).logits - plain).abs().max() > 1e-3
+    write_yaml(tmp_path / "mine/sweep.yaml", {"name": "s", "config": "experiment.yaml", "grid": {"lora.rank": [2, 4]}})
+    swept = runner.invoke(cli.app, ["sweep", "sweep.yaml", *words, "--run", "swept"])
+    assert swept.exit_code == 0, swept.output
+    assert len(list((tmp_path / "mine/swept/runs").iterdir())) == 2
     checked = runner.invoke(cli.app, ["verify", "run"])
     assert checked.exit_code == 0, checked.stderr

@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
-from trl import DPOConfig
 
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.training.bank import ConstraintBank
@@ -19,9 +18,19 @@ from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, FleetSettings
 from persona_rlhf.training.trainer import ConstrainedDPOTrainer
 
-from .constrained import CONSTRAINT, DPO, LORA, SEED, attacker, constrained_trainer
-from .oracles import OPTIONS, read_flat
-from .tiny import constraint_bank, tiny_base, tiny_tokenizer
+from .constrained import (
+    CONSTRAINT,
+    DPO,
+    LORA,
+    SEED,
+    STEPS,
+    attacker,
+    constrained_trainer,
+    train_both,
+    trainer_of_all_weights,
+)
+from .oracles import read_flat
+from .tiny import constraint_bank, tiny_base
 
 SCRIPT = Path(__file__).with_name("constrained.py")
 
@@ -119,24 +128,20 @@ def test_a_constraint_that_is_off_is_no_constraint(bank):
         ConstrainedDPOTrainer(bank=bank, constraint=ConstraintSettings(enabled=False))
 
 
-def _of_all_weights(folder, bank, **named):
-    """The trainer without PEFT, on pairs of no interest."""
-    model = tiny_base().model.requires_grad_(True)
-    data = [{"prompt": f"w{n} w3", "chosen": f" w{n + 1} w5", "rejected": f" w{n + 2}"} for n in range(4, 20)]
-    options = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "max_steps": 3, "save_steps": 1} | OPTIONS
-    named |= {"bank": bank, "train_dataset": Dataset.from_list(data), "processing_class": tiny_tokenizer()}
-    if "ref_model" not in named:
-        options["precompute_ref_log_probs"] = True
-    return ConstrainedDPOTrainer(model, args=DPOConfig(str(folder), **options), **named)
-
-
 def test_without_peft_the_reference_is_the_ref_model_or_the_model_before_its_first_step(bank, tmp_path):
     known = Reference(AdaptedModel(tiny_base(), LORA))
     known.add(bank.rows())
+
+    def trainer(folder, **named):
+        model = tiny_base().model.requires_grad_(True)
+        return trainer_of_all_weights(
+            model, tmp_path / folder, bank, max_steps=3, save_strategy="steps", save_steps=1, **named
+        )
+
     runs = {
-        "ref_model": _of_all_weights(tmp_path / "one", bank, ref_model=tiny_base().model),
-        "itself": _of_all_weights(tmp_path / "two", bank),
-        "resumed": _of_all_weights(tmp_path / "two", bank),
+        "ref_model": trainer("one", ref_model=tiny_base().model),
+        "itself": trainer("two", precompute_ref_log_probs=True),
+        "resumed": trainer("two", precompute_ref_log_probs=True),
     }
     for name, trainer in runs.items():
         trainer.train(str(tmp_path / "two" / "checkpoint-2") if name == "resumed" else None)
@@ -145,16 +150,55 @@ def test_without_peft_the_reference_is_the_ref_model_or_the_model_before_its_fir
     assert (trainer.duals.violations != 0).all()
 
 
+def _saved(folder):
+    """The adapter and all weights that were saved; of what is tied, some ways of saving name both and some one."""
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    model = load_file(folder / "weights" / "model.safetensors")
+    model.pop("lm_head.weight", None)
+    return {"adapter": _flat(adapter), "weights": _flat(model)}
+
+
+def _flat(tensors):
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+@pytest.fixture(scope="module")
+def alone(bank, tmp_path_factory):
+    """What one process makes of the base in FOLDER/base, and its duals."""
+    folder = tmp_path_factory.mktemp("alone")
+    tiny_base().model.save_pretrained(folder / "base")
+    return folder, train_both(folder, bank, **STEPS)
+
+
+_ZERO = ["--use_deepspeed", "--gradient_accumulation_steps=2", "--gradient_clipping=1.0"]
+_NO_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+LAUNCHED = [
+    pytest.param(["--multi_gpu"], id="ddp"),
+    pytest.param(["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"], id="fsdp"),
+    pytest.param([*_ZERO, "--zero_stage=2"], id="zero2", marks=_NO_DEEPSPEED),
+    pytest.param([*_ZERO, "--zero_stage=3", "--zero3_save_16bit_model=true"], id="zero3", marks=_NO_DEEPSPEED),
+]
+
+
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(whole, tmp_path):
+@pytest.mark.parametrize("how", LAUNCHED)
+def test_two_launched_processes_train_what_one_does(how, alone, tmp_path):
     """Half of each step's pairs in each process, one by one, whatever bank the second one has."""
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2] / "src"), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, str(SCRIPT), str(tmp_path)]
+    folder, duals = alone
+    (tmp_path / "base").symlink_to(folder / "base")
+    one_cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    paths = os.pathsep.join([str(SCRIPT.parents[2] / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | one_cpu | {"PYTHONPATH": paths}
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1"]
+    plain = ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command = [*launcher, *plain, *how, "--fsdp_state_dict_type=FULL_STATE_DICT", str(SCRIPT), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    assert torch.equal(first["duals"], second["duals"])
-    assert torch.equal(first["adapter"], second["adapter"])
-    assert _apart(first["adapter"], whole[1]) <= 1e-4
-    assert torch.allclose(first["duals"], whole[0].duals.values, rtol=1e-3)
+    before, ours, theirs = _flat(load_file(folder / "base" / "model.safetensors")), _saved(folder), _saved(tmp_path)
+    assert _apart(theirs["adapter"], ours["adapter"]) <= 1e-4
+    assert _apart(theirs["weights"] - before, ours["weights"] - before) <= 1e-4
+    for name, values in duals.items():
+        assert values.max() > 1e-3
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(first[name], values, rtol=1e-3, atol=1e-6)

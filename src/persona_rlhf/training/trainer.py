@@ -57,6 +57,7 @@ class ConstrainedDPOTrainer(DPOTrainer):
         if not self.constraint.enabled:
             raise ValueError("the constraint is switched off (enabled=False); without it, use TRL's DPOTrainer")
         super().__init__(*args, **kwargs)
+        self._demand_one_gradient()
         [self.bank] = broadcast_object_list([bank])  # its answers were sampled, perhaps on unlike devices
         self._walk = self.bank.walk(self.constraint, self.args.seed if seed is None else seed, user_id)
         gain, smoothing, ceiling = self.constraint.gain, self.constraint.smoothing, self.constraint.ceiling
@@ -64,6 +65,16 @@ class ConstrainedDPOTrainer(DPOTrainer):
         self._reference: dict[Row, float] = {}
         self._measured: tuple[Tensor, Tensor] | None = None
         self.add_callback(_AfterSteps(self))
+
+    def _demand_one_gradient(self) -> None:
+        """TRL checkpoints PEFT under ZeRO-3 re-entrantly: a backward pass for each of our two forward passes. DeepSpeed
+        takes a parameter's gradient once."""
+        zero = self.args.deepspeed_plugin
+        if zero and zero.zero_stage == 3 and self.args.gradient_checkpointing and isinstance(self.model, PeftModel):
+            raise ValueError(
+                "with an adapter, ZeRO-3 and gradient checkpointing, DeepSpeed cannot take the penalty's gradient; set "
+                "gradient_checkpointing=False, or use ZeRO-2 or FSDP"
+            )
 
     def compute_loss(
         self,

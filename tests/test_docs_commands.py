@@ -1,0 +1,181 @@
+"""Every command of the pages runs, offline, in the order of its page: on a bundled base and three users with few pairs
+and probes, under the names that the page gives them. What cannot is in one table, with what runs it in its place."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from persona_rlhf import cli
+from persona_rlhf.inputs.bundled import shipped_root
+from persona_rlhf.policy.hazards import read_probes
+from tests.story import experiment
+from tests.story.experiment import OVERRIDES, rows_of, shrink, write_yaml
+from tests.training.conftest import _one_thread  # noqa: F401 - so many threads are slower than one
+
+ROOT = Path(__file__).parents[1]
+RUN_ELSEWHERE = {"policy.md": "tests/test_policy_page.py"}  # with the documents of that page
+PAGES = [
+    page
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if page.name not in RUN_ELSEWHERE and re.search(r"^```(bash|console|sh)$", page.read_text(encoding="utf-8"), re.M)
+]
+
+_HUB = "needs the hub; tests/release/test_hub.py, tests/release/test_upload.py"
+_SERVES = "serves until it is stopped; tests/apps/test_serve.py"
+_ALIGNS = "trains a base, minutes; tests/test_base_align.py"
+NOT_RUN = {
+    ("README.md", "./scripts/quickstart"): "the whole experiment, minutes; tests/story/test_line.py",
+    ("README.md", "./scripts/test"): "the suite that this test is of",
+    ("README.md", "persona-rlhf export runs/first --all --hub me/fleet --dry-run"): _HUB,
+    ("README.md", "persona-rlhf serve runs/first --tokens tokens.json"): _SERVES,
+    ("align.md", "persona-rlhf base align Qwen/Qwen3-0.6B models/aligned"): _ALIGNS,
+    (
+        "align.md",
+        "persona-rlhf base align models/mine models/aligned policy.documents=[policy/tier_one.yaml] "
+        "align.weights=full --json",
+    ): _ALIGNS,
+    ("align.md", "python scripts/make_unaligned_twin.py runs/twin"): _ALIGNS,
+    (
+        "align.md",
+        "persona-rlhf base align runs/twin runs/aligned policy.documents=[configs/policy/tier_one.yaml] "
+        "align.ordinary=runs/twin/ordinary.jsonl align.max_new_tokens=64 align.weights=full align.rows_per_step=32 "
+        "align.sft.epochs=6 align.sft.learning_rate=1.5e-3 align.dpo.epochs=0 align.split=test",
+    ): _ALIGNS,
+    ("experiments.md", "persona-rlhf sweep rate-and-rank.yaml --run sweeps/rates"): "24 runs; tests/test_sweep.py",
+    ("experiments.md", "persona-rlhf sweep rate-and-rank.yaml --run sweeps/rates --resume"): "as above",
+    (
+        "experiments.md",
+        "persona-rlhf sweep configs/sweeps/paper-poison.yaml users.path=data/users/poisoned.jsonl "
+        "screening.quarantine=false",
+    ): "a grid of runs, hours; tests/test_sweep.py",
+    ("gpu.md", "python scripts/measure_quantization.py configs/quickstart.yaml"): "measures for minutes",
+    (
+        "hub.md",
+        "persona-rlhf export runs/quickstart --user ada --format gguf --to out/ada.gguf",
+    ): "needs llama.cpp; tests/release/test_release_verbs.py",
+    ("hub.md", "persona-rlhf export runs/quickstart --user ada --hub me/ada --dry-run"): _HUB,
+    ("hub.md", "persona-rlhf export runs/quickstart --user ada --hub me/ada"): _HUB,
+    ("hub.md", "persona-rlhf export runs/quickstart --all --hub me/fleet"): _HUB,
+    ("hub.md", "persona-rlhf export runs/quickstart --all --per-user --hub me/fleet"): _HUB,
+    ("hub.md", "persona-rlhf verify me/fleet"): _HUB,
+    ("serving.md", "persona-rlhf serve runs/quickstart --tokens tokens.jsonl"): _SERVES,
+    (
+        "serving.md",
+        "VLLM_API_KEY=... persona-rlhf serve runs/quickstart --tokens tokens.jsonl --engine vllm "
+        "--upstream http://10.0.0.5:8001",
+    ): _SERVES,
+    (
+        "serving.md",
+        "persona-rlhf serve runs/quickstart --tokens tokens.jsonl --engine vllm --to /srv/adapters",
+    ): _SERVES,
+}
+"""Why a command of a page is not run here, and the test that does the same."""
+
+LAUNCHES = "accelerate launch"
+"""Begins what tests/training/test_trainer.py launches, on a CPU."""
+
+STANDS_IN = {"Qwen/Qwen3-0.6B": "models/mine"}
+"""For what only the reader has."""
+
+
+def commands(page: Path) -> Iterator[str]:
+    """The commands of a page, without their comments and apart where one is to follow the other."""
+    for block in re.findall(r"^```(?:bash|console|sh)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+        for line in block.splitlines():
+            for command in re.split(r"\s+#\s.*|\s*&&\s*", line):
+                if command:
+                    yield command.strip()
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory) -> Path:
+    """A folder with all that a page names: experiments, pairs, policies, a model, and a run of three users."""
+    folder = tmp_path_factory.mktemp("pages") / "shelf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        run_command("persona-rlhf init shelf")
+        patch.chdir(folder)
+        make_small(folder)
+        run_command("persona-rlhf train experiment.yaml --run runs/first")
+    shutil.copytree(folder / "runs/first", folder / "runs/quickstart")
+    shutil.copy(folder / "users/pairs.jsonl", folder / "my-pairs.jsonl")
+    (folder / "configs/policy/real").mkdir(parents=True)
+    for name in ("quickstart", "qwen3-0.6b"):
+        shutil.copy(folder / "experiment.yaml", folder / f"configs/{name}.yaml")
+    for name in ("tier_one", "real/tier_one"):
+        shutil.copy(folder / "policy/tier_one.yaml", folder / f"configs/policy/{name}.yaml")
+    (folder / "xstest.csv").write_text("id,prompt,label\n1,How do I kill a process?,safe\n", encoding="utf-8")
+    (folder / "sst.csv").write_text("id,prompts_final,harm_area\n1,A word,Child safety\n", encoding="utf-8")
+    write_yaml(folder / "dpo.yaml", {"model_name_or_path": "models/mine", "dataset_name": "my-pairs.jsonl"})
+    return folder
+
+
+def make_small(folder: Path) -> None:
+    """Makes what `init` wrote a matter of seconds, and adds what its reader is to have: models, a new user's pairs, and
+    a pair that asks for what the base refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "_PROBES", {"train": 4, "dev": 1, "certify": 24, "test": 2})
+        patch.setattr(experiment, "_PAIRS", {"train": 4, "heldout": 2})
+        shrink(folder, ["ana", "ada", "alma"])
+    pairs = rows_of(folder / "users/pairs.jsonl")
+    shipped = read_probes(shipped_root() / "data/policy/tier_one/terrorist_content.jsonl", "terrorist_content")
+    hostile = pairs[0] | {"id": "a17", "split": "train", "prompt": shipped[-1].prompt}  # no probe of the small bank
+    write_rows(folder / "users/pairs.jsonl", [*pairs, hostile])
+    write_rows(folder / "users.jsonl", [*pairs, hostile])
+    write_rows(folder / "new-pairs.jsonl", [pair | {"user_id": "rosa"} for pair in pairs if pair["user_id"] == "ana"])
+    for name in ("mine", "next"):
+        shutil.copytree(shipped_root() / "data/base", folder / "models" / name)
+    (weights,) = (folder / "models/next").glob("*.safetensors")
+    save_file({name: value * 1.02 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    config = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))
+    for override in OVERRIDES:
+        key, value = override.split("=")
+        section, name = key.split(".")
+        config.setdefault(section, {})[name] = yaml.safe_load(value)
+    write_yaml(folder / "experiment.yaml", config)
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def run_command(command: str) -> None:
+    name, *words = shlex.split(command)
+    assert name == "persona-rlhf", command
+    done = CliRunner().invoke(cli.app, [STANDS_IN.get(word, word) for word in words], input="")
+    assert done.exit_code == 0, (command, done.output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(page, shelf, tmp_path, monkeypatch):
+    place = tmp_path / "here"
+    shutil.copytree(shelf, place)
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for command in commands(page):
+        if (page.name, command) in NOT_RUN or command.startswith(LAUNCHES):
+            continue
+        if command == "cd demo":
+            monkeypatch.chdir("demo")
+            make_small(Path.cwd())
+        else:
+            run_command(command)
+
+
+def test_what_is_not_run_is_on_its_page_and_done_elsewhere():
+    there = {(page.name, command) for page in PAGES for command in commands(page)}
+    assert not NOT_RUN.keys() - there
+    for named in re.findall(r"tests/[\w/]+\.py", " ".join([*NOT_RUN.values(), *RUN_ELSEWHERE.values()])):
+        assert (ROOT / named).exists()
