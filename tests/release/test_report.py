@@ -173,7 +173,7 @@ def test_it_says_who_was_taken_back_for_the_sake_of_a_requirement(run):
 
     def page(*shares):
         moved = [replace(result, retreat=share) for result, share in zip(own, [*shares, *[0.0] * 9], strict=False)]
-        return " ".join(render({}, {}, moved, summarise(moved)).split())
+        return " ".join(render({}, moved, {}, []).split())
 
     assert "taken back" not in page()
     assert "1 user was taken back" in page(0.4)
