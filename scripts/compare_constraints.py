@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from comparison_table import CLEAN, CLOSE, Record, comparison, rendered
-from contenders import CONTENDERS
+from contenders import CONTENDERS, WORDINGS
 from rich.console import Console
 
 from persona_rlhf.config import read_config
@@ -173,6 +173,10 @@ def main() -> None:
         torch.set_num_threads(1)
         try:
             config = read_config(asked.config, [*asked.overrides, "screening.quarantine=false"])
+            if "event" in asked.contenders and config.constraint.refusals_per_probe < WORDINGS:
+                parser.error(
+                    f"`event` adds up {WORDINGS} refusals of a probe: constraint.refusals_per_probe={WORDINGS}"
+                )
             materials = read_materials(config)
             probed = SplitPolicy(materials.policy, asked.split)
             ready = prepare(config, materials._replace(policy=probed))  # type: ignore[arg-type]

@@ -10,7 +10,13 @@ from tests.scripts import SCRIPTS, load_script
 
 from .experiment import environment
 
-SMALL = ("dpo.epochs=1", "constraint.rows_per_step=2", "evaluation.win_rate_prompts=0", "evaluation.harmless_prompts=0")
+SMALL = (
+    "dpo.epochs=1",
+    "constraint.rows_per_step=2",
+    "constraint.refusals_per_probe=4",
+    "evaluation.win_rate_prompts=0",
+    "evaluation.harmless_prompts=0",
+)
 
 
 def compare(folder, *words):
@@ -27,6 +33,10 @@ def test_every_contender_once(copied, monkeypatch):
     pairs = (copied / "users/pairs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (copied / "users/pairs.jsonl").write_text("".join(line for line in pairs if '"Ann"' in line), encoding="utf-8")
     asked = ("experiment.yaml", *SMALL, "evaluation.utilities=utilities.yaml", "evaluation.test_probes=4", "--gate")
+    alone = compare(copied, *asked, "constraint.refusals_per_probe=1", "--records", "records.jsonl")
+    assert alone.returncode == 2
+    assert "constraint.refusals_per_probe=4" in alone.stderr
+    assert not (copied / "records.jsonl").exists()
     first = compare(copied, *asked, "--records", "records.jsonl")
     assert first.returncode == 0, first.stderr
     kept = (copied / "records.jsonl").read_text(encoding="utf-8")
