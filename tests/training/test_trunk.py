@@ -1,10 +1,14 @@
 """What lies below the adapters is computed once, and nothing but time tells the difference."""
 
+import errno
+import os
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from persona_rlhf.preferences.tokens import Row, both_rows
+from persona_rlhf.training import ground
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.batch import EMPTY, collate
 from persona_rlhf.training.engine import Engine
@@ -13,6 +17,7 @@ from persona_rlhf.training.ground import Ground, rows_ahead
 from persona_rlhf.training.library import fleet_train
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings, TopLayers
+from persona_rlhf.training.spill import Spilled
 
 from .tiny import constraint_bank, random_flat, random_row, tiny_base, tiny_tokenizer, user_rows
 
@@ -75,9 +80,9 @@ def test_the_reference_of_a_users_rows_starts_from_his_states(adapted):
     whole, above, tokens = Reference(adapted), Reference(adapted), []
     whole.add(rows)
     hook = adapted.base.model.model.layers[0].register_forward_hook(lambda _, args, __: tokens.append(args[0].shape[1]))
-    ground = Ground(adapted, above, None, 2, 2**20)
+    kept = Ground(adapted, above, None, 2, 2**20)
     for user in users:
-        ground.of(user.user_id, user.train, user.train[:1], None)
+        kept.of(user.user_id, user.train, user.train[:1], None)
     hook.remove()
     fed = {(*row.prompt, *row.completion[:-1]) for row in rows}
     assert sum(tokens) <= sum(map(len, fed))
@@ -113,12 +118,12 @@ def test_a_base_with_positions_of_its_own_can_be_started_above():
     assert torch.allclose(whole, above, rtol=0, atol=1e-5)
 
 
-def _train(users, trunk_cache, slots=2):
+def _train(users, trunk_cache, slots=2, trunk_disk=0):
     adapted = AdaptedModel(tiny_base(layers=4), TOP)
     bank = constraint_bank()
     reference = Reference(adapted)
     reference.add([row for user in users for pair in user.train for row in (pair.chosen, pair.rejected)] + bank.rows())
-    fleet = FleetSettings(slots=slots, trunk_cache=trunk_cache)
+    fleet = FleetSettings(slots=slots, trunk_cache=trunk_cache, trunk_disk=trunk_disk)
     engine = Engine(adapted, users, reference, bank, DPO, CONSTRAINT, fleet, 0)
     trained = {user.user_id: user.adapter for user in engine.run()}
     adapted.close()
@@ -131,6 +136,44 @@ def test_a_fleet_trains_the_same_with_and_without_room_for_states():
     for user_id, adapter in kept.items():
         assert (adapter - anew[user_id]).abs().max() <= 1e-5
         assert adapter.abs().max() > 0.05
+
+
+def test_states_that_memory_has_no_room_for_are_found_on_disk(monkeypatch):
+    users, made = [user_rows(f"u{n}", 6, n) for n in range(3)], []
+
+    def spilled(*args):
+        made.append(Spilled(*args))
+        return made[-1]
+
+    monkeypatch.setattr(ground, "Spilled", spilled)
+    kept, found = _train(users, 64), _train(users, 0, trunk_disk=64)
+    assert len(made) == 4  # the bank's and each user's
+    for user_id, adapter in kept.items():
+        assert (adapter - found[user_id]).abs().max() <= 1e-5
+    assert _train(users, 0, trunk_disk=0).keys() == kept.keys()
+    assert len(made) == 4
+
+
+def test_a_file_of_states_has_no_name_and_gives_what_memory_would(adapted, tmp_path):
+    rows = [random_row(torch.Generator().manual_seed(n), 4 + n % 3, 2 + n % 5) for n in range(12)]
+    states, spilled = adapted.below(rows), Spilled(adapted, [*rows, *rows], tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert list(spilled) == list(dict.fromkeys(rows))
+    assert len(spilled) == len(states)
+    for row in rows:
+        assert torch.allclose(spilled[row], states[row], rtol=0, atol=1e-5)
+    assert not torch.equal(spilled[rows[0]], spilled[rows[3]])
+
+
+def test_a_full_disk_is_said_before_anything_is_computed(adapted, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(adapted, "below", None)
+    with pytest.raises(OSError, match=r"fleet\.trunk_disk"):
+        Spilled(adapted, [random_row(torch.Generator().manual_seed(1), 5, 6)], tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_neighbour_is_not_felt_at_the_same_shapes():

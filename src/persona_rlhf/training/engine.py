@@ -107,7 +107,8 @@ class Engine:
         names = len(bank.names) if bank else 0
         device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
         self.slots = Slots(self.count, adapted.params_per_user, names, dpo, constraint, device, dtype)
-        self.ground = Ground(adapted, reference, bank, self.count, fleet.trunk_cache * 2**20)
+        memory, disk = fleet.trunk_cache * 2**20, fleet.trunk_disk * 2**20
+        self.ground = Ground(adapted, reference, bank, self.count, memory, disk, state)
         self.finished: list[str] = [] if kept is None else self._resume(*kept)
 
     def run(

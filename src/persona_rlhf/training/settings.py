@@ -169,7 +169,10 @@ class FleetSettings(Section):
         "auto", description="Tokens of all users in a step, which `slots: auto` keeps below; auto fills the device."
     )
     trunk_cache: int = Field(
-        2048, ge=0, description="MiB for hidden states below the adapters; a user past his share is computed each step."
+        2048, ge=0, description="MiB of memory for hidden states below the adapters; what does not fit goes to disk."
+    )
+    trunk_disk: int = Field(
+        4096, ge=0, description="MiB of temporary files for such states; past that they are computed in every step."
     )
     reference_cache: str | None = Field(
         None,
