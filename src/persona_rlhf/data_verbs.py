@@ -64,6 +64,27 @@ def data_screen(config: ConfigFile, overrides: Overrides = None, as_json: Json =
         print_table(table)
 
 
+@data_verbs.command("draft")
+@bounded
+def data_draft(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .jsonl file.")],
+    user: Annotated[str, typer.Option("--user", help="A user_id, whose tier three states tastes.")],
+    overrides: Overrides = None,
+    pairs: Annotated[int, typer.Option(min=1, help="At most so many.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Draft pairs for a user who has judged none: answers of the base, told apart by the tastes that he states."""
+    from persona_rlhf.config import read_config
+    from persona_rlhf.drafting import draft
+
+    drafted = draft(read_config(config, overrides or []), user, out, pairs)
+    if as_json:
+        print_json(drafted.to_json())
+    for sentence in drafted.sentences():
+        say(sentence)
+
+
 @data_verbs.command("review")
 @bounded
 def data_review(

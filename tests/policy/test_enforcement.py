@@ -21,6 +21,7 @@ from persona_rlhf.policy.statements import (
     RestrictionRule,
 )
 from persona_rlhf.policy.tiers import Policy
+from persona_rlhf.policy.wishes import READABLE
 from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.pairs import PreferencePair
 from persona_rlhf.preferences.screening import screen
@@ -136,6 +137,7 @@ def test_a_wish_reaches_the_system_prompt_and_nothing_above_it(one, tmp_path, na
     rule = {"id": "p", "kind": "preference", "aspect": "style", name: value}
     policy = Policy.read([one, write(tmp_path / "three.yaml", tier_three(rule, user_id="ann"))])
     alone, held = Policy.read([one]), row("preference", name)
+    assert ("data draft" in held.training) is (name in READABLE)
     assert (held.screening, held.gate) == ("", "")
     assert held.training.startswith("not enforced")
     assert system_prompt(policy, "ann") != system_prompt(policy, "bob") == ""

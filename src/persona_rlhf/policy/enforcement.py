@@ -51,6 +51,9 @@ _WISHED = Enforcement(
     card="",
     serving="stands in the user's system prompt, unless a requirement overrules it",
 )
+_DRAFTED = _WISHED._replace(
+    training="not enforced: the user's own pairs train his adapter; `data draft` drafts pairs from it"
+)
 
 TABLE: dict[tuple[str, str], Enforcement] = {
     ("restriction", "refuse"): _REFUSED,
@@ -68,12 +71,12 @@ TABLE: dict[tuple[str, str], Enforcement] = {
     ("requirement", "format"): _REQUIRED,
     ("requirement", "judge"): _JUDGED,
     ("preference", "statement"): _WISHED,
-    ("preference", "min_words"): _WISHED,
-    ("preference", "max_words"): _WISHED,
-    ("preference", "language"): _WISHED,
+    ("preference", "min_words"): _DRAFTED,
+    ("preference", "max_words"): _DRAFTED,
+    ("preference", "language"): _DRAFTED,
     ("preference", "formality"): _WISHED,
     ("preference", "tone"): _WISHED,
-    ("preference", "avoid"): _WISHED,
+    ("preference", "avoid"): _DRAFTED,
 }
 """Every kind of rule, by what it states: an action, a property, a wish."""
 

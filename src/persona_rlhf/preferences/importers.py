@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,11 +121,12 @@ def _convert(name: str, convert: Convert, src: Path, out: Path) -> ImportSummary
         lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
     if problems:
         raise InputError(first_problems(problems))
-    _write(out, lines)
+    write_lines(out, lines)
     return ImportSummary(name, rows, len(lines), len(users), dict(left_out), out)
 
 
-def _write(out: Path, lines: list[str]) -> None:
+def write_lines(out: Path, lines: Iterable[str]) -> None:
+    """Puts a file of these lines in place whole, or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
     try:
