@@ -20,9 +20,8 @@ from persona_rlhf.training.fleet import AdaptedModel, Score
 from persona_rlhf.training.generation import Generated
 from persona_rlhf.training.trunk import States
 
-_WRITTEN = 8  # answers that a user writes out before others are guessed
-_TRIES = 2  # guesses an answer before some more are written out
-_ROUNDS = 4  # of writing and guessing; what is left then is written out
+_WRITTEN = 24  # answers that a user writes out before others are guessed
+_TRIES = 2  # guesses an answer; what is left then is written out
 _TWICE = 2  # an answer that was given so often is a guess for other prompts
 
 
@@ -81,11 +80,10 @@ def greedy_answers(
         rows = {n: Row(asked[user][n].prompt, ids) for n, ids in guesses.items()}
         return {n: row for n, row in rows.items() if row.length <= context and len(row.completion) <= max_new_tokens}
 
-    for _ in range(_ROUNDS):
-        write({user: _spread(left(user)) for user in users})
-        for _ in range(_TRIES):
-            if places := {user: rows for user in users if (rows := likely(user))}:
-                guess(places)
+    write({user: _spread(left(user)) for user in users})
+    for _ in range(_TRIES):
+        if places := {user: rows for user in users if (rows := likely(user))}:
+            guess(places)
     write({user: left(user) for user in users})
     return [[answer for answer in own if answer is not None] for own in found]
 
