@@ -46,6 +46,12 @@ def _excludes(one: Wish, other: Wish) -> bool:
     return False
 
 
+def standing(preferences: Sequence[Preference], requirements: Sequence[Requirement]) -> list[Preference]:
+    """The tastes that no requirement overrules."""
+    lost = {found.preference for found in overruled(preferences, requirements)}
+    return [taste for taste in preferences if taste.id not in lost]
+
+
 def overruled(preferences: Sequence[Preference], requirements: Sequence[Requirement]) -> Iterator[Overruled]:
     """Every wish that a requirement contradicts. The requirement holds; the user is told whose it is and where."""
     for taste in preferences:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, assert_never, cast
 
-from persona_rlhf.policy.contradictions import overruled
+from persona_rlhf.policy.contradictions import standing
 from persona_rlhf.policy.likeness import Collection
 from persona_rlhf.policy.requirements import satisfied
 from persona_rlhf.policy.rules import Preference, Requirement, Restriction
@@ -21,13 +21,12 @@ def system_prompt(policy: Policy, user_id: str) -> str:
     A wish that a requirement overrules is left out: the model is never asked for both. Whatever a document says stays
     on one line, so that no text opens a section of its own.
     """
-    tastes = policy.for_user(user_id).preferences
-    lost = {found.preference for found in overruled(tastes, policy.requirements)}
+    tastes = standing(policy.for_user(user_id).preferences, policy.requirements)
     rules = [
         *(_redirect(rule) for rule in policy.restrictions if rule.action == "redirect"),
         *(_required(rule) for rule in policy.requirements),
     ]
-    wishes = [_wished(taste) for taste in tastes if taste.id not in lost]
+    wishes = [_wished(taste) for taste in tastes]
     parts = [
         "\n".join([heading, *(f"- {' '.join(line.split())}" for line in lines)])
         for heading, lines in (("Every answer keeps these rules:", rules), ("Within them, the user likes:", wishes))

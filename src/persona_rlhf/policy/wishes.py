@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from persona_rlhf.policy.contradictions import overruled
+from persona_rlhf.policy.contradictions import standing
 from persona_rlhf.policy.languages import language_of
 from persona_rlhf.policy.requirements import folded
 from persona_rlhf.policy.rules import Preference
@@ -18,11 +18,8 @@ READABLE = ("min_words", "max_words", "language", "avoid")
 
 def readable_tastes(policy: Policy, user_id: str) -> list[Preference]:
     """The tastes of a user that a program can read off an answer, without those that a requirement overrules."""
-    tastes = policy.for_user(user_id).preferences
-    lost = {found.preference for found in overruled(tastes, policy.requirements)}
-    return [
-        taste for taste in tastes if taste.wish is not None and taste.wish.name in READABLE and taste.id not in lost
-    ]
+    tastes = standing(policy.for_user(user_id).preferences, policy.requirements)
+    return [taste for taste in tastes if taste.wish is not None and taste.wish.name in READABLE]
 
 
 def distance(wishes: Sequence[Wish], answer: str) -> float:
