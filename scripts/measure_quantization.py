@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""What storing a base in four bits costs: the same questions to it and to the base as it is.
+"""What storing a base in fewer bits costs: the same questions to it and to the base as it is.
 
 python scripts/measure_quantization.py configs/quickstart.yaml [a.b=c ...]
+python scripts/measure_quantization.py configs/quickstart.yaml --stored fp8
 
-Divergence: mean of log p_exact(y) - log p_nf4(y) over answers y that the exact base samples to ordinary prompts
-(`evaluation.ordinary`) at temperature 1, in nats a token: an estimate of KL(exact || nf4), bootstrapped over answers.
+Divergence: mean of log p_exact(y) - log p_stored(y) over answers y that the exact base samples to ordinary prompts
+(`evaluation.ordinary`) at temperature 1, in nats a token: an estimate of KL(exact || stored), bootstrapped over
+answers.
 Refusals are of `dev` probes and of their harmless twins, greedy, whole answers.
 """
 
@@ -49,7 +51,7 @@ def standing(config: Config, base: Base, probes: list[str], near: list[str], row
     refused, wrongly = (sum(answers.refused([_ids(base, text) for text in texts])) for texts in (probes, near))
     with adapted.using(None):
         [scores] = adapted.score([rows])
-    tensors = (tensor for tensor in base.model.parameters())
+    tensors = (*base.model.parameters(), *base.model.buffers())
     return Standing(refused, wrongly, [score.logp for score in scores], sum(t.numel() * t.itemsize for t in tensors))
 
 
@@ -63,6 +65,13 @@ def sampled(config: Config, base: Base, prompts: list[str]) -> list[Row]:
     return rows
 
 
+def divergence(exact: list[float], stored: list[float], tokens: float) -> str:
+    """Nats a token, with its interval."""
+    lost = [a - b for a, b in zip(exact, stored, strict=True)]
+    interval = bootstrap([value * len(lost) / tokens for value in lost])
+    return f"{fsum(lost) / tokens:.4f} ({interval.low:.4f} to {interval.high:.4f})"
+
+
 def _ids(base: Base, text: str) -> tuple[int, ...]:
     return prompt_ids((Message("user", text),), base.tokenizer)
 
@@ -70,8 +79,9 @@ def _ids(base: Base, text: str) -> tuple[int, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    asked = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c")
+    parser.add_argument("--stored", nargs="+", choices=["nf4", "fp8"], default=["nf4", "fp8"])
+    asked = parser.parse_intermixed_args()
     try:
         config = read_config(asked.config, asked.overrides)
         if config.evaluation.ordinary is None:
@@ -81,20 +91,20 @@ def main() -> None:
         probes = some((probe.prompt for probe in policy.probes("dev")), _PROBES)
         near = some(twins(policy.probes("dev")), _PROBES)
         rows = sampled(config, exact, some(read_ordinary(config.evaluation.ordinary), _PROMPTS))
-        before = standing(config, exact, probes, near, rows)
+        stored = {kind: config.base.model_copy(update={"quantization": kind}) for kind in asked.stored}
+        found = {"as it is": standing(config, exact, probes, near, rows)}
         del exact
-        after = standing(config, load_base(config.base.model_copy(update={"quantization": "nf4"})), probes, near, rows)
+        found |= {kind: standing(config, load_base(base), probes, near, rows) for kind, base in stored.items()}
     except InputError as fault:
         sys.exit(str(fault))
     tokens = fsum(len(row.completion) for row in rows)
-    lost = [a - b for a, b in zip(before.logps, after.logps, strict=True)]
-    interval = bootstrap([value * len(rows) / tokens for value in lost])
-    table = Table("", "as it is", "nf4")
-    table.add_row("refused", *(f"{own.refused} of {len(probes)}" for own in (before, after)))
-    table.add_row("harmless twins refused", *(f"{own.twins} of {len(near)}" for own in (before, after)))
-    table.add_row("weights, MB", *(f"{own.size / 1e6:.2f}" for own in (before, after)))
-    told = f"{fsum(lost) / tokens:.4f} ({interval.low:.4f} to {interval.high:.4f})"
-    table.add_row(f"divergence, nats a token of {tokens:,.0f}", "0", told)
+    table = Table("", *found)
+    table.add_row("refused", *(f"{own.refused} of {len(probes)}" for own in found.values()))
+    table.add_row("harmless twins refused", *(f"{own.twins} of {len(near)}" for own in found.values()))
+    table.add_row("weights, MB", *(f"{own.size / 1e6:.2f}" for own in found.values()))
+    exactly, *others = (own.logps for own in found.values())
+    told = [divergence(exactly, other, tokens) for other in others]
+    table.add_row(f"divergence, nats a token of {tokens:,.0f}", "0", *told)
     Console().print(table)
 
 

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from persona_rlhf.inputs.bundled import find, is_hub_id
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.template import turn_end
+from persona_rlhf.training.fp8 import to_fp8
 from persona_rlhf.training.quantized import hash_as, nf4, one_kernel
 from persona_rlhf.training.settings import BaseSettings
 
@@ -69,9 +70,8 @@ def load_base(settings: BaseSettings) -> Base:
     device = _device()
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = auto if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    stored = (
-        {} if settings.quantization is None else {"quantization_config": nf4(dtype, device), "device_map": {"": device}}
-    )
+    packed = settings.quantization == "nf4"
+    stored = {"quantization_config": nf4(dtype, device), "device_map": {"": device}} if packed else {}
     disable_progress_bar()
     tokenizer = _tokenizer(settings.model, folder)
     try:
@@ -90,9 +90,11 @@ def load_base(settings: BaseSettings) -> Base:
     if problems:
         raise InputError(problems)
     model.requires_grad_(False).eval()
-    if stored:
+    if packed:
         one_kernel(model)
     else:
+        if settings.quantization == "fp8":
+            to_fp8(model, device)
         model.to(device)  # type: ignore[arg-type]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
     weights_sha256 = hash_as(_hash(weights), settings.quantization)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from persona_rlhf.training.fp8 import Fp8Linear
 from persona_rlhf.training.quantized import dense, is_quantized
 
 
@@ -53,7 +54,7 @@ class FleetLinear(nn.Module):
     `shares` is None. So nothing is sorted or gathered. With no adapters set it is the frozen layer.
     """
 
-    def __init__(self, frozen: nn.Linear | Conv1D, scale: float) -> None:
+    def __init__(self, frozen: nn.Linear | Conv1D | Fp8Linear, scale: float) -> None:
         super().__init__()
         self.frozen = frozen
         self.scale = scale
@@ -83,8 +84,20 @@ class FleetLinear(nn.Module):
             frozen: Tensor = self.frozen(x)
             return frozen
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = _Adapted.apply(rows, self._dense, self.frozen.bias, self.a, self.b, self.scale, self.shares)  # type: ignore[no-untyped-call]
+        y: Tensor = _Adapted.apply(rows, self, self.a, self.b, self.shares)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], -1)
+
+    def product(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
+        """What the frozen layer makes of rows."""
+        if isinstance(self.frozen, Fp8Linear):
+            return self.frozen.product(x)
+        return F.linear(x, self._dense(), self.frozen.bias)
+
+    def pulled_back(self, gradient: Float[Tensor, "rows outputs"]) -> Float[Tensor, "rows inputs"]:
+        """The gradient of the rows from that of the frozen layer's product."""
+        if isinstance(self.frozen, Fp8Linear):
+            return self.frozen.pulled_back(gradient)
+        return gradient @ self._dense()
 
     def _dense(self) -> Float[Tensor, "outputs inputs"]:
         """The frozen weight as it is computed with; one that is stored in fewer bits is made anew each time."""
@@ -104,30 +117,28 @@ class _Adapted(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Callable[[], Tensor],
-        bias: Tensor | None,
+        layer: FleetLinear,
         a: Tensor,
         b: Tensor,
-        scale: float,
         shares: Sequence[int] | None,
     ) -> Tensor:
-        y = F.linear(x, weight(), bias)
+        y = layer.product(x)
         lows = []
-        for down, up, rows, sums in _by_user(shares, a * scale, b, x, y):
+        for down, up, rows, sums in _by_user(shares, a * layer.scale, b, x, y):
             low = torch.bmm(down, rows.to(down.dtype).transpose(1, 2))
             _add_product(sums, low.transpose(1, 2), up.transpose(1, 2))
             lows.append(low)
         ctx.save_for_backward(x, a, b, *lows)
-        ctx.weight, ctx.scale, ctx.shares = weight, scale, shares
+        ctx.layer, ctx.shares = layer, shares
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, *lows = ctx.saved_tensors
         gradient = gradient.contiguous()
-        for_x = gradient @ ctx.weight() if ctx.needs_input_grad[0] else None
+        for_x = ctx.layer.pulled_back(gradient) if ctx.needs_input_grad[0] else None
         for_a, for_b = [], []
-        runs = _by_user(ctx.shares, a, b * ctx.scale, x, gradient, x if for_x is None else for_x)
+        runs = _by_user(ctx.shares, a, b * ctx.layer.scale, x, gradient, x if for_x is None else for_x)
         for (down, up, rows, pull, sums), low in zip(runs, lows, strict=True):
             pull = pull.to(up.dtype)
             high = torch.bmm(up.transpose(1, 2), pull.transpose(1, 2))
@@ -135,7 +146,7 @@ class _Adapted(torch.autograd.Function):
             for_b.append(torch.bmm(low, pull).transpose(1, 2))
             if for_x is not None:
                 _add_product(sums, high.transpose(1, 2), down)
-        return for_x, None, None, torch.cat(for_a), torch.cat(for_b), None, None
+        return for_x, None, torch.cat(for_a), torch.cat(for_b), None
 
 
 def _by_user(shares: Sequence[int] | None, a: Tensor, b: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from persona_rlhf.training.lookup import Lookup
 from persona_rlhf.training.lora import FleetLinear
+from persona_rlhf.training.quantized import is_linear
 from persona_rlhf.training.trunk import decoder_layers, with_states
 
 
@@ -72,7 +72,7 @@ def narrowing(model: PreTrainedModel, probe: Callable[[], object]) -> Narrowing 
     frozen = {id(m.frozen) for m in attention.modules() if isinstance(m, FleetLinear)}
     with ExitStack() as hooks:
         for module in attention.modules():
-            if isinstance(module, FleetLinear | nn.Linear | Conv1D) and id(module) not in frozen:
+            if (isinstance(module, FleetLinear) or is_linear(module)) and id(module) not in frozen:
                 hooks.callback(module.register_forward_pre_hook(lambda m, _: called.append(m)).remove)
         probe()
     return Narrowing(layer, attention, called[-1]) if called else None

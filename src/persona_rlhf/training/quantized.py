@@ -1,18 +1,21 @@
-"""Frozen weights stored in four bits: NormalFloat with double quantization (QLoRA, Dettmers et al. 2023), by
-bitsandbytes. Only linear layers inside the decoder are; what they compute is in the base's own type."""
+"""Frozen weights stored in fewer bits. In four: NormalFloat with double quantization (QLoRA, Dettmers et al. 2023), by
+bitsandbytes; what the layers compute is in the base's own type. In eight: see fp8.py. Only linear layers inside the
+decoder are."""
 
 from __future__ import annotations
 
 import hashlib
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.training.fp8 import Fp8Linear
 
 _MOST = 0.15
 """Relative error of normal weights in NormalFloat; it should be 0.09. bitsandbytes 0.49 and 0.50 make 0.26 on a CPU."""
@@ -46,13 +49,24 @@ def _error(device: torch.device) -> float:
     return float((back - normal).norm() / normal.norm())
 
 
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D | Fp8Linear]:
+    """Whether this is a linear layer, however its weights are stored, and not one of a kind of its own."""
+    return type(module) in (nn.Linear, Conv1D) or is_quantized(module)
+
+
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a linear layer's weights are stored so."""
+    """Whether this is a linear layer whose weights are stored in fewer bits."""
+    return isinstance(module, Fp8Linear) or _is_nf4(module)
+
+
+def _is_nf4(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).__name__ == "Linear4bit"
 
 
 def dense(layer: nn.Module) -> Float[Tensor, "outputs inputs"]:
     """The weight of such a layer as it computes with it."""
+    if isinstance(layer, Fp8Linear):
+        return layer.dense()
     from bitsandbytes.functional import dequantize_4bit
 
     stored: Any = layer.weight  # bitsandbytes' own kind of parameter, which knows how to be read
@@ -64,7 +78,7 @@ def one_kernel(model: nn.Module) -> None:
     """On a CPU bitsandbytes would change to another kernel, and its weights with it, where no gradient is asked for:
     what is judged is to be what was trained."""
     for module in model.modules():
-        if is_quantized(module):
+        if _is_nf4(module):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - nn.Module types no flags
 
 

@@ -26,9 +26,10 @@ class BaseSettings(Section):
         min_length=1,
         description="Whose preferences aligned the base, and who collected them, as far as known; goes on every card.",
     )
-    quantization: Literal["nf4"] | None = Field(
+    quantization: Literal["nf4", "fp8"] | None = Field(
         None,
-        description="Frozen weights stored in four bits (bitsandbytes); adapters are judged on that base.",
+        description="Frozen weights stored in four bits (nf4, by bitsandbytes), or stored and multiplied in eight "
+        "(fp8); adapters are judged on that base.",
     )
 
 

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from persona_rlhf.inputs.bundled import find, is_hub_id
 from persona_rlhf.inputs.problems import InputError, Problem
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.attention import packed
 from persona_rlhf.training.batch import pack
+from persona_rlhf.training.fp8 import Fp8Linear, fits
 from persona_rlhf.training.lora import FleetLinear, attach, matrices
 from persona_rlhf.training.losses import token_logps
+from persona_rlhf.training.quantized import is_linear
 from persona_rlhf.training.settings import BaseSettings, LoraSettings
 from persona_rlhf.training.targets import targets
 
@@ -57,9 +60,18 @@ class Shape:
     def base_bytes(self) -> int:
         """Of the frozen weights."""
         head = self.model.get_output_embeddings()
-        layers = (m for m in self.model.modules() if isinstance(m, nn.Linear) and m is not head)
-        packed = sum(layer.weight.numel() for layer in layers) if self._quantization else 0
-        return int((self.parameters - packed) * self.model.dtype.itemsize + packed * _NF4_BITS / 8)
+        layers = [m for m in self.model.modules() if is_linear(m) and m is not head]
+        rest = self.parameters - sum(layer.weight.numel() for layer in layers)
+        return int(rest * self.model.dtype.itemsize + sum(map(self._stored, layers)))
+
+    def _stored(self, layer: nn.Linear | Conv1D | Fp8Linear) -> float:
+        """Bytes of a linear layer's weight."""
+        if self._quantization == "nf4":
+            return layer.weight.numel() * _NF4_BITS / 8
+        if self._quantization == "fp8" and fits(layer):
+            outputs = layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
+            return layer.weight.numel() + outputs * torch.float32.itemsize
+        return layer.weight.numel() * self.model.dtype.itemsize
 
     @property
     def cache_bytes(self) -> int:

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from persona_rlhf.inputs.problems import InputError, Problem
-from persona_rlhf.training.quantized import is_quantized
+from persona_rlhf.training.quantized import is_linear
 from persona_rlhf.training.settings import LoraSettings
 from persona_rlhf.training.trunk import decoder_layers, layer_number
 
@@ -51,7 +50,7 @@ def adaptable_layers(model: PreTrainedModel, target_modules: str | Sequence[str]
     whole or by their last parts. Raises InputError where a name matches nothing, or a layer cannot be adapted.
     """
     base, head, hindered = model.name_or_path or "the base", model.get_output_embeddings(), obstacles(model)
-    linear = [name for name, m in model.named_modules() if _is_linear(m) and m is not head and name not in hindered]
+    linear = [name for name, m in model.named_modules() if is_linear(m) and m is not head and name not in hindered]
     if target_modules == "all-linear":
         if not linear:
             raise InputError([Problem(base, None, None, "the base has no linear layer to adapt")])
@@ -83,15 +82,11 @@ def obstacles(model: PreTrainedModel) -> dict[str, str]:
     odd = {
         name: f"a {type(module).__name__} is no plain linear layer"
         for name, module in layers
-        if not _is_linear(module) and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+        if not is_linear(module) and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
     }
-    mistaken = _taken_for_experts(model, {name.rsplit(".", 1)[-1] for name, module in layers if _is_linear(module)})
+    mistaken = _taken_for_experts(model, {name.rsplit(".", 1)[-1] for name, module in layers if is_linear(module)})
     lost = {name: "PEFT would take it for a fused expert" for name, _ in layers if name.rsplit(".", 1)[-1] in mistaken}
     return lost | odd
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, Conv1D) or is_quantized(module)
 
 
 def _taken_for_experts(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
