@@ -10,7 +10,7 @@ from persona_rlhf.evaluation.guessing import Begun, greedy_answers, opening_of
 from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.tokens import Row, prompt_ids
 from persona_rlhf.training.base import Base
-from persona_rlhf.training.fleet import AdaptedModel, Score
+from persona_rlhf.training.fleet import AdaptedModel, Reading
 from persona_rlhf.training.settings import LoraSettings
 
 TOKENS = 8
@@ -78,17 +78,17 @@ def test_wrong_openings_are_what_goes_wrong(terse, adapters, prompts):
 
 def test_what_a_score_tells_by_hand():
     row = Row((1, 2), (3, 4, 5))
-    assert opening_of(row, Score(-1.0, 3, 3)) == (3, 4, 5)
-    assert opening_of(row, Score(-1.0, 3, 0, 9)) == (9,)
-    assert opening_of(row, Score(-1.0, 3, 2, 9)) == (3, 4, 9)
+    assert opening_of(row, Reading(-1.0, 3, 3)) == (3, 4, 5)
+    assert opening_of(row, Reading(-1.0, 3, 0, 9)) == (9,)
+    assert opening_of(row, Reading(-1.0, 3, 2, 9)) == (3, 4, 9)
 
 
 def test_scores_name_the_likeliest_token_after_those_that_agree(terse, adapters, prompts):
     with terse.using(adapters[3:4]):
         [answers] = terse.generate([prompts], TOKENS)
         whole = [Row(p, a.ids) for p, a in zip(prompts, answers, strict=True) if len(a.ids) > 1]
-        [right] = terse.score([whole])
-        [wrong] = terse.score([[row._replace(completion=(row.completion[0], 6, *row.completion[2:])) for row in whole]])
+        [right] = terse.read([whole])
+        [wrong] = terse.read([[row._replace(completion=(row.completion[0], 6, *row.completion[2:])) for row in whole]])
     assert whole
     for row, good, bad in zip(whole, right, wrong, strict=True):
         assert (good.agreed, good.instead, good.greedy) == (len(row.completion), None, True)

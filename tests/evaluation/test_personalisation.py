@@ -21,7 +21,7 @@ def pair(user: str, n: int, chosen: str, rejected: str, clean: bool | None = Non
 
 
 def both(chosen: float, rejected: float, tokens: tuple[int, int] = (4, 4)) -> PairScores:
-    return PairScores(Score(chosen, tokens[0], False), Score(rejected, tokens[1], False))
+    return PairScores(Score(chosen, tokens[0]), Score(rejected, tokens[1]))
 
 
 def rows(*clean: bool | None) -> list[PairRow]:

@@ -69,7 +69,7 @@ def _told(batch, sight):
         keys, known = known[: lines * length].view(lines, length), known[lines * length :]
         for line in range(lines):
             for n, query in enumerate(queries[line].tolist()):
-                visible = keys[line, : n + 1] if seen is None else keys[line][seen[line, 0, n]]
+                visible = keys[line, : n + 1] if seen is None else keys[line][seen[line, 0, n] == 0]
                 made.append((query, visible))
     assert len(asked) == len(known) == 0
     home = {}

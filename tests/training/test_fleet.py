@@ -226,7 +226,7 @@ def test_a_completion_is_greedy_exactly_where_greedy_decoding_writes_it(adapted,
         for own, written in zip(prompts, answers, strict=True):
             ends = [answer.ids + ((1,) if answer.finished else ()) for answer in written]
             rows.append([Row(prompt, ids) for prompt, ids in zip(own, ends, strict=True)])
-        assert all(score.greedy for own in adapted.score(rows) for score in own)
+        assert all(reading.greedy for own in adapted.read(rows) for reading in own)
         for place in (0, 3, -1):
             wrong = []
             for own in rows:
@@ -235,9 +235,9 @@ def test_a_completion_is_greedy_exactly_where_greedy_decoding_writes_it(adapted,
                     changed = list(ids)
                     changed[min(place, len(ids) - 1)] = 2 + (changed[min(place, len(ids) - 1)] + 1) % 90
                     wrong[-1].append(Row(prompt, tuple(changed)))
-            assert not any(score.greedy for own in adapted.score(wrong) for score in own)
+            assert not any(reading.greedy for own in adapted.read(wrong) for reading in own)
     with adapted.using(flat.flip(0)):
-        others = [score.greedy for own in adapted.score(rows) for score in own]
+        others = [reading.greedy for own in adapted.read(rows) for reading in own]
     assert not all(others)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.fleet import AdaptedModel, Score
+from persona_rlhf.training.fleet import AdaptedModel, Reading
 from persona_rlhf.training.generation import Generated
 from persona_rlhf.training.trunk import States
 
@@ -66,7 +66,7 @@ def greedy_answers(
         users, rows = list(places), [list(own.values()) for own in places.values()]
         states = below([row for own in rows for row in own])
         with adapted.using(flat[users], alphas[users]):
-            scores = adapted.score(rows, [states] * len(users))
+            scores = adapted.read(rows, [states] * len(users))
         for user, own in zip(users, scores, strict=True):
             for (n, row), score in zip(places[user].items(), own, strict=True):
                 openings[user][n] = known = opening_of(row, score)
@@ -88,9 +88,9 @@ def greedy_answers(
     return [[answer for answer in own if answer is not None] for own in found]
 
 
-def opening_of(row: Row, score: Score) -> tuple[int, ...]:
-    """What a score tells of the greedy answer: the tokens of the row that stand, and the one that follows them."""
-    return row.completion[: score.agreed] + (() if score.instead is None else (score.instead,))
+def opening_of(row: Row, reading: Reading) -> tuple[int, ...]:
+    """What a reading tells of the greedy answer: the tokens of the row that stand, and the one that follows them."""
+    return row.completion[: reading.agreed] + (() if reading.instead is None else (reading.instead,))
 
 
 def _ended(adapted: AdaptedModel, opening: tuple[int, ...]) -> Generated | None:

@@ -121,7 +121,7 @@ def refusal_outcomes(
         return Refusals([[] for _ in nothing], [1.0 for _ in nothing], [[] for _ in nothing], [[] for _ in nothing])
     answers = base.of(prompts)
     with adapted.using(flat, alphas):
-        scores = adapted.score([[answer.row for answer in answers]] * flat.shape[0], [base.states] * flat.shape[0])
+        scores = adapted.read([[answer.row for answer in answers]] * flat.shape[0], [base.states] * flat.shape[0])
     refused = [[answer.refused for answer in answers] for _ in scores]
     texts = [[answer.text for answer in answers] for _ in scores]
     changed = [[n for n, score in enumerate(own) if not score.greedy] for own in scores]

@@ -37,21 +37,24 @@ def _attend(
     lookups = ((sight.queries, query), (sight.keys, key), (sight.keys, value))
     laid = [(lookup(x.transpose(1, 2).reshape(users * width, -1)), x) for lookup, x in lookups]
 
-    results, asked, known = [], 0, 0
-    for lines, queries, keys, seen in sight.calls:
-        places = ((asked, queries), (known, keys), (known, keys))
+    # Split at once: the gradient of slices would be a tensor of zeros each.
+    asked, known = ([call.lines * getattr(call, side) for call in sight.calls] for side in ("queries", "keys"))
+    parts = (flat.split(sizes) for (flat, _), sizes in zip(laid, (asked, known, known), strict=True))
+    results = []
+    for (lines, queries, keys, seen), *flats in zip(sight.calls, *parts, strict=True):
         q, k, v = (
-            flat[at : at + lines * length].view(lines, length, x.shape[1], x.shape[3]).transpose(1, 2)
-            for (flat, x), (at, length) in zip(laid, places, strict=True)
+            flat.view(lines, length, x.shape[1], x.shape[3]).transpose(1, 2)
+            for flat, (_, x), length in zip(flats, laid, (queries, keys, keys), strict=True)
         )
         if seen is None:
             found: Tensor = sdpa_attention_forward(module, q, k, v, None, dropout, scaling, True)[0]
         else:  # straight to torch: `transformers` would repeat the keys for every head of a group
             grouped = k.shape[1] < q.shape[1]
-            found = F.scaled_dot_product_attention(q, k, v, seen, dropout, scale=scaling, enable_gqa=grouped)
+            found = F.scaled_dot_product_attention(
+                q, k, v, seen.to(q.dtype), dropout, scale=scaling, enable_gqa=grouped
+            )
             found = found.transpose(1, 2)
         results.append(found.reshape(lines * queries, -1))
-        asked, known = asked + lines * queries, known + lines * keys
     return sight.home(torch.cat(results)).view(users, width, query.shape[1], -1), None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -24,10 +24,19 @@ from persona_rlhf.training.settings import LoraSettings
 from persona_rlhf.training.targets import targets
 from persona_rlhf.training.trunk import States, Trunk, cut, lay
 
+_Found = TypeVar("_Found")
+
 
 class Score(NamedTuple):
-    """`logp`: log-probability of a completion in nats, summed to its end token; `tokens`: its length; `agreed`: of how
-    many of its first tokens each is the most likely one, `instead` the most likely one after these (None: no more)."""
+    """`logp`: log-probability of a completion in nats, summed to its end token; `tokens`: its length."""
+
+    logp: float
+    tokens: int
+
+
+class Reading(NamedTuple):
+    """A score, and what the model would have said: of how many of the completion's first tokens each is the most likely
+    one (`agreed`), and the most likely one after these (`instead`; None: no more)."""
 
     logp: float
     tokens: int
@@ -128,7 +137,7 @@ class AdaptedModel:
             return self._halves.head(batch.source(hidden.flatten(0, 1)))
         first = self._layers[0].a
         with self._narrowing.to(batch.source, batch.read(1 if first is None else len(first))):
-            return self._halves.head(self._run(self._halves.decoder, batch).last_hidden_state[0])
+            return self._halves.head(self._run(self._halves.decoder, batch).last_hidden_state.squeeze(0))
 
     def _run(self, module: nn.Module, batch: Batch) -> Any:
         try:
@@ -230,26 +239,45 @@ class AdaptedModel:
         """Log-probability in nats of every completion token, one row a completion."""
         return batch.spread(token_logps(self.logits(batch, states), batch.targets))
 
-    @torch.no_grad()
     def score(self, rows: Sequence[Sequence[Row]], states: Sequence[States] = ()) -> list[list[Score]]:
         """Scores the rows of every user under his own adapter, in length-sorted passes of bounded size."""
-        scores: list[list[Score | None]] = [[None] * len(own) for own in rows]
 
-        def run(places: Places) -> None:
-            picked = [EMPTY if place is None else rows[user][place] for user, place in places]
-            batch = self.batch(picked, len(rows))
+        def scored(batch: Batch, picked: Sequence[Row]) -> list[Score]:
+            sums = self.row_logps(batch, states).double().sum(1).tolist()
+            return [Score(logp, len(row.completion)) for logp, row in zip(sums, picked, strict=True)]
+
+        return self._each(rows, scored)
+
+    def read(self, rows: Sequence[Sequence[Row]], states: Sequence[States] = ()) -> list[list[Reading]]:
+        """As `score`, and what every model would have said in place of each row."""
+
+        def compared(batch: Batch, picked: Sequence[Row]) -> list[Reading]:
             logits = self.logits(batch, states)
             sums = batch.spread(token_logps(logits, batch.targets)).double().sum(1).tolist()
             likeliest = logits.argmax(-1)
             agreed = batch.spread((likeliest == batch.targets).double()).cumprod(1).sum(1).long().tolist()
             instead = batch.spread(likeliest.double()).long().tolist()
-            for n, (user, place) in enumerate(places):
+            tokens = [len(row.completion) for row in picked]
+            ends = [own[same] if same < n else None for own, same, n in zip(instead, agreed, tokens, strict=True)]
+            return [Reading(*figures) for figures in zip(sums, tokens, agreed, ends, strict=True)]
+
+        return self._each(rows, compared)
+
+    @torch.no_grad()
+    def _each(
+        self, rows: Sequence[Sequence[Row]], of: Callable[[Batch, Sequence[Row]], list[_Found]]
+    ) -> list[list[_Found]]:
+        """What `of` finds of every row, in length-sorted passes of bounded size."""
+        found: list[list[_Found | None]] = [[None] * len(own) for own in rows]
+
+        def run(places: Places) -> None:
+            picked = [EMPTY if place is None else rows[user][place] for user, place in places]
+            for (user, place), value in zip(places, of(self.batch(picked, len(rows)), picked), strict=True):
                 if place is not None:
-                    tokens, same = len(picked[n].completion), agreed[n]
-                    scores[user][place] = Score(sums[n], tokens, same, instead[n][same] if same < tokens else None)
+                    found[user][place] = value
 
         in_passes(rows, self.tokens_per_pass, run)
-        return [[score for score in own if score is not None] for own in scores]
+        return [[value for value in own if value is not None] for own in found]
 
     @torch.no_grad()
     def generate(

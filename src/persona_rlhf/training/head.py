@@ -23,7 +23,7 @@ class Head:
         setattr(self._model, self._place, _Given(self._kind(last_hidden_state=hidden[None])))
         try:
             unread = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
-            logits: Tensor = self._model(input_ids=unread, use_cache=False).logits[0]
+            logits: Tensor = self._model(input_ids=unread, use_cache=False).logits.squeeze(0)  # its gradient is a view
         finally:
             setattr(self._model, self._place, decoder)
         return logits

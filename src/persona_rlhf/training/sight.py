@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Float
 from torch import Tensor
 
 from persona_rlhf.training.lookup import Lookup
@@ -45,13 +45,13 @@ class Part(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of attention over `lines` of `queries` tokens that ask, and `keys` tokens that they see: what `seen`
-    tells; where that is None, the tokens are the same and each sees those before it."""
+    """One call of attention over `lines` of `queries` tokens that ask, and `keys` tokens that they see: where `seen`,
+    which is added to the scores, is 0; where that is None, the tokens are the same and each sees those before it."""
 
     lines: int
     queries: int
     keys: int
-    seen: Bool[Tensor, "lines 1 queries keys"] | None
+    seen: Float[Tensor, "lines 1 queries keys"] | None
 
 
 class Sight(NamedTuple):
@@ -126,7 +126,8 @@ def _laid(
             mask = None
             if groups is read:
                 begins = torch.tensor([begin for begin, _ in spans])[:, None, None, None]
-                mask = (torch.arange(seen) <= begins + torch.arange(asked)[:, None]).to(device)
+                hidden = torch.arange(seen) > begins + torch.arange(asked)[:, None]
+                mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).to(device)
             calls.append(Call(len(parts), asked, seen, mask))
     # What no result is meant for takes one of its user's.
     fill = [at for user, width in enumerate(widths) for at in [results[user]] * width]
