@@ -58,18 +58,17 @@ class Base:
 
 
 def load_base(settings: BaseSettings) -> Base:
-    """Loads `base.model`, a folder or a hub id, frozen and in eval mode, onto the GPU where there is one.
+    """Loads `base.model`, a folder or a hub id, frozen and in eval mode, onto `base.device`.
 
-    Raises InputError where there is no such model, no safetensors weights, no chat template or no end token.
+    Raises InputError where there is no such device or model, no safetensors weights, no chat template or no end token.
     """
     folder = _folder(settings.model, [*_TOKENIZER, "*.safetensors"])
     problems = []
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise _no_weights(settings.model)
-    device = _device()
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = auto if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    device = device_of(settings)
+    dtype = precision(settings, device)
     packed = settings.quantization == "nf4"
     stored = {"quantization_config": nf4(dtype, device), "device_map": {"": device}} if packed else {}
     disable_progress_bar()
@@ -119,13 +118,30 @@ def _not_loaded(model: str, fault: Exception) -> InputError:
     return InputError([Problem(model, None, "base.model", sentence)])
 
 
-def _device() -> torch.device:
-    """The GPU where there is one; of several, the one with the number that a launcher of processes gave to this one."""
-    if not torch.cuda.is_available():
+def device_of(settings: BaseSettings) -> torch.device:
+    """The GPU where there is one; of several, the one with the number that a launcher of processes gave to this one.
+
+    Apple's GPUs count as none: losses and bounds are added up in float64, which they do not have. Raises InputError
+    where a GPU is asked for and there is none.
+    """
+    if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        sentence = "torch finds no CUDA device here; write auto or cpu, or install a torch with CUDA"
+        raise InputError([Problem("config", None, "base.device", sentence)])
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def precision(settings: BaseSettings, device: torch.device) -> torch.dtype:
+    """The type of the frozen weights. On a GPU it also says what float32 products are made in, which are the adapters':
+    in TF32 over a bfloat16 base, whose states have fewer bits than that, and in float32 over a float32 base."""
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = auto if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
+    return dtype
 
 
 def weights_hash(settings: BaseSettings) -> str:

@@ -18,6 +18,9 @@ class BaseSettings(Section):
     """`base`: the shared safety-aligned model; it is frozen, and it is the reference of DPO."""
 
     model: ModelName = Field(description="A transformers folder (such as data/base) or a hub id (Qwen/Qwen3-0.6B).")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where all is computed: auto is the GPU that CUDA finds, else the CPU (on Apple's too)."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of the frozen weights: auto is bfloat16 on a GPU and float32 on a CPU."
     )

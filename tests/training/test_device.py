@@ -1,0 +1,67 @@
+"""Where a base is computed, and in what: each rule, on made-up machines."""
+
+import pytest
+import torch
+
+from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.training.base import device_of, load_base, precision
+from persona_rlhf.training.settings import BaseSettings
+
+
+def settings(**changes):
+    return BaseSettings(model="data/base", **changes)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with three GPUs."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_without_a_gpu_it_is_the_cpu(no_gpu):
+    assert device_of(settings()) == device_of(settings(device="cpu")) == torch.device("cpu")
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_said(no_gpu):
+    with pytest.raises(InputError, match=r"base\.device: torch finds no CUDA device here"):
+        load_base(settings(device="cuda"))
+
+
+@pytest.mark.parametrize(("rank", "number"), [(None, 0), ("1", 1), ("4", 1)])
+def test_each_process_takes_its_own_gpu(gpus, monkeypatch, rank, number):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert device_of(settings()) == device_of(settings(device="cuda")) == torch.device("cuda", number)
+    assert gpus == [torch.device("cuda", number)] * 2
+
+
+def test_the_cpu_is_taken_where_it_is_asked_for(gpus):
+    assert device_of(settings(device="cpu")) == torch.device("cpu")
+    assert gpus == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "dtype", "products"),
+    [
+        ("auto", "cuda", torch.bfloat16, "high"),
+        ("bfloat16", "cuda", torch.bfloat16, "high"),
+        ("float32", "cuda", torch.float32, "highest"),
+        ("auto", "cpu", torch.float32, None),
+        ("bfloat16", "cpu", torch.bfloat16, None),
+    ],
+)
+def test_types_and_products_by_device(monkeypatch, asked, device, dtype, products):
+    said = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    assert precision(settings(dtype=asked), torch.device(device)) == dtype
+    assert said == ([] if products is None else [products])
