@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.training.batch import collate
 from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lora import FleetLinear, LayerSpan, fresh_adapter, matrices
+from persona_rlhf.training.lora import FleetLinear, LayerSpan, Siblings, fresh_adapter, join, matrices
 from persona_rlhf.training.settings import LoraSettings
 from persona_rlhf.training.targets import adaptable_layers
 
@@ -235,3 +235,103 @@ def test_rows_in_one_piece_and_in_ten_are_the_same_sum(bias):
     for one, other in zip(run(1), run(10), strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
     assert torch.allclose(run(1)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def brothers(outputs, dtype=torch.float64):
+    """Layers over one input, as siblings; and the same layers, each alone."""
+    torch.manual_seed(0)
+    frozen = [torch.nn.Linear(6, n, bias=n % 2 == 0).to(dtype).requires_grad_(False) for n in outputs]
+    both = [[FleetLinear(layer, 2.0) for layer in frozen] for _ in range(2)]
+    for layers in both:
+        draw = torch.Generator().manual_seed(1)
+        for layer, n in zip(layers, outputs, strict=True):
+            layer.a, layer.b = (
+                torch.randn(3, *shape, dtype=dtype, generator=draw).requires_grad_() for shape in ((2, 6), (n, 2))
+            )
+    together = Siblings(both[0])
+    for layer in both[0]:
+        layer.siblings = together
+    return both
+
+
+@pytest.mark.parametrize("shares", [None, [7, 0, 8]])
+@pytest.mark.parametrize("needed", [True, False])
+def test_siblings_are_each_alone(shares, needed):
+    """Values and gradients, whichever is asked first, and whether or not the input needs a gradient."""
+    found = []
+    for layers in brothers([5, 4, 3]):
+        x = torch.randn(15, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=needed)
+        for layer in layers:
+            layer.shares = shares
+        order = (1, 0, 2)
+        ys = {n: layers[n](x) for n in order}
+        leaves = [x] * needed + [factor for layer in layers for factor in (layer.a, layer.b)]
+        loss = sum((ys[n] * torch.arange(ys[n].numel(), dtype=torch.float64).view_as(ys[n])).sum() for n in ys)
+        found.append([*(ys[n] for n in range(3)), *torch.autograd.grad(loss, leaves)])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_siblings_are_computed_once_and_never_from_what_was():
+    layers, _ = brothers([5, 4])
+    x = torch.randn(3, 6, dtype=torch.float64)
+    calls = []
+    for layer in layers:
+        product = layer.product
+        layer.product = lambda rows, product=product: calls.append(1) or product(rows)
+    first, second = layers[0](x), layers[1](x)
+    assert len(calls) == 2  # each frozen layer once
+    with torch.no_grad():
+        layers[0].a.mul_(2)
+        layers[1].a.mul_(2)
+    assert not torch.equal(layers[0](x), first)  # the same tensor again is a new turn
+    assert not torch.equal(layers[1](x), second)
+    layers[0](x)
+    layers[0].siblings.forget()
+    with torch.no_grad():
+        layers[1].a.mul_(2)
+    changed = layers[1](x)
+    assert torch.allclose(changed, _by_hand(layers[1], x), rtol=1e-12, atol=1e-12)
+
+
+def _by_hand(layer, x):
+    rows = x.view(3, -1, 6)
+    y = layer.frozen(rows) + 2.0 * torch.einsum("uti,uri,uor->uto", rows, layer.a, layer.b)
+    return y.view(len(x), -1)
+
+
+def test_a_sibling_that_nobody_asks_for_costs_no_gradient():
+    layers, alone = brothers([5, 4])
+    x = torch.randn(6, 6, dtype=torch.float64)
+    layers[0](x).sum().backward()
+    alone[0](x).sum().backward()
+    assert torch.allclose(layers[0].a.grad, alone[0].a.grad)
+    assert layers[1].a.grad is None or not layers[1].a.grad.any()
+
+
+def test_join_finds_who_reads_the_same_tensor_once():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            made = [FleetLinear(torch.nn.Linear(6, 6).requires_grad_(False), 2.0) for _ in range(5)]
+            self.q, self.k, self.o, self.twice, self.idle = made
+
+        def forward(self, x):
+            self.twice(self.twice(x))
+            return self.o(self.q(x) + self.k(x))
+
+    block = Block()
+    join([block.q, block.k, block.o, block.twice, block.idle], lambda: block(torch.randn(2, 6)))
+    assert block.q.siblings is block.k.siblings
+    assert block.q.siblings.layers == [block.q, block.k]
+    assert {len(own.siblings.layers) for own in (block.o, block.twice, block.idle)} == {1}
+
+
+def test_the_layers_of_a_llama_are_joined_as_it_calls_them(adapted):
+    groups = {tuple(name.rsplit(".", 1)[-1] for name in names) for names in _groups(adapted)}
+    assert groups == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
+
+
+def _groups(adapted):
+    named = {adapted.layer(span): name for name, span in adapted.spans.items()}
+    return {tuple(named[layer] for layer in own.siblings.layers) for own in named}

@@ -16,7 +16,7 @@ from persona_rlhf.training.base import Base
 from persona_rlhf.training.batch import EMPTY, Batch, collate, pack
 from persona_rlhf.training.generation import Generated, write_answers
 from persona_rlhf.training.head import split
-from persona_rlhf.training.lora import FleetLinear, LayerSpan, attach, detach, matrices
+from persona_rlhf.training.lora import FleetLinear, LayerSpan, attach, detach, join, matrices
 from persona_rlhf.training.losses import token_logps
 from persona_rlhf.training.narrowing import Narrowing, narrowing
 from persona_rlhf.training.passes import Places, in_passes
@@ -62,6 +62,8 @@ class AdaptedModel:
         names, first, self.notice = targets(base.model, lora)
         self.spans = attach(base.model, names, lora.rank, self.scale)
         self._layers = [self.layer(span) for span in self.spans.values()]
+        with torch.no_grad():
+            join(self._layers, lambda: self._run(base.model, collate(self._trial_rows(), base.pad_id, base.device)))
         self.params_per_user = max(span.stop for span in self.spans.values())
         self.tokens_per_pass = 4_096 if base.device.type == "cpu" else 131_072  # a CPU wants what its cache holds
         self.tokens_per_cache = 65_536 if base.device.type == "cpu" else 131_072  # a token's keys and values are small
@@ -110,6 +112,7 @@ class AdaptedModel:
         finally:
             for layer, (a, b) in zip(self._layers, outer, strict=True):
                 layer.a, layer.b = a, b
+                layer.siblings.forget()
 
     def keep(self, users: Sequence[int]) -> None:
         """Within `using`: of the adapters that are on, those at these places stay, in this order."""
@@ -150,6 +153,7 @@ class AdaptedModel:
         finally:
             for layer in self._layers:
                 layer.shares = None
+                layer.siblings.forget()
 
     @torch.no_grad()
     def below(self, rows: Sequence[Row]) -> States:

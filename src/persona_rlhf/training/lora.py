@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +63,7 @@ class FleetLinear(nn.Module):
         self.a: Float[Tensor, "users rank inputs"] | None = None
         self.b: Float[Tensor, "users outputs rank"] | None = None
         self.shares: Sequence[int] | None = None
+        self.siblings = Siblings([self])
 
     @property
     def weight(self) -> Tensor:
@@ -83,9 +86,7 @@ class FleetLinear(nn.Module):
         if self.a is None or self.b is None:
             frozen: Tensor = self.frozen(x)
             return frozen
-        rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = _Adapted.apply(rows, self, self.a, self.b, self.shares)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], -1)
+        return self.siblings.of(self, x).view(*x.shape[:-1], -1)
 
     def product(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
         """What the frozen layer makes of rows."""
@@ -99,6 +100,13 @@ class FleetLinear(nn.Module):
             return self.frozen.pulled_back(gradient)
         return gradient @ self._dense()
 
+    def add_pulled_back(self, sums: Float[Tensor, "rows inputs"], gradient: Float[Tensor, "rows outputs"]) -> None:
+        """Adds that gradient to what others gave, in place."""
+        if isinstance(self.frozen, Fp8Linear):
+            sums += self.frozen.pulled_back(gradient)
+        else:
+            sums.addmm_(gradient, self._dense())
+
     def _dense(self) -> Float[Tensor, "outputs inputs"]:
         """The frozen weight as it is computed with; one that is stored in fewer bits is made anew each time."""
         if is_quantized(self.frozen):
@@ -106,8 +114,49 @@ class FleetLinear(nn.Module):
         return self.weight.T if self.transposed else self.weight
 
 
+class Siblings:
+    """Layers that read the same input, such as queries, keys and values: with adapters on, whichever is called first
+    computes for all of them, so that their A are one matrix, and the gradients of the input are added up in place."""
+
+    def __init__(self, layers: Sequence[FleetLinear]) -> None:
+        self.layers = layers
+        self._input: Tensor | None = None
+        self._waiting: dict[FleetLinear, Float[Tensor, "rows outputs"]] = {}
+
+    def of(self, layer: FleetLinear, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "rows outputs"]:
+        """What `layer` makes of `x`; the others' are kept until they are asked for with the same tensor."""
+        if self._input is not x or layer not in self._waiting:
+            factors = [factor for own in self.layers for factor in (own.a, own.b)]
+            made = _Adapted.apply(x.reshape(-1, x.shape[-1]), self.layers, layer.shares, *factors)  # type: ignore[no-untyped-call]
+            self._input, self._waiting = x, dict(zip(self.layers, made, strict=True))
+        found = self._waiting.pop(layer)
+        if not self._waiting:
+            self._input = None
+        return found
+
+    def forget(self) -> None:
+        """Drops what nobody asked for."""
+        self._input, self._waiting = None, {}
+
+
+def join(layers: Sequence[FleetLinear], probe: Callable[[], object]) -> None:
+    """Makes siblings of those layers that `probe`, which runs their model once, gives the very same tensor."""
+    given: list[tuple[FleetLinear, Tensor]] = []  # holds on to the tensors, so that no two of them have one id
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(lambda m, args: given.append((m, args[0]))).remove)
+        probe()
+    times, readers = Counter(layer for layer, _ in given), dict[int, list[FleetLinear]]()
+    for layer, x in given:
+        if times[layer] == 1:
+            readers.setdefault(id(x), []).append(layer)
+    for group in map(Siblings, readers.values()):
+        for layer in group.layers:
+            layer.siblings = group
+
+
 class _Adapted(torch.autograd.Function):
-    """The frozen product of all rows, and in place on it what each user's adapter adds; backward likewise.
+    """The frozen products of all rows, and in place on each what every user's adapter adds; backward likewise.
 
     Low-rank products are written with the rank in front: so matrix libraries run them at twice to four times the speed
     of the same products with the rank behind. In bfloat16 only what is added is rounded.
@@ -115,49 +164,58 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        layer: FleetLinear,
-        a: Tensor,
-        b: Tensor,
-        shares: Sequence[int] | None,
-    ) -> Tensor:
-        y = layer.product(x)
-        lows = []
-        for down, up, rows, sums in _by_user(shares, a * layer.scale, b, x, y):
+        ctx: Any, x: Tensor, layers: Sequence[FleetLinear], shares: Sequence[int] | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ys = [layer.product(x) for layer in layers]
+        lows, ranks = [], [a.shape[1] for a in factors[::2]]
+        downs = torch.cat([a * layer.scale for a, layer in zip(factors[::2], layers, strict=True)], dim=1)
+        for rows, *rest in _by_user(shares, len(downs), [x, *ys], [downs, *factors[1::2]]):
+            sums, (down, *ups) = rest[: len(layers)], rest[len(layers) :]
             low = torch.bmm(down, rows.to(down.dtype).transpose(1, 2))
-            _add_product(sums, low.transpose(1, 2), up.transpose(1, 2))
+            for own, part, up in zip(sums, low.split(ranks, dim=1), ups, strict=True):
+                _add_product(own, part.transpose(1, 2), up.transpose(1, 2))
             lows.append(low)
-        ctx.save_for_backward(x, a, b, *lows)
-        ctx.layer, ctx.shares = layer, shares
-        return y
+        ctx.save_for_backward(x, *factors, *lows)
+        ctx.layers, ctx.shares, ctx.ranks = layers, shares, ranks
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, *lows = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        for_x = ctx.layer.pulled_back(gradient) if ctx.needs_input_grad[0] else None
-        for_a, for_b = [], []
-        runs = _by_user(ctx.shares, a, b * ctx.layer.scale, x, gradient, x if for_x is None else for_x)
-        for (down, up, rows, pull, sums), low in zip(runs, lows, strict=True):
-            pull = pull.to(up.dtype)
-            high = torch.bmm(up.transpose(1, 2), pull.transpose(1, 2))
-            for_a.append(torch.bmm(high, rows.to(down.dtype)))
-            for_b.append(torch.bmm(low, pull).transpose(1, 2))
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        layers, (x, *saved) = ctx.layers, ctx.saved_tensors
+        factors, lows = saved[: 2 * len(layers)], saved[2 * len(layers) :]
+        pulls = [gradient.contiguous() for gradient in gradients]
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            for_x = layers[0].pulled_back(pulls[0])
+            for layer, pull in zip(layers[1:], pulls[1:], strict=True):
+                layer.add_pulled_back(for_x, pull)
+        downs = torch.cat(factors[::2], dim=1)
+        scaled = [b * layer.scale for b, layer in zip(factors[1::2], layers, strict=True)]
+        for_downs, for_ups = list[Tensor](), [list[Tensor]() for _ in layers]
+        runs = _by_user(ctx.shares, len(downs), [x, x if for_x is None else for_x, *pulls], [downs, *scaled])
+        for (rows, sums, *rest), low in zip(runs, lows, strict=True):
+            own, (down, *ups) = [pull.to(downs.dtype) for pull in rest[: len(layers)]], rest[len(layers) :]
+            pairs = zip(own, ups, strict=True)
+            high = torch.cat([torch.bmm(up.transpose(1, 2), pull.transpose(1, 2)) for pull, up in pairs], dim=1)
+            for_downs.append(torch.bmm(high, rows.to(down.dtype)))
+            for made, part, pull in zip(for_ups, low.split(ctx.ranks, dim=1), own, strict=True):
+                made.append(torch.bmm(part, pull).transpose(1, 2))
             if for_x is not None:
                 _add_product(sums, high.transpose(1, 2), down)
-        return for_x, None, torch.cat(for_a), torch.cat(for_b), None
+        for_a = torch.cat(for_downs).split(ctx.ranks, dim=1)
+        return for_x, None, None, *(made for a, b in zip(for_a, for_ups, strict=True) for made in (a, torch.cat(b)))
 
 
-def _by_user(shares: Sequence[int] | None, a: Tensor, b: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Adapters and their rows `[users, rows, width]` as a batched product can take them: all at once where the users
-    have equally many, else one user after the other."""
+def _by_user(
+    shares: Sequence[int] | None, users: int, rows: Sequence[Tensor], factors: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Rows `[users, rows, width]` and the users' factors as a batched product can take them: all at once where the
+    users have equally many, else one user after the other."""
     if shares is None:
-        yield a, b, *(x.view(a.shape[0], -1, x.shape[-1]) for x in rows)
+        yield *(x.view(users, -1, x.shape[-1]) for x in rows), *factors
     else:
-        parts = (x.split_with_sizes(list(shares)) for x in rows)
-        for down, up, *own in zip(a.split(1), b.split(1), *parts, strict=True):
-            yield down, up, *(part.unsqueeze(0) for part in own)
+        parts = (x.unsqueeze(0).split_with_sizes(list(shares), dim=1) for x in rows)
+        yield from zip(*parts, *(factor.split(1) for factor in factors), strict=True)
 
 
 def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
