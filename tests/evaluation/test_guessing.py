@@ -10,7 +10,8 @@ from persona_rlhf.evaluation.guessing import Begun, greedy_answers, opening_of
 from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.tokens import Row, prompt_ids
 from persona_rlhf.training.base import Base
-from persona_rlhf.training.fleet import AdaptedModel, Reading
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.scores import Reading
 from persona_rlhf.training.settings import LoraSettings
 
 TOKENS = 8

@@ -12,7 +12,7 @@ from persona_rlhf.evaluation.personalisation import (
 from persona_rlhf.evaluation.samples import Samples, distinct_prompts
 from persona_rlhf.preferences.pairs import Message, PreferencePair
 from persona_rlhf.preferences.tokens import PairRow, Row, tokenize
-from persona_rlhf.training.fleet import Score
+from persona_rlhf.training.scores import Score
 
 
 def pair(user: str, n: int, chosen: str, rejected: str, clean: bool | None = None) -> PreferencePair:

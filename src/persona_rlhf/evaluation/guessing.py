@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.fleet import AdaptedModel, Reading
+from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.generation import Generated
+from persona_rlhf.training.scores import Reading
 from persona_rlhf.training.trunk import States
 
 _WRITTEN = 24  # answers that a user writes out before others are guessed

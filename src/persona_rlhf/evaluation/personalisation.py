@@ -8,7 +8,8 @@ from typing import NamedTuple
 from persona_rlhf.evaluation.intervals import interval
 from persona_rlhf.evaluation.measures import Accuracy, CleanAccuracy, WinRate
 from persona_rlhf.preferences.tokens import PairRow, Row, both_rows
-from persona_rlhf.training.fleet import AdaptedModel, Score
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.scores import Score
 
 
 class PairScores(NamedTuple):

@@ -9,7 +9,8 @@ from persona_rlhf.evaluation.measures import Facts
 from persona_rlhf.preferences.messages import Message
 from persona_rlhf.preferences.pairs import PreferencePair
 from persona_rlhf.preferences.tokens import Row, both_rows, tokenize
-from persona_rlhf.training.fleet import AdaptedModel, Score
+from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.training.scores import Score
 
 
 class Quiz:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -20,33 +20,12 @@ from persona_rlhf.training.lora import FleetLinear, LayerSpan, attach, detach, j
 from persona_rlhf.training.losses import token_logps
 from persona_rlhf.training.narrowing import Narrowing, narrowing
 from persona_rlhf.training.passes import Places, in_passes
+from persona_rlhf.training.scores import Reading, Score
 from persona_rlhf.training.settings import LoraSettings
 from persona_rlhf.training.targets import targets
 from persona_rlhf.training.trunk import States, Trunk, cut, lay
 
 _Found = TypeVar("_Found")
-
-
-class Score(NamedTuple):
-    """`logp`: log-probability of a completion in nats, summed to its end token; `tokens`: its length."""
-
-    logp: float
-    tokens: int
-
-
-class Reading(NamedTuple):
-    """A score, and what the model would have said: of how many of the completion's first tokens each is the most likely
-    one (`agreed`), and the most likely one after these (`instead`; None: no more)."""
-
-    logp: float
-    tokens: int
-    agreed: int
-    instead: int | None = None
-
-    @property
-    def greedy(self) -> bool:
-        """Whether greedy decoding writes exactly this completion."""
-        return self.agreed == self.tokens
 
 
 class AdaptedModel:
