@@ -287,6 +287,9 @@ def test_siblings_are_computed_once_and_never_from_what_was():
     assert not torch.equal(layers[0](x), first)  # the same tensor again is a new turn
     assert not torch.equal(layers[1](x), second)
     layers[0](x)
+    x.mul_(2)
+    assert torch.allclose(layers[1](x), _by_hand(layers[1], x), rtol=1e-12, atol=1e-12)  # the input is another one now
+    layers[0](x)
     layers[0].siblings.forget()
     with torch.no_grad():
         layers[1].a.mul_(2)
@@ -298,6 +301,13 @@ def _by_hand(layer, x):
     rows = x.view(3, -1, 6)
     y = layer.frozen(rows) + 2.0 * torch.einsum("uti,uri,uor->uto", rows, layer.a, layer.b)
     return y.view(len(x), -1)
+
+
+def test_siblings_serve_in_inference_mode_too():
+    layers, _ = brothers([5, 4])
+    with torch.inference_mode():
+        x = torch.randn(3, 6, dtype=torch.float64)
+        assert all(torch.allclose(layer(x), _by_hand(layer, x), rtol=1e-12, atol=1e-12) for layer in layers)
 
 
 def test_a_sibling_that_nobody_asks_for_costs_no_gradient():

@@ -120,15 +120,16 @@ class Siblings:
 
     def __init__(self, layers: Sequence[FleetLinear]) -> None:
         self.layers = layers
-        self._input: Tensor | None = None
+        self._input: tuple[Tensor, int] | None = None
         self._waiting: dict[FleetLinear, Float[Tensor, "rows outputs"]] = {}
 
     def of(self, layer: FleetLinear, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "rows outputs"]:
-        """What `layer` makes of `x`; the others' are kept until they are asked for with the same tensor."""
-        if self._input is not x or layer not in self._waiting:
+        """What `layer` makes of `x`; the others' are kept until they are asked for with the same tensor, unchanged."""
+        version = 0 if x.is_inference() else x._version
+        if self._input is None or self._input[0] is not x or self._input[1] != version or layer not in self._waiting:
             factors = [factor for own in self.layers for factor in (own.a, own.b)]
             made = _Adapted.apply(x.reshape(-1, x.shape[-1]), self.layers, layer.shares, *factors)  # type: ignore[no-untyped-call]
-            self._input, self._waiting = x, dict(zip(self.layers, made, strict=True))
+            self._input, self._waiting = (x, version), dict(zip(self.layers, made, strict=True))
         found = self._waiting.pop(layer)
         if not self._waiting:
             self._input = None
