@@ -64,9 +64,7 @@ def _is_nf4(module: nn.Module) -> bool:
 
 
 def dense(layer: nn.Module) -> Float[Tensor, "outputs inputs"]:
-    """The weight of such a layer as it computes with it."""
-    if isinstance(layer, Fp8Linear):
-        return layer.dense()
+    """The weight of a layer in four bits as it computes with it; one in eight multiplies as it is stored."""
     from bitsandbytes.functional import dequantize_4bit
 
     stored: Any = layer.weight  # bitsandbytes' own kind of parameter, which knows how to be read
