@@ -14,7 +14,7 @@ from persona_rlhf.evaluation.benchmark import bench, render
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="192x4", help="bundled, 192x4, 256x6 or 512x8")
-    parser.add_argument("--users", type=int, default=4, help="users of the fleet")
+    parser.add_argument("--users", type=int, default=8, help="users of the fleet")
     parser.add_argument("--pairs", type=int, help="pairs a user; the shape knows a number that takes minutes")
     parser.add_argument("--epochs", type=int, help="passes over them")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contender; medians are over them")

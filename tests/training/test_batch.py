@@ -133,7 +133,7 @@ def test_spread_puts_each_value_in_its_row_and_lets_gradients_back(made):
 
 def test_a_lookups_gradient_is_that_of_plain_indexing():
     """Sources read once, twice and never; places that only fill send nothing back."""
-    lookup = Lookup([4] * 9, [(1, 0, 3, 0), (2, 4, 2, 1), (2, 6, 1, 2), (0, 8, 1, 0)], CPU)
+    lookup = Lookup([(4, 9)], [(1, 0, 3, 0), (2, 4, 2, 1), (2, 6, 1, 2), (0, 8, 1, 0)], CPU)
     assert lookup.index.tolist() == [1, 2, 3, 4, 2, 3, 2, 4, 0]
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     sent = torch.randn(9, 2, dtype=torch.float64)

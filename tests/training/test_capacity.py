@@ -76,7 +76,7 @@ def test_auto_keeps_to_memory_and_to_the_budget_or_is_one(tokens, memory, machin
     if slots > 1:
         assert slots * memory + base <= machine
         assert budget == "auto" or slots * tokens <= budget
-        assert device != "cpu" or slots <= 4
+        assert device != "cpu" or slots <= 8
 
 
 def test_a_number_is_taken_as_it_is():
@@ -87,7 +87,7 @@ def test_long_rows_take_more_and_so_leave_fewer_slots():
     """A step of rows of 2,048 tokens takes about 600 MiB of the bundled base; eight short pairs take a few."""
     cheap, dear = StepCost(600, 60 << 20), StepCost(12_000, 600 << 20)
     auto = FleetSettings(tokens_per_step=1_000_000)
-    assert choose_slots(auto, cheap, "cpu", 4 * GIB, 0) == 4
+    assert choose_slots(auto, cheap, "cpu", 4 * GIB, 0) == 8
     assert choose_slots(auto, dear, "cpu", 4 * GIB, 0) == 3
     assert choose_slots(auto, dear, "cpu", GIB, 0) == 1
 
@@ -117,11 +117,11 @@ def test_trying_a_step_leaves_the_run_as_it_was():
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_resumed_run_keeps_its_slots_though_the_machine_has_changed(tmp_path, monkeypatch, steps):
     """Killed before or after its first checkpoint, it goes on with as many slots, whatever auto would choose now."""
-    users = [user_rows(f"u{n}", 6 + n, seed=n) for n in range(5)]
+    users = [user_rows(f"u{n}", 6 + n, seed=n) for n in range(9)]
     monkeypatch.setattr(capacity, "machine_bytes", lambda _: 64 * GIB)
     whole = {user.user_id: user.adapter for user in _engine(users, FleetSettings(checkpoint_every=2)).run()}
     first = _engine(users, FleetSettings(checkpoint_every=2), tmp_path)
-    assert first.count == 4
+    assert first.count == 8
 
     def stop(reports):
         if all(report.step > steps for report in reports):
@@ -132,7 +132,7 @@ def test_a_resumed_run_keeps_its_slots_though_the_machine_has_changed(tmp_path, 
     monkeypatch.setattr(capacity, "machine_bytes", lambda _: 1)
     assert _engine(users, FleetSettings()).count == 1
     second = _engine(users, FleetSettings(), tmp_path)
-    assert second.count == 4
+    assert second.count == 8
     resumed = {user.user_id: user.adapter for user in second.run()}
     assert set(resumed) == set(whole)
     assert all(torch.equal(whole[name], adapter) for name, adapter in resumed.items())

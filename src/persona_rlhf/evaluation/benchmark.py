@@ -43,7 +43,7 @@ class Trial(NamedTuple):
 
 
 def bench(
-    shape: str = "192x4", users: int = 4, pairs: int | None = None, epochs: int | None = None, rounds: int = 3
+    shape: str = "192x4", users: int = 8, pairs: int | None = None, epochs: int | None = None, rounds: int = 3
 ) -> dict[str, Any]:
     """Times every contender once a round, in turns, and reports medians over the rounds; JSON-ready.
 

@@ -39,7 +39,7 @@ def _attend(
 
     # Split at once: the gradient of slices would be a tensor of zeros each.
     asked, known = ([call.lines * getattr(call, side) for call in sight.calls] for side in ("queries", "keys"))
-    parts = (flat.split(sizes) for (flat, _), sizes in zip(laid, (asked, known, known), strict=True))
+    parts = (flat.split_with_sizes(sizes) for (flat, _), sizes in zip(laid, (asked, known, known), strict=True))
     results = []
     for (lines, queries, keys, seen), *flats in zip(sight.calls, *parts, strict=True):
         q, k, v = (

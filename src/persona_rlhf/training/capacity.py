@@ -18,7 +18,7 @@ from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings
 from persona_rlhf.training.slots import Slots
 
-_CPU_SLOTS = 4  # more gained nothing on any shape: what users share on a CPU is the overhead of a step, no more
+_CPU_SLOTS = 8  # more gains nothing on any shape: what users share on a CPU is the overhead of a step, no more
 _TOKENS_PER_STEP = {"cpu": 16_384, "cuda": 65_536}  # more does not fill the device any better
 _SHARE = {"cpu": 0.5, "cuda": 0.8}  # of the memory; the rest is for judging, and a CPU's is everybody's
 

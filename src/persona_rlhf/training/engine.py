@@ -181,15 +181,14 @@ class Engine:
         if loss.violations is not None and loss.seen is not None:
             slots.duals.update(loss.violations, loss.seen, moves)
         slots.steps = [step + 1 for step in slots.steps]
-        figures = torch.stack([loss.dpo, loss.margin, loss.accuracy, norms.to(loss.dpo)]).tolist()
-        worst: list[float | None] = [None] * len(users)
-        strongest = worst
+        parts = [loss.dpo, loss.margin, loss.accuracy, norms, moves]
         if self.bank is not None:
-            worst = slots.duals.violations.amax(1).tolist()
-            strongest = slots.duals.values.amax(1).tolist()
+            parts += [slots.duals.violations.amax(1), slots.duals.values.amax(1)]
+        found = torch.stack([part.double() for part in parts]).tolist()  # at once: a GPU is waited for one time a step
+        *figures, moved, worst, strongest = found if self.bank is not None else [*found, *[[None] * len(users)] * 2]
         totals = [schedule.steps for schedule in schedules]
         columns = zip(users, slots.steps, totals, *figures, worst, strongest, strict=True)
-        return [StepReport(*column) for column in columns], moves.tolist()
+        return [StepReport(*column) for column in columns], [bool(own) for own in moved]
 
     def _gradients(
         self,

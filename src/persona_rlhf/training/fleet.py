@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.attention import packed, window
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.batch import EMPTY, Batch, collate, pack
+from persona_rlhf.training.elementwise import Elementwise
 from persona_rlhf.training.generation import Generated, write_answers
 from persona_rlhf.training.head import split
 from persona_rlhf.training.lora import FleetLinear, LayerSpan, attach, detach, join, matrices
@@ -23,9 +24,11 @@ from persona_rlhf.training.passes import Places, in_passes
 from persona_rlhf.training.scores import Reading, Score
 from persona_rlhf.training.settings import LoraSettings
 from persona_rlhf.training.targets import targets
+from persona_rlhf.training.trial import Trial
 from persona_rlhf.training.trunk import States, Trunk, cut, lay
 
 _Found = TypeVar("_Found")
+_Shortcut = TypeVar("_Shortcut")
 
 
 class AdaptedModel:
@@ -41,20 +44,24 @@ class AdaptedModel:
         names, first, self.notice = targets(base.model, lora)
         self.spans = attach(base.model, names, lora.rank, self.scale)
         self._layers = [self.layer(span) for span in self.spans.values()]
+        self._elementwise: Elementwise | None = None
+        self._narrowing: Narrowing | None = None
+        self._trial = Trial(base)
         with torch.no_grad():
-            join(self._layers, lambda: self._run(base.model, collate(self._trial_rows(), base.pad_id, base.device)))
+            join(self._layers, lambda: self._run(base.model, self._trial.collated(self._trial.rows)))
         self.params_per_user = max(span.stop for span in self.spans.values())
         self.tokens_per_pass = 4_096 if base.device.type == "cpu" else 131_072  # a CPU wants what its cache holds
         self.tokens_per_cache = 65_536 if base.device.type == "cpu" else 131_072  # a token's keys and values are small
         self._even = base.device.type != "cpu"  # a GPU would rather compute some padding than one user after the other
         self._halves = split(base.model)
-        self._narrowing: Narrowing | None = None
         self._trunk = Trunk(base.model, first) if first else None
         self._window = window(base.model.config.get_text_config())
+        self._trial.expect(self.logits)
         self.packs = self._can_pack()
         if not self._can_start_above():
             self._trunk = None
-        self._narrowing = self._narrowed()
+        self._elementwise = self._if_exact("_elementwise", self._written_down())
+        self._narrowing = self._if_exact("_narrowing", self._narrowed())
 
     @property
     def starts_above(self) -> bool:
@@ -105,34 +112,39 @@ class AdaptedModel:
 
         With `states`, one entry a user (see `below`), only the layers from the first adapted one on are computed.
         """
+        found = self._read(batch, states)
+        return self._halves.head(found) if self._halves else found
+
+    def _read(self, batch: Batch, states: Sequence[States]) -> Float[Tensor, "tokens hidden"]:
+        """What the decoder gives at the positions that predict a completion token; a model in one piece, its logits."""
         if self._trunk is None or not states or not batch.places:
             return self._picked(batch)
         with self._trunk.from_states(lay(batch, states)):
             return self._picked(batch)
 
-    def _picked(self, batch: Batch) -> Float[Tensor, "tokens vocabulary"]:
+    def _picked(self, batch: Batch) -> Float[Tensor, "tokens hidden"]:
         if self._halves is None:
             whole: Tensor = self._run(self.base.model, batch).logits
             return batch.source(whole.flatten(0, 1))
         if self._narrowing is None or not batch.places:
             hidden: Tensor = self._run(self._halves.decoder, batch).last_hidden_state
-            return self._halves.head(batch.source(hidden.flatten(0, 1)))
+            return batch.source(hidden.flatten(0, 1))
         first = self._layers[0].a
         with self._narrowing.to(batch.source, batch.read(1 if first is None else len(first))):
-            return self._halves.head(self._run(self._halves.decoder, batch).last_hidden_state.squeeze(0))
+            narrow: Tensor = self._run(self._halves.decoder, batch).last_hidden_state
+            return narrow.squeeze(0)
 
     def _run(self, module: nn.Module, batch: Batch) -> Any:
-        try:
+        with ExitStack() as inside:
             for layer in self._layers:
                 layer.shares = batch.shares
+                inside.callback(layer.finish)
+            if self._elementwise is not None:
+                inside.enter_context(self._elementwise.on())
             if batch.sight is None:
                 return module(input_ids=batch.ids, use_cache=False)
-            with packed(self.base.model.config.get_text_config()):
-                return module(input_ids=batch.ids, use_cache=False, position_ids=batch.positions, sight=batch.sight)
-        finally:
-            for layer in self._layers:
-                layer.shares = None
-                layer.siblings.forget()
+            inside.enter_context(packed(self.base.model.config.get_text_config()))
+            return module(input_ids=batch.ids, use_cache=False, position_ids=batch.positions, sight=batch.sight)
 
     @torch.no_grad()
     def below(self, rows: Sequence[Row]) -> States:
@@ -167,60 +179,49 @@ class AdaptedModel:
 
     def _can_pack(self) -> bool:
         """Whether packed rows give the logits of rows one by one: windows are asked about, all else is tried out."""
-        if max(row.length for row in self._trial_rows()) > self._window:
-            return False
-        return self._same_logits(lambda rows: self.logits(pack(rows, 1, self.base.pad_id, self.base.device)))
+        pad, device = self.base.pad_id, self.base.device
+        fits = self._trial.longest <= self._window
+        return fits and self._trial.passes(lambda rows: self.logits(pack(rows, 1, pad, device)))
 
     def _can_start_above(self) -> bool:
         """Whether upper layers that begin with the lower ones' states give the logits of the whole model."""
         if self._trunk is None:
             return False
-        return self._same_logits(lambda rows: self.logits(self.batch(rows, 1), [self.below(rows)]))
+        return self._trial.passes(lambda rows: self.logits(self.batch(rows, 1), [self.below(rows)]))
+
+    def _written_down(self) -> Elementwise | None:
+        """Norms and rotations in fewer passes; a type that rounds more would be rounded elsewhere than in the model."""
+        exact = self.base.model.dtype in (torch.float32, torch.float64)
+        return Elementwise(self.base.model) if exact and self.base.device.type == "cpu" else None
 
     def _narrowed(self) -> Narrowing | None:
-        """A last layer that computes no more than is read; None where it would not give the logits of the whole one."""
-        rows, pad, device = self._trial_rows(), self.base.pad_id, self.base.device
-        if self._halves is None or device.type != "cpu":
+        """A last layer that computes no more than is read."""
+        if self._halves is None or self.base.device.type != "cpu":
             return None
-        found = narrowing(self.base.model, lambda: self._picked(collate(rows, pad, device)))
+        return narrowing(self.base.model, lambda: self._picked(self._trial.collated(self._trial.rows)))
+
+    def _if_exact(self, name: str, shortcut: _Shortcut | None) -> _Shortcut | None:
+        """A shortcut; None where it, as the attribute `name`, would not give the logits of the model without it."""
 
         def tried(batch: Batch) -> Tensor:
-            self._narrowing = found
+            setattr(self, name, shortcut)
             try:
                 return self.logits(batch)
             finally:
-                self._narrowing = None
+                setattr(self, name, None)
 
-        layouts = (lambda rows: self.batch(rows, 1), lambda rows: collate(rows, pad, device))
-        exact = all(self._same_logits(lambda rows, lay=layout: tried(lay(rows))) for layout in layouts)  # type: ignore[misc]
-        return found if exact else None
-
-    def _trial_rows(self) -> list[Row]:
-        """Made-up rows that a shortcut is tried on: a shared prompt, unequal lengths; however they are laid out, the
-        tokens that are read are no multiple of a line."""
-        ids = [n % self.base.model.config.get_text_config().vocab_size for n in range(3, 23)]
-        return [
-            Row(tuple(ids[:7]), tuple(ids[7:12])),
-            Row(tuple(ids[:7]), tuple(ids[9:])),
-            Row(tuple(ids[4:6]), tuple(ids[1:3])),
-        ]
-
-    def _same_logits(self, shortcut: Callable[[list[Row]], Tensor]) -> bool:
-        """Tries a shortcut on made-up rows, against the rows one by one."""
-        rows = self._trial_rows()
-        pad, device = self.base.pad_id, self.base.device
-        with torch.no_grad(), self.using(None):
-            plain = torch.cat([self.logits(collate([row], pad, device)) for row in rows]).float()
-            try:
-                tried = shortcut(rows).float()
-            except (NotImplementedError, TypeError, ValueError, RuntimeError):
-                return False
-        exact = self.base.model.dtype in (torch.float32, torch.float64)
-        return bool((tried - plain).norm() <= (1e-4 if exact else 5e-2) * plain.norm())
+        layouts: tuple[Callable[[list[Row]], Batch], ...] = (lambda rows: self.batch(rows, 1), self._trial.collated)
+        exact = shortcut is not None and all(
+            self._trial.passes(lambda rows, lay=lay: tried(lay(rows)))  # type: ignore[misc]
+            for lay in layouts
+        )
+        return shortcut if exact else None
 
     def row_logps(self, batch: Batch, states: Sequence[States] = ()) -> Float[Tensor, "rows longest"]:
         """Log-probability in nats of every completion token, one row a completion."""
-        return batch.spread(token_logps(self.logits(batch, states), batch.targets))
+        found = self._read(batch, states)
+        logps = self._halves.head.logps if self._halves else token_logps
+        return batch.spread(logps(found, batch.targets))
 
     def score(self, rows: Sequence[Sequence[Row]], states: Sequence[States] = ()) -> list[list[Score]]:
         """Scores the rows of every user under his own adapter, in length-sorted passes of bounded size."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
+
+from persona_rlhf.training.losses import token_logps
+
+_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 29}  # held at once: 64 MiB or 2 GiB in float32, but no fewer than those of
+_TOKENS = 256  # which a product with a large matrix needs to be worth reading it
 
 
 class Head:
@@ -27,6 +32,43 @@ class Head:
         finally:
             setattr(self._model, self._place, decoder)
         return logits
+
+    def logps(
+        self, hidden: Float[Tensor, "tokens hidden"], targets: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, " tokens"]:
+        """`log pi(target)` in nats at each token, as `losses.token_logps` of the logits, which are never all held."""
+        vocabulary = self._model.config.get_text_config().vocab_size
+        each = max(_TOKENS, _LOGITS[hidden.device.type] // vocabulary)
+        if len(hidden) <= each:
+            return token_logps(self(hidden), targets)
+        found: Tensor = _Logps.apply(hidden, targets, self, each)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Logps(torch.autograd.Function):
+    """Some tokens at a time. A token's log-probability depends on its own hidden state alone, so the gradient of their
+    sum is known on the way forward, and is scaled on the way back (as Hsu et al. 2024, "Liger Kernel", do)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, each: int) -> Tensor:
+        found, slopes = list[Tensor](), list[Tensor]()
+        for part, own in zip(hidden.split(each), targets.split(each), strict=True):
+            if not ctx.needs_input_grad[0]:
+                found.append(token_logps(head(part), own))
+                continue
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                logps = token_logps(head(leaf), own)
+                slopes += torch.autograd.grad(logps.sum(), [leaf])
+            found.append(logps.detach())
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        [slopes] = ctx.saved_tensors
+        return slopes * gradient[:, None].to(slopes.dtype), None, None, None
 
 
 class _Given(nn.Module):

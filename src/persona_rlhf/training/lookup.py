@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,24 +16,25 @@ class Lookup:
 
     torch's own gradient of it adds with atomics on a GPU, in any order. Here each source's first reader is written,
     then its second is added, and so on. `runs` are (first source, first place, how many, turn): that many neighbouring
-    places read as many neighbouring sources, for the `turn`-th time (from 0). A place that is in no run reads source
-    `fill[place]`, and no gradient comes back from it.
+    places read as many neighbouring sources, for the `turn`-th time (from 0). `fill` says, as (source, how many) from
+    the first place on, what a place reads that is in no run; no gradient comes back from it.
     """
 
-    def __init__(self, fill: list[int], runs: list[tuple[int, int, int, int]], device: torch.device) -> None:
-        index = fill
-        turns: list[tuple[list[int], list[int]]] = []
-        for source, place, count, turn in runs:
-            index[place : place + count] = range(source, source + count)
-            while len(turns) <= turn:
-                turns.append(([], []))
-            turns[turn][0].extend(range(source, source + count))
-            turns[turn][1].extend(range(place, place + count))
-        self.index: Int[Tensor, " places"] = torch.tensor(index, dtype=torch.int64).to(device)
-        self.turns = [
-            (torch.tensor(sources, dtype=torch.int64).to(device), torch.tensor(places, dtype=torch.int64).to(device))
-            for sources, places in turns
-        ]
+    def __init__(
+        self, fill: Sequence[tuple[int, int]], runs: Sequence[tuple[int, int, int, int]], device: torch.device
+    ) -> None:
+        index = np.repeat(*np.array(fill, dtype=np.int64).reshape(-1, 2).T)
+        source, place, count, turn = np.array(runs, dtype=np.int64).reshape(-1, 4).T
+        within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+        reads = np.stack([np.repeat(source, count), np.repeat(place, count)]) + within
+        index[reads[1]] = reads[0]
+        self.index: Int[Tensor, " places"] = torch.from_numpy(index).to(device)
+        turns = np.repeat(turn, count)
+        self.turns: list[tuple[Tensor, Tensor]] = []
+        for n in range(turn.max(initial=-1) + 1):
+            own = reads[:, turns == n]
+            sources, places = torch.from_numpy(own[:, own[0].argsort()]).to(device)
+            self.turns.append((sources, places))
 
     def __call__(self, x: Float[Tensor, "sources width"]) -> Float[Tensor, "places width"]:
         found: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
@@ -46,8 +49,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        found = gradient.new_zeros(ctx.shape)
-        for turn, (sources, places) in enumerate(ctx.lookup.turns):
+        found: Tensor | None = None
+        for sources, places in ctx.lookup.turns:
             read = gradient.index_select(0, places)
-            found.index_copy_(0, sources, read if turn == 0 else found.index_select(0, sources) + read)
-        return found, None
+            if found is None and len(sources) == ctx.shape[0]:
+                found = read  # every source was read, and they come in order
+            else:
+                found = gradient.new_zeros(ctx.shape) if found is None else found
+                found.index_add_(0, sources, read)  # no source twice
+        return gradient.new_zeros(ctx.shape) if found is None else found, None

@@ -38,19 +38,19 @@ def token_logps(
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Cross entropy that keeps one number a row for the way back, and writes no log-softmax of the vocabulary."""
+    """Cross entropy whose way back is computed in the place of the log-softmax, so it can be gone once."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        logps = -F.cross_entropy(logits, targets, reduction="none")
-        total = logits.gather(1, targets[:, None]) - logps[:, None]
-        ctx.save_for_backward(logits, total, targets)
-        return logps
+        ctx.logps = torch.log_softmax(logits, 1)
+        ctx.save_for_backward(targets)
+        found: Tensor = ctx.logps.gather(1, targets[:, None]).squeeze(1)
+        return found
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, total, targets = ctx.saved_tensors
-        found = (logits - total).exp_().mul_(-gradient[:, None])
+        [targets] = ctx.saved_tensors
+        found, ctx.logps = ctx.logps.exp_().mul_(-gradient[:, None]), None
         return found.scatter_add_(1, targets[:, None], gradient[:, None]), None
 
 

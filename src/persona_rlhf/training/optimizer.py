@@ -51,7 +51,7 @@ class FleetAdamW:
         beta1, beta2 = self.betas
         # 1 - beta is rounded once, from fp64: 1 - 0.999 in fp32 is wrong in the fifth digit.
         new1, new2 = ((moves.double() * (1 - beta))[:, None] for beta in self.betas)
-        self.first.mul_((1 - new1).to(grads.dtype)).addcmul_(grads, new1.to(grads.dtype))
+        self.first.lerp_(grads, new1.to(grads.dtype))
         self.second.mul_((1 - new2).to(grads.dtype)).addcmul_(grads * grads, new2.to(grads.dtype))
         count = self.steps.clamp(min=1).to(torch.float64)
         correction1 = (1 - beta1**count).to(grads.dtype)[:, None]

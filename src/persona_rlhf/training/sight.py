@@ -130,7 +130,7 @@ def _laid(
                 mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).to(device)
             calls.append(Call(len(parts), asked, seen, mask))
     # What no result is meant for takes one of its user's.
-    fill = [at for user, width in enumerate(widths) for at in [results[user]] * width]
+    fill = [(results[user], width) for user, width in enumerate(widths)]
     return Sight(queries.lookup(device), keys.lookup(device), Lookup(fill, home, device), calls, None)
 
 
@@ -139,13 +139,15 @@ class _Layout:
 
     def __init__(self, widths: Sequence[int]) -> None:
         self._starts = [0, *accumulate(widths)]
-        self._fill: list[int] = []
+        self._fill: list[tuple[int, int]] = []
+        self._places = 0
         self._runs: list[tuple[int, int, int, int]] = []
 
     def line(self, user: int, length: int, runs: Sequence[tuple[int, int, int, int]]) -> int:
         """Adds a line with the runs of a part (see `Part.runs`); returns the place where it begins."""
-        at = len(self._fill)
-        self._fill += [self._starts[user]] * length
+        at = self._places
+        self._fill.append((self._starts[user], length))
+        self._places += length
         self._runs += [(token, at + n, count, turn) for token, n, count, turn in runs]
         return at
 
