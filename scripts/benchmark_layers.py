@@ -3,6 +3,7 @@
 
 python scripts/benchmark_layers.py                 # 12 clean users, all / upper half / upper quarter of the layers
 python scripts/benchmark_layers.py --users 24 --json
+python scripts/benchmark_layers.py --states       # states below the upper quarter: in memory, on disk, in every step
 
 Every setting trains the same users from the same config, without the constraint (TRL has none). Accuracy is against
 noise-free labels on the held-out pairs, measured at equal shares of the steps, outside the clock. Seconds are CPU
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import NamedTuple
 
 import torch
@@ -40,9 +41,18 @@ from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.ground import rows_ahead
 from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.scheduler import UserSchedule
-from persona_rlhf.training.settings import BaseSettings, ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.training.settings import (
+    BaseSettings,
+    ConstraintSettings,
+    DpoSettings,
+    FleetSettings,
+    LoraSettings,
+    TopLayers,
+)
 
 SHARES = ("all", 0.5, 0.25)
+STATES = {"in memory": (2048, 4096), "on disk": (0, 4096), "in every step": (0, 0)}
+"""What keeps the states below the adapters: MiB of `fleet.trunk_cache` and of `fleet.trunk_disk`."""
 CHECKS = 12
 REACHED = 0.95
 
@@ -131,6 +141,26 @@ def _trl(base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings, setti
     return charged + run.seconds
 
 
+def states(base: Base, users: Sequence[UserRows], dpo: DpoSettings, rounds: int = 5) -> dict[str, list[float]]:
+    """CPU seconds a user of the upper quarter, in turns, by where the states below it are kept; the same adapters."""
+    found: dict[str, list[float]] = {name: [] for name in STATES}
+    norms = set()
+    for _ in range(rounds):
+        for name, (memory, disk) in STATES.items():
+            adapted = AdaptedModel(base, LoraSettings(layers=TopLayers(top=0.25)))
+            started = time.process_time()
+            reference = Reference(adapted)
+            reference.add(rows_ahead(adapted, users, None))
+            fleet = FleetSettings(slots=len(users), trunk_cache=memory, trunk_disk=disk)
+            off = ConstraintSettings(enabled=False)
+            trained = list(Engine(adapted, users, reference, None, dpo, off, fleet, 0).run())
+            found[name].append((time.process_time() - started) / len(users))
+            norms.add(round(sum(float(user.adapter.norm()) for user in trained if user.adapter is not None), 3))
+            adapted.close()
+    assert len(norms) == 1, "where states are kept changes nothing"
+    return found
+
+
 def reached(course: Course, goal: float) -> float | None:
     """Share of the steps after which the mean gain first is `goal`; None if never."""
     return next(((n + 1) / CHECKS for n, gain in enumerate(course.gains()) if gain >= goal), None)
@@ -139,7 +169,8 @@ def reached(course: Course, goal: float) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=12)
-    parser.add_argument("--slots", type=int, default=4, help="users of a fleet")
+    parser.add_argument("--slots", type=int, default=8, help="users of a fleet")
+    parser.add_argument("--states", action="store_true", help="time where the states below the adapters are kept")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -150,6 +181,11 @@ def main() -> None:
     rows = tokenize(read_pairs(find("data/users"), 0.25), base.tokenizer, base.context)
     clean = [user for user in rows if not tastes[user.user_id].poisoned]
     users = clean[:: max(1, len(clean) // options.users)][: options.users]
+    if options.states:
+        kept = states(base, users[: options.slots], config.dpo)
+        for name, times in kept.items():
+            print(f"{name}: {median(times):.2f} ({min(times):.2f} to {max(times):.2f}) CPU seconds a user")
+        return
     loras = {str(share): LoraSettings(layers=share if share == "all" else {"top": share}) for share in SHARES}  # type: ignore[arg-type]
     fleets = [users[n : n + options.slots] for n in range(0, len(users), options.slots)]
     courses = {name: joined([train(base, own, lora, config.dpo) for own in fleets]) for name, lora in loras.items()}

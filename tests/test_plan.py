@@ -44,12 +44,18 @@ def test_the_walk_takes_the_steps_that_the_engine_takes(slots):
     engine = Engine(adapted, users, reference, None, dpo, ConstraintSettings(), FleetSettings(slots=slots), seed=5)
     taken = []
     list(engine.run(lambda reports: taken.append(len(reports))))
-    walked = _walk(queue_order([UserSchedule(user, dpo, 5) for user in users]), slots, 10)
+    queue = queue_order([UserSchedule(user, dpo, 5) for user in users])
+    walked, padded = (_walk(queue, slots, 10, pads) for pads in (False, True))
     assert [wave.users for wave in walked] == taken
     pairs = [pair for user in users for pair in user.train]
     tokens = sum(len(p.chosen.prompt) + len(p.chosen.completion) + len(p.rejected.completion) for p in pairs)
     assert sum(wave.tokens for wave in walked) == 2 * tokens + 10 * sum(taken)
-    assert all(wave.padded >= wave.tokens for wave in walked)
+    assert all(wave.computed == wave.tokens for wave in walked)
+    assert all(wave.computed >= wave.tokens for wave in padded)
+    assert slots == 1 or any(wave.computed > wave.tokens for wave in padded)
+    assert not adapted.pads, "a CPU computes no padding"
+    adapted.packs = False
+    assert adapted.pads
 
 
 def test_json_has_the_total_and_the_table_every_figure():

@@ -95,7 +95,7 @@ class Plan(NamedTuple):
 
 
 class StepTime(NamedTuple):
-    """Seconds of a step of a cohort: `fixed`, and `each` token of its users, all as long as the longest."""
+    """Seconds of a step of a cohort: `fixed`, and `each` token that is computed."""
 
     fixed: float
     each: float
@@ -131,9 +131,9 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
     typical = rows[len(rows) // 2 :][:slots]
 
     steps, pass_each = _probe_steps(config, adapted, [rows[:slots], typical, typical[:1]], bank)
-    walked = _walk(queue, slots, _draw_tokens(bank, config))
+    walked = _walk(queue, slots, _draw_tokens(bank, config), adapted.pads)
     users = round(len(rows) * of_all)
-    training = sum(steps.of(wave.padded) for wave in walked) + pass_each * _checked_tokens(queue, config.dpo)
+    training = sum(steps.of(wave.computed) for wave in walked) + pass_each * _checked_tokens(queue, config.dpo)
     judging = _judging(ready, rows[:1], typical, users)
     stack = slots * adapted.params_per_user * torch.promote_types(adapted.base.model.dtype, torch.float32).itemsize
     adapters = stack if config.dpo.early_stop is None else 2 * stack  # each user's best one is kept beside him
@@ -165,19 +165,19 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
 
 
 class Wave(NamedTuple):
-    """A step of a cohort: its users, their tokens, and those tokens with every user's padded to the longest."""
+    """A step of a cohort: its users, their tokens, and the tokens that are computed, padding with them."""
 
     users: int
     tokens: int
-    padded: int
+    computed: int
 
 
-def _walk(queue: Sequence[UserSchedule], slots: int, constraint_tokens: int) -> list[Wave]:
-    """All steps of a run, as the engine takes them."""
+def _walk(queue: Sequence[UserSchedule], slots: int, constraint_tokens: int, pads: bool) -> list[Wave]:
+    """All steps of a run, as the engine takes them; `pads`: every user's tokens are computed at the longest one's."""
     walked = []
     for seated in waves(queue, slots):
         sizes = [constraint_tokens + sum(map(pair_tokens, schedule.pairs(step))) for schedule, step in seated]
-        walked.append(Wave(len(sizes), sum(sizes), len(sizes) * max(sizes)))
+        walked.append(Wave(len(sizes), sum(sizes), len(sizes) * max(sizes) if pads else sum(sizes)))
     return walked
 
 
@@ -216,7 +216,7 @@ def _probe_steps(
         ends = [perf_counter()]
         for _ in engine.run(lambda _, ends=ends: ends.append(perf_counter())):  # type: ignore[misc]
             pass
-        sizes += [wave.padded for wave in _walk(queue, len(cohort), _draw_tokens(thin, config))]
+        sizes += [wave.computed for wave in _walk(queue, len(cohort), _draw_tokens(thin, config), adapted.pads)]
         seconds += [end - start for start, end in pairwise(ends)]
     return _fit(sizes[1:], seconds[1:]), each  # the first step of all warms up
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, get_args
@@ -55,14 +55,18 @@ def bench(
     if shape not in get_args(Shape):
         sentence = f"`{shape}` is no shape of the benchmark{did_you_mean(shape, get_args(Shape))}"
         raise InputError([Problem("bench", None, "--shape", sentence)])
-    pairs, epochs = pairs or PAIRS_AND_EPOCHS[shape][0], epochs or PAIRS_AND_EPOCHS[shape][1]
-    keep_big_blocks()
-    threads = torch.get_num_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pairs, epochs = pairs or PAIRS_AND_EPOCHS[shape][0], epochs or PAIRS_AND_EPOCHS[shape][1]
+    return {"shape": shape} | compare(make_work(shape, users, pairs, epochs, device), rounds)
+
+
+def compare(work: Work, rounds: int, left_out: Collection[str] = ()) -> dict[str, Any]:
+    """Times every contender but those `left_out` on any work, once a round and in turns; JSON-ready (see `bench`)."""
+    keep_big_blocks()
+    threads, device, users = torch.get_num_threads(), work.base.device, len(work.users)
     if device.type == "cpu":
         torch.set_num_threads(1)
     try:
-        work = make_work(shape, users, pairs, epochs, device)
         contenders: dict[str, Callable[[int], Trial]] = {
             **{f"TRL, {setting}": _trl(work, setting) for setting in trl_loop.TRL_SETTINGS},
             ALONE: lambda turn: _ours(work, [work.users[turn % users]]),
@@ -71,9 +75,9 @@ def bench(
             CONSTRAINED: lambda _: _ours(work, work.users, bank=work.bank),
             **{name: lambda _, top=top: _ours(work, work.users, _upper(work, top)) for top, name in UPPER.items()},  # type: ignore[misc]
         }
-        trials: dict[str, list[Trial]] = {name: [] for name in contenders}
+        trials: dict[str, list[Trial]] = {name: [] for name in contenders if name not in left_out}
         for turn in range(rounds):
-            for name in _turned(list(contenders), turn):
+            for name in _turned(list(trials), turn):
                 trials[name].append(contenders[name](turn))
         rows = _rows(work, trials)
     finally:
@@ -81,13 +85,12 @@ def bench(
     best = min((row for row in rows if row["contender"].startswith("TRL")), key=lambda row: row["seconds_per_user"])
     [fleet] = [row for row in rows if row["contender"] == FLEET]
     return {
-        "shape": shape,
         "ratio": best["seconds_per_user"] / fleet["seconds_per_user"],
         "best_trl": best["contender"],
         "seconds_are": "wall" if device.type == "cuda" else "CPU, one thread",
         "users": users,
         "pairs": len(work.users[0].train),
-        "epochs": epochs,
+        "epochs": work.dpo.epochs,
         "rounds": rounds,
         "rows": rows,
     }

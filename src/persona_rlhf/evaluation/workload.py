@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from persona_rlhf.inputs.bundled import find
 from persona_rlhf.preferences.messages import Message
@@ -24,6 +24,8 @@ from persona_rlhf.training.targets import adaptable_layers
 Shape = Literal["bundled", "192x4", "256x6", "512x8"]
 VOCABULARY = 1536
 SEED = 0
+LENGTHS = (12, 30)
+"""Least and most tokens of a made-up prompt or answer."""
 PAIRS_AND_EPOCHS = {"bundled": (80, 3), "192x4": (80, 3), "256x6": (32, 2), "512x8": (16, 2)}
 """A user's work: less for larger shapes, so that each takes minutes on a CPU."""
 
@@ -48,20 +50,23 @@ def make_work(shape: str, users: int, pairs: int, epochs: int, device: torch.dev
         rows = tokenize(read_pairs(find("data/users"), 0.25), base.tokenizer, base.context)
         people = [UserRows(user.user_id, user.train[:pairs], []) for user in rows[:users]]
     else:
-        hidden, layers = map(int, shape.split("x"))
-        base = _random_base(hidden, layers, device)
+        base = random_base(_llama(*map(int, shape.split("x"))), device, f"random {shape}")
         people = made_users(range(users), pairs)
+    return work_on(base, people, epochs)
+
+
+def work_on(base: Base, people: Sequence[UserRows], epochs: int) -> Work:
+    """What it takes to train these users on a base that is at hand."""
     lora, dpo = LoraSettings(), DpoSettings(epochs=epochs)
-    bank = _made_bank(len(base.tokenizer))
+    bank, device = _made_bank(len(base.tokenizer)), base.device
     spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank, lora.alpha / lora.rank)
     detach(base.model, list(spans))
     return Work(base, people, list(spans.values()), lora, dpo, bank, _clock(device))
 
 
-def _random_base(hidden: int, layers: int, device: torch.device) -> Base:
-    """A Llama of random weights: heads of 32, half as many key-value heads, three times as wide inside, tied head."""
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
+def _llama(hidden: int, layers: int) -> LlamaConfig:
+    """Heads of 32, half as many key-value heads, three times as wide inside, tied head."""
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
@@ -74,41 +79,44 @@ def _random_base(hidden: int, layers: int, device: torch.device) -> Base:
         eos_token_id=1,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).requires_grad_(False).eval()
-    model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    words = {"<pad>": 0, "<end>": 1} | {f"w{n}": n for n in range(2, VOCABULARY)}
+
+
+def random_base(config: PreTrainedConfig, device: torch.device, name: str) -> Base:
+    """A model of random weights, drawn on its device, and a word of its own for every token."""
+    torch.manual_seed(SEED)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device.type == "cuda" else None)
+    model.requires_grad_(False).eval()
+    words = {"<pad>": 0, "<end>": 1} | {f"w{n}": n for n in range(2, config.vocab_size)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<end>"
     )
-    return Base(model, tokenizer, f"random {hidden}x{layers}", f"seed {SEED}", 1024)
+    return Base(model, tokenizer, name, f"seed {SEED}", config.max_position_embeddings)
 
 
-def made_users(numbers: Iterable[int], pairs: int, vocabulary: int = VOCABULARY) -> list[UserRows]:
-    """Users who differ by their number alone."""
-    return [_made_user(f"user {n}", pairs, n, vocabulary) for n in numbers]
+def made_users(
+    numbers: Iterable[int],
+    pairs: int,
+    vocabulary: int = VOCABULARY,
+    prompt: tuple[int, int] = LENGTHS,
+    answer: tuple[int, int] = LENGTHS,
+) -> list[UserRows]:
+    """Users who differ by their number alone: pairs of random tokens, as many (least, most) of a prompt and, before the
+    end token, of each answer."""
+    return [_made_user(f"user {n}", pairs, n, vocabulary, prompt, answer) for n in numbers]
 
 
-def _made_user(user_id: str, pairs: int, seed: int, vocabulary: int) -> UserRows:
-    """Pairs of random tokens: 12 to 30 of a prompt, 12 to 30 and an end token a side."""
+def _made_user(
+    user_id: str, pairs: int, seed: int, vocabulary: int, prompt: tuple[int, int], answer: tuple[int, int]
+) -> UserRows:
     draw = torch.Generator().manual_seed(seed)
     rows = []
     for n in range(pairs):
-        prompt = _ids(draw, vocabulary)
-        pair = PreferencePair(
-            user_id,
-            (Message("user", "made up"),),
-            "a",
-            "b",
-            f"{user_id} {n}",
-            None,
-            None,
-            1.0,
-            "train",
-            None,
-            "made",
-            n,
-        )
-        rows.append(PairRow(pair, Row(prompt, (*_ids(draw, vocabulary), 1)), Row(prompt, (*_ids(draw, vocabulary), 1))))
+        asked = _ids(draw, vocabulary, prompt)
+        message = (Message("user", "made up"),)
+        pair = PreferencePair(user_id, message, "a", "b", f"{user_id} {n}", None, None, 1.0, "train", None, "made", n)
+        chosen, rejected = (Row(asked, (*_ids(draw, vocabulary, answer), 1)) for _ in range(2))
+        rows.append(PairRow(pair, chosen, rejected))
     return UserRows(user_id, rows, [])
 
 
@@ -129,8 +137,8 @@ def _made_bank(vocabulary: int) -> ConstraintBank:
     return ConstraintBank([f"category {n}" for n in range(4)], [0.3] * 4, anchors)
 
 
-def _ids(draw: torch.Generator, vocabulary: int = VOCABULARY) -> tuple[int, ...]:
-    length = int(torch.randint(12, 31, (1,), generator=draw))
+def _ids(draw: torch.Generator, vocabulary: int = VOCABULARY, lengths: tuple[int, int] = LENGTHS) -> tuple[int, ...]:
+    length = int(torch.randint(lengths[0], lengths[1] + 1, (1,), generator=draw))
     return tuple(torch.randint(2, vocabulary, (length,), generator=draw).tolist())
 
 

@@ -68,6 +68,11 @@ class AdaptedModel:
         """Whether frozen layers lie below the first adapted one, whose states `below` gives."""
         return self._trunk is not None
 
+    @property
+    def pads(self) -> bool:
+        """Whether a step computes every user's tokens at the length of the longest one's."""
+        return self._even or not self.packs
+
     def close(self) -> None:
         """Gives the base back as it was."""
         detach(self.base.model, list(self.spans))
