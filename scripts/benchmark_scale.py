@@ -40,6 +40,7 @@ from persona_rlhf.preferences.pairs import read_pairs
 from persona_rlhf.preferences.tokens import tokenize
 from persona_rlhf.release.exporter import Exporter
 from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
+from persona_rlhf.releasing import on_paper
 from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
@@ -90,8 +91,7 @@ def parts(count: int = 24) -> dict[str, float]:
     demands = demands_of(policy, config.gate)
     outcomes = {category: [True] * 160 for category in demands.categories}
     verdict = release_unjudged(demands, outcomes, 1.0, outcomes)
-    settings = config.model_dump(mode="json")
-    papers = Provenance.of(BaseInfo.of(work.base.name, work.base.weights_hash), policy, demands, settings)
+    papers = Provenance.of(BaseInfo.of(work.base.name, work.base.weights_hash), policy, demands, on_paper(config))
     found: dict[str, list[float]] = {"tokens": [], "reference, known": [], "slot": [], "export": []}
 
     def timed(name: str, work: Callable[[], Any]) -> None:

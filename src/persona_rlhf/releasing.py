@@ -81,7 +81,7 @@ def _released(
         found = examination.measures(flat, [rows[user_id] for user_id in sound], alphas)
         measures = dict(zip(verdicts, found, strict=True))
     base = BaseInfo.of(adapted.base.name, adapted.base.weights_hash, config.base.quantization)
-    papers = Provenance.of(base, ready.policy, examination.demands, _on_paper(config))
+    papers = Provenance.of(base, ready.policy, examination.demands, on_paper(config))
     head = audit.append_all(trail, [judged(user_id, verdict) for user_id, verdict in verdicts.items()])
     stamp = Stamp(head, last_day(config.gate.valid_days))
     nested = ready.pairs.users > _FEW
@@ -103,7 +103,7 @@ def _released(
     return results
 
 
-def _on_paper(config: Config) -> dict[str, Any]:
+def on_paper(config: Config) -> dict[str, Any]:
     """The settings that a manifest repeats; of files and local models the names, for the way to them is nobody's
     business."""
     settings = config.model_dump(mode="json", include=_ON_PAPER)
