@@ -161,3 +161,12 @@ def test_token_logps_are_log_softmax_in_full_precision():
     assert token_logps(half, targets).dtype == torch.float32
     exact = torch.log_softmax(half.double(), -1)[torch.arange(5), targets]
     assert torch.allclose(token_logps(half, targets).double(), exact, atol=1e-6)
+
+
+def test_the_way_back_is_gone_once():
+    """It is computed in the place of what it needs, so a second time would be wrong."""
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    total = token_logps(logits, torch.tensor([1, 2, 3])).sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()

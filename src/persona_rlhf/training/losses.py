@@ -38,19 +38,19 @@ def token_logps(
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Cross entropy whose way back is computed in the place of the log-softmax, so it can be gone once."""
+    """Cross entropy whose way back is computed in the place of the log-softmax: it can be gone once, and torch says so
+    to who tries again."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        ctx.logps = torch.log_softmax(logits, 1)
-        ctx.save_for_backward(targets)
-        found: Tensor = ctx.logps.gather(1, targets[:, None]).squeeze(1)
-        return found
+        logps = torch.log_softmax(logits, 1)
+        ctx.save_for_backward(logps, targets)
+        return logps.gather(1, targets[:, None]).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        [targets] = ctx.saved_tensors
-        found, ctx.logps = ctx.logps.exp_().mul_(-gradient[:, None]), None
+        logps, targets = ctx.saved_tensors
+        found = logps.exp_().mul_(-gradient[:, None])
         return found.scatter_add_(1, targets[:, None], gradient[:, None]), None
 
 
