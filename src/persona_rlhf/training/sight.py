@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -34,14 +34,11 @@ class Part(NamedTuple):
         """Tokens that the row has as input."""
         return self.prompt + self.completion
 
-    def runs(self, begin: int, end: int, later: int) -> list[tuple[int, int, int, int]]:
-        """Neighbouring tokens of the row from `begin` to `end`: (first one, its place from `begin` on, how many, which
-        turn). Prompt tokens but the last one have been read `later` times more than by the rows before."""
-        last = self.prompt - 1
-        before = (self.prompt_at + begin, 0, min(end, last) - begin, self.turn + later)
-        middle = (self.prompt_at + last, last - begin, min(end - last, 1), self.turn)
-        after = (self.completion_at, self.prompt - begin, end - self.prompt, 0)
-        return [run for run in (before, middle, after) if run[2] > 0]
+    def runs(self, begin: int) -> list[tuple[int, int, int, int]]:
+        """Neighbouring tokens of the row from `begin` on: (first one, its place from there, how many, which turn)."""
+        asked = (self.prompt_at + begin, 0, self.prompt - begin, self.turn)
+        answered = (self.completion_at, self.prompt - begin, self.completion, 0)
+        return [run for run in (asked, answered) if run[2] > 0]
 
 
 class Call(NamedTuple):
@@ -69,54 +66,54 @@ class Sight(NamedTuple):
 def look(parts: Sequence[Part], widths: Sequence[int], device: torch.device, one_call: bool) -> Sight:
     """The sight of the parts of users who have `widths` tokens.
 
-    In `one_call` every row is seen whole. Else rows of like length go together; and where it costs less, a prompt's own
-    attention is computed once for all its rows, which then ask with their predicting tokens only, under a mask.
+    In `one_call` every row is seen whole. Else rows of like length go together; and where it costs less, of a prompt's
+    rows only the first is seen whole: the others ask with their predicting tokens only, under a mask.
     """
     if one_call:
-        return _laid([], [list(parts)], [], widths, device)
-    rows = _alike(parts, key=lambda part: part.length)
-    prompts = _alike([part for part in parts if part.turn == 0 and part.prompt > 1], key=lambda part: part.prompt)
-    masked = [len(own) * max(1 + part.completion for part in own) * own[0].length for own in rows]
-    cost = sum(masked) + sum(len(own) * _causal(own[0].prompt - 1) for own in prompts)
-    if max(masked) > _MASK or cost >= sum(len(own) * _causal(own[0].length) for own in rows):
-        return _laid([], rows, [], widths, device)
-    return _laid(prompts, [], rows, widths, device)._replace(last=_laid([], [], rows, widths, device))
+        return _laid([list(parts)], [], widths, device)
+    rows, firsts, others = (
+        _alike([part for part in parts if part.turn in turns])
+        for turns in (range(len(parts)), range(1), range(1, len(parts)))
+    )
+    masked = [_masked(own) for own in rows]
+    cost = sum(map(_whole, firsts)) + sum(map(_masked, others))
+    if max(masked) > _MASK or cost >= sum(map(_whole, rows)):
+        return _laid(rows, [], widths, device)
+    return _laid(firsts, others, widths, device)._replace(last=_laid([], rows, widths, device))
 
 
-def _alike(parts: Sequence[Part], key: Callable[[Part], int]) -> list[list[Part]]:
-    """Groups of like size, the largest first."""
-    ordered = sorted(parts, key=key, reverse=True)
+def _alike(parts: Sequence[Part]) -> list[list[Part]]:
+    """Groups of like length, the longest first."""
+    ordered = sorted(parts, key=lambda part: part.length, reverse=True)
     return [ordered[n : n + _LINES] for n in range(0, len(ordered), _LINES)]
 
 
-def _causal(length: int) -> int:
-    """Scores that a causal kernel computes of a row: in blocks of 32 queries (torch on a CPU)."""
-    return length * (length + 32) // 2
+def _whole(rows: Sequence[Part]) -> int:
+    """Scores that a causal kernel computes of rows: in blocks of 32 queries (torch on a CPU)."""
+    length = rows[0].length
+    return len(rows) * length * (length + 32) // 2
+
+
+def _masked(rows: Sequence[Part]) -> int:
+    """Scores of rows whose predicting tokens ask."""
+    return len(rows) * max(1 + part.completion for part in rows) * rows[0].length
 
 
 def _laid(
-    prompts: Sequence[Sequence[Part]],
-    whole: Sequence[Sequence[Part]],
-    read: Sequence[Sequence[Part]],
-    widths: Sequence[int],
-    device: torch.device,
+    whole: Sequence[Sequence[Part]], read: Sequence[Sequence[Part]], widths: Sequence[int], device: torch.device
 ) -> Sight:
-    """Calls over prompts without their last token, over whole rows, and over rows whose predicting tokens ask."""
+    """Calls over whole rows, and over rows whose predicting tokens ask."""
     calls, queries, keys, home = list[Call](), _Layout(widths), _Layout(widths), []
-    ranges = (
-        (prompts, lambda part: (0, part.prompt - 1), 0),
-        (whole, lambda part: (0, part.length), 0),
-        (read, lambda part: (part.prompt - 1, part.length), 1 if prompts else 0),
-    )
     results: dict[int, int] = {}
-    for groups, of, later in ranges:
+    for groups in (whole, read):
         for parts in groups:
-            spans = [of(part) for part in parts]
-            asked, seen = max(end - begin for begin, end in spans), max(end for _, end in spans)
-            for part, (begin, end) in zip(parts, spans, strict=True):
-                runs = part.runs(begin, end, later)
+            begins = [part.prompt - 1 if groups is read else 0 for part in parts]
+            asked = max(part.length - begin for part, begin in zip(parts, begins, strict=True))
+            seen = max(part.length for part in parts)
+            for part, begin in zip(parts, begins, strict=True):
+                runs = part.runs(begin)
                 at = queries.line(part.user, asked, runs)
-                keys.line(part.user, seen, part.runs(0, end, later))
+                keys.line(part.user, seen, part.runs(0))
                 home += [
                     (at + n, token, count, 0)
                     for token, n, count, _ in runs
@@ -125,8 +122,8 @@ def _laid(
                 results.setdefault(part.user, at)
             mask = None
             if groups is read:
-                begins = torch.tensor([begin for begin, _ in spans])[:, None, None, None]
-                hidden = torch.arange(seen) > begins + torch.arange(asked)[:, None]
+                places = torch.tensor(begins)[:, None, None, None] + torch.arange(asked)[:, None]
+                hidden = torch.arange(seen) > places
                 mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).to(device)
             calls.append(Call(len(parts), asked, seen, mask))
     # What no result is meant for takes one of its user's.
