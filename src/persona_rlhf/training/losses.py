@@ -38,8 +38,7 @@ def token_logps(
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Cross entropy whose way back is computed in the place of the log-softmax: it can be gone once, and torch says so
-    to who tries again."""
+    """Cross entropy that keeps the log-softmax alone, and writes no more than its gradient on the way back."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
@@ -50,7 +49,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logps, targets = ctx.saved_tensors
-        found = logps.exp_().mul_(-gradient[:, None])
+        found = logps.exp().mul_(-gradient[:, None])
         return found.scatter_add_(1, targets[:, None], gradient[:, None]), None
 
 
