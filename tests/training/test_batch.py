@@ -154,3 +154,12 @@ def test_a_completion_needs_something_before_it():
         pack([Row((), (5, 1))], 1, 0, CPU)
     with pytest.raises(AssertionError, match="needs a prompt token"):
         collate([Row((), (5, 1))], 0, CPU)
+
+
+def test_a_gradient_goes_back_to_its_source_also_where_all_are_read_out_of_order():
+    lookup = Lookup([(0, 4)], [(2, 0, 2, 0), (0, 2, 2, 0)], CPU)
+    assert lookup.index.tolist() == [2, 3, 0, 1]
+    x = torch.zeros(4, 2, requires_grad=True)
+    (lookup(x) * torch.arange(8.0).view(4, 2)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[4, 5], [6, 7], [0, 1], [2, 3]]

@@ -71,10 +71,8 @@ def look(parts: Sequence[Part], widths: Sequence[int], device: torch.device, one
     """
     if one_call:
         return _laid([list(parts)], [], widths, device)
-    rows, firsts, others = (
-        _alike([part for part in parts if part.turn in turns])
-        for turns in (range(len(parts)), range(1), range(1, len(parts)))
-    )
+    rows = _alike(parts)
+    firsts, others = (_alike([part for part in parts if (part.turn == 0) == first]) for first in (True, False))
     masked = [_masked(own) for own in rows]
     cost = sum(map(_whole, firsts)) + sum(map(_masked, others))
     if max(masked) > _MASK or cost >= sum(map(_whole, rows)):
