@@ -5,7 +5,8 @@ python scripts/benchmark_prefix.py                     # hidden 256 x 6 layers; 
 python scripts/benchmark_prefix.py --shape 512x8 --rounds 7
 
 Both sides take the same optimizer steps of the same users, in turns in one process on one thread; they end in the same
-adapters up to rounding, and how far apart is printed.
+adapters up to rounding, and how far apart is printed. `twice` is the model itself on padded rows. `apart` is the packed
+layout of the shared side with a prompt of its own, other tokens, for every answer: so nothing but sharing differs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,15 @@ def of_length(user: UserRows, prompt: int, completion: int, seed: int) -> UserRo
     return user._replace(train=rows)
 
 
+def unshared(user: UserRows) -> UserRows:
+    """The user whose rejected answers have prompts of their own, as long as they were."""
+    other = [
+        Row(tuple(VOCABULARY + 1 - token for token in pair.rejected.prompt), pair.rejected.completion)
+        for pair in user.train
+    ]
+    return user._replace(train=[pair._replace(rejected=row) for pair, row in zip(user.train, other, strict=True)])
+
+
 def steps(work: Work, users: Sequence[UserRows], packs: bool) -> tuple[float, dict[str, torch.Tensor]]:
     """CPU seconds of all steps, and the adapters; the reference is not timed."""
     adapted = AdaptedModel(work.base, work.lora)
@@ -59,7 +69,7 @@ def steps(work: Work, users: Sequence[UserRows], packs: bool) -> tuple[float, di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="256x6")
-    parser.add_argument("--users", type=int, default=2)
+    parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -68,20 +78,23 @@ def main() -> None:
     work = make_work(options.shape, options.users, options.pairs, 1, torch.device("cpu"))
     for prompt, completion in ((48, 48), (128, 32)):
         users = [of_length(user, prompt, completion, n) for n, user in enumerate(work.users)]
-        times: dict[bool, list[float]] = {True: [], False: []}
+        sides = {"shared": (users, True), "twice": (users, False), "apart": ([unshared(user) for user in users], True)}
+        times: dict[str, list[float]] = {side: [] for side in sides}
         made = {}
         for turn in range(options.rounds):
-            for packs in (True, False) if turn % 2 else (False, True):
-                seconds, made[packs] = steps(work, users, packs)
-                times[packs].append(seconds)
-        apart = max(float((made[True][u] - made[False][u]).norm() / made[False][u].norm()) for u in made[True])
+            for side in list(sides)[:: 1 if turn % 2 else -1]:
+                seconds, made[side] = steps(work, *sides[side])
+                times[side].append(seconds)
+        apart = max(
+            float((own - made["twice"][u]).norm() / made["twice"][u].norm()) for u, own in made["shared"].items()
+        )
         found = {
             "shape": options.shape,
             "prompt": prompt,
             "completion": completion,
-            "shared_seconds": median(times[True]),
-            "twice_seconds": median(times[False]),
-            "ratio": median(times[False]) / median(times[True]),
+            **{f"{side}_seconds": median(own) for side, own in times.items()},
+            "ratio": median(times["twice"]) / median(times["shared"]),
+            "ratio_apart": median(times["apart"]) / median(times["shared"]),
             "adapter_distance": apart,
         }
         print(json.dumps(found))

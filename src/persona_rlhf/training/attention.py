@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from persona_rlhf.training.products import SHORT, products
 from persona_rlhf.training.sight import Sight
 
 _NAME = "persona_rlhf_rows"
@@ -34,6 +35,11 @@ def _attend(
     if sight is None or attention_mask is not None or unheard:
         raise NotImplementedError(f"attention over packed rows knows nothing of {unheard or 'masks'}")
     users, width = query.shape[0], query.shape[2]
+    if sight.longest <= SHORT and not dropout and _fits(query, key):
+        heads, scale = sight.by_head(query.shape[1], key.shape[1]), scaling or query.shape[3] ** -0.5
+        q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[3]) for x in (query, key, value))
+        whole = products(heads.queries(q), heads.keys(k), heads.keys(v), heads.calls, scale)
+        return heads.home(whole).view(users, width, query.shape[1], -1), None
     lookups = ((sight.queries, query), (sight.keys, key), (sight.keys, value))
     laid = [(lookup(x.transpose(1, 2).reshape(users * width, -1)), x) for lookup, x in lookups]
 
@@ -56,6 +62,12 @@ def _attend(
             found = found.transpose(1, 2)
         results.append(found.reshape(lines * queries, -1))
     return sight.home(torch.cat(results)).view(users, width, query.shape[1], -1), None
+
+
+def _fits(query: Tensor, key: Tensor) -> bool:
+    """Whether `products` are for them; a type that rounds more would be rounded elsewhere than in torch's kernel."""
+    exact = query.dtype in (torch.float32, torch.float64)
+    return exact and query.device.type == "cpu" and query.shape[1] % key.shape[1] == 0
 
 
 _HEARD = {

@@ -74,7 +74,7 @@ def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Batch:
         if row.completion:
             places.append(Place(row, number, number * width, number * width + len(row.prompt), True))
         start += len(row.completion)
-    source = Lookup([(0, start)], runs, device)
+    source = Lookup(len(rows) * width, [(0, start)], runs, device)
     return Batch(torch.tensor(ids).to(device), None, None, source, *_answers(rows, device), places, None)
 
 
@@ -107,7 +107,7 @@ def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device, even: 
         torch.tensor(ids if even else [list(chain(*ids))]).to(device),
         torch.tensor(placed if even else [list(chain(*placed))]).to(device),
         look(parts, widths, device, one_call=even),
-        Lookup([(0, start)], read, device),
+        Lookup(sum(widths), [(0, start)], read, device),
         *_answers(rows, device),
         places,
         None if even else widths,

@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from persona_rlhf.training.lookup import Lookup
@@ -43,12 +43,13 @@ class Part(NamedTuple):
 
 class Call(NamedTuple):
     """One call of attention over `lines` of `queries` tokens that ask, and `keys` tokens that they see: where `seen`,
-    which is added to the scores, is 0; where that is None, the tokens are the same and each sees those before it."""
+    which is added to the scores, is 0; where that is None, the tokens are the same and each sees those before it.
+    Leading dimensions of `seen` are the lines, however they are counted."""
 
     lines: int
     queries: int
     keys: int
-    seen: Float[Tensor, "lines 1 queries keys"] | None
+    seen: Float[Tensor, "*lines queries keys"] | None
 
 
 class Sight(NamedTuple):
@@ -61,6 +62,41 @@ class Sight(NamedTuple):
     home: Lookup
     calls: list[Call]
     last: Sight | None
+    layouts: dict[tuple[int, int], Sight]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest line of keys."""
+        return max(call.keys for call in self.calls)
+
+    def by_head(self, heads: int, groups: int) -> Sight:
+        """The same for rows that are one head of a token each, `heads` of those that ask and `groups` of those that are
+        seen. A line of a call is one group there, asked by its heads one behind the other, and always has a mask."""
+        if (heads, groups) not in self.layouts:
+            self.layouts[heads, groups] = self._split(heads, groups)
+        return self.layouts[heads, groups]
+
+    def _split(self, heads: int, groups: int) -> Sight:
+        asked, seen = ([call.lines * getattr(call, side) for call in self.calls] for side in ("queries", "keys"))
+        asking = _head_places(self.calls, asked, heads)
+        known = _head_places(self.calls, seen, groups)
+        tokens = len(self.home.index)
+        own, others = (torch.arange(tokens * each).view(tokens, each) for each in (heads, groups))
+        later = torch.full((self.longest, self.longest), -torch.inf).triu_(1)
+        calls = []
+        for lines, queries, keys, mask in self.calls:
+            mask = later[:queries, :keys] if mask is None else mask[:, :, None]
+            shape = (lines, groups, heads // groups, queries, keys)
+            calls.append(Call(lines * groups, heads // groups * queries, keys, mask.expand(shape)))
+        lookups = self.queries.in_parts(own, asking), self.keys.in_parts(others, known), self.home.in_parts(asking, own)
+        return Sight(*lookups, calls, None, {})
+
+
+def _head_places(calls: Sequence[Call], sizes: Sequence[int], heads: int) -> Int[Tensor, "places heads"]:
+    """Where the heads of every token of calls with `sizes` tokens come to lie: line after line, head after head."""
+    ordered = torch.arange(sum(sizes) * heads).split([size * heads for size in sizes])
+    by_line = [own.view(call.lines, heads, -1).mT.reshape(-1, heads) for call, own in zip(calls, ordered, strict=True)]
+    return torch.cat(by_line)
 
 
 def look(parts: Sequence[Part], widths: Sequence[int], device: torch.device, one_call: bool) -> Sight:
@@ -126,7 +162,8 @@ def _laid(
             calls.append(Call(len(parts), asked, seen, mask))
     # What no result is meant for takes one of its user's.
     fill = [(results[user], width) for user, width in enumerate(widths)]
-    return Sight(queries.lookup(device), keys.lookup(device), Lookup(fill, home, device), calls, None)
+    back = Lookup(queries.places, fill, home, device)
+    return Sight(queries.lookup(device), keys.lookup(device), back, calls, None, {})
 
 
 class _Layout:
@@ -135,16 +172,16 @@ class _Layout:
     def __init__(self, widths: Sequence[int]) -> None:
         self._starts = [0, *accumulate(widths)]
         self._fill: list[tuple[int, int]] = []
-        self._places = 0
+        self.places = 0
         self._runs: list[tuple[int, int, int, int]] = []
 
     def line(self, user: int, length: int, runs: Sequence[tuple[int, int, int, int]]) -> int:
         """Adds a line with the runs of a part (see `Part.runs`); returns the place where it begins."""
-        at = self._places
+        at = self.places
         self._fill.append((self._starts[user], length))
-        self._places += length
+        self.places += length
         self._runs += [(token, at + n, count, turn) for token, n, count, turn in runs]
         return at
 
     def lookup(self, device: torch.device) -> Lookup:
-        return Lookup(self._fill, self._runs, device)
+        return Lookup(self._starts[-1], self._fill, self._runs, device)

@@ -1,0 +1,90 @@
+"""Attention over short rows as products: the formula, torch's kernel, and who may not be felt."""
+
+import pytest
+import torch
+
+from persona_rlhf.preferences.tokens import Row
+from persona_rlhf.training import attention
+from persona_rlhf.training.attention import _attend
+from persona_rlhf.training.batch import EMPTY, pack
+
+CPU = torch.device("cpu")
+ROWS = [
+    Row((5, 6, 7), (8, 9, 1)),
+    Row((5, 6, 7), (4, 1)),
+    Row((5, 6, 7), (3, 3, 3, 1)),
+    EMPTY,
+    Row((2, 6), (7, 1)),
+    Row((9,), (1,)),
+    Row((2, 6), (4, 4, 1)),
+    Row((9,), (5, 5, 5, 5, 1)),
+]
+SIZE, SCALE = 4, 0.3
+
+
+def _heads(batch, heads, groups):
+    draw = torch.Generator().manual_seed(0)
+    shape = batch.ids.shape
+    return [
+        torch.randn(*shape, n, SIZE, dtype=torch.float64, generator=draw).transpose(1, 2).requires_grad_()
+        for n in (heads, groups, groups)
+    ]
+
+
+def _attended(batch, sight, heads):
+    """What attention gives of the tokens, in their order, and the gradient of some of it (each token weighed)."""
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads[0].shape[1] // heads[1].shape[1]
+    found, _ = _attend(module, *heads, None, scaling=SCALE, sight=sight)
+    found = found.reshape(batch.ids.numel(), -1, SIZE)
+    return found, torch.arange(1.0, found.numel() + 1).view(found.shape)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("last", [False, True])
+def test_products_are_the_kernel(monkeypatch, heads, groups, last):
+    batch = pack(ROWS, 2, 0, CPU, even=False)
+    assert batch.sight is not None
+    sight = batch.sight.last if last else batch.sight
+    assert sight is not None
+    read = torch.unique(batch.source.index)
+    gradients = []
+    for short in (0, attention.SHORT):
+        monkeypatch.setattr(attention, "SHORT", short)
+        given = _heads(batch, heads, groups)
+        found, weights = _attended(batch, sight, given)
+        gradients.append([found[read], *torch.autograd.grad((found * weights)[read].sum(), given)])
+    for kernels, own in zip(*gradients, strict=True):
+        assert torch.allclose(kernels, own, rtol=1e-10, atol=1e-12)
+
+
+def test_products_are_the_formula_token_by_token():
+    """`softmax(scale q K) V` over a token's own row up to itself, for the head that asks and the group that it sees."""
+    batch = pack(ROWS, 2, 0, CPU, even=False)
+    query, key, value = given = _heads(batch, 4, 2)
+    found, _ = _attended(batch, batch.sight, given)
+    for place in batch.places:
+        fed = place.row.completion[:-1]
+        row = [*range(place.prompt, place.prompt + len(place.row.prompt))]
+        row += range(place.completion, place.completion + len(fed))
+        for n, token in enumerate(row):
+            for head in range(4):
+                scores = torch.stack([SCALE * query[0, head, token] @ key[0, head // 2, k] for k in row[: n + 1]])
+                wanted = torch.softmax(scores, 0) @ value[0, head // 2, row[: n + 1]]
+                assert torch.allclose(found[token, head], wanted, rtol=1e-10)
+
+
+def test_a_user_whose_values_are_no_numbers_is_not_felt():
+    batch = pack(ROWS, 2, 0, CPU, even=False)
+    assert batch.shares is not None
+    first = batch.shares[0]
+    sick = [x.detach().clone() for x in _heads(batch, 4, 2)]
+    for x in sick:
+        x[:, :, :first] = float("nan")
+        x.requires_grad_()
+    found, weights = _attended(batch, batch.sight, sick)
+    for gradient in torch.autograd.grad((found * weights).sum(), sick):
+        assert torch.isfinite(gradient[:, :, first:]).all()
+    assert torch.isfinite(found[first:]).all()
+    well, _ = _attended(batch, batch.sight, _heads(batch, 4, 2))
+    assert torch.equal(found[first:], well[first:])
