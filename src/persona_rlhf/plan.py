@@ -137,6 +137,8 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
     judging = _judging(ready, rows[:1], typical, users)
     stack = slots * adapted.params_per_user * torch.promote_types(adapted.base.model.dtype, torch.float32).itemsize
     adapters = stack if config.dpo.early_stop is None else 2 * stack  # each user's best one is kept beside him
+    largest = max(wave.computed for wave in walked) / (slots * cost.tokens)  # of a wave of nothing but largest steps
+    activations = (slots * cost.memory - adapters - 2 * stack) * min(1.0, largest)
     caches = _cache_bytes(ready, slots)  # beside what the probe held: trained users' answers may be the longest allowed
     begun = 0 if device.type == "cuda" else begun
     return Plan(
@@ -150,9 +152,9 @@ def plan(config: Config, materials: Materials | None = None) -> Plan:
             base=base / _MIB,
             adapters=adapters / _MIB,
             moments=2 * stack / _MIB,
-            activations=(slots * cost.memory - adapters - 2 * stack) / _MIB,
+            activations=activations / _MIB,
             caches=caches / _MIB,
-            peak=max(most_held(device) + caches, begun + base + slots * cost.memory) / _MIB,
+            peak=max(most_held(device) + caches, begun + base + adapters + 2 * stack + activations) / _MIB,
         ),
         seconds=Seconds(
             preparing=preparing,

@@ -51,7 +51,7 @@ class AdaptedModel:
             join(self._layers, lambda: self._run(base.model, self._trial.collated(self._trial.rows)))
         self.params_per_user = max(span.stop for span in self.spans.values())
         self.tokens_per_pass = 4_096 if base.device.type == "cpu" else 131_072  # a CPU wants what its cache holds
-        self.tokens_per_cache = 65_536 if base.device.type == "cpu" else 131_072  # a token's keys and values are small
+        self.tokens_per_cache = 24_576 if base.device.type == "cpu" else 131_072  # more is no faster on a CPU
         self._even = base.device.type != "cpu"  # a GPU would rather compute some padding than one user after the other
         self._halves = split(base.model)
         self._trunk = Trunk(base.model, first) if first else None
