@@ -40,6 +40,7 @@ from persona_rlhf.preferences.pairs import read_pairs
 from persona_rlhf.preferences.tokens import tokenize
 from persona_rlhf.release.exporter import Exporter
 from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
+from persona_rlhf.release.peft_folder import AdapterFiles
 from persona_rlhf.releasing import on_paper
 from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.engine import Engine
@@ -100,7 +101,7 @@ def parts(count: int = 24) -> dict[str, float]:
         found[name].append(1000 * (time.perf_counter() - started))
 
     with tempfile.TemporaryDirectory() as folder:
-        exporter = Exporter(Path(folder), adapted, config.lora, papers)
+        exporter = Exporter(Path(folder), AdapterFiles(adapted, config.lora, papers.base), papers)
 
         def slot(user: str) -> None:
             slots.take(0, user, fresh_adapter(spans, user_generator(0, user, "init")))

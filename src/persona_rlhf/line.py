@@ -12,6 +12,7 @@ from rich.console import Console
 from persona_rlhf.config import Config, read_config
 from persona_rlhf.evaluation.retreat import Retreat
 from persona_rlhf.materials import Materials, read_materials
+from persona_rlhf.overlap import behind
 from persona_rlhf.policy.tiers import Policy
 from persona_rlhf.preferences.tokens import UserRows
 from persona_rlhf.preparation import Chunk, Prepared, chunks_of, prepare, prepare_users
@@ -23,7 +24,7 @@ from persona_rlhf.release.report import SCREENS, write_report
 from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, summarise, write_results
 from persona_rlhf.release.seal import seal
 from persona_rlhf.release.trail import ended, screened
-from persona_rlhf.releasing import release
+from persona_rlhf.releasing import Cohort, judge, write
 from persona_rlhf.run_folder import PAIRS, RunFolder, identity_of
 from persona_rlhf.shards import Share
 from persona_rlhf.tracking import Tracking, check_trackers
@@ -179,7 +180,7 @@ def train_chunk(
     start: Start | None,
     progress: Progress,
 ) -> Reference:
-    """Trains, judges and writes some users; a cohort is on disk before the next is judged. Returns their reference."""
+    """Trains, judges and writes some users, a cohort after the other. Returns their reference."""
     config, place = ready.config, folder.chunk(number)
     audit.append_all(folder.trail, screened(number, len(chunk.rows), chunk.pairs, chunk.dropped))
     reference = with_reference(ready.adapted, chunk.rows, bank, place / "reference.safetensors", known)
@@ -201,11 +202,16 @@ def train_chunk(
     progress.begin(steps, engine.finished, len(chunk.rows))
     retreat = None if start is None else retreat_of(ready, start)
     fleet = (user for user in engine.run(progress.step, progress.say) if user.user_id not in judged)
-    for cohort in cohorts(fleet, engine.count):
-        for user in cohort:
-            progress.end(user.user_id, user.steps)
-        progress.say(f"judging {', '.join(user.user_id[:32] for user in cohort)}")
-        results += release(ready, folder.path, chunk, cohort, retreat, folder.trail)
+
+    def decided() -> Iterator[Cohort]:
+        for users in cohorts(fleet, engine.count):
+            for user in users:
+                progress.end(user.user_id, user.steps)
+            progress.say(f"judging {', '.join(user.user_id[:32] for user in users)}")
+            yield judge(ready, folder.path, chunk, users, retreat, folder.trail)
+
+    for done in behind(write, decided()):  # adapters are written while the next users train
+        results += done
         write_results(place, results)
     idle = [chunk.untrained(rows) for rows in chunk.rows if not rows.train]
     audit.append_all(folder.trail, map(ended, idle))

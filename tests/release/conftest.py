@@ -31,6 +31,7 @@ from persona_rlhf.preferences.pairs import Message, PreferencePair
 from persona_rlhf.release.exporter import Exporter
 from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
 from persona_rlhf.release.outcome import outcome, skipped
+from persona_rlhf.release.peft_folder import AdapterFiles
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import PairCounts, write_results
 from persona_rlhf.release.seal import seal
@@ -107,7 +108,7 @@ def run(base: Base, tmp_path: Path):
     info = BaseInfo.of(base.name, base.weights_hash)
     settings = {"seed": 0, "lora": lora.model_dump(), "dpo": {"beta": 0.1}, "aligned_by": "A lab | 40 raters"}
     provenance = Provenance.of(info, policy, DEMANDS, settings)
-    exporter = Exporter(path, adapted, lora, provenance)
+    exporter = Exporter(path, AdapterFiles(adapted, lora, info), provenance)
     flats, alphas, results = {}, {}, []
     for n, (user, missed) in enumerate(MISSES.items()):
         flats[user] = 0.05 * torch.randn(adapted.params_per_user, generator=torch.Generator().manual_seed(n))

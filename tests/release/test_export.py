@@ -10,7 +10,7 @@ from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.preferences.identity import slug
 from persona_rlhf.release.export import HeldBack, export
 from persona_rlhf.release.manifest import BaseInfo, fingerprint
-from persona_rlhf.release.peft_folder import adapter_files, read_adapter, target_modules
+from persona_rlhf.release.peft_folder import AdapterFiles, read_adapter, target_modules
 from persona_rlhf.release.results import read_results
 from persona_rlhf.release.verify import verify
 from persona_rlhf.training.fleet import AdaptedModel
@@ -177,7 +177,7 @@ def test_upper_layers_load_in_plain_peft(tmp_path):
     lora = LoraSettings(rank=4, alpha=8, layers=TopLayers(top=0.5))
     adapted = AdaptedModel(base, lora)
     flat = random_flat(adapted, 1)
-    for name, content in adapter_files(adapted, flat[0], 0.5, lora, BaseInfo.of("tiny", "0")).items():
+    for name, content in AdapterFiles(adapted, lora, BaseInfo.of("tiny", "0")).of(flat[0], 0.5).items():
         (tmp_path / name).write_bytes(content)
     ids = torch.arange(2, 34).view(2, 16)
     with torch.no_grad():

@@ -108,10 +108,11 @@ def test_a_run_of_processes_that_was_ended_is_resumed_to_the_same_bits(folder, t
     assert same(run, folder / "two")
 
 
-def test_a_user_who_makes_preparation_or_judging_raise_fails_alone(folder, monkeypatch):
+def test_a_user_who_makes_preparation_judging_or_writing_raise_fails_alone(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr("persona_rlhf.preparation.fit", _raising("persona_rlhf.preparation.fit", "Ann"))
     from persona_rlhf.evaluation import examination
+    from persona_rlhf.release import exporter
 
     measures = examination.Examination.measures
 
@@ -121,6 +122,15 @@ def test_a_user_who_makes_preparation_or_judging_raise_fails_alone(folder, monke
         return measures(self, flat, users, alphas)
 
     monkeypatch.setattr(examination.Examination, "measures", measured)
+    export, unwritten = exporter.Exporter.write, list[str]()
+
+    def first_raises(self, user_id, *others):
+        if not unwritten:
+            unwritten.append(user_id)
+            raise RuntimeError("no words for it")
+        return export(self, user_id, *others)
+
+    monkeypatch.setattr(exporter.Exporter, "write", first_raises)
     config = read_config("experiment.yaml", [*OVERRIDES, "dpo.epochs=1"])
     found = {result.user_id: result for result in line.train(config, Path("bad"), False, console(people=True))}
     assert list(found) == list(STRANGE)
@@ -129,7 +139,9 @@ def test_a_user_who_makes_preparation_or_judging_raise_fails_alone(folder, monke
     assert found["a/b"].reason == "could not be judged (RuntimeError: out of memory)"
     assert found["Ann"].pairs == (0, 0, 0)
     assert found["a/b"].steps == 3
-    others = [result for user, result in found.items() if user not in ("Ann", "a/b")]
+    assert found[unwritten[0]].reason == "could not be written (RuntimeError: no words for it)"
+    assert found[unwritten[0]].path is None
+    others = [result for user, result in found.items() if user not in ("Ann", "a/b", *unwritten)]
     assert {result.status for result in others} <= {"released", "held_back"}
     assert "out of memory" in Path("bad/report.html").read_text()
     assert persona_rlhf("verify", "bad", cwd=folder).returncode == 0

@@ -10,7 +10,7 @@ from persona_rlhf.inputs.problems import InputError
 from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.release.linter import lint
 from persona_rlhf.release.manifest import BaseInfo
-from persona_rlhf.release.peft_folder import adapter_files, read_adapter
+from persona_rlhf.release.peft_folder import AdapterFiles, read_adapter
 from persona_rlhf.training.batch import collate
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.library import fleet_train
@@ -199,7 +199,7 @@ def _cut(answer, ends):
 
 def test_the_released_folder_gives_our_logits_in_peft(case, tmp_path):
     adapted = case.adapted
-    for name, content in adapter_files(adapted, case.flat[0], 0.5, LORA, BaseInfo.of(case.name, "0")).items():
+    for name, content in AdapterFiles(adapted, LORA, BaseInfo.of(case.name, "0")).of(case.flat[0], 0.5).items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "README.md").write_text("---\nlibrary_name: peft\npipeline_tag: text-generation\n---\n")
     assert [finding for finding in lint(tmp_path) if finding.refused] == []

@@ -18,10 +18,8 @@ from persona_rlhf.release.export import ADAPTERS
 from persona_rlhf.release.folder import write_folder
 from persona_rlhf.release.manifest import MANIFEST, DataInfo, Provenance, Stamp, manifest_of, rendered
 from persona_rlhf.release.outcome import Written
-from persona_rlhf.release.peft_folder import adapter_files
+from persona_rlhf.release.peft_folder import AdapterFiles
 from persona_rlhf.release.signing import Signer
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import LoraSettings
 
 _BLANK = Stamp()
 
@@ -35,8 +33,7 @@ class Exporter:
     """
 
     run: Path
-    adapted: AdaptedModel
-    lora: LoraSettings
+    adapter: AdapterFiles
     provenance: Provenance
     nested: bool = False
     stamp: Stamp = _BLANK
@@ -52,7 +49,7 @@ class Exporter:
     ) -> Written:
         """Writes RUN/adapters/SLUG (or RUN/adapters/XX/SLUG), whole or not at all."""
         assert verdict.admitted and verdict.alpha > 0, f"{user_id} is held back"  # noqa: PT018
-        files = adapter_files(self.adapted, flat, verdict.alpha, self.lora, self.provenance.base)
+        files = self.adapter.of(flat, verdict.alpha)
         files["README.md"] = card(self.provenance, data, verdict, measures).encode()
         manifest = rendered(manifest_of(user_id, self.provenance, data, verdict, files, self.stamp))
         name = slug(user_id)

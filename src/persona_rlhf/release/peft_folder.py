@@ -20,33 +20,39 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def adapter_files(
-    adapted: AdaptedModel, flat: Float[Tensor, " params"], alpha: float, lora: LoraSettings, base: BaseInfo
-) -> dict[str, bytes]:
-    """The two files that make one user's adapter, at `alpha`, a PEFT adapter; the same adapter gives the same bytes."""
-    spans = list(adapted.spans.values())
-    modules = {name.removesuffix(".frozen") for name, m in adapted.base.model.named_modules() if hasattr(m, "weight")}
-    config = {
-        # What PEFT, vLLM and their like need to know: plain LoRA, nothing but A and B, scaled by lora_alpha / rank.
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "target_modules": target_modules(adapted.spans, modules),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(adapted.layer(span).transposed for span in spans),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
-    }
-    return {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        WEIGHTS: save(_tensors(flat, spans, alpha), metadata={"format": "pt"}),
-    }
+class AdapterFiles:
+    """Makes the two files that make one user's adapter a PEFT adapter; the same adapter gives the same bytes.
+
+    What the base has to say is asked here, so that files can be made by another thread while it computes.
+    """
+
+    def __init__(self, adapted: AdaptedModel, lora: LoraSettings, base: BaseInfo) -> None:
+        self._spans = list(adapted.spans.values())
+        layers = {
+            name.removesuffix(".frozen") for name, m in adapted.base.model.named_modules() if hasattr(m, "weight")
+        }
+        config = {
+            # What PEFT, vLLM and their like need to know: plain LoRA, nothing but A and B, scaled by lora_alpha / rank.
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base.name,
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "target_modules": target_modules(adapted.spans, layers),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": any(adapted.layer(span).transposed for span in self._spans),
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+            "use_dora": False,
+            "use_rslora": False,
+        }
+        self._config = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+    def of(self, flat: Float[Tensor, " params"], alpha: float) -> dict[str, bytes]:
+        """The files of one adapter, at `alpha`."""
+        return {CONFIG: self._config, WEIGHTS: save(_tensors(flat, self._spans, alpha), metadata={"format": "pt"})}
 
 
 def target_modules(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
