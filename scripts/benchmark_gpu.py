@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from persona_rlhf.evaluation.benchmark import ALONE, CONSTRAINED, FLEET, PADDED, UPPER, compare
+from persona_rlhf.evaluation.benchmark import ALONE, CONSTRAINED, FLEET, PADDED, PLAIN, UPPER, compare
 from persona_rlhf.evaluation.trl_loop import TRL_SETTINGS
 from persona_rlhf.evaluation.workload import SEED, Work, made_users, random_base, work_on
 from persona_rlhf.inputs.bundled import find
@@ -38,7 +38,10 @@ from persona_rlhf.training.reference import Reference
 from persona_rlhf.training.settings import ConstraintSettings, FleetSettings
 from persona_rlhf.training.shape import Shape
 
-CONTENDERS = [*(f"TRL, {setting}" for setting in TRL_SETTINGS), ALONE, FLEET, PADDED, CONSTRAINED, *UPPER.values()]
+CONTENDERS = [
+    *(f"TRL, {setting}" for setting in TRL_SETTINGS),
+    *(ALONE, FLEET, PADDED, PLAIN, CONSTRAINED, *UPPER.values()),
+]
 
 
 class Task(NamedTuple):

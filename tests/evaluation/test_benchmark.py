@@ -5,7 +5,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from persona_rlhf.evaluation.benchmark import ALONE, FLEET, OTHER_MATHS, PADDED, _turned, bench, render
+from persona_rlhf.evaluation.benchmark import ALONE, FLEET, OTHER_MATHS, PADDED, PLAIN, _turned, bench, render
 from persona_rlhf.inputs.problems import InputError
 
 
@@ -29,8 +29,8 @@ def test_contenders_do_the_same_work():
     assert json.loads(json.dumps(result)) == result
     assert {"shape", "ratio", "rows", "best_trl"} <= set(result)
     rows = {row["contender"]: row for row in result["rows"]}
-    assert len(rows) == 9
-    assert {ALONE, FLEET, PADDED} | OTHER_MATHS < set(rows)
+    assert len(rows) == 10
+    assert {ALONE, FLEET, PADDED, PLAIN} | OTHER_MATHS < set(rows)
     assert rows[FLEET]["adapter_distance"] == 0
     for name, row in rows.items():
         if name in OTHER_MATHS:

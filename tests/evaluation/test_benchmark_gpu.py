@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from persona_rlhf.evaluation.benchmark import ALONE, CONSTRAINED, FLEET, PADDED, UPPER
+from persona_rlhf.evaluation.benchmark import ALONE, CONSTRAINED, FLEET, PADDED, PLAIN, UPPER
 from tests.scripts import load_script
 
-LEFT_OUT = [ALONE, PADDED, CONSTRAINED, *UPPER.values(), "TRL, precomputed reference"]
+LEFT_OUT = [ALONE, PADDED, PLAIN, CONSTRAINED, *UPPER.values(), "TRL, precomputed reference"]
 
 
 @pytest.fixture

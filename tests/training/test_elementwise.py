@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from persona_rlhf.training.elementwise import Elementwise, normed, rotated
+from persona_rlhf.training.elementwise import normed, rotated, written_down
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.settings import LoraSettings
 
@@ -28,7 +28,7 @@ def test_logits_and_gradients_are_the_models_own(name):
     model = base_of(name).model
     embedded = torch.randn(2, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
     logits, gradient = _gradient(model, embedded)
-    elementwise = Elementwise(model)
+    elementwise = written_down(model)
     with elementwise.on():
         ours, own = _gradient(model, embedded)
     assert not torch.equal(own, gradient), "nothing was computed in another way"
@@ -43,7 +43,7 @@ def test_the_model_is_left_as_it_was_also_when_it_fails():
     before = model(input_ids=ids).logits
 
     def fail():
-        with Elementwise(model).on():
+        with written_down(model).on():
             assert place.apply_rotary_pos_emb is rotated
             raise KeyboardInterrupt
 
@@ -73,7 +73,7 @@ def test_a_model_that_rotates_in_another_way_computes_as_it_does(monkeypatch):
     """By trial: here neighbouring numbers are a pair, as in GPT-J, not the halves of a head."""
     base = tiny_base()
     place = sys.modules[type(base.model).__module__]
-    assert AdaptedModel(base, LoraSettings())._elementwise is not None
+    assert AdaptedModel(base, LoraSettings()).quicker is not None
 
     def interleaved(q, k, cos, sin, unsqueeze_dim=1):
         half = cos.shape[-1] // 2
@@ -85,8 +85,8 @@ def test_a_model_that_rotates_in_another_way_computes_as_it_does(monkeypatch):
         return q * cos + turned(q) * sin, k * cos + turned(k) * sin
 
     monkeypatch.setattr(place, "apply_rotary_pos_emb", interleaved)
-    assert AdaptedModel(tiny_base(), LoraSettings())._elementwise is None
+    assert AdaptedModel(tiny_base(), LoraSettings()).quicker is None
 
 
 def test_types_that_round_more_are_left_alone():
-    assert AdaptedModel(tiny_base(dtype=torch.bfloat16), LoraSettings())._elementwise is None
+    assert AdaptedModel(tiny_base(dtype=torch.bfloat16), LoraSettings()).quicker is None

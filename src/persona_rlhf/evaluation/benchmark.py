@@ -29,6 +29,7 @@ from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, Flee
 
 FLEET, ALONE = "persona-rlhf, fleet", "persona-rlhf, one user at a time"
 PADDED = "persona-rlhf, fleet, rows padded and prompts not shared"
+PLAIN = "persona-rlhf, fleet, norms and the like as the model has them"
 CONSTRAINED = "persona-rlhf, fleet, constraint on"
 UPPER = {top: f"persona-rlhf, fleet, upper {top:.0%} of the layers" for top in (0.5, 0.25)}
 OTHER_MATHS = {CONSTRAINED, *UPPER.values()}
@@ -72,6 +73,7 @@ def compare(work: Work, rounds: int, left_out: Collection[str] = ()) -> dict[str
             ALONE: lambda turn: _ours(work, [work.users[turn % users]]),
             FLEET: lambda _: _ours(work, work.users),
             PADDED: lambda _: _ours(work, work.users, packs=False),
+            PLAIN: lambda _: _ours(work, work.users, quicker=False),
             CONSTRAINED: lambda _: _ours(work, work.users, bank=work.bank),
             **{name: lambda _, top=top: _ours(work, work.users, _upper(work, top)) for top, name in UPPER.items()},  # type: ignore[misc]
         }
@@ -172,11 +174,13 @@ def _ours(
     users: Sequence[UserRows],
     lora: LoraSettings | None = None,
     packs: bool = True,
+    quicker: bool = True,
     bank: ConstraintBank | None = None,
 ) -> Trial:
     started = work.clock()
     adapted = AdaptedModel(work.base, lora or work.lora)
     adapted.packs = adapted.packs and packs
+    adapted.quicker = adapted.quicker if quicker else None
     reference = Reference(adapted)
     reference.add(rows_ahead(adapted, users, bank))
     fleet, constraint = FleetSettings(slots=len(users)), ConstraintSettings(enabled=bank is not None)

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,30 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_ROTARY = "apply_rotary_pos_emb"
+from persona_rlhf.training.swap import Swap, rotating
 
 
-class Elementwise:
-    """Computes a model's norms and rotary embeddings here while it is `on`; the model itself stays as it is.
-
-    A model that rotates in some other way gives wrong values then, so this must be tried out before it is used.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._norms = [(m, own) for m in model.modules() if (own := _as_normed(m)) is not None]
-        kinds = sorted({type(m).__module__ for m in model.modules() if "Attention" in type(m).__name__})
-        self._rotating = [sys.modules[kind] for kind in kinds if hasattr(sys.modules[kind], _ROTARY)]
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        with ExitStack() as before:
-            for place in self._rotating:
-                before.callback(setattr, place, _ROTARY, getattr(place, _ROTARY))
-                setattr(place, _ROTARY, rotated)
-            for norm, own in self._norms:
-                before.callback(delattr, norm, "forward")  # of the instance: its class has the model's own
-                norm.forward = own
-            yield
+def written_down(model: PreTrainedModel) -> Swap:
+    """A model's norms and rotary embeddings as they are computed here. One that rotates in some other way gives wrong
+    values with it."""
+    norms = {m: own for m in model.modules() if (own := _as_normed(m)) is not None}
+    return Swap(norms, dict.fromkeys(rotating(model), rotated))
 
 
 def normed(

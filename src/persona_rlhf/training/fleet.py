@@ -14,7 +14,8 @@ from persona_rlhf.preferences.tokens import Row
 from persona_rlhf.training.attention import packed, window
 from persona_rlhf.training.base import Base
 from persona_rlhf.training.batch import EMPTY, Batch, collate, pack
-from persona_rlhf.training.elementwise import Elementwise
+from persona_rlhf.training.compiled import compiled
+from persona_rlhf.training.elementwise import written_down
 from persona_rlhf.training.generation import Generated, write_answers
 from persona_rlhf.training.head import split
 from persona_rlhf.training.lora import FleetLinear, LayerSpan, attach, detach, join, matrices
@@ -23,6 +24,7 @@ from persona_rlhf.training.narrowing import Narrowing, narrowing
 from persona_rlhf.training.passes import Places, in_passes
 from persona_rlhf.training.scores import Reading, Score
 from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.training.swap import Swap
 from persona_rlhf.training.targets import targets
 from persona_rlhf.training.trial import Trial
 from persona_rlhf.training.trunk import States, Trunk, cut, lay
@@ -44,7 +46,7 @@ class AdaptedModel:
         names, first, self.notice = targets(base.model, lora)
         self.spans = attach(base.model, names, lora.rank, self.scale)
         self._layers = [self.layer(span) for span in self.spans.values()]
-        self._elementwise: Elementwise | None = None
+        self.quicker: Swap | None = None
         self._narrowing: Narrowing | None = None
         self._trial = Trial(base)
         with torch.no_grad():
@@ -60,7 +62,7 @@ class AdaptedModel:
         self.packs = self._can_pack()
         if not self._can_start_above():
             self._trunk = None
-        self._elementwise = self._if_exact("_elementwise", self._written_down())
+        self.quicker = self._if_exact("quicker", self._quicker())
         self._narrowing = self._if_exact("_narrowing", self._narrowed())
 
     @property
@@ -144,8 +146,8 @@ class AdaptedModel:
             for layer in self._layers:
                 layer.shares = batch.shares
                 inside.callback(layer.finish)
-            if self._elementwise is not None:
-                inside.enter_context(self._elementwise.on())
+            if self.quicker is not None:
+                inside.enter_context(self.quicker.on())
             if batch.sight is None:
                 return module(input_ids=batch.ids, use_cache=False)
             inside.enter_context(packed(self.base.model.config.get_text_config()))
@@ -194,10 +196,12 @@ class AdaptedModel:
             return False
         return self._trial.passes(lambda rows: self.logits(self.batch(rows, 1), [self.below(rows)]))
 
-    def _written_down(self) -> Elementwise | None:
-        """Norms and rotations in fewer passes; a type that rounds more would be rounded elsewhere than in the model."""
-        exact = self.base.model.dtype in (torch.float32, torch.float64)
-        return Elementwise(self.base.model) if exact and self.base.device.type == "cpu" else None
+    def _quicker(self) -> Swap | None:
+        """Norms, rotations and their like in fewer passes over memory; on a CPU none for types that round more, which
+        would be rounded elsewhere than in the model."""
+        if self.base.device.type == "cuda":
+            return compiled(self.base.model)
+        return written_down(self.base.model) if self.base.model.dtype in (torch.float32, torch.float64) else None
 
     def _narrowed(self) -> Narrowing | None:
         """A last layer that computes no more than is read."""
