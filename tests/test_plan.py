@@ -10,6 +10,7 @@ from persona_rlhf import plan as planning
 from persona_rlhf.config import read_config
 from persona_rlhf.inputs.bundled import shipped_root
 from persona_rlhf.plan import Memory, Plan, Seconds, _fit, _walk, render
+from persona_rlhf.training.capacity import largest_step, pair_tokens
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.reference import Reference
@@ -83,6 +84,39 @@ def test_a_run_without_a_pair_to_train_on_is_a_plan_of_nobody(monkeypatch):
     assert (found.users, found.skipped, found.steps, found.slots) == (0, 1, 0, 0)
     assert (found.seconds.training, found.seconds.judging) == (0, 0)
     assert found.memory.base > 0
+
+
+def _longer(user, times):
+    """The user with completions so many times as long."""
+
+    def of(row):
+        return row._replace(completion=row.completion[:-1] * times + row.completion[-1:])
+
+    return user._replace(
+        train=[pair._replace(chosen=of(pair.chosen), rejected=of(pair.rejected)) for pair in user.train]
+    )
+
+
+@pytest.mark.parametrize("times", [1, 8])
+def test_activations_are_those_of_the_largest_step_that_comes(monkeypatch, times):
+    """All steps alike, those of the slots at their largest; with one long user of four, his and three short ones."""
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
+    users = [user_rows(f"u{n}", 8, seed=n, even=True) for n in range(4)]
+    users[0] = _longer(users[0], times)
+    pairs = SimpleNamespace(users=4, of=lambda _: [])
+    ready = SimpleNamespace(adapted=adapted, pairs=pairs, policy=None)
+    monkeypatch.setattr(planning, "prepare", lambda *_: ready)
+    monkeypatch.setattr(planning, "prepare_users", lambda *_: SimpleNamespace(rows=users))
+    monkeypatch.setattr(planning, "constraint_bank", lambda *_: None)
+    monkeypatch.setattr(planning, "_judging", lambda *_: 0.0)
+    monkeypatch.setattr(planning, "_cache_bytes", lambda *_: 0)
+    config = read_config(shipped_root() / "configs/quickstart.yaml", ["fleet.slots=4"])
+    cost = largest_step(adapted, users, None, config.dpo, config.constraint)
+    state = 3 * 4 * adapted.params_per_user  # bytes of an adapter and its moments
+    found = planning.plan(config).memory.activations * 2**20 / (4 * (cost.memory - state))
+    short = sum(map(pair_tokens, users[1].train[: config.dpo.pairs_per_step]))
+    assert found == pytest.approx((cost.tokens + 3 * short) / (4 * cost.tokens), rel=1e-6)
+    assert (found == 1) == (times == 1)
 
 
 @pytest.mark.parametrize("early", ["null", "{patience: 1, every: 1}"])
