@@ -187,7 +187,7 @@ def bench(
     from persona_rlhf.evaluation.benchmark import bench as measure
     from persona_rlhf.evaluation.benchmark import render
 
-    result = measure(shape)
+    result = measure(shape, say=say)
     print_json(result) if as_json else print_table(render(result))
 
 

@@ -44,9 +44,15 @@ class Trial(NamedTuple):
 
 
 def bench(
-    shape: str = "192x4", users: int = 8, pairs: int | None = None, epochs: int | None = None, rounds: int = 3
+    shape: str = "192x4",
+    users: int = 8,
+    pairs: int | None = None,
+    epochs: int | None = None,
+    rounds: int = 5,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Times every contender once a round, in turns, and reports medians over the rounds; JSON-ready.
+    """Times every contender once a round, in turns, and reports medians over the rounds; JSON-ready. `say` hears of
+    every contender of every round before it begins.
 
     `ratio` is users per second of the fleet over that of TRL's best setting: CPU seconds of the process, on one
     thread, where there is no GPU; wall seconds on a GPU. `users` train in the fleet; the loops train one a round. A
@@ -58,10 +64,12 @@ def bench(
         raise InputError([Problem("bench", None, "--shape", sentence)])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pairs, epochs = pairs or PAIRS_AND_EPOCHS[shape][0], epochs or PAIRS_AND_EPOCHS[shape][1]
-    return {"shape": shape} | compare(make_work(shape, users, pairs, epochs, device), rounds)
+    return {"shape": shape} | compare(make_work(shape, users, pairs, epochs, device), rounds, say=say)
 
 
-def compare(work: Work, rounds: int, left_out: Collection[str] = ()) -> dict[str, Any]:
+def compare(
+    work: Work, rounds: int, left_out: Collection[str] = (), say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """Times every contender but those `left_out` on any work, once a round and in turns; JSON-ready (see `bench`)."""
     keep_big_blocks()
     threads, device, users = torch.get_num_threads(), work.base.device, len(work.users)
@@ -80,6 +88,7 @@ def compare(work: Work, rounds: int, left_out: Collection[str] = ()) -> dict[str
         trials: dict[str, list[Trial]] = {name: [] for name in contenders if name not in left_out}
         for turn in range(rounds):
             for name in _turned(list(trials), turn):
+                say(f"round {turn + 1} of {rounds}: {name}")
                 trials[name].append(contenders[name](turn))
         rows = _rows(work, trials)
     finally:
