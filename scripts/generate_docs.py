@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes what the code knows best: docs/config.md from the config's sections, docs/cli/ from the command line.
+"""Writes what the code knows best: docs/reference/config.md from the config's sections, docs/reference/cli/ from the command line.
 
 python scripts/generate_docs.py            # writes them
 python scripts/generate_docs.py --check    # exit code 1 where they are not what the code says

@@ -2,7 +2,7 @@
 """Pictures of a comparison of constraints: what users keep of their taste, and the base of its refusals.
 
 python scripts/compare_constraints.py CONFIG ... --records FILE
-python scripts/plot_constraints.py FILE... --out docs/constraints.svg
+python scripts/plot_constraints.py FILE... --out docs/explanation/constraints.svg
 
 One panel a group of users. Across: mean gain in held-out accuracy over chance, as a share of plain DPO's of the same
 users; up: mean refusal of tier-one probes in percent; bars are 95% bootstrap intervals over users. A contender on the

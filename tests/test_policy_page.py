@@ -1,4 +1,4 @@
-"""docs/policy.md is true: its documents are written, its commands run, and what it says they print is printed."""
+"""docs/explanation/policy.md is true: its documents are written, its commands run, and what it says they print is printed."""
 
 from __future__ import annotations
 

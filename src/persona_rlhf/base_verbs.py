@@ -35,7 +35,7 @@ def base_align(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A transformers folder or a hub id.")],
     out: Out,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings, as in YAML (docs/align.md).")
+        list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings, as in YAML (docs/how-to/align.md).")
     ] = None,
     as_json: Json = False,
 ) -> None:

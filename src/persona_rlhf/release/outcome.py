@@ -44,7 +44,7 @@ def outcome(
 
     `tier_one` are the categories that the gate pools. The alarm rings where the screen found pairs of his that teach
     against the policy (`against_policy` of them), or the gate did not pass the whole adapter. A dual variable is no
-    sign of either: the constraint holds before it rises (docs/safety.md).
+    sign of either: the constraint holds before it rises (docs/explanation/promise.md).
     """
     assert (verdict is not None and verdict.admitted) == (written is not None), trained.user_id
     duals = {name: Dual(*trace) for name, trace in trained.duals.items()}
