@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes what the code knows best: docs/reference/config.md from the config's sections, docs/reference/cli/ from the command line.
+"""Writes the reference pages from the code: docs/reference/config.md from the config's sections, and
+docs/reference/cli/ from the command line.
 
 python scripts/generate_docs.py            # writes them
 python scripts/generate_docs.py --check    # exit code 1 where they are not what the code says
@@ -24,13 +25,13 @@ from persona_rlhf.config import Config
 from persona_rlhf.inputs.section import Section
 from persona_rlhf.training.settings import AlignSettings
 
-DOCS = Path(__file__).parents[1] / "docs"
+REFERENCE = Path(__file__).parents[1] / "docs/reference"
 NOTE = "<!-- Written by scripts/generate_docs.py from the code; change it there. -->\n"
 LIMITS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
 
 
 def pages() -> dict[Path, str]:
-    """Every generated page by its place below docs/."""
+    """The text of every generated page, by its path below docs/reference/."""
     found = {Path("config.md"): config_page()}
     for name, verb in verbs(typer.main.get_command(app), ""):
         context = typer.Context(verb, info_name=f"persona-rlhf {name}")
@@ -137,15 +138,17 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     asked = parser.parse_args()
     made = pages()
-    there = [DOCS / "config.md", *(DOCS / "cli").glob("*.md")]
-    left_over = sorted(set(there) - {DOCS / page for page in made})
-    stale = [page for page, text in made.items() if not (DOCS / page).exists() or (DOCS / page).read_text() != text]
+    there = [REFERENCE / "config.md", *(REFERENCE / "cli").glob("*.md")]
+    left_over = sorted(set(there) - {REFERENCE / page for page in made})
+    stale = [
+        page for page, text in made.items() if not (REFERENCE / page).exists() or (REFERENCE / page).read_text() != text
+    ]
     if asked.check:
-        wrong = [*map(str, stale), *(str(page.relative_to(DOCS)) for page in left_over)]
+        wrong = [*map(str, stale), *(str(page.relative_to(REFERENCE)) for page in left_over)]
         sys.exit(f"run scripts/generate_docs.py: {', '.join(wrong)}" if wrong else 0)
     for page, text in made.items():
-        (DOCS / page).parent.mkdir(exist_ok=True)
-        (DOCS / page).write_text(text, encoding="utf-8")
+        (REFERENCE / page).parent.mkdir(exist_ok=True)
+        (REFERENCE / page).write_text(text, encoding="utf-8")
     for page in left_over:
         page.unlink()
 

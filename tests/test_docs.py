@@ -13,6 +13,7 @@ from persona_rlhf.config import Config
 from persona_rlhf.inputs.section import read_section
 from persona_rlhf.inputs.yaml_text import parse_yaml
 from persona_rlhf.sweep import SweepSettings, arm_runs
+from tests.docs_pages import PAGES, ROOT, blocks, page_name
 from tests.scripts import load_script
 
 generator = load_script("generate_docs")
@@ -20,9 +21,11 @@ generator = load_script("generate_docs")
 
 def test_the_generated_pages_are_current():
     made = generator.pages()
-    there = {page: (generator.DOCS / page).read_text() for page in made if (generator.DOCS / page).exists()}
+    there = {page: (generator.REFERENCE / page).read_text() for page in made if (generator.REFERENCE / page).exists()}
     assert there == made, "run scripts/generate_docs.py"
-    assert {file.name for file in (generator.DOCS / "cli").iterdir()} == {p.name for p in made if p.parts[0] == "cli"}
+    assert {file.name for file in (generator.REFERENCE / "cli").iterdir()} == {
+        p.name for p in made if p.parts[0] == "cli"
+    }
 
 
 def test_every_key_of_a_config_has_a_row_with_its_default():
@@ -42,15 +45,9 @@ def test_verbs_of_later_releases_have_no_page():
 
 
 USAGE = typer.BadParameter.__base__
-PAGES = [generator.DOCS.parent / "README.md", *sorted(generator.DOCS.glob("*.md"))]
 
 
-def blocks(page, *languages):
-    """The text of the fenced blocks in these languages."""
-    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_command_on_a_page_is_one(page):
     """Verbs and options exist; what they name need not be there."""
     for block in blocks(page, "bash", "console", "sh"):
@@ -77,17 +74,26 @@ def test_a_wrong_command_on_a_page_would_be_noticed():
             parsed(typer.main.get_command(app), words)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_sweep_on_a_page_reads(page):
     for block in blocks(page, "yaml"):
         if "tier:" in block:
             continue  # a policy document: tests/test_policy_page.py
-        assert arm_runs(read_section(SweepSettings, parse_yaml(block, page.name)), [])
+        assert arm_runs(read_section(SweepSettings, parse_yaml(block, page_name(page))), [])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_python_block_on_a_page_compiles_and_its_imports_are_there(page):
     for block in blocks(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and node.module == "persona_rlhf":
                 assert all(hasattr(persona_rlhf, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def test_every_page_that_a_file_names_is_there():
+    pattern = r"(?<![\w./-])docs/(?:(?:how-to|reference|explanation)/[\w/-]+|\w+)\.(?:md|svg)"
+    folders = [file for top in ("docs", "src", "configs", "scripts") for file in (ROOT / top).rglob("*")]
+    for file in [*ROOT.glob("*.md"), *folders]:
+        if file.suffix in (".md", ".py", ".yaml"):
+            for named in re.findall(pattern, file.read_text(encoding="utf-8")):
+                assert (ROOT / named).exists(), f"{file.relative_to(ROOT)} names {named}"

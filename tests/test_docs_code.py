@@ -3,9 +3,7 @@ hour) something else stands in, by the mapping of its page below; nothing else i
 
 from __future__ import annotations
 
-import re
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -13,28 +11,25 @@ from persona_rlhf.preferences.identity import slug
 from persona_rlhf.release.export import ADAPTERS
 from tests.apps.conftest import base, base_folder, served_run  # noqa: F401 - fixtures
 from tests.apps.test_serve import ADA, Server, cli_words, tokens  # noqa: F401 - a fixture among them
+from tests.docs_pages import PAGES, ROOT, blocks, page_name
 from tests.release.conftest import run  # noqa: F401 - a fixture
 from tests.story import experiment
 from tests.story.experiment import tier_one, write_yaml
 from tests.training.conftest import _one_thread  # noqa: F401 - so many threads are slower than one
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RUN_ELSEWHERE = {"policy.md": "tests/test_policy_page.py"}  # with the documents of that page
+RUN_ELSEWHERE = {"explanation/policy.md": "tests/test_policy_page.py"}  # with the documents of that page
 
 
 BLOCKS = [
-    pytest.param(page, text, id=f"{page.name}-{number}")
+    pytest.param(page, text, id=f"{page_name(page)}-{number}")
     for page in PAGES
-    if page.name not in RUN_ELSEWHERE
-    for number, text in enumerate(
-        re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL), 1
-    )
+    if page_name(page) not in RUN_ELSEWHERE
+    for number, text in enumerate(blocks(page, "python"), 1)
 ]
 
 
 @pytest.fixture
-def in_place_of_trainer(tmp_path, monkeypatch):
+def in_place_of_trl(tmp_path, monkeypatch):
     """The bundled base and its users, fewer probes, and two steps."""
     monkeypatch.setattr(experiment, "_PROBES", {"train": 6, "dev": 0, "certify": 24, "test": 0})
     (tmp_path / "data").symlink_to(ROOT / "data")
@@ -58,7 +53,7 @@ def in_place_of_hub(run, base_folder, tmp_path):  # noqa: F811
 
 
 @pytest.fixture
-def in_place_of_serving(served_run, tokens, tmp_path):  # noqa: F811
+def in_place_of_serve(served_run, tokens, tmp_path):  # noqa: F811
     """A server that runs, and Ada's token."""
     server = Server(cli_words(served_run, tmp_path, "--max-tokens", "20"))
     yield {"127.0.0.1:8000": f"127.0.0.1:{server.port}", "MODEL": repr(ADA), "{TOKEN}": tokens[ADA]}
@@ -73,7 +68,7 @@ def test_it_runs(page, text, tmp_path, monkeypatch, request):
         assert theirs in page.read_text(encoding="utf-8")
         text = text.replace(theirs, ours)
     monkeypatch.chdir(tmp_path)
-    exec(compile(text, page.name, "exec"), {"__name__": page.stem})
+    exec(compile(text, page_name(page), "exec"), {"__name__": page.stem})
 
 
 def test_what_runs_elsewhere_does():

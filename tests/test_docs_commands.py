@@ -19,17 +19,14 @@ from typer.testing import CliRunner
 from persona_rlhf import cli
 from persona_rlhf.inputs.bundled import shipped_root
 from persona_rlhf.policy.hazards import read_probes
+from tests.docs_pages import PAGES as WRITTEN
+from tests.docs_pages import ROOT, blocks, page_name
 from tests.story import experiment
 from tests.story.experiment import OVERRIDES, rows_of, shrink, write_yaml
 from tests.training.conftest import _one_thread  # noqa: F401 - so many threads are slower than one
 
-ROOT = Path(__file__).parents[1]
-RUN_ELSEWHERE = {"policy.md": "tests/test_policy_page.py"}  # with the documents of that page
-PAGES = [
-    page
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    if page.name not in RUN_ELSEWHERE and re.search(r"^```(bash|console|sh)$", page.read_text(encoding="utf-8"), re.M)
-]
+RUN_ELSEWHERE = {"explanation/policy.md": "tests/test_policy_page.py"}  # with the documents of that page
+PAGES = [page for page in WRITTEN if page_name(page) not in RUN_ELSEWHERE and blocks(page, "bash", "console", "sh")]
 
 _HUB = "needs the hub; tests/release/test_hub.py, tests/release/test_upload.py"
 _SERVES = "serves until it is stopped; tests/apps/test_serve.py"
@@ -39,44 +36,47 @@ NOT_RUN = {
     ("README.md", "./scripts/test"): "the suite that this test is of",
     ("README.md", "persona-rlhf export runs/first --all --hub me/fleet --dry-run"): _HUB,
     ("README.md", "persona-rlhf serve runs/first --tokens tokens.json"): _SERVES,
-    ("align.md", "persona-rlhf base align Qwen/Qwen3-0.6B models/aligned"): _ALIGNS,
+    ("how-to/align.md", "persona-rlhf base align Qwen/Qwen3-0.6B models/aligned"): _ALIGNS,
     (
-        "align.md",
+        "how-to/align.md",
         "persona-rlhf base align models/mine models/aligned policy.documents=[policy/tier_one.yaml] "
         "align.weights=full --json",
     ): _ALIGNS,
-    ("align.md", "python scripts/make_unaligned_twin.py runs/twin"): _ALIGNS,
+    ("how-to/align.md", "python scripts/make_unaligned_twin.py runs/twin"): _ALIGNS,
     (
-        "align.md",
+        "how-to/align.md",
         "persona-rlhf base align runs/twin runs/aligned policy.documents=[configs/policy/tier_one.yaml] "
         "align.ordinary=runs/twin/ordinary.jsonl align.max_new_tokens=64 align.weights=full align.rows_per_step=32 "
         "align.sft.epochs=6 align.sft.learning_rate=1.5e-3 align.dpo.epochs=0 align.split=test",
     ): _ALIGNS,
-    ("experiments.md", "persona-rlhf sweep rate-and-rank.yaml --run sweeps/rates"): "24 runs; tests/test_sweep.py",
-    ("experiments.md", "persona-rlhf sweep rate-and-rank.yaml --run sweeps/rates --resume"): "as above",
     (
-        "experiments.md",
+        "how-to/experiments.md",
+        "persona-rlhf sweep rate-and-rank.yaml --run sweeps/rates",
+    ): "24 runs; tests/test_sweep.py",
+    ("how-to/experiments.md", "persona-rlhf sweep rate-and-rank.yaml --run sweeps/rates --resume"): "as above",
+    (
+        "how-to/experiments.md",
         "persona-rlhf sweep configs/sweeps/paper-poison.yaml users.path=data/users/poisoned.jsonl "
         "screening.quarantine=false",
     ): "a grid of runs, hours; tests/test_sweep.py",
-    ("gpu.md", "python scripts/measure_quantization.py configs/quickstart.yaml"): "measures for minutes",
+    ("how-to/gpu.md", "python scripts/measure_quantization.py configs/quickstart.yaml"): "measures for minutes",
     (
-        "hub.md",
+        "how-to/hub.md",
         "persona-rlhf export runs/quickstart --user ada --format gguf --to out/ada.gguf",
     ): "needs llama.cpp; tests/release/test_release_verbs.py",
-    ("hub.md", "persona-rlhf export runs/quickstart --user ada --hub me/ada --dry-run"): _HUB,
-    ("hub.md", "persona-rlhf export runs/quickstart --user ada --hub me/ada"): _HUB,
-    ("hub.md", "persona-rlhf export runs/quickstart --all --hub me/fleet"): _HUB,
-    ("hub.md", "persona-rlhf export runs/quickstart --all --per-user --hub me/fleet"): _HUB,
-    ("hub.md", "persona-rlhf verify me/fleet"): _HUB,
-    ("serving.md", "persona-rlhf serve runs/quickstart --tokens tokens.jsonl"): _SERVES,
+    ("how-to/hub.md", "persona-rlhf export runs/quickstart --user ada --hub me/ada --dry-run"): _HUB,
+    ("how-to/hub.md", "persona-rlhf export runs/quickstart --user ada --hub me/ada"): _HUB,
+    ("how-to/hub.md", "persona-rlhf export runs/quickstart --all --hub me/fleet"): _HUB,
+    ("how-to/hub.md", "persona-rlhf export runs/quickstart --all --per-user --hub me/fleet"): _HUB,
+    ("how-to/hub.md", "persona-rlhf verify me/fleet"): _HUB,
+    ("how-to/serve.md", "persona-rlhf serve runs/quickstart --tokens tokens.jsonl"): _SERVES,
     (
-        "serving.md",
+        "how-to/serve.md",
         "VLLM_API_KEY=... persona-rlhf serve runs/quickstart --tokens tokens.jsonl --engine vllm "
         "--upstream http://10.0.0.5:8001",
     ): _SERVES,
     (
-        "serving.md",
+        "how-to/serve.md",
         "persona-rlhf serve runs/quickstart --tokens tokens.jsonl --engine vllm --to /srv/adapters",
     ): _SERVES,
 }
@@ -91,7 +91,7 @@ STANDS_IN = {"Qwen/Qwen3-0.6B": "models/mine"}
 
 def commands(page: Path) -> Iterator[str]:
     """The commands of a page, without their comments and apart where one is to follow the other."""
-    for block in re.findall(r"^```(?:bash|console|sh)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+    for block in blocks(page, "bash", "console", "sh"):
         for line in block.splitlines():
             for command in re.split(r"\s+#\s.*|\s*&&\s*", line):
                 if command:
@@ -158,14 +158,14 @@ def run_command(command: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_the_commands_of_a_page_run(page, shelf, tmp_path, monkeypatch):
     place = tmp_path / "here"
     shutil.copytree(shelf, place)
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for command in commands(page):
-        if (page.name, command) in NOT_RUN or command.startswith(LAUNCHES):
+        if (page_name(page), command) in NOT_RUN or command.startswith(LAUNCHES):
             continue
         if command == "cd demo":
             monkeypatch.chdir("demo")
@@ -175,7 +175,7 @@ def test_the_commands_of_a_page_run(page, shelf, tmp_path, monkeypatch):
 
 
 def test_what_is_not_run_is_on_its_page_and_done_elsewhere():
-    there = {(page.name, command) for page in PAGES for command in commands(page)}
+    there = {(page_name(page), command) for page in PAGES for command in commands(page)}
     assert not NOT_RUN.keys() - there
     for named in re.findall(r"tests/[\w/]+\.py", " ".join([*NOT_RUN.values(), *RUN_ELSEWHERE.values()])):
         assert (ROOT / named).exists()

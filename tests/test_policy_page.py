@@ -1,4 +1,4 @@
-"""docs/explanation/policy.md is true: its documents are written, its commands run, and what it says they print is printed."""
+"""The worked example of docs/explanation/policy.md: documents are written, commands run, output is checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from persona_rlhf import cli
 from persona_rlhf.policy.enforcement import TABLE
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "policy.md").read_text(encoding="utf-8")
+PAGE_NAME = "explanation/policy.md"
+PAGE = (ROOT / "docs" / PAGE_NAME).read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
@@ -44,7 +45,7 @@ def test_the_worked_example_runs_as_the_page_says(tmp_path, monkeypatch):
             Path(name).write_text(text, encoding="utf-8")
         elif language == "python":
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(text, "policy.md", "exec"), {})
+                exec(compile(text, PAGE_NAME, "exec"), {})
             printed = out.getvalue()
         elif language == "bash" and "init demo" in text:
             ran("persona-rlhf init demo")
