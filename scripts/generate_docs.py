@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes the reference pages from the code: docs/reference/config.md from the config's sections, and
-docs/reference/cli/ from the command line.
+"""Writes the reference pages from the code: docs/reference/config.md from the config's sections,
+docs/reference/cli/ from the command line, docs/reference/python-api.md from the public names.
 
 python scripts/generate_docs.py            # writes them
 python scripts/generate_docs.py --check    # exit code 1 where they are not what the code says
@@ -20,6 +20,7 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
+import persona_rlhf
 from persona_rlhf.cli import app
 from persona_rlhf.config import Config
 from persona_rlhf.inputs.section import Section
@@ -32,7 +33,7 @@ LIMITS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
 
 def pages() -> dict[Path, str]:
     """The text of every generated page, by its path below docs/reference/."""
-    found = {Path("config.md"): config_page()}
+    found = {Path("config.md"): config_page(), Path("python-api.md"): api_page()}
     for name, verb in verbs(typer.main.get_command(app), ""):
         context = typer.Context(verb, info_name=f"persona-rlhf {name}")
         text = get_docs_for_click(obj=verb, ctx=context, name=f"persona-rlhf {name}")
@@ -49,6 +50,21 @@ def verbs(command: Any, name: str) -> Iterator[tuple[str, Any]]:
             yield from verbs(below, f"{name} {word}".strip())
     elif not (command.help or "").startswith("(later)"):
         yield name, command
+
+
+def api_page() -> str:
+    """The public names, each with the directive that mkdocstrings fills from its docstring."""
+    intro = "`import persona_rlhf as pr` gives these names. Each is loaded when it is first used.\n"
+    names = sorted(persona_rlhf.__all__, key=str.lower)
+    functions, classes = [name for name in names if name.islower()], [name for name in names if not name.islower()]
+    parts = [f"{NOTE}\n# Python API\n\n{intro}", "## Functions\n", *map(directive, functions)]
+    return "\n".join([*parts, "## Classes\n", *map(directive, classes)])
+
+
+def directive(name: str) -> str:
+    """Documents a public name under its short name. mkdocstrings reads the module without importing it."""
+    home = f"persona_rlhf.{persona_rlhf._HOMES[name]}.{name}"
+    return f"::: {home}\n    options:\n      heading: pr.{name}\n      toc_label: {name}\n"
 
 
 def config_page() -> str:
@@ -138,7 +154,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     asked = parser.parse_args()
     made = pages()
-    there = [REFERENCE / "config.md", *(REFERENCE / "cli").glob("*.md")]
+    there = [REFERENCE / "config.md", REFERENCE / "python-api.md", *(REFERENCE / "cli").glob("*.md")]
     left_over = sorted(set(there) - {REFERENCE / page for page in made})
     stale = [
         page for page, text in made.items() if not (REFERENCE / page).exists() or (REFERENCE / page).read_text() != text
