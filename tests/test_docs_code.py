@@ -46,7 +46,7 @@ def in_place_of_hub(run, base_folder, tmp_path):  # noqa: F811
     shutil.copytree(adapter, tmp_path / "fleet/users/0a1b")
     return {
         "OWNER/BASE": str(base_folder),
-        "me/ada": str(adapter),
+        "me/alma": str(adapter),
         "me/fleet": str(tmp_path / "fleet"),
         "users/HASH": "users/0a1b",
     }
