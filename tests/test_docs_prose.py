@@ -15,16 +15,6 @@ PAGES_TO_REWRITE = {
     "explanation/performance.md",
     "explanation/policy.md",
     "explanation/promise.md",
-    "how-to/align.md",
-    "how-to/audit.md",
-    "how-to/delete.md",
-    "how-to/experiments.md",
-    "how-to/gpu.md",
-    "how-to/hub.md",
-    "how-to/own-base.md",
-    "how-to/own-data.md",
-    "how-to/serve.md",
-    "how-to/trl.md",
 }
 """Pages written before the rule of short sentences. A page leaves this list when it is rewritten."""
 
