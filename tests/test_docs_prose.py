@@ -11,15 +11,8 @@ MEAN_WORDS = 20
 LONG_SHARE = 0.05
 """The share of a page's sentences that may be longer than `MOST_WORDS`."""
 
-PAGES_TO_REWRITE = {
-    "explanation/performance.md",
-    "explanation/policy.md",
-    "explanation/promise.md",
-}
-"""Pages written before the rule of short sentences. A page leaves this list when it is rewritten."""
-
 WRITTEN = [*PAGES, ROOT / "CONTRIBUTING.md"]
-SHORT = [page for page in WRITTEN if page_name(page) not in PAGES_TO_REWRITE | {"LOG.md"}]
+SHORT = [page for page in WRITTEN if page_name(page) != "LOG.md"]
 PRONOUN = re.compile(r"\b(he|his|him|himself)\b", re.IGNORECASE)
 
 
@@ -30,14 +23,10 @@ def test_sentences_are_short(page):
     assert len(found.long) <= LONG_SHARE * found.sentences, [f"{words(text)} words: {text}" for text in found.long]
 
 
-@pytest.mark.parametrize("page", [page for page in WRITTEN if page_name(page) not in PAGES_TO_REWRITE], ids=page_name)
+@pytest.mark.parametrize("page", WRITTEN, ids=page_name)
 def test_nobody_is_called_he(page):
     lines = page.read_text(encoding="utf-8").splitlines()
     assert not [f"line {n}: {line}" for n, line in enumerate(lines, 1) if PRONOUN.search(line)]
-
-
-def test_the_list_of_pages_to_rewrite_names_pages():
-    assert {page_name(page) for page in WRITTEN} >= PAGES_TO_REWRITE
 
 
 def test_one_paragraph_is_split_at_the_ends_of_its_sentences():

@@ -46,13 +46,13 @@ _JUDGED = Enforcement(
 )
 _WISHED = Enforcement(
     screening="",
-    training="not enforced: the user's own pairs train his adapter",
+    training="not enforced: the user's own pairs train the adapter",
     gate="",
     card="",
     serving="stands in the user's system prompt, unless a requirement overrules it",
 )
 _DRAFTED = _WISHED._replace(
-    training="not enforced: the user's own pairs train his adapter; `data draft` drafts pairs from it"
+    training="not enforced: the user's own pairs train the adapter; `data draft` drafts pairs from it"
 )
 
 TABLE: dict[tuple[str, str], Enforcement] = {
