@@ -139,7 +139,7 @@ def shown(value: Any) -> str:
         return f"[{', '.join(map(shown, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
-    return "null" if value is None else f"{value}"
+    return "null" if value is None else f"{value}".replace("\n", "\\n")  # a row is one line
 
 
 def section_in(kind: Any) -> type[Section] | None:

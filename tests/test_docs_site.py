@@ -55,6 +55,25 @@ def test_every_public_name_is_documented(site):
         assert f'id="persona_rlhf.{pr._HOMES[name]}.{name}"' in text
 
 
+def test_lists_and_tables_are_rendered(site):
+    """Python-Markdown wants an empty line before a list or a table; GitHub does not."""
+    assert not {page: lines for page in site.rglob("*.html") if (lines := unrendered(page.read_text(encoding="utf-8")))}
+
+
+def unrendered(page: str) -> list[str]:
+    """Lines of paragraphs that still begin with the mark of a list, a table, a heading or a block of code."""
+    prose = re.sub(r"<(pre|script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
+    texts = [re.sub(r"<[^>]+>", "", text) for _, text in re.findall(r"<(p|li|td)>(.*?)</\1>", prose, re.DOTALL)]
+    lines = [line for text in texts for line in text.splitlines()]
+    return [line for line in lines if re.match(r"\s*([-*+] |\|.*\|\s*$|\d+\. |```|#+ )", line)]
+
+
+def test_a_table_inside_a_paragraph_would_be_noticed():
+    assert unrendered("<p>A text:\n| a | b |</p>") == ["| a | b |"]
+    assert unrendered("<li>A text:\n- an item</li>") == ["- an item"]
+    assert not unrendered("<p>1.5 is - a number | of sorts</p><pre>- code</pre>")
+
+
 def test_a_page_fetches_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         assert not fetched(page.read_text(encoding="utf-8")), page
