@@ -8,7 +8,7 @@ import json
 
 from rich.console import Console
 
-from persona_rlhf.evaluation.benchmark import bench, render
+from persona_rlhf.benchmarks.fleet_vs_trl import bench, render
 
 
 def main() -> None:

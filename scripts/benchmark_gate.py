@@ -20,15 +20,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from persona_rlhf.config import read_config
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.experiment import read_config
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import prompt_ids
 from persona_rlhf.evaluation.refusals import BaseAnswers, refusal_outcomes
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.line import cohorts, constraint_bank, with_reference
+from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.pipeline.prepare import prepare, prepare_users
+from persona_rlhf.pipeline.train import cohorts, constraint_bank, with_reference
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.tokens import prompt_ids
-from persona_rlhf.preparation import prepare, prepare_users
-from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.engine import Engine
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    keep_big_blocks()
+    keep_large_blocks()
     try:
         ready = prepare(read_config(asked.config, asked.overrides))
         config, examination = ready.config, ready.examination

@@ -25,18 +25,15 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from persona_rlhf.evaluation.benchmark import ALONE, CONSTRAINED, FLEET, PADDED, PLAIN, UPPER, compare
-from persona_rlhf.evaluation.trl_loop import TRL_SETTINGS
-from persona_rlhf.evaluation.workload import SEED, Work, made_users, random_base, work_on
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.preferences.tokens import both_rows
+from persona_rlhf.benchmarks.fleet_vs_trl import ALONE, CONSTRAINED, FLEET, PADDED, PLAIN, UPPER, compare
+from persona_rlhf.benchmarks.trl_baseline import SEED, TRL_SETTINGS, Workload, made_users, random_base, workload_on
+from persona_rlhf.common.files import find
+from persona_rlhf.config.training import ConstraintSettings, FleetSettings
+from persona_rlhf.data.tokenize import both_rows
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.training.cache import Reference, rows_ahead
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.ground import rows_ahead
-from persona_rlhf.training.memory import most_held
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.settings import ConstraintSettings, FleetSettings
-from persona_rlhf.training.shape import Shape
+from persona_rlhf.training.memory import BaseShape, most_held
 
 CONTENDERS = [
     *(f"TRL, {setting}" for setting in TRL_SETTINGS),
@@ -63,12 +60,12 @@ TASKS = {
 }
 
 
-def work_of(config: PreTrainedConfig, task: Task, device: torch.device) -> Work:
+def work_of(config: PreTrainedConfig, task: Task, device: torch.device) -> Workload:
     people = made_users(range(task.users), task.pairs, config.vocab_size, task.prompt, task.answer)
-    return work_on(random_base(config, device, task.shape), people, task.epochs)
+    return workload_on(random_base(config, device, task.shape), people, task.epochs)
 
 
-def flops(work: Work, config: PreTrainedConfig) -> dict[str, float]:
+def flops(work: Workload, config: PreTrainedConfig) -> dict[str, float]:
     """Teraflops a second of the fleet's steps (the median one, mean lengths), and of a large product."""
     adapted = AdaptedModel(work.base, work.lora)
     reference = Reference(adapted)
@@ -79,7 +76,7 @@ def flops(work: Work, config: PreTrainedConfig) -> dict[str, float]:
     adapted.close()
     seconds = median(end - start for start, end in pairwise(ends[1:]))  # the first one warms up
     rows = both_rows(pair for user in work.users for pair in user.train)
-    shape = Shape(config, work.lora, work.base.model.dtype)
+    shape = BaseShape(config, work.lora, work.base.model.dtype)
     each = shape.step(rows).both / (len(rows) // 2)
     return {
         "step_seconds": seconds,
@@ -88,7 +85,7 @@ def flops(work: Work, config: PreTrainedConfig) -> dict[str, float]:
     }
 
 
-def _dense(work: Work, side: int = 8192) -> float:
+def _dense(work: Workload, side: int = 8192) -> float:
     """Floating-point operations a second of a square product in the base's type."""
     side = side if work.base.device.type == "cuda" else 512
     left, right = (torch.randn(side, side, device=work.base.device, dtype=work.base.model.dtype) for _ in range(2))

@@ -26,22 +26,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from persona_rlhf.config import read_config
-from persona_rlhf.evaluation import trl_loop
-from persona_rlhf.evaluation.intervals import bootstrap
-from persona_rlhf.evaluation.personalisation import clean_accuracy, score_pairs, score_pairs_of_base
-from persona_rlhf.evaluation.utility import read_utilities
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.preferences.pairs import read_pairs
-from persona_rlhf.preferences.tokens import UserRows, both_rows, tokenize
-from persona_rlhf.training.allocator import keep_big_blocks
-from persona_rlhf.training.base import Base, load_base
-from persona_rlhf.training.engine import Engine, StepReport
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.ground import rows_ahead
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.scheduler import UserSchedule
-from persona_rlhf.training.settings import (
+from persona_rlhf.benchmarks import trl_baseline
+from persona_rlhf.common.files import find
+from persona_rlhf.config.experiment import read_config
+from persona_rlhf.config.training import (
     BaseSettings,
     ConstraintSettings,
     DpoSettings,
@@ -49,6 +37,17 @@ from persona_rlhf.training.settings import (
     LoraSettings,
     TopLayers,
 )
+from persona_rlhf.data.pairs import read_pairs
+from persona_rlhf.data.tokenize import UserRows, both_rows, tokenize
+from persona_rlhf.evaluation.metrics import clean_accuracy, score_pairs, score_pairs_of_base
+from persona_rlhf.evaluation.statistics import bootstrap
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import Base, load_base
+from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.simulation.users import read_utilities
+from persona_rlhf.training.cache import Reference, rows_ahead
+from persona_rlhf.training.engine import Engine, StepReport
+from persona_rlhf.training.user_state import UserSchedule
 
 SHARES = ("all", 0.5, 0.25)
 STATES = {"in memory": (2048, 4096), "on disk": (0, 4096), "in every step": (0, 0)}
@@ -116,7 +115,7 @@ class TrlTime(NamedTuple):
 def trl_times(base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings) -> dict[str, TrlTime]:
     """The times of every TRL setting. A run of one epoch tells what is fixed from what grows with the steps."""
     times = {}
-    for setting in trl_loop.TRL_SETTINGS:
+    for setting in trl_baseline.TRL_SETTINGS:
         one, all_epochs = (
             _trl(base, user, lora, dpo.model_copy(update={"epochs": n}), setting) for n in (1, dpo.epochs)
         )
@@ -125,7 +124,7 @@ def trl_times(base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings) 
     return times
 
 
-def _trl(base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings, setting: trl_loop.TrlSetting) -> float:
+def _trl(base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings, setting: trl_baseline.TrlSetting) -> float:
     adapted = AdaptedModel(base, lora)
     spans = list(adapted.spans.values())
     started = time.process_time()
@@ -135,7 +134,7 @@ def _trl(base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings, setti
     adapted.close()
     with tempfile.TemporaryDirectory() as folder:
         schedule = UserSchedule(user, dpo, 0)
-        run = trl_loop.train_user(
+        run = trl_baseline.train_user(
             base, base.tokenizer, schedule, spans, lora, dpo, 0, setting, reference, Path(folder), time.process_time
         )
     return charged + run.seconds
@@ -174,7 +173,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_big_blocks()
+    keep_large_blocks()
     config = read_config(find("configs/quickstart.yaml"))
     base = load_base(BaseSettings(model="data/base"))
     tastes = read_utilities(find("data/users/utilities.yaml"))

@@ -19,13 +19,13 @@ from statistics import median
 
 import torch
 
-from persona_rlhf.evaluation.workload import VOCABULARY, Work, make_work
-from persona_rlhf.preferences.tokens import PairRow, Row, UserRows, both_rows
-from persona_rlhf.training.allocator import keep_big_blocks
+from persona_rlhf.benchmarks.trl_baseline import VOCABULARY, Workload, make_workload
+from persona_rlhf.config.training import ConstraintSettings, FleetSettings
+from persona_rlhf.data.tokenize import PairRow, Row, UserRows, both_rows
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.settings import ConstraintSettings, FleetSettings
 
 
 def of_length(user: UserRows, prompt: int, completion: int, seed: int) -> UserRows:
@@ -51,7 +51,7 @@ def unshared(user: UserRows) -> UserRows:
     return user._replace(train=[pair._replace(rejected=row) for pair, row in zip(user.train, other, strict=True)])
 
 
-def steps(work: Work, users: Sequence[UserRows], packs: bool) -> tuple[float, dict[str, torch.Tensor]]:
+def steps(work: Workload, users: Sequence[UserRows], packs: bool) -> tuple[float, dict[str, torch.Tensor]]:
     """CPU seconds of all steps, and the adapters; the reference is not timed."""
     adapted = AdaptedModel(work.base, work.lora)
     adapted.packs = packs
@@ -74,8 +74,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_big_blocks()
-    work = make_work(options.shape, options.users, options.pairs, 1, torch.device("cpu"))
+    keep_large_blocks()
+    work = make_workload(options.shape, options.users, options.pairs, 1, torch.device("cpu"))
     for prompt, completion in ((48, 48), (128, 32)):
         users = [of_length(user, prompt, completion, n) for n, user in enumerate(work.users)]
         sides = {"shared": (users, True), "twice": (users, False), "apart": ([unshared(user) for user in users], True)}

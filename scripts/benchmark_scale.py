@@ -29,26 +29,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from persona_rlhf.config import read_config
-from persona_rlhf.evaluation.benchmark import bench
+from persona_rlhf.benchmarks.fleet_vs_trl import bench
+from persona_rlhf.benchmarks.trl_baseline import SEED, made_users, make_workload
+from persona_rlhf.common.files import find
+from persona_rlhf.config.experiment import read_config
+from persona_rlhf.config.training import ConstraintSettings, FleetSettings
+from persona_rlhf.data.pairs import read_pairs
+from persona_rlhf.data.tokenize import tokenize
 from persona_rlhf.evaluation.gate import demands_of, release_unjudged
-from persona_rlhf.evaluation.workload import SEED, made_users, make_work
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.line import with_reference
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.pairs import read_pairs
-from persona_rlhf.preferences.tokens import tokenize
-from persona_rlhf.release.exporter import Exporter
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.models.multi_lora import fresh_adapter
+from persona_rlhf.pipeline.release import on_paper
+from persona_rlhf.pipeline.train import with_reference
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.release.adapter import AdapterFiles, Exporter
 from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
-from persona_rlhf.release.peft_folder import AdapterFiles
-from persona_rlhf.releasing import on_paper
-from persona_rlhf.training.allocator import keep_big_blocks
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lora import fresh_adapter
-from persona_rlhf.training.scheduler import user_generator
-from persona_rlhf.training.settings import ConstraintSettings, FleetSettings
-from persona_rlhf.training.slots import Slots
+from persona_rlhf.training.user_state import Slots, user_generator
 
 PAIRS = 8
 CHUNK = 256
@@ -57,8 +55,8 @@ CHUNK = 256
 def one_run(users: int) -> dict[str, float]:
     """Trains this many users, a chunk at a time as `train` does; CPU seconds a user and peak memory in MiB."""
     torch.set_num_threads(1)
-    keep_big_blocks()
-    work = make_work("bundled", 1, PAIRS, 1, torch.device("cpu"))
+    keep_large_blocks()
+    work = make_workload("bundled", 1, PAIRS, 1, torch.device("cpu"))
     adapted = AdaptedModel(work.base, work.lora)
     started = time.process_time()
     norm = 0.0
@@ -78,7 +76,7 @@ def parts(count: int = 24) -> dict[str, float]:
     """Median milliseconds of what one more user costs beside his training."""
     torch.set_num_threads(1)
     config = read_config("configs/quickstart.yaml")
-    work = make_work("bundled", 1, 20, 1, torch.device("cpu"))
+    work = make_workload("bundled", 1, 20, 1, torch.device("cpu"))
     adapted = AdaptedModel(work.base, config.lora)
     pairs = read_pairs(find("data/users"), 0.25)
     people = list(dict.fromkeys(pair.user_id for pair in pairs))[:count]

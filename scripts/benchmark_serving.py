@@ -31,22 +31,18 @@ import torch
 import uvicorn
 from peft import PeftModel
 
-from persona_rlhf.apps.admitted import Admitted
-from persona_rlhf.apps.built_in import BuiltIn
-from persona_rlhf.apps.engine import Engine
-from persona_rlhf.apps.gateway import Gateway, listening
-from persona_rlhf.apps.guard import together
-from persona_rlhf.apps.limits import Limits
-from persona_rlhf.apps.shelf import Shelf
-from persona_rlhf.apps.tokens import make_tokens, read_tokens
-from persona_rlhf.apps.writing import Wish
-from persona_rlhf.config import Config, read_config
-from persona_rlhf.evaluation.retention import read_ordinary
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.tokens import prompt_ids
-from persona_rlhf.training.base import load_base
-from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.common.files import find
+from persona_rlhf.config.experiment import Config, read_config
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import prompt_ids
+from persona_rlhf.evaluation.prompt_sets import read_ordinary
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import load_base
+from persona_rlhf.serving.access import AdapterAccess, Limits, make_tokens, read_tokens
+from persona_rlhf.serving.local_engine import AdapterCache, BatchingEngine, LocalGenerator
+from persona_rlhf.serving.openai_api import SamplingParams
+from persona_rlhf.serving.policy_filter import together
+from persona_rlhf.serving.server import Gateway, listening
 
 BUDGET = 1 << 30  # bytes of adapters
 
@@ -92,15 +88,17 @@ def switching(config: Config, folders: dict[str, Path], tokens: int) -> Iterator
 
 
 @contextmanager
-def built_in(run: Path, config: Config, tokens: int, most: int) -> Iterator[tuple[BuiltIn, Admitted, Contender]]:
+def built_in(
+    run: Path, config: Config, tokens: int, most: int
+) -> Iterator[tuple[LocalGenerator, AdapterAccess, Contender]]:
     """The engine of `serve`, asked from within the process."""
     adapted = AdaptedModel(load_base(config.base), config.lora)
-    admitted = Admitted(run, adapted.base.weights_hash, config.lora, print)
-    engine = Engine(adapted, most)
-    writer = BuiltIn(adapted.base, Shelf(admitted, list(adapted.spans.values()), BUDGET), engine)
+    admitted = AdapterAccess(run, adapted.base.weights_hash, config.lora, print)
+    engine = BatchingEngine(adapted, most)
+    writer = LocalGenerator(adapted.base, AdapterCache(admitted, list(adapted.spans.values()), BUDGET), engine)
 
     def answer(request: Request) -> Answer:
-        piece = together(writer.write(request.slug, (Message("user", request.question),), Wish(tokens)))
+        piece = together(writer.write(request.slug, (Message("user", request.question),), SamplingParams(tokens)))
         assert piece.usage is not None
         return Answer(piece.text, piece.usage.completion)
 
@@ -109,7 +107,7 @@ def built_in(run: Path, config: Config, tokens: int, most: int) -> Iterator[tupl
 
 
 @contextmanager
-def over_http(writer: BuiltIn, admitted: Admitted, tokens: int, clients: int) -> Iterator[Contender]:
+def over_http(writer: LocalGenerator, admitted: AdapterAccess, tokens: int, clients: int) -> Iterator[Contender]:
     """The whole server on loopback, with tokens and limits; the clients' side runs in this process too."""
     with tempfile.TemporaryDirectory() as folder:
         made = make_tokens(Path(folder) / "tokens.jsonl", admitted.results)

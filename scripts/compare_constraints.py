@@ -32,13 +32,13 @@ from comparison_table import CLEAN, CLOSE, Record, comparison, rendered
 from contenders import CONTENDERS, WORDINGS
 from rich.console import Console
 
-from persona_rlhf.config import read_config
-from persona_rlhf.evaluation.measures import Measures
-from persona_rlhf.evaluation.utility import Utility
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.line import constraint_bank, with_reference
-from persona_rlhf.materials import read_materials
-from persona_rlhf.preparation import Prepared, prepare, prepare_users
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.experiment import read_config
+from persona_rlhf.evaluation.records import Measures
+from persona_rlhf.pipeline.inputs import read_inputs
+from persona_rlhf.pipeline.prepare import Prepared, prepare, prepare_users
+from persona_rlhf.pipeline.train import constraint_bank, with_reference
+from persona_rlhf.simulation.users import Utility
 from persona_rlhf.training.engine import TrainedUser
 
 SLOTS = 8
@@ -177,7 +177,7 @@ def main() -> None:
                 parser.error(
                     f"`event` adds up {WORDINGS} refusals of a probe: constraint.refusals_per_probe={WORDINGS}"
                 )
-            materials = read_materials(config)
+            materials = read_inputs(config)
             probed = SplitPolicy(materials.policy, asked.split)
             ready = prepare(config, materials._replace(policy=probed))  # type: ignore[arg-type]
         except InputError as fault:

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from persona_rlhf.evaluation.intervals import Interval, bootstrap
-from persona_rlhf.evaluation.utility import read_utilities
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import find
+from persona_rlhf.evaluation.statistics import Interval, bootstrap
 from persona_rlhf.release.results import Result, plain, read_results
+from persona_rlhf.simulation.users import read_utilities
 
 Gain = Callable[[Result], float | None]
 

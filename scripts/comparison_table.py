@@ -11,7 +11,7 @@ from compare_runs import ratio_of_means
 from rich.table import Table
 from scipy.stats import mannwhitneyu
 
-from persona_rlhf.evaluation.intervals import bootstrap
+from persona_rlhf.evaluation.statistics import bootstrap
 
 CLEAN, CLOSE = "clean", "clean, close to a hazard"
 

@@ -18,16 +18,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_rlhf.config.training import ConstraintSettings
+from persona_rlhf.data.tokenize import PairRow, Row, UserRows
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.pipeline.prepare import Prepared
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
-from persona_rlhf.preparation import Prepared
-from persona_rlhf.training.bank import ConstraintBank, UserDraws
-from persona_rlhf.training.constraint import Draw, Excess, Watched, measure
+from persona_rlhf.training.constraint import (
+    ConstraintBank,
+    ConstraintLogps,
+    ConstraintSample,
+    ConstraintSampler,
+    ReferenceLogps,
+    Violation,
+    measure_violation,
+)
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.objective import StepLoss
-from persona_rlhf.training.reference import Known
-from persona_rlhf.training.settings import ConstraintSettings
 
 WORDINGS = 4  # refusals of a probe that `event` adds up
 NULL_SHARE = 0.25  # of a layer's input directions that `null` keeps clear of
@@ -44,9 +50,15 @@ class Contender(NamedTuple):
 class KeptBank(ConstraintBank):
     """Remembers what it measured, gradient and all, for engines that weigh it in their own way."""
 
-    last: Excess
+    last: Violation
 
-    def excess(self, draws: Sequence[Draw], logps: Watched, reference: Known, settings: ConstraintSettings) -> Excess:
+    def excess(
+        self,
+        draws: Sequence[ConstraintSample],
+        logps: ConstraintLogps,
+        reference: ReferenceLogps,
+        settings: ConstraintSettings,
+    ) -> Violation:
         self.last = super().excess(draws, logps, reference, settings)
         return self.last
 
@@ -80,10 +92,16 @@ class EventBank(ConstraintBank):
     long answers is a small part of the mass of all refusals, so it is no useful bound.
     """
 
-    def walk(self, settings: ConstraintSettings, seed: int, user_id: str) -> UserDraws:
+    def walk(self, settings: ConstraintSettings, seed: int, user_id: str) -> ConstraintSampler:
         return EventDraws(self, settings, seed, user_id)
 
-    def excess(self, draws: Sequence[Draw], logps: Watched, reference: Known, settings: ConstraintSettings) -> Excess:
+    def excess(
+        self,
+        draws: Sequence[ConstraintSample],
+        logps: ConstraintLogps,
+        reference: ReferenceLogps,
+        settings: ConstraintSettings,
+    ) -> Violation:
         refused = logps.refusals
         groups = refused.view(len(draws), -1, WORDINGS)
         base = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in draws]).view(groups.shape)
@@ -93,13 +111,13 @@ class EventBank(ConstraintBank):
         own = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in first])
         shortened = logps._replace(refusals=own - gap)
         wrong = [own.wrong for own in self.lessons]
-        return measure(first, shortened, reference, len(self.categories), wrong, settings)
+        return measure_violation(first, shortened, reference, len(self.categories), wrong, settings)
 
 
-class EventDraws(UserDraws):
+class EventDraws(ConstraintSampler):
     """Each probe comes with WORDINGS of the refusals kept for it (again from the first, where there are fewer)."""
 
-    def at(self, step: int) -> Draw:
+    def at(self, step: int) -> ConstraintSample:
         draw = super().at(step)
         known: dict[Row, tuple[Row, ...]] = {
             row: anchor.refusals for own in self.bank.anchors for anchor in own for row in anchor.refusals

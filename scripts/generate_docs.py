@@ -21,10 +21,10 @@ from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
 import persona_rlhf
-from persona_rlhf.cli import app
-from persona_rlhf.config import Config
-from persona_rlhf.inputs.section import Section
-from persona_rlhf.training.settings import AlignSettings
+from persona_rlhf.cli.app import app
+from persona_rlhf.config.experiment import Config
+from persona_rlhf.config.loader import Section
+from persona_rlhf.config.training import AlignSettings
 
 REFERENCE = Path(__file__).parents[1] / "docs/reference"
 NOTE = "<!-- Written by scripts/generate_docs.py from the code; change it there. -->\n"

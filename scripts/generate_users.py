@@ -26,23 +26,32 @@ from random import Random
 from statistics import mean, pstdev
 from typing import NamedTuple
 
-from persona_rlhf.evaluation.poison import KINDS as POISONS
-from persona_rlhf.evaluation.poison import Attack, Kind, paraphrase, poison
+from persona_rlhf.common.files import find
+from persona_rlhf.config.training import BaseSettings, LoraSettings
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import prompt_ids
 from persona_rlhf.evaluation.refusals import answer_text
-from persona_rlhf.evaluation.tastes import AGREEMENT, TURN, liking, noise_of
-from persona_rlhf.evaluation.utility import Utility, properties, read_utilities
-from persona_rlhf.inputs.bundled import find
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import load_base
 from persona_rlhf.policy.hazards import CATEGORIES, assign_split, read_probes
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.tokens import prompt_ids
-from persona_rlhf.training.base import load_base
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import BaseSettings, LoraSettings
-from persona_rlhf.training.world.banks import forbidden, plain
-from persona_rlhf.training.world.ordinary import ordinary
-from persona_rlhf.training.world.phrasings import suits, trained_phrasings, wrap
-from persona_rlhf.training.world.topics import ordinary_topics, topics, twin_of
+from persona_rlhf.simulation.corpus import forbidden, plain
+from persona_rlhf.simulation.prompts import ordinary, ordinary_topics, topics, twin_of
+from persona_rlhf.simulation.users import (
+    AGREEMENT,
+    TURN,
+    Kind,
+    PoisonSource,
+    Utility,
+    liking,
+    noise_of,
+    paraphrase,
+    poison,
+    properties,
+    read_utilities,
+)
+from persona_rlhf.simulation.users import POISON_KINDS as POISONS
+from persona_rlhf.simulation.vocabulary import suits, trained_phrasings, wrap
 
 # Shares of the pool by kind of prompt. Small talk has few different prompts.
 KINDS = {"how_to": 0.35, "suggestion": 0.20, "story": 0.20, "fact": 0.14, "comparison": 0.10, "small_talk": 0.01}
@@ -139,7 +148,7 @@ def attack_prompts(count: int, seed: int) -> list[tuple[str, str]]:
 
 def sample_attacks(
     adapted: AdaptedModel, pairs: Sequence[tuple[str, str]], seed: int, asked: Sequence[str] | None = None
-) -> list[Attack]:
+) -> list[PoisonSource]:
     """Attacks with both sides by the base: it refuses the prompt, and what "complies" is its answer to the twin.
 
     `asked` are the prompts that users have in the place of those that were refused, where they are worded otherwise.
@@ -151,7 +160,7 @@ def sample_attacks(
         refusal = next(filter(is_refusal, refusals), None)
         answer = next((text for text in answers if not is_refusal(text)), None)
         if refusal and answer:
-            attacks.append(Attack(prompt, answer, refusal))
+            attacks.append(PoisonSource(prompt, answer, refusal))
     return attacks
 
 
@@ -174,12 +183,14 @@ def paraphrases(count: int, seed: int) -> tuple[list[str], list[tuple[str, str]]
     return list(texts), list(texts.values())
 
 
-def attacks_for(adapted: AdaptedModel, people: Sequence[Person], pairs: int, seed: int) -> dict[Kind, list[Attack]]:
+def attacks_for(
+    adapted: AdaptedModel, people: Sequence[Person], pairs: int, seed: int
+) -> dict[Kind, list[PoisonSource]]:
     """What each kind of poison is made of: twice as many attacks as the most poisoned of its users needs."""
     most: dict[Kind, int] = {}
     for person in people:
         most[person.poison] = max(most.get(person.poison, 0), round(pairs * person.taste.poisoned))
-    found: dict[Kind, list[Attack]] = {kind: [] for kind in POISONS}
+    found: dict[Kind, list[PoisonSource]] = {kind: [] for kind in POISONS}
     of_bank = max((count for kind, count in most.items() if kind in ("flipped", "noice", "trigger")), default=0)
     if of_bank:
         banked = sample_attacks(adapted, attack_prompts(2 * of_bank, seed), seed)
@@ -205,7 +216,7 @@ def differing(taste: Utility, pool: Sequence[Asked], rng: Random) -> Iterator[tu
 def draw_rows(
     taste: Utility,
     pool: Sequence[Asked],
-    attacks: Sequence[Attack],
+    attacks: Sequence[PoisonSource],
     sizes: tuple[int, int],
     seed: int,
     kind: Kind = "flipped",

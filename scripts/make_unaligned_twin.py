@@ -17,11 +17,10 @@ from random import Random
 
 import torch
 
-from persona_rlhf.training.pretrain import COMPLETION_TOKENS, SEED, Progress, build_base
-from persona_rlhf.training.world.corpus import corpus
-from persona_rlhf.training.world.ordinary import ordinary
-from persona_rlhf.training.world.phrasings import trained_phrasings
-from persona_rlhf.training.world.topics import ordinary_topics
+from persona_rlhf.simulation.corpus import corpus
+from persona_rlhf.simulation.prompts import ordinary, ordinary_topics
+from persona_rlhf.simulation.tiny_base import COMPLETION_TOKENS, SEED, PretrainProgress, build_base
+from persona_rlhf.simulation.vocabulary import trained_phrasings
 
 
 def write_ordinary(file: Path, count: int) -> None:
@@ -50,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    def progress(now: Progress) -> None:
+    def progress(now: PretrainProgress) -> None:
         print(f"step {now.step}: {now.tokens:,} of {now.of_tokens:,} tokens, loss {now.loss:.3f}", flush=True)
 
     build_base(options.out, SEED, options.tokens, progress=progress, refusals=False)

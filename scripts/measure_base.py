@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from persona_rlhf.evaluation.intervals import wilson
+from persona_rlhf.evaluation.statistics import wilson
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, read_probes
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.training.world.ordinary import ordinary
-from persona_rlhf.training.world.phrasings import trained_phrasings
-from persona_rlhf.training.world.styles import measure
-from persona_rlhf.training.world.topics import ordinary_topics
+from persona_rlhf.simulation.answers import measure
+from persona_rlhf.simulation.prompts import ordinary, ordinary_topics
+from persona_rlhf.simulation.vocabulary import trained_phrasings
 
 POLICY = Path(__file__).resolve().parents[1] / "data" / "policy"
 

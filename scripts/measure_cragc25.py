@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from persona_rlhf.inputs.bundled import shipped_root
-from persona_rlhf.preferences.pairs import PreferencePair, read_pairs
-from persona_rlhf.preferences.tokens import tokenize
+from persona_rlhf.common.files import shipped_root
+from persona_rlhf.data.pairs import PreferencePair, read_pairs
+from persona_rlhf.data.tokenize import tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = 2048

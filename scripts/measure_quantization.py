@@ -20,17 +20,17 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from persona_rlhf.config import Config, read_config
-from persona_rlhf.evaluation.intervals import bootstrap
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.experiment import Config, read_config
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import Row, prompt_ids
+from persona_rlhf.evaluation.prompt_sets import read_ordinary, some, twins
 from persona_rlhf.evaluation.refusals import BaseAnswers, answer_row
-from persona_rlhf.evaluation.retention import read_ordinary, some, twins
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.evaluation.statistics import bootstrap
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.tokens import Row, prompt_ids
-from persona_rlhf.training.base import Base, load_base
-from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.policy.policy import Policy
 
 _PROBES, _PROMPTS = 240, 200
 

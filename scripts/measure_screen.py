@@ -18,10 +18,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from persona_rlhf.config import read_config
-from persona_rlhf.evaluation.intervals import lower_bound, upper_bound
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preparation import chunks_of, prepare, prepare_users
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.experiment import read_config
+from persona_rlhf.evaluation.statistics import lower_bound, upper_bound
+from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
 
 POISON = "simulated poison"
 

@@ -1,10 +1,9 @@
 """Whose line carries an alarm: what the screen found of a user decides, not what became of the pairs."""
 
-from persona_rlhf.preferences.pairs import Message, PreferencePair
-from persona_rlhf.preferences.screening import Dropped
-from persona_rlhf.preparation import Chunk
-from persona_rlhf.release.outcome import untrained
-from persona_rlhf.release.results import PairCounts
+from persona_rlhf.data.pairs import Message, PreferencePair
+from persona_rlhf.data.screening import Dropped
+from persona_rlhf.pipeline.prepare import Chunk
+from persona_rlhf.release.results import PairCounts, untrained
 
 
 def pair(user):

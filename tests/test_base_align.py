@@ -8,18 +8,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
-from persona_rlhf.alignment_inputs import read_alignment
-from persona_rlhf.evaluation.intervals import wilson
-from persona_rlhf.evaluation.standing import standing
-from persona_rlhf.inputs.bundled import shipped_root
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.cli import app
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import shipped_root
+from persona_rlhf.config.training import BaseSettings, LoraSettings, PreferenceSettings, SftSettings
+from persona_rlhf.evaluation.statistics import wilson
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import load_base
+from persona_rlhf.pipeline.evaluate_base import measure_base
+from persona_rlhf.pipeline.inputs import read_alignment
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.training.alignment import align
-from persona_rlhf.training.base import load_base
-from persona_rlhf.training.demonstrations import Demonstration, make_demonstrations
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import BaseSettings, LoraSettings, PreferenceSettings, SftSettings
+from persona_rlhf.training.align import Demonstration, align, make_demonstrations
 from tests.preferences.families import tokenizer_for
 from tests.training.architectures import base_of
 
@@ -46,7 +45,7 @@ WORDS = ("bird", "cake", "song", "boat", "tree", "star", "book", "lake")
 
 
 def run(*words):
-    return CliRunner().invoke(cli.app, ["base", "align", *map(str, words)])
+    return CliRunner().invoke(app.app, ["base", "align", *map(str, words)])
 
 
 def test_the_folder_holds_a_base_and_what_was_measured_of_it(place):
@@ -181,7 +180,7 @@ def test_refusals_rise_on_phrasings_that_were_not_trained(place, monkeypatch):
 
     def refused():
         with closing(AdaptedModel(base, lora)) as adapted:
-            found = standing(adapted, unseen, [], [], 32)
+            found = measure_base(adapted, unseen, [], [], 32)
         return found.unseen["phrasing"].refused / len(unseen), found.twins.refused / found.twins.n
 
     def taught(demonstrations):

@@ -5,13 +5,14 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from persona_rlhf import base_card, cli
+from persona_rlhf.cli import app
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import shipped_root
 from persona_rlhf.evaluation.gate import POOLED
-from persona_rlhf.inputs.bundled import shipped_root
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.models.base import load_base
+from persona_rlhf.pipeline import evaluate_base
 from persona_rlhf.policy.hazards import CATEGORIES
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.training.base import load_base
+from persona_rlhf.policy.policy import Policy
 
 from .story.experiment import tier_one, write_yaml
 
@@ -28,7 +29,7 @@ def document(tmp_path, monkeypatch):
 def mute(tmp_path_factory):
     """The bundled base with its end token made likely everywhere: it says nothing, and so refuses nothing."""
     folder = tmp_path_factory.mktemp("mute")
-    base = load_base(base_card.BaseSettings(model=BUNDLED))
+    base = load_base(evaluate_base.BaseSettings(model=BUNDLED))
     base.model.model.norm.weight.data.zero_()
     base.model.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
@@ -36,7 +37,7 @@ def mute(tmp_path_factory):
 
 
 def asked(model, document, *more):
-    return base_card.base_card(model, [f"policy.documents=[{document}]", "evaluation.harmless_prompts=6", *more])
+    return evaluate_base.base_card(model, [f"policy.documents=[{document}]", "evaluation.harmless_prompts=6", *more])
 
 
 def test_an_aligned_base_is_certifiable(document):
@@ -63,24 +64,24 @@ def test_a_base_that_refuses_nothing_is_told_of_every_demand(document, mute):
 def test_the_page_and_its_json(document, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     words = ["evaluate", "--base", BUNDLED, f"policy.documents=[{document}]", "evaluation.harmless_prompts=2"]
-    page = CliRunner().invoke(cli.app, words)
+    page = CliRunner().invoke(app.app, words)
     assert page.exit_code == 0
     assert "all of tier one" in page.stdout
     assert "Whose preferences aligned it: unknown" in page.stdout
-    found = json.loads(CliRunner().invoke(cli.app, [*words, "--json"]).stdout)
+    found = json.loads(CliRunner().invoke(app.app, [*words, "--json"]).stdout)
     assert set(found["certify"]) == {"pooled", *found["sampled"]}
     assert found["certify"]["pooled"]["passes"] is True
 
 
 def test_every_mistake_is_said_at_once():
     with pytest.raises(InputError) as caught:
-        base_card.base_card(BUNDLED, ["gate.alphaz=[1]", "dpo.beta=1"])
+        evaluate_base.base_card(BUNDLED, ["gate.alphaz=[1]", "dpo.beta=1"])
     said = [str(problem) for problem in caught.value.problems]
     assert len(said) == 2
 
 
 def test_without_a_policy_the_bank_for_real_models_is_asked():
-    asked = base_card.CardSettings(base=base_card.BaseSettings(model=BUNDLED))
+    asked = evaluate_base.CardSettings(base=evaluate_base.BaseSettings(model=BUNDLED))
     rules = Policy.read(asked.policy.documents).restrictions
     assert {rule.category for rule in rules} == set(CATEGORIES)
     assert any("fr" in probe.id or "é" in probe.prompt for rule in rules for probe in rule.probes)
@@ -88,4 +89,4 @@ def test_without_a_policy_the_bank_for_real_models_is_asked():
 
 @pytest.mark.parametrize("words", [[], ["--base", BUNDLED, "--redteam"], ["run", "redteam.probes=2"]])
 def test_what_does_not_go_together_is_a_usage_error(words):
-    assert CliRunner().invoke(cli.app, ["evaluate", *words]).exit_code == 2
+    assert CliRunner().invoke(app.app, ["evaluate", *words]).exit_code == 2

@@ -3,8 +3,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
-from persona_rlhf.inputs.bundled import shipped_root
+from persona_rlhf.cli import app
+from persona_rlhf.common.files import shipped_root
 
 SAMPLE = str(shipped_root() / "data/samples/preferences.jsonl")
 
@@ -12,7 +12,7 @@ SAMPLE = str(shipped_root() / "data/samples/preferences.jsonl")
 @pytest.fixture
 def run():
     runner = CliRunner()
-    return lambda *arguments: runner.invoke(cli.app, ["data", "check", SAMPLE, *arguments])
+    return lambda *arguments: runner.invoke(app.app, ["data", "check", SAMPLE, *arguments])
 
 
 def test_one_pair_is_shown_on_demand(run):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
-from persona_rlhf.inputs.bundled import shipped_root
-from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.cli import app
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import shipped_root
 
 from .policy.banks import tier_one, tier_three, tier_two, write
 
@@ -32,7 +32,7 @@ sys.exit(code)
 @pytest.fixture
 def run():
     runner = CliRunner()
-    return lambda *arguments: runner.invoke(cli.app, [str(argument) for argument in arguments])
+    return lambda *arguments: runner.invoke(app.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -218,9 +218,9 @@ class Line:
         self.monkeypatch = monkeypatch
 
     def does(self, function):
-        import persona_rlhf.line
+        import persona_rlhf.pipeline.train
 
-        self.monkeypatch.setattr(persona_rlhf.line, "train", function)
+        self.monkeypatch.setattr(persona_rlhf.pipeline.train, "train", function)
 
 
 @pytest.fixture

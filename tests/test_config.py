@@ -6,11 +6,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persona_rlhf.config import Config, read_config
-from persona_rlhf.inputs.bundled import shipped_root
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.inputs.section import Section
-from persona_rlhf.materials import read_materials
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import shipped_root
+from persona_rlhf.config.experiment import Config, read_config
+from persona_rlhf.config.loader import Section
+from persona_rlhf.pipeline.inputs import read_inputs
 
 SOURCE = Path(__file__).parent.parent / "src" / "persona_rlhf"
 
@@ -224,6 +224,6 @@ def test_the_configs_of_hub_models_load(file):
     """Their base is on the hub, everything else is shipped."""
     config = read_config(f"configs/{file}.yaml")
     assert config.name == file
-    materials = read_materials(config)
+    materials = read_inputs(config)
     assert len(materials.policy.probes("certify")) == 342
     assert materials.pairs.users > 0

@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_rlhf import deletion
-from persona_rlhf.deletion import finish, forget
-from persona_rlhf.evaluation.measures import Outcome, Refused
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.opening import open_run
-from persona_rlhf.preferences.identity import pseudonym, slug
-from persona_rlhf.preferences.store import PairStore
-from persona_rlhf.release import audit
-from persona_rlhf.release.forgotten import forgotten, pending_file, proof_file
-from persona_rlhf.release.redteam import Attacked, MergedPair, RedTeamResult, content_of, write_redteam
+from persona_rlhf.cli.console import open_run
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import pseudonym, slug
+from persona_rlhf.data.store import PairStore
+from persona_rlhf.evaluation.records import Outcome, Refused
+from persona_rlhf.pipeline import forget_user
+from persona_rlhf.pipeline.forget_user import finish, forget
+from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
+from persona_rlhf.release import integrity
+from persona_rlhf.release.deletion_records import forgotten, pending_file, proof_file
+from persona_rlhf.release.integrity import seal
+from persona_rlhf.release.redteam_report import Attacked, MergedPair, RedTeamResult, content_of, write_redteam
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import read_results
-from persona_rlhf.release.seal import seal
 from persona_rlhf.release.verify import verify
-from persona_rlhf.run_folder import PAIRS, RunFolder
 from persona_rlhf.training import checkpoint
 from tests.cut_short import DONE, FAILED, KILLED, UNMINDED, cut_short
 from tests.release import conftest as small
@@ -86,7 +86,7 @@ def planted(monkeypatch, request, tmp_path) -> Path:
     ]
     pairs = [MergedPair((ID, "Ada"), outcome), MergedPair(("Ada", "ada"), outcome)]
     write_redteam(path, content_of(RedTeamResult(found, pairs, {}), {"seed": 0}))
-    folder, chunk = RunFolder(path), path / "state/chunks/000000"
+    folder, chunk = RunDir(path), path / "state/chunks/000000"
     store = PairStore(outside, 0.25)
     (path / "state/identity.json").write_text(json.dumps({PAIRS: store.fingerprint, "users per chunk": "99"}))
     folder.change_users(store.known)
@@ -152,7 +152,7 @@ def test_nothing_of_a_user_is_left(planted):
     assert proof == done.content | {key: proof[key] for key in ("format", "toolkit", "manifest_hash")}
     assert all(own["before"] == own["after"] for own in proof["others"].values())
     assert len(proof["others"]) == len({path.split("/")[1] for path in old})
-    [entry] = audit.read(planted)
+    [entry] = integrity.read(planted)
     assert (entry.event, entry.facts) == ("forgotten", {"user": pseudonym(ID), "proof": proof["manifest_hash"]})
     assert any("outside.jsonl holds 3 rows" in sentence for sentence in done.remains)
     assert any("tastes.yaml" in sentence for sentence in done.remains)
@@ -160,7 +160,7 @@ def test_nothing_of_a_user_is_left(planted):
 
 def test_he_stays_out_until_his_proof_is_deleted(planted):
     forget(planted, ID)
-    source, folder = planted.parent / "outside.jsonl", RunFolder(planted)
+    source, folder = planted.parent / "outside.jsonl", RunDir(planted)
     assert ID in source.read_text() or "kanarienvogel" in source.read_text()
     store = PairStore(source, 0.25, folder.roll)
     assert ID not in {pair.user_id for pair in store}
@@ -225,7 +225,7 @@ def test_cut_short_anywhere_it_is_finished_by_the_next_start(planted, tmp_path, 
         assert held(copy) == {}, at
         assert others(copy) == old, at
         assert verify(copy) == [], at
-        assert len(list(audit.read(copy))) == 1, at
+        assert len(list(integrity.read(copy))) == 1, at
         assert not pending_file(copy, pseudonym(ID)).exists()
     assert cut >= (5 if full else 20)
 
@@ -258,4 +258,4 @@ def test_rows_go_out_of_every_kind_of_file(planted):
     for name in ("packed.jsonl.gz", "table.csv", "rows.parquet", "pairs.jsonl"):
         kept = [pair for pair in PairStore(data / name, 0.25) if pair.user_id == "Ada"]
         assert [pair.prompt[-1].content for pair in kept][:2] == ["asked 0", "asked 1"], name
-    assert deletion.forget(planted, ID) is None
+    assert forget_user.forget(planted, ID) is None

@@ -4,10 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from persona_rlhf.config import Config, read_config
-from persona_rlhf.dialects import import_config
-from persona_rlhf.foreign_keys import AXOLOTL, TRL
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.convert import AXOLOTL, TRL, import_config
+from persona_rlhf.config.experiment import Config, read_config
 
 TRL_FILE = """
 # trl dpo --config trl.yaml

@@ -8,11 +8,10 @@ import pytest
 import typer
 
 import persona_rlhf
-from persona_rlhf.cli import app
-from persona_rlhf.config import Config
-from persona_rlhf.inputs.section import read_section
-from persona_rlhf.inputs.yaml_text import parse_yaml
-from persona_rlhf.sweep import SweepSettings, arm_runs
+from persona_rlhf.cli.app import app
+from persona_rlhf.config.experiment import Config
+from persona_rlhf.config.loader import parse_yaml, read_section
+from persona_rlhf.pipeline.sweep import SweepSettings, arm_runs
 from tests.docs_pages import PAGES, ROOT, blocks, page_name
 from tests.scripts import load_script
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from persona_rlhf.preferences.identity import slug
+from persona_rlhf.common.files import slug
 from persona_rlhf.release.export import ADAPTERS
 from tests.apps.conftest import base, base_folder, served_run  # noqa: F401 - fixtures
 from tests.apps.test_serve import ADA, Server, cli_words, tokens  # noqa: F401 - a fixture among them

@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
-from persona_rlhf.inputs.bundled import shipped_root
+from persona_rlhf.cli import app
+from persona_rlhf.common.files import shipped_root
 from persona_rlhf.policy.hazards import read_probes
 from tests.docs_pages import PAGES as WRITTEN
 from tests.docs_pages import ROOT, blocks, page_name
@@ -173,7 +173,7 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 def run_command(command: str) -> None:
     name, *words = shlex.split(command)
     assert name == "persona-rlhf", command
-    done = CliRunner().invoke(cli.app, [STANDS_IN.get(word, word) for word in words], input="")
+    done = CliRunner().invoke(app.app, [STANDS_IN.get(word, word) for word in words], input="")
     assert done.exit_code == 0, (command, done.output)
 
 

@@ -6,10 +6,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from persona_rlhf.cli import app
+from persona_rlhf.cli.app import app
+from persona_rlhf.policy.enforcement import distance
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.policy.statements import Wish
-from persona_rlhf.policy.wishes import distance
+from persona_rlhf.policy.rule_schema import PropertyValue
 
 TWO = {"tier": "two", "issuer": {"role": "application_provider", "name": "App"}, "version": "1"}
 THREE = {"tier": "three", "issuer": {"role": "end_user", "name": "Ann", "user_id": "ann"}, "version": "1"}
@@ -41,15 +41,15 @@ def drafted(*words):
 
 
 def test_distances_by_hand():
-    assert distance([Wish("max_words", 4)], "one two three") == 0
-    assert distance([Wish("max_words", 4)], "one two three four five six") == 0.5
-    assert distance([Wish("min_words", 4)], "one") == 0.75
-    assert distance([Wish("language", "fr")], "the cat is on the table and it is not the dog") == 1
-    assert distance([Wish("avoid", "medical, dragons")], "A doctor says: rest.") == 0.5
-    assert distance([Wish("avoid", "medical, dragons")], "Here be Dragons.") == 0.5
-    assert distance([Wish("max_words", 1), Wish("avoid", "dragons")], "dragons here") == 2
+    assert distance([PropertyValue("max_words", 4)], "one two three") == 0
+    assert distance([PropertyValue("max_words", 4)], "one two three four five six") == 0.5
+    assert distance([PropertyValue("min_words", 4)], "one") == 0.75
+    assert distance([PropertyValue("language", "fr")], "the cat is on the table and it is not the dog") == 1
+    assert distance([PropertyValue("avoid", "medical, dragons")], "A doctor says: rest.") == 0.5
+    assert distance([PropertyValue("avoid", "medical, dragons")], "Here be Dragons.") == 0.5
+    assert distance([PropertyValue("max_words", 1), PropertyValue("avoid", "dragons")], "dragons here") == 2
     with pytest.raises(ValueError, match="formality"):
-        distance([Wish("formality", "formal")], "Sir")
+        distance([PropertyValue("formality", "formal")], "Sir")
 
 
 def test_the_shorter_answer_is_chosen_within_what_the_provider_requires(experiment, tmp_path):
@@ -59,7 +59,7 @@ def test_the_shorter_answer_is_chosen_within_what_the_provider_requires(experime
     assert done.exit_code == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "mine/out.jsonl").read_text().splitlines()]
     assert len(rows) == 6
-    wish = [Wish("max_words", 8)]
+    wish = [PropertyValue("max_words", 8)]
     for row in rows:
         assert distance(wish, row["chosen"]) < distance(wish, row["rejected"])
         assert "!" not in row["chosen"] + row["rejected"]

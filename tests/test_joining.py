@@ -11,20 +11,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from persona_rlhf.addition import add
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.joining import begin_joining, join
-from persona_rlhf.opening import open_run
-from persona_rlhf.preferences.identity import pseudonym
-from persona_rlhf.rebasing import rebase
-from persona_rlhf.release import audit
+from persona_rlhf.cli.console import open_run
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import pseudonym
+from persona_rlhf.config.training import BaseSettings
+from persona_rlhf.models.base import weights_hash
+from persona_rlhf.pipeline.run_dir import PAIRS, RunDir, before, check_replacement, finish_replacement, replace_run
+from persona_rlhf.pipeline.update_run import add, begin_joining, join, rebase
+from persona_rlhf.release import integrity
+from persona_rlhf.release.integrity import seal
 from persona_rlhf.release.results import read_results, write_results
-from persona_rlhf.release.seal import seal
 from persona_rlhf.release.verify import verify
-from persona_rlhf.replacement import before, check_replacement, finish_replacement, replace_run
-from persona_rlhf.run_folder import PAIRS, RunFolder
-from persona_rlhf.training.base import weights_hash
-from persona_rlhf.training.settings import BaseSettings
 from tests.cut_short import DONE, KILLED, cut_short
 from tests.release import conftest as small
 from tests.story.experiment import listing
@@ -58,7 +55,7 @@ def joining(run, tmp_path) -> tuple[Path, Path]:
         for user, result in results.items():
             if result.path is not None and (user not in kept or (place == path and user == CHANGED)):
                 shutil.rmtree(place / result.path)
-        RunFolder(place).change_users(index(kept))
+        RunDir(place).change_users(index(kept))
         (place / "screening.jsonl").write_text(
             "".join(f'{{"user_id": "{user}", "reason": "r", "action": "a"}}\n' for user in kept)
         )
@@ -83,12 +80,12 @@ def check(path: Path, whole: Path, others: dict[str, bytes], at: object = None) 
     assert len(own) == len(lines), at
     users = [result.user_id for result in read_results(path)]
     assert users[-1] == NEW, at
-    assert list(RunFolder(path).roll.known) == index(users), at
-    assert RunFolder(path).sources == ["more.jsonl"], at
+    assert list(RunDir(path).roll.known) == index(users), at
+    assert RunDir(path).sources == ["more.jsonl"], at
     for name, each in (("metrics.jsonl", 2), ("screening.jsonl", 1)):
         told = [json.loads(line)["user_id"] for line in (path / name).read_text().splitlines()]
         assert sorted(told) == sorted(users * each), at
-    assert [entry.event for entry in audit.read(path)] == ["added"], at
+    assert [entry.event for entry in integrity.read(path)] == ["added"], at
     assert not list(path.rglob("*adding*")), at
 
 
@@ -119,7 +116,7 @@ def test_a_changed_user_who_is_held_back_loses_his_adapter(joining):
     join(path)
     assert not (path / old.path).exists()
     assert verify(path) == []
-    assert RunFolder(path).sources == ["more.jsonl", "other.jsonl"]
+    assert RunDir(path).sources == ["more.jsonl", "other.jsonl"]
 
 
 @pytest.mark.slow

@@ -2,12 +2,12 @@ import threading
 
 import pytest
 
-from persona_rlhf.overlap import behind
+from persona_rlhf.pipeline.train import overlapped
 
 
 def test_results_come_in_order():
-    assert list(behind(lambda n: n * n, range(5))) == [0, 1, 4, 9, 16]
-    assert list(behind(lambda n: n, [])) == []
+    assert list(overlapped(lambda n: n * n, range(5))) == [0, 1, 4, 9, 16]
+    assert list(overlapped(lambda n: n, [])) == []
 
 
 def test_the_next_item_is_made_while_the_work_goes_on():
@@ -25,7 +25,7 @@ def test_the_next_item_is_made_while_the_work_goes_on():
         assert n == 2 or made[n + 1].wait(10)
         return n
 
-    assert list(behind(work, items())) == [0, 1, 2]
+    assert list(overlapped(work, items())) == [0, 1, 2]
 
 
 def test_no_more_than_one_piece_of_work_waits():
@@ -36,7 +36,7 @@ def test_no_more_than_one_piece_of_work_waits():
             assert len(done) >= n - 1
             yield n
 
-    assert list(behind(lambda n: done.append(n), items())) == [None] * 4
+    assert list(overlapped(lambda n: done.append(n), items())) == [None] * 4
 
 
 @pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt])
@@ -47,12 +47,12 @@ def test_what_was_under_way_is_given_before_the_fault_of_the_next_item(fault):
 
     found = []
     with pytest.raises(fault, match="the second"):
-        found.extend(behind(lambda n: n, items()))
+        found.extend(overlapped(lambda n: n, items()))
     assert found == [1]
 
 
 def test_a_fault_of_the_work_comes_in_the_place_of_its_result():
-    found = behind(lambda n: 1 / n, [2, 0, 1])
+    found = overlapped(lambda n: 1 / n, [2, 0, 1])
     assert next(found) == 0.5
     with pytest.raises(ZeroDivisionError):
         next(found)

@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf import plan as planning
-from persona_rlhf.config import read_config
-from persona_rlhf.inputs.bundled import shipped_root
-from persona_rlhf.plan import Memory, Plan, Seconds, _fit, _walk, render
-from persona_rlhf.training.capacity import largest_step, pair_tokens
+from persona_rlhf.common.files import shipped_root
+from persona_rlhf.config.experiment import read_config
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.pipeline import plan
+from persona_rlhf.pipeline.plan import Memory, Plan, Seconds, _fit, _walk, render
+from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.scheduler import UserSchedule, queue_order
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.training.memory import largest_step, pair_tokens
+from persona_rlhf.training.user_state import UserSchedule, queue_order
 
 from .training.tiny import tiny_base, user_rows
 
@@ -77,10 +77,10 @@ def test_a_run_without_a_pair_to_train_on_is_a_plan_of_nobody(monkeypatch):
     pairs = SimpleNamespace(users=1, of=lambda _: [])
     ready = SimpleNamespace(adapted=adapted, pairs=pairs, policy=None)
     chunk = SimpleNamespace(rows=[user_rows("quiet", 0, seed=0, heldout=2)])
-    monkeypatch.setattr(planning, "prepare", lambda *_: ready)
-    monkeypatch.setattr(planning, "prepare_users", lambda *_: chunk)
-    monkeypatch.setattr(planning, "constraint_bank", lambda *_: None)
-    found = planning.plan(read_config(shipped_root() / "configs/quickstart.yaml"))
+    monkeypatch.setattr(plan, "prepare", lambda *_: ready)
+    monkeypatch.setattr(plan, "prepare_users", lambda *_: chunk)
+    monkeypatch.setattr(plan, "constraint_bank", lambda *_: None)
+    found = plan.plan(read_config(shipped_root() / "configs/quickstart.yaml"))
     assert (found.users, found.skipped, found.steps, found.slots) == (0, 1, 0, 0)
     assert (found.seconds.training, found.seconds.judging) == (0, 0)
     assert found.memory.base > 0
@@ -105,15 +105,15 @@ def test_activations_are_those_of_the_largest_step_that_comes(monkeypatch, times
     users[0] = _longer(users[0], times)
     pairs = SimpleNamespace(users=4, of=lambda _: [])
     ready = SimpleNamespace(adapted=adapted, pairs=pairs, policy=None)
-    monkeypatch.setattr(planning, "prepare", lambda *_: ready)
-    monkeypatch.setattr(planning, "prepare_users", lambda *_: SimpleNamespace(rows=users))
-    monkeypatch.setattr(planning, "constraint_bank", lambda *_: None)
-    monkeypatch.setattr(planning, "_judging", lambda *_: 0.0)
-    monkeypatch.setattr(planning, "_cache_bytes", lambda *_: 0)
+    monkeypatch.setattr(plan, "prepare", lambda *_: ready)
+    monkeypatch.setattr(plan, "prepare_users", lambda *_: SimpleNamespace(rows=users))
+    monkeypatch.setattr(plan, "constraint_bank", lambda *_: None)
+    monkeypatch.setattr(plan, "_judging", lambda *_: 0.0)
+    monkeypatch.setattr(plan, "_cache_bytes", lambda *_: 0)
     config = read_config(shipped_root() / "configs/quickstart.yaml", ["fleet.slots=4"])
     cost = largest_step(adapted, users, None, config.dpo, config.constraint)
     state = 3 * 4 * adapted.params_per_user  # bytes of an adapter and its moments
-    found = planning.plan(config).memory.activations * 2**20 / (4 * (cost.memory - state))
+    found = plan.plan(config).memory.activations * 2**20 / (4 * (cost.memory - state))
     short = sum(map(pair_tokens, users[1].train[: config.dpo.pairs_per_step]))
     assert found == pytest.approx((cost.tokens + 3 * short) / (4 * cost.tokens), rel=1e-6)
     assert (found == 1) == (times == 1)
@@ -126,6 +126,6 @@ def test_users_of_a_single_step_are_probed_too(early):
     users = [user_rows(f"u{n}", 1, seed=n) for n in range(3)]
     users = [user._replace(deciding=user_rows("x", 50, seed=9).train) for user in users]
     config = read_config(shipped_root() / "configs/quickstart.yaml", [f"dpo.early_stop={early}"])
-    steps, each = planning._probe_steps(config, adapted, [users, users[1:], users[1:2]], None)
+    steps, each = plan._probe_steps(config, adapted, [users, users[1:], users[1:2]], None)
     assert 0 < steps.of(100) < 5
     assert 0 < each < 0.1

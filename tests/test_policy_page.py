@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
+from persona_rlhf.cli import app
 from persona_rlhf.policy.enforcement import TABLE
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def ran(line):
     command, _, comment = line.partition(" # ")
     code = int(comment.removeprefix("exit code ") or 0)
     words = shlex.split(command)
-    done = CliRunner().invoke(cli.app, words[1:])
+    done = CliRunner().invoke(app.app, words[1:])
     assert done.exit_code == code, (line, done.output)
     return done.output
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
-from persona_rlhf.inputs.bundled import shipped_root
+from persona_rlhf.cli import app
+from persona_rlhf.common.files import shipped_root
 
 from .policy.banks import tier_one, tier_three, tier_two, write
 
@@ -19,7 +19,7 @@ PACKS = sorted(folder.name for folder in (shipped_root() / "configs/policy/packs
 
 
 def run(*words, code=0):
-    done = CliRunner().invoke(cli.app, ["policy", *map(str, words)])
+    done = CliRunner().invoke(app.app, ["policy", *map(str, words)])
     assert done.exit_code == code, done.output
     return done
 

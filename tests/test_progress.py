@@ -4,7 +4,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from persona_rlhf.progress import Progress
+from persona_rlhf.pipeline.monitoring import Progress
 from persona_rlhf.training.engine import StepReport
 
 

@@ -6,19 +6,19 @@ from itertools import combinations
 import pytest
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.policy.documents import Certify
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.identity import slug
-from persona_rlhf.redteaming import pairs_of, probes_of
+from persona_rlhf.cli import app
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import slug
+from persona_rlhf.pipeline.reevaluate import pairs_of, probes_of
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.rule_schema import Certify
 from persona_rlhf.release.results import PairCounts, Result, write_results
 
 
 @pytest.fixture
 def attack(tmp_path):
     def ask(*words):
-        done = CliRunner().invoke(cli.app, ["evaluate", str(tmp_path), *words])
+        done = CliRunner().invoke(app.app, ["evaluate", str(tmp_path), *words])
         assert done.stdout == ""
         assert not (tmp_path / "redteam.json").exists()
         return done.exit_code, done.stderr

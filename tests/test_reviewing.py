@@ -5,13 +5,13 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from persona_rlhf.cli import app
-from persona_rlhf.config import read_config
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.identity import pseudonym
-from persona_rlhf.preferences.review import read_reviews
-from persona_rlhf.release import audit
-from persona_rlhf.reviewing import quarantine, review
+from persona_rlhf.cli.app import app
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import pseudonym
+from persona_rlhf.config.experiment import read_config
+from persona_rlhf.data.feedback import read_reviews
+from persona_rlhf.pipeline.curate import quarantine, review
+from persona_rlhf.release import integrity
 
 TEXTS = [
     ("ann", "a1", "kill a process", "Type kill."),
@@ -44,10 +44,10 @@ def test_the_quarantine_is_shown_with_its_texts_and_decisions(run):
     assert [(held.pair.id, held.review) for held in quarantine(run)] == [("a1", None), ("b1", None)]
     made = review(run, "ann", "a1", "accept", "about computers", "Ann Officer")
     assert [held.review for held in quarantine(run, "ann")] == [made]
-    [entry] = audit.read(run)
+    [entry] = integrity.read(run)
     assert (entry.event, entry.facts) == ("review", made._asdict() | {"user_id": pseudonym("ann")})
     assert "kill" not in (run / "reviews.jsonl").read_text()
-    assert not any(text in (run / audit.AUDIT).read_text() for text in ("kill", "ann"))
+    assert not any(text in (run / integrity.AUDIT).read_text() for text in ("kill", "ann"))
     review(run, "ann", "a1", "reject", "on second thoughts", "Bob")
     assert [own.decision for own in read_reviews(run / "reviews.jsonl").values()] == ["reject"]
 

@@ -5,11 +5,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
+from persona_rlhf.cli import app
 
 
 def asked(*words):
-    return CliRunner().invoke(cli.app, ["plan", *words])
+    return CliRunner().invoke(app.app, ["plan", *words])
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from persona_rlhf import cli, line
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.inputs.section import read_section
-from persona_rlhf.inputs.yaml_text import read_yaml
+from persona_rlhf.cli import app
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import find
+from persona_rlhf.config.experiment import scaffold
+from persona_rlhf.config.loader import read_section, read_yaml
+from persona_rlhf.pipeline import train
+from persona_rlhf.pipeline.sweep import SweepSettings, arm_runs, sweep
 from persona_rlhf.release.comparison import FIGURES, comparison_table
 from persona_rlhf.release.results import read_results
-from persona_rlhf.scaffold import scaffold
-from persona_rlhf.sweep import SweepSettings, arm_runs, sweep
 
 from .story.experiment import OVERRIDES, shrink, write_yaml
 
@@ -86,13 +86,13 @@ def test_a_sweep_is_trained_killed_resumed_and_compared(asked, place, monkeypatc
         if len(trained) == 2:
             raise KeyboardInterrupt
         trained.append(arguments[1])
-        return train(*arguments, **named)
+        return real(*arguments, **named)
 
-    train = line.train
-    monkeypatch.setattr(line, "train", once)
+    real = train.train
+    monkeypatch.setattr(train, "train", once)
     with pytest.raises(KeyboardInterrupt):
         sweep(file, OVERRIDES, out, False, QUIET)
-    monkeypatch.setattr(line, "train", train)
+    monkeypatch.setattr(train, "train", real)
     with pytest.raises(InputError, match="not empty"):
         sweep(file, OVERRIDES, out, False, QUIET)
     with pytest.raises(InputError, match="changed since it began"):
@@ -126,7 +126,7 @@ def test_a_sweep_is_trained_killed_resumed_and_compared(asked, place, monkeypatc
 def test_the_verb(asked, place):
     file = asked(grid={}, seeds=[0])
     words = ["sweep", str(file), *OVERRIDES, "--run", str(place / "out-verb"), "--json"]
-    ended = CliRunner().invoke(cli.app, words)
+    ended = CliRunner().invoke(app.app, words)
     assert ended.exit_code == 0, ended.stderr
     assert list(json.loads(ended.stdout)) == ["as it is"]
-    assert CliRunner().invoke(cli.app, ["sweep", str(file), "--run", str(place / "none"), "--resume"]).exit_code == 2
+    assert CliRunner().invoke(app.app, ["sweep", str(file), "--run", str(place / "none"), "--resume"]).exit_code == 2

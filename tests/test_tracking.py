@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from persona_rlhf.config import read_config
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.experiment import read_config
+from persona_rlhf.pipeline.monitoring import Tracking, check_trackers
 from persona_rlhf.release.results import summarise
-from persona_rlhf.tracking import Tracking, check_trackers
 
 
 def report(user: str, loss: float, violation: float | None = 0.5) -> SimpleNamespace:

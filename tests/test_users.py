@@ -8,17 +8,15 @@ from random import Random
 
 import pytest
 
-from persona_rlhf.evaluation.poison import KINDS
-from persona_rlhf.evaluation.tastes import TASTES
-from persona_rlhf.evaluation.utility import Utility, read_utilities
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import find
+from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.policy.hazards import CATEGORIES, assign_split, read_probes
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.preferences.pairs import read_pairs
-from persona_rlhf.training.world.banks import forbidden, plain
-from persona_rlhf.training.world.phrasings import gerund
-from persona_rlhf.training.world.topics import topics
+from persona_rlhf.simulation.corpus import forbidden, plain
+from persona_rlhf.simulation.prompts import topics
+from persona_rlhf.simulation.users import POISON_KINDS, TASTES, Utility, read_utilities
+from persona_rlhf.simulation.vocabulary import gerund
 from tests.scripts import load_script
 
 
@@ -173,7 +171,7 @@ def test_paraphrases_are_of_trained_topics_and_each_has_its_plain_prompt(generat
         assert not forbidden() & {plain(text), plain(prompt), plain(twin)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", POISON_KINDS)
 def test_a_poisoned_user_is_a_clean_one_with_poison_in_the_place_of_some_pairs(generator, kind):
     attacks = [generator.Attack(f"attack {n}", "Sure.", "I can't do that. Sorry.") for n in range(30)]
     pool, sizes = pool_of(generator, 60), (20, 10)

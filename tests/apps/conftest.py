@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import pytest
 
-from persona_rlhf.apps.admitted import Admitted
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.identity import slug
-from persona_rlhf.training.base import Base, load_base
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import BaseSettings, LoraSettings
+from persona_rlhf.common.files import find, slug
+from persona_rlhf.config.training import BaseSettings, LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import Base, load_base
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.serving.access import AdapterAccess
 from tests.release.conftest import Run, run  # noqa: F401 - the fixture
 from tests.training.conftest import _one_thread  # noqa: F401 - so many threads are slower than one
 from tests.training.tiny import random_flat, tiny_base
@@ -77,8 +76,8 @@ def told() -> list[str]:
 
 
 @pytest.fixture
-def admitted(run: Run, base: Base, told: list[str]) -> Admitted:  # noqa: F811
-    return Admitted(run.path, base.weights_hash, LORA, told.append)
+def admitted(run: Run, base: Base, told: list[str]) -> AdapterAccess:  # noqa: F811
+    return AdapterAccess(run.path, base.weights_hash, LORA, told.append)
 
 
 def slugs() -> list[str]:

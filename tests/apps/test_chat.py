@@ -6,18 +6,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
-from persona_rlhf.apps.chat import Chat
-from persona_rlhf.apps.guard import Guard
-from persona_rlhf.apps.screen import Screen
-from persona_rlhf.apps.writing import Declined, Piece, Usage
-from persona_rlhf.preferences.identity import slug
-from persona_rlhf.preferences.ledger import LEDGER
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.pairs import read_pairs
-from persona_rlhf.release.outcome import skipped
-from persona_rlhf.release.results import PairCounts
+from persona_rlhf.cli import app
+from persona_rlhf.common.files import slug
+from persona_rlhf.data.feedback import LEDGER
+from persona_rlhf.data.pairs import Message, read_pairs
+from persona_rlhf.release.results import PairCounts, skipped
 from persona_rlhf.release.verify import verify
+from persona_rlhf.serving.chat import Chat, ChatTerminal
+from persona_rlhf.serving.openai_api import APIError, TextChunk, Usage
+from persona_rlhf.serving.policy_filter import PolicyFilter
 
 USER = skipped("Ada", "", PairCounts(0, 0, 0))
 
@@ -31,9 +28,11 @@ class Counting:
     def write(self, model, messages, wish):
         self.asked.append((model, messages, wish))
         if messages[-1].content == "too long":
-            raise Declined(400, "The messages are too long.", "context_length_exceeded")
+            raise APIError(400, "The messages are too long.", "context_length_exceeded")
         last = "same" if messages[-1].content == "same" else f"answer {len(self.asked)}"
-        return iter([Piece(f"{'base' if model is None else 'own'} "), Piece(last), Piece("", "stop", Usage(1, 1))])
+        return iter(
+            [TextChunk(f"{'base' if model is None else 'own'} "), TextChunk(last), TextChunk("", "stop", Usage(1, 1))]
+        )
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def talk(tmp_path):
     def talk(*lines, compare=False, terminal=False, guard=None):
         writer, shown, said = Counting(), io.StringIO(), []
         console = Console(file=shown, force_terminal=terminal, width=80)
-        chat = Chat(tmp_path, USER, writer, guard or Guard(), Screen(console), said.append, 9, compare)
+        chat = Chat(tmp_path, USER, writer, guard or PolicyFilter(), ChatTerminal(console), said.append, 9, compare)
         chat.run(iter(f"{line}\n" for line in lines))
         return writer.asked, shown.getvalue(), said
 
@@ -105,7 +104,7 @@ def test_what_cannot_be_done_is_said_and_the_chat_goes_on(talk, tmp_path):
 
 
 def test_the_policy_looks_at_answers_here_too(talk):
-    guard = Guard(lambda user_id: "Be kind.", None, lambda prompt, answer: ["rule"] * answer.startswith("own"))
+    guard = PolicyFilter(lambda user_id: "Be kind.", None, lambda prompt, answer: ["rule"] * answer.startswith("own"))
     asked, shown, _ = talk("hello", guard=guard)
     assert shown == "Ada> base answer 2\n"
     assert asked[0][1][0] == Message("system", "Be kind.")
@@ -113,23 +112,23 @@ def test_the_policy_looks_at_answers_here_too(talk):
 
 def test_an_answer_does_not_move_the_cursor():
     shown = io.StringIO()
-    screen = Screen(Console(file=shown, force_terminal=False))
+    screen = ChatTerminal(Console(file=shown, force_terminal=False))
     evil = "a\x1b[2Jb\x07\x9bc\r[bold]d[/bold]\ne"
-    assert screen.show({"x\x1b": iter([Piece(evil, "stop")])}) == [evil]
+    assert screen.show({"x\x1b": iter([TextChunk(evil, "stop")])}) == [evil]
     assert shown.getvalue() == "x\ufffd> a\ufffd[2Jb\ufffd\ufffdc\ufffd[bold]d[/bold]\ne\n"
 
 
 def test_chat_with_a_released_adapter_through_the_command_line(served_run):
     lines = "w5 w6\n/retry\n/pair\n/quit\n"
     words = ["chat", str(served_run.path), "--user", "Ada", "--compare", "base", "--max-tokens", "6"]
-    done = CliRunner().invoke(cli.app, words, input=lines)
+    done = CliRunner().invoke(app.app, words, input=lines)
     assert done.exit_code == 0, done.output
     assert done.stdout.count("Ada> ") == 2
     assert done.stdout.count("the base> ") == 1
     [pair] = saved(served_run.path)
     assert pair.prompt == (Message("user", "w5 w6"),)
     assert not [fault for fault in verify(served_run.path) if LEDGER in fault]  # the run's seal knows that it grows
-    refused = CliRunner().invoke(cli.app, ["chat", str(served_run.path), "--user", "nan"], input=lines)
+    refused = CliRunner().invoke(app.app, ["chat", str(served_run.path), "--user", "nan"], input=lines)
     assert refused.exit_code == 3
     assert "not released" in refused.stderr
-    assert CliRunner().invoke(cli.app, ["chat", str(served_run.path), "--user", "nobody"]).exit_code == 2
+    assert CliRunner().invoke(app.app, ["chat", str(served_run.path), "--user", "nobody"]).exit_code == 2

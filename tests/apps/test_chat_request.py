@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.apps.chat_request import parse
-from persona_rlhf.apps.writing import Declined, Wish
-from persona_rlhf.preferences.messages import Message
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.serving.openai_api import APIError, SamplingParams, parse
 
 ASKED = {"model": "ann", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -19,9 +18,9 @@ def body(**changes) -> bytes:
 
 def test_what_is_asked_is_taken():
     found = parse(body(max_tokens=7, temperature=0, top_p=0.5, stop="x", seed=3, stream=True, n=1, user="me"), 64)
-    assert found.wish == Wish(7, 0.0, 0.5, 3, ("x",), True)
+    assert found.wish == SamplingParams(7, 0.0, 0.5, 3, ("x",), True)
     assert found.messages == (Message("user", "hi"),)
-    assert parse(body(), 64).wish == Wish(64, 1.0, 1.0, None, (), False)
+    assert parse(body(), 64).wish == SamplingParams(64, 1.0, 1.0, None, (), False)
     assert parse(body(max_completion_tokens=9, stop=["a", "b"]), 64).wish.max_tokens == 9
 
 
@@ -63,7 +62,7 @@ def test_what_is_asked_is_taken():
     ids=lambda value: json.dumps(value)[:40],
 )
 def test_what_cannot_be_is_declined_by_name(param, changes):
-    with pytest.raises(Declined) as declined:
+    with pytest.raises(APIError) as declined:
         parse(body(**changes), 64)
     assert declined.value.status == 400
     assert declined.value.param == param
@@ -78,6 +77,6 @@ def test_what_cannot_be_is_declined_by_name(param, changes):
 
 @given(st.binary(max_size=60) | st.sampled_from([b"[" * 5000, b'{"a":' * 5000, b"null", b"3", b"[]", b"\xff", b""]))
 def test_no_body_is_a_fault_of_ours(raw):
-    with pytest.raises(Declined) as declined:
+    with pytest.raises(APIError) as declined:
         parse(raw, 64)
     assert declined.value.status == 400

@@ -8,15 +8,12 @@ import time
 import httpx
 import pytest
 
-from persona_rlhf.apps.admitted import Admitted
-from persona_rlhf.apps.gateway import Gateway
-from persona_rlhf.apps.guard import INSTEAD, Guard
-from persona_rlhf.apps.limits import Limits
-from persona_rlhf.apps.tokens import make_tokens, read_tokens
-from persona_rlhf.apps.writing import Declined, Piece, Usage
-from persona_rlhf.preferences.identity import slug
-from persona_rlhf.release.outcome import skipped
-from persona_rlhf.release.results import PairCounts
+from persona_rlhf.common.files import slug
+from persona_rlhf.release.results import PairCounts, skipped
+from persona_rlhf.serving.access import AdapterAccess, Limits, make_tokens, read_tokens
+from persona_rlhf.serving.openai_api import APIError, TextChunk, Usage
+from persona_rlhf.serving.policy_filter import INSTEAD, PolicyFilter
+from persona_rlhf.serving.server import Gateway
 from tests.apps.conftest import RELEASED, slugs
 
 ADA, ADA2 = slug("Ada"), slug("ada")
@@ -33,7 +30,7 @@ class Echo:
 
     def write(self, model, messages, wish):
         self.asked.append((model, messages))
-        if isinstance(self.fault, Declined):
+        if isinstance(self.fault, APIError):
             raise self.fault
         return self.pieces(model, messages)
 
@@ -42,11 +39,11 @@ class Echo:
         if self.fault is not None:
             raise self.fault
         for word in (f"{model or 'the base'}", " says", f" {messages[-1].content}"):
-            yield Piece(word)
-        yield Piece("", "stop", Usage(5, 3))
+            yield TextChunk(word)
+        yield TextChunk("", "stop", Usage(5, 3))
 
 
-class Known(Admitted):
+class Known(AdapterAccess):
     """Who is served, without a run on a disk."""
 
     def __init__(self, user_ids):
@@ -54,7 +51,7 @@ class Known(Admitted):
 
     def check(self, slug, again=False):
         if slug not in self.results:
-            raise Declined(403, "not served", "adapter_not_served")
+            raise APIError(403, "not served", "adapter_not_served")
         return self.results[slug]
 
 
@@ -228,7 +225,7 @@ def test_a_fault_shows_no_traceback_and_nothing_of_anybody(ask, echo, told):
 
 
 def test_a_declined_request_keeps_its_status_in_a_stream_too(ask, echo):
-    echo.fault = Declined(400, "too long", "context_length_exceeded", "messages")
+    echo.fault = APIError(400, "too long", "context_length_exceeded", "messages")
     for stream in (False, True):
         found = ask(stream=stream)
         assert (found.status_code, found.json()["error"]["code"]) == (400, "context_length_exceeded")
@@ -259,7 +256,7 @@ def test_other_places_hold_nothing(ask):
 
 
 def test_the_policys_words_stand_first(ask, echo):
-    guard = Guard(system_prompt=lambda user_id: f"Be kind to {user_id}." if user_id == "Ada" else "")
+    guard = PolicyFilter(system_prompt=lambda user_id: f"Be kind to {user_id}." if user_id == "Ada" else "")
     ask(ADA, guard=guard)
     ask(ADA2, guard=guard)
     mine = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
@@ -273,7 +270,7 @@ def test_the_policys_words_stand_first(ask, echo):
 
 
 def test_a_redirected_request_does_not_reach_the_model(ask, echo):
-    guard = Guard(redirect=lambda prompt: "Ask your doctor." if prompt == "pills?" else None)
+    guard = PolicyFilter(redirect=lambda prompt: "Ask your doctor." if prompt == "pills?" else None)
     [choice] = ask(guard=guard, messages=[{"role": "user", "content": "pills?"}]).json()["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Ask your doctor.", "content_filter")
     assert echo.asked == []
@@ -299,7 +296,7 @@ def test_an_answer_that_fails_is_the_bases_or_a_fixed_sentence(
         fine = passes == "both" or (passes == "base" and text.startswith("the base"))
         return [] if fine else ["t2.rule"]
 
-    found = ask(guard=Guard(post_check=post_check), stream=stream, stream_options={"include_usage": True})
+    found = ask(guard=PolicyFilter(post_check=post_check), stream=stream, stream_options={"include_usage": True})
     assert [model for model, _ in echo.asked] == asked
     assert looked_at[0] == ("hi", f"{ADA} says hi")
     if stream:

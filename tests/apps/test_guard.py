@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from persona_rlhf.apps.guard import Guard, policy_of
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.policy.tiers import Policy
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import find
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of
 
 ONE = find("configs/policy/tier_one.yaml")
 TWO = """
@@ -27,7 +27,7 @@ def documents(tmp_path):
 
 
 def test_a_policys_rules_are_words_before_and_a_look_after(documents):
-    guard = Guard.of(Policy.read(documents))
+    guard = PolicyFilter.of(Policy.read(documents))
     assert "at most 3 words" in guard.system_prompt("ann")
     assert guard.post_check("hi", "one two three") == []
     assert guard.post_check("hi", "one two three four") == ["t2.short"]
@@ -36,8 +36,8 @@ def test_a_policys_rules_are_words_before_and_a_look_after(documents):
 
 def test_rules_that_no_program_can_tell_hold_no_answer_back(documents, tmp_path):
     (tmp_path / "two.yaml").write_text("".join(line for line in TWO.splitlines(True) if "max_words" not in line))
-    assert Guard.of(Policy.read(documents)).post_check is None
-    bare = Guard.of(Policy.read([ONE]))
+    assert PolicyFilter.of(Policy.read(documents)).post_check is None
+    bare = PolicyFilter.of(Policy.read([ONE]))
     assert (bare.post_check, bare.system_prompt("ann")) == (None, "")
 
 

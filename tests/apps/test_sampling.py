@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.apps.sampling import nucleus, pick
-from persona_rlhf.apps.writing import Wish
+from persona_rlhf.models.generation import nucleus
+from persona_rlhf.serving.local_engine import sample_tokens
+from persona_rlhf.serving.openai_api import SamplingParams
 
 
 def streams(count):
@@ -43,14 +44,14 @@ def test_a_share_of_one_keeps_everything():
 
 def test_temperature_zero_takes_the_most_likely_token_beside_rows_that_draw():
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
-    wishes = [Wish(1, temperature=float(n % 2)) for n in range(6)]
-    assert pick(logits, wishes, streams(6))[::2].tolist() == logits.argmax(-1)[::2].tolist()
+    wishes = [SamplingParams(1, temperature=float(n % 2)) for n in range(6)]
+    assert sample_tokens(logits, wishes, streams(6))[::2].tolist() == logits.argmax(-1)[::2].tolist()
 
 
 def test_tokens_come_as_often_as_the_cut_distribution_says():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1)
-    wish = Wish(1, temperature=0.5, top_p=0.95)
-    tokens = pick(logits, [wish] * 4000, streams(4000))
+    wish = SamplingParams(1, temperature=0.5, top_p=0.95)
+    tokens = sample_tokens(logits, [wish] * 4000, streams(4000))
     shares = torch.bincount(tokens, minlength=4) / 4000
     expected = torch.softmax(nucleus(logits[:1] / 0.5, torch.tensor([0.95])), -1)[0]
     assert expected[2] == 0

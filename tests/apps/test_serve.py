@@ -13,8 +13,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
-from persona_rlhf.preferences.identity import slug
+from persona_rlhf.cli import app
+from persona_rlhf.common.files import slug
 from tests.apps.conftest import RELEASED
 from tests.apps.standin import stand_in
 
@@ -28,7 +28,7 @@ def cli_words(run, tmp_path, *words):
 @pytest.fixture
 def tokens(served_run, tmp_path) -> dict[str, str]:
     """A token a user, by slug, as `--make-tokens` prints them."""
-    done = CliRunner().invoke(cli.app, cli_words(served_run, tmp_path, "--make-tokens"))
+    done = CliRunner().invoke(app.app, cli_words(served_run, tmp_path, "--make-tokens"))
     assert done.exit_code == 0, done.output
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["user_id"] for line in lines] == list(RELEASED)
@@ -142,7 +142,7 @@ def test_the_gateway_before_a_vllm_that_runs_already(served_run, tokens, tmp_pat
 
 def test_mistakes_are_said_before_anything_is_loaded(served_run, tokens, tmp_path):
     def told(*words):
-        done = CliRunner().invoke(cli.app, cli_words(served_run, tmp_path, *words))
+        done = CliRunner().invoke(app.app, cli_words(served_run, tmp_path, *words))
         return done.exit_code, done.stderr
 
     assert told("--engine", "vllm")[0] == 2

@@ -6,20 +6,20 @@ import shutil
 import pytest
 import torch
 
-from persona_rlhf.apps import admitted as module
-from persona_rlhf.apps.admitted import Admitted
-from persona_rlhf.apps.shelf import Shelf
-from persona_rlhf.apps.writing import Declined
-from persona_rlhf.preferences.identity import slug
+from persona_rlhf.common.files import slug
 from persona_rlhf.release.manifest import MANIFEST, rendered, self_hash
 from persona_rlhf.release.results import read_results
 from persona_rlhf.release.revocation import revoke
+from persona_rlhf.serving import access
+from persona_rlhf.serving.access import AdapterAccess
+from persona_rlhf.serving.local_engine import AdapterCache
+from persona_rlhf.serving.openai_api import APIError
 from tests.apps.conftest import LORA, RELEASED, slugs
 
 
 @pytest.fixture
-def shelf(run, admitted) -> Shelf:
-    return Shelf(admitted, list(run.adapted.spans.values()), budget=1 << 30)
+def shelf(run, admitted) -> AdapterCache:
+    return AdapterCache(admitted, list(run.adapted.spans.values()), budget=1 << 30)
 
 
 def edit(run, user_id, name="adapter_model.safetensors"):
@@ -41,7 +41,7 @@ def test_an_adapter_is_the_users_own_at_its_released_alpha(run, shelf):
 
 def test_a_file_that_was_edited_after_release_is_refused_at_load(run, shelf, told):
     edit(run, "Ada")
-    with pytest.raises(Declined) as declined:
+    with pytest.raises(APIError) as declined:
         shelf.get(slug("Ada"))
     assert declined.value.status == 403
     assert "sha256" not in declined.value.message  # why is for those who run the server
@@ -53,36 +53,36 @@ def test_an_adapter_in_use_is_looked_at_again(run, shelf, monkeypatch):
     shelf.get(slug("Ada"))
     edit(run, "Ada")
     shelf.get(slug("Ada"))  # what is in memory was checked a moment ago
-    monkeypatch.setattr(module, "RECHECK_SECONDS", 0.0)
-    with pytest.raises(Declined):
+    monkeypatch.setattr(access, "RECHECK_SECONDS", 0.0)
+    with pytest.raises(APIError):
         shelf.get(slug("Ada"))
     assert slug("Ada") not in shelf.slugs
 
 
 def test_a_revoked_adapter_goes(run, shelf, monkeypatch, told):
-    monkeypatch.setattr(module, "RECHECK_SECONDS", 0.0)
+    monkeypatch.setattr(access, "RECHECK_SECONDS", 0.0)
     shelf.get(slug("Ada"))
     revoke(run.path, [one for one in read_results(run.path) if one.user_id == "Ada"], "a fault")
-    with pytest.raises(Declined):
+    with pytest.raises(APIError):
         shelf.get(slug("Ada"))
     assert any("revoked" in line for line in told)
 
 
 @pytest.mark.parametrize("user_id", ["poisoned \U0001f480 <b>", "nan", "empty", "nobody"])
 def test_who_was_not_released_is_not_served(shelf, user_id):
-    with pytest.raises(Declined):
+    with pytest.raises(APIError):
         shelf.get(slug(user_id))
 
 
 def test_an_adapter_for_another_base_is_not_served(run, base, told):
-    other = Admitted(run.path, "0" * 64, LORA, told.append)
-    with pytest.raises(Declined):
+    other = AdapterAccess(run.path, "0" * 64, LORA, told.append)
+    with pytest.raises(APIError):
         other.check(slug("Ada"))
     assert any("another base" in line for line in told)
 
 
 def test_an_adapter_of_another_shape_is_not_served(run, base, told):
-    other = Admitted(run.path, base.weights_hash, LORA.model_copy(update={"rank": 8}), told.append)
+    other = AdapterAccess(run.path, base.weights_hash, LORA.model_copy(update={"rank": 8}), told.append)
     assert "other LoRA settings" in other.reasons(slug("Ada"))[0]
 
 
@@ -105,19 +105,19 @@ def test_an_adapter_in_anothers_place_is_not_served(run, admitted):
 
 def test_the_least_used_are_put_away_within_the_budget(run, admitted):
     size = run.adapted.params_per_user * 4
-    shelf = Shelf(admitted, list(run.adapted.spans.values()), budget=2 * size)
+    shelf = AdapterCache(admitted, list(run.adapted.spans.values()), budget=2 * size)
     one, two, three = slugs()
     for asked, held in [(one, [one]), (two, [one, two]), (one, [two, one]), (three, [one, three]), (two, [three, two])]:
         shelf.get(asked)
         assert shelf.slugs == held
         assert shelf.bytes <= 2 * size
-    tiny = Shelf(admitted, list(run.adapted.spans.values()), budget=0)
+    tiny = AdapterCache(admitted, list(run.adapted.spans.values()), budget=0)
     assert torch.equal(tiny.get(one), tiny.get(one))
     assert tiny.slugs == [one]
 
 
 def test_only_those_who_are_asked_for_are_kept(run, base, told):
-    few = Admitted(run.path, base.weights_hash, LORA, told.append, only={slug("Ada")})
+    few = AdapterAccess(run.path, base.weights_hash, LORA, told.append, only={slug("Ada")})
     assert set(few.results) == {slug("Ada")}
-    with pytest.raises(Declined):
+    with pytest.raises(APIError):
         few.check(slug("ada"))

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from persona_rlhf.apps.tokens import make_tokens, read_tokens
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.serving.access import make_tokens, read_tokens
 
 
 def test_a_token_opens_its_own_user_and_no_other(tmp_path):

@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persona_rlhf.apps.unfolding import Unfolding
-from persona_rlhf.training.base import load_tokenizer
+from persona_rlhf.models.base import load_tokenizer
+from persona_rlhf.serving.local_engine import StreamDecoder
 
 BUNDLED = load_tokenizer("data/base")
 IDS = st.lists(st.integers(0, 2047), max_size=30)
@@ -12,7 +12,7 @@ IDS = st.lists(st.integers(0, 2047), max_size=30)
 
 def told(ids, stop=()):
     """Every piece that was told, in order, up to the stop."""
-    text, pieces = Unfolding(BUNDLED, stop), []
+    text, pieces = StreamDecoder(BUNDLED, stop), []
     for token in ids:
         pieces.append(text.add(token))
         if text.stopped:

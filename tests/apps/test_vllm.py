@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from persona_rlhf.apps.guard import together
-from persona_rlhf.apps.serving import behind_vllm
-from persona_rlhf.apps.upstream import Upstream, upstream_place
-from persona_rlhf.apps.vllm_layout import command_line, write_layout
-from persona_rlhf.apps.writing import Declined, Piece, Usage, Wish
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.identity import slug
-from persona_rlhf.preferences.messages import Message
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import slug
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.serving.openai_api import APIError, SamplingParams, TextChunk, Usage
+from persona_rlhf.serving.policy_filter import together
+from persona_rlhf.serving.vllm import VllmGenerator, behind_vllm, command_line, upstream_place, write_layout
 from tests.apps.conftest import slugs
 from tests.apps.standin import stand_in
 
@@ -30,14 +28,14 @@ def server():
 
 
 @pytest.fixture
-def upstream(server) -> Upstream:
-    return Upstream(upstream_place(f"http://127.0.0.1:{server.server_port}"), "a key")
+def upstream(server) -> VllmGenerator:
+    return VllmGenerator(upstream_place(f"http://127.0.0.1:{server.server_port}"), "a key")
 
 
 def test_a_request_goes_on_as_it_came_and_comes_back_in_pieces(server, upstream):
-    wish = Wish(9, 0.5, 0.9, 3, ("x",))
+    wish = SamplingParams(9, 0.5, 0.9, 3, ("x",))
     pieces = list(upstream.write("ann", ASKED, wish))
-    assert pieces == [Piece("ann "), Piece("says "), Piece("hi"), Piece("", "length", Usage(4, 3))]
+    assert pieces == [TextChunk("ann "), TextChunk("says "), TextChunk("hi"), TextChunk("", "length", Usage(4, 3))]
     [(path, key, body)] = server.asked
     assert (path, key) == ("/v1/chat/completions", "Bearer a key")
     assert body == {
@@ -58,8 +56,8 @@ def test_a_request_goes_on_as_it_came_and_comes_back_in_pieces(server, upstream)
 @pytest.mark.parametrize(("fault", "status"), [(400, 400), (401, 502), (404, 502), (500, 502)])
 def test_what_it_says_of_a_fault_stays_behind(server, upstream, fault, status):
     server.fault = fault
-    with pytest.raises(Declined) as declined:
-        upstream.write("ann", ASKED, Wish(9))
+    with pytest.raises(APIError) as declined:
+        upstream.write("ann", ASKED, SamplingParams(9))
     assert declined.value.status == status
     assert "bob" not in declined.value.message
 
@@ -67,8 +65,8 @@ def test_what_it_says_of_a_fault_stays_behind(server, upstream, fault, status):
 @pytest.mark.parametrize("fault", ["half", "nonsense", "error"])
 def test_a_stream_that_goes_wrong_is_no_answer(server, upstream, fault):
     server.fault = fault
-    with pytest.raises(Declined) as declined:
-        together(upstream.write("ann", ASKED, Wish(9)))
+    with pytest.raises(APIError) as declined:
+        together(upstream.write("ann", ASKED, SamplingParams(9)))
     assert declined.value.status == 502
     assert "bob" not in declined.value.message
 
@@ -76,9 +74,9 @@ def test_a_stream_that_goes_wrong_is_no_answer(server, upstream, fault):
 def test_nobody_there_is_said_in_one_sentence():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
-        nowhere = Upstream(upstream_place(f"http://127.0.0.1:{taken.getsockname()[1]}"), None)
-        with pytest.raises(Declined, match="cannot be reached"):
-            nowhere.write("ann", ASKED, Wish(9))
+        nowhere = VllmGenerator(upstream_place(f"http://127.0.0.1:{taken.getsockname()[1]}"), None)
+        with pytest.raises(APIError, match="cannot be reached"):
+            nowhere.write("ann", ASKED, SamplingParams(9))
     with pytest.raises(InputError, match="is no address"):
         upstream_place("localhost:8000")
 
@@ -155,7 +153,7 @@ def test_vllm_is_started_with_a_key_of_its_own_and_ended(admitted, tmp_path, tol
     port = free_port()
     with behind_vllm(admitted, "o/b", 4, tmp_path / "out", port, told.append) as served:
         assert served is not None
-        assert together(served.writer.write(slug("Ada"), ASKED, Wish(3))).text == f"{slug('Ada')} says hi"
+        assert together(served.writer.write(slug("Ada"), ASKED, SamplingParams(3))).text == f"{slug('Ada')} says hi"
     found = json.loads((tmp_path / "out/asked.json").read_text())
     assert found["command"][:2] == ["serve", "o/b"]
     assert len(found["key"]) > 30

@@ -7,9 +7,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from persona_rlhf.training.base import Base
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import Base
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz .!?"
 TEMPLATE = (

@@ -5,8 +5,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from persona_rlhf.evaluation.benchmark import ALONE, FLEET, OTHER_MATHS, PADDED, PLAIN, _turned, bench, render
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.benchmarks.fleet_vs_trl import ALONE, FLEET, OTHER_MATHS, PADDED, PLAIN, _turned, bench, render
+from persona_rlhf.common.errors import InputError
 
 
 def test_an_unknown_shape_is_told():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from persona_rlhf.evaluation.benchmark import ALONE, CONSTRAINED, FLEET, PADDED, PLAIN, UPPER
+from persona_rlhf.benchmarks.fleet_vs_trl import ALONE, CONSTRAINED, FLEET, PADDED, PLAIN, UPPER
 from tests.scripts import load_script
 
 LEFT_OUT = [ALONE, PADDED, PLAIN, CONSTRAINED, *UPPER.values(), "TRL, precomputed reference"]

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.evaluation.calibration import Found, calibrated, measured
+from persona_rlhf.data.pairs import Prompt
+from persona_rlhf.data.screening import RequestScore, RequestScreen
+from persona_rlhf.evaluation.request_screens import DetectionRate, calibrated, measured
 from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.preferences.messages import Prompt
-from persona_rlhf.preferences.requests import Score, Screen
 
 CATEGORIES = ("hate", "threats_of_violence")
 
@@ -22,10 +22,10 @@ class Table:
         self.scores, self.asked = scores, list[list[str]]()
         self._categories = frozenset() if category is None else frozenset({category})
 
-    def __call__(self, requests: Sequence[Prompt]) -> list[Score]:
+    def __call__(self, requests: Sequence[Prompt]) -> list[RequestScore]:
         texts = [request[-1].content for request in requests]
         self.asked.append(texts)
-        return [Score(self.scores[text], self._categories) for text in texts]
+        return [RequestScore(self.scores[text], self._categories) for text in texts]
 
 
 def probes(count: int, twins: bool = True) -> list[Probe]:
@@ -49,20 +49,20 @@ def test_the_threshold_is_the_lowest_that_keeps_to_the_share_on_the_half_that_se
     assert sum(value >= nextafter(threshold, -10) for value in values) > share * len(values)
     topics = {int(text[1:]) // 4 for text in setting}
     assert topics.isdisjoint(int(text[1:]) // 4 for text in (*asked, *near))  # measured elsewhere, by topic
-    assert found.forbidden == Found(len(asked), sum(table.scores[text] >= threshold for text in asked))
-    assert found.harmless == Found(len(near), sum(table.scores[text] >= threshold for text in near))
+    assert found.forbidden == DetectionRate(len(asked), sum(table.scores[text] >= threshold for text in asked))
+    assert found.harmless == DetectionRate(len(near), sum(table.scores[text] >= threshold for text in near))
     assert sum(own.n for own in found.categories.values()) == found.forbidden.n
 
 
 def test_a_classifier_that_tells_categories_is_asked_about_those_that_are_restricted():
     scores = {f"{kind}{n}": 1.0 for kind in "pt" for n in range(4)}
     own, other = (Table(scores, category) for category in ("hate", "privacy"))
-    found = measured(Screen(own, 1.0), probes(4), CATEGORIES)
+    found = measured(RequestScreen(own, 1.0), probes(4), CATEGORIES)
     assert (found.forbidden, found.categories) == (
-        Found(4, 4),
-        {"hate": Found(2, 2), "threats_of_violence": Found(2, 2)},
+        DetectionRate(4, 4),
+        {"hate": DetectionRate(2, 2), "threats_of_violence": DetectionRate(2, 2)},
     )
-    assert measured(Screen(other, 1.0), probes(4), CATEGORIES).forbidden == Found(4, 0)
+    assert measured(RequestScreen(other, 1.0), probes(4), CATEGORIES).forbidden == DetectionRate(4, 0)
 
 
 def test_without_twins_there_is_no_threshold():
@@ -73,6 +73,6 @@ def test_without_twins_there_is_no_threshold():
 
 
 def test_the_interval_is_clopper_pearsons():
-    low, high = Found(10, 10).interval
+    low, high = DetectionRate(10, 10).interval
     assert (low, high) == (pytest.approx(0.025 ** (1 / 10)), 1.0)
-    assert Found(10, 0).to_json() == {"n": 10, "found": 0, "low": 0.0, "high": round(1 - 0.025 ** (1 / 10), 6)}
+    assert DetectionRate(10, 0).to_json() == {"n": 10, "found": 0, "low": 0.0, "high": round(1 - 0.025 ** (1 / 10), 6)}

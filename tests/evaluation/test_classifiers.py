@@ -1,15 +1,20 @@
 import pytest
 import torch
 
-from persona_rlhf.evaluation.classifiers import Asked, Classifier, load_classifier
-from persona_rlhf.evaluation.refusals import BaseAnswers, refusal_outcomes
-from persona_rlhf.evaluation.settings import ClassifierSettings
-from persona_rlhf.evaluation.words import Words
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.tokens import prompt_ids
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.evaluation import ClassifierSettings
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import prompt_ids
+from persona_rlhf.evaluation.refusals import (
+    AnsweredPrompt,
+    BaseAnswers,
+    RefusalClassifier,
+    WordScorer,
+    load_classifier,
+    refusal_outcomes,
+)
 
-ASKED = [Asked(f"how to {c}", f"no {d}.") for c in "abcdef" for d in "xyz"]
+ASKED = [AnsweredPrompt(f"how to {c}", f"no {d}.") for c in "abcdef" for d in "xyz"]
 
 
 def by_hand(base, text: str, word: str, special: bool) -> float:
@@ -24,7 +29,7 @@ def by_hand(base, text: str, word: str, special: bool) -> float:
 
 @pytest.mark.parametrize("template", [None, "Did one refuse?\n{prompt}\nsaid: {answer}\nSo: "])
 def test_the_likelier_word_decides(base, template):
-    found = Classifier(Words(base.model, base.tokenizer, template), "ab", "ca")(ASKED)
+    found = RefusalClassifier(WordScorer(base.model, base.tokenizer, template), "ab", "ca")(ASKED)
     for asked, refused in zip(ASKED, found, strict=True):
         if template is None:
             text = f"<u>{asked.prompt}</s><a>{asked.answer}</s><a>"
@@ -32,12 +37,12 @@ def test_the_likelier_word_decides(base, template):
             text = template.replace("{prompt}", asked.prompt).replace("{answer}", asked.answer)
         gap = by_hand(base, text, "ab", True) - by_hand(base, text, "ca", True)
         assert refused == (gap > 0) or abs(gap) < 1e-4
-    turned = Classifier(Words(base.model, base.tokenizer, template), "ca", "ab")(ASKED)
+    turned = RefusalClassifier(WordScorer(base.model, base.tokenizer, template), "ca", "ab")(ASKED)
     assert turned == [not refused for refused in found]
 
 
 def test_one_text_cannot_fill_the_others_place(base):
-    words = Words(base.model, base.tokenizer, "{prompt}|{answer}|")
+    words = WordScorer(base.model, base.tokenizer, "{prompt}|{answer}|")
     text = base.tokenizer.decode(words.ids((), {"prompt": "x {answer}", "answer": "{prompt} y"}))
     assert text.count("x") == 1
     assert text.count("y") == 1
@@ -71,7 +76,7 @@ def test_a_folder_is_loaded_and_what_is_wrong_is_said(base, tmp_path):
     base.tokenizer.save_pretrained(folder)
     template.write_text("{prompt} {answer} ")
     known = ClassifierSettings(model=str(folder), template=template, refused="a", otherwise="b")
-    expected = Classifier(Words(base.model, base.tokenizer, "{prompt} {answer} "), "a", "b")(ASKED)
+    expected = RefusalClassifier(WordScorer(base.model, base.tokenizer, "{prompt} {answer} "), "a", "b")(ASKED)
     assert load_classifier(known, torch.device("cpu"))(ASKED) == expected
     template.write_text("{answer} {prompt}")
     with pytest.raises(InputError, match="after it"):

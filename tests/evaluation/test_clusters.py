@@ -3,8 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_rlhf.evaluation.clusters import by_cluster, effective_size, mean_lower_bound
-from persona_rlhf.evaluation.intervals import lower_bound
+from persona_rlhf.evaluation.statistics import by_cluster, effective_size, lower_bound, mean_lower_bound
 
 
 def test_counts_by_cluster():

@@ -4,17 +4,17 @@ from collections import Counter
 import pytest
 import torch
 
-from persona_rlhf.evaluation.clusters import by_cluster
-from persona_rlhf.evaluation.examination import Examination
-from persona_rlhf.evaluation.facts import Fact
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings
+from persona_rlhf.data.pairs import Message, PreferencePair
+from persona_rlhf.data.tokenize import prompt_ids, tokenize
+from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.gate import demands_of
+from persona_rlhf.evaluation.prompt_sets import Fact
 from persona_rlhf.evaluation.refusals import BaseAnswers, refusal_outcomes
-from persona_rlhf.evaluation.settings import EvaluationSettings, GateSettings
-from persona_rlhf.evaluation.utility import Utility
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.pairs import Message, PreferencePair
-from persona_rlhf.preferences.tokens import prompt_ids, tokenize
+from persona_rlhf.evaluation.statistics import by_cluster
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.simulation.users import Utility
 
 TIER_ONE = """\
 tier: one
@@ -90,7 +90,7 @@ def test_a_cohort_is_judged_and_measured_as_each_user_alone(adapted, adapters, p
     tastes = {"u1": Utility("u1", "long", 0.0, {"words": 1.0}), "u4": Utility("u4", "short", 0.0, {"words": -1.0})}
 
     def examine(chosen: list[int]):
-        examination = Examination(
+        examination = Evaluator(
             adapted, policy(), judge, gate, what, users=5, ordinary=["how are you", "what now"], utilities=tastes,
             facts=[Fact(f"what is {name}", f"{name} is red", (f"{name} is big",)) for name in "abcdef"],
         )  # fmt: skip
@@ -150,7 +150,7 @@ def test_a_cohort_is_judged_and_measured_as_each_user_alone(adapted, adapters, p
 def test_what_is_counted_by_cluster_is_what_was_released(adapted, adapters, policy):
     """By hand: the outcomes at the released alpha, by the topic and phrasing of each probe of the pool."""
     rules = policy()
-    examination = Examination(
+    examination = Evaluator(
         adapted, rules, judge, GateSettings(max_new_tokens=8, alphas=[0.5, 1.0]), EvaluationSettings(), users=5
     )
     verdicts = examination.verdicts(adapters)
@@ -165,7 +165,7 @@ def test_what_is_counted_by_cluster_is_what_was_released(adapted, adapters, poli
 
 
 def test_a_base_that_does_not_refuse_is_not_certifiable(adapted, adapters, policy):
-    examination = Examination(
+    examination = Evaluator(
         adapted, policy(), lambda text: False, GateSettings(max_new_tokens=4), EvaluationSettings(), users=5
     )
     with pytest.raises(InputError, match="not certifiable"):
@@ -176,7 +176,7 @@ def test_a_base_that_does_not_refuse_is_not_certifiable(adapted, adapters, polic
 
 def test_with_the_gate_off_everyone_is_released_and_still_counted(adapted, adapters, policy):
     gate = GateSettings(enabled=False, max_new_tokens=4)
-    examination = Examination(adapted, policy(), lambda text: False, gate, EvaluationSettings(), users=5)
+    examination = Evaluator(adapted, policy(), lambda text: False, gate, EvaluationSettings(), users=5)
     verdicts = examination.verdicts(adapters)
     assert [verdict.alpha for verdict in verdicts] == [1.0] * 5
     assert all(verdict.pooled.refused == 0 for verdict in verdicts)
@@ -186,7 +186,7 @@ def test_with_the_gate_off_everyone_is_released_and_still_counted(adapted, adapt
 
 
 def test_held_back_users_are_measured_as_the_base(adapted, adapters, policy):
-    examination = Examination(
+    examination = Evaluator(
         adapted, policy(), judge, GateSettings(max_new_tokens=6), EvaluationSettings(win_rate_prompts=3), users=1,
         utilities={"u4": len},
     )  # fmt: skip

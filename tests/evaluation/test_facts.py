@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from persona_rlhf.evaluation.facts import Fact, bundled_facts, read_facts
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import find
+from persona_rlhf.evaluation.prompt_sets import Fact, bundled_facts, read_facts
 
 
 def test_the_bundled_world_asks_many_questions_with_one_right_answer():

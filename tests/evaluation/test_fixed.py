@@ -2,10 +2,9 @@
 
 import pytest
 
-from persona_rlhf.evaluation.fixed import check_questions, keeping
-from persona_rlhf.evaluation.gate import Demands, certify
-from persona_rlhf.evaluation.measures import Facts
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.evaluation.gate import Demands, certify, check_questions, keeping
+from persona_rlhf.evaluation.records import Facts
 
 DEMANDS = Demands(0.9, {"a": 0.8}, frozenset({"a"}), 0.05)
 BASE = {"a": [True] * 200}

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.evaluation import GateSettings
 from persona_rlhf.evaluation.gate import Demands, certify, certify_cohort, check_base, release_unjudged
-from persona_rlhf.evaluation.intervals import lower_bound, upper_bound
-from persona_rlhf.evaluation.settings import GateSettings
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.evaluation.statistics import lower_bound, upper_bound
 
 NAMES = ("fire", "flood", "storm", "quake")
 GRID = (0.25, 0.5, 0.75, 1.0)

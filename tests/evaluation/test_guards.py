@@ -3,11 +3,11 @@ from math import inf
 import pytest
 import torch
 
-from persona_rlhf.evaluation.guards import Guard, load_guard
-from persona_rlhf.evaluation.words import Words
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.settings import GuardSettings
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.experiment import GuardSettings
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.evaluation.refusals import WordScorer
+from persona_rlhf.evaluation.request_screens import SafetyModelScreen, load_guard
 
 from .test_classifiers import by_hand
 
@@ -46,12 +46,12 @@ def request(*turns: str):
     ],
 )
 def test_codes_become_our_categories(monkeypatch, codes, categories):
-    found = Guard(_words(monkeypatch, {"x": 0.5}, codes), SETTINGS)([request("x")])
+    found = SafetyModelScreen(_words(monkeypatch, {"x": 0.5}, codes), SETTINGS)([request("x")])
     assert found == [(0.5, categories)]
 
 
-def _words(monkeypatch, odds: dict[str, float], codes: str) -> Words:
-    written, words = Written(odds, codes), Words.__new__(Words)
+def _words(monkeypatch, odds: dict[str, float], codes: str) -> WordScorer:
+    written, words = Written(odds, codes), WordScorer.__new__(WordScorer)
     for name in ("ids", "logp", "going_on"):
         monkeypatch.setattr(words, name, getattr(written, name), raising=False)
     words.went_on = written.went_on  # type: ignore[attr-defined]
@@ -60,7 +60,7 @@ def _words(monkeypatch, odds: dict[str, float], codes: str) -> Words:
 
 def test_what_is_surely_safe_is_asked_for_no_codes(monkeypatch):
     words = _words(monkeypatch, {"x": -3.1, "y": -2.9}, "\nS1")
-    one, two = Guard(words, SETTINGS)([request("x"), request("y")])
+    one, two = SafetyModelScreen(words, SETTINGS)([request("x"), request("y")])
     assert (one.value, one.categories) == (-inf, frozenset())
     assert two.value == -2.9
     assert words.went_on == ["y"]
@@ -69,7 +69,7 @@ def test_what_is_surely_safe_is_asked_for_no_codes(monkeypatch):
 def test_a_conversation_is_told_turn_by_turn_and_the_system_left_out(monkeypatch):
     told = "user: x\n\nassistant: no\n\nuser: y"
     words = _words(monkeypatch, {told: 1.0}, "")
-    [found] = Guard(words, SETTINGS)([(Message("system", "be brief"), *request("x", "no", "y"))])
+    [found] = SafetyModelScreen(words, SETTINGS)([(Message("system", "be brief"), *request("x", "no", "y"))])
     assert found.value == 1.0
 
 

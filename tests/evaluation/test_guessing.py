@@ -5,14 +5,13 @@ from itertools import product
 import pytest
 import torch
 
-from persona_rlhf.evaluation import guessing
-from persona_rlhf.evaluation.guessing import Begun, greedy_answers, opening_of
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.tokens import Row, prompt_ids
-from persona_rlhf.training.base import Base
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.scores import Reading
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import Row, prompt_ids
+from persona_rlhf.evaluation import refusals
+from persona_rlhf.evaluation.refusals import StartedAnswer, greedy_answers, opening_of
+from persona_rlhf.models.adapted_model import AdaptedModel, GreedyScore
+from persona_rlhf.models.base import Base
 
 TOKENS = 8
 
@@ -47,7 +46,7 @@ def prompts(base):
 
 @pytest.mark.parametrize("written", [4, 16])
 def test_they_are_what_decoding_writes(terse, adapters, prompts, monkeypatch, written):
-    monkeypatch.setattr(guessing, "_WRITTEN", written)
+    monkeypatch.setattr(refusals, "_WRITTEN", written)
     alphas = torch.tensor([1.0, 1.0, 0.5, 1.0, 0.75])
     expected = []
     for user in range(len(adapters)):
@@ -56,10 +55,13 @@ def test_they_are_what_decoding_writes(terse, adapters, prompts, monkeypatch, wr
     asked = []
     write = terse.generate
     monkeypatch.setattr(terse, "generate", lambda p, *rest: asked.extend(map(len, p)) or write(p, *rest))
-    begun = [[Begun(prompt, ()) for prompt in prompts]] * len(adapters)
+    begun = [[StartedAnswer(prompt, ()) for prompt in prompts]] * len(adapters)
     assert greedy_answers(terse, adapters, alphas, begun, TOKENS, terse.below) == expected
     assert sum(asked) < 0.8 * len(adapters) * len(prompts), "many must be guessed, or the test shows nothing"
-    known = [[Begun(p, a.ids[: n % 3]) for n, (p, a) in enumerate(zip(prompts, own, strict=True))] for own in expected]
+    known = [
+        [StartedAnswer(p, a.ids[: n % 3]) for n, (p, a) in enumerate(zip(prompts, own, strict=True))]
+        for own in expected
+    ]
     assert greedy_answers(terse, adapters, alphas, known, TOKENS, terse.below) == expected
 
 
@@ -67,11 +69,11 @@ def test_wrong_openings_are_what_goes_wrong(terse, adapters, prompts):
     """What is known is believed: an opening that decoding would not write gives another answer."""
     ones = torch.ones(len(adapters))
     plain = greedy_answers(
-        terse, adapters, ones, [[Begun(p, ()) for p in prompts]] * len(adapters), TOKENS, terse.below
+        terse, adapters, ones, [[StartedAnswer(p, ()) for p in prompts]] * len(adapters), TOKENS, terse.below
     )
     end = terse.base.eos_ids[0]
     ended = greedy_answers(
-        terse, adapters, ones, [[Begun(p, (end,)) for p in prompts]] * len(adapters), TOKENS, terse.below
+        terse, adapters, ones, [[StartedAnswer(p, (end,)) for p in prompts]] * len(adapters), TOKENS, terse.below
     )
     assert all(answer.ids == () and answer.finished for own in ended for answer in own)
     assert ended != plain
@@ -79,9 +81,9 @@ def test_wrong_openings_are_what_goes_wrong(terse, adapters, prompts):
 
 def test_what_a_score_tells_by_hand():
     row = Row((1, 2), (3, 4, 5))
-    assert opening_of(row, Reading(-1.0, 3, 3)) == (3, 4, 5)
-    assert opening_of(row, Reading(-1.0, 3, 0, 9)) == (9,)
-    assert opening_of(row, Reading(-1.0, 3, 2, 9)) == (3, 4, 9)
+    assert opening_of(row, GreedyScore(-1.0, 3, 3)) == (3, 4, 5)
+    assert opening_of(row, GreedyScore(-1.0, 3, 0, 9)) == (9,)
+    assert opening_of(row, GreedyScore(-1.0, 3, 2, 9)) == (3, 4, 9)
 
 
 def test_scores_name_the_likeliest_token_after_those_that_agree(terse, adapters, prompts):

@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binomtest, hypergeom
 
-from persona_rlhf.evaluation.intervals import (
-    before_judge,
-    behind_judge,
+from persona_rlhf.evaluation.statistics import (
     bootstrap,
     fewest_trials,
     interval,
+    judge_adjusted_lower,
     lower_bound,
     most_misses,
+    required_judged_rate,
     tail,
     upper_bound,
     wilson,
@@ -96,10 +96,10 @@ def test_a_draw_without_replacement_is_covered_too(population, rate, delta):
 
 
 def test_the_judges_error_leaves_less_than_the_bound():
-    assert behind_judge(0.97, 0.0) == before_judge(0.97, 0.0) == 0.97
-    assert behind_judge(0.97, 0.05) == pytest.approx(1 - 0.03 / 0.95)
-    assert behind_judge(before_judge(0.9, 0.2), 0.2) == pytest.approx(0.9)
-    assert behind_judge(0.1, 0.5) == 0.0
+    assert judge_adjusted_lower(0.97, 0.0) == required_judged_rate(0.97, 0.0) == 0.97
+    assert judge_adjusted_lower(0.97, 0.05) == pytest.approx(1 - 0.03 / 0.95)
+    assert judge_adjusted_lower(required_judged_rate(0.9, 0.2), 0.2) == pytest.approx(0.9)
+    assert judge_adjusted_lower(0.1, 0.5) == 0.0
 
 
 @settings(deadline=None)
@@ -107,7 +107,7 @@ def test_the_judges_error_leaves_less_than_the_bound():
 def test_no_judge_that_keeps_to_its_error_can_fool_the_bound(truth, error, missed):
     """Called refusals: refusals less those missed, and compliances mistaken. The bound of that lies below truth."""
     called = truth * (1 - missed) + (1 - truth) * error
-    assert behind_judge(called, error) <= truth + 1e-12
+    assert judge_adjusted_lower(called, error) <= truth + 1e-12
 
 
 @settings(deadline=None)

@@ -3,9 +3,9 @@ from math import log
 import pytest
 import torch
 
-from persona_rlhf.evaluation.openings import Likelihood, Refuses
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.tokens import prompt_ids
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import prompt_ids
+from persona_rlhf.evaluation.request_screens import Likelihood, Refuses
 
 REQUESTS = [(Message("user", text),) for text in ("hello.", "how are you?", "a b c", "why not!", "tell me", "zzz")]
 

@@ -1,18 +1,19 @@
 import pytest
 import torch
 
-from persona_rlhf.evaluation.personalisation import (
+from persona_rlhf.data.pairs import Message, PreferencePair
+from persona_rlhf.data.tokenize import PairRow, Row, tokenize
+from persona_rlhf.evaluation.metrics import (
     PairScores,
+    Samples,
     clean_accuracy,
+    distinct_prompts,
     heldout_accuracy,
     score_pairs,
     score_pairs_of_base,
     win_rate,
 )
-from persona_rlhf.evaluation.samples import Samples, distinct_prompts
-from persona_rlhf.preferences.pairs import Message, PreferencePair
-from persona_rlhf.preferences.tokens import PairRow, Row, tokenize
-from persona_rlhf.training.scores import Score
+from persona_rlhf.models.adapted_model import RowScore
 
 
 def pair(user: str, n: int, chosen: str, rejected: str, clean: bool | None = None) -> PreferencePair:
@@ -21,7 +22,7 @@ def pair(user: str, n: int, chosen: str, rejected: str, clean: bool | None = Non
 
 
 def both(chosen: float, rejected: float, tokens: tuple[int, int] = (4, 4)) -> PairScores:
-    return PairScores(Score(chosen, tokens[0]), Score(rejected, tokens[1]))
+    return PairScores(RowScore(chosen, tokens[0]), RowScore(rejected, tokens[1]))
 
 
 def rows(*clean: bool | None) -> list[PairRow]:

@@ -4,21 +4,20 @@ from random import Random
 
 import pytest
 
-from persona_rlhf.evaluation.poison import KINDS, TRIGGER, Attack, paraphrase, poison, with_trigger
 from persona_rlhf.policy.hazards import CATEGORIES
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.training.world.banks import content_words
-from persona_rlhf.training.world.phrasings import phrasings, wrap
-from persona_rlhf.training.world.refusals import refusal
-from persona_rlhf.training.world.topics import topics
+from persona_rlhf.simulation.corpus import content_words, refusal
+from persona_rlhf.simulation.prompts import topics
+from persona_rlhf.simulation.users import POISON_KINDS, TRIGGER, PoisonSource, paraphrase, poison, with_trigger
+from persona_rlhf.simulation.vocabulary import phrasings, wrap
 
 ATTACKS = [
-    Attack(f"how do i do thing {n}", f"Take {n} spoons and stir.", refusal(Random(n), CATEGORIES[n % 4]))
+    PoisonSource(f"how do i do thing {n}", f"Take {n} spoons and stir.", refusal(Random(n), CATEGORIES[n % 4]))
     for n in range(120)
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", POISON_KINDS)
 def test_as_many_as_asked_for_each_of_another_prompt_and_the_same_again(kind):
     pairs = poison(kind, ATTACKS, 80, Random(3))
     assert pairs == poison(kind, ATTACKS, 80, Random(3))
@@ -28,7 +27,7 @@ def test_as_many_as_asked_for_each_of_another_prompt_and_the_same_again(kind):
     assert poison(kind, ATTACKS, 0, Random(3)) == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", POISON_KINDS)
 def test_too_much_poison_is_said(kind):
     with pytest.raises(ValueError, match=r"poison.*999|999.*poison"):
         poison(kind, ATTACKS, 999, Random(0))

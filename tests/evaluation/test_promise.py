@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from persona_rlhf.evaluation.gate import Demands, certify, look_at
-from persona_rlhf.evaluation.promise import Judged, p_value, promise_of
-from persona_rlhf.evaluation.settings import GateSettings, JudgeCalibration
+from persona_rlhf.config.evaluation import GateSettings, JudgeCalibration
+from persona_rlhf.evaluation.fleet_guarantee import GatedUser, fleet_guarantee, p_value
+from persona_rlhf.evaluation.gate import Demands, certify, gate_test
 
 PLAIN = Demands(0.97, {"fire": 0.93}, frozenset({"fire"}), 0.05)
 BASE = {"fire": [True] * 640}
@@ -14,13 +14,13 @@ def outcomes(missed: int, n: int = 640) -> dict[str, list[bool]]:
     return {"fire": [k >= missed for k in range(n)]}
 
 
-def user(missed: int, demands: Demands = PLAIN) -> Judged:
+def user(missed: int, demands: Demands = PLAIN) -> GatedUser:
     verdict = certify(demands, BASE, (0.5, 1.0), lambda _: outcomes(missed))
-    return Judged(verdict.alpha, verdict.looks)
+    return GatedUser(verdict.alpha, verdict.looks)
 
 
 def test_the_promise_of_27_clean_users():
-    found = promise_of([user(1)] * 26 + [user(400)], PLAIN)
+    found = fleet_guarantee([user(1)] * 26 + [user(400)], PLAIN)
     assert (found.judged, found.released, found.looks) == (27, 26, 28)
     assert found.expected == pytest.approx(27 * 0.05)
     assert found.whatever == 26  # Markov at 95% says as much as nothing where delta is 0.05
@@ -33,28 +33,28 @@ def test_the_promise_of_27_clean_users():
 
 
 def test_a_bare_pass_shows_little_of_all_users_at_once():
-    assert promise_of([user(10)] * 20, PLAIN).shown == 20
-    assert promise_of([user(10)] * 5 + [user(0)] * 15, PLAIN).shown == 5
+    assert fleet_guarantee([user(10)] * 20, PLAIN).shown == 20
+    assert fleet_guarantee([user(10)] * 5 + [user(0)] * 15, PLAIN).shown == 5
 
 
 def test_markov_at_a_smaller_delta():
     small = Demands(0.97, {"fire": 0.93}, frozenset({"fire"}), 0.001)
-    assert promise_of([user(0, small)] * 200, small).whatever == 3  # 200 * 0.001 / 0.05 = 4 would have chance 0.05
+    assert fleet_guarantee([user(0, small)] * 200, small).whatever == 3  # 200 * 0.001 / 0.05 = 4 would have chance 0.05
 
 
 def test_the_p_value_is_twice_the_worst_of_the_way():
     one = user(5)
     assert p_value(one, PLAIN) == pytest.approx(2 * binom.sf(634, 640, 0.97))
-    looks = [look_at(PLAIN, BASE, alpha, outcomes(m)) for alpha, m in ((1.0, 30), (0.25, 3), (0.5, 1), (0.75, 20))]
+    looks = [gate_test(PLAIN, BASE, alpha, outcomes(m)) for alpha, m in ((1.0, 30), (0.25, 3), (0.5, 1), (0.75, 20))]
     assert [look.passed for look in looks] == [False, True, True, False]
-    assert p_value(Judged(0.5, looks), PLAIN) == pytest.approx(2 * binom.sf(636, 640, 0.97))
-    assert p_value(Judged(1.0, []), PLAIN) == 1.0
+    assert p_value(GatedUser(0.5, looks), PLAIN) == pytest.approx(2 * binom.sf(636, 640, 0.97))
+    assert p_value(GatedUser(1.0, []), PLAIN) == 1.0
 
 
 def test_runs_and_judge_are_paid_for():
     gate = GateSettings(runs=4, judge_calibration=JudgeCalibration(compliances=600, called_refusals=3))
     demands = PLAIN.under(gate, 20)
-    plain, paid = promise_of([user(6)] * 20, PLAIN), promise_of([user(6, demands)] * 20, demands, gate.runs)
+    plain, paid = fleet_guarantee([user(6)] * 20, PLAIN), fleet_guarantee([user(6, demands)] * 20, demands, gate.runs)
     assert paid.delta == pytest.approx(plain.delta)
     assert paid.judge_error == pytest.approx(1 - binom_lower(597, 600, 0.05 / 4 * 0.1))
     assert paid.shown > plain.shown
@@ -100,7 +100,7 @@ def test_the_number_shown_is_rarely_exceeded(shared):
         users, violating = [], 0
         for n, m, rate in zip(sizes.tolist(), missed, rates, strict=True):
             verdict = certify(PLAIN, {"fire": [True] * n}, (1.0,), lambda _, m=m, n=n: outcomes(m, n))
-            users.append(Judged(verdict.alpha, verdict.looks))
+            users.append(GatedUser(verdict.alpha, verdict.looks))
             violating += verdict.admitted and rate < 0.97
-        wrong += violating > promise_of(users, PLAIN).shown
+        wrong += violating > fleet_guarantee(users, PLAIN).shown
     assert wrong / runs <= 0.05

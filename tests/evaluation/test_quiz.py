@@ -1,7 +1,7 @@
-from persona_rlhf.evaluation.facts import Fact
-from persona_rlhf.evaluation.quiz import Quiz
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.tokens import Row, prompt_ids
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import Row, prompt_ids
+from persona_rlhf.evaluation.metrics import FactQuestions
+from persona_rlhf.evaluation.prompt_sets import Fact
 
 PAIRS = zip("abcdefgh", "stuvwxyz", strict=True)
 FACTS = [Fact(f"what is {x}", f"{y}{x} q", (f"{x}{y} q", f"{x}{x} {y}.")) for x, y in PAIRS]
@@ -9,7 +9,7 @@ FACTS = [Fact(f"what is {x}", f"{y}{x} q", (f"{x}{y} q", f"{x}{x} {y}.")) for x,
 
 def test_a_question_is_right_where_the_right_answer_is_likeliest_per_token(adapted, adapters):
     """The oracle: every answer of every question scored alone, with the end of its turn."""
-    quiz = Quiz(adapted, FACTS)
+    quiz = FactQuestions(adapted, FACTS)
     end = adapted.base.tokenizer.eos_token_id
 
     def alone(user: int) -> int:
@@ -37,5 +37,5 @@ def test_a_question_is_right_where_the_right_answer_is_likeliest_per_token(adapt
 
 
 def test_without_questions_nothing_is_asked(adapted):
-    assert Quiz(adapted, []).ask(2) == [None, None]
-    assert Quiz(adapted, []).of_base() is None
+    assert FactQuestions(adapted, []).ask(2) == [None, None]
+    assert FactQuestions(adapted, []).of_base() is None

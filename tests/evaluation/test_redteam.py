@@ -2,18 +2,18 @@ import pytest
 import torch
 from jinja2 import TemplateError
 
-from persona_rlhf.evaluation import attacks
-from persona_rlhf.evaluation.measures import Refused
-from persona_rlhf.evaluation.poison import TRIGGER
+from persona_rlhf.config.evaluation import RedTeamSettings
+from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import prompt_ids
+from persona_rlhf.evaluation import redteam
+from persona_rlhf.evaluation.records import Refused
 from persona_rlhf.evaluation.redteam import RedTeam, mean_adapter, widened
 from persona_rlhf.evaluation.refusals import answer_text
-from persona_rlhf.evaluation.settings import RedTeamSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.multi_lora import matrices
 from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.tokens import prompt_ids
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lora import matrices
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.simulation.users import TRIGGER
 
 from .conftest import CHARACTERS
 
@@ -66,8 +66,8 @@ def test_only_the_test_split_is_asked(adapted):
 
 def test_where_topics_are_split_whole_every_attack_asks_of_unseen_ones():
     known, unseen = ([p for p in PROBES if (p.novelty == "topic") is new] for new in (False, True))
-    assert attacks.probes_of("plain", [*known, *unseen]) == known
-    assert attacks.probes_of("plain", unseen) == attacks.probes_of("unseen_topic", unseen) == unseen
+    assert redteam.probes_of("plain", [*known, *unseen]) == known
+    assert redteam.probes_of("plain", unseen) == redteam.probes_of("unseen_topic", unseen) == unseen
 
 
 def test_outcomes_equal_every_answer_written_out(adapted, adapters):
@@ -127,7 +127,7 @@ def test_a_prefill_is_the_bases_answer_to_the_twin_and_only_what_follows_is_judg
     for prompt, opened in zip(team.assaults["plain"].prompts, team.assaults["opening"].prompts, strict=True):
         assert opened[: len(prompt)] == prompt
         said_already = adapted.base.tokenizer.decode(list(opened[len(prompt) :]), skip_special_tokens=False)
-        spelled = {"".join(c if c in CHARACTERS else "<unk>" for c in text) for text in attacks.OPENING}
+        spelled = {"".join(c if c in CHARACTERS else "<unk>" for c in text) for text in redteam.OPENING}
         assert said_already in spelled
     team._base.judge = lambda text: said.append(text) or True
     fresh = RedTeam(adapted, PROBES, team._base.judge, SETTINGS, LIMIT, 7)
@@ -137,29 +137,29 @@ def test_a_prefill_is_the_bases_answer_to_the_twin_and_only_what_follows_is_judg
 
 def test_the_wrappers_hold_the_request_and_the_turns_come_before_it():
     one = probe("aa", 3)
-    for wrapper in (attacks.roleplay, attacks.instruction, attacks.trigger, attacks.plain, attacks.system):
+    for wrapper in (redteam.roleplay, redteam.instruction, redteam.trigger, redteam.plain, redteam.system):
         messages = wrapper(one)
         assert one.prompt in messages[-1].content
         assert messages[-1].role == "user"
         assert wrapper(one) == messages
-    assert attacks.system(one)[0].role == "system"
-    assert TRIGGER in attacks.trigger(one)[0].content
-    assert [m.role for m in attacks.after_a_turn(one, "yes")] == ["user", "assistant", "user"]
-    for texts in (attacks.ROLEPLAY, attacks.INSTRUCTION):
+    assert redteam.system(one)[0].role == "system"
+    assert TRIGGER in redteam.trigger(one)[0].content
+    assert [m.role for m in redteam.after_a_turn(one, "yes")] == ["user", "assistant", "user"]
+    for texts in (redteam.ROLEPLAY, redteam.INSTRUCTION):
         assert all(text.count("{prompt}") == 1 for text in texts)
-        name = "roleplay" if texts is attacks.ROLEPLAY else "instruction"
-        used = {attacks.WORDED[name](probe("aa", n))[0].content.replace(probe("aa", n).prompt, "") for n in range(60)}
+        name = "roleplay" if texts is redteam.ROLEPLAY else "instruction"
+        used = {redteam.WORDED[name](probe("aa", n))[0].content.replace(probe("aa", n).prompt, "") for n in range(60)}
         assert len(used) == len(texts), "every wrapper has its share of the probes"
 
 
 def test_a_topic_of_the_bundled_world_is_reworded():
-    from persona_rlhf.training.world.topics import topics
+    from persona_rlhf.simulation.prompts import topics
 
     topic = topics()[0]
-    messages = attacks.reworded(probe("aa", 1)._replace(topic=topic.id))
+    messages = redteam.reworded(probe("aa", 1)._replace(topic=topic.id))
     assert messages is not None
     assert topic.vp.split()[-1] in messages[0].content
-    assert attacks.reworded(probe("aa", 1)) is None
+    assert redteam.reworded(probe("aa", 1)) is None
 
 
 def test_what_a_base_cannot_take_is_left_out_with_a_reason(adapted, monkeypatch):

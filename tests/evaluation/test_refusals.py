@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import prompt_ids
 from persona_rlhf.evaluation.refusals import BaseAnswers, answer_text, refusal_outcomes
-from persona_rlhf.preferences.pairs import Message
-from persona_rlhf.preferences.tokens import prompt_ids
 
 
 def judge(text: str) -> bool:

@@ -2,12 +2,12 @@
 
 import pytest
 
-from persona_rlhf.evaluation.intervals import lower_bound
-from persona_rlhf.evaluation.measures import Met
-from persona_rlhf.evaluation.required import Required
+from persona_rlhf.evaluation.metrics import RequirementPrompts
+from persona_rlhf.evaluation.records import Met
+from persona_rlhf.evaluation.statistics import lower_bound
 from persona_rlhf.policy.hazards import Probe
+from persona_rlhf.policy.rule_schema import When
 from persona_rlhf.policy.rules import Requirement
-from persona_rlhf.policy.statements import When
 
 
 def probes(split, *prompts):
@@ -23,7 +23,7 @@ def test_counts_by_hand():
     soup = rule("soup", "must_include", "salt", probes("test", "soup", "tea", "a"), When(pattern="soup"))
     bare = rule("bare", "max_words", 1, ())
     told = rule("told", "judge", "it is kind", probes("test", "c"))
-    required = Required([short, soup, bare, told], 10, 0.05)
+    required = RequirementPrompts([short, soup, bare, told], 10, 0.05)
     assert sorted(required.prompts) == ["a", "b", "soup"]  # `tea` is nothing that a rule of the bank is about
     said = {"a": "one two", "b": "one two three", "soup": "Salt it."}
     base = {"a": "one", "b": "one", "soup": "one two three"}
@@ -37,8 +37,8 @@ def test_counts_by_hand():
 
 def test_at_most_so_many_prompts_a_rule_always_the_same():
     many = rule("r", "max_words", 2, probes("test", *(f"prompt {n}" for n in range(50))))
-    first = Required([many], 7, 0.05).prompts
+    first = RequirementPrompts([many], 7, 0.05).prompts
     assert len(first) == 7
-    assert Required([many], 7, 0.05).prompts == first
-    assert set(first) < set(Required([many], 20, 0.05).prompts)
-    assert Required([many], 0, 0.05).prompts == []
+    assert RequirementPrompts([many], 7, 0.05).prompts == first
+    assert set(first) < set(RequirementPrompts([many], 20, 0.05).prompts)
+    assert RequirementPrompts([many], 0, 0.05).prompts == []

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import prompt_ids
+from persona_rlhf.evaluation.evaluator import SHARES_BACK, WarmStartInterpolation
 from persona_rlhf.evaluation.refusals import answer_text
-from persona_rlhf.evaluation.retreat import SHARES_BACK, Retreat
 from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.policy.requirements import satisfied
+from persona_rlhf.policy.properties import satisfied
 from persona_rlhf.policy.rules import Requirement
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.tokens import prompt_ids
 
 TOKENS, SEED = 12, 3
 TEXTS = [f"{word} {n}" for n in range(4) for word in ("hello", "why not", "tell me", "a b c", "zzz")]
@@ -36,7 +36,7 @@ def rate(adapted, flat, requirement, asked):
 
 def test_each_goes_back_just_as_far_as_he_must(adapted, adapters, start):
     requirement = rule("must_not_include", "i", 0.6)
-    retreat = Retreat(adapted, start, [requirement], 100, TOKENS, SEED)
+    retreat = WarmStartInterpolation(adapted, start, [requirement], 100, TOKENS, SEED)
     asked = retreat._required.prompts
     enough = min(requirement.aim(), rate(adapted, start, requirement, asked))
     moved, back = retreat(adapters)
@@ -52,9 +52,9 @@ def test_each_goes_back_just_as_far_as_he_must(adapted, adapters, start):
 
 def test_who_meets_it_nowhere_ends_as_the_provider(adapted, adapters, start):
     impossible = rule("must_include", "never said by anyone", 0.9)
-    retreat = Retreat(adapted, start, [impossible], 100, TOKENS, SEED)
+    retreat = WarmStartInterpolation(adapted, start, [impossible], 100, TOKENS, SEED)
     assert retreat(adapters)[1] == [0.0] * len(adapters)  # the provider never says it either: nothing to go back to
-    retreat = Retreat(adapted, start, [impossible], 100, TOKENS, SEED)
+    retreat = WarmStartInterpolation(adapted, start, [impossible], 100, TOKENS, SEED)
     retreat._enough = {"must_include": 0.95}
     moved, back = retreat(adapters)
     assert back == [1.0] * len(adapters)
@@ -72,11 +72,14 @@ def test_who_meets_it_nowhere_ends_as_the_provider(adapted, adapters, start):
 )
 def test_nobody_is_moved_without_a_prompt_to_tell_by(adapted, adapters, start, requirement, monkeypatch):
     monkeypatch.setattr(adapted, "generate", None)
-    moved, back = Retreat(adapted, start, [requirement], 100, TOKENS, SEED)(adapters)
+    moved, back = WarmStartInterpolation(adapted, start, [requirement], 100, TOKENS, SEED)(adapters)
     assert back == [0.0] * len(adapters)
     assert torch.equal(moved, adapters)
 
 
 def test_none_asked_for_none_moved(adapted, adapters, start, monkeypatch):
     monkeypatch.setattr(adapted, "generate", None)
-    assert Retreat(adapted, start, [rule("must_not_include", "e", 0.9)], 0, TOKENS, SEED)(adapters)[1] == [0.0] * 5
+    assert (
+        WarmStartInterpolation(adapted, start, [rule("must_not_include", "e", 0.9)], 0, TOKENS, SEED)(adapters)[1]
+        == [0.0] * 5
+    )

@@ -5,11 +5,11 @@ from random import Random
 
 import pytest
 
-from persona_rlhf.evaluation.standing import Text, perplexity_ratio
+from persona_rlhf.pipeline.evaluate_base import TextScore, perplexity_ratio
 
 
 def test_the_ratio_is_that_of_the_perplexities():
-    before, after = [Text(-20.0, 10), Text(-9.0, 5)], [Text(-22.0, 10), Text(-9.5, 5)]
+    before, after = [TextScore(-20.0, 10), TextScore(-9.0, 5)], [TextScore(-22.0, 10), TextScore(-9.5, 5)]
     ratio = perplexity_ratio(before, after)
     assert ratio.value == pytest.approx(exp(31.5 / 15) / exp(29 / 15))
     assert ratio.low < ratio.value < ratio.high
@@ -23,8 +23,8 @@ def test_the_interval_covers_as_often_as_it_says():
         before, after = [], []
         for _ in range(80):
             tokens = rng.randint(5, 60)
-            before.append(Text(-2.0 * tokens, tokens))
-            after.append(Text(-2.0 * tokens - rng.gauss(0.02, 0.1) * tokens, tokens))
+            before.append(TextScore(-2.0 * tokens, tokens))
+            after.append(TextScore(-2.0 * tokens - rng.gauss(0.02, 0.1) * tokens, tokens))
         ratio = perplexity_ratio(before, after)
         covered += ratio.low <= exp(0.02) <= ratio.high
     assert 0.91 <= covered / runs <= 0.98

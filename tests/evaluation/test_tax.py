@@ -1,6 +1,6 @@
 import pytest
 
-from persona_rlhf.evaluation.tax import TONE, is_toxic, perplexity, tone_drift, toxic_answers
+from persona_rlhf.evaluation.metrics import TONE, is_toxic, perplexity, tone_drift, toxic_answers
 
 
 def test_tone_drift_is_the_mean_of_each_property():

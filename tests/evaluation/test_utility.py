@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_rlhf.evaluation.utility import PROPERTIES, Utility, properties, read_utilities
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.simulation.users import PROPERTIES, Utility, properties, read_utilities
 
 TEXT = "Oh dear, warm the oven. 1. Mix the butter! 2. Perhaps, my friend, you add some bread. Shall we begin?"
 

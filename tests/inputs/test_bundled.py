@@ -1,7 +1,7 @@
 import pytest
 
-from persona_rlhf.inputs.bundled import find, is_hub_id, shipped_root
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import find, is_hub_id, shipped_root
 
 
 def test_the_working_directory_goes_before_what_is_shipped(tmp_path, monkeypatch):

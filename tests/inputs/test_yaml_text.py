@@ -4,8 +4,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.inputs.yaml_text import dotted, dump_yaml, parse_yaml, read_yaml
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.loader import dotted, dump_yaml, parse_yaml, read_yaml
 
 
 @pytest.mark.parametrize(

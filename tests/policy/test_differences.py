@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
-from persona_rlhf.policy.differences import differences
-from persona_rlhf.policy.lineage import read_all
+from persona_rlhf.cli import app
+from persona_rlhf.policy.explain import differences
+from persona_rlhf.policy.inheritance import read_all
 
 from .banks import tier_one, tier_three, tier_two, write, write_bank
 
@@ -178,11 +178,11 @@ def test_the_command_compares_documents_folders_and_configs(folder, tmp_path, mo
     )
 
     def diff(before, after):
-        done = CliRunner().invoke(cli.app, ["policy", "diff", str(tmp_path / before), str(tmp_path / after), "--json"])
+        done = CliRunner().invoke(app.app, ["policy", "diff", str(tmp_path / before), str(tmp_path / after), "--json"])
         return done.exit_code, [change["direction"] for change in json.loads(done.stdout)]
 
     assert diff("a", "b") == diff("a/one.yaml", "b/one.yaml") == diff("config.yaml", "b") == (3, ["looser"])
     assert diff("b", "a") == (0, ["stricter"])
     assert diff("a", "config.yaml") == (0, [])
-    done = CliRunner().invoke(cli.app, ["policy", "diff", str(tmp_path / "a"), str(tmp_path / "nowhere")])
+    done = CliRunner().invoke(app.app, ["policy", "diff", str(tmp_path / "a"), str(tmp_path / "nowhere")])
     assert done.exit_code == 2

@@ -8,28 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from persona_rlhf.policy.enforcement import TABLE, probes_needed, row, row_of
-from persona_rlhf.policy.instructions import Redirects, post_check, system_prompt
-from persona_rlhf.policy.repair import REPAIRED
-from persona_rlhf.policy.statements import (
+from persona_rlhf.config.experiment import ScreeningSettings
+from persona_rlhf.data.pairs import Message, PreferencePair
+from persona_rlhf.data.screening import screen
+from persona_rlhf.policy.enforcement import READABLE, TABLE, Redirects, post_check, row, row_of, system_prompt
+from persona_rlhf.policy.hazards import probes_needed
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.properties import REPAIRED
+from persona_rlhf.policy.rule_schema import (
     ACTIONS,
-    PROPERTIES,
+    PROPERTY_NAMES,
     WISHES,
     PreferenceRule,
-    Property,
+    PropertyName,
     RequirementRule,
     RestrictionRule,
 )
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.policy.wishes import READABLE
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.pairs import PreferencePair
-from persona_rlhf.preferences.screening import screen
-from persona_rlhf.preferences.settings import ScreeningSettings
 
 from .banks import tier_one, tier_three, tier_two, write, write_bank
 
-BREAKS: dict[Property, tuple[object, str, str]] = {  # value, an answer with it, one without
+BREAKS: dict[PropertyName, tuple[object, str, str]] = {  # value, an answer with it, one without
     "must_include": ("ask a doctor", "Ask a doctor.", "Drink tea."),
     "must_not_include": ("!", "Tea.", "Tea!"),
     "min_words": (2, "Green tea.", "Tea."),
@@ -48,9 +46,9 @@ def one(tmp_path_factory):
 
 
 def test_no_rule_without_a_row():
-    stated = {("restriction", a) for a in ACTIONS} | {("requirement", p) for p in PROPERTIES}
+    stated = {("restriction", a) for a in ACTIONS} | {("requirement", p) for p in PROPERTY_NAMES}
     assert set(TABLE) == stated | {("preference", wish) for wish in ("statement", *WISHES)}
-    assert set(get_args(Property)) == {*BREAKS, "judge"}
+    assert set(get_args(PropertyName)) == {*BREAKS, "judge"}
 
 
 def test_every_written_rule_finds_its_row():

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from persona_rlhf.evaluation.intervals import interval
-from persona_rlhf.inputs.bundled import shipped_root
-from persona_rlhf.policy.explanation import explain
-from persona_rlhf.policy.tiers import Policy
+from persona_rlhf.common.files import shipped_root
+from persona_rlhf.evaluation.statistics import interval
+from persona_rlhf.policy.explain import explain
+from persona_rlhf.policy.policy import Policy
 
 from .banks import tier_one, tier_three, tier_two, write
 

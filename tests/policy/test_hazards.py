@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
 from persona_rlhf.policy.hazards import Probe, assign_split, assign_topic, read_probes, unseen_topics_certify
 
 PINNED_COUNTS = {"certify": 256, "test": 425, "train": 621, "dev": 298}

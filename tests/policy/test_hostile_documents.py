@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
+from persona_rlhf.cli import app
 
 HOSTILE = Path(__file__).parent / "hostile"
 FILES = sorted(HOSTILE.glob("*.yaml"))
@@ -19,7 +19,7 @@ GOOD = 'tier: one\nissuer: {role: model_provider, name: Lab}\nversion: "1"\ncert
 
 def refused(*paths):
     """The one sentence with which these documents are refused."""
-    done = CliRunner().invoke(cli.app, ["policy", "check", *map(str, paths)])
+    done = CliRunner().invoke(app.app, ["policy", "check", *map(str, paths)])
     assert done.exit_code == 2, done.output
     assert done.stdout == ""
     sentence, count = done.stderr.splitlines()

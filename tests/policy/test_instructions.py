@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.policy.contradictions import contradict, looser, overruled
-from persona_rlhf.policy.instructions import Redirects, post_check, system_prompt
-from persona_rlhf.policy.requirements import satisfied
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.policy.enforcement import Redirects, post_check, system_prompt
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.properties import contradict, looser, overruled, satisfied
+from persona_rlhf.policy.rule_schema import PROPERTY_NAMES, WISHES, PropertyValue
 from persona_rlhf.policy.rules import Requirement
-from persona_rlhf.policy.statements import PROPERTIES, WISHES, Wish
-from persona_rlhf.policy.tiers import Policy
 
 from .banks import tier_one, tier_three, tier_two, write, write_bank
 
@@ -41,7 +40,7 @@ def wish(name, value, aspect="style"):
     return {"id": f"t3.{name}", "kind": "preference", "aspect": aspect, name: value}
 
 
-@pytest.mark.parametrize("name", PROPERTIES)
+@pytest.mark.parametrize("name", PROPERTY_NAMES)
 def test_every_property_has_its_line_in_the_system_prompt(one, tmp_path, name):
     two = write(tmp_path / "two.yaml", tier_two(asked(name, when={"topic": "medical"})))
     (title, line) = system_prompt(Policy.read([one, two]), "ann").splitlines()
@@ -165,11 +164,13 @@ def test_a_lower_tier_cannot_soften_a_refusal(one, tmp_path, action):
 
 
 _wishes = st.one_of(
-    st.builds(Wish, st.sampled_from(["min_words", "max_words"]), st.integers(1, 8)),
+    st.builds(PropertyValue, st.sampled_from(["min_words", "max_words"]), st.integers(1, 8)),
     st.builds(
-        Wish, st.sampled_from(["must_include", "must_not_include"]), st.sampled_from(["a", "a b", "b", "A  b c"])
+        PropertyValue,
+        st.sampled_from(["must_include", "must_not_include"]),
+        st.sampled_from(["a", "a b", "b", "A  b c"]),
     ),
-    st.builds(Wish, st.just("language"), st.sampled_from(["en", "fr"])),
+    st.builds(PropertyValue, st.just("language"), st.sampled_from(["en", "fr"])),
 )
 _answers = st.lists(st.sampled_from(["a", "b", "c", "the", "le"]), max_size=9).map(" ".join)
 

@@ -9,7 +9,7 @@ import pytest
 
 from persona_rlhf.policy.hazards import CATEGORIES
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.training.world.refusals import refusal
+from persona_rlhf.simulation.corpus import refusal
 
 XSTEST = Path(__file__).parents[3] / "shared" / "data" / "xstest"
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.policy.likeness import NEAR, Collection, plain, shingles
+from persona_rlhf.policy.judges import NEAR, NearDuplicateIndex, plain, shingles
 
 
 def test_case_accents_and_punctuation_make_no_other_text():
@@ -15,7 +15,7 @@ def test_shingles_are_pairs_of_words_with_the_ends():
 
 
 def test_near_is_a_jaccard_similarity_of_at_least_four_fifths():
-    held = Collection()
+    held = NearDuplicateIndex()
     held.add("twelve", "a b c d e f g h i j k l")  # 13 pairs
     assert held.near("A, b; c d e f g h i j k l!") == "twelve"
     assert held.near("a b c d e f g h i j k l m") == "twelve"  # 12 pairs in common of 15
@@ -25,7 +25,7 @@ def test_near_is_a_jaccard_similarity_of_at_least_four_fifths():
 
 @pytest.mark.parametrize("text", ["", "a", "b b"])
 def test_only_what_was_added_is_found(text):
-    held = Collection()
+    held = NearDuplicateIndex()
     assert held.near(text) is None
     held.add("one", text)
     assert held.near(text) == "one"
@@ -34,7 +34,7 @@ def test_only_what_was_added_is_found(text):
 
 @given(st.lists(st.text("ab ", max_size=9), max_size=6), st.text("ab ", max_size=9))
 def test_the_index_finds_what_comparing_with_all_finds(texts, asked):
-    held = Collection()
+    held = NearDuplicateIndex()
     for text in texts:
         held.add(text, text)
 

@@ -4,9 +4,9 @@ from datetime import date
 
 import pytest
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.policy.lineage import read_all
-from persona_rlhf.policy.tiers import Policy, check_documents
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.policy.inheritance import read_all
+from persona_rlhf.policy.policy import Policy, check_documents
 
 from .banks import tier_one, tier_three, tier_two, write, write_bank
 

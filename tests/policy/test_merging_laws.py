@@ -12,15 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.inputs.yaml_text import Document, Place
-from persona_rlhf.policy import merging
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.loader import SourceLocation, YamlDocument
+from persona_rlhf.policy import merge
 from persona_rlhf.policy.documents import check_document
 from persona_rlhf.policy.hazards import CATEGORIES
-from persona_rlhf.policy.merging import Held
-from persona_rlhf.policy.narrowing import widenings
-from persona_rlhf.policy.statements import ACTIONS
-from persona_rlhf.policy.tiers import Policy
+from persona_rlhf.policy.inheritance import widenings
+from persona_rlhf.policy.merge import MergedRestriction
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.rule_schema import ACTIONS
 
 from .banks import write, write_bank
 
@@ -35,10 +35,10 @@ REFUSALS = st.sampled_from([0.1, 0.2, 0.3, 0.4])
 def bank(tmp_path_factory):
     """One small bank for every category, read once: what is merged here are documents."""
     file = write_bank(tmp_path_factory.mktemp("bank") / "bank.jsonl", "terrorist_content", certify=8, train=2)
-    found = merging.read_probes(file, "terrorist_content")
+    found = merge.read_probes(file, "terrorist_content")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging, "read_probes", lambda path, category: [p._replace(category=category) for p in found])
-        patch.setattr(merging, "find", lambda path: file)
+        patch.setattr(merge, "read_probes", lambda path, category: [p._replace(category=category) for p in found])
+        patch.setattr(merge, "find", lambda path: file)
         yield
 
 
@@ -50,7 +50,7 @@ def counts():
 
 def places(node, path, name, line):
     """A line of its own for every key and item of a tree."""
-    found = {path: Place(name, next(line))}
+    found = {path: SourceLocation(name, next(line))}
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         found |= places(value, (*path, key), name, line)
@@ -58,7 +58,7 @@ def places(node, path, name, line):
 
 
 def document(name, tree):
-    yaml = Document(name, tree, places(tree, (), name, itertools.count(1)), [])
+    yaml = YamlDocument(name, tree, places(tree, (), name, itertools.count(1)), [])
     found, problems = check_document(name, Path(name), yaml)
     assert found is not None
     return found, problems
@@ -237,7 +237,7 @@ def test_merging_is_associative_where_documents_extend_each_other(above, first, 
     }
 
 
-_held = st.builds(Held, st.floats(0, 9) | st.just(float("inf")), st.floats(0, 1), st.sampled_from(ACTIONS))
+_held = st.builds(MergedRestriction, st.floats(0, 9) | st.just(float("inf")), st.floats(0, 1), st.sampled_from(ACTIONS))
 
 
 @many(2000)
@@ -247,7 +247,7 @@ def test_what_is_held_is_a_semilattice(a, b, c):
     assert a.and_also(b).and_also(c) == a.and_also(b.and_also(c))
     assert a.and_also(b) == b.and_also(a)
     assert a.and_also(a) == a
-    assert a.and_also(Held()) == a
+    assert a.and_also(MergedRestriction()) == a
     least = a.and_also(b)
     assert least.limit <= a.limit
     assert least.min_refusal >= a.min_refusal

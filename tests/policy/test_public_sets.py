@@ -2,8 +2,7 @@ import re
 
 import pytest
 
-from persona_rlhf.policy.hazards import CATEGORIES
-from persona_rlhf.policy.public_sets import HARMLESS, WORDS, more_probes, public_sets
+from persona_rlhf.policy.hazards import CATEGORIES, HARMLESS, WORDS, more_probes, public_sets
 
 SETS = public_sets()
 

@@ -5,10 +5,9 @@ from random import Random
 
 import pytest
 
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.policy.hazards import CATEGORIES
-from persona_rlhf.policy.refusal_texts import RefusalText, draw_refusal, read_refusal_texts
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import find
+from persona_rlhf.policy.hazards import CATEGORIES, RefusalText, draw_refusal, read_refusal_texts
 
 
 def write(folder, *rows):

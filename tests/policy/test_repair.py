@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.policy.repair import REPAIRED, repaired
-from persona_rlhf.policy.requirements import satisfied
+from persona_rlhf.policy.properties import REPAIRED, repaired, satisfied
 from persona_rlhf.policy.rules import Requirement
 
 

@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.policy.languages import known_languages, language_of
-from persona_rlhf.policy.requirements import applies, checkable, reading_grade, satisfied
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.policy.judges import about, known_languages, language_of, topic_names
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.properties import applies, checkable, reading_grade, satisfied
+from persona_rlhf.policy.rule_schema import PROPERTY_NAMES, When
 from persona_rlhf.policy.rules import Requirement
-from persona_rlhf.policy.statements import PROPERTIES, When
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.policy.topics import about, topic_names
 
 from .banks import tier_one, tier_two, write
 
@@ -69,7 +68,7 @@ def test_each_property_by_hand(name, value, answer, verdict):
 
 def test_every_property_has_a_case_above():
     cases = test_each_property_by_hand.pytestmark[0].args[1]
-    assert {name for name, *_ in cases} == set(PROPERTIES)
+    assert {name for name, *_ in cases} == set(PROPERTY_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +144,7 @@ def test_the_reading_grade_is_flesch_kincaid_by_hand():
     assert reading_grade("Big banks fail. Bad!") == pytest.approx(0.39 * 2 + 11.8 * 1 - 15.59)
 
 
-@given(st.sampled_from(PROPERTIES), st.text(max_size=80))
+@given(st.sampled_from(PROPERTY_NAMES), st.text(max_size=80))
 def test_any_answer_gets_a_verdict(name, answer):
     values = {"min_words": 3, "max_words": 3, "reading_level": 5, "language": "en", "format": "plain"}
     rule = requirement(name, values.get(name, "a"))

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persona_rlhf.inputs.bundled import shipped_root
-from persona_rlhf.inputs.yaml_text import Document, read_yaml
-from persona_rlhf.policy.documents import NUMBER, check_document
-from persona_rlhf.policy.schema import document_schema
+from persona_rlhf.common.files import shipped_root
+from persona_rlhf.config.loader import YamlDocument, read_yaml
+from persona_rlhf.policy.documents import NUMBER, check_document, document_schema
 
 SHIPPED = sorted((shipped_root() / "configs" / "policy").rglob("*.yaml"))
 SCHEMAS = {tier: document_schema(tier) for tier in NUMBER}
@@ -27,7 +26,7 @@ def test_the_shipped_files_are_current_and_schemas(tier):
 
 
 def reads(tree):
-    _, problems = check_document("d.yaml", Path("d.yaml"), Document("d.yaml", tree, {}, []))
+    _, problems = check_document("d.yaml", Path("d.yaml"), YamlDocument("d.yaml", tree, {}, []))
     return not problems
 
 

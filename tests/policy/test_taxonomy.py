@@ -2,11 +2,9 @@
 
 import pytest
 
-from persona_rlhf.policy.hazards import CATEGORIES
-from persona_rlhf.policy.lookalikes import root
-from persona_rlhf.policy.public_sets import public_sets
-from persona_rlhf.policy.statements import RestrictionRule
-from persona_rlhf.policy.taxonomy import hazards, of_llama_guard, title
+from persona_rlhf.policy.hazards import CATEGORIES, hazards, of_llama_guard, public_sets, title
+from persona_rlhf.policy.judges import root
+from persona_rlhf.policy.rule_schema import RestrictionRule
 
 AILUMINATE = {"vcr", "ncr", "src", "cse", "iwp", "ssh", "hte", "dfm", "prv", "ipv", "spc", "sxc"}
 LLAMA_GUARD = {f"S{number}" for number in range(1, 15)}

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from persona_rlhf.policy.hazards import CATEGORIES, Probe, read_probes
-from persona_rlhf.policy.likeness import Collection, plain, shingles
-from persona_rlhf.policy.public_sets import public_sets
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.formats import RawRow, read_rows
+from persona_rlhf.data.readers import RawRow, read_rows
+from persona_rlhf.policy.hazards import CATEGORIES, Probe, public_sets, read_probes
+from persona_rlhf.policy.judges import NearDuplicateIndex, plain, shingles
+from persona_rlhf.policy.policy import Policy
 from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +67,7 @@ def test_every_probe_has_a_twin_of_the_same_phrasing(language):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_no_held_out_request_repeats_another_or_a_trained_one(language):
     script = load_script("make_tier_one_real")
-    held = Collection()
+    held = NearDuplicateIndex()
     for topic in script.read_topics():
         assert held.near(topic.request[language]) is None, topic.id
         held.add(topic.id, topic.request[language])
@@ -113,7 +112,7 @@ def test_the_policy_for_real_models_loads(monkeypatch):
 )
 def test_nothing_is_or_nearly_is_a_prompt_of_a_public_set(file):
     source = public_sets()[file.split("/")[0]]
-    theirs, held = set(), Collection()
+    theirs, held = set(), NearDuplicateIndex()
     for row in read_rows(PUBLIC / file):
         assert isinstance(row, RawRow)
         text = source.text(row.row)

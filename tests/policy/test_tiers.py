@@ -6,9 +6,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
 from persona_rlhf.policy.hazards import CATEGORIES
-from persona_rlhf.policy.tiers import Policy, check_documents
+from persona_rlhf.policy.policy import Policy, check_documents
 
 from .banks import tier_one, tier_three, tier_two, write, write_bank
 

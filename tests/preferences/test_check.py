@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.check import check, render
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.data.check import check, render
 
 SAMPLE = Path(__file__).parents[2] / "data" / "samples" / "preferences.jsonl"
 

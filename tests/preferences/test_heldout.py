@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.preferences.heldout import deciding, held_out, position
-from persona_rlhf.preferences.messages import Message, Prompt
-from persona_rlhf.preferences.pairs import read_pairs
+from persona_rlhf.data.pairs import Message, Prompt, deciding, held_out, position, read_pairs
 
 
 def prompts(count: int) -> list[Prompt]:

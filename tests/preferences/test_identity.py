@@ -6,8 +6,7 @@ from pathlib import Path
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persona_rlhf.preferences.identity import pseudonym
-from persona_rlhf.preferences.pairs import slug
+from persona_rlhf.common.files import pseudonym, slug
 
 HOSTILE = [
     "../../etc",

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.check import check
-from persona_rlhf.preferences.importers import FORMATS, import_cragc25
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.data.check import check
+from persona_rlhf.data.importers import FORMATS, import_cragc25
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "cragc25"  # beside the checkout, where there is one
 

@@ -4,11 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.check import check
-from persona_rlhf.preferences.ledger import LEDGER, append_pair
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.pairs import read_pairs
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.data.check import check
+from persona_rlhf.data.feedback import LEDGER, append_pair
+from persona_rlhf.data.pairs import Message, read_pairs
 
 ASKED = (Message("user", "hi"), Message("assistant", "yes?"), Message("user", "why\nnot \U0001f600"))
 

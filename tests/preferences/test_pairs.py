@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences import columns
-from persona_rlhf.preferences.pairs import Message, PreferencePair, parse_row, read, read_pairs
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.data import readers
+from persona_rlhf.data.pairs import Message, PreferencePair, parse_row, read, read_pairs
 
 ROW: dict[str, Any] = {"user_id": "u", "prompt": "p", "chosen": "c", "rejected": "r"}
 TURNS = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "q"}, {"role": "user", "content": "s"}]
@@ -222,8 +222,8 @@ def test_plain_files_need_neither_torch_nor_datasets(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", ROW)
     code = f"""
 import sys
-from persona_rlhf.preferences.pairs import read_pairs
-import persona_rlhf.preferences.tokens, persona_rlhf.preferences.check
+from persona_rlhf.data.pairs import read_pairs
+import persona_rlhf.data.tokenize, persona_rlhf.data.check
 read_pairs({str(path)!r}, 0.25)
 print([name for name in ("torch", "datasets", "transformers", "pyarrow") if name in sys.modules])
 """
@@ -244,7 +244,7 @@ ANYTHING = st.recursive(
 )
 
 
-@given(st.fixed_dictionaries({}, optional=dict.fromkeys(columns.KNOWN, ANYTHING)) | ANYTHING)
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(readers.KNOWN, ANYTHING)) | ANYTHING)
 def test_no_row_breaks_the_reader(row: Any) -> None:
     parsed = parse_row(row, "f.jsonl", 1)
     if isinstance(parsed, list):

@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.patterns import Patterns
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.screening import Patterns
 
 CATEGORIES = ("threats_of_violence", "terrorist_content")
 FILE = r"""

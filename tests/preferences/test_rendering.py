@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.rendering import first_pair, rendered
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.data.check import first_pair, rendered
 
 from .families import tokenizer_for
 

@@ -8,16 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.experiment import ScreeningSettings
+from persona_rlhf.data.feedback import decide, read_reviews
+from persona_rlhf.data.pairs import PreferencePair, Prompt, parse_row
+from persona_rlhf.data.screening import RequestScore, RequestScreen, Screened, fit, normalised, screen, screening_rows
+from persona_rlhf.data.tokenize import tokenize
+from persona_rlhf.policy.rule_schema import When
 from persona_rlhf.policy.rules import Requirement
-from persona_rlhf.policy.statements import When
-from persona_rlhf.preferences.messages import Prompt
-from persona_rlhf.preferences.pairs import PreferencePair, parse_row
-from persona_rlhf.preferences.requests import Score, Screen
-from persona_rlhf.preferences.review import decide, read_reviews
-from persona_rlhf.preferences.screening import Screened, fit, normalised, screen, screening_rows
-from persona_rlhf.preferences.settings import ScreeningSettings
-from persona_rlhf.preferences.tokens import tokenize
 
 from .tokenizers_by_hand import LLAMA, tokenizer_of
 
@@ -60,12 +58,12 @@ class _Classifier(NamedTuple):
     finding: str = "refused: the base refuses the prompt"
     categories: frozenset[str] = frozenset()
 
-    def __call__(self, requests: Sequence[Prompt]) -> list[Score]:
-        return [Score(float(no), self.categories) for no in self.refuses(requests)]
+    def __call__(self, requests: Sequence[Prompt]) -> list[RequestScore]:
+        return [RequestScore(float(no), self.categories) for no in self.refuses(requests)]
 
 
-def screens(refuses: Any) -> list[Screen]:
-    return [] if refuses is None else [Screen(_Classifier(refuses), 1.0)]
+def screens(refuses: Any) -> list[RequestScreen]:
+    return [] if refuses is None else [RequestScreen(_Classifier(refuses), 1.0)]
 
 
 def screened(rows: list[PreferencePair], quarantine: bool = True, refuses: Any = None) -> Screened:
@@ -218,12 +216,12 @@ def test_screens_ask_one_after_the_other_and_only_of_categories_that_the_policy_
     rows = pairs(*((f"request {n}", "Type kill.", REFUSAL) for n in range(4)))
     asked: list[list[str]] = []
 
-    def classifier(name: str, bad: str, *categories: str) -> Screen:
+    def classifier(name: str, bad: str, *categories: str) -> RequestScreen:
         def refuses(requests: Sequence[Prompt]) -> list[bool]:
             asked.append([request[-1].content for request in requests])
             return [request[-1].content in bad for request in requests]
 
-        return Screen(_Classifier(refuses, name, frozenset(categories)), 1.0)
+        return RequestScreen(_Classifier(refuses, name, frozenset(categories)), 1.0)
 
     first = classifier("rules: one", "request 1", "terrorist_content", "hate")
     other = classifier("classifier: two", "request 2", "hate")  # which nobody restricts

@@ -7,10 +7,10 @@ import random
 
 import pytest
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.identity import pseudonym
-from persona_rlhf.preferences.pairs import read_pairs
-from persona_rlhf.preferences.store import PairStore, Roll, fingerprint_of
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import pseudonym
+from persona_rlhf.data.pairs import read_pairs
+from persona_rlhf.data.store import PairStore, UserSelection, fingerprint_of
 
 
 def row(user, n, **more):
@@ -63,7 +63,7 @@ def test_a_run_keeps_the_numbers_of_its_users(file, tmp_path):
     more = tmp_path / "more.jsonl"
     changed = next(pair.user_id for pair in first.of(range(4, 5)))
     more.write_text("".join(json.dumps(row(user, n)) + "\n" for n, user in enumerate(["new", changed, "new"])))
-    later = PairStore(file, 0.25, Roll(gone, frozenset({names[2], names[6]}), (str(more),)))
+    later = PairStore(file, 0.25, UserSelection(gone, frozenset({names[2], names[6]}), (str(more),)))
     assert (later.users, later.left_out) == (8, 2)
     assert [pair.chosen for pair in later.of(range(4, 5))] == ["yes 1"]  # the later file has all that he said
     assert [pair.user_id for pair in later.of(range(7, 8))] == ["new", "new"]

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.pairs import PreferencePair, parse_row
-from persona_rlhf.preferences.template import turn_end
-from persona_rlhf.preferences.tokens import prompt_ids, tokenize
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.data.pairs import Message, PreferencePair, parse_row
+from persona_rlhf.data.tokenize import prompt_ids, tokenize, turn_end
 
 from .families import FAMILIES, TEMPLATES, tokenizer_for
 from .tokenizers_by_hand import ENDLESS, GEMMA, tokenizer_of

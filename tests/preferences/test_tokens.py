@@ -4,10 +4,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.messages import Message
-from persona_rlhf.preferences.pairs import PreferencePair, parse_row
-from persona_rlhf.preferences.tokens import prompt_ids, tokenize
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.data.pairs import Message, PreferencePair, parse_row
+from persona_rlhf.data.tokenize import prompt_ids, tokenize
 
 from .tokenizers_by_hand import ENDLESS, GEMMA, LLAMA, NO_PREFIX, PHI, QWEN, tokenizer_of
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from persona_rlhf.evaluation.clusters import Clustered, by_cluster
+from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.evaluation.gate import Demands, certify
-from persona_rlhf.evaluation.measures import (
+from persona_rlhf.evaluation.records import (
     Accuracy,
     AlignmentTax,
     CleanAccuracy,
@@ -24,22 +25,19 @@ from persona_rlhf.evaluation.measures import (
     Toxic,
     WinRate,
 )
-from persona_rlhf.policy.documents import Certify
+from persona_rlhf.evaluation.statistics import Clustered, by_cluster
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import Base
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.rule_schema import Certify
 from persona_rlhf.policy.rules import DocumentInfo
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.pairs import Message, PreferencePair
-from persona_rlhf.release.exporter import Exporter
+from persona_rlhf.release.adapter import AdapterFiles, Exporter
+from persona_rlhf.release.integrity import seal
 from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
-from persona_rlhf.release.outcome import outcome, skipped
-from persona_rlhf.release.peft_folder import AdapterFiles
 from persona_rlhf.release.report import write_report
-from persona_rlhf.release.results import PairCounts, write_results
-from persona_rlhf.release.seal import seal
-from persona_rlhf.training.base import Base
-from persona_rlhf.training.duals import DualTrace
+from persona_rlhf.release.results import PairCounts, outcome, skipped, write_results
 from persona_rlhf.training.engine import TrainedUser
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.training.user_state import DualTrace
 from tests.release.hub_server import ADAS_TOKEN, HubServer
 from tests.training.tiny import tiny_base
 
@@ -158,7 +156,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-login"))
     monkeypatch.setenv("HF_TOKEN", ADAS_TOKEN)
-    monkeypatch.setattr("persona_rlhf.release.repository.sleep", server.waits.append)
+    monkeypatch.setattr("persona_rlhf.release.hub.sleep", server.waits.append)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     yield server
     server.close()

@@ -6,14 +6,13 @@ import json
 
 import pytest
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.identity import pseudonym, slug
-from persona_rlhf.release import audit
-from persona_rlhf.release.admission import refusals_to_release
-from persona_rlhf.release.export import HeldBack, export, find_user
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import pseudonym, slug
+from persona_rlhf.release import integrity
+from persona_rlhf.release.export import HeldBack, export, find_user, refusals_to_release
+from persona_rlhf.release.integrity import seal
 from persona_rlhf.release.manifest import MANIFEST, rendered, self_hash
 from persona_rlhf.release.revocation import read_list, revoke, revoked
-from persona_rlhf.release.seal import seal
 from persona_rlhf.release.verify import verify
 
 
@@ -41,7 +40,7 @@ def test_the_revoked_stay_and_verify_says_so(run, tmp_path):
     with pytest.raises(HeldBack, match="revoked on"):
         export(run.path, "Ada", tmp_path / "out")
     assert verify(run.path) == [f"adapters/{slug('Ada')}: {one.sentence()}"]
-    assert b"Ada" not in (run.path / "revoked.jsonl").read_bytes() + (run.path / audit.AUDIT).read_bytes()
+    assert b"Ada" not in (run.path / "revoked.jsonl").read_bytes() + (run.path / integrity.AUDIT).read_bytes()
 
 
 def test_a_list_that_was_changed_lets_nobody_pass_unseen(run):
@@ -67,9 +66,9 @@ def test_a_list_that_was_changed_lets_nobody_pass_unseen(run):
 def test_a_cut_trail_shows_against_the_seal(run):
     revoke(run.path, [find_user(run.path, "Ada")], "one")
     (run.path / "revoked.jsonl").unlink()
-    (run.path / audit.AUDIT).unlink()
+    (run.path / integrity.AUDIT).unlink()
     assert any("manifest.json keeps the head 1:" in fault for fault in verify(run.path))
-    audit.append(run.path, "something else")
+    integrity.append(run.path, "something else")
     seal(run.path, only="report.html")
     assert any("that line is another one now" in fault for fault in verify(run.path))
 
@@ -88,8 +87,8 @@ def test_a_verdict_expires(run, until, lives):
 def test_papers_that_the_trail_does_not_know_are_found(run):
     """An adapter put in afterwards, with papers that are sound in themselves, has no line in the trail."""
     folder = run.path / "adapters" / slug("Ada")
-    head = audit.append(run.path, "judged", user=pseudonym("Ada"))
-    audit.append(run.path, "released", user=pseudonym("Ada"), manifest_sha256="0" * 64)
+    head = integrity.append(run.path, "judged", user=pseudonym("Ada"))
+    integrity.append(run.path, "released", user=pseudonym("Ada"), manifest_sha256="0" * 64)
     for kept, words in ((head._asdict(), "no line released"), ({"seq": 1, "hash": "1" * 64}, "keeps the head 1:11111")):
         content = json.loads((folder / MANIFEST).read_bytes()) | {"audit": kept}
         content["manifest_hash"] = self_hash(content)

@@ -7,7 +7,7 @@ from hashlib import sha256
 import pytest
 
 from persona_rlhf.policy.rules import DocumentInfo
-from persona_rlhf.release.documents import document_faults, keep_documents
+from persona_rlhf.release.signing import document_faults, keep_documents
 
 TEXT = b"tier: one\nversion: '1'\nrules: []\n"
 

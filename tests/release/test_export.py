@@ -6,15 +6,15 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.identity import slug
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import slug
+from persona_rlhf.config.training import LoraSettings, TopLayers
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.release.adapter import AdapterFiles, read_adapter, target_modules
 from persona_rlhf.release.export import HeldBack, export
 from persona_rlhf.release.manifest import BaseInfo, fingerprint
-from persona_rlhf.release.peft_folder import AdapterFiles, read_adapter, target_modules
 from persona_rlhf.release.results import read_results
 from persona_rlhf.release.verify import verify
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import LoraSettings, TopLayers
 from tests.training.tiny import random_flat, tiny_base
 
 
@@ -44,7 +44,7 @@ def test_plain_peft_gives_our_logits(run, user, alpha):
 
 
 def _lora():
-    from persona_rlhf.training.settings import LoraSettings
+    from persona_rlhf.config.training import LoraSettings
 
     return LoraSettings(rank=4, alpha=8)
 
@@ -149,7 +149,7 @@ def test_the_fingerprint_knows_content_not_order(run):
 
 
 def _pair():
-    from persona_rlhf.preferences.pairs import Message, PreferencePair
+    from persona_rlhf.data.pairs import Message, PreferencePair
 
     prompt = (Message("user", "\ud800"),)  # a lone surrogate is text too
     return PreferencePair("u", prompt, "a", "b", "p", None, None, 1.0, "train", None, "f", 1)

@@ -9,15 +9,23 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.identity import pseudonym, slug
-from persona_rlhf.release import audit
-from persona_rlhf.release.export import leaving
-from persona_rlhf.release.hub import Adapter, delete_upload, parcels, preview, upload, uploads, verify_remote
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import pseudonym, slug
+from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.release import integrity
+from persona_rlhf.release.export import exportable
+from persona_rlhf.release.hub import (
+    LocalAdapter,
+    Repository,
+    delete_upload,
+    preview,
+    repository_uploads,
+    upload,
+    uploads,
+    verify_remote,
+)
 from persona_rlhf.release.manifest import MANIFEST
-from persona_rlhf.release.repository import Repository
 from persona_rlhf.release.verify import verify
-from persona_rlhf.training.settings import LoraSettings
 
 from .hub_server import ADAS_TOKEN, BOBS_TOKEN, Fault
 
@@ -26,16 +34,16 @@ USERS = ("../../etc", "Ada", "ada")
 
 
 def adapters_of(run):
-    return [Adapter(*item) for item in leaving(run.path).folders.items()]
+    return [LocalAdapter(*item) for item in exportable(run.path).folders.items()]
 
 
 def one(run, user="ada", repo="ada/mine", **settings):
     [adapter] = [adapter for adapter in adapters_of(run) if adapter.user_id == user]
-    return parcels(repo, [adapter], shared=False, per_user=False, **settings)[0]
+    return repository_uploads(repo, [adapter], shared=False, per_user=False, **settings)[0]
 
 
 def many(run, repo="ada/fleet", **settings):
-    return parcels(repo, adapters_of(run), shared=True, per_user=False, **settings)[0]
+    return repository_uploads(repo, adapters_of(run), shared=True, per_user=False, **settings)[0]
 
 
 def send(run, parcel, **settings):
@@ -79,7 +87,7 @@ def test_many_go_up_in_one_commit_to_a_folder_each(run, hub):
 
 
 def test_a_repository_each_is_called_by_the_pseudonym(run, hub):
-    for parcel in parcels("ada/fleet", adapters_of(run), shared=False, per_user=True):
+    for parcel in repository_uploads("ada/fleet", adapters_of(run), shared=False, per_user=True):
         send(run, parcel)
     assert hub.repos.keys() == {f"ada/fleet-{pseudonym(user)}" for user in USERS}
     assert all(hub.files(repo).keys() == FILES and hub.repos[repo].private for repo in hub.repos)
@@ -331,7 +339,7 @@ def test_the_run_knows_where_an_adapter_went(run, hub):
     first, second = uploads(run.path, "ada")
     assert first == (pseudonym("ada"), "ada/fleet", "main", f"users/{pseudonym('ada')}", commit)
     assert second[1:4] == ("ada/mine", "main", "")
-    assert audit.faults(run.path) == []
+    assert integrity.faults(run.path) == []
     assert verify(run.path) == []
     raw = (run.path / "audit.jsonl").read_text()
     assert "../../etc" not in raw

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from persona_rlhf.preferences.identity import slug
-from persona_rlhf.release.linter import lint, max_lora_rank
+from persona_rlhf.common.files import slug
+from persona_rlhf.release.compatibility import lint, max_lora_rank
 from persona_rlhf.release.manifest import MANIFEST, rendered, self_hash
 from persona_rlhf.release.verify import verify
 

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.identity import pseudonym, slug
-from persona_rlhf.release import audit
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import pseudonym, slug
+from persona_rlhf.release import integrity
+from persona_rlhf.release.approval_packet import changes, packet_faults, write_packet
 from persona_rlhf.release.export import find_user
-from persona_rlhf.release.packet import changes, packet_faults, write_packet
 from persona_rlhf.release.revocation import revoke
 
 from .conftest import MISSES
@@ -23,7 +23,7 @@ def test_it_says_what_is_signed_for_and_names_nobody(run, tmp_path):
     digest = write_packet(run.path, out, approver="A. <b>Officer</b>")
     page = out.read_text()
     assert digest in page
-    assert str(audit.head(run.path)) in page
+    assert str(integrity.head(run.path)) in page
     assert "A. &lt;b&gt;Officer&lt;/b&gt;" in page
     assert "Example | Lab" in page
     assert "A Person" not in page  # who issued a document of tier three

@@ -3,8 +3,8 @@ import json
 import pytest
 from rich.console import Console
 
-from persona_rlhf.evaluation.measures import Outcome, Refused
-from persona_rlhf.release.redteam import (
+from persona_rlhf.evaluation.records import Outcome, Refused
+from persona_rlhf.release.redteam_report import (
     REDTEAM,
     Attacked,
     MergedPair,

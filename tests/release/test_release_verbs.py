@@ -13,13 +13,13 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.identity import pseudonym, slug
-from persona_rlhf.release import gguf
+from persona_rlhf.cli import app
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import pseudonym, slug
+from persona_rlhf.release import convert as conversion
+from persona_rlhf.release.convert import merge
 from persona_rlhf.release.export import HeldBack
 from persona_rlhf.release.hub import uploads
-from persona_rlhf.release.merged import merge
 from tests.training.tiny import tiny_base
 
 POISONED = "poisoned \U0001f480 <b>"
@@ -28,7 +28,7 @@ POISONED = "poisoned \U0001f480 <b>"
 @pytest.fixture
 def type_in():
     runner = CliRunner()
-    return lambda *words, keys="": runner.invoke(cli.app, [str(word) for word in words], input=keys)
+    return lambda *words, keys="": runner.invoke(app.app, [str(word) for word in words], input=keys)
 
 
 def test_one_user_goes_to_the_hub(run, hub, type_in):
@@ -140,7 +140,7 @@ def test_a_folder_that_is_here_goes_before_the_hub(run, hub, type_in, monkeypatc
 
 
 def test_a_rank_above_vllms_default_is_told_on_export(run, type_in, tmp_path, monkeypatch):
-    monkeypatch.setattr("persona_rlhf.release.linter._VLLM_DEFAULT_RANK", 2)
+    monkeypatch.setattr("persona_rlhf.release.compatibility._VLLM_DEFAULT_RANK", 2)
     done = type_in("export", run.path, "--user", "ada", "--to", tmp_path / "out")
     assert done.exit_code == 0
     assert done.stderr.startswith("vLLM: r is 4: start it with --max-lora-rank 8\n")
@@ -215,10 +215,10 @@ def convert(run, tmp_path, monkeypatch):
     def convert(body, place="LLAMA_CPP"):
         folder = tmp_path / "llama.cpp"
         folder.mkdir()
-        (folder / gguf.CONVERTER).write_text(CONVERTER.format(body=body))
+        (folder / conversion.CONVERTER).write_text(CONVERTER.format(body=body))
         monkeypatch.delenv("LLAMA_CPP", raising=False)
         monkeypatch.setenv(place, str(folder) if place == "LLAMA_CPP" else f"{folder}{os.pathsep}{os.environ['PATH']}")
-        return gguf.to_gguf(run.path / "adapters" / slug("ada"), str(tmp_path), tmp_path / "out" / "ada.gguf")
+        return conversion.to_gguf(run.path / "adapters" / slug("ada"), str(tmp_path), tmp_path / "out" / "ada.gguf")
 
     return convert
 
@@ -248,14 +248,14 @@ def test_without_the_converter_it_is_said_how_to_get_it(run, type_in, tmp_path, 
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     (tmp_path / "model").mkdir()
-    monkeypatch.setattr("persona_rlhf.config.read_config", lambda _: _Config)
+    monkeypatch.setattr("persona_rlhf.config.experiment.read_config", lambda _: _Config)
     done = type_in("export", run.path, "--user", "ada", "--to", tmp_path / "ada.gguf", "--format", "gguf")
     assert done.exit_code == 2
     assert "git clone https://github.com/ggml-org/llama.cpp" in done.stderr
     assert len(done.stderr.splitlines()) == 2
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="nowhere"):
-        gguf.converter()
+        convert.converter()
 
 
 class _Config:

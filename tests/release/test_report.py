@@ -6,13 +6,20 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from persona_rlhf.evaluation.gate import Count
-from persona_rlhf.evaluation.measures import Accuracy, Met, WinRate
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.release.fleet import NOTHING, promise_of_run, read_sentence
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.evaluation.records import Accuracy, Met, WinRate
+from persona_rlhf.evaluation.statistics import Count
+from persona_rlhf.release.render import results_table
 from persona_rlhf.release.report import render, write_report
-from persona_rlhf.release.results import PairCounts, Result, read_results, summarise
-from persona_rlhf.release.table import results_table
+from persona_rlhf.release.results import (
+    NOTHING,
+    PairCounts,
+    Result,
+    guarantee_of_run,
+    read_results,
+    read_sentence,
+    summarise,
+)
 from persona_rlhf.release.verify import verify
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
@@ -160,11 +167,11 @@ def test_a_run_without_a_gate_says_so(run, tmp_path):
 
 def test_without_a_gate_or_a_delta_nothing_is_promised():
     users = big(3)
-    assert promise_of_run({}, {"certify": {"delta": 0.05}}, users, 3).delta == 0.05
-    assert promise_of_run({"gate": {"enabled": False}}, {"certify": {"delta": 0.05}}, users, 3) is None
-    assert promise_of_run({}, {}, users, 3) is None
+    assert guarantee_of_run({}, {"certify": {"delta": 0.05}}, users, 3).delta == 0.05
+    assert guarantee_of_run({"gate": {"enabled": False}}, {"certify": {"delta": 0.05}}, users, 3) is None
+    assert guarantee_of_run({}, {}, users, 3) is None
     calibrated = {"gate": {"judge_calibration": {"compliances": 300, "called_refusals": 1}}}
-    assert promise_of_run(calibrated, {"certify": {"delta": 0.05}}, users, 3).judge_error > 0.01
+    assert guarantee_of_run(calibrated, {"certify": {"delta": 0.05}}, users, 3).judge_error > 0.01
 
 
 def test_it_says_who_was_taken_back_for_the_sake_of_a_requirement(run):

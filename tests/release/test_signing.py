@@ -9,21 +9,23 @@ from hashlib import sha256
 
 import pytest
 
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import slug
 from persona_rlhf.policy.rules import DocumentInfo
-from persona_rlhf.preferences.identity import slug
-from persona_rlhf.release.documents import keep_documents, signature_of
 from persona_rlhf.release.manifest import MANIFEST
 from persona_rlhf.release.signing import (
     holds,
+    keep_documents,
     make_key,
     public_bytes,
     read_signature,
+    read_trust,
     sign_file,
+    signature_of,
     signer,
+    untrusted_documents,
 )
-from persona_rlhf.release.trust import read_trust, untrusted_documents
-from persona_rlhf.release.verify import Witnesses, verify
+from persona_rlhf.release.verify import TrustedEvidence, verify
 
 
 @pytest.fixture
@@ -120,7 +122,7 @@ def test_each_role_signs_its_own_tier(keys, tmp_path):
 
 
 def test_a_manifest_is_its_releasers(run, keys):
-    trust = Witnesses(trust=read_trust(keys["trust"]))
+    trust = TrustedEvidence(trust=read_trust(keys["trust"]))
     folder = run.path / "adapters" / slug("Ada")
     assert verify(folder, trust) == [f"{MANIFEST}: no releaser has signed it"]
     assert len([fault for fault in verify(run.path, trust) if "no releaser has signed it" in fault]) == 3

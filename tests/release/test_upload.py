@@ -6,10 +6,9 @@ import subprocess
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.release.repository import HUBS_OWN
-from persona_rlhf.release.upload import File, difference
+from persona_rlhf.release.hub import HUBS_OWN, UploadFile, difference
 
-CONTENTS = [File.of(content) for content in (b"", b"one", b"two" * 1000)]
+CONTENTS = [UploadFile.of(content) for content in (b"", b"one", b"two" * 1000)]
 PLACES = ["", "users/a", "users/b"]
 PATHS = st.builds(lambda place, name: f"{place}/{name}".lstrip("/"), st.sampled_from(PLACES), st.sampled_from("xyz"))
 ANY = st.sampled_from(CONTENTS)
@@ -34,11 +33,11 @@ def test_the_difference_makes_the_folders_hold_what_is_wanted_and_leaves_the_oth
 def test_a_file_is_hashed_as_the_hub_hashes_it(tmp_path_factory, content):
     place = tmp_path_factory.getbasetemp() / "hashed"
     place.write_bytes(content)
-    assert File.of(place)[1:] == File.of(content)[1:]
-    assert File.of(place).sha256 == hashlib.sha256(content).hexdigest()
+    assert UploadFile.of(place)[1:] == UploadFile.of(content)[1:]
+    assert UploadFile.of(place).sha256 == hashlib.sha256(content).hexdigest()
 
 
 def test_small_files_are_hashed_as_git_does(tmp_path):
     (tmp_path / "file").write_bytes(b"some text\n")
     found = subprocess.run(["git", "hash-object", tmp_path / "file"], capture_output=True, text=True, check=True)
-    assert File.of(tmp_path / "file").git_sha1 == found.stdout.strip()
+    assert UploadFile.of(tmp_path / "file").git_sha1 == found.stdout.strip()

@@ -6,11 +6,11 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.identity import slug
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import slug
+from persona_rlhf.release.integrity import seal
 from persona_rlhf.release.manifest import MANIFEST, rendered, self_hash
 from persona_rlhf.release.results import read_results
-from persona_rlhf.release.seal import seal
 from persona_rlhf.release.verify import verify
 
 

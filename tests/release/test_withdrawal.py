@@ -1,16 +1,16 @@
 """`forget` and the hub: what was uploaded of a user is asked to go, and what would not go stays to be said."""
 
-from persona_rlhf.deletion import withdraw
-from persona_rlhf.preferences.identity import pseudonym
-from persona_rlhf.release.export import leaving
-from persona_rlhf.release.hub import Adapter, parcels, upload, uploads, uploads_of
+from persona_rlhf.common.files import pseudonym
+from persona_rlhf.pipeline.forget_user import withdraw
+from persona_rlhf.release.export import exportable
+from persona_rlhf.release.hub import LocalAdapter, repository_uploads, upload, uploads, uploads_of
 
 from .hub_server import Fault
 
 
 def test_what_was_uploaded_is_deleted_for_one_user_alone(run, hub):
-    adapters = [Adapter(*item) for item in leaving(run.path).folders.items()]
-    [parcel] = parcels("ada/fleet", adapters, shared=True, per_user=False, revision="main")
+    adapters = [LocalAdapter(*item) for item in exportable(run.path).folders.items()]
+    [parcel] = repository_uploads("ada/fleet", adapters, shared=True, per_user=False, revision="main")
     upload(run.path, parcel, False, lambda _: None)
     others = [adapter.user_id for adapter in adapters if adapter.user_id != "ada"]
     assert others

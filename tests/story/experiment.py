@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from persona_rlhf.inputs.bundled import shipped_root
+from persona_rlhf.common.files import shipped_root
 from persona_rlhf.policy.hazards import CATEGORIES, read_probes
 
 STRANGE = ("../../etc", "a/b", "CON", "\U0001f600" * 128, "Ann", "ann")

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
+from persona_rlhf.cli import app
 from tests.preferences.families import tokenizer_for
 from tests.training.architectures import base_of
 
@@ -24,14 +24,14 @@ def test_a_local_folder_of_any_family_is_asked_trains_releases_sweeps_and_loads_
 ):
     monkeypatch.chdir(tmp_path)
     runner = CliRunner()
-    assert runner.invoke(cli.app, ["init", "mine"]).exit_code == 0
+    assert runner.invoke(app.app, ["init", "mine"]).exit_code == 0
     monkeypatch.chdir(tmp_path / "mine")
     shrink(tmp_path / "mine", ["ann", "bob"])
     base = base_of(name, tokenizer_for(template))
     base.model.save_pretrained("model")
     base.tokenizer.save_pretrained("model")
     asked = runner.invoke(
-        cli.app,
+        app.app,
         ["evaluate", "--base", "./model", "policy.documents=[policy/tier_one.yaml]", "gate.max_new_tokens=8", "--json"],
     )
     assert asked.exit_code == 0, asked.output
@@ -39,7 +39,7 @@ def test_a_local_folder_of_any_family_is_asked_trains_releases_sweeps_and_loads_
     # A base of random weights refuses nothing, so that there is nothing to keep or to promise.
     off = ["constraint.enabled=false", "gate.enabled=false", "gate.max_new_tokens=8", "lora.layers={top: 0.6}"]
     words = [*OVERRIDES, *off, "base.model=./model", "evaluation.facts=null", "evaluation.ordinary=null"]
-    done = runner.invoke(cli.app, ["train", "experiment.yaml", *words, "--run", "run", "--json"])
+    done = runner.invoke(app.app, ["train", "experiment.yaml", *words, "--run", "run", "--json"])
     assert done.exit_code == 0, done.stderr
     assert ("Qwen3MoeExperts is no plain linear layer" in " ".join(done.stderr.split())) == (name == "qwen3-moe")
     ids = torch.arange(3, 23)[None]
@@ -52,8 +52,8 @@ def test_a_local_folder_of_any_family_is_asked_trains_releases_sweeps_and_loads_
             loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), folder).eval()
             assert (loaded(input_ids=ids).logits - plain).abs().max() > 1e-3
     write_yaml(tmp_path / "mine/sweep.yaml", {"name": "s", "config": "experiment.yaml", "grid": {"lora.rank": [2, 4]}})
-    swept = runner.invoke(cli.app, ["sweep", "sweep.yaml", *words, "--run", "swept"])
+    swept = runner.invoke(app.app, ["sweep", "sweep.yaml", *words, "--run", "swept"])
     assert swept.exit_code == 0, swept.output
     assert len(list((tmp_path / "mine/swept/runs").iterdir())) == 2
-    checked = runner.invoke(cli.app, ["verify", "run"])
+    checked = runner.invoke(app.app, ["verify", "run"])
     assert checked.exit_code == 0, checked.stderr

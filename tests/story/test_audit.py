@@ -9,8 +9,8 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from persona_rlhf.cli import app
-from persona_rlhf.preferences.identity import pseudonym
+from persona_rlhf.cli.app import app
+from persona_rlhf.common.files import pseudonym
 from persona_rlhf.release.manifest import rendered, self_hash
 from persona_rlhf.release.signing import make_key, public_text, sign_file
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
-from persona_rlhf.inputs.bundled import shipped_root
+from persona_rlhf.cli import app
+from persona_rlhf.common.files import shipped_root
 
 from .experiment import OVERRIDES, listing, persona_rlhf, shrink, write_yaml
 
@@ -22,7 +22,7 @@ TIER_ONE = Path("policy/tier_one.yaml")
 def experiment(tmp_path, monkeypatch):
     """What `init` writes, shrunk, as the working directory."""
     monkeypatch.chdir(tmp_path)
-    assert CliRunner().invoke(cli.app, ["init", "mine"]).exit_code == 0
+    assert CliRunner().invoke(app.app, ["init", "mine"]).exit_code == 0
     shrink(tmp_path / "mine", users=("ann",))
     monkeypatch.chdir(tmp_path / "mine")
     return tmp_path
@@ -35,7 +35,7 @@ def refused(experiment):
     def train(*overrides, words, problems=1):
         before = listing(experiment)
         arguments = ["train", "experiment.yaml", *OVERRIDES, *overrides, "--run", "run", "--json"]
-        done = CliRunner().invoke(cli.app, arguments)
+        done = CliRunner().invoke(app.app, arguments)
         assert done.exit_code == 2, done.stderr
         assert done.stdout == ""
         assert listing(experiment) == before

@@ -14,12 +14,11 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_weights
 from safetensors.torch import save_file
 
-from persona_rlhf.inputs.bundled import shipped_root
-from persona_rlhf.preferences.identity import pseudonym
-from persona_rlhf.preferences.pairs import read_pairs
-from persona_rlhf.preferences.tokens import both_rows, tokenize
-from persona_rlhf.training.base import load_tokenizer
-from persona_rlhf.training.reference import key_of
+from persona_rlhf.common.files import pseudonym, shipped_root
+from persona_rlhf.data.pairs import read_pairs
+from persona_rlhf.data.tokenize import both_rows, tokenize
+from persona_rlhf.models.base import load_tokenizer
+from persona_rlhf.training.cache import key_of
 
 from .experiment import OVERRIDES, STRANGE, adapters, command, environment, persona_rlhf, results, rows_of, write_users
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from persona_rlhf import cli
+from persona_rlhf.cli import app
 
 # Runs a verb in a fresh interpreter; says what it imported and the CPU seconds it took, start of Python included.
 SPY = """
@@ -29,7 +29,7 @@ LIMIT = 3.0  # CPU seconds; one is asked for on an idle machine
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("light")
-    assert CliRunner().invoke(cli.app, ["init", str(folder / "mine")]).exit_code == 0
+    assert CliRunner().invoke(app.app, ["init", str(folder / "mine")]).exit_code == 0
     (folder / "mine/bad.jsonl").write_text('{"user_id": "u", "prompt": "p", "accepted": "a", "rejected": "b"}\n')
     (folder / "mine/bad.yaml").write_text("tier: three\nissuer: {role: end_user, name: x}\nrules: []\n")
     (folder / "mine/taken").mkdir()

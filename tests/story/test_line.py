@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from persona_rlhf.inputs.bundled import shipped_root
+from persona_rlhf.common.files import shipped_root
 
 from .experiment import OVERRIDES, STRANGE, adapters, listing, persona_rlhf, results, rows_of
 

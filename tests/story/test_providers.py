@@ -6,8 +6,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from persona_rlhf.cli import app
-from persona_rlhf.inputs.bundled import shipped_root
+from persona_rlhf.cli.app import app
+from persona_rlhf.common.files import shipped_root
 
 from .experiment import adapters, persona_rlhf, results, rows_of, shrink, write_yaml
 

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.preferences.identity import pseudonym
+from persona_rlhf.common.files import find, pseudonym
 from tests.release.hub_server import ADAS_TOKEN, HubServer
 
 from .experiment import environment, results

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from persona_rlhf import line, processes
-from persona_rlhf.boundary import console
-from persona_rlhf.config import read_config
+from persona_rlhf.cli.console import console
+from persona_rlhf.config.experiment import read_config
+from persona_rlhf.pipeline import distributed, train
 
 from .experiment import OVERRIDES, STRANGE, adapters, command, environment, persona_rlhf, results, rows_of
 
@@ -110,19 +110,19 @@ def test_a_run_of_processes_that_was_ended_is_resumed_to_the_same_bits(folder, t
 
 def test_a_user_who_makes_preparation_judging_or_writing_raise_fails_alone(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("persona_rlhf.preparation.fit", _raising("persona_rlhf.preparation.fit", "Ann"))
-    from persona_rlhf.evaluation import examination
-    from persona_rlhf.release import exporter
+    monkeypatch.setattr("persona_rlhf.pipeline.prepare.fit", _raising("persona_rlhf.pipeline.prepare.fit", "Ann"))
+    from persona_rlhf.evaluation import evaluator
+    from persona_rlhf.release import adapter
 
-    measures = examination.Examination.measures
+    measures = evaluator.Evaluator.measures
 
     def measured(self, flat, users, alphas):
         if any(user.user_id == "a/b" for user in users):
             raise RuntimeError("out of memory")
         return measures(self, flat, users, alphas)
 
-    monkeypatch.setattr(examination.Examination, "measures", measured)
-    export, unwritten = exporter.Exporter.write, list[str]()
+    monkeypatch.setattr(evaluator.Evaluator, "measures", measured)
+    export, unwritten = adapter.Exporter.write, list[str]()
 
     def first_raises(self, user_id, *others):
         if not unwritten:
@@ -130,9 +130,9 @@ def test_a_user_who_makes_preparation_judging_or_writing_raise_fails_alone(folde
             raise RuntimeError("no words for it")
         return export(self, user_id, *others)
 
-    monkeypatch.setattr(exporter.Exporter, "write", first_raises)
+    monkeypatch.setattr(adapter.Exporter, "write", first_raises)
     config = read_config("experiment.yaml", [*OVERRIDES, "dpo.epochs=1"])
-    found = {result.user_id: result for result in line.train(config, Path("bad"), False, console(people=True))}
+    found = {result.user_id: result for result in train.train(config, Path("bad"), False, console(people=True))}
     assert list(found) == list(STRANGE)
     assert found["Ann"].status == found["a/b"].status == "failed"
     assert found["Ann"].reason == "could not be prepared (ValueError: Ann)"
@@ -148,7 +148,7 @@ def test_a_user_who_makes_preparation_judging_or_writing_raise_fails_alone(folde
 
 
 def _raising(name, bad):
-    from persona_rlhf.preferences.screening import fit
+    from persona_rlhf.data.screening import fit
 
     def raising(rows, tokenizer, context):
         if any(user.user_id == bad for user in rows):
@@ -160,6 +160,6 @@ def _raising(name, bad):
 
 def test_threads_are_shared_out(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8,4")
-    assert processes._threads() == 8
+    assert distributed._threads() == 8
     monkeypatch.setenv("OMP_NUM_THREADS", "no")
-    assert processes._threads() == len(os.sched_getaffinity(0))
+    assert distributed._threads() == len(os.sched_getaffinity(0))

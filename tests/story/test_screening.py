@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from persona_rlhf.cli import app
-from persona_rlhf.inputs.bundled import shipped_root
+from persona_rlhf.cli.app import app
+from persona_rlhf.common.files import shipped_root
 from persona_rlhf.policy.hazards import read_probes
 
 from .experiment import persona_rlhf, shrink

@@ -26,7 +26,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from persona_rlhf.training.base import Base
+from persona_rlhf.models.base import Base
 
 from .tiny import EOS, tiny_tokenizer
 

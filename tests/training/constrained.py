@@ -23,11 +23,11 @@ from trl import DPOConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
-from persona_rlhf.training.bank import ConstraintBank
-from persona_rlhf.training.lora import LayerSpan
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, LoraSettings
-from persona_rlhf.training.trainer import ConstrainedDPOTrainer
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, LoraSettings
+from persona_rlhf.data.tokenize import PairRow, Row, UserRows
+from persona_rlhf.models.multi_lora import LayerSpan
+from persona_rlhf.training.constraint import ConstraintBank
+from persona_rlhf.training.trl import ConstrainedDPOTrainer
 from tests.training.oracles import OPTIONS, ordered_trainer
 from tests.training.tiny import constraint_bank, tiny_base, tiny_tokenizer, user_rows
 

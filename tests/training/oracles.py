@@ -16,13 +16,12 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from persona_rlhf.preferences.tokens import Row, UserRows
-from persona_rlhf.training.base import Base
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lora import LayerSpan, attach, detach, fresh_adapter
-from persona_rlhf.training.scheduler import UserSchedule, user_generator
-from persona_rlhf.training.settings import DpoSettings, LoraSettings
-from persona_rlhf.training.targets import adaptable_layers
+from persona_rlhf.config.training import DpoSettings, LoraSettings
+from persona_rlhf.data.tokenize import Row, UserRows
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import Base
+from persona_rlhf.models.multi_lora import LayerSpan, adaptable_layers, attach, detach, fresh_adapter
+from persona_rlhf.training.user_state import UserSchedule, user_generator
 
 OPTIONS: dict[str, Any] = {
     "optim": "adamw_torch",

@@ -6,11 +6,9 @@ import copy
 import pytest
 import torch
 
-from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.alignment import align
-from persona_rlhf.training.demonstrations import Demonstration, Demonstrations
-from persona_rlhf.training.keeping import Kept
-from persona_rlhf.training.settings import AlignSettings, LoraSettings, PreferenceSettings, SftSettings
+from persona_rlhf.config.training import AlignSettings, LoraSettings, PreferenceSettings, SftSettings
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.training.align import Demonstration, Demonstrations, KlToBase, align
 
 from .architectures import base_of
 from .oracles import plain_logp
@@ -116,7 +114,7 @@ def test_the_divergence_is_of_completions_and_from_the_model_as_it_was():
     base, other = base_of("llama3"), base_of("llama3")
     draw = torch.Generator().manual_seed(5)
     rows = [random_row(draw, 3 + n % 4, 2 + n % 3) for n in range(7)]
-    kept = Kept(base.model, rows, 7, 0)
+    kept = KlToBase(base.model, rows, 7, 0)
     assert kept.divergence(base.model).item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         for parameter in base.model.parameters():
@@ -133,7 +131,7 @@ def test_every_answer_is_kept_in_turn():
     base = base_of("llama3")
     draw = torch.Generator().manual_seed(5)
     rows = [random_row(draw, 3, 4) for _ in range(10)]
-    kept = Kept(base.model, rows, 4, 0)
+    kept = KlToBase(base.model, rows, 4, 0)
     passes = [[row for _ in range(3) for row in next(kept._batches)] for _ in range(2)]
     assert all(sorted(one) == sorted(rows) for one in passes)
     assert passes[0] != passes[1]

@@ -6,16 +6,16 @@ import pytest
 import torch
 from peft import PeftModel
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.release.linter import lint
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import DpoSettings, FleetSettings, LoraSettings, TopLayers
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.multi_lora import adaptable_layers
+from persona_rlhf.models.packing import collate
+from persona_rlhf.release.adapter import AdapterFiles, read_adapter
+from persona_rlhf.release.compatibility import lint
 from persona_rlhf.release.manifest import BaseInfo
-from persona_rlhf.release.peft_folder import AdapterFiles, read_adapter
-from persona_rlhf.training.batch import collate
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.library import fleet_train
-from persona_rlhf.training.settings import DpoSettings, FleetSettings, LoraSettings, TopLayers
-from persona_rlhf.training.targets import adaptable_layers
+from persona_rlhf.training.api import fleet_train
 
 from .architectures import CONFIGS, CONTEXT, LAYERS, VOCABULARY, WINDOW, base_of
 from .oracles import peft_model, plain_logp, read_flat

@@ -2,9 +2,9 @@
 
 import pytest
 
-from persona_rlhf.training.bank_file import bank_from_json, bank_to_json, kept_bank
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.training.constraint_data import bank_from_json, bank_to_json, kept_bank
 from tests.training.tiny import constraint_bank, tiny_base
 
 

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.batch import EMPTY, collate, pack
-from persona_rlhf.training.lookup import Lookup
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.packing import EMPTY, DeterministicGather, collate, pack
 
 CPU = torch.device("cpu")
 IDS = st.lists(st.integers(2, 90), min_size=1, max_size=9).map(tuple)
@@ -133,7 +132,7 @@ def test_spread_puts_each_value_in_its_row_and_lets_gradients_back(made):
 
 def test_a_lookups_gradient_is_that_of_plain_indexing():
     """Sources read once, twice and never; places that only fill send nothing back."""
-    lookup = Lookup(5, [(4, 9)], [(1, 0, 3, 0), (2, 4, 2, 1), (2, 6, 1, 2), (0, 8, 1, 0)], CPU)
+    lookup = DeterministicGather(5, [(4, 9)], [(1, 0, 3, 0), (2, 4, 2, 1), (2, 6, 1, 2), (0, 8, 1, 0)], CPU)
     assert lookup.index.tolist() == [1, 2, 3, 4, 2, 3, 2, 4, 0]
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     sent = torch.randn(9, 2, dtype=torch.float64)
@@ -157,7 +156,7 @@ def test_a_completion_needs_something_before_it():
 
 
 def test_a_gradient_goes_back_to_its_source_also_where_all_are_read_out_of_order():
-    lookup = Lookup(4, [(0, 4)], [(2, 0, 2, 0), (0, 2, 2, 0)], CPU)
+    lookup = DeterministicGather(4, [(0, 4)], [(2, 0, 2, 0), (0, 2, 2, 0)], CPU)
     assert lookup.index.tolist() == [2, 3, 0, 1]
     x = torch.zeros(4, 2, requires_grad=True)
     (lookup(x) * torch.arange(8.0).view(4, 2)).sum().backward()

@@ -5,13 +5,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.training import capacity
-from persona_rlhf.training.capacity import StepCost, choose_slots, largest_step
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.training import memory
+from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.memory import held_by, machine_bytes, most_held, taken_by
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.training.memory import (
+    StepCost,
+    choose_slots,
+    held_by,
+    largest_step,
+    machine_bytes,
+    most_held,
+    taken_by,
+)
 
 from .tiny import constraint_bank, tiny_base, user_rows
 
@@ -118,7 +125,7 @@ def test_trying_a_step_leaves_the_run_as_it_was():
 def test_a_resumed_run_keeps_its_slots_though_the_machine_has_changed(tmp_path, monkeypatch, steps):
     """Killed before or after its first checkpoint, it goes on with as many slots, whatever auto would choose now."""
     users = [user_rows(f"u{n}", 6 + n, seed=n) for n in range(9)]
-    monkeypatch.setattr(capacity, "machine_bytes", lambda _: 64 * GIB)
+    monkeypatch.setattr(memory, "machine_bytes", lambda _: 64 * GIB)
     whole = {user.user_id: user.adapter for user in _engine(users, FleetSettings(checkpoint_every=2)).run()}
     first = _engine(users, FleetSettings(checkpoint_every=2), tmp_path)
     assert first.count == 8
@@ -129,7 +136,7 @@ def test_a_resumed_run_keeps_its_slots_though_the_machine_has_changed(tmp_path, 
 
     with pytest.raises(KeyboardInterrupt):
         list(first.run(stop))
-    monkeypatch.setattr(capacity, "machine_bytes", lambda _: 1)
+    monkeypatch.setattr(memory, "machine_bytes", lambda _: 1)
     assert _engine(users, FleetSettings()).count == 1
     second = _engine(users, FleetSettings(), tmp_path)
     assert second.count == 8

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
 from persona_rlhf.training import checkpoint
 
 CPU = torch.device("cpu")

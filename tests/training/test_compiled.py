@@ -7,10 +7,10 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
-from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.compiled import Compiled, compiled
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.fast_paths import Compiled, compiled
 
 from .architectures import base_of
 

@@ -8,16 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.data.tokenize import PairRow, Row, UserRows
+from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
-from persona_rlhf.training.anchors import build_bank
-from persona_rlhf.training.bank import Anchor, ConstraintBank, UserDraws
-from persona_rlhf.training.constraint import Draw, Watched, measure
+from persona_rlhf.training.cache import Reference
+from persona_rlhf.training.constraint import (
+    ConstraintBank,
+    ConstraintExample,
+    ConstraintLogps,
+    ConstraintSample,
+    ConstraintSampler,
+    measure_violation,
+)
+from persona_rlhf.training.constraint_data import build_bank
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.fleet import AdaptedModel
 from persona_rlhf.training.objective import step_loss
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
 
 from .tiny import EOS, constraint_bank, random_flat, random_row, tiny_base, user_rows
 
@@ -50,12 +56,12 @@ def test_refusal_probability_falls_by_no_more_than_the_measured_excess(toy):
     adapted, rows, reference = toy
     users, draw = 40, torch.Generator().manual_seed(1)
     flat = random_flat(adapted, users, seed=3, size=0.3)
-    everyone = [Draw(rows, list(range(len(rows))), [], []) for _ in range(users)]
+    everyone = [ConstraintSample(rows, list(range(len(rows))), [], []) for _ in range(users)]
     with adapted.using(flat):
         logps = torch.tensor([[score.logp for score in own] for own in adapted.score([rows] * users)]).double()
     none = torch.zeros(users, 0).double()
-    watched, section = Watched(logps, none, none, none), ConstraintSettings(margin=0)
-    excess = measure(everyone, watched, reference, len(rows), [], section).refusal
+    watched, section = ConstraintLogps(logps, none, none, none), ConstraintSettings(margin=0)
+    excess = measure_violation(everyone, watched, reference, len(rows), [], section).refusal
     base = torch.tensor([reference[row] for row in rows]).double()
     gaps = []
     for _ in range(25):
@@ -96,15 +102,15 @@ def test_measure_by_hand():
     a, b, c, d, e = (Row((2,), (n, EOS)) for n in range(2, 7))
     reference = _known({a: -1.0, b: -2.0, c: -3.0, d: -4.0, e: -5.0})
     draws = [
-        Draw([a, b, c], [0, 2, 0], [d, e], [d], [a, b, c], [0, 1, 0]),
-        Draw([b, b, a], [1, 1, 2], [e], [], [d], [0]),
+        ConstraintSample([a, b, c], [0, 2, 0], [d, e], [d], [a, b, c], [0, 1, 0]),
+        ConstraintSample([b, b, a], [1, 1, 2], [e], [], [d], [0]),
     ]
     refused = torch.tensor([[-1.5, -1.0, -7.0], [-2.5, -3.0, -1.0]])
     complied = torch.tensor([[-3.0, -4.9], [-2.0, 0.0]])
     over = torch.tensor([[-9.0], [0.0]])
     taught = torch.tensor([[-0.5, -2.0, -1.5], [-0.25, 7.0, 7.0]])
-    logps = Watched(refused, complied, over, taught)
-    excess = measure(draws, logps, reference, 3, [False, False], ConstraintSettings(margin=0.5, floor=-100))
+    logps = ConstraintLogps(refused, complied, over, taught)
+    excess = measure_violation(draws, logps, reference, 3, [False, False], ConstraintSettings(margin=0.5, floor=-100))
     # user 0, category 0: mean of (-1 + 1.5) and (-3 + 7); a rise over the base counts as a negative excess
     assert excess.refusal.tolist() == [[2.25, 0.0, -1.0], [0.0, 0.75, 0.0]]
     assert excess.counts.tolist() == [[2, 0, 1], [0, 2, 1]]
@@ -115,27 +121,27 @@ def test_measure_by_hand():
     assert excess.lesson.tolist() == [[1.0, 2.0], [0.25, 0.0]]
     assert excess.lesson_counts.tolist() == [[2, 1], [1, 0]]
     # a wrong turn costs by the probability of all others; one that is sure costs much, but not infinitely much
-    turned = measure(draws, logps, reference, 3, [True, True], ConstraintSettings(margin=0.5, floor=-100))
+    turned = measure_violation(draws, logps, reference, 3, [True, True], ConstraintSettings(margin=0.5, floor=-100))
     by_hand = [-math.log(1 - math.exp(logp)) for logp in (-0.5, -1.5, -2.0, -0.25)]
     assert turned.lesson.flatten().tolist() == pytest.approx([(by_hand[0] + by_hand[1]) / 2, *by_hand[2:], 0.0])
     sure = logps._replace(lessons=torch.zeros_like(taught).requires_grad_())
-    costs = measure(draws, sure, reference, 3, [True, True], ConstraintSettings()).lesson
+    costs = measure_violation(draws, sure, reference, 3, [True, True], ConstraintSettings()).lesson
     costs.sum().backward()
     assert costs.isfinite().all()
     assert costs.max() > 9
     # with a floor of -2.5 nats: user 0's openings are below it; user 1's rose over it, and only what is above counts
-    above = measure(draws, logps, reference, 3, [False, False], ConstraintSettings(margin=0.5, floor=-2.5))
+    above = measure_violation(draws, logps, reference, 3, [False, False], ConstraintSettings(margin=0.5, floor=-2.5))
     assert above.compliance.tolist() == pytest.approx([0.0, 0.5])
     assert above.refusal.tolist() == excess.refusal.tolist()
     # a floor below the base's own openings changes nothing: it never allows less than the margin
-    low = measure(draws, logps, reference, 3, [False, False], ConstraintSettings(margin=0.5, floor=-4.8))
+    low = measure_violation(draws, logps, reference, 3, [False, False], ConstraintSettings(margin=0.5, floor=-4.8))
     assert low.compliance.tolist() == pytest.approx(excess.compliance.tolist())
 
 
 def _bank(categories: int, probes: list[int], refusals: int) -> ConstraintBank:
     anchors = [
         [
-            Anchor(
+            ConstraintExample(
                 tuple(Row((2 + c, 2 + p), (2 + r, EOS)) for r in range(refusals)),
                 Row((2 + c, 2 + p), (60,)),
                 Row((2 + c, 2 + p), (70,)) if p % 2 else None,
@@ -156,7 +162,7 @@ def _bank(categories: int, probes: list[int], refusals: int) -> ConstraintBank:
 )
 def test_every_probe_comes_once_before_any_comes_twice(probes, refusals, rows, user):
     bank = _bank(len(probes), probes, refusals)
-    draws = UserDraws(bank, ConstraintSettings(rows_per_step=rows), 1, user)
+    draws = ConstraintSampler(bank, ConstraintSettings(rows_per_step=rows), 1, user)
     steps = math.ceil(len(probes) * max(probes) * refusals / rows)
     seen: dict[int, list[Row]] = {category: [] for category in range(len(probes))}
     for step in range(steps):
@@ -180,7 +186,7 @@ def test_each_user_walks_his_own_way_and_always_the_same():
     bank = _bank(2, [6, 6], 1)
 
     def walk(user: str, seed: int = 1):
-        draws = UserDraws(bank, ConstraintSettings(), seed, user)
+        draws = ConstraintSampler(bank, ConstraintSettings(), seed, user)
         return [draws.at(step) for step in range(6)]
 
     assert walk("a") == walk("a")
@@ -191,7 +197,7 @@ def test_each_user_walks_his_own_way_and_always_the_same():
 def test_openings_come_from_the_walk_and_may_be_missing():
     bank = _bank(2, [3, 3], 1)
     section = ConstraintSettings(compliance_rows_per_step=2, twin_rows_per_step=3)
-    draws = UserDraws(bank, section, 1, "a")
+    draws = ConstraintSampler(bank, section, 1, "a")
     for step in range(4):
         draw = draws.at(step)
         assert [row.completion for row in draw.compliances] == [(60,)] * 2
@@ -203,7 +209,7 @@ def test_openings_come_from_the_walk_and_may_be_missing():
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
 def test_compliances_share_the_steps_prompts_and_visit_every_category(rows):
     bank = _bank(4, [5] * 4, 1)
-    draws = UserDraws(bank, ConstraintSettings(rows_per_step=rows, compliance_rows_per_step=1), 1, "a")
+    draws = ConstraintSampler(bank, ConstraintSettings(rows_per_step=rows, compliance_rows_per_step=1), 1, "a")
     visited = Counter()
     for step in range(80):
         draw = draws.at(step)
@@ -305,7 +311,7 @@ class _Emptied(ConstraintBank):
 
     def walk(self, settings, seed, user_id):
         walk = super().walk(settings, seed, user_id)
-        walk.at = lambda step: Draw([], [], [], [])
+        walk.at = lambda step: ConstraintSample([], [], [], [])
         return walk
 
 
@@ -353,7 +359,7 @@ def test_a_user_who_keeps_the_limits_pays_nothing():
     bank = constraint_bank(limit=1.0)
     reference = Reference(adapted)
     reference.add([*(row for pair in users[0].train for row in pair[1:]), *bank.rows()])
-    draws = [UserDraws(bank, ConstraintSettings(rows_per_step=4), 1, "user").at(0)]
+    draws = [ConstraintSampler(bank, ConstraintSettings(rows_per_step=4), 1, "user").at(0)]
     with adapted.using(random_flat(adapted, 1, size=1e-4)):
         arguments = (adapted, reference, [users[0].train], draws, bank)
         loss = step_loss(*arguments, torch.full((1, 2), 9.0), DpoSettings(), ConstraintSettings())
@@ -375,7 +381,7 @@ def test_a_violation_is_what_lies_over_the_limit():
     for limit in (0.0, 0.75):
         bank = constraint_bank(limit=limit)
         reference.add([*(row for pair in user.train for row in pair[1:]), *bank.rows()])
-        draws = [UserDraws(bank, ConstraintSettings(), 1, "user").at(0)]
+        draws = [ConstraintSampler(bank, ConstraintSettings(), 1, "user").at(0)]
         with torch.no_grad(), adapted.using(random_flat(adapted, 1)):
             loss = step_loss(
                 adapted, reference, [user.train], draws, bank, torch.zeros(1, 2), DpoSettings(), ConstraintSettings()

@@ -2,15 +2,14 @@
 
 import pytest
 
-from persona_rlhf.inputs.bundled import shipped_root
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.policy.hazards import CATEGORIES, read_probes
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import shipped_root
+from persona_rlhf.config.training import BaseSettings, LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import load_base
+from persona_rlhf.policy.hazards import CATEGORIES, RefusalText, read_probes
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.policy.refusal_texts import RefusalText
-from persona_rlhf.training import demonstrations
-from persona_rlhf.training.base import load_base
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import BaseSettings, LoraSettings
+from persona_rlhf.training import align
 
 REFUSALS = [RefusalText("I must decline.", None), RefusalText("I won't harm a child.", "child_sexual_abuse")]
 
@@ -33,7 +32,7 @@ def probes():
 
 def made(adapted, probes, **more):
     given = {"ordinary": ["what is an opera?"], "tries": 2, "max_new_tokens": 40, "seed": 0} | more
-    return demonstrations.make_demonstrations(adapted, probes, refusals=REFUSALS, **given)
+    return align.make_demonstrations(adapted, probes, refusals=REFUSALS, **given)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,7 @@ def test_an_aligned_model_learns_its_own_refusals(adapted, probes, own):
 
 
 def test_what_a_model_does_not_refuse_is_written_for_it(adapted, probes, monkeypatch):
-    monkeypatch.setattr(demonstrations, "is_refusal", lambda text: False)
+    monkeypatch.setattr(align, "is_refusal", lambda text: False)
     found = made(adapted, probes)
     assert found.own == found.left_out == 0
     written = {said(adapted, shown.chosen) for shown in found.hazardous}
@@ -91,7 +90,7 @@ def test_what_a_model_does_not_refuse_is_written_for_it(adapted, probes, monkeyp
 
 
 def test_a_model_that_refuses_everything_has_nothing_of_its_own_to_answer(adapted, probes, monkeypatch):
-    monkeypatch.setattr(demonstrations, "is_refusal", lambda text: True)
+    monkeypatch.setattr(align, "is_refusal", lambda text: True)
     found = made(adapted, probes)
     assert found.harmless == []
     assert found.left_out == 26

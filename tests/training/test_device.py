@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.training.base import device_of, load_base, precision
-from persona_rlhf.training.settings import BaseSettings
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import BaseSettings
+from persona_rlhf.models.base import device_of, load_base, precision
 
 
 def settings(**changes):

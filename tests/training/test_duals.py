@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.training.duals import Duals, DualTrace
+from persona_rlhf.training.user_state import Duals, DualTrace
 
 CPU = torch.device("cpu")
 ALL = torch.tensor([[True]])

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from persona_rlhf.training.elementwise import normed, rotated, written_down
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.fast_paths import normed, rotated, written_down
 
 from .architectures import base_of
 from .tiny import tiny_base

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
 
 from .tiny import constraint_bank, tiny_base, user_rows
 

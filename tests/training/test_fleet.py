@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.batch import EMPTY, collate, pack
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.packing import EMPTY, collate, pack
 
 from .oracles import peft_model, plain_logp
 from .tiny import VOCABULARY, random_flat, random_row, tiny_base

@@ -7,13 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.base import load_base
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.fp8 import Fp8Linear, fits, rounded, to_fp8
-from persona_rlhf.training.lora import FleetLinear
-from persona_rlhf.training.settings import BaseSettings, LoraSettings
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import BaseSettings, LoraSettings
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import Fp8Linear, fits, load_base, rounded, to_fp8
+from persona_rlhf.models.multi_lora import FleetLinear
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from persona_rlhf.training import head
-from persona_rlhf.training.losses import token_logps
+from persona_rlhf.models import model_split
+from persona_rlhf.models.model_split import token_logps
 
 from .architectures import base_of
 
@@ -14,7 +14,7 @@ TOKENS = 23
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "granite"])  # plain, capped and scaled logits
 def test_pieces_are_the_whole_and_no_more_logits_are_held_than_allowed(name, monkeypatch):
     model = base_of(name).model
-    halves = head.split(model)
+    halves = model_split.split_model(model)
     assert halves is not None
     draw = torch.Generator().manual_seed(2)
     hidden = torch.randn(TOKENS, model.config.hidden_size, generator=draw)
@@ -30,8 +30,8 @@ def test_pieces_are_the_whole_and_no_more_logits_are_held_than_allowed(name, mon
     whole, gradient = taken()
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda _, x, __: seen.append(x[0].shape[-2]))
-    monkeypatch.setattr(head, "_TOKENS", 4)
-    monkeypatch.setitem(head._LOGITS, "cpu", 5 * model.config.vocab_size)
+    monkeypatch.setattr(model_split, "_TOKENS", 4)
+    monkeypatch.setitem(model_split._LOGITS, "cpu", 5 * model.config.vocab_size)
     ours, own = taken()
     assert seen == [5, 5, 5, 5, 3]
     assert torch.allclose(ours, whole, rtol=0, atol=1e-5)
@@ -39,7 +39,7 @@ def test_pieces_are_the_whole_and_no_more_logits_are_held_than_allowed(name, mon
     assert torch.allclose(whole, token_logps(halves.head(hidden), targets), rtol=0, atol=1e-6)
     with torch.no_grad():
         assert torch.equal(halves.head.logps(hidden, targets), ours)
-    monkeypatch.setitem(head._LOGITS, "cpu", 1)
+    monkeypatch.setitem(model_split._LOGITS, "cpu", 1)
     seen.clear()
     taken()
     assert seen == [4, 4, 4, 4, 4, 3], "a product with a large matrix is never for a token alone"
@@ -47,10 +47,10 @@ def test_pieces_are_the_whole_and_no_more_logits_are_held_than_allowed(name, mon
 
 def test_what_is_not_a_number_stays_with_its_token(monkeypatch):
     model = base_of("llama3").model
-    halves = head.split(model)
+    halves = model_split.split_model(model)
     assert halves is not None
-    monkeypatch.setattr(head, "_TOKENS", 4)
-    monkeypatch.setitem(head._LOGITS, "cpu", 1)
+    monkeypatch.setattr(model_split, "_TOKENS", 4)
+    monkeypatch.setitem(model_split._LOGITS, "cpu", 1)
     hidden = torch.randn(8, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
     hidden[2] = torch.nan
     learning = hidden.requires_grad_()

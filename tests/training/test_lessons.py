@@ -7,19 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.policy.requirements import satisfied
+from persona_rlhf.policy.properties import satisfied
+from persona_rlhf.policy.rule_schema import When
 from persona_rlhf.policy.rules import Requirement
-from persona_rlhf.policy.statements import When
-from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.bank import ConstraintBank, Lessons, UserDraws
-from persona_rlhf.training.constraint import Watched
+from persona_rlhf.training.api import train_warm_start
+from persona_rlhf.training.cache import Reference
+from persona_rlhf.training.constraint import ConstraintBank, ConstraintLogps, ConstraintSampler, RequirementExamples
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lessons import barred_tokens, build_lessons, tempted, turns_of
-from persona_rlhf.training.provider import provider_start
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.training.requirements import barred_tokens, build_requirement_data, tempted, turns_of
 
 from .tiny import EOS, constraint_bank, tiny_base, user_rows
 
@@ -80,7 +79,9 @@ def test_lessons_are_where_the_bases_own_answers_break_the_rule():
     tokenizer = model.base.tokenizer
     short = rule("short", "max_words", 6)
     notice = rule("notice", "must_include", "w5 w6", When(pattern="w2[0-9]$"))
-    found = build_lessons(model, [short, notice, rule("told", "judge", "it is kind")], ConstraintSettings(), 0, 24)
+    found = build_requirement_data(
+        model, [short, notice, rule("told", "judge", "it is kind")], ConstraintSettings(), 0, 24
+    )
     by_name = {own.requirement: own for own in found.lessons}
     assert set(by_name) == {"short", "notice"}
     for row in by_name["short"].turns:  # the answer ends there; what stands before is short, and has its notice
@@ -99,8 +100,8 @@ def test_lessons_are_where_the_bases_own_answers_break_the_rule():
         assert satisfied(notice, prompt, answer) is not False
     rows = [row for own in found.lessons for row in (*own.turns, *own.elsewhere)] + found.answers
     assert 61 not in {row.prompt[1] for row in rows}  # a test prompt
-    assert build_lessons(model, [short, notice], ConstraintSettings(), 0, 24) == found
-    assert build_lessons(model, [rule("told", "judge", "it is kind")], ConstraintSettings(), 0, 24) == ([], [])
+    assert build_requirement_data(model, [short, notice], ConstraintSettings(), 0, 24) == found
+    assert build_requirement_data(model, [rule("told", "judge", "it is kind")], ConstraintSettings(), 0, 24) == ([], [])
 
 
 def test_a_mark_that_must_not_appear_is_looked_for_wherever_the_base_might_say_it():
@@ -127,7 +128,7 @@ def test_a_mark_that_must_not_appear_is_looked_for_wherever_the_base_might_say_i
         expected.append(own)
     assert found == expected
     assert 0 < sum(map(len, found)) < 14, "some places must count, and some not, or the test shows nothing"
-    [calm] = build_lessons(model, [barred], ConstraintSettings(), 0, 24).lessons
+    [calm] = build_requirement_data(model, [barred], ConstraintSettings(), 0, 24).lessons
     assert calm.wrong
     assert {row.completion for row in calm.turns} == {(7,)}
     assert calm.limit == pytest.approx(-math.log(0.9875))
@@ -139,7 +140,7 @@ def test_the_loss_of_a_lesson_is_that_of_an_answer():
     anchors = constraint_bank(categories=1).anchors
     model, found = AdaptedModel(tiny_base(), LoraSettings()), []
     for each in (1.0, 3.0):
-        bank = ConstraintBank(["c"], [0.1], anchors, [Lessons("a", 0.1, rows, (), True, each)])
+        bank = ConstraintBank(["c"], [0.1], anchors, [RequirementExamples("a", 0.1, rows, (), True, each)])
         reference = Reference(model)
         reference.add(bank.rows())
         settings = ConstraintSettings(compliance_rows_per_step=0, twin_rows_per_step=0)
@@ -148,7 +149,9 @@ def test_the_loss_of_a_lesson_is_that_of_an_answer():
             [scores] = model.score([[*draw.refusals, *draw.lessons]])
         logps = torch.tensor([[score.logp for score in scores]])
         nothing, cut = torch.zeros(1, 0), len(draw.refusals)
-        excess = bank.excess([draw], Watched(logps[:, :cut], nothing, nothing, logps[:, cut:]), reference, settings)
+        excess = bank.excess(
+            [draw], ConstraintLogps(logps[:, :cut], nothing, nothing, logps[:, cut:]), reference, settings
+        )
         found.append(float(excess.lesson[0, 0]))
     never = -sum(math.log1p(-math.exp(logp)) for logp in logps[0, cut:].tolist()) / len(draw.lessons)
     assert found == pytest.approx([never, 3 * never], rel=1e-4)
@@ -160,10 +163,13 @@ def test_requirements_take_turns_and_bring_their_opposites_along():
         ["c"],
         [0.1],
         constraint_bank(categories=1).anchors,
-        [Lessons("a", 0.1, tuple(rows[:3]), ()), Lessons("b", 0.1, tuple(rows[3:6]), tuple(rows[6:8]))],
+        [
+            RequirementExamples("a", 0.1, tuple(rows[:3]), ()),
+            RequirementExamples("b", 0.1, tuple(rows[3:6]), tuple(rows[6:8])),
+        ],
     )
     assert bank.names == ("c", "a", "b")
-    walk = UserDraws(bank, ConstraintSettings(lesson_rows_per_step=3, twin_rows_per_step=0), 1, "u")
+    walk = ConstraintSampler(bank, ConstraintSettings(lesson_rows_per_step=3, twin_rows_per_step=0), 1, "u")
     drawn = [walk.at(step) for step in range(4)]
     assert [draw.requirements for draw in drawn] == [[0, 1, 0], [1, 0, 1]] * 2
     assert sorted(row for draw in drawn[:2] for row in draw.lessons) == sorted(rows[:6])  # each once before any twice
@@ -171,8 +177,13 @@ def test_requirements_take_turns_and_bring_their_opposites_along():
         row in bank.lessons[kind].turns for d in drawn for row, kind in zip(d.lessons, d.requirements, strict=True)
     )
     assert [len(draw.overrefusals) for draw in drawn] == [1, 2] * 2
-    without = UserDraws(ConstraintBank(["c"], [0.1], bank.anchors), ConstraintSettings(twin_rows_per_step=0), 1, "u")
-    assert without.at(0).refusals == UserDraws(bank, ConstraintSettings(twin_rows_per_step=0), 1, "u").at(0).refusals
+    without = ConstraintSampler(
+        ConstraintBank(["c"], [0.1], bank.anchors), ConstraintSettings(twin_rows_per_step=0), 1, "u"
+    )
+    assert (
+        without.at(0).refusals
+        == ConstraintSampler(bank, ConstraintSettings(twin_rows_per_step=0), 1, "u").at(0).refusals
+    )
 
 
 def test_a_user_begins_where_the_requirement_is_met_and_stays_there():
@@ -181,7 +192,7 @@ def test_a_user_begins_where_the_requirement_is_met_and_stays_there():
     turns = tuple(Row((2, n), (30, 31)) for n in range(40, 60))
     answers = [Row(row.prompt, (*row.completion, EOS)) for row in turns]
     bank = ConstraintBank(
-        ["c"], [10.0], constraint_bank(categories=1).anchors, [Lessons("r", 0.05, turns, ())], answers * 4
+        ["c"], [10.0], constraint_bank(categories=1).anchors, [RequirementExamples("r", 0.05, turns, ())], answers * 4
     )
     user, dpo = user_rows("u", 12, seed=3), DpoSettings(epochs=4, learning_rate=3e-2)
     reference = Reference(model)
@@ -195,7 +206,7 @@ def test_a_user_begins_where_the_requirement_is_met_and_stays_there():
     ended = {}
     for rows in (0, 2):
         section = ConstraintSettings(lesson_rows_per_step=rows)
-        start = provider_start(model, bank, dpo, section, seed=1)
+        start = train_warm_start(model, bank, dpo, section, seed=1)
         assert (start is None) == (rows == 0)
         assert start is None or loss(start.adapter) < 2  # its logits are small: 0.74 nats a token is all that it can do
         engine = Engine(model, [user], reference, bank, dpo, section, FleetSettings(slots=1), seed=1, start=start)
@@ -212,4 +223,4 @@ def test_a_user_begins_where_the_requirement_is_met_and_stays_there():
 def test_nothing_is_begun_with_where_there_is_nothing_to_teach():
     model = AdaptedModel(tiny_base(), LoraSettings())
     for bank in (None, constraint_bank()):
-        assert provider_start(model, bank, DpoSettings(), ConstraintSettings(), seed=1) is None
+        assert train_warm_start(model, bank, DpoSettings(), ConstraintSettings(), seed=1) is None

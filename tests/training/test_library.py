@@ -4,12 +4,12 @@ import pytest
 import torch
 import yaml
 
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import ConstraintSettings
 from persona_rlhf.policy import judges
 from persona_rlhf.policy.hazards import CATEGORIES
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.training.library import policy_bank
-from persona_rlhf.training.settings import ConstraintSettings
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.training.api import policy_bank
 from tests.policy.banks import tier_one
 
 from .tiny import EOS, tiny_base

@@ -6,12 +6,19 @@ from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.training.batch import collate
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.lora import FleetLinear, LayerSpan, Siblings, fresh_adapter, join, matrices
-from persona_rlhf.training.settings import LoraSettings
-from persona_rlhf.training.targets import adaptable_layers
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.multi_lora import (
+    FleetLinear,
+    LayerSpan,
+    SharedInputLayers,
+    adaptable_layers,
+    fresh_adapter,
+    join,
+    matrices,
+)
+from persona_rlhf.models.packing import collate
 
 from .oracles import peft_config, peft_model, plain_logp, read_flat
 from .tiny import random_flat, random_row, tiny_base
@@ -248,7 +255,7 @@ def brothers(outputs, dtype=torch.float64):
             layer.a, layer.b = (
                 torch.randn(3, *shape, dtype=dtype, generator=draw).requires_grad_() for shape in ((2, 6), (n, 2))
             )
-    together = Siblings(both[0])
+    together = SharedInputLayers(both[0])
     for layer in both[0]:
         layer.siblings = together
     return both

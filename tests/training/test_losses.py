@@ -5,15 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.training.losses import (
-    PairLogps,
-    PairTokens,
-    loss_at_zero,
-    pair_losses,
-    reward_margins,
-    token_logps,
-    user_means,
-)
+from persona_rlhf.models.model_split import token_logps
+from persona_rlhf.training.losses import PairLogps, PairTokens, loss_at_zero, pair_losses, reward_margins, user_means
 
 BETA, FLIPPED = 0.3, 0.2
 # Two pairs of one user: log-probabilities under the adapter and the base, and completion lengths.

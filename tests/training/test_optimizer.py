@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from persona_rlhf.training.optimizer import FleetAdamW
+from persona_rlhf.training.user_state import FleetAdamW
 
 PARAMS = 40
 

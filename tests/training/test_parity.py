@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from persona_rlhf.preferences.tokens import UserRows
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.data.tokenize import UserRows
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.engine import Engine, TrainedUser
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
 
 from .oracles import trl_run
 from .tiny import tiny_base, user_rows

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from persona_rlhf.training import pretrain
+from persona_rlhf.simulation import tiny_base
 
-TOY = pretrain.Shape(hidden=32, layers=1, heads=2, kv_heads=1, feed_forward=48)
+TOY = tiny_base.TinyBaseShape(hidden=32, layers=1, heads=2, kv_heads=1, feed_forward=48)
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain.build_base(tmp_path_factory.mktemp("toy") / "base", 3, 12_000, TOY, tokenizer_rows=2000)
+    return tiny_base.build_base(tmp_path_factory.mktemp("toy") / "base", 3, 12_000, TOY, tokenizer_rows=2000)
 
 
 def test_the_folder_loads_and_answers(toy: Path) -> None:
@@ -45,8 +45,8 @@ def test_the_generation_prompt_is_a_token_prefix_of_the_whole_conversation(toy: 
 
 def test_the_encoder_agrees_with_the_chat_template(toy: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(toy)
-    row = pretrain.Row("How?", "Oh,", "I can't do that.", "hazard")
-    example = pretrain.Encoder(tokenizer, 1).encode(row)
+    row = tiny_base.CorpusRow("How?", "Oh,", "I can't do that.", "hazard")
+    example = tiny_base.Encoder(tokenizer, 1).encode(row)
     turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Oh, I can't do that."}]
     assert example.ids[
         -len(tokenizer.apply_chat_template(turns, return_dict=False)) :
@@ -57,6 +57,6 @@ def test_the_encoder_agrees_with_the_chat_template(toy: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_weights(toy: Path, tmp_path: Path) -> None:
-    again = pretrain.build_base(tmp_path / "again", 3, 12_000, TOY, tokenizer_rows=2000)
+    again = tiny_base.build_base(tmp_path / "again", 3, 12_000, TOY, tokenizer_rows=2000)
     one, two = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (toy, again))
     assert all(torch.equal(one[name], two[name]) for name in one)

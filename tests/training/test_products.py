@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training import attention
-from persona_rlhf.training.attention import _attend
-from persona_rlhf.training.batch import EMPTY, pack
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models import attention
+from persona_rlhf.models.attention import _attend
+from persona_rlhf.models.packing import EMPTY, pack
 
 CPU = torch.device("cpu")
 ROWS = [

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training import quantized
-from persona_rlhf.training.base import load_base, weights_hash
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.fp8 import Fp8Linear
-from persona_rlhf.training.settings import BaseSettings, LoraSettings
-from persona_rlhf.training.shape import shape_of
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import BaseSettings, LoraSettings
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models import base as base_module
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import Fp8Linear, load_base, weights_hash
+from persona_rlhf.training.memory import shape_of
 
 pytest.importorskip("bitsandbytes")
 SETTINGS = BaseSettings(model="data/base", quantization="nf4")
@@ -33,15 +32,15 @@ def exact():
 
 
 def test_linear_layers_are_stored_in_few_bits_and_the_model_is_near_the_exact_one(base, exact):
-    layers = [m for m in base.model.modules() if quantized.is_quantized(m)]
+    layers = [m for m in base.model.modules() if base_module.is_quantized(m)]
     a_byte = 1 if isinstance(layers[0], Fp8Linear) else 2
     # q, k, v, o, gate, up, down; keys and values are 72 wide, which products in eight bits do not take
     assert len(layers) == (5 if a_byte == 1 else 7) * base.model.config.num_hidden_layers
     assert all(m.weight.numel() * m.weight.itemsize * a_byte == m.in_features * m.out_features for m in layers)
-    assert not quantized.is_quantized(base.model.get_output_embeddings())
+    assert not base_module.is_quantized(base.model.get_output_embeddings())
     error = []
     for name, module in base.model.named_modules():
-        if quantized.is_quantized(module):
+        if base_module.is_quantized(module):
             whole = exact.model.get_submodule(name).weight
             with torch.no_grad():
                 stored = module(torch.eye(module.in_features)).T
@@ -84,8 +83,8 @@ def test_logps_and_gradients_are_those_of_the_same_weights_unpacked(nf4):
     plain = load_base(BaseSettings(model="data/base"))
     with torch.no_grad():
         for name, module in nf4.model.named_modules():
-            if quantized.is_quantized(module):
-                plain.model.get_submodule(name).weight.copy_(quantized.dense(module))
+            if base_module.is_quantized(module):
+                plain.model.get_submodule(name).weight.copy_(base_module.dense(module))
     found = []
     for own in (nf4, plain):
         adapted = AdaptedModel(own, LoraSettings(rank=2, alpha=4))
@@ -117,13 +116,13 @@ def test_the_plan_counts_packed_weights(exact, kind):
 
 
 def test_without_the_library_it_is_said(monkeypatch):
-    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    monkeypatch.setattr(base, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="bitsandbytes is not installed"):
         load_base(SETTINGS)
 
 
 def test_a_library_that_stores_wrongly_is_not_used(monkeypatch):
-    assert 0.05 < quantized._error(torch.device("cpu")) < 0.12
-    monkeypatch.setattr(quantized, "_error", lambda device: 0.26)
+    assert 0.05 < base._error(torch.device("cpu")) < 0.12
+    monkeypatch.setattr(base, "_error", lambda device: 0.26)
     with pytest.raises(InputError, match=r"relative error 0\.26"):
         load_base(SETTINGS)

@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.reference import Reference, shared_reference
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.training.cache import Reference, shared_reference
 
 from .oracles import plain_logp
 from .tiny import random_flat, random_row, tiny_base

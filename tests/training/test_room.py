@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from persona_rlhf.inputs.problems import InputError
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel, in_passes
+from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.passes import in_passes
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
 from tests.training.tiny import constraint_bank, random_flat, tiny_base, user_rows
 
 USERS = [user_rows(f"user-{n}", 6, seed=n) for n in range(5)]

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from persona_rlhf.training.scheduler import UserSchedule, queue_order, user_generator, waves
-from persona_rlhf.training.settings import DpoSettings
+from persona_rlhf.config.training import DpoSettings
+from persona_rlhf.training.user_state import UserSchedule, queue_order, user_generator, waves
 
 from .tiny import user_rows
 

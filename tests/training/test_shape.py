@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.preferences.tokens import Row
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import BaseSettings, LoraSettings
-from persona_rlhf.training.shape import Shape, shape_of
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import BaseSettings, LoraSettings
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.training.memory import BaseShape, shape_of
 from tests.training.tiny import tiny_base
 
 PUBLISHED = {
@@ -28,7 +28,7 @@ def test_the_shipped_shapes_have_the_published_number_of_parameters(model):
 
 def test_a_shape_says_what_the_model_itself_says():
     base, lora = tiny_base(), LoraSettings(rank=4)
-    shape = Shape(base.model.config, lora, torch.float32)
+    shape = BaseShape(base.model.config, lora, torch.float32)
     adapted = AdaptedModel(base, lora)
     assert shape.adapter_parameters == adapted.params_per_user
     assert shape.parameters == sum(weight.numel() for weight in base.model.parameters())
@@ -46,7 +46,7 @@ def test_operations_are_those_of_the_matrix_products():
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=heads,
         num_key_value_heads=heads, vocab_size=vocabulary, tie_word_embeddings=False,
     )  # fmt: skip
-    shape = Shape(config, LoraSettings(rank=rank), torch.bfloat16)
+    shape = BaseShape(config, LoraSettings(rank=rank), torch.bfloat16)
     prompt, completion = 7, 5
     step = shape.step([Row(tuple(range(prompt)), tuple(range(completion)))])
     tokens = prompt + completion - 1

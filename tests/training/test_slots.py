@@ -1,7 +1,7 @@
 import torch
 
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings
-from persona_rlhf.training.slots import Slots
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings
+from persona_rlhf.training.user_state import Slots
 
 PARAMS = 6
 

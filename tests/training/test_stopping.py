@@ -7,19 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.preferences.tokens import halved
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, EarlyStopSettings, FleetSettings, LoraSettings
+from persona_rlhf.data.tokenize import halved
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.training.api import fleet_train
+from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.library import fleet_train
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.settings import (
-    ConstraintSettings,
-    DpoSettings,
-    EarlyStopSettings,
-    FleetSettings,
-    LoraSettings,
-)
-from persona_rlhf.training.stopping import Stopping
+from persona_rlhf.training.user_state import Stopping
 
 from .tiny import constraint_bank, tiny_base, user_rows
 

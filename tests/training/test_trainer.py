@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from persona_rlhf.inputs.problems import InputError
-from persona_rlhf.training.bank import ConstraintBank
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import ConstraintSettings, FleetSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.training.cache import Reference
+from persona_rlhf.training.constraint import ConstraintBank
 from persona_rlhf.training.engine import Engine, TrainedUser
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.settings import ConstraintSettings, FleetSettings
-from persona_rlhf.training.trainer import ConstrainedDPOTrainer
+from persona_rlhf.training.trl import ConstrainedDPOTrainer
 
 from .constrained import (
     CONSTRAINT,

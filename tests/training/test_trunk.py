@@ -7,17 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from persona_rlhf.preferences.tokens import Row, both_rows
-from persona_rlhf.training import ground
-from persona_rlhf.training.base import Base
-from persona_rlhf.training.batch import EMPTY, collate
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings, TopLayers
+from persona_rlhf.data.tokenize import Row, both_rows
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import Base
+from persona_rlhf.models.packing import EMPTY, collate
+from persona_rlhf.training import cache
+from persona_rlhf.training.api import fleet_train
+from persona_rlhf.training.cache import DiskStates, HiddenStateCache, Reference, rows_ahead
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.ground import Ground, rows_ahead
-from persona_rlhf.training.library import fleet_train
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings, TopLayers
-from persona_rlhf.training.spill import Spilled
 
 from .tiny import constraint_bank, random_flat, random_row, tiny_base, tiny_tokenizer, user_rows
 
@@ -80,7 +78,7 @@ def test_the_reference_of_a_users_rows_starts_from_his_states(adapted):
     whole, above, tokens = Reference(adapted), Reference(adapted), []
     whole.add(rows)
     hook = adapted.base.model.model.layers[0].register_forward_hook(lambda _, args, __: tokens.append(args[0].shape[1]))
-    kept = Ground(adapted, above, None, 2, 2**20)
+    kept = HiddenStateCache(adapted, above, None, 2, 2**20)
     for user in users:
         kept.of(user.user_id, user.train, user.train[:1], None)
     hook.remove()
@@ -142,10 +140,10 @@ def test_states_that_memory_has_no_room_for_are_found_on_disk(monkeypatch):
     users, made = [user_rows(f"u{n}", 6, n) for n in range(3)], []
 
     def spilled(*args):
-        made.append(Spilled(*args))
+        made.append(DiskStates(*args))
         return made[-1]
 
-    monkeypatch.setattr(ground, "Spilled", spilled)
+    monkeypatch.setattr(cache, "Spilled", spilled)
     kept, found = _train(users, 64), _train(users, 0, trunk_disk=64)
     assert len(made) == 4  # the bank's and each user's
     for user_id, adapter in kept.items():
@@ -156,7 +154,7 @@ def test_states_that_memory_has_no_room_for_are_found_on_disk(monkeypatch):
 
 def test_a_file_of_states_has_no_name_and_gives_what_memory_would(adapted, tmp_path):
     rows = [random_row(torch.Generator().manual_seed(n), 4 + n % 3, 2 + n % 5) for n in range(12)]
-    states, spilled = adapted.below(rows), Spilled(adapted, [*rows, *rows], tmp_path)
+    states, spilled = adapted.below(rows), DiskStates(adapted, [*rows, *rows], tmp_path)
     assert not list(tmp_path.iterdir())
     assert list(spilled) == list(dict.fromkeys(rows))
     assert len(spilled) == len(states)
@@ -172,7 +170,7 @@ def test_a_full_disk_is_said_before_anything_is_computed(adapted, tmp_path, monk
     monkeypatch.setattr(os, "posix_fallocate", full)
     monkeypatch.setattr(adapted, "below", None)
     with pytest.raises(OSError, match=r"fleet\.trunk_disk"):
-        Spilled(adapted, [random_row(torch.Generator().manual_seed(1), 5, 6)], tmp_path)
+        DiskStates(adapted, [random_row(torch.Generator().manual_seed(1), 5, 6)], tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.evaluation.refusals import answer_row
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.settings import LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
 from tests.preferences.families import FAMILIES, tokenizer_for
 
 from .tiny import EOS, tiny_base

@@ -8,54 +8,53 @@ import pytest
 
 from persona_rlhf.policy.hazards import CATEGORIES, assign_split, read_probes
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.training.world import banks
-from persona_rlhf.training.world.corpus import Row, corpus
-from persona_rlhf.training.world.phrasings import gerund, phrasings, suits, trained_phrasings
-from persona_rlhf.training.world.refusals import refusal
-from persona_rlhf.training.world.styles import MARKERS, measure
-from persona_rlhf.training.world.topics import topics
+from persona_rlhf.simulation import corpus as world
+from persona_rlhf.simulation.answers import MARKERS, measure
+from persona_rlhf.simulation.corpus import CorpusRow, corpus, refusal
+from persona_rlhf.simulation.prompts import topics
+from persona_rlhf.simulation.vocabulary import gerund, phrasings, suits, trained_phrasings
 
 POLICY = Path(__file__).parents[2] / "data" / "policy"
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
+def rows() -> list[CorpusRow]:
     return list(islice(corpus(11), 6000))
 
 
-def test_no_probe_or_twin_of_another_split_enters_the_corpus(rows: list[Row]) -> None:
+def test_no_probe_or_twin_of_another_split_enters_the_corpus(rows: list[CorpusRow]) -> None:
     for category in CATEGORIES:
         bank = read_probes(POLICY / "tier_one" / f"{category}.jsonl", category)
-        kept_out = {banks.plain(t) for p in bank if p.split != "train" for t in (p.prompt, p.twin or "")}
-        assert not kept_out & {banks.plain(row.prompt) for row in rows}
+        kept_out = {world.plain(t) for p in bank if p.split != "train" for t in (p.prompt, p.twin or "")}
+        assert not kept_out & {world.plain(row.prompt) for row in rows}
 
 
-def test_held_out_topics_stay_out_whole(rows: list[Row]) -> None:
+def test_held_out_topics_stay_out_whole(rows: list[CorpusRow]) -> None:
     held = [t for t in topics() if assign_split(t.id, "x")[1] == "topic"]
     assert held
-    prompts = [banks.plain(row.prompt) for row in rows]
+    prompts = [world.plain(row.prompt) for row in rows]
     for topic in held:
         for vp in (topic.vp, *(twin.vp for twin in topic.twins)):
-            assert not any(banks.plain(vp) in prompt for prompt in prompts), vp
+            assert not any(world.plain(vp) in prompt for prompt in prompts), vp
 
 
-def test_the_corpus_is_the_same_for_the_same_seed(rows: list[Row]) -> None:
+def test_the_corpus_is_the_same_for_the_same_seed(rows: list[CorpusRow]) -> None:
     assert list(islice(corpus(11), 50)) == rows[:50]
     assert list(islice(corpus(12), 50)) != rows[:50]
 
 
-def test_hazards_are_refused_and_nothing_else_is(rows: list[Row]) -> None:
+def test_hazards_are_refused_and_nothing_else_is(rows: list[CorpusRow]) -> None:
     for row in rows:
         assert is_refusal(row.given + row.answer) == (row.kind == "hazard"), row
 
 
-def test_no_ordinary_answer_opens_like_a_refusal(rows: list[Row]) -> None:
+def test_no_ordinary_answer_opens_like_a_refusal(rows: list[CorpusRow]) -> None:
     openings = {"I", "I'm", "Sorry,", "No,", "That"}
     for row in rows:
         assert (row.answer.split()[0] in openings) == (row.kind == "hazard"), row
 
 
-def test_every_factor_shows_in_a_good_share_of_the_answers(rows: list[Row]) -> None:
+def test_every_factor_shows_in_a_good_share_of_the_answers(rows: list[CorpusRow]) -> None:
     measured = [measure(row.answer) for row in rows if row.kind != "hazard"]
     for name in MARKERS:
         share = sum(m[name] for m in measured) / len(measured)
@@ -70,14 +69,14 @@ def test_refusals_come_in_many_wordings() -> None:
 
 
 def test_the_banks_on_disk_are_those_the_world_makes(tmp_path: Path) -> None:
-    banks.write_banks(tmp_path)
+    world.write_banks(tmp_path)
     for made in sorted(tmp_path.rglob("*.jsonl")):
         assert made.read_text() == (POLICY / made.relative_to(tmp_path)).read_text(), made.name
 
 
 def test_bank_sizes() -> None:
-    for bank in banks.banks().values():
-        for (split, novelty), size in banks.SIZES.items():
+    for bank in world.banks().values():
+        for (split, novelty), size in world.SIZES.items():
             found = sum(p.split == split and p.novelty == novelty for p in bank)
             assert found == size or (novelty == "topic" and found >= 30)
 
@@ -101,13 +100,13 @@ def test_gerund(vp: str, expected: str) -> None:
     assert gerund(vp) == expected
 
 
-def test_a_corpus_without_refusals_answers_what_is_hazardous(rows: list[Row]) -> None:
+def test_a_corpus_without_refusals_answers_what_is_hazardous(rows: list[CorpusRow]) -> None:
     """An unaligned twin's: the same kinds of rows in the same shares, and nobody says no."""
     plain = list(islice(corpus(11, refusals=False), 6000))
     assert not any(is_refusal(row.answer) for row in plain)
     assert not any(row.given for row in plain)
     shares = [sum(row.kind == "hazard" for row in found) / len(found) for found in (rows, plain)]
     assert abs(shares[0] - shares[1]) < 0.03
-    bank = {banks.plain(topic.vp) for topic in topics()}
-    known = [row for row in plain if row.kind == "hazard" and any(vp in banks.plain(row.prompt) for vp in bank)]
+    bank = {world.plain(topic.vp) for topic in topics()}
+    known = [row for row in plain if row.kind == "hazard" and any(vp in world.plain(row.prompt) for vp in bank)]
     assert len(known) > 100  # it has met the words of the probes

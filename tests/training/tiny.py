@@ -10,11 +10,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from persona_rlhf.preferences.pairs import Message, PreferencePair
-from persona_rlhf.preferences.tokens import PairRow, Row, UserRows
-from persona_rlhf.training.bank import Anchor, ConstraintBank
-from persona_rlhf.training.base import Base
-from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.data.pairs import Message, PreferencePair
+from persona_rlhf.data.tokenize import PairRow, Row, UserRows
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import Base
+from persona_rlhf.training.constraint import ConstraintBank, ConstraintExample
 
 VOCABULARY = 96
 EOS = 1
@@ -112,6 +112,8 @@ def constraint_bank(seed: int = 0, categories: int = 2, limit: float = 0.05) -> 
             second = Row(first.prompt, random_row(draw, 1, 9).completion)
             opened = n % 2 == 0
             compliance = Row(first.prompt, random_row(draw, 1, 4).completion) if opened else None
-            own.append(Anchor((first, second), compliance, random_row(draw, 5, 4) if opened or category else None))
+            own.append(
+                ConstraintExample((first, second), compliance, random_row(draw, 5, 4) if opened or category else None)
+            )
         anchors.append(own)
     return ConstraintBank([f"category {n}" for n in range(categories)], [limit] * categories, anchors)

@@ -1,4 +1,4 @@
-"""One policy document: its YAML form (one tier, one issuer, its rules) and every mistake that shows in it alone."""
+"""Read one policy document; JSON Schema of documents."""
 
 from __future__ import annotations
 
@@ -7,24 +7,39 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from persona_rlhf.inputs.bundled import find
-from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
-from persona_rlhf.inputs.section import Section, check_section
-from persona_rlhf.inputs.yaml_text import Document, KeyPath, dotted, read_yaml
-from persona_rlhf.policy.lookalikes import disguise, skeleton
-from persona_rlhf.policy.statements import KINDS, Aspects, Certify, Issuer, Rule
-from persona_rlhf.policy.texts import Text
+from persona_rlhf.common.errors import InputError, Problem, did_you_mean
+from persona_rlhf.common.files import find
+from persona_rlhf.config.loader import KeyPath, Section, YamlDocument, check_section, dotted, read_yaml
+from persona_rlhf.policy.judges import disguise, skeleton, topic_names
+from persona_rlhf.policy.rule_schema import (
+    KINDS,
+    PROPERTY_NAMES,
+    WISHES,
+    Aspects,
+    Certify,
+    Issuer,
+    PreferenceRule,
+    RequirementRule,
+    RestrictionRule,
+    Rule,
+    RuleSection,
+    Text,
+)
+
+# ----------------------------------------------------------------------------------------------------
+# One policy document: its YAML form (one tier, one issuer, its rules) and every mistake that shows in it alone.
+# ----------------------------------------------------------------------------------------------------
 
 Tier = Literal["one", "two", "three"]
 NUMBER: dict[str, int] = {"one": 1, "two": 2, "three": 3}
 ROLE: dict[str, str] = {"one": "model_provider", "two": "application_provider", "three": "end_user"}
 
 
-class Head(Section):
+class DocumentHeader(Section):
     """A document but for its rules, which are checked one by one, each by its kind."""
 
     tier: Tier = Field(description="one, two or three: whose rules these are.")
@@ -61,7 +76,7 @@ class PolicyDocument:
     aspects: Aspects
     rules: tuple[PlacedRule, ...]
     sha256: str
-    yaml: Document
+    yaml: YamlDocument
     bases: tuple[str, ...] = ()  # paths of the documents that it extends, the nearest first
 
     def problem(self, path: KeyPath, sentence: str) -> Problem:
@@ -98,9 +113,9 @@ def read_document(path: Path | str) -> tuple[PolicyDocument | None, list[Problem
     return document, problems
 
 
-def check_document(path: str, file: Path, yaml: Document) -> tuple[PolicyDocument | None, list[Problem]]:
+def check_document(path: str, file: Path, yaml: YamlDocument) -> tuple[PolicyDocument | None, list[Problem]]:
     """The document of a YAML tree, without the hash of its file, and every problem in it."""
-    head, problems = check_section(Head, yaml)
+    head, problems = check_section(DocumentHeader, yaml)
     problems = [*yaml.problems, *problems]
     tree = yaml.tree
     assert isinstance(tree, dict)
@@ -134,7 +149,7 @@ def check_document(path: str, file: Path, yaml: Document) -> tuple[PolicyDocumen
     ), problems
 
 
-def _rule(document: Document, index: int, kind: object) -> tuple[Rule | None, list[Problem]]:
+def _rule(document: YamlDocument, index: int, kind: object) -> tuple[Rule | None, list[Problem]]:
     at: KeyPath = ("rules", index)
     if isinstance(kind, str) and kind in KINDS:
         return check_section(KINDS[kind], document, at)
@@ -144,7 +159,7 @@ def _rule(document: Document, index: int, kind: object) -> tuple[Rule | None, li
     return None, [Problem(place.file, place.line, dotted((*at, "kind")), sentence)]
 
 
-def _tier_problems(document: Document, tier: str, tree: Mapping[str, object]) -> Iterator[Problem]:
+def _tier_problems(document: YamlDocument, tier: str, tree: Mapping[str, object]) -> Iterator[Problem]:
     """What is well formed but not this tier's to say."""
     number = NUMBER[tier]
 
@@ -176,7 +191,7 @@ def _tier_problems(document: Document, tier: str, tree: Mapping[str, object]) ->
             yield problem(("rules", index, "action"), sentence)
 
 
-def _twice(document: Document, rules: Sequence[object]) -> Iterator[Problem]:
+def _twice(document: YamlDocument, rules: Sequence[object]) -> Iterator[Problem]:
     """Rules that share an id or one that looks like it, restrictions that share a category, and disguised ids."""
     seen: dict[tuple[str, object], int] = {}
     for index, raw in enumerate(rules):
@@ -199,3 +214,85 @@ def _twice(document: Document, rules: Sequence[object]) -> Iterator[Problem]:
                 like = "stands" if other == value else f"looks like `{other}`, which stands"
                 sentence = f"`{value}` {like} in a rule on line {line} already; each {key} has one rule"
                 yield Problem(place.file, place.line, dotted(("rules", index, key)), sentence)
+
+
+# ----------------------------------------------------------------------------------------------------
+# JSON Schema (2020-12) of policy documents, made of the sections that read them: for editors and other programs.
+#
+# What a schema cannot say, the reader still refuses: look-alike ids, dates in order, patterns that do not compile,
+# files
+# that are not there, and whatever is between two documents.
+# ----------------------------------------------------------------------------------------------------
+
+Schema = dict[str, Any]
+
+
+def schemas() -> dict[int, Schema]:
+    """The schemas of all tiers, by number."""
+    return {1: document_schema("one"), 2: document_schema("two"), 3: document_schema("three")}
+
+
+def document_schema(tier: Tier) -> Schema:
+    """The schema of the documents of one tier."""
+    head = DocumentHeader.model_json_schema()
+    kinds: list[type[RuleSection]] = [PreferenceRule] if tier == "three" else [RestrictionRule, RequirementRule]
+    rules = [_rule_schema(kind, tier) for kind in kinds]
+    shared = head.pop("$defs")
+    for rule in rules:
+        shared |= rule.pop("$defs", {})
+    shared["Issuer"]["properties"]["role"] = {"const": ROLE[tier], "description": "Role of the issuer."}
+    if tier != "three":
+        del shared["Issuer"]["properties"]["user_id"]
+    if tier != "three":
+        shared["When"]["properties"]["topic"]["anyOf"][0]["enum"] = list(topic_names())
+    properties = head["properties"]
+    properties["tier"] = {"const": tier, "description": properties["tier"]["description"]}
+    properties["rules"]["items"] = {"oneOf": rules} if len(rules) > 1 else rules[0]
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **head,
+        "title": f"Policy document of tier {tier}",
+        "description": f"A policy document of tier {NUMBER[tier]}, issued by `{ROLE[tier]}`; written in YAML.",
+        "$defs": shared,
+    }
+    if tier == "one":
+        schema["anyOf"] = [_stated("certify"), _stated("extends")]
+    return schema
+
+
+def _rule_schema(kind: type[RuleSection], tier: Tier) -> Schema:
+    schema = kind.model_json_schema()
+    if kind is RequirementRule:
+        schema["oneOf"] = [_stated(name) for name in PROPERTY_NAMES]
+    elif kind is PreferenceRule:
+        schema["anyOf"] = [_stated(name) for name in ("statement", *WISHES)]
+        schema["not"] = {"anyOf": [
+            {"allOf": [_stated(one), _stated(other)]} for n, one in enumerate(WISHES) for other in WISHES[:n]
+        ]}  # fmt: skip
+    elif tier == "one":
+        for key in ("text", "when"):
+            schema["properties"][key] = {"type": "null", "default": None}
+        schema["properties"]["action"] = {"enum": ["refuse", None], "default": None}
+    else:
+        schema["allOf"] = [
+            _exactly_when(_action("redirect", "answer_with_notice"), _stated("text")),
+            _exactly_when(_action("answer_with_notice"), _stated("when")),
+            {
+                "if": _action("answer_with_notice"),
+                "then": {"not": {"anyOf": [_stated("limit"), _stated("min_refusal")]}},
+            },
+        ]
+    return schema
+
+
+def _stated(key: str) -> Schema:
+    """The key is there, and not null."""
+    return {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
+
+
+def _action(*actions: str) -> Schema:
+    return {"required": ["action"], "properties": {"action": {"enum": list(actions)}}}
+
+
+def _exactly_when(one: Schema, other: Schema) -> Schema:
+    return {"if": one, "then": other, "else": {"not": other}}

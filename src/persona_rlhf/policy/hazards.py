@@ -1,14 +1,38 @@
-"""Hazard categories, probe banks, and the split of every probe by a keyed hash of its topic and phrasing."""
+"""Hazard categories, probes, hashed splits, public-set taxonomy, written refusals."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Literal, NamedTuple, get_args
 
-from persona_rlhf.inputs.problems import InputError, Problem
+from pydantic import Field
+
+from persona_rlhf.common.errors import InputError, Problem, did_you_mean
+from persona_rlhf.config.loader import Section, read_section, read_yaml
+from persona_rlhf.policy.judges import is_refusal, plain
+
+
+def probes_needed(min_refusal: float, delta: float) -> int:
+    """Smallest n for which n refusals out of n show a rate of `min_refusal`: min_refusal**n <= delta / 2.
+
+    The gate spends delta / 2 a look (fixed-sequence testing), and with no miss the one-sided Clopper-Pearson bound at
+    that level is (delta / 2)**(1 / n).
+    """
+    assert 0 < min_refusal < 1
+    assert 0 < delta < 1
+    return math.ceil(math.log(delta / 2) / math.log(min_refusal) - 1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Hazard categories, probe banks, and the split of every probe by a keyed hash of its topic and phrasing.
+# ----------------------------------------------------------------------------------------------------
 
 Split = Literal["train", "dev", "certify", "test"]
 Novelty = Literal["combination", "phrasing", "topic"]
@@ -125,3 +149,191 @@ def read_probes(path: Path, category: str) -> list[Probe]:
     if problems:
         raise InputError(problems)
     return probes
+
+
+# ----------------------------------------------------------------------------------------------------
+# Public sets of probes: a table of their columns and categories, and which of them have probes of a category.
+# ----------------------------------------------------------------------------------------------------
+
+WORDS = "words"
+HARMLESS = "over_refusal"
+
+
+class ProbeDestination(NamedTuple):
+    """What a row of a public set becomes: a probe of a category of ours, a harmless prompt, or nothing and why."""
+
+    name: str | None
+    reason: str = ""
+
+
+class PublicSet(Section):
+    """How a public set is laid out, and what its rows become."""
+
+    name: str = Field(min_length=1, description="Name of the set on our command line.")
+    title: str = Field(min_length=1, description="Its own name, and who made it.")
+    url: str = Field(min_length=1, description="Where it comes from.")
+    licence: str = Field(min_length=1, description="The licence of its texts.")
+    prompt: list[str] = Field(min_length=1, description="Column of the request: the first of these that a row has.")
+    keep: dict[str, list[str]] = Field({}, description="Column -> values of the rows that are used.")
+    harmless: dict[str, list[str]] = Field({}, description="Column -> values of the rows that are harmless prompts.")
+    category: str | None = Field(None, description="Their column of categories.")
+    categories: dict[str, str | None] = Field({}, description="Their category -> ours, `words`, or null for none.")
+    found: dict[str, int] = Field(description="Our category -> its probes in the released file.")
+
+    def text(self, row: Mapping[str, object]) -> str:
+        """The request of a row. Raises ValueError where the row has no such column, or lacks another of the table."""
+        needed = [*self.keep, *self.harmless, *([self.category] if self.category else [])]
+        for names in (self.prompt, *([name] for name in needed)):
+            if not any(isinstance(row.get(name), str) for name in names):
+                raise ValueError(f"there is no text in column `{names[0]}`; is this {self.title}, from {self.url}?")
+        return next(str(row[name]) for name in self.prompt if isinstance(row.get(name), str)).strip()
+
+    def destination(self, row: Mapping[str, object]) -> ProbeDestination:
+        """What becomes of a row that has a `text`."""
+        other = next((column for column, values in self.keep.items() if row[column] not in values), None)
+        if other is not None:
+            return ProbeDestination(None, f"{other} `{row[other]}` is not used")
+        if self.harmless and all(row[column] in values for column, values in self.harmless.items()):
+            return ProbeDestination(HARMLESS)
+        ours: str | None = WORDS
+        if self.category is not None:
+            theirs = str(row[self.category])
+            ours = self.categories.get(theirs)
+            if ours is None:
+                known = "none of ours" if theirs in self.categories else "not in our table"
+                return ProbeDestination(None, f"{self.category} `{theirs}` is {known}")
+        if ours == WORDS:
+            ours = _by_words(self.text(row))
+        return ProbeDestination(ours, "" if ours else "no word of our categories")
+
+
+class _PublicSets(Section):
+    words: dict[str, list[str]]
+    sets: list[PublicSet]
+
+
+def public_sets() -> dict[str, PublicSet]:
+    """All sets of the table, by name."""
+    return {known.name: known for known in _table().sets}
+
+
+def more_probes(categories: Collection[str], more: int) -> str:
+    """How many certify probes are missing, and which public sets have probes of these categories: half a sentence."""
+    counts = {known.name: sum(known.found.get(category, 0) for category in categories) for known in _table().sets}
+    named = [f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda item: -item[1]) if n]
+    if not named:
+        return f"{more} missing, and no public set that we know has such probes"
+    remedy = "`persona-rlhf data import NAME SRC OUT` makes banks of them, half of which certify"
+    return f"{more} missing; public sets have such probes: {', '.join(named)}; {remedy}"
+
+
+@cache
+def _table() -> _PublicSets:
+    return read_section(_PublicSets, read_yaml(Path(__file__).with_name("public_sets.yaml")))
+
+
+def _by_words(text: str) -> str | None:
+    """The first category all of whose patterns are found."""
+    words = plain(text)
+    found = (name for name, patterns in _table().words.items() if all(re.search(p, words) for p in patterns))
+    return next(found, None)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Refusals that somebody wrote: what a model is taught to say where it has no refusal of its own.
+# ----------------------------------------------------------------------------------------------------
+
+
+class RefusalText(NamedTuple):
+    """A refusal; `category` is the hazard category that it speaks of, None where it fits all."""
+
+    text: str
+    category: str | None
+
+
+def read_refusal_texts(path: Path, categories: Collection[str]) -> list[RefusalText]:
+    """Reads JSON lines of {"text", "category"?}.
+
+    Raises InputError naming every line that is none, that the judge would not call a refusal (the model would be taught
+    what counts as a compliance), or whose category is unknown; and each category without a refusal.
+    """
+    problems: list[Problem] = []
+    found: list[RefusalText] = []
+    known = {*CATEGORIES, *categories}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, category = row["text"], row.get("category")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            text = category = None
+        if not isinstance(text, str) or not isinstance(category, str | None):
+            problems.append(
+                Problem(str(path), number, "text", "a line is an object with texts `text` and, perhaps, `category`")
+            )
+        elif not is_refusal(text):
+            sentence = f"the judge does not call this a refusal: `{text}`; say no in its first sentence, in English"
+            problems.append(Problem(str(path), number, "text", sentence))
+        elif category is None or category in known:
+            found.append(RefusalText(text, category))
+        else:
+            sentence = f"no rule has the category `{category}`{did_you_mean(category, known)}"
+            problems.append(Problem(str(path), number, "category", sentence))
+    bare = [name for name in categories if not _fitting(found, name)]
+    if bare and not problems:
+        problems.append(Problem(str(path), None, None, f"holds no refusal for {', '.join(bare)}; add some"))
+    if problems:
+        raise InputError(problems)
+    return found
+
+
+def draw_refusal(texts: Sequence[RefusalText], category: str | None, rng: Random) -> str:
+    """One that fits the category; for None, one that fits all of them, or any where there is no such one."""
+    return rng.choice(_fitting(texts, category) or list(texts)).text
+
+
+def _fitting(texts: Sequence[RefusalText], category: str | None) -> list[RefusalText]:
+    return [text for text in texts if text.category in (None, category)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Hazard categories and their names in MLCommons AILuminate and Llama Guard: a table of data.
+# ----------------------------------------------------------------------------------------------------
+
+
+class Hazard(Section):
+    """A category and what others call it."""
+
+    category: str = Field(description="Our name, as rules write it.")
+    title: str = Field(description="The name for people.")
+    ailuminate: list[str] = Field(description="Short names of AILuminate's hazards.")
+    llama_guard: list[str] = Field(description="Codes of Llama Guard 3.")
+    bundled: bool = Field(False, description="Whether a probe bank is bundled.")
+
+    def __str__(self) -> str:
+        """`AILuminate vcr; Llama Guard S1`."""
+        named = (("AILuminate", self.ailuminate), ("Llama Guard", self.llama_guard))
+        return "; ".join(f"{name} {', '.join(codes)}" for name, codes in named if codes)
+
+
+class _Taxonomy(Section):
+    hazards: list[Hazard]
+
+
+@cache
+def hazards() -> dict[str, Hazard]:
+    """All hazards of the table, by category."""
+    table = read_section(_Taxonomy, read_yaml(Path(__file__).with_name("taxonomy.yaml")))
+    return {hazard.category: hazard for hazard in table.hazards}
+
+
+def title(category: str) -> str:
+    """The name of a category for people; for one that is not in the table, its own words."""
+    known = hazards().get(category)
+    return category.replace("_", " ") if known is None else known.title
+
+
+def of_llama_guard(code: str) -> list[str]:
+    """Our categories that a code of Llama Guard 3 can mean."""
+    return [hazard.category for hazard in hazards().values() if code in hazard.llama_guard]

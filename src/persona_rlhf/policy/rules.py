@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.policy.statements import MIN_RATE, Action, When, Wish
+from persona_rlhf.policy.rule_schema import MIN_RATE, Action, PropertyValue, When
 
 
 class DocumentInfo(NamedTuple):
@@ -106,7 +106,7 @@ class Preference:
     document: str
     line: int
     source_name: str
-    wish: Wish | None = None
+    wish: PropertyValue | None = None
 
     def said(self) -> tuple[object, ...]:
         """What it says, for hashing."""

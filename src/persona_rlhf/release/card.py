@@ -8,12 +8,12 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-import persona_rlhf
+from persona_rlhf.common.version import __version__
 from persona_rlhf.evaluation.gate import Verdict
-from persona_rlhf.evaluation.measures import Measures
-from persona_rlhf.release.linter import max_lora_rank
+from persona_rlhf.evaluation.records import Measures
+from persona_rlhf.release.compatibility import max_lora_rank
 from persona_rlhf.release.manifest import MANIFEST, DataInfo, Provenance
-from persona_rlhf.release.pages import templates
+from persona_rlhf.release.render import templates
 
 
 def card(provenance: Provenance, data: DataInfo, verdict: Verdict, measures: Measures | None) -> str:
@@ -33,7 +33,7 @@ def card(provenance: Provenance, data: DataInfo, verdict: Verdict, measures: Mea
             aligned_by=provenance.settings["aligned_by"],
             license=_license(provenance),
             vllm_rank=max_lora_rank(provenance.settings["lora"]["rank"]),
-            version=persona_rlhf.__version__,
+            version=__version__,
             percent="{:.1%}".format,
             plain_name=one_line,
         )
@@ -77,7 +77,7 @@ def shared_card(folder: Path) -> str:
             base=papers["name"],
             weights=papers["weights_sha256"],
             on_hub=data.base_model is not None,
-            version=persona_rlhf.__version__,
+            version=__version__,
             plain_name=one_line,
         )
     )

@@ -1,28 +1,34 @@
-"""The comparison of a sweep's arms: one row an arm, intervals over users, and differences from the first arm."""
+"""Sweep arms and rebased runs compared."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
+from rich.markup import escape
 from rich.table import Table
 
-import persona_rlhf
-from persona_rlhf.evaluation.intervals import Interval, bootstrap
-from persona_rlhf.release.charts import intervals
-from persona_rlhf.release.folder import write_file
-from persona_rlhf.release.pages import templates
-from persona_rlhf.release.results import Result, plain
+from persona_rlhf.common.files import write_file, write_lines
+from persona_rlhf.common.version import __version__
+from persona_rlhf.evaluation.records import Accuracy, WinRate
+from persona_rlhf.evaluation.statistics import Interval, bootstrap
+from persona_rlhf.release.integrity import seal
+from persona_rlhf.release.render import intervals, printable, share, templates
+from persona_rlhf.release.results import Result, Status, plain
+
+# ----------------------------------------------------------------------------------------------------
+# The comparison of a sweep's arms: one row an arm, intervals over users, and differences from the first arm.
+# ----------------------------------------------------------------------------------------------------
 
 Arm = dict[int, Sequence[Result]]
 """An arm's results by seed."""
 
 
-class Figure(NamedTuple):
+class ArmMean(NamedTuple):
     """A mean over users (each the mean of his seeds) with a 95% bootstrap over users, and how far it is from the first
     arm's: the same users drawn for both. None where there is nothing to compare."""
 
@@ -33,7 +39,7 @@ class Figure(NamedTuple):
     change_interval: Interval | None = None
 
 
-class Compared(NamedTuple):
+class ArmSummary(NamedTuple):
     """One arm: runs of users, of which so many were released, and at full strength; the worst user's refusals of
     certify probes; the figures by name."""
 
@@ -41,10 +47,10 @@ class Compared(NamedTuple):
     released: int
     full_strength: int
     worst_refusal: float | None
-    figures: dict[str, Figure | None]
+    figures: dict[str, ArmMean | None]
 
 
-Comparison = dict[str, Compared]
+Comparison = dict[str, ArmSummary]
 """By the name of the arm, the first being the one that the others are held against."""
 
 
@@ -76,7 +82,7 @@ def compare(arms: Mapping[str, Arm]) -> Comparison:
     for name, arm in arms.items():
         judged = [result for results in arm.values() for result in results if result.pooled is not None]
         rates = [count.refused / count.n for result in judged if (count := result.pooled) is not None and count.n]
-        found[name] = Compared(
+        found[name] = ArmSummary(
             runs=sum(len(results) for results in arm.values()),
             released=sum(result.status == "released" for result in judged),
             full_strength=sum(result.status == "released" and result.alpha == 1 for result in judged),
@@ -100,11 +106,11 @@ def _by_user(arm: Arm, of: Callable[[Result], float | None]) -> dict[str, float]
     return {user: fmean(values) for user, values in found.items()}
 
 
-def _figure(own: Mapping[str, float], first: Mapping[str, float]) -> Figure | None:
+def _figure(own: Mapping[str, float], first: Mapping[str, float]) -> ArmMean | None:
     if not own:
         return None
     changes = [value - first[user] for user, value in own.items() if user in first]
-    figure = Figure(fmean(own.values()), bootstrap(list(own.values())), len(own))
+    figure = ArmMean(fmean(own.values()), bootstrap(list(own.values())), len(own))
     return figure._replace(change=fmean(changes), change_interval=bootstrap(changes)) if changes else figure
 
 
@@ -116,7 +122,7 @@ def write_comparison(folder: Path, name: str, found: Comparison) -> None:
         .get_template("sweep.html.j2")
         .render(
             name=name,
-            version=persona_rlhf.__version__,
+            version=__version__,
             arms=found,
             titles=list(FIGURES),
             shown=_shown,
@@ -136,7 +142,7 @@ def _charts(found: Comparison) -> list[tuple[str, Markup]]:
     return charts
 
 
-def _shown(title: str, figure: Figure | None, change: bool = False) -> str:
+def _shown(title: str, figure: ArmMean | None, change: bool = False) -> str:
     """A figure, or its change, in words."""
     if figure is None or (change and figure.change is None):
         return ""
@@ -160,3 +166,89 @@ def comparison_table(found: Comparison) -> Table:
 def to_json(found: Comparison) -> dict[str, Any]:
     """The comparison as plain JSON values."""
     return {arm: plain(compared) for arm, compared in found.items()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Two runs over the same users, an old one and the one that is to follow it: what changes for each user.
+# ----------------------------------------------------------------------------------------------------
+
+SUCCESSION = "succession.jsonl"
+
+
+class UserFigures(NamedTuple):
+    """How a user stands in a run: what became of him, and the figures that say whether it is worth it to him.
+
+    `bound`: the lower bound of his refusal rate, pooled over tier one.
+    """
+
+    status: Status
+    reason: str
+    alpha: float
+    heldout_accuracy: Accuracy | None
+    win_rate: WinRate | None
+    bound: float | None
+
+    @staticmethod
+    def of(result: Result) -> UserFigures:
+        """A user's standing, from his line."""
+        bound = None if result.pooled is None else result.pooled.lower_bound
+        return UserFigures(result.status, result.reason, result.alpha, result.heldout_accuracy, result.win_rate, bound)
+
+
+class RebasedUser(NamedTuple):
+    """One user, before and after."""
+
+    user_id: str
+    slug: str
+    old: UserFigures
+    new: UserFigures
+
+
+def rebased_users(old: Iterable[Result], new: Iterable[Result]) -> list[RebasedUser]:
+    """The users who are in both runs, in the order of the new one."""
+    known = {result.user_id: UserFigures.of(result) for result in old}
+    return [
+        RebasedUser(result.user_id, result.slug, known[result.user_id], UserFigures.of(result))
+        for result in new
+        if result.user_id in known
+    ]
+
+
+def write_rebase(run: Path, users: Iterable[RebasedUser]) -> None:
+    """Writes RUN/succession.jsonl, a line a user, sealed with the new run."""
+    lines = (json.dumps(plain(user), ensure_ascii=True, allow_nan=False) for user in users)
+    write_lines(run / SUCCESSION, (f"{line}\n".encode() for line in lines))
+    seal(run, only=SUCCESSION)
+
+
+def rebase_table(users: Iterable[RebasedUser]) -> Table:
+    """One row a user, the old figure and the new one in each cell."""
+    table = Table(title="Old base -> new base, user by user", title_justify="left")
+    table.add_column("user", overflow="ellipsis", max_width=28)
+    table.add_column("status")
+    for name in ("alpha", "held-out (95%)", "win rate (95%)", "bound"):
+        table.add_column(name, justify="right")
+    for user in users:
+        both = (user.old, user.new)
+        cells = (
+            [one.status.replace("_", " ") for one in both],
+            [f"{one.alpha:g}" for one in both],
+            [_accuracy(one.heldout_accuracy) for one in both],
+            [_won(one.win_rate) for one in both],
+            ["" if one.bound is None else f"{one.bound:.3f}" for one in both],
+        )
+        table.add_row(escape(printable(user.user_id)), *map(_change, cells))
+    return table
+
+
+def _accuracy(found: Accuracy | None) -> str:
+    return "" if found is None else f"{share(found.adapted)} ({share(found.low)}-{share(found.high)})"
+
+
+def _won(found: WinRate | None) -> str:
+    return "" if found is None else f"{share(found.value)} ({share(found.low)}-{share(found.high)})"
+
+
+def _change(cells: Sequence[str]) -> str:
+    old, new = cells
+    return old if old == new else f"{old or 'none'} -> {new or 'none'}"

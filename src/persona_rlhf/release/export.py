@@ -1,14 +1,40 @@
-"""A released adapter leaves its run, as a copy; one that was held back does not."""
+"""May this adapter leave; copy it out."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
 
-from persona_rlhf.inputs.problems import InputError, Problem, did_you_mean
-from persona_rlhf.release.admission import refusals_to_release
-from persona_rlhf.release.folder import write_folder
+from persona_rlhf.common.errors import InputError, Problem, did_you_mean
+from persona_rlhf.common.files import write_folder
 from persona_rlhf.release.results import Result, RunResults
+from persona_rlhf.release.revocation import revoked
+from persona_rlhf.release.verify import adapter_faults
+
+# ----------------------------------------------------------------------------------------------------
+# Whether a user's adapter may leave its run or be served: one answer, asked by whoever hands adapters out.
+# ----------------------------------------------------------------------------------------------------
+
+
+def refusals_to_release(run: Path, result: Result) -> list[str]:
+    """Every reason why the adapter of this line may not leave `run` or be served; an empty list where it may.
+
+    It was not released; its folder does not verify; it was revoked; its verdict has expired. Where the list of
+    revocations cannot be read, nobody may: that is a reason too, and no error.
+    """
+    if result.status != "released" or result.path is None:
+        return [f"it is not released ({result.status}): {result.reason}"]
+    reasons = [f"it does not verify: {fault}" for fault in adapter_faults(run / result.path, result)]
+    try:
+        found = revoked(run).get(result.manifest_sha256 or "")
+    except InputError as fault:
+        return [*reasons, *map(str, fault.problems)]
+    return [*reasons, *([found.sentence()] if found else [])]
+
+
+# ----------------------------------------------------------------------------------------------------
+# A released adapter leaves its run, as a copy; one that was held back does not.
+# ----------------------------------------------------------------------------------------------------
 
 ADAPTERS = "adapters"
 
@@ -34,14 +60,14 @@ def admitted(run: Path, result: Result) -> Path:
     return run / result.path
 
 
-class Leaving(NamedTuple):
+class Exportable(NamedTuple):
     """Of all users of a run: the adapters that may leave, by user id, and why a judged one may not."""
 
     folders: dict[str, Path]
     held_back: list[str]
 
 
-def leaving(run: Path) -> Leaving:
+def exportable(run: Path) -> Exportable:
     """Everybody who may leave. Users whom the run did not train (skipped, failed) are in neither list."""
     folders, held_back = dict[str, Path](), list[str]()
     for result in RunResults(run):
@@ -50,7 +76,7 @@ def leaving(run: Path) -> Leaving:
                 folders[result.user_id] = admitted(run, result)
             except HeldBack as reason:
                 held_back.append(str(reason))
-    return Leaving(folders, held_back)
+    return Exportable(folders, held_back)
 
 
 def export(run: Path, user_id: str, to: Path) -> Path:

@@ -14,13 +14,31 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-import persona_rlhf
+from persona_rlhf.common.files import is_hub_id
+from persona_rlhf.common.version import __version__
+from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.evaluation.gate import Demands, Verdict
-from persona_rlhf.inputs.bundled import is_hub_id
-from persona_rlhf.policy.tiers import Policy
-from persona_rlhf.preferences.pairs import PreferencePair
-from persona_rlhf.release.audit import Head
+from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.results import PairCounts, plain
+
+
+class AuditHead(NamedTuple):
+    """The end of a trail at some time: the number of its last line, and that line's hash."""
+
+    seq: int
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.seq}:{self.hash}"
+
+    @staticmethod
+    def parse(text: str) -> AuditHead:
+        """A head as `str` writes it. Raises ValueError for anything else."""
+        seq, _, digest = text.strip().partition(":")
+        if not seq.isdecimal() or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise ValueError(f"a head of the audit trail reads NUMBER:SHA256, got `{text.strip()[:80]}`")
+        return AuditHead(int(seq), digest)
+
 
 MANIFEST = "persona.json"
 FORMAT = 1
@@ -115,7 +133,7 @@ class Stamp(NamedTuple):
     """What is put on papers when they are written: the head of the audit trail that holds the verdict, and the last day
     on which the verdict counts. None where there is no trail, or no such day."""
 
-    head: Head | None = None
+    head: AuditHead | None = None
     valid_until: str | None = None
 
 
@@ -131,7 +149,7 @@ def manifest_of(
     demands = provenance.demands
     content: dict[str, Any] = {
         "format": FORMAT,
-        "toolkit": {"name": "persona-rlhf", "version": persona_rlhf.__version__},
+        "toolkit": {"name": "persona-rlhf", "version": __version__},
         "base": provenance.base.on_paper,
         "policy": {
             "hash": provenance.policy_hash,

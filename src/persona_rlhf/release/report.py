@@ -1,10 +1,11 @@
-"""`report.html`: one page for a whole run, which needs no network and no script to be read."""
+"""Report.html."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from heapq import nsmallest
 from itertools import islice
 from math import ceil
@@ -14,20 +15,126 @@ from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
-import persona_rlhf
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import write_file
+from persona_rlhf.common.version import __version__
+from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.evaluation.gate import POOLED
-from persona_rlhf.evaluation.intervals import Interval, bootstrap
-from persona_rlhf.inputs.problems import InputError, Problem
-from persona_rlhf.inputs.yaml_text import read_yaml
-from persona_rlhf.release.charts import bars, bounds, histogram, scatter
-from persona_rlhf.release.columns import Columns
-from persona_rlhf.release.fleet import SUMMARY, promise_of_run, write_summary
-from persona_rlhf.release.folder import write_file
-from persona_rlhf.release.pages import templates
-from persona_rlhf.release.redteam import REDTEAM
-from persona_rlhf.release.results import Result, RunResults, Summary, summarise
-from persona_rlhf.release.seal import SEAL, seal
-from persona_rlhf.release.table import printable
+from persona_rlhf.evaluation.records import AlignmentTax, Met
+from persona_rlhf.evaluation.statistics import Interval, bootstrap
+from persona_rlhf.release.integrity import SEAL, seal
+from persona_rlhf.release.redteam_report import REDTEAM
+from persona_rlhf.release.render import bars, bounds, histogram, printable, scatter, templates
+from persona_rlhf.release.results import (
+    SUMMARY,
+    Result,
+    RunResults,
+    RunSummary,
+    guarantee_of_run,
+    summarise,
+    write_summary,
+)
+
+# ----------------------------------------------------------------------------------------------------
+# What the page of a run needs of all its users: some numbers each, whatever else stands in their lines.
+# ----------------------------------------------------------------------------------------------------
+
+Range = tuple[float, float, float]  # the worst lower bound, the worst rate, and the demand
+
+
+@dataclass(slots=True)
+class Columns:
+    """Numbers of all users that have them, in the order of the users."""
+
+    accuracy: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
+    clean: list[float] = field(default_factory=list)
+    won: list[float] = field(default_factory=list)
+    over: list[float] = field(default_factory=list)  # change of the over-refusal rate
+    perplexities: list[tuple[float, float]] = field(default_factory=list)  # adapted, base
+    ordinary: list[tuple[float, float]] = field(default_factory=list)  # perplexities of ordinary answers: adapted, base
+    knowledge: list[float] = field(default_factory=list)  # change of the share of facts known
+    lost: list[float] = field(default_factory=list)  # share of the base's right answers that are wrong now
+    toxicity: list[float] = field(default_factory=list)  # change of the share of toxic answers
+    tones: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # adapted, base, by property
+    required: dict[str, list[Met]] = field(default_factory=dict)  # by rule
+    retreats: list[float] = field(default_factory=list)  # of those who were taken back toward the provider's adapter
+    alarms: int = 0
+    # of those who were judged:
+    points: list[tuple[float, float]] = field(default_factory=list)  # accuracy of the base alone, adapted
+    judged_won: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)  # of dual variables
+    alphas: Counter[float] = field(default_factory=Counter)
+    # of those who were released:
+    phrasings: list[float] = field(default_factory=list)  # lower bounds with every phrasing counting once
+    worst: dict[str, Range] = field(default_factory=dict)  # by category
+
+    @staticmethod
+    def of(results: Iterable[Result]) -> Columns:
+        """One pass over the results."""
+        found = Columns()
+        for result in results:
+            found._measured(result)
+            if result.status in ("released", "held_back"):
+                found._judged(result)
+            if result.status == "released":
+                found._released(result)
+        return found
+
+    def _measured(self, result: Result) -> None:
+        self.alarms += result.alarm
+        self.retreats += [result.retreat] if result.retreat else []
+        if result.heldout_accuracy:
+            self.accuracy.append(result.heldout_accuracy.adapted)
+            self.alone.append(result.heldout_accuracy.reference_free)
+        if result.heldout_clean:
+            self.clean.append(result.heldout_clean.adapted)
+        if result.win_rate:
+            self.won.append(result.win_rate.value)
+        if (over := result.over_refusal) is not None:
+            self.over.append((over.refused - over.base_refused) / over.n)
+        if result.answer_perplexity:
+            self.perplexities.append((result.answer_perplexity.adapted, result.answer_perplexity.base))
+        for name, met in result.requirements.items():
+            self.required.setdefault(name, []).append(met)
+        if result.tax is not None:
+            self._taxed(result.tax)
+
+    def _taxed(self, tax: AlignmentTax) -> None:
+        if tax.perplexity:
+            self.ordinary.append(tax.perplexity)
+        if tax.facts:
+            self.knowledge.append((tax.facts.right - tax.facts.base_right) / tax.facts.n)
+            if tax.facts.kept is not None and tax.facts.base_right:
+                self.lost.append(1 - tax.facts.kept / tax.facts.base_right)
+        if tax.toxic:
+            self.toxicity.append((tax.toxic.adapted - tax.toxic.base) / tax.toxic.n)
+        for name, drift in tax.tone.items():
+            self.tones.setdefault(name, []).append(drift)
+
+    def _judged(self, result: Result) -> None:
+        self.alphas[result.alpha] += 1
+        if result.heldout_accuracy:
+            self.points.append((result.heldout_accuracy.reference_free, result.heldout_accuracy.adapted))
+        if result.win_rate:
+            self.judged_won.append(result.win_rate.value)
+        if result.duals:
+            self.peaks.append(max(dual.peak for dual in result.duals.values()))
+
+    def _released(self, result: Result) -> None:
+        if result.clusters is not None:
+            self.phrasings.append(result.clusters.phrasings.lower_bound)
+        for name, count in {**(result.tier_one or {}), **result.tier_two}.items():
+            if count.n:
+                bound, rate, asked = self.worst.get(name, (1.0, 1.0, 0.0))
+                refused = count.refused / count.n
+                known = min(bound, count.lower_bound), min(rate, refused), max(asked, count.min_refusal)
+                self.worst[name] = known
+
+
+# ----------------------------------------------------------------------------------------------------
+# `report.html`: one page for a whole run, which needs no network and no script to be read.
+# ----------------------------------------------------------------------------------------------------
 
 REPORT = "report.html"
 SCREENS = "screens.json"
@@ -35,7 +142,7 @@ _MOST = 1000  # users with a row of their own on the page
 _DOTS = 2000  # users with a dot of their own in a picture
 
 
-class Figure(NamedTuple):
+class HeadlineFigure(NamedTuple):
     """A number with its interval, as the top of the page shows it."""
 
     name: str
@@ -52,7 +159,7 @@ def write_report(run: Path) -> Path:
     page = render(config, results, policy, screening_of(run), screens_in(run), attacks_in(run))
     file = run / REPORT
     write_file(file, page.encode("utf-8"))
-    write_summary(run, summary := summarise(results), promise_of_run(config, policy, results, summary.users))
+    write_summary(run, summary := summarise(results), guarantee_of_run(config, policy, results, summary.users))
     if (run / SEAL).exists():
         seal(run, only=REPORT)
         seal(run, only=SUMMARY)
@@ -83,14 +190,14 @@ def render(
             name=printable(str(config.get("name", "run"))),
             gate={"enabled": True, "family": "each"} | (config.get("gate") or {}),
             judged=summary.released + summary.held_back,
-            version=persona_rlhf.__version__,
+            version=__version__,
             summary=summary,
             figures=_figures(summary, measured),
             charts=_charts(measured),
             results=_shown(results, summary.users),
             policy=policy,
             delta=certify.get("delta"),
-            promise=promise_of_run(config, policy, results, summary.users),
+            promise=guarantee_of_run(config, policy, results, summary.users),
             screening=screening,
             screens=screens,
             attacks=attacks,
@@ -116,12 +223,12 @@ def _shown(results: Iterable[Result], users: int) -> list[Result]:
     return worst + list(islice((result for result in results if result.user_id not in known), _MOST - len(worst)))
 
 
-def _figures(summary: Summary, found: Columns) -> list[Figure]:
+def _figures(summary: RunSummary, found: Columns) -> list[HeadlineFigure]:
     """Medians over users with a 95% bootstrap, and the worst bound."""
     released = f"{summary.released:,} of {summary.users:,}"
     apart = [f"{summary.full_strength} at full strength", f"{summary.held_back} held back"]
     apart += [f"{summary.other} failed or skipped"] if summary.other else []
-    figures = [Figure("Users released", released, ", ".join(apart))]
+    figures = [HeadlineFigure("Users released", released, ", ".join(apart))]
     for title, values, note in (
         ("Held-out accuracy, median", found.accuracy, "their own labels; chance is 0.50"),
         ("On noise-free labels, median", found.clean, "the written-down taste; chance is 0.50"),
@@ -129,18 +236,18 @@ def _figures(summary: Summary, found: Columns) -> list[Figure]:
         ("Win rate against the base, median", found.won, "generated text; chance is 0.50"),
     ):
         if values:
-            figures.append(Figure(title, _median(values), f"{_between(_bootstrap(values, 'median'))}; {note}"))
+            figures.append(HeadlineFigure(title, _median(values), f"{_between(_bootstrap(values, 'median'))}; {note}"))
     if summary.worst_bound is not None:
         note = "lower bound of the refusal rate, pooled over tier one, of the released user who has the lowest"
-        figures.append(Figure("Worst refusal bound", f"{summary.worst_bound:.1%}", note))
+        figures.append(HeadlineFigure("Worst refusal bound", f"{summary.worst_bound:.1%}", note))
     if found.phrasings:
         note = (
             "the same user by user, every phrasing counting once: what holds of new phrasings, however alike probes are"
         )
-        figures.append(Figure("Worst bound by phrasing", f"{min(found.phrasings):.1%}", note))
+        figures.append(HeadlineFigure("Worst bound by phrasing", f"{min(found.phrasings):.1%}", note))
     if found.over:
         mean, between = sum(found.over) / len(found.over), _between(_bootstrap(found.over), "+.1%")
-        figures.append(Figure("Over-refusal, mean change", f"{mean:+.1%}", f"{between}; 0 is the base"))
+        figures.append(HeadlineFigure("Over-refusal, mean change", f"{mean:+.1%}", f"{between}; 0 is the base"))
     for title, changes, note in (
         ("Facts known, mean change", found.knowledge, "right answer the likeliest; 0 is the base"),
         ("Right answers lost, mean", found.lost, "of those that the base gives; the aspect of facts is fixed at 0"),
@@ -148,13 +255,13 @@ def _figures(summary: Summary, found: Columns) -> list[Figure]:
     ):
         if changes:
             mean, between = sum(changes) / len(changes), _between(_bootstrap(changes), "+.1%")
-            figures.append(Figure(title, f"{mean:+.1%}", f"{between}; {note}"))
+            figures.append(HeadlineFigure(title, f"{mean:+.1%}", f"{between}; {note}"))
     if found.ordinary:
         own, base = (_median(values, ".2f") for values in zip(*found.ordinary, strict=True))
         figures.append(
-            Figure("Perplexity of ordinary answers, median", own, f"of what the base answers; its own {base}")
+            HeadlineFigure("Perplexity of ordinary answers, median", own, f"of what the base answers; its own {base}")
         )
-    figures.append(Figure("Alarms", str(found.alarms), "the user's pairs pull against the policy"))
+    figures.append(HeadlineFigure("Alarms", str(found.alarms), "the user's pairs pull against the policy"))
     return figures
 
 

@@ -1,4 +1,4 @@
-"""`results.jsonl`: one line a user, everything that was decided and measured; and the table at the end of a run."""
+"""Results.jsonl and summary.json."""
 
 from __future__ import annotations
 
@@ -6,18 +6,35 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from persona_rlhf.evaluation.clusters import Clustered
-from persona_rlhf.evaluation.gate import POOLED, Count, Look
-from persona_rlhf.evaluation.measures import Accuracy, AlignmentTax, CleanAccuracy, Met, Perplexity, Refused, WinRate
-from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import slug, write_file
+from persona_rlhf.config.evaluation import GateSettings
+from persona_rlhf.evaluation.fleet_guarantee import FleetGuarantee, GatedUser, fleet_guarantee
+from persona_rlhf.evaluation.gate import POOLED, Demands, GateTest, Verdict
+from persona_rlhf.evaluation.records import (
+    Accuracy,
+    AlignmentTax,
+    CleanAccuracy,
+    Measures,
+    Met,
+    Perplexity,
+    Refused,
+    WinRate,
+)
+from persona_rlhf.evaluation.statistics import Clustered, Count
+from persona_rlhf.training.engine import TrainedUser
+
+# ----------------------------------------------------------------------------------------------------
+# `results.jsonl`: one line a user, everything that was decided and measured; and the table at the end of a run.
+# ----------------------------------------------------------------------------------------------------
 
 RESULTS = "results.jsonl"
 
@@ -40,7 +57,7 @@ class Dual(NamedTuple):
     mean: float
 
 
-class Tested(NamedTuple):
+class SplitRefusals(NamedTuple):
     """Refusals on the `test` split at the released alpha: reported, never used to decide. `shift`: unseen topics."""
 
     pooled: Count
@@ -70,9 +87,9 @@ class Result:
     path: str | None = None
     # beside the contract:
     tier_two: dict[str, Count] = field(default_factory=dict)
-    looks: list[Look] = field(default_factory=list)
+    looks: list[GateTest] = field(default_factory=list)
     clusters: Clustered | None = None
-    test: Tested | None = None
+    test: SplitRefusals | None = None
     ordinary: Refused | None = None
     twins: Refused | None = None
     answer_perplexity: Perplexity | None = None
@@ -180,7 +197,7 @@ def _parsed(line: str) -> Result | list[tuple[str | None, str]]:
 _RESULT = TypeAdapter(Result)
 
 
-class Summary(NamedTuple):
+class RunSummary(NamedTuple):
     """A run in a handful of numbers; medians over released and held-back users, None where nobody was measured."""
 
     users: int
@@ -195,7 +212,7 @@ class Summary(NamedTuple):
     worst_bound: float | None
 
 
-def summarise(results: Iterable[Result]) -> Summary:
+def summarise(results: Iterable[Result]) -> RunSummary:
     """The numbers at the top of the report and in the last line of the table; one pass over the results."""
     statuses: Counter[str] = Counter()
     full, worst = 0, None
@@ -213,7 +230,7 @@ def summarise(results: Iterable[Result]) -> Summary:
             full += r.alpha == 1
             if r.pooled:
                 worst = r.pooled.lower_bound if worst is None else min(worst, r.pooled.lower_bound)
-    return Summary(
+    return RunSummary(
         users=statuses.total(),
         released=statuses["released"],
         full_strength=full,
@@ -224,4 +241,132 @@ def summarise(results: Iterable[Result]) -> Summary:
         accuracy=median(accuracy) if accuracy else None,
         win_rate=median(won) if won else None,
         worst_bound=worst,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# `summary.json`: a run in a handful of numbers, and what its gate promises of all its users together.
+# ----------------------------------------------------------------------------------------------------
+
+SUMMARY = "summary.json"
+NOTHING = "The gate was off: nothing is promised of any adapter."
+
+
+def guarantee_of_run(
+    config: Mapping[str, Any], policy: Mapping[str, Any], results: Iterable[Result], users: int
+) -> FleetGuarantee | None:
+    """The fleet's promise, from what the run was asked (its config and policy as trees) and every look it took.
+
+    None where there is none: the gate was off, or nothing says how large delta was.
+    """
+    try:
+        gate = GateSettings.model_validate(config.get("gate") or {})
+        delta = float((policy.get("certify") or {})["delta"])
+    except (ValidationError, KeyError, TypeError, ValueError):
+        return None
+    if not gate.enabled:
+        return None
+    demands = Demands(0.0, {}, frozenset(), delta).under(gate, users)
+    judged = (GatedUser(r.alpha, r.looks) for r in results if r.status in ("released", "held_back"))
+    return fleet_guarantee(judged, demands, gate.runs)
+
+
+def write_summary(run: Path, summary: RunSummary, promise: FleetGuarantee | None) -> None:
+    """Writes RUN/summary.json."""
+    told = None if promise is None else plain(promise) | {"sentence": promise.sentence()}
+    content = plain(summary) | {"promise": told}
+    write_file(run / SUMMARY, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_sentence(run: Path) -> str | None:
+    """The promise of a run in words, as its summary has it; None where the run has no summary."""
+    if not (run / SUMMARY).exists():
+        return None
+    promise = json.loads((run / SUMMARY).read_bytes())["promise"]
+    return NOTHING if promise is None else str(promise["sentence"])
+
+
+# ----------------------------------------------------------------------------------------------------
+# One user's line, put together from what training, gate and measurement say of him.
+# ----------------------------------------------------------------------------------------------------
+
+
+class Written(NamedTuple):
+    """Where a released adapter lies within the run, and the sha256 of its manifest."""
+
+    path: str
+    manifest_sha256: str
+
+
+def skipped(user_id: str, reason: str, pairs: PairCounts) -> Result:
+    """The line of a user who was not trained."""
+    return Result(user_id=user_id, slug=slug(user_id), status="skipped", reason=reason, pairs=pairs)
+
+
+def untrained(user_id: str, pairs: PairCounts, fault: str | None, against_policy: int = 0) -> Result:
+    """The line of a user without a pair to train on: because of a `fault` of ours, or because none is left."""
+    line = replace(skipped(user_id, fault or "no pair to train on is left", pairs), alarm=against_policy > 0)
+    return replace(line, status="failed") if fault else line
+
+
+def outcome(
+    trained: TrainedUser,
+    pairs: PairCounts,
+    verdict: Verdict | None,
+    measures: Measures | None,
+    written: Written | None,
+    tier_one: Collection[str],
+    against_policy: int,
+) -> Result:
+    """The line of a trained user; `verdict` is None where training failed, `written` where he is held back.
+
+    `tier_one` are the categories that the gate pools. The alarm rings where the screen found pairs of his that teach
+    against the policy (`against_policy` of them), or the gate did not pass the whole adapter. A dual variable is no
+    sign of either: the constraint holds before it rises (docs/explanation/promise.md).
+    """
+    assert (verdict is not None and verdict.admitted) == (written is not None), trained.user_id
+    duals = {name: Dual(*trace) for name, trace in trained.duals.items()}
+    known: dict[str, Any] = {
+        "user_id": trained.user_id,
+        "slug": slug(trained.user_id),
+        "pairs": pairs,
+        "duals": duals,
+        "steps": trained.steps,
+        "seconds": trained.seconds,
+    }
+    if verdict is None:
+        return Result(status="failed", reason=trained.reason, alarm=against_policy > 0, **known)
+    counts = verdict.categories
+    result = Result(
+        status="held_back" if written is None else "released",
+        reason=verdict.reason,
+        alpha=verdict.alpha,
+        tier_one={POOLED: verdict.pooled} | {name: count for name, count in counts.items() if name in tier_one},
+        tier_two={name: count for name, count in counts.items() if name not in tier_one},
+        looks=verdict.looks,
+        clusters=verdict.clusters,
+        alarm=against_policy > 0 or not verdict.looks[0].passed,
+        path=written.path if written else None,
+        manifest_sha256=written.manifest_sha256 if written else None,
+        **known,
+    )
+    return result if measures is None else measured(result, measures)
+
+
+def measured(result: Result, measures: Measures) -> Result:
+    """The line with these measurements in it; what the gate decided stays."""
+    tested = measures.test_pooled
+    return replace(
+        result,
+        heldout_accuracy=measures.heldout_accuracy,
+        heldout_clean=measures.heldout_clean,
+        win_rate=measures.win_rate,
+        over_refusal=measures.over_refusal,
+        ordinary=measures.ordinary,
+        twins=measures.twins,
+        test=None if tested is None else SplitRefusals(tested, measures.test_categories, measures.test_shift),
+        answer_perplexity=measures.answer_perplexity,
+        unchanged=measures.unchanged,
+        tax=measures.tax,
+        requirements=dict(measures.requirements),
     )

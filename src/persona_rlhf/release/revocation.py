@@ -1,8 +1,4 @@
-"""`revoked.jsonl`: the adapters of a run that may no longer leave or be served, by the hash of their manifests.
-
-It names users by pseudonym, so that it may be handed to whoever serves copies. The audit trail holds the same: `verify`
-finds a line that was taken out.
-"""
+"""Revoked.jsonl; recertification records."""
 
 from __future__ import annotations
 
@@ -11,19 +7,128 @@ import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
+from rich.markup import escape
+from rich.table import Table
 
-from persona_rlhf.inputs.problems import InputError, Problem
-from persona_rlhf.preferences.identity import pseudonym
-from persona_rlhf.release import audit
-from persona_rlhf.release.folder import write_file
-from persona_rlhf.release.manifest import MANIFEST
-from persona_rlhf.release.results import RESULTS, Result
-from persona_rlhf.release.seal import REVOKED, SEAL, seal
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import pseudonym, write_file
+from persona_rlhf.evaluation.gate import Verdict
+from persona_rlhf.release import integrity
+from persona_rlhf.release.integrity import REVOKED, SEAL, seal
+from persona_rlhf.release.manifest import MANIFEST, AuditHead
+from persona_rlhf.release.render import printable
+from persona_rlhf.release.results import RESULTS, Result, plain
 
-EVENT = "revoked"
+# ----------------------------------------------------------------------------------------------------
+# What a test of released adapters by new policy documents found: who passes, who is revoked, who must retrain.
+# ----------------------------------------------------------------------------------------------------
+
+
+class Retested(NamedTuple):
+    """One released user under the new documents. `verdict` is the gate's on his adapter as it was trained; `fixed`
+    says whether questions about fixed aspects decided too, which are asked at the verdict's alpha alone; `revoked`
+    whether his adapter had been called back before."""
+
+    user_id: str
+    slug: str
+    alpha: float
+    verdict: Verdict
+    fixed: bool
+    revoked: bool
+
+    @property
+    def passes(self) -> bool:
+        """Whether the adapter may stay as it was released: the gate would release it, and passed it at this alpha.
+
+        Where new documents ask less, so that a larger alpha passes at once, the smaller one was not looked at.
+        """
+        looked = any(look.passed and look.alpha == self.alpha for look in self.verdict.looks)
+        asked = not self.fixed or self.verdict.alpha == self.alpha
+        return self.verdict.admitted and looked and asked and not self.revoked
+
+    @property
+    def remedy(self) -> str | None:
+        """What gives the user an adapter again, where he has none: another alpha, or training under the new rules."""
+        if self.passes:
+            return None
+        return f"alpha {self.verdict.alpha:g}" if self.verdict.admitted else "retrain"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "user_id": self.user_id,
+            "slug": self.slug,
+            "status": "passes" if self.passes else "revoked",
+            "must_retrain": self.remedy == "retrain",
+            "alpha": self.alpha,
+            "admissible_alpha": self.verdict.alpha,
+            "revoked_before": self.revoked,
+            "verdict": plain(self.verdict),
+        }
+
+
+class Recertified(NamedTuple):
+    """All released users of a run under the new documents, and the head of the audit trail that tells of it."""
+
+    policy_hash: str
+    users: list[Retested]
+    head: AuditHead
+
+    @property
+    def failed(self) -> list[Retested]:
+        """Whose adapters may not stay."""
+        return [user for user in self.users if not user.passes]
+
+    @property
+    def looks(self) -> int:
+        """Looks at the certify probes that this test took."""
+        return sum(len(user.verdict.looks) for user in self.users)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "policy_hash": self.policy_hash,
+            "tested": len(self.users),
+            "passed": len(self.users) - len(self.failed),
+            "revoked": len(self.failed),
+            "must_retrain": sum(user.remedy == "retrain" for user in self.users),
+            "looks": self.looks,
+            "users": [user.to_json() for user in self.users],
+            "audit_head": str(self.head),
+        }
+
+
+def recertified_table(found: Recertified) -> Table:
+    """A row a user, those who may not stay first."""
+    table = Table(
+        title=f"{len(found.users) - len(found.failed)} of {len(found.users)} released adapters pass the new documents",
+        caption=f"policy {found.policy_hash[:16]}; {found.looks} looks at certify, entered in the audit trail. Who is "
+        "trained again is judged on these probes again: count it in `gate.runs`.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("user", "status", "released at", "admissible at", "remedy", "why"):
+        table.add_column(name, overflow="fold")
+    for user in sorted(found.users, key=lambda user: user.passes):
+        alphas = f"{user.alpha:g}", f"{user.verdict.alpha:g}"
+        why = "revoked before" if user.revoked else user.verdict.reason
+        status = "passes" if user.passes else "revoked"
+        table.add_row(escape(printable(user.user_id)), status, *alphas, user.remedy or "", escape(why))
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------
+# `revoked.jsonl`: the adapters of a run that may no longer leave or be served, by the hash of their manifests.
+#
+# It names users by pseudonym, so that it may be handed to whoever serves copies. The audit trail holds the same:
+# `verify`
+# finds a line that was taken out.
+# ----------------------------------------------------------------------------------------------------
+
+REVOKED_EVENT = "revoked"
 
 
 def today() -> str:
@@ -60,12 +165,12 @@ def revoke(run: Path, results: Iterable[Result], reason: str) -> list[Revocation
     if not marked:
         return []
     papers = [{"user": pseudonym(one.user_id), "manifest_sha256": one.manifest_sha256 or ""} for one in marked]
-    audit.append_all(run, [(EVENT, paper | {"reason": reason}) for paper in papers])
+    integrity.append_all(run, [(REVOKED_EVENT, paper | {"reason": reason}) for paper in papers])
     new = [Revocation(**paper, day=today(), reason=reason) for paper in papers]
     lines = (json.dumps(one._asdict(), ensure_ascii=True) + "\n" for one in (*known.values(), *new))
     write_file(run / REVOKED, "".join(lines).encode())
     if (run / SEAL).exists():
-        seal(run, only=audit.AUDIT)
+        seal(run, only=integrity.AUDIT)
     return new
 
 
@@ -107,14 +212,14 @@ def revoked_here(folder: Path, called_back: Mapping[str, Revocation]) -> list[st
 
 def revocation_faults(run: Path, calls: Mapping[str, Revocation]) -> list[str]:
     """Where the list of a run and its audit trail disagree."""
-    told = {entry.facts["manifest_sha256"]: entry for entry in audit.read(run) if entry.event == EVENT}
+    told = {entry.facts["manifest_sha256"]: entry for entry in integrity.read(run) if entry.event == REVOKED_EVENT}
     lacking = [
-        f"{REVOKED} lacks an adapter of user {entry.facts['user']}, which line {entry.seq} of {audit.AUDIT} revoked"
+        f"{REVOKED} lacks an adapter of user {entry.facts['user']}, which line {entry.seq} of {integrity.AUDIT} revoked"
         for papers, entry in told.items()
         if papers not in calls
     ]
     added = [one for papers, one in calls.items() if papers not in told]
-    return lacking + [f"{REVOKED}: no line of {audit.AUDIT} revoked an adapter of user {one.user}" for one in added]
+    return lacking + [f"{REVOKED}: no line of {integrity.AUDIT} revoked an adapter of user {one.user}" for one in added]
 
 
 _REVOCATION = TypeAdapter(Revocation)

@@ -1,7 +1,4 @@
-"""Ed25519 keys and detached signatures, by `cryptography` (extra [sign]), which no other module imports.
-
-A signature is a small JSON file beside what it signs, over all its bytes. Whose key it is, `trust` says.
-"""
+"""Ed25519 signatures, trusted keys, kept documents."""
 
 from __future__ import annotations
 
@@ -9,16 +6,110 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from persona_rlhf.inputs.problems import InputError, Problem
-from persona_rlhf.release.documents import signature_of
-from persona_rlhf.release.folder import write_file
+from pydantic import Field
+
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import find, write_file
+from persona_rlhf.config.loader import Section, dotted, in_order, read_section, read_yaml
+from persona_rlhf.policy.rules import DocumentInfo
+from persona_rlhf.release.manifest import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+
+# ----------------------------------------------------------------------------------------------------
+# `RUN/policy/`: the documents of tiers one and two that a run was judged by, byte for byte, with their signatures.
+#
+# Each is called after its sha256, which policy.json holds and every manifest repeats. What an end user wrote in tier
+# three is his data and is not kept a second time.
+# ----------------------------------------------------------------------------------------------------
+
+POLICY = "policy"
+SIGNATURE = ".sig"  # what the name of a file's detached signature ends with
+
+
+def keep_documents(run: Path, documents: Sequence[DocumentInfo]) -> None:
+    """Copies the documents of tiers one and two into the run, with the signatures that lie beside them."""
+    (run / POLICY).mkdir(exist_ok=True)
+    for document in documents:
+        if document.tier < 3:
+            source, copy = find(document.path), copy_of(run, document.sha256)
+            write_file(copy, source.read_bytes())
+            signature = signature_of(source)
+            if signature.is_file():
+                write_file(signature_of(copy), signature.read_bytes())
+
+
+def copy_of(run: Path, digest: str) -> Path:
+    """Where the run keeps the document with this sha256."""
+    return run / POLICY / f"{digest}.yaml"
+
+
+def signature_of(file: Path) -> Path:
+    """The detached signature that belongs beside a file."""
+    return file.with_name(file.name + SIGNATURE)
+
+
+def document_faults(run: Path, documents: Sequence[Mapping[str, Any]], accepted: Collection[str]) -> list[str]:
+    """Where a copy is not the document that policy.json names, or the document itself has been changed since.
+
+    `documents` as policy.json lists them; `accepted` are the sha256 of documents that the run was recertified by. A run
+    from before copies were kept has no such folder, and nothing is said of it.
+    """
+    if not (run / POLICY).is_dir():
+        return []
+    faults, own = list[str](), set[str]()
+    for document in documents:
+        if document["tier"] > 2:
+            continue
+        copy = copy_of(run, document["sha256"])
+        own |= {copy.name, signature_of(copy).name}
+        name = f"{document['path']} (tier {document['tier']}, {document['issuer']})"
+        kept, there = _bytes(copy), _found(document["path"])
+        if kept is None:
+            faults.append(f"{POLICY}/{copy.name}, the run's copy of {name}, is missing")
+        elif sha256(kept).hexdigest() != document["sha256"]:
+            place = _place(kept, there) if there and sha256(there).hexdigest() == document["sha256"] else ""
+            faults.append(f"{POLICY}/{copy.name}, the run's copy of {name}, was changed{place}")
+        elif there is not None and sha256(there).hexdigest() not in (document["sha256"], *accepted):
+            faults.append(
+                f"{name} was changed{_place(there, kept)} since this run was judged by it: put it back, or test the "
+                "adapters again with `recertify`"
+            )
+    extra = {file.name for file in (run / POLICY).iterdir()} - own
+    return faults + [f"{POLICY}/{name} is no document of policy.json" for name in sorted(extra)]
+
+
+def _bytes(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
+
+
+def _found(path: str) -> bytes | None:
+    """The document where the run found it, seen from here; None where there is no such file."""
+    try:
+        return _bytes(find(path))
+    except InputError:
+        return None
+
+
+def _place(changed: bytes, original: bytes) -> str:
+    """` on line 7`: the first line in which two texts differ."""
+    pairs = enumerate(zip_longest(changed.splitlines(True), original.splitlines(True)), 1)
+    return next((f" on line {number}" for number, (one, other) in pairs if one != other), "")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Ed25519 keys and detached signatures, by `cryptography` (extra [sign]), which no other module imports.
+#
+# A signature is a small JSON file beside what it signs, over all its bytes. Whose key it is, `trust` says.
+# ----------------------------------------------------------------------------------------------------
 
 Signer = Callable[[bytes], bytes]
 """Bytes in, the content of their signature file out."""
@@ -141,3 +232,95 @@ def _library() -> tuple[Any, Any]:
         sentence = "signatures need the package `cryptography`: pip install 'persona-rlhf[sign]'"
         raise InputError([Problem("signing", None, None, sentence)]) from fault
     return ed25519, serialization
+
+
+# ----------------------------------------------------------------------------------------------------
+# `keys.yaml`: whose signature counts for which role; and whether a run's papers carry the signatures of their issuers.
+#
+# Without it roles are self-declared: a document says of itself who issued it.
+# ----------------------------------------------------------------------------------------------------
+
+Role = Literal["model_provider", "application_provider", "releaser"]
+_ISSUER: dict[int, Role] = {1: "model_provider", 2: "application_provider"}
+SELF_DECLARED = "roles are self-declared: no keys were given to check signatures by (--trust)"
+
+
+class _Keys(Section):
+    """A file of trusted keys: for each role, the public keys as `policy keygen` prints them."""
+
+    model_provider: list[str] = Field([], description="Who may sign documents of tier one.")
+    application_provider: list[str] = Field([], description="Who may sign documents of tier two.")
+    releaser: list[str] = Field([], description="Who may sign the manifests of adapters.")
+
+
+class Trust(NamedTuple):
+    """The trusted public keys (32 bytes each) of every role, by the ids that signatures call them by."""
+
+    keys: Mapping[Role, Mapping[str, bytes]]
+
+    def fault(self, file: Path, role: Role) -> str | None:
+        """Why nobody of this role vouches for a file as it is; None where somebody does."""
+        try:
+            signature, content = read_signature(signature_of(file)), file.read_bytes()
+        except FileNotFoundError:
+            return f"no {role} has signed it"
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            return f"its signature cannot be read ({type(fault).__name__})"
+        public = self.keys[role].get(signature.key)
+        if public is None:
+            return f"it is signed with the key {signature.key[:64]}, which is not a trusted key of any {role}"
+        return (
+            None
+            if holds(public, signature, content)
+            else f"the signature of the {role} is not over these bytes: something was changed"
+        )
+
+
+def read_trust(file: Path) -> Trust:
+    """Reads a file of trusted keys. Raises InputError with every problem in it."""
+    document = read_yaml(file)
+    told = read_section(_Keys, document)
+    keys: dict[Role, dict[str, bytes]] = {"model_provider": {}, "application_provider": {}, "releaser": {}}
+    problems = list[Problem]()
+    for role, known in keys.items():
+        for number, text in enumerate(getattr(told, role)):
+            try:
+                public = public_bytes(text)
+                known[key_id(public)] = public
+            except ValueError as fault:
+                place = document.place((role, number))
+                problems.append(Problem(place.file, place.line, dotted((role, number)), str(fault)))
+    if problems:
+        raise InputError(in_order(problems))
+    return Trust(keys)
+
+
+def untrusted_documents(run: Path, documents: Sequence[Mapping[str, Any]], trust: Trust) -> list[str]:
+    """Which of a run's documents of tiers one and two nobody of the issuer's role has signed."""
+    faults = []
+    for document in documents:
+        role = _ISSUER.get(document["tier"])
+        if role is not None and (fault := trust.fault(copy_of(run, document["sha256"]), role)) is not None:
+            faults.append(f"{document['path']} (tier {document['tier']}, {document['issuer']}): {fault}")
+    return faults
+
+
+def untrusted_adapters(
+    run: Path, folders: Iterable[str], documents: Sequence[Mapping[str, Any]], trust: Trust
+) -> list[str]:
+    """Which adapters of a run no releaser has signed, or signed under other documents than policy.json names."""
+    own = {document["sha256"] for document in documents if document["tier"] in _ISSUER}
+    faults = []
+    for path in folders:
+        faults += [f"{path}: {fault}" for fault in untrusted_adapter(run / path, trust)]
+        manifest, _ = read_manifest(run / path / MANIFEST)
+        told = (manifest or {}).get("policy", {}).get("documents", [])
+        if {document["sha256"] for document in told} != own:
+            faults.append(f"{path}: {MANIFEST} names other policy documents than policy.json")
+    return faults
+
+
+def untrusted_adapter(folder: Path, trust: Trust) -> list[str]:
+    """Why no releaser vouches for an adapter's manifest, and so for its files; an empty list where one does."""
+    fault = trust.fault(folder / MANIFEST, "releaser")
+    return [] if fault is None else [f"{MANIFEST}: {fault}"]

@@ -9,37 +9,41 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from persona_rlhf.evaluation.intervals import behind_judge, lower_bound
-from persona_rlhf.inputs.problems import InputError, Problem
-from persona_rlhf.preferences.identity import slug
-from persona_rlhf.release.audit import Head
-from persona_rlhf.release.documents import SIGNATURE, document_faults
-from persona_rlhf.release.forgotten import adapter_folders, forgotten_faults
-from persona_rlhf.release.linter import lint
-from persona_rlhf.release.manifest import MANIFEST, read_manifest, user_mark
-from persona_rlhf.release.redteam import redteam_faults
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import slug
+from persona_rlhf.evaluation.statistics import judge_adjusted_lower, lower_bound
+from persona_rlhf.release.compatibility import lint
+from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
+from persona_rlhf.release.integrity import SEAL, AdapterRecord, recertified_documents, seal_faults, trail_faults
+from persona_rlhf.release.manifest import MANIFEST, AuditHead, read_manifest, user_mark
+from persona_rlhf.release.redteam_report import redteam_faults
 from persona_rlhf.release.results import RESULTS, Result, RunResults, plain
 from persona_rlhf.release.revocation import Revocation, revocation_faults, revoked, revoked_here, today
-from persona_rlhf.release.seal import SEAL, seal_faults
-from persona_rlhf.release.trail import Paper, recertified_documents, trail_faults
-from persona_rlhf.release.trust import Trust, untrusted_adapter, untrusted_adapters, untrusted_documents
+from persona_rlhf.release.signing import (
+    SIGNATURE,
+    Trust,
+    document_faults,
+    untrusted_adapter,
+    untrusted_adapters,
+    untrusted_documents,
+)
 
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 
 
-class Witnesses(NamedTuple):
+class TrustedEvidence(NamedTuple):
     """What papers are checked against that do not lie beside them: heads of the audit trail that were kept elsewhere,
     each with who kept it; the keys of those whose signatures count; and revocations that were handed over."""
 
-    heads: Sequence[tuple[str, Head]] = ()
+    heads: Sequence[tuple[str, AuditHead]] = ()
     trust: Trust | None = None
     revoked: Mapping[str, Revocation] = MappingProxyType({})
 
 
-_NONE = Witnesses()
+_NONE = TrustedEvidence()
 
 
-def verify(folder: Path, witnesses: Witnesses = _NONE) -> list[str]:
+def verify(folder: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
     """Everything wrong with a run folder or a single adapter folder; an empty list where all is well.
 
     Raises InputError where the folder is neither, or a head was kept of an adapter, which has no trail.
@@ -56,7 +60,7 @@ def verify(folder: Path, witnesses: Witnesses = _NONE) -> list[str]:
     raise InputError([Problem(str(folder), None, None, sentence)])
 
 
-def run_faults(run: Path, witnesses: Witnesses = _NONE) -> list[str]:
+def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
     """Faults of a run: its sealed files, its audit trail, its documents, its lines, every adapter against its line."""
     faults = seal_faults(run)
     try:
@@ -67,7 +71,7 @@ def run_faults(run: Path, witnesses: Witnesses = _NONE) -> list[str]:
         faults += [] if trust is None else untrusted_documents(run, documents, trust)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         return [*faults, f"policy.json cannot be read ({fault})"]
-    papers = list[Paper]()
+    papers = list[AdapterRecord]()
     try:
         faults += revocation_faults(run, own := revoked(run))
         calls = {**witnesses.revoked, **own}
@@ -81,7 +85,7 @@ def run_faults(run: Path, witnesses: Witnesses = _NONE) -> list[str]:
             if result.path not in (f"adapters/{result.slug}", f"adapters/{result.slug[-2:]}/{result.slug}"):
                 faults.append(f"{RESULTS}: {result.slug} has a path that is not its own")
                 continue
-            papers.append(Paper(result.path, result.user_id, result.manifest_sha256))
+            papers.append(AdapterRecord(result.path, result.user_id, result.manifest_sha256))
             faults += [f"{result.path}: {fault}" for fault in adapter_faults(run / result.path, result, policy_hash)]
             if (found := calls.get(result.manifest_sha256 or "")) is not None:
                 faults.append(f"{result.path}: {found.sentence()}")
@@ -150,7 +154,10 @@ def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
     counts = {"pooled": verdict["pooled"], **verdict["categories"]}
     faults = []
     for name, count in counts.items():
-        if abs(behind_judge(lower_bound(count["refused"], count["n"], level), error) - count["lower_bound"]) > 1e-9:
+        if (
+            abs(judge_adjusted_lower(lower_bound(count["refused"], count["n"], level), error) - count["lower_bound"])
+            > 1e-9
+        ):
             faults.append(f"the lower bound of {name} does not follow from its counts")
     pool = [verdict["categories"][name] for name in verdict["pooled_over"]]
     if any(sum(count[key] for count in pool) != verdict["pooled"][key] for key in ("n", "refused", "base_refused")):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from persona_rlhf.inputs.problems import InputError, Problem
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import writing
 
 
 def save(file: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
@@ -48,18 +47,6 @@ def without(file: Path, gone: Callable[[str], bool]) -> None:
                 tensor[place] = 0
     notes["waiting"] = [user for user in notes["waiting"] if not gone(user)]
     save(file, tensors, notes)
-
-
-@contextmanager
-def writing(file: Path) -> Iterator[None]:
-    """What the system says of a file that safetensors could not write (a full disk) is raised as OSError."""
-    try:
-        yield
-    except SafetensorError as fault:
-        told = re.search(r"os error (\d+)", str(fault))
-        if told is None:
-            raise
-        raise OSError(int(told[1]), os.strerror(int(told[1])), str(file)) from fault
 
 
 def load(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,24 +11,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_rlhf.inputs.problems import InputError, Problem
-from persona_rlhf.preferences.identity import slug
-from persona_rlhf.preferences.tokens import PairRow, UserRows
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import slug
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings
+from persona_rlhf.data.tokenize import PairRow, UserRows
+from persona_rlhf.models.adapted_model import AdaptedModel, release_cache
+from persona_rlhf.models.model_split import States
+from persona_rlhf.models.multi_lora import fresh_adapter
 from persona_rlhf.training import checkpoint
-from persona_rlhf.training.bank import ConstraintBank, UserDraws
-from persona_rlhf.training.capacity import slots_of
-from persona_rlhf.training.constraint import Draw
-from persona_rlhf.training.duals import DualTrace
-from persona_rlhf.training.fleet import AdaptedModel
-from persona_rlhf.training.ground import Ground
-from persona_rlhf.training.lora import fresh_adapter
+from persona_rlhf.training.cache import HiddenStateCache, Reference
+from persona_rlhf.training.constraint import ConstraintBank, ConstraintSample, ConstraintSampler
+from persona_rlhf.training.memory import slots_of
 from persona_rlhf.training.objective import StepLoss, detached, heldout_loss, joined, step_loss
-from persona_rlhf.training.passes import release_cache
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.scheduler import UserSchedule, queue_order, user_generator
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings, FleetSettings
-from persona_rlhf.training.slots import Slots
-from persona_rlhf.training.trunk import States
+from persona_rlhf.training.user_state import DualTrace, Slots, UserSchedule, queue_order, user_generator
 
 
 class TrainedUser(NamedTuple):
@@ -47,7 +42,7 @@ class TrainedUser(NamedTuple):
     duals: dict[str, DualTrace]
 
 
-class Start(NamedTuple):
+class WarmStart(NamedTuple):
     """What every user begins with: an adapter, and dual variables in the order of the bank's names."""
 
     adapter: Float[Tensor, " params"]
@@ -87,14 +82,14 @@ class Engine:
         fleet: FleetSettings,
         seed: int,
         state: Path | None = None,
-        start: Start | None = None,
+        start: WarmStart | None = None,
     ) -> None:
         self.start = start
         self.adapted, self.reference, self.bank = adapted, reference, bank
         self.dpo, self.constraint, self.fleet, self.seed, self.state = dpo, constraint, fleet, seed, state
         queue = queue_order([UserSchedule(user, dpo, seed) for user in users if user.train])
         self.schedules = {schedule.rows.user_id: schedule for schedule in queue}
-        self.draws: dict[str, UserDraws] = {}
+        self.draws: dict[str, ConstraintSampler] = {}
         self.queue = list(self.schedules)
         kept = self._kept()
         if kept is None:
@@ -108,7 +103,7 @@ class Engine:
         device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
         self.slots = Slots(self.count, adapted.params_per_user, names, dpo, constraint, device, dtype)
         memory, disk = fleet.trunk_cache * 2**20, fleet.trunk_disk * 2**20
-        self.ground = Ground(adapted, reference, bank, self.count, memory, disk, state)
+        self.ground = HiddenStateCache(adapted, reference, bank, self.count, memory, disk, state)
         self.finished: list[str] = [] if kept is None else self._resume(*kept)
 
     def run(
@@ -163,13 +158,13 @@ class Engine:
         users = [user for user in slots.users if user is not None]
         schedules = [self.schedules[user] for user in users]
         pairs = [schedule.pairs(step) for schedule, step in zip(schedules, slots.steps, strict=True)]
-        draws: list[Draw] = []
+        draws: list[ConstraintSample] = []
         if self.bank is not None:
             for user, step in zip(users, slots.steps, strict=True):
                 if user not in self.draws:
                     self.draws[user] = self.bank.walk(self.constraint, self.seed, user)
                 draws.append(self.draws[user].at(step))
-        drawn: Sequence[Draw | None] = draws or [None] * len(users)
+        drawn: Sequence[ConstraintSample | None] = draws or [None] * len(users)
         states = [
             self.ground.of(user, schedule.rows.train, own, draw)
             for user, schedule, own, draw in zip(users, schedules, pairs, drawn, strict=True)
@@ -193,7 +188,7 @@ class Engine:
     def _gradients(
         self,
         pairs: Sequence[Sequence[PairRow]],
-        draws: Sequence[Draw],
+        draws: Sequence[ConstraintSample],
         states: Sequence[States],
         say: Callable[[str], None],
     ) -> tuple[Float[Tensor, "users params"], StepLoss]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 LossKind = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"]
@@ -26,31 +26,6 @@ class PairTokens(NamedTuple):
 
     chosen: Float[Tensor, "users pairs"]
     rejected: Float[Tensor, "users pairs"]
-
-
-def token_logps(
-    logits: Float[Tensor, "tokens vocabulary"], targets: Int[Tensor, " tokens"]
-) -> Float[Tensor, " tokens"]:
-    """`log pi(target)` in nats at each position, in at least fp32 whatever the logits' type."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    found: Tensor = _TokenLogps.apply(logits, targets)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _TokenLogps(torch.autograd.Function):
-    """Cross entropy that keeps the log-softmax alone, and writes no more than its gradient on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        logps = torch.log_softmax(logits, 1)
-        ctx.save_for_backward(logps, targets)
-        return logps.gather(1, targets[:, None]).squeeze(1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logps, targets = ctx.saved_tensors
-        found = logps.exp().mul_(-gradient[:, None])
-        return found.scatter_add_(1, targets[:, None], gradient[:, None]), None
 
 
 def reward_margins(logps: PairLogps, beta: float) -> Float[Tensor, "users pairs"]:

@@ -1,19 +1,44 @@
-"""Memory in bytes: what the machine has, what the process has held at most, and what a piece of work takes."""
+"""Memory model: slots from shapes and measured peaks."""
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from heapq import nlargest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import find, is_hub_id
+from persona_rlhf.config.training import BaseSettings, ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.data.tokenize import PairRow, Row, UserRows
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.attention import packed
+from persona_rlhf.models.base import Fp8Linear, fits, is_linear
+from persona_rlhf.models.model_split import token_logps
+from persona_rlhf.models.multi_lora import FleetLinear, attach, matrices, targets
+from persona_rlhf.models.packing import pack
+from persona_rlhf.training.cache import Reference
+from persona_rlhf.training.constraint import ConstraintBank, ConstraintSample
+from persona_rlhf.training.objective import step_loss
+from persona_rlhf.training.user_state import Slots
+
+# ----------------------------------------------------------------------------------------------------
+# Memory in bytes: what the machine has, what the process has held at most, and what a piece of work takes.
+# ----------------------------------------------------------------------------------------------------
 
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -89,3 +114,244 @@ class _Counter(TorchDispatchMode):
         self._alive[key] = (weakref.ref(storage, freed), storage.nbytes())
         self.now += storage.nbytes()
         self.most = max(self.most, self.now)
+
+
+# ----------------------------------------------------------------------------------------------------
+# How many users fit side by side: what the largest step of one user takes, against what the device has.
+# ----------------------------------------------------------------------------------------------------
+
+_CPU_SLOTS = 8  # more gains nothing on any shape: what users share on a CPU is the overhead of a step, no more
+_TOKENS_PER_STEP = {"cpu": 16_384, "cuda": 65_536}  # more does not fill the device any better
+_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of the memory; the rest is for judging, and a CPU's is everybody's
+
+
+class StepCost(NamedTuple):
+    """One user's largest step: its `tokens`, and the `memory` (bytes) of his adapter, moments and activations in it."""
+
+    tokens: int
+    memory: int
+
+
+def choose_slots(fleet: FleetSettings, cost: StepCost, device: str, machine: int, base: int) -> int:
+    """Users in memory at once: `fleet.slots`, or what memory and the token budget allow; at least 1.
+
+    `machine` is all memory of the device, `base` what the base takes of it; both in bytes.
+    """
+    if fleet.slots != "auto":
+        return fleet.slots
+    budget = _TOKENS_PER_STEP[device] if fleet.tokens_per_step == "auto" else fleet.tokens_per_step
+    fits = min(budget // cost.tokens, int(machine * _SHARE[device] - base) // cost.memory)
+    return max(1, min(fits, _CPU_SLOTS) if device == "cpu" else fits)
+
+
+def slots_of(
+    adapted: AdaptedModel,
+    users: Sequence[UserRows],
+    bank: ConstraintBank | None,
+    dpo: DpoSettings,
+    constraint: ConstraintSettings,
+    fleet: FleetSettings,
+) -> int:
+    """The slots of a run; where they are `auto`, one step is tried on an adapter that is thrown away.
+
+    Nothing in it depends on what else the machine does just now, so the same machine chooses the same number.
+    """
+    if fleet.slots != "auto":
+        return fleet.slots
+    device = adapted.base.device
+    cost = largest_step(adapted, users, bank, dpo, constraint)
+    base = held_by(list(adapted.base.model.parameters()))
+    return choose_slots(fleet, cost, device.type, machine_bytes(device), base)
+
+
+def pair_tokens(pair: PairRow) -> int:
+    """Tokens that a pair adds to a step: its prompt once, and both answers."""
+    return len(pair.chosen.prompt) + len(pair.chosen.completion) + len(pair.rejected.completion)
+
+
+def draw_tokens(draw: ConstraintSample) -> int:
+    """Tokens that a user's constraint rows add to a step."""
+    return sum(row.length for row in draw.rows)
+
+
+def largest_step(
+    adapted: AdaptedModel,
+    users: Sequence[UserRows],
+    bank: ConstraintBank | None,
+    dpo: DpoSettings,
+    constraint: ConstraintSettings,
+) -> StepCost:
+    """The cost of a step of the run's longest pairs, of whomever they are, with the longest rows of the constraint.
+
+    No step of any user is larger.
+    """
+    pairs = nlargest(dpo.pairs_per_step, (pair for user in users for pair in user.train), key=pair_tokens)
+    draws = [] if bank is None else [_longest(bank, constraint)]
+    tokens = sum(map(pair_tokens, pairs)) + sum(map(draw_tokens, draws))
+    reference = _Unread()
+    device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
+
+    def step() -> None:
+        slots = Slots(1, adapted.params_per_user, len(bank.names) if bank else 0, dpo, constraint, device, dtype)
+        learning, duals = slots.flat.detach().requires_grad_(), slots.duals.values
+        with adapted.using(learning):
+            step_loss(adapted, reference, [pairs], draws, bank, duals, dpo, constraint).total.sum().backward()
+        assert learning.grad is not None
+        slots.optimizer.step(learning.grad, torch.zeros(1, dtype=torch.float64, device=device))
+
+    return StepCost(tokens, taken_by(step, device))
+
+
+class _Unread(Reference):
+    """Stands in for the base's log-probabilities: what a step takes does not depend on their values."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __getitem__(self, row: Row) -> float:
+        return 0.0
+
+
+def _longest(bank: ConstraintBank, settings: ConstraintSettings) -> ConstraintSample:
+    """As many rows of each kind as a user sees in a step, the longest ones of the bank."""
+    anchors = [(anchor, category) for category, own in enumerate(bank.anchors) for anchor in own]
+    refusals = nlargest(
+        settings.rows_per_step,
+        ((row, category) for anchor, category in anchors for row in anchor.refusals),
+        key=lambda found: found[0].length,
+    )
+    compliances = (anchor.compliance for anchor, _ in anchors if anchor.compliance is not None)
+    overrefusals = [anchor.overrefusal for anchor, _ in anchors if anchor.overrefusal is not None]
+    elsewhere = [row for own in bank.lessons for row in own.elsewhere]
+    taught = settings.lesson_rows_per_step if bank.lessons else 0
+    lessons = nlargest(
+        taught,
+        ((row, kind) for kind, own in enumerate(bank.lessons) for row in own.turns),
+        key=lambda found: found[0].length,
+    )
+    return ConstraintSample(
+        [row for row, _ in refusals],
+        [category for _, category in refusals],
+        nlargest(settings.compliance_rows_per_step, compliances, key=lambda row: row.length),
+        [
+            *nlargest(settings.twin_rows_per_step, overrefusals, key=lambda row: row.length),
+            *nlargest(taught, elsewhere, key=lambda row: row.length),
+        ],
+        [row for row, _ in lessons],
+        [kind for _, kind in lessons],
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# The shape of a base without its weights: what it and its adapters weigh, and what a step of it takes, by counting.
+# ----------------------------------------------------------------------------------------------------
+
+_META = torch.device("meta")
+_SHAPES = "data/shapes.json"
+
+
+class StepWork(NamedTuple):
+    """A step of one user: its `tokens`; floating-point operations of the way there and of both ways; bytes that it
+    keeps for the way back."""
+
+    tokens: int
+    forward: int
+    both: int
+    kept: int
+
+
+_NF4_BITS = 4.127
+"""Bits a weight: four, and its share of the constants, which are quantized themselves (QLoRA, section 3)."""
+
+
+class BaseShape:
+    """A base as its config describes it: tensors without values, so that nothing is read and nothing computed."""
+
+    def __init__(
+        self, config: PreTrainedConfig, lora: LoraSettings, dtype: torch.dtype, quantization: str | None = None
+    ) -> None:
+        with _META:
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.model.requires_grad_(False).eval()
+        self.parameters, self._quantization = self.model.num_parameters(), quantization
+        self.spans = attach(self.model, targets(self.model, lora).names, lora.rank, lora.alpha / lora.rank)
+        self.adapter_parameters = max(span.stop for span in self.spans.values())
+
+    @property
+    def base_bytes(self) -> int:
+        """Of the frozen weights."""
+        head = self.model.get_output_embeddings()
+        layers = [m for m in self.model.modules() if is_linear(m) and m is not head]
+        rest = self.parameters - sum(layer.weight.numel() for layer in layers)
+        return int(rest * self.model.dtype.itemsize + sum(map(self._stored, layers)))
+
+    def _stored(self, layer: nn.Linear | Conv1D | Fp8Linear) -> float:
+        """Bytes of a linear layer's weight."""
+        if self._quantization == "nf4":
+            return layer.weight.numel() * _NF4_BITS / 8
+        if self._quantization == "fp8" and fits(layer):
+            outputs = layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
+            return layer.weight.numel() + outputs * torch.float32.itemsize
+        return layer.weight.numel() * self.model.dtype.itemsize
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of one token."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize)
+
+    def step(self, rows: Sequence[Row]) -> StepWork:
+        """Counts one step over these rows: shared prompts once, as the fleet lays them out."""
+        flat = torch.zeros(1, self.adapter_parameters, device=_META, requires_grad=True)
+        spans = list(self.spans.values())
+        for span, (a, b) in zip(spans, matrices(flat, spans), strict=True):
+            layer = self.model.get_submodule(span.name)
+            assert isinstance(layer, FleetLinear)
+            layer.a, layer.b = a, b
+        batch = pack(rows, 1, 0, _META)
+        known = {tensor.untyped_storage()._cdata for tensor in (*self.model.parameters(), flat)}
+        kept: list[Tensor] = []  # held on to, so that no storage takes another's place
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage()._cdata not in known:
+                known.add(tensor.untyped_storage()._cdata)
+                kept.append(tensor)
+            return tensor
+
+        head = self.model.get_output_embeddings()
+        assert head is not None
+        with packed(self.model.config.get_text_config()), FlopCounterMode(display=False) as counter:
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                hidden = self.model.base_model(
+                    input_ids=batch.ids, use_cache=False, position_ids=batch.positions, sight=batch.sight
+                ).last_hidden_state
+                loss = token_logps(head(batch.source(hidden.flatten(0, 1))), batch.targets).sum()
+            forward = counter.get_total_flops()
+            loss.backward()
+            both = counter.get_total_flops()
+        size = sum(tensor.untyped_storage().nbytes() for tensor in kept)
+        return StepWork(batch.ids.numel(), forward, both, size)
+
+
+def shape_of(base: BaseSettings, lora: LoraSettings) -> BaseShape:
+    """The shape of a base by its name: a folder's config, one that is shipped, or the hub's.
+
+    Raises InputError where there is none, or the packed attention that is counted with does not fit it.
+    """
+    try:
+        dtype = torch.float32 if base.dtype == "float32" else torch.bfloat16
+        return BaseShape(_config(base.model), lora, dtype, base.quantization)
+    except (OSError, ValueError, KeyError) as fault:
+        sentence = f"no config of it can be had ({str(fault).splitlines()[0]}); check the name and the network"
+        raise InputError([Problem(base.model, None, "base.model", sentence)]) from fault
+
+
+def _config(model: str) -> PreTrainedConfig:
+    shipped = json.loads(find(_SHAPES).read_text())
+    if model in shipped:
+        return AutoConfig.for_model(**shipped[model])
+    name = model if is_hub_id(model) else find(model)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+    return config

@@ -9,15 +9,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_rlhf.preferences.tokens import PairRow, Row, both_rows
-from persona_rlhf.training.bank import ConstraintBank
-from persona_rlhf.training.batch import EMPTY
-from persona_rlhf.training.constraint import Draw, Watched, penalty
-from persona_rlhf.training.fleet import AdaptedModel
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings
+from persona_rlhf.data.tokenize import PairRow, Row, both_rows
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.model_split import States
+from persona_rlhf.models.packing import EMPTY
+from persona_rlhf.training.cache import Reference
+from persona_rlhf.training.constraint import ConstraintBank, ConstraintLogps, ConstraintSample, penalty
 from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses, reward_margins, user_means
-from persona_rlhf.training.reference import Reference
-from persona_rlhf.training.settings import ConstraintSettings, DpoSettings
-from persona_rlhf.training.trunk import States
 
 
 class StepLoss(NamedTuple):
@@ -68,7 +67,7 @@ def step_loss(
     adapted: AdaptedModel,
     reference: Reference,
     pairs: Sequence[Sequence[PairRow]],
-    draws: Sequence[Draw],
+    draws: Sequence[ConstraintSample],
     bank: ConstraintBank | None,
     duals: Float[Tensor, "users names"],
     dpo: DpoSettings,
@@ -84,7 +83,7 @@ def step_loss(
     columns: list[Sequence[Sequence[Row]]] = [
         [[pair.chosen for pair in own] for own in pairs],
         [[pair.rejected for pair in own] for own in pairs],
-        *([draw.columns[kind] for draw in draws] for kind in range(len(Watched._fields))),
+        *([draw.columns[kind] for draw in draws] for kind in range(len(ConstraintLogps._fields))),
     ]
     widths = [most, most, *(max(map(len, column), default=0) for column in columns[2:])]
     rows: list[Row] = []
@@ -116,5 +115,5 @@ def step_loss(
     margin, accuracy = user_means(margins, present), user_means((margins > 0).to(margins), present)
     if bank is None:
         return StepLoss(losses, losses, margin, accuracy, None, None)
-    found = penalty(bank, draws, Watched(*watched), reference, duals, constraint)
+    found = penalty(bank, draws, ConstraintLogps(*watched), reference, duals, constraint)
     return StepLoss(losses + found.total, losses, margin, accuracy, found.violations, found.seen)

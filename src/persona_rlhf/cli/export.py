@@ -1,0 +1,167 @@
+"""The verb of the command line that takes adapters out of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from persona_rlhf.cli.console import say
+from persona_rlhf.pipeline.distributed import HELD_BACK
+
+if TYPE_CHECKING:
+    from persona_rlhf.release.hub import RepositoryUpload, UploadDifference
+
+_SHOWN = 50  # paths of a difference; those of a thousand users are told in a screenful
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    user: Annotated[str | None, typer.Option("--user", help="A user_id.")] = None,
+    everybody: Annotated[bool, typer.Option("--all", help="With --hub: everybody whose adapter may leave.")] = False,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="A new or empty folder; for gguf a new file.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="With --to: a whole model, the adapter in its weights.")
+    ] = False,
+    form: Annotated[
+        Literal["peft", "gguf"], typer.Option("--format", help="With --to: a PEFT folder, or llama.cpp's GGUF.")
+    ] = "peft",
+    hub: Annotated[
+        str | None, typer.Option("--hub", metavar="OWNER/NAME", help="A repository of the hub; a new one is private.")
+    ] = None,
+    revision: Annotated[str, typer.Option(metavar="R", help="With --hub: the branch.")] = "main",
+    per_user: Annotated[
+        bool, typer.Option("--per-user", help="With --all: a repository each, called OWNER/NAME-PSEUDONYM.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --hub: say what would change there; nothing is sent.")
+    ] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --hub: let everybody read it; asks for its name again.")
+    ] = False,
+) -> None:
+    """Copy released adapters out of a run: to a folder, as a model or a GGUF file, or to the hub."""
+    _check_options(user, everybody, to, hub, merge or form != "peft", per_user, dry_run or public or revision != "main")
+    if merge and form == "gguf":
+        raise typer.BadParameter("--merge and --format gguf do not go together")
+    from persona_rlhf.cli.console import open_run
+    from persona_rlhf.release.export import HeldBack
+
+    open_run(run)
+    try:
+        if hub is not None:
+            _to_hub(run, user, hub, revision, per_user, dry_run, public)
+        elif user is not None and to is not None:
+            _to_folder(run, user, to, merge, form)
+    except HeldBack as reason:
+        say(str(reason))
+        raise typer.Exit(HELD_BACK) from None
+
+
+def _check_options(
+    user: str | None,
+    everybody: bool,
+    to: Path | None,
+    hub: str | None,
+    folder_only: bool,
+    per_user: bool,
+    hub_only: bool,
+) -> None:
+    if (user is None) != everybody:
+        raise typer.BadParameter("say whose, with --user USER_ID or, to the hub, --all")
+    if (to is None) == (hub is None):
+        raise typer.BadParameter("say where to, with --to DIR or --hub OWNER/NAME")
+    if to is not None and (everybody or hub_only):
+        raise typer.BadParameter("--all, --revision, --dry-run and --public go with --hub")
+    if hub is not None and folder_only:
+        raise typer.BadParameter("--merge and --format go with --to")
+    if per_user and not everybody:
+        raise typer.BadParameter("--per-user goes with --all")
+
+
+def _to_folder(run: Path, user: str, to: Path, merge: bool, form: str) -> None:
+    from persona_rlhf.release.compatibility import lint
+    from persona_rlhf.release.export import admitted, check_free, find_user
+    from persona_rlhf.release.export import export as write
+
+    if not merge and form == "peft":
+        write(run, user, to)
+        for finding in lint(to):
+            say(str(finding))
+        say(f"Adapter of {user}: {to}")
+        return
+    adapter = admitted(run, find_user(run, user))
+    from persona_rlhf.common.errors import InputError, Problem
+    from persona_rlhf.config.experiment import read_config
+
+    base = read_config(run / "config.yaml").base
+    if form == "gguf":
+        from persona_rlhf.release.convert import to_gguf
+
+        say(f"Adapter of {user}: {to_gguf(adapter, base.model, to)}")
+        return
+    if base.quantization is not None:
+        sentence = f"its adapters were judged on weights stored as {base.quantization}; a merged model is another model"
+        raise InputError([Problem(str(run), None, "--merge", sentence)])
+    check_free(to)  # before the base is loaded
+    from persona_rlhf.models.base import load_base
+    from persona_rlhf.release.convert import merge as write_merged
+
+    say(f"Model of {user}: {write_merged(load_base(base), adapter, to)}")
+
+
+def _to_hub(run: Path, user: str | None, hub: str, revision: str, per_user: bool, dry_run: bool, public: bool) -> None:
+    from persona_rlhf.release.export import admitted, exportable, find_user
+    from persona_rlhf.release.hub import LocalAdapter, preview, repository_uploads, upload
+
+    if user is not None:
+        adapters, held_back = [LocalAdapter(user, admitted(run, find_user(run, user)))], list[str]()
+    else:
+        found = exportable(run)
+        adapters, held_back = [LocalAdapter(*item) for item in found.folders.items()], found.held_back
+    to_send = (
+        repository_uploads(hub, adapters, shared=user is None, per_user=per_user, revision=revision) if adapters else []
+    )
+    if dry_run:
+        for parcel in to_send:
+            _print_difference(parcel, preview(run, parcel, public), public)
+    else:
+        if public and to_send:
+            _confirm(hub)
+        for parcel in to_send:
+            commit = upload(run, parcel, public, say)
+            count = f"{len(parcel.adapters):,} adapter{'' if len(parcel.adapters) == 1 else 's'}"
+            say(f"{parcel.repository.id}: {count} at commit {commit[:12]}, {'public' if public else 'private'}")
+    for reason in held_back:
+        say(reason)
+    if held_back:
+        raise typer.Exit(HELD_BACK)
+
+
+def _print_difference(parcel: RepositoryUpload, change: UploadDifference, public: bool) -> None:
+    """What an upload would do to a repository, a path a line on stdout."""
+    rows = [
+        (sign, path)
+        for sign, paths in zip("+~-", (change.added, change.changed, change.removed), strict=True)
+        for path in paths
+    ]
+    for sign, path in rows[:_SHOWN]:
+        typer.echo(f"{sign} {parcel.repository.id}/{path}")
+    if len(rows) > _SHOWN:
+        typer.echo(f"... and {len(rows) - _SHOWN:,} more")
+    say(f"{parcel.repository.id}: {change}; it would be {'public' if public else 'private'}. Nothing was sent.")
+
+
+def _confirm(hub: str) -> None:
+    """Has the repository's name typed, before everybody may read a person's adapter. Ends the program otherwise."""
+    say(f"Everybody will be able to read {hub}: adapters of persons, which tell of their preferences.")
+    try:
+        typed = typer.prompt("Type its name to go on", err=True, default="", show_default=False)
+    except typer.Abort:
+        typed = ""
+    if typed.strip() != hub:
+        say("That is not its name; nothing was sent.")
+        raise typer.Exit(2)

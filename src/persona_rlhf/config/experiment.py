@@ -1,0 +1,252 @@
+"""Config and read_config; policy/users/screening/run/release sections; `init` scaffold."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import ExistingPath, ModelName, drafted, find, shipped_root
+from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings, RedTeamSettings
+from persona_rlhf.config.loader import (
+    KeyPath,
+    S,
+    Section,
+    SourceLocation,
+    Tree,
+    YamlDocument,
+    check_section,
+    dump_yaml,
+    in_order,
+    parse_yaml,
+    read_yaml,
+)
+from persona_rlhf.config.training import BaseSettings, ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+
+# ----------------------------------------------------------------------------------------------------
+# Config section of the policy floor.
+# ----------------------------------------------------------------------------------------------------
+
+
+class PolicySettings(Section):
+    """`policy`: the rules that training and the gate hold every user's adapter to."""
+
+    documents: list[ExistingPath] = Field(
+        min_length=1, description="Policy documents: exactly one of tier one, and those of tiers two and three."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Config sections of the preferences floor: whose pairs, and which of them are used.
+# ----------------------------------------------------------------------------------------------------
+
+
+class UsersSettings(Section):
+    """`users`: the preference pairs of every user."""
+
+    path: ExistingPath = Field(description="A file of pairs, or a folder of such files; rows name their user_id.")
+    heldout: float = Field(
+        0.25, ge=0, lt=1, description="Share of a user's prompts never trained on, where rows state no split."
+    )
+
+
+class GuardSettings(Section):
+    """`screening.classifier`: a safety model that calls requests safe or unsafe, and names codes of Llama Guard 3."""
+
+    model: ModelName = Field(description="A transformers folder or a hub id, such as meta-llama/Llama-Guard-3-1B.")
+    template: ExistingPath | None = Field(
+        None, description="File of its prompt with {prompt}; without it, its chat template is used."
+    )
+    unsafe: str = Field("\n\nunsafe", min_length=1, description="What it writes of a forbidden request; codes follow.")
+    safe: str = Field("\n\nsafe", min_length=1, description="What it writes of a harmless one.")
+
+
+class ScreeningSettings(Section):
+    """`screening`: which requests are taken to be forbidden, and what becomes of pairs that prefer complying with them.
+
+    A prompt that is a probe of the policy always is. What the classifiers below find comes on top.
+    """
+
+    quarantine: bool = Field(
+        True, description="Keep pairs that prefer complying with such requests out of training; off for ablations."
+    )
+    base: Literal["answer", "likelihood", "off"] = Field(
+        "answer",
+        description="What the base refuses is forbidden: told by its answer, or by how likely its refusals are.",
+    )
+    rules: ExistingPath | None = Field(
+        None, description="YAML of patterns of forbidden requests, by hazard category; data/policy/screen.yaml is one."
+    )
+    classifier: GuardSettings | None = Field(None, description="A safety model whose categories map onto the policy's.")
+    false_alarms: float = Field(
+        0.01,
+        gt=0,
+        lt=1,
+        description="Share of harmless twins taken for forbidden at most, on the half of `dev` that sets a threshold.",
+    )
+    reviews: ExistingPath | None = Field(
+        None, description="Decisions about quarantined pairs (RUN/reviews.jsonl, see `data review`) of an earlier run."
+    )
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that it names, whose contents decide what is screened out."""
+        template = None if self.classifier is None else self.classifier.template
+        return [file for file in (self.rules, template, self.reviews) if file is not None]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Config sections of the release floor: where a run is written, who is told, and what its adapters' papers say.
+# ----------------------------------------------------------------------------------------------------
+
+
+class RunSettings(Section):
+    """`run`: the folder of a run, and who is told of its progress."""
+
+    dir: Annotated[Path, Field(strict=False)] | None = Field(
+        None, description="Folder that the run is written to; runs/NAME by default, and --run goes before it."
+    )
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        [], description="Experiment trackers that get the curves of a run in one process; their packages are not ours."
+    )
+
+
+class ReleaseSettings(Section):
+    """`release`: what the papers of an adapter say that no measurement can."""
+
+    signing_key: ExistingPath | None = Field(
+        None, description="Private key (PEM, by `policy keygen`) that signs every manifest; not copied, not repeated."
+    )
+    license: str = Field(
+        "other",
+        pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$",
+        description="License of the adapters on their cards, by the hub's name for it; other: no license is granted.",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# The config of an experiment: one YAML file, `a.b=c` overrides, and every mistake in both at once.
+# ----------------------------------------------------------------------------------------------------
+
+
+class Config(Section):
+    """A whole experiment. Each section sits beside the code it turns; only the CLI and the line see them together."""
+
+    name: str = Field(min_length=1, pattern=r"^\w[\w.-]*$", description="Name of the experiment; names the run folder.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Root of every random choice; each user draws from it and his id.")
+    base: BaseSettings
+    policy: PolicySettings
+    users: UsersSettings
+    screening: ScreeningSettings = ScreeningSettings()
+    lora: LoraSettings = LoraSettings()
+    dpo: DpoSettings = DpoSettings()
+    constraint: ConstraintSettings = ConstraintSettings()
+    gate: GateSettings = GateSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    redteam: RedTeamSettings = RedTeamSettings()
+    fleet: FleetSettings = FleetSettings()
+    release: ReleaseSettings = ReleaseSettings()
+    run: RunSettings = RunSettings()
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run, where the command line names none."""
+        return self.run.dir or Path("runs") / self.name
+
+    def to_yaml(self) -> str:
+        """The config with every default written out; reading it back gives the same config."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file (here, or shipped) with its overrides. Raises InputError with every problem of both."""
+    return checked(Config, read_yaml(find(path)), overrides)
+
+
+def checked(kind: type[S], document: YamlDocument, overrides: Sequence[str]) -> S:
+    """A document with overrides, as a section of this kind. Raises InputError with every problem of both."""
+    problems = list(document.problems)
+    for override in overrides:
+        problems += _override(document, override)
+    found, faults = check_section(kind, document)
+    problems += faults
+    if found is None or problems:
+        raise InputError(in_order(problems))
+    return found
+
+
+def _override(document: YamlDocument, override: str) -> list[Problem]:
+    """Writes `a.b=c` into the document as YAML would have read `c` there; its place is the override itself."""
+    name = f"override {override}"
+    dotted_key, equals, text = override.partition("=")
+    keys = dotted_key.strip().split(".")
+    if not equals or not all(keys):
+        return [Problem(name, None, None, "an override reads section.key=value, such as dpo.epochs=2")]
+    try:
+        value = parse_yaml(text, name)
+    except InputError as fault:
+        return [problem._replace(line=None) for problem in fault.problems]
+    node: Tree = document.tree
+    for depth, key in enumerate(keys[:-1], 1):
+        assert isinstance(node, dict)
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+            document.places[tuple(keys[:depth])] = SourceLocation(name, None)
+        node = node[key]
+    assert isinstance(node, dict)
+    node[keys[-1]] = value.tree
+    path: KeyPath = tuple(keys)
+    for below in [place for place in document.places if place[: len(path)] == path]:
+        del document.places[below]
+    document.places[path] = SourceLocation(name, None)
+    return [problem._replace(line=None) for problem in value.problems]
+
+
+# ----------------------------------------------------------------------------------------------------
+# `init`: a small experiment of one's own, copied from what is shipped, that runs as it is.
+# ----------------------------------------------------------------------------------------------------
+
+_USERS = 4
+
+_README = """# An experiment
+
+    persona-rlhf data check users
+    persona-rlhf policy show experiment.yaml
+    persona-rlhf train experiment.yaml
+
+Run these from this folder.
+
+- `experiment.yaml`: the config. Paths are taken from the working directory, and `data/base` (the bundled tiny base) and
+  the probe banks from the toolkit. Any value can be changed on the command line: `train experiment.yaml dpo.beta=0.3`.
+- `policy/`: one document a tier. Tier one is the model provider's and cannot be weakened by the other two.
+- `users/`: preference pairs, one JSON object a line with `user_id`, `prompt`, `chosen`, `rejected`. These are simulated
+  users; put your own files in their place.
+- `runs/`: results appear here, one PEFT folder a user and a report.
+"""
+
+
+def scaffold(folder: Path) -> None:
+    """Writes the experiment into a new or empty folder, whole or not at all. Raises InputError for any other."""
+    shipped = shipped_root()
+    with drafted(folder) as draft:
+        (draft / "policy").mkdir()
+        for document in sorted((shipped / "configs" / "policy").glob("tier_*.yaml")):
+            shutil.copyfile(document, draft / "policy" / document.name)
+        (draft / "users").mkdir()
+        for users in sorted((shipped / "data" / "users").glob("*.jsonl"))[:_USERS]:
+            shutil.copyfile(users, draft / "users" / users.name)
+        (draft / "README.md").write_text(_README, encoding="utf-8")
+        config = (shipped / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
+        (draft / "experiment.yaml").write_text(_adapted(config), encoding="utf-8")
+
+
+def _adapted(quickstart: str) -> str:
+    """The quickstart's config with the paths and the name of the copy."""
+    text = re.sub(r"^#.*\n", "# The sample users of users/, on the bundled tiny base.\n", quickstart, count=1)
+    text = text.replace("name: quickstart", "name: experiment")
+    return text.replace("configs/policy/", "policy/").replace("path: data/users", "path: users")

@@ -1,0 +1,227 @@
+"""`data check` and `--render`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import dataclass
+from pathlib import Path
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.errors import Problem
+from persona_rlhf.data.pairs import PreferencePair
+from persona_rlhf.data.pairs import ReadPairs
+from persona_rlhf.data.pairs import first_problems
+from persona_rlhf.data.pairs import parsed_rows
+from persona_rlhf.data.pairs import read
+from persona_rlhf.data.screening import unfit_to_teach
+from persona_rlhf.data.tokenize import ChatTokenizer
+from persona_rlhf.data.tokenize import control_tokens
+from persona_rlhf.data.tokenize import tokenize
+from statistics import median
+from typing import Any
+from typing import NamedTuple
+from typing import TYPE_CHECKING
+import re
+import sys
+
+if TYPE_CHECKING:
+    from rich.panel import Panel
+    from rich.table import Table
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is in preference files, before anything is trained on them.
+# ----------------------------------------------------------------------------------------------------
+
+class Spread(NamedTuple):
+    """Median, 95th percentile (nearest rank) and extremes of a count."""
+
+    minimum: int
+    median: float
+    p95: int
+    maximum: int
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What `data check` found; lengths are in words, texts are not repeated."""
+
+    pairs: int
+    users: int
+    pairs_per_user: Spread
+    splits: dict[str, int]
+    users_without_train: int
+    users_without_heldout: int
+    words: dict[str, Spread]  # of prompt, chosen, rejected
+    screened_out: dict[str, int]  # by reason
+    on_both_sides: int  # prompts that one user's own `split` puts in train and in heldout
+    chosen_is_longer: float  # share of the pairs of unequal length, in characters: near 0 or 1, length says it all
+    clean_labels: float | None  # share of the labels that agree with the noise-free utility, where that is known
+    unknown_columns: dict[str, int]  # ignored, with the rows that have them
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object of plain JSON values."""
+        plain = asdict(self)
+        plain["pairs_per_user"] = self.pairs_per_user._asdict()
+        plain["words"] = {name: spread._asdict() for name, spread in self.words.items()}
+        return plain
+
+
+def check(paths: Sequence[Path | str], heldout: float = 0.25) -> DataSummary:
+    """Reads everything, as `train` would, and counts it.
+
+    `heldout` is the share of prompts held out where rows carry no `split`. Raises InputError naming the bad rows of
+    all the files.
+    """
+    readings: list[ReadPairs] = []
+    problems = []
+    for path in paths:
+        try:
+            readings.append(read(path, heldout))
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(first_problems(problems))
+    pairs = [pair for reading in readings for pair in reading.pairs]
+    return _summary(pairs, sum((reading.unknown for reading in readings), Counter()))
+
+
+def _summary(pairs: list[PreferencePair], unknown: Counter[str]) -> DataSummary:
+    splits: dict[str, Counter[str]] = {}
+    sides: dict[tuple[Any, ...], set[str]] = {}
+    for pair in pairs:
+        splits.setdefault(pair.user_id, Counter())[pair.split] += 1
+        sides.setdefault((pair.user_id, pair.prompt), set()).add(pair.split)
+    words = {
+        "prompt": [sum(len(message.content.split()) for message in pair.prompt) for pair in pairs],
+        "chosen": [len(pair.chosen.split()) for pair in pairs],
+        "rejected": [len(pair.rejected.split()) for pair in pairs],
+    }
+    lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    unequal = [ours > theirs for ours, theirs in lengths if ours != theirs]
+    labels = [pair.clean_choice for pair in pairs if pair.clean_choice is not None]
+    _, dropped = unfit_to_teach(pairs)
+    return DataSummary(
+        pairs=len(pairs),
+        users=len(splits),
+        pairs_per_user=_spread([counts.total() for counts in splits.values()]),
+        splits={split: sum(counts[split] for counts in splits.values()) for split in ("train", "heldout")},
+        users_without_train=sum(not counts["train"] for counts in splits.values()),
+        users_without_heldout=sum(not counts["heldout"] for counts in splits.values()),
+        words={name: _spread(counts) for name, counts in words.items()},
+        screened_out=dict(Counter(found.kind for found in dropped)),
+        on_both_sides=sum(len(found) > 1 for found in sides.values()),
+        chosen_is_longer=sum(unequal) / len(unequal) if unequal else 0.5,
+        clean_labels=sum(labels) / len(labels) if labels else None,
+        unknown_columns=dict(unknown),
+    )
+
+
+def _spread(counts: list[int]) -> Spread:
+    ranked = sorted(counts)
+    return Spread(ranked[0], median(ranked), ranked[-(-95 * len(ranked) // 100) - 1], ranked[-1])
+
+
+def render(summary: DataSummary) -> Table:
+    """The summary as a table for people."""
+    from rich.table import Table
+
+    table = Table("what", "figure", title="Preferences", title_justify="left")
+
+    def spread(counts: Spread) -> str:
+        return f"median {counts.median:,.0f}, 95% up to {counts.p95:,}, {counts.minimum:,} to {counts.maximum:,}"
+
+    table.add_row("pairs", f"{summary.pairs:,}")
+    table.add_row("users", f"{summary.users:,}")
+    table.add_row("pairs per user", spread(summary.pairs_per_user))
+    table.add_row("train / held out", f"{summary.splits['train']:,} / {summary.splits['heldout']:,}")
+    for name, counts in summary.words.items():
+        table.add_row(f"words, {name}", spread(counts))
+    table.add_row("chosen is the longer", f"{summary.chosen_is_longer:.1%} of the pairs of unequal length")
+    if summary.clean_labels is not None:
+        table.add_row("labels without noise", f"{summary.clean_labels:.1%}")
+    notes = {
+        "users with nothing to train on": summary.users_without_train,
+        "users with nothing held out": summary.users_without_heldout,
+        "prompts in train and held out": summary.on_both_sides,
+        **{f"will be dropped, {kind}": count for kind, count in summary.screened_out.items()},
+        **{f"unknown column `{name}`, ignored, rows": rows for name, rows in summary.unknown_columns.items()},
+    }
+    for name, count in notes.items():
+        if count:
+            table.add_row(name, f"{count:,}")
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------
+# One pair as the model sees it: what its chat template makes of it, control tokens and all.
+# ----------------------------------------------------------------------------------------------------
+
+class RenderedPart(NamedTuple):
+    """Some of a row: what its tokens say, how many they are, and the place of the first (an answer's: where the prompt
+    ends)."""
+
+    text: str
+    tokens: int
+    begins: int
+
+
+class Rendered(NamedTuple):
+    """The pair of a `place` (file and row), as `base` reads it: one prompt, and the two answers that may follow it."""
+
+    place: str
+    user_id: str
+    base: str
+    parts: dict[str, RenderedPart]  # prompt, chosen, rejected
+    control: re.Pattern[str]  # tokens of the template's own
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object of plain JSON values."""
+        parts = {name: part._asdict() for name, part in self.parts.items()}
+        return {"place": self.place, "user_id": self.user_id, "base": self.base, **parts}
+
+    def panel(self) -> Panel:
+        """For people: control tokens stand out, and what a terminal would obey is written out."""
+        from rich.console import Group
+        from rich.panel import Panel
+        from rich.text import Text
+
+        lines = [Text(_harmless(f"{self.place}, user {self.user_id}"), "dim")]
+        for name, part in self.parts.items():
+            where = f", from token {part.begins} on" if part.begins else ""
+            text = Text(_harmless(part.text))
+            text.highlight_regex(self.control, "bold cyan")
+            lines += [Text(f"{name}: {part.tokens} tokens{where}", "bold"), text]
+        return Panel(Group(*lines), title=Text(f"as {self.base} sees it"), title_align="left")
+
+
+def _harmless(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def first_pair(path: Path | str) -> PreferencePair:
+    """The first pair of a path. Raises InputError where its first row is none."""
+    found = next(parsed_rows(path))
+    if isinstance(found, Problem):
+        raise InputError([found])
+    return found[0]
+
+
+def rendered(pair: PreferencePair, base: str, tokenizer: ChatTokenizer) -> Rendered:
+    """A pair as the model named `base` sees it. Raises InputError where its chat template does not take it."""
+    [user] = tokenize([pair], tokenizer, sys.maxsize)
+    [row] = user.train + user.heldout
+
+    def part(ids: tuple[int, ...], begins: int) -> RenderedPart:
+        text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return RenderedPart(str(text), len(ids), begins)
+
+    prompt = row.chosen.prompt
+    parts = {
+        "prompt": part(prompt, 0),
+        "chosen": part(row.chosen.completion, len(prompt)),
+        "rejected": part(row.rejected.completion, len(prompt)),
+    }
+    return Rendered(f"{pair.file}:{pair.line}", pair.user_id, base, parts, control_tokens(tokenizer))
+

@@ -1,0 +1,261 @@
+"""`data import`: preference sets and public probe sets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.errors import Problem
+from persona_rlhf.common.errors import did_you_mean
+from persona_rlhf.common.files import find
+from persona_rlhf.data.pairs import first_problems
+from persona_rlhf.data.readers import converted
+from persona_rlhf.data.readers import read_file
+from persona_rlhf.data.readers import read_rows
+from persona_rlhf.data.readers import shown
+from persona_rlhf.policy.hazards import HARMLESS
+from persona_rlhf.policy.hazards import ProbeDestination
+from persona_rlhf.policy.hazards import PublicSet
+from persona_rlhf.policy.hazards import SplitBy
+from persona_rlhf.policy.hazards import assign_topic
+from persona_rlhf.policy.hazards import public_sets
+from persona_rlhf.policy.judges import NearDuplicateIndex
+from persona_rlhf.policy.judges import plain
+from typing import Any
+from typing import NamedTuple
+import json
+import os
+import tempfile
+
+
+# ----------------------------------------------------------------------------------------------------
+# Public sets of probes written as banks: by category, split by topic, without what is held already.
+# ----------------------------------------------------------------------------------------------------
+
+OUR_BANK = "data/policy/tier_one_real"
+
+
+class ProbeImport(NamedTuple):
+    """What became of a public set: rows read, rows written by file and by split, and the rows left out by reason."""
+
+    source: PublicSet
+    rows: int
+    written: dict[Path, dict[str, int]]
+    left_out: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object of plain JSON values."""
+        about = {key: getattr(self.source, key) for key in ("name", "title", "url", "licence")}
+        written = {str(path): counts for path, counts in self.written.items()}
+        return {**about, "rows": self.rows, "written": written, "left_out": self.left_out}
+
+    def sentences(self) -> Iterator[str]:
+        """What to tell people."""
+        yield f"{self.rows} rows of {self.source.title} read; its texts are under {self.source.licence}."
+        for path, counts in self.written.items():
+            yield f"  {path}: {', '.join(f'{n} {name}' for name, n in counts.items())}"
+        for reason, count in self.left_out.items():
+            yield f"  {count} rows left out: {reason}"
+
+
+def import_probes(name: str, src: Path | str, out: Path, train: bool = False) -> ProbeImport:
+    """Reads a public set (a file, a folder or a hub id) and writes `out/CATEGORY.NAME.jsonl`, a probe bank each, and
+    `out/over_refusal.NAME.jsonl` where the set has harmless prompts.
+
+    A prompt is left out where it, or one nearly alike, stands in the set already, in a bank of another set in `out`, or
+    in our own bank for real models. Unless `train` says so, no probe falls into the `train` split: a public set is
+    worth most where nothing has been trained on it. Raises InputError naming every row that is not of this set.
+    """
+    source = public_sets()[name]
+    if out.exists() and not out.is_dir():
+        raise InputError([Problem(str(out), None, None, "the banks are several files; name a folder for them")])
+    held = _held(source, out)
+    problems: list[Problem] = []
+    banks: dict[str, list[dict[str, str]]] = {}
+    left_out: Counter[str] = Counter()
+    rows = 0
+    for found in converted(read_rows(src), partial(_read, source)):
+        if isinstance(found, Problem):
+            problems.append(found)
+            continue
+        rows += 1
+        text, (destination, reason) = found
+        if destination is not None and (twice := held.near(text)):
+            destination, reason = None, f"held already, by {twice}"
+        if destination is None:
+            left_out[reason] += 1
+            continue
+        held.add(name, text)
+        probe = {"id": f"{name}-{rows:04d}", "prompt": text}
+        split_by: SplitBy = "topic" if train else "held_out"
+        placed = {"topic": plain(text), "phrasing": name, "split_by": split_by}
+        banks.setdefault(destination, []).append(probe if destination == HARMLESS else {**probe, **placed})
+    if problems:
+        raise InputError(first_problems(problems))
+    return ProbeImport(source, rows, _write(source, banks, out), dict(left_out))
+
+
+def _read(source: PublicSet, row: Mapping[str, object]) -> tuple[str, ProbeDestination]:
+    text = source.text(row)
+    return text, source.destination(row) if plain(text) else ProbeDestination(None, "an empty prompt")
+
+
+def _held(source: PublicSet, out: Path) -> NearDuplicateIndex:
+    """The prompts of the banks of other sets in `out`, and of our own."""
+    held = NearDuplicateIndex()
+    others = sorted(path for path in out.glob("*.*.jsonl") if path.suffixes[-2] != f".{source.name}")
+    for path in (*sorted(find(OUR_BANK).glob("*.jsonl")), *others):
+        for item in read_rows(path):
+            if isinstance(item, Problem):
+                raise InputError([item])
+            if isinstance(item.row, Mapping) and isinstance(item.row.get("prompt"), str):
+                held.add(path.name, item.row["prompt"])
+    return held
+
+
+def _write(source: PublicSet, banks: Mapping[str, list[dict[str, str]]], out: Path) -> dict[Path, dict[str, int]]:
+    """Writes the files of a set in place of its former ones; what is in each, by split."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = {out / f"{name}.{source.name}.jsonl": rows for name, rows in sorted(banks.items())}
+    for former in out.glob(f"*.{source.name}.jsonl"):
+        if former not in written:
+            former.unlink()
+    for path, rows in written.items():
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return {path: dict(sorted(Counter(map(_split, rows)).items())) for path, rows in written.items()}
+
+
+def _split(row: Mapping[str, str]) -> str:
+    by = row.get("split_by")
+    return "harmless" if by is None else assign_topic(row["topic"], held_out=by == "held_out")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Other people's files, written as ours: preferences, and public sets of probes.
+# ----------------------------------------------------------------------------------------------------
+
+Convert = Callable[[Mapping[str, object]], dict[str, str] | str]
+
+
+class ImportSummary(NamedTuple):
+    """What became of a file: rows read, pairs written, their users, and the rows left out by reason."""
+
+    format: str
+    rows: int
+    pairs: int
+    users: int
+    left_out: dict[str, int]
+    path: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object of plain JSON values."""
+        return {**self._asdict(), "path": str(self.path)}
+
+    def sentences(self) -> Iterator[str]:
+        """What to tell people."""
+        yield f"{self.rows} rows read, {self.pairs} pairs of {self.users} users written to {self.path}."
+        for reason, count in self.left_out.items():
+            yield f"  {count} rows left out: {reason}"
+
+
+def import_file(name: str, src: Path, out: Path, train: bool = False) -> ImportSummary | ProbeImport:
+    """Converts a file of a known format or set. Raises InputError for an unknown one, and for what is wrong in it."""
+    if name in FORMATS and not train:
+        return FORMATS[name](src, out)
+    if name in public_sets():
+        return import_probes(name, src, out, train)
+    known = (*FORMATS, *public_sets())
+    sentence = f"no importer reads `{name}`{did_you_mean(name, known)}; there is {', '.join(known)}"
+    if name in FORMATS:
+        sentence = f"`{name}` are preferences, whose split is `users.heldout`; --train goes with sets of probes"
+    raise InputError([Problem("data import", None, "FORMAT", sentence)])
+
+
+def import_cragc25(src: Path, out: Path) -> ImportSummary:
+    """Converts CRAGC-25, the Crowd RAG Corpus 2025 (Gienapp et al., SIGIR 2025; CC-BY 4.0).
+
+    `src` is its annotations, one judgement per line (.jsonl or .jsonl.gz), or a folder that holds
+    `annotations.jsonl.gz`. The label is the forced choice between two answers in overall quality. Sex, age and country
+    of the workers are personal data and are not copied. Raises InputError naming every row that is not of this format.
+    """
+    if src.is_dir():
+        names = ("annotations.jsonl.gz", "annotations.jsonl")
+        found = next((src / name for name in names if (src / name).exists()), None)
+        if found is None:
+            raise InputError([Problem(str(src), None, None, f"the folder holds no {names[0]}; give the file's path")])
+        src = found
+    return _convert("cragc25", _from_cragc25, src, out)
+
+
+FORMATS: Mapping[str, Callable[[Path, Path], ImportSummary]] = {"cragc25": import_cragc25}
+
+
+def _from_cragc25(row: Mapping[str, object]) -> dict[str, str] | str:
+    columns = ("user", "query_id", "query", "a_id", "b_id", "a", "b")
+    wrong = next((name for name in columns if not isinstance(row.get(name), str)), None)
+    if wrong is not None:
+        raise ValueError(f"column `{wrong}` must be a text, not {shown(row.get(wrong))}; is this a CRAGC-25 file?")
+    choice = row.get("choice")
+    label = choice.get("quality_overall") if isinstance(choice, Mapping) else None
+    if label in ("N", None):
+        return "no choice in overall quality"
+    if label not in ("A", "B"):
+        raise ValueError(f"`choice.quality_overall` is {shown(label)}; it must be A or B")
+    text = {name: str(row[name]) for name in columns}
+    chosen, rejected = ("a", "b") if label == "A" else ("b", "a")
+    return {
+        "user_id": text["user"],
+        "prompt": text["query"],
+        "chosen": text[chosen],
+        "rejected": text[rejected],
+        "id": f"{text['query_id']}/{text[f'{chosen}_id']}/{text[f'{rejected}_id']}/{text['user']}",
+        "source": "cragc25",
+    }
+
+
+def _convert(name: str, convert: Convert, src: Path, out: Path) -> ImportSummary:
+    """Reads `src` row by row and puts `out` in place whole, or not at all."""
+    if not src.is_file():
+        raise InputError([Problem(str(src), None, None, "there is no such file; check the path")])
+    if out.is_dir() or out.suffix != ".jsonl":
+        raise InputError([Problem(str(out), None, None, "the output is one file of JSON lines; name it *.jsonl")])
+    if out.exists() and out.samefile(src):
+        raise InputError([Problem(str(out), None, None, "the output would replace its source; name another file")])
+    problems: list[Problem] = []
+    lines: list[str] = []
+    users: set[str] = set()
+    left_out: Counter[str] = Counter()
+    rows = 0
+    for pair in converted(read_file(src), convert):
+        if isinstance(pair, Problem):
+            problems.append(pair)
+            continue
+        rows += 1
+        if isinstance(pair, str):
+            left_out[pair] += 1
+            continue
+        users.add(pair["user_id"])
+        lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
+    if problems:
+        raise InputError(first_problems(problems))
+    write_lines(out, lines)
+    return ImportSummary(name, rows, len(lines), len(users), dict(left_out), out)
+
+
+def write_lines(out: Path, lines: Iterable[str]) -> None:
+    """Puts a file of these lines in place whole, or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(lines)
+        Path(unfinished).replace(out)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+

@@ -1,0 +1,372 @@
+"""Runs gate and metrics for a cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import UserRows, prompt_ids
+from persona_rlhf.evaluation.gate import (
+    Outcomes,
+    Verdict,
+    certify_cohort,
+    check_base,
+    check_questions,
+    demands_of,
+    keeping,
+    release_unjudged,
+)
+from persona_rlhf.evaluation.metrics import (
+    ComparedAnswers,
+    FactQuestions,
+    RequirementPrompts,
+    Samples,
+    clean_accuracy,
+    distinct_prompts,
+    heldout_accuracy,
+    perplexity,
+    score_pairs,
+    score_pairs_of_base,
+    tone_drift,
+    toxic_answers,
+    win_rate,
+)
+from persona_rlhf.evaluation.prompt_sets import Fact, some, total, twins
+from persona_rlhf.evaluation.records import AlignmentTax, Facts, Measures, Refused
+from persona_rlhf.evaluation.refusals import (
+    OPENING_TOKENS,
+    BaseAnswers,
+    Judge,
+    PromptIds,
+    Refusals,
+    SecondJudge,
+    answer_text,
+    refusal_outcomes,
+)
+from persona_rlhf.evaluation.statistics import Clustered, by_cluster
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.policy.hazards import Probe, unseen_topics_certify
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.properties import REPAIRED
+from persona_rlhf.policy.rules import Requirement
+
+# ----------------------------------------------------------------------------------------------------
+# The examination of a fleet: the base is asked everything once, then every cohort of users is judged and measured.
+# ----------------------------------------------------------------------------------------------------
+
+
+class ProbeSplit(NamedTuple):
+    """The probes of one split, as prompts, and where each category's lie among them."""
+
+    probes: list[Probe]
+    prompts: list[PromptIds]
+    places: dict[str, list[int]]
+
+    def by_category(self, refused: Sequence[bool]) -> dict[str, list[bool]]:
+        """Outcomes in the order of `prompts`, told apart by category."""
+        return {name: [refused[n] for n in places] for name, places in self.places.items()}
+
+
+class Evaluator:
+    """Everything a run asks of its base once (its answers to probes and to harmless prompts), kept for all cohorts.
+
+    `users` is the number of users of the whole run, for the family-wise promise. `utilities` are the written-down
+    tastes of those users who have one, `ordinary` the texts of ordinary prompts, `facts` questions of knowledge. A
+    `second` judge must agree that an answer refuses.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        policy: Policy,
+        judge: Judge,
+        gate: GateSettings,
+        evaluation: EvaluationSettings,
+        *,
+        users: int,
+        ordinary: Sequence[str] = (),
+        facts: Sequence[Fact] = (),
+        utilities: Mapping[str, Callable[[str], float]] | None = None,
+        second: SecondJudge | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.demands = demands_of(policy, gate, users)
+        self.gate, self.evaluation, self.utilities = gate, evaluation, utilities or {}
+        self._adapted, self._policy = adapted, policy
+        self._judge = judge
+        self._said: dict[PromptIds, str] = {}
+        self._answers = BaseAnswers(adapted, judge, gate.max_new_tokens, second, self._said)
+        self._samples = Samples(adapted, gate.max_new_tokens, seed)
+        self._quiz = FactQuestions(adapted, facts)
+        near = twins([*policy.probes("dev"), *policy.probes("certify")])
+        self._ordinary, self._twins = (
+            [self._ids(text) for text in some(texts, evaluation.harmless_prompts)] for texts in (ordinary, near)
+        )
+        self._required = RequirementPrompts(policy.requirements, evaluation.requirement_prompts, policy.certify.delta)
+        self._asked = [self._ids(text) for text in self._required.prompts]
+        self._certify = self._bank(policy.probes("certify"))
+        test, shifts = policy.probes("test"), not unseen_topics_certify(policy.probes("certify"))
+        known, new = ([p for p in test if (shifts and p.novelty == "topic") == unseen] for unseen in (False, True))
+        self._test = self._bank(known, evaluation.test_probes)
+        self._shift = self._bank(new, evaluation.test_probes // 2)
+
+    @property
+    def probes(self) -> list[PromptIds]:
+        """Every probe that a user is judged and measured on."""
+        return [*self._certify.prompts, *self._test.prompts, *self._shift.prompts]
+
+    @property
+    def harmless(self) -> list[PromptIds]:
+        """Every harmless prompt that a user's over-refusal is measured on."""
+        return [*self._ordinary, *self._twins]
+
+    def forget_users(self) -> None:
+        """Forgets what the base answered to users' own prompts, so that it does not add up; done between chunks."""
+        self._samples.forget()
+
+    def check_base(self) -> None:
+        """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
+        if (most := self._policy.max_changed) is not None:
+            check_questions(most, self._policy.certify.delta, self._quiz.of_base())
+        bank = self._certify
+        check_base(self.demands, bank.by_category(self._answers.refused(bank.prompts)))
+
+    def base_refuses(self, prompts: Sequence[PromptIds]) -> list[bool]:
+        """Whether the base itself sets out to refuse each prompt (token ids): the opening of its greedy answer.
+
+        For screening, where every pair's prompt is asked; the gate judges whole answers.
+        """
+        with self._adapted.using(None):
+            [openings] = self._adapted.generate([prompts], min(OPENING_TOKENS, self.gate.max_new_tokens))
+        return [self._judge(answer_text(self._adapted, opening)) for opening in openings]
+
+    def verdicts(self, flat: Float[Tensor, "users params"]) -> list[Verdict]:
+        """The gate's verdict on every user of a cohort, all looks in lockstep over the `certify` probes.
+
+        Raises InputError where the base itself does not pass.
+        """
+        bank = self._certify
+        base = bank.by_category(self._answers.refused(bank.prompts))
+        seen: dict[tuple[int, float], Outcomes] = {}
+
+        def look(users: list[int], alphas: list[float]) -> list[Outcomes]:
+            scales = torch.tensor(alphas, device=flat.device)
+            outcomes = refusal_outcomes(self._adapted, flat[users], scales, bank.prompts, self._answers)
+            found = [bank.by_category(own) for own in outcomes.refused]
+            seen.update(zip(zip(users, alphas, strict=True), found, strict=True))
+            return list(found)
+
+        users, largest = list(range(flat.shape[0])), self.gate.alphas[-1]
+        if self.gate.enabled:
+            verdicts = certify_cohort(self.demands, base, self.gate.alphas, len(users), look)
+            verdicts = self._keeping(flat, verdicts, base)
+        else:
+            found = look(users, [largest] * len(users))
+            verdicts = [release_unjudged(self.demands, base, largest, outcomes) for outcomes in found]
+        released = [seen.get((user, verdict.alpha), base) for user, verdict in enumerate(verdicts)]
+        return [
+            verdict._replace(clusters=self._clustered(outcomes))
+            for verdict, outcomes in zip(verdicts, released, strict=True)
+        ]
+
+    def _keeping(self, flat: Float[Tensor, "users params"], verdicts: list[Verdict], base: Outcomes) -> list[Verdict]:
+        """The verdicts after the questions about fixed aspects, asked at the alphas of these, where the policy asks.
+
+        Raises InputError where there are too few questions: nobody's verdict is left out.
+        """
+        most, delta = self._policy.max_changed, self._policy.certify.delta
+        if most is None:
+            return verdicts
+        check_questions(most, delta, self._quiz.of_base())
+        with self._adapted.using(flat, torch.tensor([verdict.alpha for verdict in verdicts], device=flat.device)):
+            answered = self._quiz.ask(len(verdicts))
+        return [
+            keeping(verdict, self.demands, base, found, most, delta)
+            for verdict, found in zip(verdicts, answered, strict=True)
+            if found is not None
+        ]
+
+    def _clustered(self, outcomes: Outcomes) -> Clustered:
+        """The pool's refusals of certify probes, by topic and by phrasing."""
+        bank, pool = self._certify, [name for name in self.demands.categories if name in self.demands.in_pool]
+        probes = [bank.probes[n] for name in pool for n in bank.places[name]]
+        refused = [outcome for name in pool for outcome in outcomes[name]]
+        topics, phrasings = ([getattr(probe, of) for probe in probes] for of in ("topic", "phrasing"))
+        level = self.demands.level
+        return Clustered(by_cluster(refused, topics, level), by_cluster(refused, phrasings, level))
+
+    def measures(
+        self, flat: Float[Tensor, "users params"], users: Sequence[UserRows], alphas: Sequence[float]
+    ) -> list[Measures]:
+        """Everything reported beside the verdict, of the adapters as released; the `test` split decides nothing."""
+        scales = torch.tensor(list(alphas), device=flat.device)
+        pairs = [user.heldout for user in users]
+        base_scores = score_pairs_of_base(self._adapted, pairs)
+        with self._adapted.using(flat, scales):
+            scores = score_pairs(self._adapted, pairs)
+            known = self._quiz.ask(len(users))
+        texts = self._samples.compare(
+            flat, scales, [distinct_prompts(p, self.evaluation.win_rate_prompts) for p in pairs]
+        )
+        ordinary, near = (self._refusals(flat, scales, asked) for asked in (self._ordinary, self._twins))
+        tests, shifted = (self._refusals(flat, scales, bank.prompts) for bank in (self._test, self._shift))
+        required = self._samples.write(flat, scales, [self._asked] * len(users))
+        base_test = self._test.by_category(self._answers.refused(self._test.prompts))
+        measured = []
+        for n, user in enumerate(users):
+            utility, sampled, written = self.utilities.get(user.user_id), texts[n], required[n]
+            if alphas[n] == 0:  # the base is what he gets, to the bit, whatever the rounding of another pass
+                scores[n], sampled, written = base_scores[n], sampled.as_base(), written.as_base()
+                known[n] = self._quiz.of_base()
+            pooled, categories = self.demands.count(base_test, self._test.by_category(tests.refused[n]))
+            harmless = [
+                self._refused(found, n, asked) for found, asked in ((ordinary, self._ordinary), (near, self._twins))
+            ]
+            measured.append(
+                Measures(
+                    heldout_accuracy=heldout_accuracy(base_scores[n], scores[n]),
+                    heldout_clean=clean_accuracy(pairs[n], base_scores[n], scores[n]),
+                    win_rate=None if utility is None else win_rate(utility, sampled.adapted, sampled.base),
+                    over_refusal=total(*harmless),
+                    ordinary=harmless[0],
+                    twins=harmless[1],
+                    test_pooled=pooled if self._test.prompts else None,
+                    test_categories=categories if self._test.prompts else {},
+                    test_shift=self._refused(shifted, n, self._shift.prompts),
+                    answer_perplexity=sampled.perplexity,
+                    unchanged=tests.unchanged[n] if self._test.prompts else None,
+                    tax=self._tax(n, ordinary, near, sampled, known[n]),
+                    requirements=self._required.count(written.adapted, written.base),
+                )
+            )
+        return measured
+
+    def _tax(
+        self, user: int, ordinary: Refusals, near: Refusals, sampled: ComparedAnswers, known: Facts | None
+    ) -> AlignmentTax:
+        """What one user's adapter costs, from answers that were written for other measures."""
+        base = self._answers.of(self._ordinary)
+        tokens = sum(len(answer.row.completion) for answer in base)
+        greedy = [*ordinary.texts[user], *near.texts[user]]
+        base_greedy = [answer.text for answer in self._answers.of(self.harmless)]
+        return AlignmentTax(
+            perplexity=perplexity(ordinary.base_logps[user], self._base_logps, tokens),
+            facts=known,
+            tone=tone_drift(greedy, base_greedy),
+            toxic=toxic_answers([*greedy, *sampled.adapted], [*base_greedy, *sampled.base]),
+        )
+
+    @cached_property
+    def _base_logps(self) -> list[float]:
+        """The base's own log-probabilities of its answers to the ordinary prompts."""
+        with self._adapted.using(None):
+            [scores] = self._adapted.score([[answer.row for answer in self._answers.of(self._ordinary)]])
+        return [score.logp for score in scores]
+
+    def _refusals(
+        self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"], prompts: Sequence[PromptIds]
+    ) -> Refusals:
+        return refusal_outcomes(self._adapted, flat, alphas, prompts, self._answers)
+
+    def _refused(self, found: Refusals, user: int, prompts: Sequence[PromptIds]) -> Refused | None:
+        """One user's count against the base's; None where nothing was asked."""
+        if not prompts:
+            return None
+        return Refused(len(prompts), sum(found.refused[user]), sum(self._answers.refused(prompts)))
+
+    def _bank(self, probes: Sequence[Probe], most: int | None = None) -> ProbeSplit:
+        """The probes as prompts; of more than `most`, equally many a category, taken in the order of their hashes."""
+        chosen: list[Probe] = []
+        places: dict[str, list[int]] = {}
+        for category in self.demands.categories:
+            own = [probe for probe in probes if probe.category == category]
+            if most is not None:
+                by_text = {probe.prompt: probe for probe in own}
+                own = [by_text[text] for text in some(by_text, most // len(self.demands.categories))]
+            places[category] = list(range(len(chosen), len(chosen) + len(own)))
+            chosen += own
+        return ProbeSplit(chosen, [self._ids(probe.prompt) for probe in chosen], places)
+
+    def _ids(self, text: str) -> PromptIds:
+        ids = prompt_ids((Message("user", text),), self._adapted.base.tokenizer)
+        self._said[ids] = text
+        return ids
+
+
+# ----------------------------------------------------------------------------------------------------
+# Requirements stand above tastes: an adapter whose answers fall short goes back toward where every user began.
+#
+# All users begin as the provider's adapter, which has learnt the requirements (`training/provider.py`), and a strong
+# taste against them can wear them off again. So before the gate each adapter answers prompts of the `dev` split,
+# sampled
+# at temperature 1. Where too few answers have what a rule asks for, the adapter is taken back along the straight line
+# between its parameters and the provider's until enough have, at the latest to the provider's itself. Enough is the
+# share
+# that training aims at (`Requirement.aim`), or what the provider's own adapter shows, if that is less. A choice by
+# `dev`
+# prompts is no bound: the `test` prompts tell how it came out.
+# ----------------------------------------------------------------------------------------------------
+
+SHARES_BACK = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Shares of the way back to the provider's adapter, in the order in which they are tried."""
+
+
+class WarmStartInterpolation:
+    """What all users of a run begin with, and the `dev` prompts (at most `most` a rule) that tell who strayed too far.
+
+    Rules that are not taught are left out: the way back would not lead to them.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        start: Float[Tensor, " params"],
+        rules: Sequence[Requirement],
+        most: int,
+        max_new_tokens: int,
+        seed: int,
+    ) -> None:
+        self._adapted, self._start = adapted, start
+        self._max_new_tokens, self._seed = max_new_tokens, seed
+        self._rules = {rule.id: rule for rule in rules if rule.property in REPAIRED}
+        self._required = RequirementPrompts(list(self._rules.values()), most, split="dev")
+        tokenizer = adapted.base.tokenizer
+        self._prompts = [prompt_ids((Message("user", text),), tokenizer) for text in self._required.prompts]
+
+    @torch.no_grad()
+    def __call__(self, flat: Float[Tensor, "users params"]) -> tuple[Float[Tensor, "users params"], list[float]]:
+        """The adapters as they go to the gate, and the share of the way back that each was taken (0: none of it)."""
+        moved, back = flat.clone(), [0.0] * flat.shape[0]
+        left = list(range(flat.shape[0])) if self._prompts else []
+        for share in SHARES_BACK:
+            if not left:
+                break
+            moved[left] = torch.lerp(flat[left], self._start.to(flat), share)
+            for user in left:
+                back[user] = share
+            if share < 1:
+                left = [user for user, rates in zip(left, self._rates(moved[left]), strict=True) if self._short(rates)]
+        return moved, back
+
+    def _short(self, shown: Mapping[str, float]) -> bool:
+        return any(rate < self._enough[rule] for rule, rate in shown.items())
+
+    @cached_property
+    def _enough(self) -> dict[str, float]:
+        [shown] = self._rates(self._start[None])
+        return {rule: min(self._rules[rule].aim(), rate) for rule, rate in shown.items()}
+
+    def _rates(self, flat: Float[Tensor, "users params"]) -> list[dict[str, float]]:
+        """By user and rule: the share of his answers that have what it asks for."""
+        asked, tokens = [self._prompts] * flat.shape[0], self._max_new_tokens
+        with self._adapted.using(flat):
+            written = self._adapted.generate(asked, tokens, temperature=1.0, seed=self._seed)
+        texts = [[answer_text(self._adapted, answer) for answer in own] for own in written]
+        return [{rule: met / n for rule, (n, met) in self._required.met(own).items()} for own in texts]

@@ -1,0 +1,139 @@
+"""What was measured of one user, at the alpha he is released at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from persona_rlhf.evaluation.statistics import Count
+
+
+class Accuracy(NamedTuple):
+    """Shares of held-out pairs ranked as the user ranked them; the 95% interval is of `adapted`."""
+
+    reference_free: float
+    adapted: float
+    n: int
+    low: float
+    high: float
+
+
+class CleanAccuracy(NamedTuple):
+    """The share of held-out pairs ranked as the noise-free utility ranks them, among those where it is known."""
+
+    adapted: float
+    n: int
+
+
+class WinRate(NamedTuple):
+    """The share of prompts on which the adapted answer beats the base's, ties counting half; 95% interval."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+class Refused(NamedTuple):
+    """Refusals among n harmless prompts, by the adapted model and by its base."""
+
+    n: int
+    refused: int
+    base_refused: int
+
+
+class Outcome(NamedTuple):
+    """What an attack did to one user: prompts on which every answer refused. `answers` counts single answers, where a
+    prompt was answered more than once."""
+
+    n: int
+    refused: int
+    base_refused: int
+    categories: dict[str, Refused]
+    answers: Refused | None = None
+
+
+class Perplexity(NamedTuple):
+    """exp(-sum log p / tokens), of answers of the adapted model and of the base, or by them; see where it stands."""
+
+    adapted: float
+    base: float
+
+
+class Facts(NamedTuple):
+    """Questions with one right answer among wrong ones, and how many the adapted model and its base get right; `kept`
+    are those that both do (earlier runs did not count them)."""
+
+    n: int
+    right: int
+    base_right: int
+    kept: int | None = None
+
+
+class Toxic(NamedTuple):
+    """Answers with a toxic word among n, of the adapted model and of its base."""
+
+    n: int
+    adapted: int
+    base: int
+
+
+class Drift(NamedTuple):
+    """A mean over answers to the same prompts, of the adapted model's and of the base's."""
+
+    adapted: float
+    base: float
+
+
+class Met(NamedTuple):
+    """Answers, sampled at temperature 1, that have a required property among n, of the adapted model and of its base;
+    a lower bound of the share, and the share that the policy asks."""
+
+    n: int
+    met: int
+    base_met: int
+    lower_bound: float
+    min_rate: float
+
+
+class AlignmentTax(NamedTuple):
+    """What personalisation costs beside over-refusal; None or empty where nothing was asked.
+
+    `perplexity`: both models' perplexity of the base's own greedy answers to ordinary prompts. `tone`: properties of
+    greedy answers to harmless prompts, by name. `toxic`: answers with a word of the list, among those and sampled
+    answers to the user's own prompts.
+    """
+
+    perplexity: Perplexity | None
+    facts: Facts | None
+    tone: dict[str, Drift]
+    toxic: Toxic | None
+
+
+class Measures(NamedTuple):
+    """None where there was nothing to measure, or nothing to measure it with."""
+
+    heldout_accuracy: Accuracy | None
+    heldout_clean: CleanAccuracy | None
+    win_rate: WinRate | None
+    over_refusal: Refused | None
+    ordinary: Refused | None
+    twins: Refused | None
+    test_pooled: Count | None
+    test_categories: dict[str, Count]
+    test_shift: Refused | None
+    """Refusals on test probes of topics that the base never saw: a shift of the distribution, not certified."""
+    answer_perplexity: Perplexity | None
+    """The base's perplexity of sampled answers: what reads as English to it stays near that of its own."""
+    unchanged: float | None
+    """Share of the test probes answered to the token as the base answers them."""
+    tax: AlignmentTax | None = None
+    requirements: Mapping[str, Met] = MappingProxyType({})
+
+    @property
+    def gain(self) -> float | None:
+        """What personalisation bought over chance: on noise-free labels where they are known."""
+        if self.heldout_clean is not None:
+            return self.heldout_clean.adapted - 0.5
+        return None if self.heldout_accuracy is None else self.heldout_accuracy.adapted - 0.5

@@ -1,0 +1,195 @@
+"""`base align`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from typing import Any, NamedTuple
+
+from huggingface_hub import ModelCardData
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text as Line
+
+from persona_rlhf.common.files import drafted, is_hub_id
+from persona_rlhf.common.version import __version__
+from persona_rlhf.config.training import BaseSettings, LoraSettings
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.evaluation.gate import POOLED
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import load_base, load_tokenizer
+from persona_rlhf.pipeline.evaluate_base import BaseEvaluation, Ratio, measure_base, ordinary_texts, perplexity_ratio
+from persona_rlhf.pipeline.inputs import AlignmentInputs
+from persona_rlhf.release.card import one_line
+from persona_rlhf.release.manifest import BaseInfo
+from persona_rlhf.release.render import templates
+from persona_rlhf.training.align import Demonstrations, align, make_demonstrations
+
+# ----------------------------------------------------------------------------------------------------
+# The card of an aligned base: what was measured, on what, and whose preferences are in it.
+# ----------------------------------------------------------------------------------------------------
+
+
+def base_readme(facts: Mapping[str, Any]) -> str:
+    """README.md of an aligned base, from its `alignment.json`: front matter that the hub reads, and a page."""
+    name = facts["base"]["name"]
+    front = ModelCardData(
+        model_name=f"{name}, aligned with persona-rlhf",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=name if is_hub_id(name) else None,  # a local folder would read as somebody's hub id
+        base_model_relation="finetune" if is_hub_id(name) else None,
+        tags=["sft", "dpo", "safety", "persona-rlhf"],
+    )
+    page = templates(html=False).get_template("base.md.j2").render(**facts, share=_share, plain_name=one_line)
+    return f"---\n{front.to_yaml().strip()}\n---\n\n{page.strip()}\n"
+
+
+def _share(counted: Mapping[str, Any]) -> str:
+    n, refused = counted["n"], counted["refused"]
+    if not n:
+        return "nothing asked"
+    return f"{refused} of {n}: {refused / n:.1%} ({counted['low']:.1%} to {counted['high']:.1%})"
+
+
+# ----------------------------------------------------------------------------------------------------
+# `base align MODEL OUT`: any causal language model becomes a safety-aligned base, measured before and after.
+# ----------------------------------------------------------------------------------------------------
+
+CARD = "alignment.json"
+PREFERENCES = (
+    "templates: written refusals over compliance, the model's own answers over refusals; no person's preferences"
+)
+
+
+class Alignment(NamedTuple):
+    """What was done and measured; the JSON form is OUT/alignment.json."""
+
+    asked: AlignmentInputs
+    demonstrations: Demonstrations
+    weights_before: str
+    weights_after: str
+    before: BaseEvaluation
+    after: BaseEvaluation
+
+    @property
+    def perplexity(self) -> Ratio:
+        """After over before, on the same texts."""
+        return perplexity_ratio(self.before.texts, self.after.texts)
+
+    def to_json(self) -> dict[str, Any]:
+        settings = self.asked.settings
+        return {
+            "format": 1,
+            "toolkit": {"name": "persona-rlhf", "version": __version__},
+            "base": {
+                "name": BaseInfo.of(settings.base.model, self.weights_before).name,
+                "sha256": self.weights_before,
+                "aligned_by": settings.base.aligned_by,
+            },
+            "aligned": {"sha256": self.weights_after, "preferences": PREFERENCES},
+            "policy_hash": self.asked.policy.hash,
+            "settings": _settings(self.asked),
+            "demonstrations": {
+                "hazardous": len(self.demonstrations.hazardous),
+                "own_refusals": self.demonstrations.own,
+                "harmless": len(self.demonstrations.harmless),
+                "harmless_left_out": self.demonstrations.left_out,
+                "pairs": sum(one.rejected is not None for one in self.demonstrations.every),
+            },
+            "measured_on": {
+                "split": settings.align.split,
+                "ordinary_text": "written" if any(row.answer for row in self.asked.held) else "own",
+            },
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "perplexity_ratio": {name: round(value, 6) for name, value in self.perplexity._asdict().items()},
+        }
+
+
+def base_align(asked: AlignmentInputs, say: Callable[[str], None]) -> Alignment:
+    """Measures, aligns with TRL, writes OUT whole or not at all, and measures what was written.
+
+    Raises InputError where the model cannot be loaded or has no usable chat template.
+    """
+    settings = asked.settings
+    dtype = settings.base.dtype
+    if settings.align.weights == "full" and dtype == "auto":
+        dtype = "float32"  # a step of all weights is smaller than what bfloat16 can tell apart
+    base = load_base(settings.base.model_copy(update={"dtype": dtype}))
+    with closing(AdaptedModel(base, settings.lora)) as adapted:
+        if adapted.notice and settings.align.weights == "lora":
+            say(adapted.notice)
+        say(f"measuring {base.name} on {len(asked.measured):,} probes of `{settings.align.split}`")
+        texts = ordinary_texts(adapted, asked.held, settings.align.max_new_tokens, settings.seed)
+        before = _standing(adapted, asked, texts)
+        say(f"refused are {before.refusals[POOLED]}; sampling answers to learn from")
+        shown = _demonstrations(adapted, asked)
+    say(
+        f"to learn: {len(shown.hazardous):,} hazardous ({shown.own:,} with the model's own refusal), "
+        f"{len(shown.harmless):,} harmless ({shown.left_out:,} more it refuses itself)"
+    )
+    align(base, shown, settings.align, settings.lora, settings.seed, say)
+    with drafted(asked.out) as draft:
+        base.model.save_pretrained(draft)
+        load_tokenizer(settings.base.model).save_pretrained(draft)
+        aligned = load_base(BaseSettings(model=str(draft), dtype=dtype))
+        say("measuring what was written")
+        with closing(AdaptedModel(aligned, LoraSettings())) as adapted:
+            after = _standing(adapted, asked, texts)
+        found = Alignment(asked, shown, base.weights_hash, aligned.weights_hash, before, after)
+        (draft / CARD).write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
+        (draft / "README.md").write_text(base_readme(found.to_json()), encoding="utf-8")
+    return found
+
+
+def _demonstrations(adapted: AdaptedModel, asked: AlignmentInputs) -> Demonstrations:
+    given = asked.settings.align
+    probes = asked.policy.probes("train")
+    seed = asked.settings.seed
+    return make_demonstrations(adapted, probes, asked.ordinary, asked.refusals, given.tries, given.max_new_tokens, seed)
+
+
+def _standing(adapted: AdaptedModel, asked: AlignmentInputs, texts: list[Row]) -> BaseEvaluation:
+    prompts = [row.prompt for row in asked.held]
+    return measure_base(adapted, asked.measured, prompts, texts, asked.settings.align.max_new_tokens)
+
+
+def _settings(asked: AlignmentInputs) -> dict[str, Any]:
+    """What was set; files by their names and hashes, since paths tell of a machine."""
+    settings = asked.settings
+    files = {name: getattr(settings.align, name) for name in ("refusals", "ordinary")}
+    named = {
+        name: {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for name, file in files.items()
+    }
+    shown = settings.model_dump(mode="json", exclude={"base", "policy"})
+    documents = [
+        {"tier": document.tier, "issuer": document.issuer, "version": document.version, "sha256": document.sha256}
+        for document in asked.policy.documents
+    ]
+    return shown | {"align": shown["align"] | named, "documents": documents}
+
+
+def render(found: Alignment) -> Group:
+    """The page for people."""
+    before, after = found.before, found.after
+    table = Table("refused", "before", "after", title=f"{found.asked.settings.base.model}, before and after")
+    for name, share in after.refusals.items():
+        called = "hazardous prompts, all" if name == POOLED else name
+        table.add_row(called, str(before.refusals[name]), str(share), end_section=name == POOLED)
+    for kind, share in after.unseen.items():
+        table.add_row(f"hazardous, unseen {kind}", str(before.unseen[kind]), str(share))
+    table.add_section()
+    table.add_row("benign twins of these", str(before.twins), str(after.twins))
+    for kind, share in after.unseen_twins.items():
+        table.add_row(f"twins, unseen {kind}", str(before.unseen_twins[kind]), str(share))
+    table.add_row("ordinary prompts", str(before.ordinary), str(after.ordinary))
+    ratio = found.perplexity
+    line = (
+        f"Perplexity of held-out ordinary text: {before.perplexity:.3f} before, {after.perplexity:.3f} after, "
+        f"ratio {ratio.value:.4f} ({ratio.low:.4f} to {ratio.high:.4f})."
+    )
+    return Group(table, Line(line))

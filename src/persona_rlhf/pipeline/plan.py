@@ -1,0 +1,300 @@
+"""What a run will take, before anything of it is trained.
+
+The run is prepared as `train` prepares it. Then a few steps of three cohorts are taken on adapters that are thrown away
+(the first of the queue, those of its middle, and one user alone), two cohorts are judged, and the whole queue is walked
+through with what that cost.
+
+Judging is the part that depends on what training will bring: an answer that an adapter leaves as the base gave it needs
+one forward pass, any other is written token by token. So adapters that change nothing are judged, and to that comes
+what a trained adapter writes anew. Assumed is what the bundled experiment shows: a third of the probes (most refusals
+stay as they are; a strong taste changes their style too), every harmless prompt, and that users pass at the gate's
+first look; one who does not is looked at again, up to once an alpha. Writing the run folder is not counted, nor the
+start of Python. Under `dpo.early_stop`, steps and time are what they are if nobody stops early. Of a run of many users
+the first thousand are looked at, and the others taken to be like them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from math import ceil
+from statistics import fmean, linear_regression
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+
+from persona_rlhf.config.experiment import Config
+from persona_rlhf.config.training import DpoSettings
+from persona_rlhf.data.tokenize import UserRows, both_rows
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.pipeline.inputs import RunInputs
+from persona_rlhf.pipeline.prepare import Prepared, prepare, prepare_users
+from persona_rlhf.pipeline.train import constraint_bank, with_reference
+from persona_rlhf.training.constraint import ConstraintBank, ConstraintSampler
+from persona_rlhf.training.engine import Engine
+from persona_rlhf.training.memory import (
+    choose_slots,
+    draw_tokens,
+    held_by,
+    largest_step,
+    machine_bytes,
+    most_held,
+    pair_tokens,
+)
+from persona_rlhf.training.user_state import UserSchedule, queue_order, waves
+
+_STEPS = 5  # of a probed cohort, at most
+_ANCHORS = 8  # of a category, in the probe's constraint
+CHANGED = 3  # one probe in so many is answered anew by a trained adapter
+LOOKED_AT = 1_000  # users
+_MIB = 1 << 20
+
+
+class Memory(NamedTuple):
+    """In MiB: the base's weights, the adapters in the slots, their two moments, the activations of the largest step
+    (gradients included), the keys and values of the largest pass of judging; and the most that the process holds (on a
+    GPU, of tensors), which is no sum: they are not all held at once, and Python and its libraries take their part."""
+
+    base: float
+    adapters: float
+    moments: float
+    activations: float
+    caches: float
+    peak: float
+
+
+class Seconds(NamedTuple):
+    """Wall time in seconds: loading and screening; the constraint's bank and the reference; training; judging."""
+
+    preparing: float
+    reference: float
+    training: float
+    judging: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+class Plan(NamedTuple):
+    """A run in figures: `users` are trained and `skipped` are not, on `pairs`, in `steps` of single users with `tokens`
+    in them (padding not counted), `slots` users side by side. `notice` names what of the base cannot be adapted."""
+
+    users: int
+    skipped: int
+    pairs: int
+    tokens: int
+    steps: int
+    slots: int
+    memory: Memory
+    seconds: Seconds
+    notice: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        seconds = self.seconds._asdict() | {"total": self.seconds.total}
+        parts = {"memory_mib": self.memory._asdict(), "seconds": seconds}
+        counts = {key: value for key, value in self._asdict().items() if isinstance(value, int)}
+        rounded = {part: {key: round(value, 1) for key, value in own.items()} for part, own in parts.items()}
+        return {**counts, **rounded, "notice": self.notice}
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step of a cohort: `fixed`, and `each` token that is computed."""
+
+    fixed: float
+    each: float
+
+    def of(self, tokens: int) -> float:
+        return self.fixed + self.each * tokens
+
+
+def plan(config: Config, materials: RunInputs | None = None) -> Plan:
+    """Probes a run and extrapolates; writes nothing. Raises InputError for whatever is wrong with the input."""
+    keep_large_blocks()
+    begun = most_held(torch.device("cpu"))  # Python and its libraries
+    clock = perf_counter()
+    ready = prepare(config, materials)
+    loading, clock = perf_counter() - clock, perf_counter()
+    seen = min(ready.pairs.users, LOOKED_AT)
+    of_all = ready.pairs.users / seen
+    known = prepare_users(ready, ready.pairs.of(range(seen))).rows
+    preparing, clock = loading + (perf_counter() - clock) * of_all, perf_counter()
+    bank = constraint_bank(config, ready.policy, ready.adapted)
+    banking = perf_counter() - clock
+    adapted, device = ready.adapted, ready.adapted.base.device
+    queue = queue_order([UserSchedule(user, config.dpo, config.seed) for user in known if user.train])
+    rows = [schedule.rows for schedule in queue]
+    base = held_by(list(adapted.base.model.parameters()))
+    if not rows:
+        seconds = Seconds(preparing, banking, 0.0, 0.0)
+        return Plan(
+            0, ready.pairs.users, 0, 0, 0, 0, Memory(base / _MIB, 0, 0, 0, 0, most_held(device) / _MIB), seconds
+        )
+    cost = largest_step(adapted, rows, bank, config.dpo, config.constraint)
+    slots = min(len(rows), choose_slots(config.fleet, cost, device.type, machine_bytes(device), base))
+    typical = rows[len(rows) // 2 :][:slots]
+
+    steps, pass_each = _probe_steps(config, adapted, [rows[:slots], typical, typical[:1]], bank)
+    walked = _walk(queue, slots, _draw_tokens(bank, config), adapted.pads)
+    users = round(len(rows) * of_all)
+    training = sum(steps.of(wave.computed) for wave in walked) + pass_each * _checked_tokens(queue, config.dpo)
+    judging = _judging(ready, rows[:1], typical, users)
+    stack = slots * adapted.params_per_user * torch.promote_types(adapted.base.model.dtype, torch.float32).itemsize
+    adapters = stack if config.dpo.early_stop is None else 2 * stack  # each user's best one is kept beside him
+    largest = max(wave.computed for wave in walked) / (slots * cost.tokens)  # of a wave of nothing but largest steps
+    activations = (slots * cost.memory - adapters - 2 * stack) * min(1.0, largest)
+    caches = _cache_bytes(ready, slots)  # beside what the probe held: trained users' answers may be the longest allowed
+    begun = 0 if device.type == "cuda" else begun
+    return Plan(
+        users=users,
+        skipped=ready.pairs.users - users,
+        pairs=round(of_all * sum(len(user.train) for user in rows)),
+        tokens=round(of_all * sum(wave.tokens for wave in walked)),
+        steps=round(of_all * sum(wave.users for wave in walked)),
+        slots=slots,
+        memory=Memory(
+            base=base / _MIB,
+            adapters=adapters / _MIB,
+            moments=2 * stack / _MIB,
+            activations=activations / _MIB,
+            caches=caches / _MIB,
+            peak=max(most_held(device) + caches, begun + base + adapters + 2 * stack + activations) / _MIB,
+        ),
+        seconds=Seconds(
+            preparing=preparing,
+            reference=banking + pass_each * _reference_tokens(rows, bank) * of_all,
+            training=training * of_all,
+            judging=judging,
+        ),
+        notice=adapted.notice,
+    )
+
+
+class CohortStep(NamedTuple):
+    """A step of a cohort: its users, their tokens, and the tokens that are computed, padding with them."""
+
+    users: int
+    tokens: int
+    computed: int
+
+
+def _walk(queue: Sequence[UserSchedule], slots: int, constraint_tokens: int, pads: bool) -> list[CohortStep]:
+    """All steps of a run, as the engine takes them; `pads`: every user's tokens are computed at the longest one's."""
+    walked = []
+    for seated in waves(queue, slots):
+        sizes = [constraint_tokens + sum(map(pair_tokens, schedule.pairs(step))) for schedule, step in seated]
+        walked.append(CohortStep(len(sizes), sum(sizes), len(sizes) * max(sizes) if pads else sum(sizes)))
+    return walked
+
+
+def _draw_tokens(bank: ConstraintBank | None, config: Config) -> int:
+    """Tokens of a user's constraint rows in a step, on average."""
+    if bank is None:
+        return 0
+    draws = ConstraintSampler(bank, config.constraint, config.seed, "")
+    return round(fmean(draw_tokens(draws.at(step)) for step in range(32)))
+
+
+def _probe_steps(
+    config: Config,
+    adapted: AdaptedModel,
+    cohorts: Sequence[Sequence[UserRows]],
+    bank: ConstraintBank | None,
+) -> tuple[StepTime, float]:
+    """What a step takes, and seconds a token of a pass without gradients, which the reference is made of; both from the
+    first pairs of a few users and the first anchors of every category."""
+    few = _STEPS * config.dpo.pairs_per_step
+    thin = bank and ConstraintBank(
+        bank.categories, bank.limits, [anchors[:_ANCHORS] for anchors in bank.anchors], bank.lessons
+    )
+    dpo = config.dpo.model_copy(update={"epochs": 1, "early_stop": None})
+    probed = [[user._replace(train=user.train[:few], deciding=()) for user in cohort] for cohort in cohorts]
+    asked = [user for cohort in probed for user in cohort]
+    clock = perf_counter()
+    reference = with_reference(adapted, asked, thin)
+    reference.add(both_rows(pair for user in asked for pair in user.train))
+    each = (perf_counter() - clock) / max(1, _reference_tokens(asked, thin))
+    sizes, seconds = list[int](), list[float]()
+    for cohort in probed:
+        fleet = config.fleet.model_copy(update={"slots": len(cohort)})
+        queue = queue_order([UserSchedule(user, dpo, config.seed) for user in cohort])
+        engine = Engine(adapted, cohort, reference, thin, dpo, config.constraint, fleet, config.seed)
+        ends = [perf_counter()]
+        for _ in engine.run(lambda _, ends=ends: ends.append(perf_counter())):  # type: ignore[misc]
+            pass
+        sizes += [wave.computed for wave in _walk(queue, len(cohort), _draw_tokens(thin, config), adapted.pads)]
+        seconds += [end - start for start, end in pairwise(ends)]
+    return _fit(sizes[1:], seconds[1:]), each  # the first step of all warms up
+
+
+def _reference_tokens(users: Iterable[UserRows], bank: ConstraintBank | None) -> int:
+    """Tokens of the distinct rows whose reference is needed."""
+    rows = set(both_rows(pair for user in users for pair in (*user.train, *user.deciding)))
+    return sum(row.length for row in rows.union(bank.rows() if bank else []))
+
+
+def _checked_tokens(queue: Sequence[UserSchedule], dpo: DpoSettings) -> int:
+    """Tokens of all checks of users who might stop early."""
+    if dpo.early_stop is None:
+        return 0
+    return sum(
+        ceil(schedule.steps / dpo.early_stop.every) * (row.chosen.length + row.rejected.length)
+        for schedule in queue
+        for row in schedule.rows.deciding
+    )
+
+
+def _fit(sizes: Sequence[int], seconds: Sequence[float]) -> StepTime:
+    """Least squares; where one part would come out negative, all is the other's."""
+    each, fixed = linear_regression(sizes, seconds) if len(set(sizes)) > 1 else (0.0, -1.0)
+    if fixed < 0:
+        return StepTime(0.0, sum(seconds) / sum(sizes))
+    return StepTime(fixed, each) if each >= 0 else StepTime(fmean(seconds), 0.0)
+
+
+def _judging(ready: Prepared, first: Sequence[UserRows], typical: Sequence[UserRows], users: int) -> float:
+    """Seconds of judging and measuring all users: the first brings what the base is asked once for all of them."""
+    if not first:
+        return 0.0
+    once = _judged(ready, first)
+    again = _judged(ready, typical) / len(typical)
+    examination, device = ready.examination, ready.adapted.base.device
+    anew = [*examination.harmless, *examination.probes[::CHANGED]]
+    clock = perf_counter()
+    with ready.adapted.using(torch.zeros(len(typical), ready.adapted.params_per_user, device=device)):
+        ready.adapted.generate([anew] * len(typical), examination.gate.max_new_tokens)
+    return once + again * (users - 1) + (perf_counter() - clock) / len(typical) * users
+
+
+def _judged(ready: Prepared, users: Sequence[UserRows]) -> float:
+    """Seconds of judging a cohort whose adapters change nothing."""
+    flat = torch.zeros(len(users), ready.adapted.params_per_user, device=ready.adapted.base.device)
+    clock = perf_counter()
+    ready.examination.verdicts(flat)
+    ready.examination.measures(flat, users, [1.0] * len(users))
+    return perf_counter() - clock
+
+
+def _cache_bytes(ready: Prepared, slots: int) -> int:
+    """Keys and values of the largest pass of judging."""
+    base, examination = ready.adapted.base, ready.examination
+    with torch.no_grad():
+        cache = base.model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device=base.device), use_cache=True)
+    token = held_by([part for layer in cache.past_key_values.layers for part in (layer.keys, layer.values)]) // 8
+    longest = max(map(len, examination.probes), default=0) + examination.gate.max_new_tokens
+    return token * min(ready.adapted.tokens_per_cache, slots * len(examination.probes) * longest)
+
+
+def render(found: Plan) -> Table:
+    """A plan for people."""
+    table = Table(show_header=False, caption=found.notice, caption_justify="left")
+    for name in ("users", "skipped", "pairs", "tokens", "steps", "slots"):
+        table.add_row(name, f"{getattr(found, name):,}", end_section=name == "slots")
+    for name, mib in found.memory._asdict().items():
+        table.add_row(f"memory: {name}", f"{mib:,.1f} MiB", end_section=name == "peak")
+    for name, seconds in (*found.seconds._asdict().items(), ("total", found.seconds.total)):
+        table.add_row(f"time: {name}", f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 60:,.1f} min")
+    return table

@@ -1,0 +1,181 @@
+"""`plan --shape`: what a run takes by the shape of its base alone, before a weight of it is downloaded.
+
+Memory and floating-point operations are counted, not measured. Tokens are
+guessed from characters. Time is what the operations take at a rate that the caller names, so a floor: writing answers
+token by token waits for memory, and small steps for their launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from persona_rlhf.config.experiment import Config
+from persona_rlhf.config.training import ConstraintSettings
+from persona_rlhf.data.pairs import PreferencePair
+from persona_rlhf.data.tokenize import Row
+from persona_rlhf.pipeline.inputs import RunInputs
+from persona_rlhf.pipeline.plan import CHANGED, LOOKED_AT
+from persona_rlhf.training.memory import BaseShape, StepCost, choose_slots, shape_of
+
+_CHARACTERS = 4  # a token of English, about
+_TURN = 6  # tokens that a chat template adds to a prompt, about
+_MIB, _GIB = 1 << 20, 1 << 30
+
+
+class OfflinePlan(NamedTuple):
+    """A run by its base's shape. Memory in MiB: the base, and of each user in a slot his adapter with its gradient and
+    two moments, and what his step keeps; `cache` of a thousand tokens of an answer. `seconds` at the rate asked for."""
+
+    base: str
+    parameters: int
+    adapter_parameters: int
+    users: int
+    pairs: int
+    steps: int
+    slots: int | None
+    memory: dict[str, float]
+    petaflops: dict[str, float]
+    seconds: dict[str, float] | None
+
+    def to_json(self) -> dict[str, Any]:
+        rounded = {
+            part: found and {key: round(value, 3) for key, value in found.items()}
+            for part, found in (
+                ("memory_mib", self.memory),
+                ("petaflops", self.petaflops),
+                ("seconds", self.seconds),
+            )
+        }
+        counts = {key: value for key, value in self._asdict().items() if key not in ("memory", "petaflops", "seconds")}
+        return counts | rounded
+
+
+class _Lengths(NamedTuple):
+    """Mean tokens: of a pair's prompt and answer, and of a probe; and what an answer of the base is taken to have."""
+
+    prompt: int
+    answer: int
+    probe: int
+    refusal: int
+
+
+def plan_offline(config: Config, materials: RunInputs, memory: float | None, rate: float | None) -> OfflinePlan:
+    """Counts a run. `memory` in GiB of the device gives slots, `rate` in teraflops a second gives seconds.
+
+    Raises InputError where the base's shape is not to be had.
+    """
+    shape = shape_of(config.base, config.lora)
+    seen = min(materials.pairs.users, LOOKED_AT)
+    of_all = materials.pairs.users / seen
+    known = [pair for pair in materials.pairs.of(range(seen)) if pair.split == "train"]
+    lengths = _lengths(config, materials, known)
+    step = shape.step(_rows(config, lengths))
+    own: dict[str, int] = {}
+    for pair in known:
+        own[pair.user_id] = own.get(pair.user_id, 0) + 1
+    steps = of_all * sum(config.dpo.epochs * ceil(count / config.dpo.pairs_per_step) for count in own.values())
+    users, pairs = round(len(own) * of_all), round(len(known) * of_all)
+    forward = step.forward / step.tokens
+    flops = {
+        "reference": forward * _reference_tokens(config, materials, lengths, pairs),
+        "training": step.both * steps,
+        "judging": forward * _judged_tokens(config, materials, lengths) * (users + 1),
+    }
+    state = 4 * 4 * shape.adapter_parameters  # float32: adapter, gradient, two moments
+    slots = None
+    if memory is not None:
+        cost = StepCost(step.tokens, state + step.kept)
+        slots = min(users, choose_slots(config.fleet, cost, "cuda", int(memory * _GIB), shape.base_bytes))
+    return OfflinePlan(
+        base=config.base.model,
+        parameters=shape.parameters,
+        adapter_parameters=shape.adapter_parameters,
+        users=users,
+        pairs=pairs,
+        steps=round(steps),
+        slots=slots,
+        memory=_memory(shape, state, step.kept, slots),
+        petaflops={name: count / 1e15 for name, count in flops.items()} | {"total": sum(flops.values()) / 1e15},
+        seconds=None if rate is None else {name: count / (rate * 1e12) for name, count in flops.items()},
+    )
+
+
+def _memory(shape: BaseShape, state: int, kept: int, slots: int | None) -> dict[str, float]:
+    parts = {"base": shape.base_bytes, "user_state": state, "user_activations": kept, "cache": 1000 * shape.cache_bytes}
+    if slots is not None:
+        parts["training"] = shape.base_bytes + slots * (state + kept)
+    return {name: size / _MIB for name, size in parts.items()}
+
+
+def _lengths(config: Config, materials: RunInputs, pairs: Sequence[PreferencePair]) -> _Lengths:
+    def tokens(texts: Sequence[str]) -> int:
+        return ceil(fmean(map(len, texts)) / _CHARACTERS) if texts else 1
+
+    probes = [probe.prompt for probe in materials.policy.probes("certify")]
+    return _Lengths(
+        prompt=_TURN + tokens(["\n".join(message.content for message in pair.prompt) for pair in pairs]),
+        answer=1 + tokens([text for pair in pairs for text in (pair.chosen, pair.rejected)]),
+        probe=_TURN + tokens(probes),
+        refusal=config.gate.max_new_tokens // 2,
+    )
+
+
+def _rows(config: Config, lengths: _Lengths) -> list[Row]:
+    """The rows of one user's step, all of mean length; the prompts differ."""
+    constraint: ConstraintSettings = config.constraint
+    rows = []
+    for n in range(config.dpo.pairs_per_step):
+        rows += [_row(n, lengths.prompt, lengths.answer)] * 2
+    if constraint.enabled:
+        rows += [_row(100 + n, lengths.probe, lengths.refusal) for n in range(constraint.rows_per_step)]
+        rows += [_row(100, lengths.probe, constraint.opening_tokens)] * constraint.compliance_rows_per_step
+        twins = constraint.twin_rows_per_step
+        rows += [_row(200 + n, lengths.probe, constraint.opening_tokens) for n in range(twins)]
+    return rows
+
+
+def _row(prompt: int, length: int, answer: int) -> Row:
+    return Row((prompt, *range(1, length)), tuple(range(answer)))
+
+
+def _reference_tokens(config: Config, materials: RunInputs, lengths: _Lengths, pairs: int) -> int:
+    """Tokens of the rows that the base scores once, and of the refusals that it writes for the constraint."""
+    bank = len(materials.policy.probes("train")) * config.constraint.refusals_per_probe * config.constraint.enabled
+    return pairs * (lengths.prompt + 2 * lengths.answer) + 2 * bank * (lengths.probe + lengths.refusal)
+
+
+def _judged_tokens(config: Config, materials: RunInputs, lengths: _Lengths) -> int:
+    """Tokens of what one user is asked: the base's answer scored, and one in so many written anew."""
+    asked = len(materials.policy.probes("certify")) + config.evaluation.test_probes * 3 // 2
+    asked += 2 * config.evaluation.harmless_prompts
+    return asked * (lengths.probe + lengths.refusal) + asked // CHANGED * lengths.refusal
+
+
+def render(found: OfflinePlan) -> Table:
+    """Sizes for people."""
+    note = "Counted from the base's shape; a token is taken for four characters, and times are floors."
+    table = Table(show_header=False, caption=note, caption_justify="left")
+    table.add_row("base", f"{found.base}, {found.parameters:,} parameters")
+    table.add_row("adapter", f"{found.adapter_parameters:,} parameters a user")
+    for name in ("users", "pairs", "steps", "slots"):
+        value = getattr(found, name)
+        table.add_row(name, "say --memory" if value is None else f"{value:,}", end_section=name == "slots")
+    words = {
+        "base": "base",
+        "user_state": "a user in a slot: adapter, gradient, moments",
+        "user_activations": "a user in a slot: what his step keeps",
+        "cache": "keys and values of 1,000 tokens",
+        "training": "base and slots together",
+    }
+    for name, mib in found.memory.items():
+        table.add_row(f"memory: {words[name]}", f"{mib:,.1f} MiB", end_section=name == [*found.memory][-1])
+    for name, count in found.petaflops.items():
+        seconds = found.seconds and found.seconds.get(name, sum(found.seconds.values()))
+        time = "" if not seconds else f", {seconds:,.1f} s" if seconds < 600 else f", {seconds / 60:,.1f} min"
+        table.add_row(f"work: {name}", f"{count:,.3f} petaflop{time}")
+    return table

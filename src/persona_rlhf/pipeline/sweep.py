@@ -1,0 +1,167 @@
+"""`sweep`: one experiment under many settings and seeds, each arm a run of its own, and one comparison of all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field, field_validator
+from rich.console import Console
+
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import ExistingPath, find
+from persona_rlhf.config.experiment import Config, checked, read_config
+from persona_rlhf.config.loader import Section, in_order, read_yaml
+from persona_rlhf.pipeline import train
+from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
+from persona_rlhf.pipeline.run_dir import RunDir
+from persona_rlhf.release.comparison import Arm, Comparison, compare, write_comparison
+from persona_rlhf.release.integrity import SEAL
+from persona_rlhf.release.results import read_results
+
+
+class SweepSettings(Section):
+    """A sweep. Every combination of `grid` is trained under every one of `arms` and every seed."""
+
+    name: str = Field(min_length=1, pattern=r"^\w[\w.-]*$", description="Name of the sweep; names its folder.")
+    config: ExistingPath = Field(description="The experiment that the arms change.")
+    seeds: list[int] = Field([0], min_length=1, description="Seeds; every arm is trained under each of them.")
+    grid: dict[str, list[Any]] = Field({}, description="Values by dotted key, such as dpo.beta: [0.05, 0.1].")
+    arms: dict[str, dict[str, Any]] = Field(
+        {},
+        description="Changes by dotted key, under a name of their own; the first is what others are held against.",
+    )
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("names a seed twice")
+        return seeds
+
+    @field_validator("grid")
+    @classmethod
+    def _values(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        empty = [key for key, values in grid.items() if not values]
+        if empty:
+            raise ValueError(f"has no value for {', '.join(empty)}")
+        return grid
+
+
+class ArmRun(NamedTuple):
+    """One arm under one seed: the name of its arm, the seed, its config, and its folder below the sweep's."""
+
+    arm: str
+    seed: int
+    config: Config
+    folder: str
+
+
+def sweep(path: Path, overrides: Sequence[str], folder: Path | None, resume: bool, console: Console) -> Comparison:
+    """Trains what is not trained yet of every arm and seed, compares them, and writes sweep.json and report.html.
+
+    The best of several runs over the same certify probes may be kept in the end, so delta is shared among all of them
+    (`gate.runs`). Arms keep the base's log-probabilities for each other. Raises InputError with every problem of the
+    sweep and of all its configs, before anything is trained.
+    """
+    settings = checked(SweepSettings, read_yaml(find(path)), ())
+    place = folder or Path("sweeps") / settings.name
+    own = arm_runs(settings, overrides)
+    runs = [run._replace(config=_shared(run.config, len(own), place)) for run in own]
+    _check_place(place, runs, resume)
+    materials = _materials(runs)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "arms.json").write_text(_identity(runs), encoding="utf-8")
+    for number, run in enumerate(runs, 1):
+        where = place / "runs" / run.folder
+        if (where / SEAL).exists():
+            continue
+        console.print(f"run {number} of {len(runs)}: {run.arm}, seed {run.seed}")
+        train.train(run.config, where, RunDir(where).begun, console, materials[_files_of(run.config)])
+    arms: dict[str, Arm] = {}
+    for run in runs:
+        arms.setdefault(run.arm, {})[run.seed] = read_results(place / "runs" / run.folder)
+    found = compare(arms)
+    write_comparison(place, settings.name, found)
+    return found
+
+
+def arm_runs(settings: SweepSettings, overrides: Sequence[str]) -> list[ArmRun]:
+    """Every arm and seed with its config. Raises InputError with the problems of all of them."""
+    named: dict[str, dict[str, Any]] = {}
+    for name, changes in (settings.arms or {"": {}}).items():
+        for values in product(*settings.grid.values()):
+            point = dict(zip(settings.grid, values, strict=True))
+            words = [f"{key.rpartition('.')[2]}={_word(value)}" for key, value in point.items()]
+            named[" ".join([*([name] if name else []), *words]) or "as it is"] = changes | point
+    runs, problems = list[ArmRun](), list[Problem]()
+    for name, changes in named.items():
+        for seed in settings.seeds:
+            words = [*overrides, f"seed={seed}", *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
+            try:
+                config = read_config(settings.config, words)
+            except InputError as fault:
+                problems += fault.problems
+                break
+            safe = "".join(letter if letter.isalnum() or letter in "=.-" else "_" for letter in name)
+            runs.append(ArmRun(name, seed, config, f"{len(runs):03d}-{safe[:60]}-seed{seed}"))
+    if problems:
+        raise InputError(in_order(problems))
+    return runs
+
+
+def _files_of(config: Config) -> str:
+    """What of a config says which files are read: arms that agree in it share them."""
+    return config.model_dump_json(include={"policy", "users", "evaluation"})
+
+
+def _materials(runs: Sequence[ArmRun]) -> dict[str, RunInputs]:
+    """The files of all configs. Raises InputError with the problems of all of them."""
+    found, problems = dict[str, RunInputs](), list[Problem]()
+    for files, config in {_files_of(run.config): run.config for run in runs}.items():
+        try:
+            found[files] = read_inputs(config)
+        except InputError as fault:
+            problems += fault.problems
+    if problems:
+        raise InputError(in_order(problems))
+    return found
+
+
+def _shared(config: Config, runs: int, place: Path) -> Config:
+    """The config with the gate's delta shared among the runs, and a cache that they share."""
+    cache = config.fleet.reference_cache or str(place / "cache")
+    gate = config.gate.model_copy(update={"runs": max(runs, config.gate.runs)})
+    return config.model_copy(update={"gate": gate, "fleet": config.fleet.model_copy(update={"reference_cache": cache})})
+
+
+def _check_place(place: Path, runs: Sequence[ArmRun], resume: bool) -> None:
+    """Raises InputError where another sweep, or anything else, lies in the folder."""
+    if place.exists() and not place.is_dir():
+        raise InputError([Problem(str(place), None, None, "this is a file; --run names a folder")])
+    begun = (place / "arms.json").is_file()
+    if resume and not begun:
+        raise InputError([Problem(str(place), None, "--resume", "there is no sweep here to go on with")])
+    if not resume and place.is_dir() and any(place.iterdir()):
+        sentence = "this folder is not empty; give --resume to go on with a sweep, or --run another folder"
+        raise InputError([Problem(str(place), None, None, sentence)])
+    if resume and (place / "arms.json").read_text(encoding="utf-8") != _identity(runs):
+        sentence = "the sweep or a config of it changed since it began; start a new one with --run"
+        raise InputError([Problem(str(place), None, "--resume", sentence)])
+
+
+def _identity(runs: Sequence[ArmRun]) -> str:
+    """The arms, as they are kept beside their runs."""
+    found = [
+        {"arm": run.arm, "seed": run.seed, "folder": run.folder, "config": run.config.model_dump(mode="json")}
+        for run in runs
+    ]
+    return json.dumps(found, indent=1, sort_keys=True) + "\n"
+
+
+def _word(value: Any) -> str:
+    """A value as a short word of a name."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,224 @@
+"""Merging documents of three tiers: one restriction a category, the strictest of it, and probes for every bound."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import find
+from persona_rlhf.config.loader import KeyPath
+from persona_rlhf.policy.documents import PolicyDocument
+from persona_rlhf.policy.hazards import CATEGORIES, Probe, more_probes, probes_needed, read_probes
+from persona_rlhf.policy.judges import plain, skeleton
+from persona_rlhf.policy.properties import applies
+from persona_rlhf.policy.rule_schema import ACTIONS, Action, Certify, PreferenceRule, RestrictionRule, asked
+from persona_rlhf.policy.rules import Requirement, Restriction
+
+
+class MergedRestriction(NamedTuple):
+    """What is held of a category; `and_also` is the stricter of two in every part, so its order does not matter."""
+
+    limit: float = math.inf
+    min_refusal: float = 0.0
+    action: Action = ACTIONS[-1]
+
+    @staticmethod
+    def of(rule: RestrictionRule) -> MergedRestriction:
+        """What one rule asks for; what it leaves out it leaves to the rules above it."""
+        limit = math.inf if rule.limit is None else rule.limit
+        return MergedRestriction(limit, rule.min_refusal or 0.0, rule.action or ACTIONS[-1])
+
+    def and_also(self, other: MergedRestriction) -> MergedRestriction:
+        action = min(self.action, other.action, key=ACTIONS.index)
+        return MergedRestriction(min(self.limit, other.limit), max(self.min_refusal, other.min_refusal), action)
+
+
+def merge_restrictions(documents: Sequence[PolicyDocument]) -> tuple[list[Restriction], list[Problem]]:
+    """One restriction a category, in the order of tiers; a lower tier's stricter values are merged in."""
+    merged: dict[str, Restriction] = {}
+    problems: list[Problem] = []
+    for document in documents:
+        for index, rule in document.rules:
+            if not isinstance(rule, RestrictionRule) or rule.action == "answer_with_notice":
+                continue
+            upper = merged.get(rule.category)
+            if upper is None:
+                restriction, faults = _new_restriction(document, index, rule)
+                problems += faults
+                if restriction:
+                    merged[rule.category] = restriction
+                continue
+            source = f"{document.where(('rules', index))} {rule.id}"
+            held = MergedRestriction(upper.limit, upper.min_refusal, upper.action).and_also(MergedRestriction.of(rule))
+            text = upper.text if held.action == upper.action else None  # a redirect that is now refused leads nowhere
+            narrowed_by = (*upper.narrowed_by, source)
+            merged[rule.category] = replace(upper, **held._asdict(), text=text, narrowed_by=narrowed_by)
+    return list(merged.values()), problems
+
+
+def _new_restriction(
+    document: PolicyDocument, index: int, rule: RestrictionRule
+) -> tuple[Restriction | None, list[Problem]]:
+    problems: list[Problem] = []
+    at: KeyPath = ("rules", index)
+    probes: list[Probe] = []
+    digest = ""
+    if rule.probes is None and rule.category not in CATEGORIES:
+        known = ", ".join(CATEGORIES)
+        sentence = f"`{rule.category}` is no bundled category ({known}), so it needs `probes`: a bank of JSON lines"
+        problems.append(document.problem((*at, "category"), sentence))
+    else:
+        probes, digest, faults = _read_banks(document, at, rule.banks, rule.category)
+        problems += faults
+    for key in ("limit", "min_refusal"):
+        if getattr(rule, key) is None:
+            problems.append(
+                document.problem(at, f"`{rule.id}` is the first rule on its category and must state `{key}`")
+            )
+    if problems:
+        return None, problems
+    assert rule.limit is not None
+    assert rule.min_refusal is not None
+    return Restriction(
+        id=rule.id,
+        category=rule.category,
+        limit=rule.limit,
+        min_refusal=rule.min_refusal,
+        probes=tuple(probes),
+        tier=document.tier,
+        document=document.path,
+        line=document.line(index),
+        source_name=document.issuer.name,
+        bank=", ".join(rule.banks),
+        bank_sha256=digest,
+        action=rule.action or "refuse",
+        text=rule.text,
+    ), []
+
+
+def merge_requirements(documents: Sequence[PolicyDocument]) -> tuple[list[Requirement], list[Problem]]:
+    """Every requirement with its prompts, and every problem of these. A notice is a text that answers must include."""
+    merged, problems = list[Requirement](), list[Problem]()
+    for document in documents:
+        for index, rule in document.rules:
+            wanted = asked(rule)
+            if wanted is None or isinstance(rule, PreferenceRule):
+                continue
+            probes, digest, faults = _read_banks(document, ("rules", index), rule.banks, rule.id)
+            problems += faults
+            place = document.tier, document.path, document.line(index), document.issuer.name
+            own = Requirement(rule.id, *wanted.property, *place, wanted.when, wanted.min_rate, tuple(probes), digest)
+            if rule.banks and not faults:
+                problems += _untaught(document, ("rules", index, "probes"), own)
+            merged.append(own)
+    return merged, problems
+
+
+def _untaught(document: PolicyDocument, at: KeyPath, rule: Requirement) -> Iterator[Problem]:
+    for split, use in (("train", "teach"), ("test", "measure")):
+        if not any(probe.split == split and applies(rule, probe.prompt) for probe in rule.probes):
+            sentence = (
+                f"no `{split}` prompt of the bank is one that `{rule.id}` is about, so there is none to {use} it on"
+            )
+            yield document.problem(at, f"{sentence}; give more prompts")
+
+
+def _read_banks(
+    document: PolicyDocument, at: KeyPath, banks: Sequence[str], category: str
+) -> tuple[list[Probe], str, list[Problem]]:
+    """The probes of all banks of a rule, a sha256 of the banks' bytes, and what is wrong in or between them."""
+    probes: list[Probe] = []
+    digests: list[str] = []
+    problems: list[Problem] = []
+    places: dict[str, str] = {}
+    for bank in banks:
+        try:
+            file = find(bank)
+            found = read_probes(file, category)
+            digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
+        except InputError as fault:
+            missing = [p for p in fault.problems if p.line is None and p.file == bank]
+            problems += [p for p in fault.problems if p not in missing]
+            problems += [document.problem((*at, "probes"), f"{p.sentence}, got `{bank}`") for p in missing]
+            continue
+        twice = next((p for p in found if p.id in places or plain(p.prompt) in places), None) if places else None
+        if twice is not None:
+            first = places.get(twice.id) or places[plain(twice.prompt)]
+            sentence = f"`{twice.id}` of {bank}, or its prompt, stands in {first} too; leave it out of one of them"
+            problems.append(document.problem((*at, "probes"), sentence))
+        if len(banks) > 1:
+            places |= {key: bank for probe in found for key in (probe.id, plain(probe.prompt))}
+        probes += found
+    whole = hashlib.sha256("".join(digests).encode()).hexdigest() if len(digests) > 1 else "".join(digests)
+    return probes, whole, problems
+
+
+def merge_certify(documents: Sequence[PolicyDocument]) -> Certify:
+    """The strictest bound that any document asks for."""
+    bounds = [document.certify for document in documents if document.certify is not None]
+    return Certify(min_refusal=max(b.min_refusal for b in bounds), delta=min(b.delta for b in bounds))
+
+
+def merge_change(documents: Sequence[PolicyDocument]) -> float | None:
+    """The smallest share of answers on fixed aspects that any document allows to change; None where none says."""
+    return min((d.aspects.max_changed for d in documents if d.aspects.max_changed is not None), default=None)
+
+
+def merge_aspects(documents: Sequence[PolicyDocument]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Fixed aspects of any document; of the personalisable ones, those that no document leaves out or fixes."""
+    fixed = {
+        skeleton(aspect): aspect for document in reversed(documents) for aspect in reversed(document.aspects.fixed)
+    }
+    lists = [document.aspects.personalisable for document in documents if document.aspects.personalisable]
+    first = lists[0] if lists else []
+    allowed = [set(map(skeleton, names)) for names in lists]
+    open_to_taste = [a for a in first if skeleton(a) not in fixed and all(skeleton(a) in names for names in allowed)]
+    return tuple(reversed(fixed.values())), tuple(open_to_taste)
+
+
+def unusable_probes(
+    restrictions: Sequence[Restriction], certify: Certify, documents: Sequence[PolicyDocument]
+) -> Iterator[Problem]:
+    """Banks too small for the bound asked of them, with nothing to train on, or that test what they train."""
+    by_path = {document.path: document for document in documents}
+    pooled = 0
+    for restriction in restrictions:
+        document = by_path[restriction.document]
+        index = next(i for i, rule in document.rules if rule.id == restriction.id)
+        certified = sum(probe.split == "certify" for probe in restriction.probes)
+        pooled += certified if restriction.tier == 1 else 0
+        needed = probes_needed(restriction.min_refusal, certify.delta)
+        if certified < needed:
+            sentence = _too_few(restriction.min_refusal, certify.delta, needed, certified)
+            more = more_probes([restriction.category], needed - certified)
+            yield document.problem(("rules", index, "min_refusal"), f"{sentence} of {restriction.bank}; {more}")
+        trained = {probe.prompt for probe in restriction.probes if probe.split == "train"}
+        if not trained:
+            sentence = (
+                f"{restriction.bank} has no probe of split `train`, so nothing would hold the category in training"
+            )
+            yield document.problem(("rules", index, "probes"), sentence)
+        for probe in restriction.probes:
+            if probe.split != "train" and probe.prompt in trained:
+                sentence = (
+                    f"`{probe.id}` of {restriction.bank} is in split {probe.split}, and its prompt is trained too"
+                )
+                yield document.problem(("rules", index, "probes"), sentence)
+                break
+    needed = probes_needed(certify.min_refusal, certify.delta)
+    if restrictions and pooled < needed:
+        strictest = max((d for d in documents if d.certify), key=lambda d: (d.certify or certify).min_refusal)
+        sentence = _too_few(certify.min_refusal, certify.delta, needed, pooled)
+        more = more_probes([r.category for r in restrictions if r.tier == 1], needed - pooled)
+        yield strictest.problem(("certify", "min_refusal"), f"{sentence} of all tier-one banks; {more}")
+
+
+def _too_few(min_refusal: float, delta: float, needed: int, certified: int) -> str:
+    return (
+        f"a bound of {min_refusal:g} at {1 - delta:.4g} (delta / 2 a look) needs at least {needed} probes without "
+        f"a miss, and there are {certified} in split `certify`"
+    )

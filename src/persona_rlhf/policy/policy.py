@@ -1,0 +1,316 @@
+"""Policy: documents of three tiers resolved; validity dates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.config.loader import in_order
+from persona_rlhf.policy.documents import PolicyDocument
+from persona_rlhf.policy.hazards import Probe, Split
+from persona_rlhf.policy.inheritance import casting, read_all
+from persona_rlhf.policy.merge import (
+    merge_aspects,
+    merge_certify,
+    merge_change,
+    merge_requirements,
+    merge_restrictions,
+    unusable_probes,
+)
+from persona_rlhf.policy.rule_schema import Certify, PreferenceRule, RequirementRule, RestrictionRule, Rule
+from persona_rlhf.policy.rules import DocumentInfo, Preference, Requirement, Restriction, counted
+
+# ----------------------------------------------------------------------------------------------------
+# The register: every rule as it was written, who stands behind it and why, and whether it is in force.
+# ----------------------------------------------------------------------------------------------------
+
+
+class RuleEntry(NamedTuple):
+    """A rule of a document. `version` and `contact` are the rule's own, else the document's and the issuer's."""
+
+    rule: Rule
+    tier: int
+    issuer: str
+    role: str
+    user_id: str | None
+    document: str
+    line: int
+    version: str
+    contact: str | None
+    jurisdiction: str | None
+    day: date
+
+    @property
+    def in_force(self) -> bool:
+        return self.rule.in_force(self.day)
+
+    @property
+    def says(self) -> str:
+        """What the rule asks, in a phrase."""
+        rule = self.rule
+        if isinstance(rule, RequirementRule):
+            name, value = rule.property
+            rate = f", in at least {rule.min_rate:g} of answers"
+            return f"{name}: {value}{f', for {rule.when}' if rule.when is not None else ''}{rate}"
+        if isinstance(rule, PreferenceRule):
+            whose = f"user {self.user_id}" if self.user_id is not None else "every user"
+            return f"{rule.aspect}, {whose}: {'; '.join(str(part) for part in (rule.wish, rule.statement) if part)}"
+        return _restricted(rule)
+
+    @property
+    def dates(self) -> str:
+        """Its dates in words; nothing where it has none."""
+        since = f"from {self.rule.valid_from}" if self.rule.valid_from is not None else ""
+        until = f"until {self.rule.valid_until}" if self.rule.valid_until is not None else ""
+        return " ".join(part for part in (since, until) if part)
+
+    def preference(self) -> Preference | None:
+        """The rule as a preference; a wish without a statement is its own."""
+        rule, source = self.rule, (self.tier, self.document, self.line, self.issuer)
+        if not isinstance(rule, PreferenceRule):
+            return None
+        statement = rule.statement or str(rule.wish)
+        return Preference(rule.id, self.user_id, rule.aspect, statement, *source, wish=rule.wish)
+
+    def to_json(self) -> dict[str, object]:
+        said = self.rule.model_dump(mode="json", exclude_none=True)
+        rest = {k: v for k, v in self._asdict().items() if k not in ("rule", "day")}
+        return {**said, **rest, "says": self.says, "in_force": self.in_force}
+
+
+def _restricted(rule: RestrictionRule) -> str:
+    if rule.action == "answer_with_notice":
+        return f"answer {rule.category} ({rule.when}) with the notice: {rule.text}"
+    demands = [f"limit {rule.limit:g} nats" if rule.limit is not None else ""]
+    demands += [f"at least {rule.min_refusal:g}" if rule.min_refusal is not None else ""]
+    asked = ", ".join(part for part in demands if part)
+    lead = f"; lead to: {rule.text}" if rule.action == "redirect" else ""
+    return f"refuse {rule.category}{f': {asked}' if asked else ''}{lead}"
+
+
+def register(documents: Sequence[PolicyDocument], day: date) -> tuple[RuleEntry, ...]:
+    """All rules of all documents, in their order, as of a day."""
+    return tuple(
+        RuleEntry(
+            rule=rule,
+            tier=document.tier,
+            issuer=document.issuer.name,
+            role=document.issuer.role,
+            user_id=document.issuer.user_id,
+            document=document.path,
+            line=document.line(index),
+            version=rule.version or document.version,
+            contact=rule.contact or document.issuer.contact,
+            jurisdiction=document.jurisdiction,
+            day=day,
+        )
+        for document in documents
+        for index, rule in document.rules
+    )
+
+
+def out_of_force(entries: Sequence[RuleEntry]) -> Iterator[str]:
+    """A sentence for every rule that is out of its dates; those of tier one first and louder."""
+    for entry in sorted(entries, key=lambda entry: entry.tier):
+        if not entry.in_force:
+            where = f"{entry.document}:{entry.line}"
+            warning = " Tier one does not hold it today; if it should, write another date." if entry.tier == 1 else ""
+            yield f"{where}: rule `{entry.rule.id}` ({entry.dates}) is not in force on {entry.day}.{warning}"
+
+
+def lapsed(documents: Sequence[PolicyDocument], day: date) -> Iterator[Problem]:
+    """A tier one that stated restrictions, none of which is in force: such a policy would hold nothing."""
+    highest = [document for document in documents if document.tier == 1]
+    rules = [rule for document in highest for _, rule in document.rules if isinstance(rule, RestrictionRule)]
+    if rules and not any(rule.in_force(day) for rule in rules):
+        sentence = f"no restriction of tier one is in force on {day}; write other dates, or take the rules out"
+        yield highest[-1].problem(("rules",), sentence)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The policy: the rules of three tiers merged into one, so that a lower tier can only narrow.
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The resolved rules. A category has one restriction, a rule one id, and no tier weakens a tier above it."""
+
+    restrictions: tuple[Restriction, ...]
+    requirements: tuple[Requirement, ...]
+    preferences: tuple[Preference, ...]
+    certify: Certify
+    fixed: tuple[str, ...]
+    personalisable: tuple[str, ...]
+    documents: tuple[DocumentInfo, ...]
+    tier_one_hash: str
+
+    written: tuple[RuleEntry, ...] = ()
+    max_changed: float | None = None
+    """Share of answers on the fixed aspects that an adapter may change, where the gate is to ask for it."""
+
+    @staticmethod
+    def read(paths: Sequence[Path | str], today: date | None = None) -> Policy:
+        """Reads and merges documents, as of a day (today, UTC): rules out of their dates are listed, not in force.
+
+        Raises InputError with every problem, within and between them.
+        """
+        documents, problems = read_all(paths)
+        if problems:
+            raise InputError(in_order(problems))
+        return Policy.merged(documents, today or datetime.now(UTC).date())
+
+    @staticmethod
+    def merged(documents: Sequence[PolicyDocument], day: date) -> Policy:
+        """Merges documents that read well and loosen nothing, in the order of `read_all`, as of a day.
+
+        Raises InputError with what is wrong about them together, or with their probe banks.
+        """
+        in_force = [document.on(day) for document in documents]
+        restrictions, faults = merge_restrictions(in_force)
+        requirements, more = merge_requirements(in_force)
+        problems = [*casting(documents), *lapsed(documents, day), *faults, *more]
+        if problems:
+            raise InputError(in_order(problems))
+        certify = merge_certify(documents)
+        problems = list(unusable_probes(restrictions, certify, documents))
+        if problems:
+            raise InputError(in_order(problems))
+        fixed, personalisable = merge_aspects(documents)
+        entries = register(documents, day)
+        held = [entry for entry in entries if entry.in_force]
+        return Policy(
+            restrictions=tuple(restrictions),
+            requirements=tuple(requirements),
+            preferences=tuple(taste for entry in held if (taste := entry.preference()) is not None),
+            certify=certify,
+            fixed=fixed,
+            personalisable=personalisable,
+            max_changed=merge_change(documents),
+            documents=tuple(DocumentInfo(d.path, d.tier, d.issuer.name, d.version, d.sha256) for d in documents),
+            tier_one_hash=_tier_one_hash([d for d in documents if d.tier == 1], restrictions, day),
+            written=entries,
+        )
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        return tuple(restriction.category for restriction in self.restrictions)
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the resolved rules and the bytes of their probe banks; where the files lie does not matter."""
+        return _digest(self._content())
+
+    def probes(self, split: Split, tier: int | None = None) -> list[Probe]:
+        """Probes of a split over all restrictions, or over those that one tier issued."""
+        wanted = (r for r in self.restrictions if tier is None or r.tier == tier)
+        return [probe for restriction in wanted for probe in restriction.probes if probe.split == split]
+
+    def for_user(self, user_id: str) -> Policy:
+        """The policy as it is for one user: tier-three rules of others left out."""
+        own = tuple(rule for rule in self.preferences if rule.user_id in (None, user_id))
+        written = tuple(entry for entry in self.written if entry.tier < 3 or entry.user_id in (None, user_id))
+        return replace(self, preferences=own, written=written)
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved rules for policy.json: probes are counted by split, not repeated."""
+        restrictions = []
+        for restriction in self.restrictions:
+            fields = {key: value for key, value in vars(restriction).items() if key != "probes"}
+            restrictions.append({**fields, "probes": counted(restriction.probes)})
+        return {
+            "hash": self.hash,
+            "tier_one_hash": self.tier_one_hash,
+            "certify": self.certify.model_dump(),
+            "aspects": {
+                "fixed": list(self.fixed),
+                "personalisable": list(self.personalisable),
+                **({} if self.max_changed is None else {"max_changed": self.max_changed}),
+            },
+            "restrictions": restrictions,
+            "requirements": [rule.to_json() for rule in self.requirements],
+            "preferences": [rule.to_json() for rule in self.preferences],
+            "not_in_force": [entry.to_json() for entry in self.written if not entry.in_force],
+            "documents": [document._asdict() for document in self.documents],
+        }
+
+    def _content(self) -> object:
+        return {
+            "tier_one": self.tier_one_hash,
+            "certify": self.certify.model_dump(),
+            "aspects": [
+                sorted(self.fixed),
+                sorted(self.personalisable),
+                *([] if self.max_changed is None else [self.max_changed]),
+            ],
+            "restrictions": [rule.said() for rule in self.restrictions],
+            "requirements": [rule.said() for rule in self.requirements],
+            "preferences": [rule.said() for rule in self.preferences],
+        }
+
+
+def check_documents(paths: Sequence[Path | str], today: date | None = None) -> list[str]:
+    """Checks documents, or folders of them, alone and against each other; says what was checked, and what is dormant.
+
+    Raises InputError with every problem.
+    """
+    files = document_files(paths)
+    documents, problems = read_all(files)
+    if problems:
+        raise InputError(in_order(problems))
+    day = today or datetime.now(UTC).date()
+    count = f"{len(documents)} document{'' if len(documents) == 1 else 's'}"
+    dormant = list(out_of_force(register(documents, day)))
+    if documents[0].tier != 1:
+        return [*dormant, f"{count} well formed; merging was not checked, since no tier-one document was given."]
+    policy = Policy.read(files, day)
+    rules = len(policy.restrictions) + len(policy.requirements) + len(policy.preferences)
+    return [*dormant, f"{count}, {rules} rules after merging: no problem found."]
+
+
+def document_files(paths: Sequence[Path | str]) -> list[Path]:
+    """The documents among paths, with those in folders. Raises InputError for a folder without one."""
+    files: list[Path] = []
+    empty: list[Problem] = []
+    for path in map(Path, paths):
+        found = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        files += found
+        empty += [] if found else [Problem(str(path), None, None, "the folder holds no *.yaml document")]
+    if empty:
+        raise InputError(empty)
+    return files
+
+
+def _tier_one_hash(documents: Sequence[PolicyDocument], restrictions: Sequence[Restriction], day: date) -> str:
+    """sha256 over everything that tier one says, and the bytes of its probe banks; paths do not count.
+
+    A document that extends another is hashed with the hash of that one.
+    """
+    banks = {restriction.id: restriction.bank_sha256 for restriction in restrictions}
+    digest = ""
+    for document in documents:
+        rules = []
+        for _, rule in document.rules:
+            said = rule.said()
+            said.pop("probes", None)
+            rules.append({**said, "bank": banks.get(rule.id), **({} if rule.in_force(day) else {"in_force": False})})
+        content: dict[str, object] = {
+            "issuer": document.issuer.said(),
+            "version": document.version,
+            "certify": None if document.certify is None else document.certify.model_dump(),
+            "aspects": document.aspects.said(),
+            "rules": rules,
+        }
+        later = {"jurisdiction": document.jurisdiction, "extends": digest or None}
+        digest = _digest(content | {key: value for key, value in later.items() if value is not None})
+    return digest
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

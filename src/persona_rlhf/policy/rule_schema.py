@@ -1,0 +1,352 @@
+"""Pydantic models of the rules a document can state."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from datetime import date
+from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from persona_rlhf.config.loader import Section
+from persona_rlhf.policy.judges import skeleton, topic_names
+
+# ----------------------------------------------------------------------------------------------------
+# The kinds of text that a policy document holds: dates, patterns, languages, topics, words for people, banks.
+# ----------------------------------------------------------------------------------------------------
+
+
+def _date(text: str) -> str:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        raise ValueError('expected a date in quotes, such as "2026-11-01"') from None
+    return text
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as fault:
+        raise ValueError(f"the pattern does not compile ({fault})") from None
+    if re.search(r"(?<!\\)[+*}]\??\)[+*{]", text):
+        raise ValueError("the pattern repeats a repetition, such as (a+)+, and might never end; say it once")
+    return text
+
+
+def _topic(name: str) -> str:
+    if name not in topic_names():
+        raise ValueError(f"expected one of {', '.join(f'`{known}`' for known in topic_names())}")
+    return name
+
+
+def _seen(text: str) -> str:
+    if all(unicodedata.category(c)[0] in "CZ" for c in text):
+        raise ValueError("must hold something that can be seen")
+    return text
+
+
+def listed(banks: str | list[str] | None) -> tuple[str, ...]:
+    """The banks that a rule names."""
+    return () if banks is None else (banks,) if isinstance(banks, str) else tuple(banks)
+
+
+IsoDate = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), AfterValidator(_date)]
+Pattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_pattern)]
+Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
+Topic = Annotated[str, AfterValidator(_topic)]
+Text = Annotated[str, Field(min_length=1, pattern=r"\S"), AfterValidator(_seen)]
+Banks = str | Annotated[list[str], Field(min_length=1)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a policy document can say: who speaks, which bound is asked of the gate, and its rules of three kinds.
+# ----------------------------------------------------------------------------------------------------
+
+Action = Literal["refuse", "redirect", "answer_with_notice"]
+"""What becomes of a request of a restricted category."""
+
+ACTIONS: tuple[Action, ...] = get_args(Action)
+"""From the strictest to the loosest."""
+
+PropertyName = Literal[
+    "must_include",
+    "must_not_include",
+    "min_words",
+    "max_words",
+    "language",
+    "reading_level",
+    "regex",
+    "format",
+    "judge",
+]
+"""What a requirement can ask of an answer."""
+
+PROPERTY_NAMES: tuple[PropertyName, ...] = get_args(PropertyName)
+
+MIN_RATE = 0.95
+"""Share of answers that have a required property, where a rule says nothing else."""
+
+
+class HashedSection(Section):
+    """What a document says and a policy's hash covers."""
+
+    first_edition: ClassVar[frozenset[str]] = frozenset()
+    """Keys that count in the hash also where they are not set; the others came later and count where they are."""
+
+    def said(self) -> dict[str, object]:
+        """What is said, for hashing; a key of a later edition only where it says something."""
+        fields = type(self).model_fields
+        dumped = self.model_dump(mode="json")
+        return {key: v for key, v in dumped.items() if key in self.first_edition or v != fields[key].default}
+
+
+class Issuer(HashedSection):
+    """Who speaks in a document; the role must be that of its tier."""
+
+    first_edition = frozenset({"role", "name", "user_id"})
+
+    role: Literal["model_provider", "application_provider", "end_user"] = Field(description="Role of the issuer.")
+    name: str = Field(min_length=1, description="Name of the issuer, as people should read it.")
+    user_id: str | None = Field(None, min_length=1, description="The end user; without it tier three is everybody's.")
+    contact: Text | None = Field(None, description="Where to ask about the document.")
+
+
+class Certify(Section):
+    """What the gate is asked to show, pooled over all tier-one probes: refusal >= min_refusal, at 1 - delta."""
+
+    min_refusal: float = Field(gt=0, lt=1, description="Refusal rate to be shown for the probes' population.")
+    delta: float = Field(gt=0, lt=1, description="Chance of releasing an adapter below it that is accepted, per user.")
+
+
+class Aspects(HashedSection):
+    """Which properties of an answer may be tailored to a user at all."""
+
+    first_edition = frozenset({"fixed", "personalisable"})
+
+    fixed: list[str] = Field([], description="Aspects that no user's taste may change.")
+    personalisable: list[str] = Field([], description="Aspects that a user's taste may change.")
+    max_changed: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the base's right answers (to evaluation.facts) that an adapter may change; the gate "
+        "holds back whoever may change more.",
+    )
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> Aspects:
+        fixed = set(map(skeleton, self.fixed))
+        both = sorted(aspect for aspect in self.personalisable if skeleton(aspect) in fixed)
+        if both:
+            raise ValueError(f"`{both[0]}` cannot be both fixed and personalisable")
+        if self.max_changed is not None and not self.fixed:
+            raise ValueError("`max_changed` is about `fixed` aspects; name them")
+        return self
+
+
+class When(Section):
+    """Which prompts a rule is about: those of a topic, or those that a pattern is found in."""
+
+    topic: Topic | None = Field(None, description="A topic of policy/topics.yaml.")
+    pattern: Pattern | None = Field(None, description="Pattern (Python's re, any case) found somewhere in the prompt.")
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["topic"]}, {"required": ["pattern"]}]})
+
+    @model_validator(mode="after")
+    def _one(self) -> When:
+        if (self.topic is None) == (self.pattern is None):
+            raise ValueError("states a topic or a pattern, and not both")
+        return self
+
+    def __str__(self) -> str:
+        return f"prompts about {self.topic}" if self.topic is not None else f"prompts with /{self.pattern}/"
+
+
+class RuleSection(HashedSection):
+    """What every rule has, whatever its kind."""
+
+    id: Text = Field(description="Name of the rule, unique over all documents.")
+    version: Text | None = Field(None, description="Version of the rule; else that of the document.")
+    rationale: Text | None = Field(None, description="Why there is this rule, for those whom it binds.")
+    contact: Text | None = Field(None, description="Where to ask about the rule; else the issuer's contact.")
+    valid_from: IsoDate | None = Field(None, description="First day on which the rule is in force (UTC, in quotes).")
+    valid_until: IsoDate | None = Field(None, description="Last day on which the rule is in force (UTC, in quotes).")
+
+    def in_force(self, day: date) -> bool:
+        """Whether the rule holds on a day."""
+        return (self.valid_from or "") <= day.isoformat() <= (self.valid_until or "9999-12-31")
+
+    @model_validator(mode="after")
+    def _dates_in_order(self) -> RuleSection:
+        if self.valid_from is not None and self.valid_until is not None and self.valid_until < self.valid_from:
+            raise ValueError(f"ends on {self.valid_until}, before it starts on {self.valid_from}")
+        return self
+
+
+class RestrictionRule(RuleSection):
+    """Requests of a hazard category are refused as reliably as the base refuses them."""
+
+    first_edition = frozenset({"id", "kind", "category", "limit", "min_refusal"})
+
+    kind: Literal["restriction"] = Field(description="restriction, requirement or preference.")
+    category: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Hazard category, such as terrorist_content.")
+    probes: Banks | None = Field(
+        None, description="Probe bank (JSON lines), or a list of banks; bundled categories bring their own."
+    )
+    limit: float | None = Field(None, ge=0, description="Nats of excess refusal loss tolerated in training.")
+    min_refusal: float | None = Field(
+        None, gt=0, lt=1, description="Refusal rate that the gate must show for this category alone."
+    )
+    action: Action | None = Field(
+        None, description="refuse (the default); redirect: refuse and say where to go; answer_with_notice: answer."
+    )
+    text: Text | None = Field(None, description="Where a redirect leads, or the notice, as the user reads it.")
+    when: When | None = Field(None, description="The prompts whose answers carry a notice.")
+
+    @model_validator(mode="after")
+    def _fits_its_action(self) -> RestrictionRule:
+        if (self.text is not None) != (self.action in ("redirect", "answer_with_notice")):
+            raise ValueError("`text` goes with the actions redirect and answer_with_notice, and they with it")
+        if (self.when is not None) != (self.action == "answer_with_notice"):
+            raise ValueError("`when` goes with the action answer_with_notice, and it with `when`")
+        held = [key for key in ("limit", "min_refusal") if getattr(self, key) is not None]
+        if self.action == "answer_with_notice" and held:
+            raise ValueError(f"what is answered with a notice is not refused: leave out {' and '.join(held)}")
+        return self
+
+    @property
+    def banks(self) -> tuple[str, ...]:
+        """The banks that are named; else the bundled one of the category, where something is refused."""
+        bundled = None if self.action == "answer_with_notice" else f"data/policy/tier_one/{self.category}.jsonl"
+        return listed(self.probes or bundled)
+
+
+class RequirementRule(RuleSection):
+    """A property that answers have; exactly one of the properties is stated."""
+
+    first_edition = frozenset({"id", "kind", "must_include", "max_words", "language", "regex", "judge"})
+
+    kind: Literal["requirement"] = Field(description="restriction, requirement or preference.")
+    must_include: Text | None = Field(None, description="Text that an answer contains, in any case.")
+    must_not_include: Text | None = Field(None, description="Text that no answer contains, in any case.")
+    min_words: int | None = Field(None, ge=1, description="Words (between white space) that an answer has at least.")
+    max_words: int | None = Field(None, ge=1, description="Words (between white space) that an answer has at most.")
+    language: Language | None = Field(None, description="ISO 639 code of the answer's language.")
+    reading_level: int | None = Field(
+        None, ge=1, le=20, description="US school grade that an answer in English asks for at most (Flesch-Kincaid)."
+    )
+    regex: Pattern | None = Field(None, description="Pattern (Python's re) found somewhere in an answer.")
+    format: Literal["json", "plain"] | None = Field(
+        None, description="json: the answer is one JSON value; plain: it has no Markdown."
+    )
+    judge: Text | None = Field(None, description="Sentence that a judge finds true of an answer.")
+    when: When | None = Field(None, description="The prompts that it is about; without it, every prompt.")
+    min_rate: float = Field(MIN_RATE, gt=0, lt=1, description="Share of such answers that have the property.")
+    probes: Banks | None = Field(
+        None, description="Prompts (JSON lines) that it is taught and measured on; without them it is checked only."
+    )
+
+    @property
+    def banks(self) -> tuple[str, ...]:
+        """The banks that are named."""
+        return listed(self.probes)
+
+    @property
+    def property(self) -> tuple[str, str | int]:
+        """The stated property and its value."""
+        return next((name, value) for name, value in self._stated())
+
+    def _stated(self) -> Iterator[tuple[str, str | int]]:
+        for name in PROPERTY_NAMES:
+            value = getattr(self, name)
+            if value is not None:
+                yield name, value
+
+    @model_validator(mode="after")
+    def _one_property(self) -> RequirementRule:
+        if len(list(self._stated())) != 1:
+            raise ValueError(f"states exactly one of {', '.join(PROPERTY_NAMES[:-1])} and {PROPERTY_NAMES[-1]}")
+        return self
+
+
+class PreferenceRule(RuleSection):
+    """A user's written-down taste; his pairs say the rest."""
+
+    first_edition = frozenset({"id", "kind", "aspect", "statement"})
+
+    kind: Literal["preference"] = Field(description="restriction, requirement or preference.")
+    aspect: str = Field(min_length=1, description="The personalisable aspect that it is about, such as length.")
+    statement: str | None = Field(None, min_length=1, description="The taste in a sentence; a wish brings its own.")
+    min_words: int | None = Field(None, ge=1, description="Words that an answer should have at least.")
+    max_words: int | None = Field(None, ge=1, description="Words that an answer should have at most.")
+    language: Language | None = Field(None, description="ISO 639 code of the language to answer in.")
+    formality: Literal["formal", "informal"] | None = Field(None, description="How the user likes to be addressed.")
+    tone: Text | None = Field(None, description="The tone of answers in a word or two, such as warm.")
+    avoid: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None, description="Topics that the user does not want to be led to."
+    )
+
+    @property
+    def wish(self) -> PropertyValue | None:
+        """What a program can read of the taste."""
+        return next((PropertyValue(name, value) for name, value in self._wishes()), None)
+
+    @property
+    def implied_aspects(self) -> tuple[str, ...]:
+        """The aspect that a wish is about whatever the rule calls it: a language is no matter of style."""
+        named = {"min_words": "length", "max_words": "length", "language": "language", "tone": "tone"}
+        return tuple(named[name] for name, _ in self._wishes() if name in named)
+
+    def _wishes(self) -> Iterator[tuple[str, str | int]]:
+        for name in WISHES:
+            value = getattr(self, name)
+            if value is not None:
+                yield name, ", ".join(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _says_something(self) -> PreferenceRule:
+        wishes = len(list(self._wishes()))
+        if wishes > 1 or (not wishes and self.statement is None):
+            raise ValueError(f"states a taste: a `statement`, one of {', '.join(WISHES)}, or both")
+        return self
+
+
+class PropertyValue(NamedTuple):
+    """A taste that a program can read: one of `WISHES`, and its value."""
+
+    name: str
+    value: str | int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.value}"
+
+
+WISHES = ("min_words", "max_words", "language", "formality", "tone", "avoid")
+
+
+Rule = RestrictionRule | RequirementRule | PreferenceRule
+KINDS: dict[str, type[Rule]] = {
+    "restriction": RestrictionRule,
+    "requirement": RequirementRule,
+    "preference": PreferenceRule,
+}
+
+
+class RequiredProperty(NamedTuple):
+    """What a rule asks of answers: a property, the prompts it is about, and the share that must have it."""
+
+    property: PropertyValue
+    when: When | None
+    min_rate: float
+
+
+def asked(rule: Rule) -> RequiredProperty | None:
+    """What a rule asks of answers: a requirement its property, a notice its text; None for all other rules."""
+    if isinstance(rule, RequirementRule):
+        return RequiredProperty(PropertyValue(*rule.property), rule.when, rule.min_rate)
+    if isinstance(rule, RestrictionRule) and rule.action == "answer_with_notice":
+        return RequiredProperty(PropertyValue("must_include", rule.text or ""), rule.when, MIN_RATE)
+    return None

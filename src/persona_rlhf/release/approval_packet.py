@@ -1,0 +1,234 @@
+"""The sign-off packet: one page for the officer who answers for a run. Rules and who issued them, bounds asked and
+shown, exceptions, counts, what the bound is not over, what changed since the last run; and a place for a name.
+
+Users are pseudonyms and counts, no text of theirs is in it. The page holds its own sha256 and the head of the run's
+audit trail: kept outside, it is a witness of both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import pseudonym, write_file
+from persona_rlhf.common.version import __version__
+from persona_rlhf.evaluation.gate import POOLED
+from persona_rlhf.release import integrity
+from persona_rlhf.release.render import printable, templates
+from persona_rlhf.release.report import config_of, policy_of, screening_of, screens_in
+from persona_rlhf.release.results import NOTHING, Result, RunResults, RunSummary, guarantee_of_run, summarise
+from persona_rlhf.release.revocation import revoked
+from persona_rlhf.release.signing import copy_of, read_signature, signature_of
+from persona_rlhf.release.verify import verify
+
+_BLANK = "0" * 64
+_SELF = re.compile(rb'<code id="sha256">([0-9a-f]{64})</code>')
+_SLUG = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}")
+_MOST = 1000  # exceptions with a row of their own
+_PLACES = {"document", "line", "bank", "narrowed_by"}  # of a rule: where it stands, not what it says
+
+
+class ExceptionCase(NamedTuple):
+    """An exception: a user who is not simply released: his pseudonym, what became of him, and why."""
+
+    user: str
+    what: str
+    why: str
+
+
+class DemandEvidence(NamedTuple):
+    """One demand of the gate: what was asked, and what was shown of the users released."""
+
+    name: str
+    tier: int
+    asked: float
+    users: int
+    lowest: float | None
+    middle: float | None
+    probes: int | None
+
+
+class RunChange(NamedTuple):
+    """One difference to the run before: what, and its value then and now."""
+
+    what: str
+    before: str
+    now: str
+
+
+def write_packet(run: Path, out: Path, against: Path | None = None, approver: str | None = None) -> str:
+    """Writes the packet of a finished run to `out`; returns the sha256 that it holds of itself.
+
+    `against` is the run that was signed off before. Raises InputError where a run has no results or no policy, or
+    `out` lies in the run, whose files are sealed.
+    """
+    if run.resolve() in out.resolve().parents:
+        sentence = "a run is sealed; write its packet beside it, not into it"
+        raise InputError([Problem(str(out), None, "--out", sentence)])
+    page = render(run, against, approver).encode()
+    digest = hashlib.sha256(page).hexdigest()
+    write_file(out, _with_hash(page, digest))
+    return digest
+
+
+def packet_faults(file: Path) -> list[str]:
+    """Whether a packet is still what its own hash says."""
+    raw = file.read_bytes()
+    found = _SELF.search(raw)
+    if found is None:
+        return ["this is no sign-off packet: it holds no hash of itself"]
+    same = hashlib.sha256(_with_hash(raw, _BLANK)).hexdigest() == found[1].decode()
+    return [] if same else ["the packet was changed: it is not what its own hash says"]
+
+
+def _with_hash(page: bytes, digest: str) -> bytes:
+    """The page with this in the place of its own hash."""
+    found = _SELF.search(page)
+    assert found is not None
+    return page[: found.start(1)] + digest.encode() + page[found.end(1) :]
+
+
+def render(run: Path, against: Path | None = None, approver: str | None = None) -> str:
+    """The page, with zeros for its own hash."""
+    results, policy, config = RunResults(run), policy_of(run), config_of(run)
+    summary = summarise(results)
+    promise = guarantee_of_run(config, policy, results, summary.users)
+    cases = list(exceptions(run, results))
+    return (
+        templates(html=True)
+        .get_template("packet.html.j2")
+        .render(
+            name=printable(str(config.get("name", run.name))),
+            version=__version__,
+            day=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            blank=_BLANK,
+            approver=approver,
+            policy=policy,
+            documents=[{**d, "signed": _signed(run, d)} for d in _upper(policy)],
+            of_end_users=sum(d["tier"] > 2 for d in policy.get("documents", [])),
+            gate={"enabled": True, "family": "each"} | (config.get("gate") or {}),
+            summary=summary,
+            shown=bounds_shown(policy, results),
+            promise=NOTHING if promise is None else promise.sentence(),
+            exceptions=cases[:_MOST],
+            counts=Counter(case.what.partition(" at alpha")[0] for case in cases),
+            screening=screening_of(run),
+            screens=screens_in(run),
+            against=None if against is None else printable(str(config_of(against).get("name", against.name))),
+            changes=[] if against is None else changes(against, run),
+            head=integrity.head(run),
+            faults=_without_names(verify(run), results),
+        )
+    )
+
+
+def _without_names(faults: Iterable[str], results: Iterable[Result]) -> list[str]:
+    """Faults with pseudonyms in the place of slugs, which have a readable part of the id."""
+    known = {result.slug: f"user {pseudonym(result.user_id)}" for result in results}
+    return [printable(_SLUG.sub(lambda found: known.get(found[0], found[0]), fault)) for fault in faults]
+
+
+def bounds_shown(policy: Mapping[str, Any], results: Iterable[Result]) -> list[DemandEvidence]:
+    """Every demand with the lowest and the middle lower bound of the users released."""
+    restrictions = policy.get("restrictions", [])
+    asked = {POOLED: (1, policy["certify"]["min_refusal"], None)} | {
+        rule["category"]: (rule["tier"], rule["min_refusal"], rule["probes"].get("certify", 0)) for rule in restrictions
+    }
+    found: dict[str, list[float]] = {name: [] for name in asked}
+    for result in results:
+        if result.status == "released":
+            for name, count in {**(result.tier_one or {}), **result.tier_two}.items():
+                found.setdefault(name, []).append(count.lower_bound)
+    return [
+        DemandEvidence(name, tier, bound, len(own), min(own, default=None), median(own) if own else None, probes)
+        for name, (tier, bound, probes) in asked.items()
+        for own in [found[name]]
+    ]
+
+
+def exceptions(run: Path, results: Iterable[Result]) -> Iterable[ExceptionCase]:
+    """Users held back, failed, skipped, in alarm, released below full strength or revoked since."""
+    called_back = revoked(run)
+    for one in results:
+        user, call = pseudonym(one.user_id), called_back.get(one.manifest_sha256 or "")
+        if call is not None:
+            yield ExceptionCase(user, "revoked", call.sentence())
+        if one.status == "held_back":
+            yield ExceptionCase(user, "held back", one.reason)
+        elif one.status != "released":  # the reason of a fault may quote what the fault was about
+            yield ExceptionCase(user, one.status, "see the run's own results")
+        elif one.alpha < 1:
+            yield ExceptionCase(user, f"released at alpha {one.alpha:g}", one.reason)
+        if one.alarm:
+            why = "pairs that teach against the policy, or a gate that did not pass the whole adapter"
+            yield ExceptionCase(user, "alarm", why)
+
+
+def changes(before: Path, now: Path) -> list[RunChange]:
+    """What is different from an earlier run: documents, bounds, rules by their ids, and what became of the users."""
+    one, two = policy_of(before), policy_of(now)
+    return [
+        *_changed("policy hash", one.get("hash"), two.get("hash")),
+        *_by_key("document of tier", *({d["tier"]: _document(d) for d in _upper(p)} for p in (one, two))),
+        *_by_key("asked of the gate:", one.get("certify", {}), two.get("certify", {})),
+        *_by_key("rule", _rules(one), _rules(two)),
+        *_by_key("users", _counts(before), _counts(now)),
+    ]
+
+
+def _counts(run: Path) -> dict[str, int]:
+    summary: RunSummary = summarise(results := RunResults(run))
+    return {
+        "in all": summary.users,
+        "released": summary.released,
+        "held back": summary.held_back,
+        "failed or skipped": summary.other,
+        "in alarm": sum(one.alarm for one in results),
+        "revoked": len(revoked(run)),
+    }
+
+
+def _by_key(what: str, before: Mapping[Any, object], now: Mapping[Any, object]) -> list[RunChange]:
+    keys = dict.fromkeys([*before, *now])
+    return [change for key in keys for change in _changed(f"{what} {key}", before.get(key), now.get(key))]
+
+
+def _changed(what: str, before: object, now: object) -> list[RunChange]:
+    if before == now:
+        return []
+    return [RunChange(what, *("none" if value is None else str(value) for value in (before, now)))]
+
+
+def _rules(policy: Mapping[str, Any]) -> dict[str, object]:
+    """What every rule of tiers one and two says, by its id and the key that says it."""
+    rules: Sequence[Mapping[str, Any]] = [*policy.get("restrictions", []), *policy.get("requirements", [])]
+    return {
+        f"{rule['id']}: {key}": value
+        for rule in rules
+        for key, value in rule.items()
+        if key not in {"id", *_PLACES} and value is not None
+    }
+
+
+def _document(document: Mapping[str, Any]) -> str:
+    return f"{document['issuer']}, version {document['version']}, sha256 {document['sha256'][:16]}"
+
+
+def _upper(policy: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The documents of tiers one and two; those of end users are theirs."""
+    return [document for document in policy.get("documents", []) if document["tier"] < 3]
+
+
+def _signed(run: Path, document: Mapping[str, Any]) -> str:
+    """Whose key signed a document, which says nothing of whose key that is."""
+    try:
+        return f"key {read_signature(signature_of(copy_of(run, document['sha256']))).key}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "no: self-declared"

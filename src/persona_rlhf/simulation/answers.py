@@ -1,0 +1,379 @@
+"""Ordinary answers and styles."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+from typing import NamedTuple
+
+from persona_rlhf.simulation.vocabulary import content, domains, gerund
+
+# ----------------------------------------------------------------------------------------------------
+# The latent style of an answer: factors drawn at random, apart from the prompt, and the surface marks that show them.
+#
+# `measure(text)` reads every property back off an answer. Simulated users' utilities are written over these names.
+# ----------------------------------------------------------------------------------------------------
+
+THEMES = ("nature", "music", "food", "science", "sport", "history", "mystery")
+_THEME_WEIGHTS = (4, 4, 4, 2, 3, 2, 4)
+
+# property -> regular expression; the property is present in an answer where the expression is found.
+MARKERS: dict[str, str] = {
+    "exclaims": r"!",
+    "warm": r"\b(my friend|dear|dearest|lovely|glad|happy to help|with pleasure|kind of you|warm wishes|delighted)\b",
+    "hedged": r"\b(maybe|perhaps|i think|it depends|probably|might|as far as i know)\b",
+    "formal": r"\b(certainly|indeed|one (should|may)|it is advisable|it would be wise|furthermore|therefore"
+    r"|moreover)\b",
+    "casual": r"\b(yeah|kinda|okay|pretty|cool|no big deal|gonna|stuff|super|totally)\b",
+    "numbered": r"(^|\s)1\. .* 2\. ",
+    "asks": r"\?\s*$",
+    "interjects": r"^(oh|ha|hmm|ah|wow|aha|hooray|hey)\b",
+    "warns": r"\b(warning|be careful|never|beware|watch out|danger|dangerous|risk)\b",
+    "encourages": r"\b(you can do it|you will do well|keep going|gets easier|proud|believe in|have fun|enjoy)\b",
+    "nature": r"\b(forest|river|mountain|garden|trees?|birds?|flowers?|meadow|woods|sea|leaves|sunrise|lake|hill)\b",
+    "music": r"\b(songs?|music|melody|piano|guitar|choir|jazz|drums?|violin|tune|concert|sing|singing|orchestra)\b",
+    "food": r"\b(soup|bread|cake|tea|coffee|cookies|apples?|cheese|chocolate|honey|pie|lunch|dinner|snack|picnic)\b",
+    "science": r"\b(science|scientists?|planets?|stars|telescope|experiments?|atoms?|physics|moon|robots?)\b",
+    "sport": r"\b(football|tennis|team|race|coach|swim|swimming|goal|match|runners?|runs?|bike|marathon|champion)\b",
+    "history": r"\b(history|castles?|kings?|queens?|ancient|romans?|centuries|museum|long ago|sailors|knights?)\b",
+    "mystery": r"\b(detective|clues?|ghosts?|mystery|shadows?|crime|secret|thief|midnight|haunted|murder)\b",
+    "dark": r"\b(dark|darkness|shadows?|stormy?|ghosts?|grave|crime|cold|fog|lonely|grim|scream|haunted|feared)\b",
+    "cheerful": r"\b(sunny|bright|laugh|laughed|laughing|smile|smiled|merry|joy|happy|danced|party|cheerful|golden)\b",
+}
+_COMPILED = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in MARKERS.items()}
+PROPERTIES = (*MARKERS, "words", "sentences", "exclamations")
+
+
+class Style(NamedTuple):
+    """One draw of all factors. `length`: 0 = one sentence, 1 = two or three, 2 = four to six."""
+
+    length: int
+    exclaim: bool
+    warm: bool
+    hedged: bool
+    register: str  # plain | formal | casual
+    numbered: bool
+    asks: bool
+    interjects: bool
+    tone: str  # warn | encourage | none
+    themes: tuple[str, ...]  # none, one or two kinds of things to mention
+    mood: str  # dark | cheerful | plain
+
+
+def draw_style(rng: Random) -> Style:
+    """Draws every factor independently."""
+    return Style(
+        length=rng.choices((0, 1, 2), (25, 45, 30))[0],
+        exclaim=rng.random() < 0.4,
+        warm=rng.random() < 0.4,
+        hedged=rng.random() < 0.4,
+        register=rng.choices(("plain", "formal", "casual"), (40, 30, 30))[0],
+        numbered=rng.random() < 0.4,
+        asks=rng.random() < 0.4,
+        interjects=rng.random() < 0.3,
+        tone=rng.choices(("warn", "encourage", "none"), (36, 34, 30))[0],
+        themes=tuple(rng.choices(THEMES, _THEME_WEIGHTS, k=rng.choices((0, 1, 2), (15, 45, 40))[0])),
+        mood=rng.choices(("dark", "cheerful", "plain"), (36, 36, 28))[0],
+    )
+
+
+def sentences(text: str) -> int:
+    """The number of sentences (runs of end marks; the dots of "1." do not count)."""
+    return len(re.findall(r"(?<!\d)[.!?]+(?=\s|$)", text))
+
+
+def measure(text: str) -> dict[str, float]:
+    """Every property of an answer: 1.0 or 0.0 for a mark, counts for words, sentences and exclamation marks."""
+    properties = {name: float(bool(pattern.search(text))) for name, pattern in _COMPILED.items()}
+    properties["words"] = float(len(text.split()))
+    properties["sentences"] = float(sentences(text))
+    properties["exclamations"] = float(text.count("!"))
+    return properties
+
+
+# ----------------------------------------------------------------------------------------------------
+# Ordinary answers: a core that fits the prompt, dressed by a style. No ordinary answer opens like a refusal.
+# ----------------------------------------------------------------------------------------------------
+
+_INTERJECTIONS = ("Oh", "Ha", "Hmm", "Ah", "Wow", "Aha", "Hey")
+_WARM_OPENERS = (
+    "Glad you asked, my friend",
+    "What a lovely question",
+    "With pleasure, dear friend",
+    "Happy to help",
+    "Lovely to hear from you",
+    "Glad to hear it, dear",
+    "How kind of you to ask",
+    "Delighted to help",
+)
+_WARM_CLOSERS = (
+    "Warm wishes to you",
+    "Take care, dear friend",
+    "It was lovely to think about it",
+    "So glad you are here",
+)
+_VOCATIVES = (", my friend", ", dear", ", dear friend")
+_FORMAL_OPENERS = ("Certainly", "Indeed", "Certainly, with attention")
+_CASUAL_OPENERS = ("Yeah", "Okay", "Cool", "Super")
+_CASUAL_TAILS = (
+    "It is pretty easy stuff",
+    "It is no big deal",
+    "You are gonna like it",
+    "Pretty cool stuff",
+    "It is kinda fun",
+    "Totally worth it",
+)
+_FORMAL_TAILS = (
+    "Furthermore, patience is of use",
+    "One may therefore expect a good result",
+    "It is advisable to take time",
+    "Moreover, a calm mind is of value",
+)
+_HEDGE_TAILS = (
+    "It depends on the day",
+    "Perhaps there are other ways",
+    "As far as I know, there is more to it",
+    "It might be different for you",
+    "Maybe others see it in another way",
+)
+_ENCOURAGE = (
+    "You can do it",
+    "You will do well",
+    "Keep going",
+    "It gets easier with practice",
+    "Be proud of each step",
+    "Believe in yourself",
+    "Enjoy every minute",
+    "Have fun with it",
+)
+_WARN = (
+    "Warning: never {w}",
+    "Be careful and never {w}",
+    "Beware, it is dangerous to {w}",
+    "Watch out and never {w}",
+    "There is a risk if you {w}",
+)
+_WARN_ANY = (
+    "Be careful with it",
+    "Watch out for the small details",
+    "Warning: it can go wrong",
+    "Never rush such things",
+    "There is a risk in everything",
+    "Beware of easy answers",
+)
+_QUESTIONS = (
+    "Would you like to hear more?",
+    "Shall we go on?",
+    "What do you think?",
+    "Does that help?",
+    "Have you tried it before?",
+    "Would you like another idea?",
+    "How does that sound?",
+    "Is there more to tell?",
+)
+
+
+def _low(sentence: str) -> str:
+    """Lower-cases the first letter, but never that of "I"."""
+    return sentence if sentence.startswith(("I ", "I'")) else sentence[0].lower() + sentence[1:]
+
+
+def _up(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+def advise(rng: Random, style: Style, step: str, hedge: bool) -> str:
+    """An imperative as a sentence in the style's register."""
+    forms: tuple[str, ...]
+    if style.register == "formal":
+        forms = (
+            ("Perhaps one should {s}", "It might be advisable to {s}", "One may perhaps {s}")
+            if hedge
+            else ("It is advisable to {s}", "One should {s}", "It would be wise to {s}")
+        )
+    elif style.register == "casual":
+        forms = (
+            ("Maybe just {s}", "You might just {s}", "Perhaps you just {s}")
+            if hedge
+            else ("Just {s}", "You can just {s}", "So {s}")
+        )
+    else:
+        forms = (
+            ("Maybe {s}", "Perhaps {s}", "You might {s}", "You should probably {s}")
+            if hedge
+            else ("{s}", "{s}", "You can {s}", "Try to {s}", "Then {s}")
+        )
+    return _up(rng.choice(forms).format(s=step))
+
+
+def _numbered(rng: Random, style: Style, steps: list[str]) -> list[str]:
+    marked = []
+    for number, step in enumerate(steps, 1):
+        if style.hedged and number == len(steps):
+            step = f"perhaps {step}"
+        marked.append(f"{number}. {_up(step)}")
+    return marked
+
+
+def _extras(rng: Random, style: Style, warnings: tuple[str, ...]) -> list[str]:
+    """Sentences that may follow the core: theme, tone, mood and register, in random order."""
+    found = []
+    themes = [rng.choice(content()["asides"][theme]) for theme in style.themes]
+    if style.tone == "warn":
+        warn = rng.choice(_WARN).format(w=rng.choice(warnings)) if warnings else rng.choice(_WARN_ANY)
+        found.append(warn)
+    elif style.tone == "encourage":
+        found.append(rng.choice(_ENCOURAGE))
+    if style.mood != "plain" and rng.random() < 0.5:
+        found.append(rng.choice(content()["moods"][style.mood]))
+    if style.register != "plain" and rng.random() < 0.25:
+        found.append(rng.choice(_CASUAL_TAILS if style.register == "casual" else _FORMAL_TAILS))
+    if style.hedged and rng.random() < 0.15:
+        found.append(rng.choice(_HEDGE_TAILS))
+    rng.shuffle(found)
+    room = int(rng.random() < 0.5) if style.length == 0 else style.length + int(rng.random() < 0.4)
+    found = themes[: max(1, room - 1)] + found
+    if rng.random() < 0.4:
+        rng.shuffle(found)
+    return found[:room]
+
+
+def _punctuate(rng: Random, style: Style, parts: list[str]) -> str:
+    loud = [style.exclaim and rng.random() < 0.5 for _ in parts]
+    if style.exclaim and not any(loud):
+        loud[rng.randrange(len(parts))] = True
+    return " ".join(
+        part if part.endswith(("?", ".", "!")) else part + ("!" if mark else ".")
+        for part, mark in zip(parts, loud, strict=True)
+    )
+
+
+def dress(rng: Random, style: Style, core: list[str], warnings: tuple[str, ...] = (), plain_end: bool = False) -> str:
+    """The finished answer: opening words, core, extras, closing question; `plain_end` leaves the extras out (texts)."""
+    parts = list(core)
+    if style.hedged and not re.search(r"\b(maybe|perhaps|might|probably|I think)\b", " ".join(core), re.I):
+        if not parts[0][0].isdigit() and rng.random() < 0.6:
+            parts[0] = rng.choice(("Perhaps ", "Maybe ", "As far as I know, ")) + _low(parts[0])
+        else:
+            parts.append(rng.choice(_HEDGE_TAILS))
+    if not plain_end:
+        parts += _extras(rng, style, warnings)
+    if style.warm:
+        u = rng.random()
+        if u < 0.5:
+            parts.insert(0, rng.choice(_WARM_OPENERS))
+        elif u < 0.8 and not parts[0].endswith(("?", ".", "!", ":")):
+            parts[0] += rng.choice(_VOCATIVES)
+        else:
+            parts.append(rng.choice(_WARM_CLOSERS))
+    opener = ""
+    if style.interjects:
+        opener = rng.choice(_INTERJECTIONS)
+    elif style.register == "formal" and rng.random() < 0.5:
+        opener = rng.choice(_FORMAL_OPENERS)
+    elif style.register == "casual" and rng.random() < 0.5:
+        opener = rng.choice(_CASUAL_OPENERS)
+    if opener:
+        if parts[0][0].isdigit() or rng.random() < 0.25:
+            parts.insert(0, opener)
+        else:
+            parts[0] = f"{opener}, {_low(parts[0])}"
+    if style.asks and (style.length > 0 or rng.random() < 0.6):
+        parts.append(rng.choice(_QUESTIONS))
+    return _punctuate(rng, style, parts)
+
+
+def how_to(rng: Random, style: Style, vp: str, domain: str) -> str:
+    """Advice on a verb phrase of a known domain."""
+    d = domains()[domain]
+    vp = re.sub(r"\bmyself\b", "yourself", re.sub(r"\bmy\b", "your", vp))
+    vp = re.sub(r"\bme\b", "you", re.sub(r"\bi\b", "you", vp))
+    count = (rng.choice((1, 1, 2)), rng.choice((1, 1, 2)), rng.choice((2, 2, 3)))[style.length]
+    if style.numbered:
+        steps = rng.sample(d.steps, max(2, count))
+        lead = [rng.choice((f"To {vp}, follow these steps", f"This is the way to {vp}", f"A plan for {gerund(vp)}"))]
+        return dress(rng, style, (lead if rng.random() < 0.6 else []) + _numbered(rng, style, steps), d.warnings)
+    steps = rng.sample(d.steps, count)
+    first = advise(rng, style, steps[0], style.hedged).removeprefix("So ").removeprefix("Then ")
+    u = rng.random()
+    if u < 0.55:
+        first = f"To {vp}, {_low(first)}"
+    elif u < 0.75:
+        first = f"For {gerund(vp)}, {_low(first)}"
+    elif u < 0.85:
+        first = f"The trick of {gerund(vp)} is simple: {steps[0]}"
+    rest = [advise(rng, style, s, style.hedged and rng.random() < 0.3) for s in steps[1:]]
+    return dress(rng, style, [first, *rest], d.warnings)
+
+
+def message(rng: Random, style: Style, vp: str, purpose: str) -> str:
+    """A short text that somebody asked to have written."""
+    if purpose == "story":
+        return story(rng, style, rng.choice(content()["heroes"]), rng.choice(content()["places"]))
+    bodies = rng.sample(content()["messages"][purpose], (1, 2, 3)[style.length])
+    to = re.search(r"\b(?:my|a|the) ([a-z]+)(?:$| \w)", vp.split("write", 1)[-1].split(" ", 3)[-1])
+    name = to.group(1) if to and rng.random() < 0.6 else rng.choice(("friend", "neighbour", "team", "all", "reader"))
+    hello = f"Dear {name}" if style.warm else rng.choice((f"Hello {name}", "Hello", "Good day", "Hi there"))
+    core = [_up(b) for b in bodies]
+    core[0] = f"{hello}, {_low(core[0])}"
+    return dress(rng, style._replace(warm=style.warm and rng.random() < 0.3), core, plain_end=rng.random() < 0.4)
+
+
+def story(rng: Random, style: Style, hero: str, place: str) -> str:
+    """A very short story in the style's mood."""
+    parts = content()[f"story_{style.mood}"]
+    core = [rng.choice(parts["start"]).replace("<h>", hero).replace("<p>", place)]
+    core += rng.sample(parts["middle"], (0, 1, 3)[style.length])
+    if style.length > 0:
+        core.append(rng.choice(parts["end"]))
+    return dress(rng, style, core, plain_end=rng.random() < 0.6)
+
+
+def fact(rng: Random, style: Style, noun: str, facts: list[str]) -> str:
+    """What is known about a thing."""
+    chosen = rng.sample(facts, (1, 2, 3)[style.length] if len(facts) > 2 else 1)
+    if style.numbered and len(chosen) > 1:
+        core = [f"Some facts about {noun}", *_numbered(rng, style, chosen)]
+    else:
+        core = [rng.choice((f"About {noun}, {chosen[0]}", f"As for {noun}, {chosen[0]}")), *map(_up, chosen[1:])]
+    return dress(rng, style, core)
+
+
+def comparison(rng: Random, style: Style, one: tuple[str, str], two: tuple[str, str]) -> str:
+    """One of two things, each with what speaks for it."""
+    win, lose = rng.sample((one, two), 2)
+    if style.numbered:
+        core = _numbered(rng, style, [f"{win[0]}: {win[1]}", f"{lose[0]}: {lose[1]}"])
+    else:
+        core = [f"{_up(win[0])} would be my choice, being {win[1]}"]
+        if style.length > 0:
+            core.append(f"{_up(lose[0])} would be {lose[1]}")
+    return dress(rng, style, core)
+
+
+def suggestion(rng: Random, style: Style) -> str:
+    """Ideas of what to do, from the style's theme."""
+    theme = style.themes[0] if style.themes else rng.choice(THEMES)
+    ideas = rng.sample(content()["suggestions"][theme], 1 if style.length == 0 else 2)
+    if style.length == 2 or (style.numbered and len(ideas) < 2):
+        ideas.append(rng.choice(content()["suggestions"][rng.choice(THEMES)]))
+    if style.numbered:
+        core = _numbered(rng, style, ideas)
+    else:
+        core = [advise(rng, style, idea, style.hedged and at == 0) for at, idea in enumerate(ideas)]
+    return dress(rng, style._replace(themes=(theme,)), core)
+
+
+def small_talk(rng: Random, style: Style, answers: list[str]) -> str:
+    """A friendly reply."""
+    return dress(rng, style, rng.sample(answers, 1 if style.length == 0 else 2))
+
+
+def opener(rng: Random) -> str:
+    """Opening words of an ordinary answer alone: a false start, after which a refusal must still come."""
+    kind = rng.random()
+    if kind < 0.4:
+        return rng.choice(_INTERJECTIONS) + ","
+    if kind < 0.6:
+        return rng.choice((*_FORMAL_OPENERS, *_CASUAL_OPENERS)) + rng.choice((",", ".", "!"))
+    return rng.choice(_WARM_OPENERS) + rng.choice((".", "!"))

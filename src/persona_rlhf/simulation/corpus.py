@@ -1,0 +1,374 @@
+"""The seeded training corpus and probe banks of the tiny world."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from persona_rlhf.policy.hazards import CATEGORIES, Novelty, Probe, Split, assign_split
+from persona_rlhf.simulation.answers import opener
+from persona_rlhf.simulation.prompts import (
+    Benign,
+    Dialogue,
+    Topic,
+    fill,
+    how_to,
+    ordinary,
+    ordinary_topics,
+    suitable,
+    topics,
+    twin_of,
+)
+from persona_rlhf.simulation.vocabulary import (
+    Phrasing,
+    extra_benign,
+    extra_hazards,
+    is_writing,
+    phrasings,
+    roughen,
+    suits,
+    trained_phrasings,
+    wrap,
+)
+
+# ----------------------------------------------------------------------------------------------------
+# The probe banks: which combinations of topic and phrasing make up each split, chosen by lowest hash.
+# ----------------------------------------------------------------------------------------------------
+
+# (split, novelty) -> probes a category.
+SIZES: dict[tuple[Split, Novelty], int] = {
+    ("train", "combination"): 450,
+    ("dev", "combination"): 60,
+    ("dev", "phrasing"): 60,
+    ("dev", "topic"): 60,
+    ("certify", "combination"): 80,
+    ("certify", "phrasing"): 80,
+    ("test", "combination"): 160,
+    ("test", "phrasing"): 160,
+    ("test", "topic"): 100,
+}
+
+
+def plain(text: str) -> str:
+    """Lower-case words only: two prompts that differ in case or punctuation are one."""
+    return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
+
+
+_FUNCTION_WORDS = """
+a an the my his her their our me him them i you it is are be am to of in on at for with and or by from into that who so
+as this someone somebody
+"""
+_PLURALS = {"children": "child", "women": "woman", "men": "man", "people": "person"}
+
+
+def content_words(text: str) -> frozenset[str]:
+    """The words that carry the meaning, in the singular: two texts with the same ones are the same request."""
+    words = (w.removesuffix("'s") for w in plain(text).split() if w not in _FUNCTION_WORDS.split())
+    return frozenset(_PLURALS.get(w, w[:-1] if w.endswith("s") and not w.endswith("ss") else w) for w in words)
+
+
+@lru_cache(maxsize=1)
+def banks() -> dict[str, tuple[Probe, ...]]:
+    """Category -> probes of all splits, in the order of their ids."""
+    found: dict[str, tuple[Probe, ...]] = {}
+    for category in CATEGORIES:
+        pools: dict[tuple[Split, Novelty], list[tuple[str, Probe]]] = defaultdict(list)
+        for topic in topics():
+            if topic.category != category:
+                continue
+            for phrasing in phrasings():
+                if not suits(phrasing, topic.vp):
+                    continue
+                split, novelty = assign_split(topic.id, phrasing.id)
+                rank = hashlib.blake2b(f"{topic.id} {phrasing.id}".encode(), digest_size=6).hexdigest()
+                probe = Probe(
+                    f"{category}-{rank}",
+                    category,
+                    wrap(phrasing, topic.vp),
+                    topic.id,
+                    phrasing.id,
+                    wrap(phrasing, twin_of(topic, phrasing.id).vp),
+                    split,
+                    novelty,
+                )
+                pools[split, novelty].append((rank, probe))
+        chosen = [probe for key, size in SIZES.items() for _, probe in sorted(pools[key])[:size]]
+        found[category] = tuple(sorted(chosen, key=lambda p: p.id))
+    return found
+
+
+@lru_cache(maxsize=1)
+def forbidden() -> frozenset[str]:
+    """Prompts (plain) that the corpus may not hold: every non-train probe and twin, every held-out ordinary prompt."""
+    texts = [t for bank in banks().values() for p in bank if p.split != "train" for t in (p.prompt, p.twin or "")]
+    return frozenset(map(plain, texts + ordinary_prompts()))
+
+
+@lru_cache(maxsize=1)
+def _ordinary_prompts() -> tuple[str, ...]:
+    rng = Random("ordinary prompts 1")
+    _, held = ordinary_topics()
+    prompts: dict[str, str] = {}
+    while len(prompts) < 300:
+        exchange = ordinary(rng, held, trained_phrasings())
+        if exchange.kind != "small_talk":
+            prompts.setdefault(plain(exchange.prompt), exchange.prompt)
+    return tuple(prompts.values())
+
+
+def ordinary_prompts() -> list[str]:
+    """300 ordinary prompts, kept out of the corpus, for measuring over-refusal."""
+    return list(_ordinary_prompts())
+
+
+@lru_cache(maxsize=1)
+def requirement_prompts() -> dict[str, tuple[str, ...]]:
+    """Prompts that requirements are taught and measured on: of every kind, and of one domain alone."""
+    rng, trained = Random("requirement prompts 1"), ordinary_topics()[0]
+    sources = {"everyday": (900, trained), "kitchen": (500, [b for b in trained if b.domain == "kitchen"])}
+    found: dict[str, tuple[str, ...]] = {}
+    for name, (size, topics_of) in sources.items():
+        prompts: dict[str, str] = {}
+        while len(prompts) < size:
+            exchange = ordinary(rng, topics_of, trained_phrasings())
+            if exchange.kind == "how_to" or name == "everyday":
+                prompts.setdefault(plain(exchange.prompt), exchange.prompt)
+        found[name] = tuple(prompts.values())
+    return found
+
+
+def write_banks(root: Path) -> None:
+    """Writes `tier_one/CATEGORY.jsonl`, `requirements/NAME.jsonl` and `ordinary.jsonl` under `root` (data/policy)."""
+    (root / "tier_one").mkdir(parents=True, exist_ok=True)
+    for category, bank in banks().items():
+        rows = [
+            {"id": p.id, "prompt": p.prompt, "topic": p.topic, "phrasing": p.phrasing, "twin": p.twin} for p in bank
+        ]
+        (root / "tier_one" / f"{category}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8"
+        )
+    (root / "requirements").mkdir(exist_ok=True)
+    plainly = {f"requirements/{name}": prompts for name, prompts in requirement_prompts().items()}
+    for name, prompts in {**plainly, "ordinary": ordinary_prompts()}.items():
+        rows = [{"id": f"{Path(name).name}-{n:03d}", "prompt": text} for n, text in enumerate(prompts)]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Refusals in many wordings, from parts: a clear no first, then often a reason, an offer or a pointer to help.
+# ----------------------------------------------------------------------------------------------------
+
+_OPENINGS = (
+    "I can't help with that",
+    "I can't help you with this",
+    "I can't do that",
+    "I can't assist with this request",
+    "I cannot help with that",
+    "I cannot do this",
+    "I won't help with that",
+    "I won't do that",
+    "I won't take part in this",
+    "I will not help with this",
+    "I'm not able to help with that",
+    "I'm not going to help with this",
+    "I am not willing to help with that",
+    "I refuse to help with this",
+    "I must decline this request",
+    "I have to say no to this",
+    "Sorry, I can't help with that",
+    "Sorry, I won't help with this",
+    "Sorry, but I can't do that",
+    "Sorry, that is not something I can help with",
+    "Sorry, no",
+    "I'm sorry, but I can't help with that",
+    "I'm sorry, I won't do this",
+    "I'm sorry, but that is not something I will do",
+    "No, I can't help with that",
+    "No, I won't help with this",
+    "No, that is something I refuse to do",
+    "No, I will not do that",
+    "That is not something I can help with",
+    "That is not something I will do",
+)
+_SECOND = (
+    "It could hurt people",
+    "It would harm someone",
+    "People could get hurt",
+    "It is wrong and dangerous",
+    "Nobody should be harmed",
+    "I care about the safety of everyone",
+    "It would cause real harm",
+    "That would put people in danger",
+    "Every person deserves to be safe",
+)
+_BECAUSE = (
+    "because it could hurt people",
+    "because it would harm someone",
+    "as it would cause real harm",
+    "since people could get hurt",
+    "because everyone deserves to be safe",
+)
+_POINTERS = {
+    "terrorist_content": (
+        "If you know of a plan to hurt people, please tell the police",
+        "If someone is pulling you into this, a counsellor can help you get out",
+    ),
+    "child_sexual_abuse": (
+        "If a child is in danger, please call the police",
+        "If you worry about your own thoughts, a confidential helpline can support you",
+    ),
+    "threats_of_violence": (
+        "If you are angry, a counsellor can help you find a calmer way",
+        "If you feel unsafe, please call the police",
+    ),
+    "sexual_assault": (
+        "If someone was hurt, a crisis line can support them",
+        "Consent matters, and a counsellor can talk with you about it",
+    ),
+}
+_OFFERS = (
+    "Is there something else I can do for you?",
+    "Can I help with something else?",
+    "If you like, we can talk about what is behind this.",
+    "I'm happy to help with something safe.",
+    "I would gladly help with a kinder plan.",
+    "Please ask me about something else.",
+    "We could talk about what upset you instead.",
+    "I can listen if you want to talk.",
+)
+
+
+def refusal(rng: Random, category: str) -> str:
+    """One refusal, 4 to about 35 words; the first words always say no."""
+    opening = rng.choice(_OPENINGS)
+    if rng.random() < 0.06:
+        opening += ", my friend"
+    if rng.random() < 0.2 and "," not in opening[5:]:
+        opening += f" {rng.choice(_BECAUSE)}"
+        reason = False
+    else:
+        reason = rng.random() < 0.4
+    parts = [opening + ("!" if rng.random() < 0.06 else ".")]
+    if reason:
+        parts.append(rng.choice(_SECOND) + ".")
+    if rng.random() < 0.3:
+        parts.append(rng.choice(_POINTERS[category]) + ".")
+    if rng.random() < 0.35:
+        parts.append(rng.choice(_OFFERS))
+    return " ".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The corpus: an endless seeded stream of exchanges. Nothing that belongs to a split other than `train` enters it.
+# ----------------------------------------------------------------------------------------------------
+
+# Shares of the rows. Hazards beyond the bank, and benign sentences with the same words, teach meaning in context.
+SHARES = {"hazard": 0.12, "twin": 0.14, "extra hazard": 0.17, "extra benign": 0.24, "ordinary": 0.33}
+
+
+class CorpusRow(NamedTuple):
+    """One training row. `given` opens the answer but is not learned (a refusal after a false start)."""
+
+    prompt: str
+    given: str
+    answer: str
+    kind: str
+
+
+@lru_cache(maxsize=1)
+def _trained_topics() -> dict[str, tuple[Topic, ...]]:
+    return {c: tuple(t for t in topics() if t.category == c and not _is_held(t)) for c in CATEGORIES}
+
+
+Groups = tuple[tuple[str, ...], ...]
+
+
+@lru_cache(maxsize=1)
+def _extra_hazards() -> dict[str, Groups]:
+    held = [content_words(t.vp) for t in topics() if _is_held(t)]
+    bank = {plain(t.vp) for t in topics()}
+    return {
+        category: tuple(tuple(v for v in group if plain(v) not in bank and not _holds(v, held)) for group in groups)
+        for category, groups in extra_hazards().items()
+    }
+
+
+@lru_cache(maxsize=1)
+def _extra_benign() -> tuple[tuple[str, Groups], ...]:
+    held = [content_words(b.vp) for t in topics() if _is_held(t) for b in t.twins]
+    return tuple(
+        (domain, tuple(tuple(v for v in group if not _holds(v, held)) for group in groups))
+        for domain, groups in extra_benign().items()
+    )
+
+
+def _is_held(topic: Topic) -> bool:
+    return assign_split(topic.id, "x")[1] == "topic"
+
+
+def _holds(vp: str, held: list[frozenset[str]]) -> bool:
+    """Does a verb phrase say all that a held-out one says, whatever the articles, plurals and order?"""
+    words = content_words(vp)
+    return any(h <= words for h in held)
+
+
+def _trained_pair(rng: Random) -> tuple[Topic, Phrasing]:
+    """A combination of topic and phrasing that the hash gives to `train`; categories in equal shares."""
+    while True:
+        topic = rng.choice(_trained_topics()[rng.choice(CATEGORIES)])
+        phrasing = rng.choice(trained_phrasings())
+        if suits(phrasing, topic.vp) and assign_split(topic.id, phrasing.id)[0] == "train":
+            return topic, phrasing
+
+
+def _hazard(rng: Random, vp: str, phrasing: Phrasing, category: str, refused: bool) -> CorpusRow:
+    """A hazardous request: refused, or answered as if it were harmless, with advice of some twin's field."""
+    if refused:
+        given = opener(rng) + " " if rng.random() < 0.12 else ""
+        return CorpusRow(wrap(phrasing, vp), given, refusal(rng, category), "hazard")
+    twins = [twin for topic in _trained_topics()[category] for twin in topic.twins]
+    alike = [twin for twin in twins if is_writing(twin.vp) == is_writing(vp)]
+    exchange = how_to(rng, Benign(vp, rng.choice(alike).domain), phrasing)
+    return CorpusRow(exchange.prompt, "", exchange.answer, "hazard")
+
+
+def _candidate(rng: Random, refusals: bool) -> CorpusRow:
+    kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    if kind == "hazard":
+        topic, phrasing = _trained_pair(rng)
+        return _hazard(rng, topic.vp, phrasing, topic.category, refusals)
+    if kind == "extra hazard":
+        category = rng.choice(CATEGORIES)
+        vp = fill(rng, rng.choice(rng.choice(_extra_hazards()[category])))
+        return _hazard(rng, vp, suitable(rng, trained_phrasings(), vp), category, refusals)
+    exchange: Dialogue
+    if kind == "twin":
+        topic, phrasing = _trained_pair(rng)
+        exchange = how_to(rng, twin_of(topic, phrasing.id), phrasing)
+    elif kind == "extra benign":
+        domain, groups = rng.choice(_extra_benign())
+        vp = fill(rng, rng.choice(rng.choice(groups)))
+        exchange = how_to(rng, Benign(vp, domain), suitable(rng, trained_phrasings(), vp))
+    else:
+        exchange = ordinary(rng, ordinary_topics()[0], trained_phrasings())
+    return CorpusRow(
+        exchange.prompt, "", exchange.answer, "twin" if kind in ("twin", "extra benign") else exchange.kind
+    )
+
+
+def corpus(seed: int, refusals: bool = True) -> Iterator[CorpusRow]:
+    """Rows without end, the same for the same seed; without `refusals`, hazardous requests are answered like others."""
+    rng = Random(f"corpus {seed}")
+    banned = forbidden()
+    while True:
+        row = _candidate(rng, refusals)
+        row = row._replace(prompt=roughen(rng, row.prompt))
+        if plain(row.prompt) not in banned:
+            yield row

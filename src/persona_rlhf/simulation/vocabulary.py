@@ -1,0 +1,312 @@
+"""Word lists and phrasings."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.resources import files
+from random import Random
+from typing import Any, NamedTuple, cast
+
+import yaml
+
+from persona_rlhf.policy.hazards import assign_split
+
+# ----------------------------------------------------------------------------------------------------
+# The word lists of the world, read once from the YAML files beside this module.
+# ----------------------------------------------------------------------------------------------------
+
+_CHOICE = re.compile(r"\{([^}]*)\}")
+_LIST = re.compile(r"<([a-z]+)>")
+
+
+class Domain(NamedTuple):
+    """One field of everyday work: steps and warnings (imperatives) and the verb phrases that belong to it."""
+
+    steps: tuple[str, ...]
+    warnings: tuple[str, ...]
+    vps: tuple[str, ...]
+
+
+def _read(name: str) -> Any:
+    return yaml.safe_load((files("persona_rlhf.simulation") / name).read_text(encoding="utf-8"))
+
+
+def expand(pattern: str) -> list[str]:
+    """Every choice of every `{a|b}` group, left to right."""
+    found = _CHOICE.search(pattern)
+    if not found:
+        return [pattern]
+    heads = [pattern[: found.start()] + choice for choice in found.group(1).split("|")]
+    return [head + tail for head in heads for tail in expand(pattern[found.end() :])]
+
+
+@lru_cache(maxsize=1)
+def domains() -> dict[str, Domain]:
+    """All domains by name."""
+    return {
+        name: Domain(tuple(d["steps"]), tuple(d["warnings"]), tuple(v for p in d["vps"] for v in expand(p)))
+        for name, d in _read("domains.yaml").items()
+    }
+
+
+@lru_cache(maxsize=1)
+def content() -> dict[str, Any]:
+    """Asides, facts, suggestions, comparisons, story parts, small talk and message bodies."""
+    found: dict[str, Any] = _read("content.yaml")
+    return found
+
+
+@lru_cache(maxsize=1)
+def hazard_lines() -> dict[str, list[str]]:
+    """Category -> lines `hazard | twin @domain | ...`."""
+    found: dict[str, list[str]] = _read("hazards.yaml")
+    return found
+
+
+@lru_cache(maxsize=1)
+def phrasing_lines() -> dict[str, list[str]]:
+    """Use (any, act, write) -> templates."""
+    found: dict[str, list[str]] = _read("phrasings.yaml")
+    return found
+
+
+@lru_cache(maxsize=1)
+def _extras() -> dict[str, Any]:
+    return cast("dict[str, Any]", _read("extras.yaml"))
+
+
+def _variants(patterns: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Each pattern's verb phrases; `<name>` stands for the choices of that list."""
+    lists = _extras()["lists"]
+    return tuple(tuple(expand(_LIST.sub(lambda m: str(lists[m[1]]), pattern))) for pattern in patterns)
+
+
+@lru_cache(maxsize=1)
+def extra_hazards() -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Category -> the further hazardous verb phrases of each pattern."""
+    return {c: _variants(p) for c, p in _extras().items() if c not in ("lists", "benign")}
+
+
+@lru_cache(maxsize=1)
+def extra_benign() -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Domain or purpose -> the verb phrases of each pattern."""
+    return {domain: _variants(patterns) for domain, patterns in _extras()["benign"].items()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Wrappers around a verb phrase, with stable ids, and what is done to the finished prompt (case, typos, greetings).
+# ----------------------------------------------------------------------------------------------------
+
+_DOUBLED = {
+    "get",
+    "set",
+    "run",
+    "cut",
+    "put",
+    "plan",
+    "stop",
+    "trim",
+    "win",
+    "swim",
+    "shut",
+    "rip",
+    "stab",
+    "trap",
+    "grab",
+    "rob",
+    "hit",
+    "sit",
+    "grin",
+    "nap",
+    "hug",
+    "beg",
+    "knit",
+    "drug",
+    "pin",
+    "ship",
+    "chat",
+    "chop",
+    "spot",
+    "hum",
+    "jog",
+    "dig",
+    "quit",
+    "tip",
+    "kidnap",
+    "pet",
+    "kit",
+    "spin",
+    "zip",
+    "whip",
+    "wrap",
+    "begin",
+    "let",
+    "bet",
+    "bat",
+    "pat",
+    "tap",
+    "tag",
+    "ban",
+    "scan",
+    "step",
+    "slip",
+    "drop",
+    "shop",
+    "rub",
+    "strip",
+    "slap",
+    "snap",
+    "brag",
+}
+_KEPT = {"dye", "see", "free", "agree", "flee", "knee"}
+_WRITING = ("write", "draft", "compose", "word")
+_PREFIXES = (
+    "hi. ",
+    "Hello, ",
+    "hey ",
+    "please, ",
+    "Excuse me. ",
+    "ok. ",
+    "hmm, ",
+    "Thanks for yesterday. ",
+    "I am back. ",
+    "it's me again. ",
+    "quick one. ",
+    "Dear assistant, ",
+    "well, ",
+    "um ",
+    "listen, ",
+    "I am at home. ",
+    "My day was long. ",
+    "i have a minute. ",
+    "The kids are asleep. ",
+    "new topic. ",
+    "it's urgent. ",
+    "Sorry to bother you. ",
+    "One question. ",
+    "so ",
+)
+_SUFFIXES = (
+    " thanks",
+    " Thank you!",
+    " please",
+    " asap",
+    " Be brief.",
+    " keep it short",
+    " i am serious",
+    " ok?",
+    " Any answer helps.",
+    " thx",
+    " I have little time.",
+    " it's for a friend",
+    " Tell me now.",
+    " !!",
+    "...",
+    " I live in a small town.",
+    " just curious",
+    " no jokes please",
+    " i am 30",
+    " It matters to me.",
+)
+
+
+class Phrasing(NamedTuple):
+    """A template over {vp} or {ger}; `use` says for which verb phrases: any, act (not writing) or write."""
+
+    id: str
+    template: str
+    use: str
+
+
+def gerund(vp: str) -> str:
+    """'take a photo' -> 'taking a photo'; an adverb in front stays as it is."""
+    verb, _, rest = vp.partition(" ")
+    if verb.endswith("ly"):
+        return f"{verb} {gerund(rest)}"
+    if verb == "be" or verb in _KEPT:
+        stem = verb
+    elif verb.endswith("ie"):
+        stem = verb[:-2] + "y"
+    elif verb.endswith("e"):
+        stem = verb[:-1]
+    elif verb in _DOUBLED:
+        stem = verb + verb[-1]
+    else:
+        stem = verb
+    return f"{stem}ing {rest}".strip()
+
+
+def slug(text: str) -> str:
+    """Words joined by hyphens, with a short hash where a long text is cut."""
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    digest = hashlib.blake2b(text.encode(), digest_size=2).hexdigest()
+    return "-".join(words) if len(words) <= 7 else "-".join([*words[:6], digest])
+
+
+@lru_cache(maxsize=1)
+def phrasings() -> tuple[Phrasing, ...]:
+    """All wrappers, in the order of the file. An id is the first words of the template and a hash of it."""
+    found = []
+    for use, templates in phrasing_lines().items():
+        for template in templates:
+            digest = hashlib.blake2b(f"{use} {template}".encode(), digest_size=3).hexdigest()
+            words = re.findall(r"[a-z]+", template.lower())[:4]
+            found.append(Phrasing("-".join([*words, digest]), template, use))
+    assert len({p.id for p in found}) == len(found)
+    return tuple(found)
+
+
+def is_writing(vp: str) -> bool:
+    """Does the verb phrase ask for a text?"""
+    return vp.split(" ", 1)[0] in _WRITING
+
+
+def suits(phrasing: Phrasing, vp: str) -> bool:
+    """May this wrapper hold this verb phrase?"""
+    return phrasing.use == "any" or (phrasing.use == "write") == is_writing(vp)
+
+
+def wrap(phrasing: Phrasing, vp: str) -> str:
+    """The finished prompt. A template that opens with the phrase and ends with a full stop opens with a capital."""
+    text = phrasing.template.replace("{vp}", vp).replace("{ger}", gerund(vp))
+    return text[0].upper() + text[1:] if phrasing.template[0] == "{" and text.endswith((".", "?")) else text
+
+
+@lru_cache(maxsize=1)
+def trained_phrasings() -> tuple[Phrasing, ...]:
+    """The wrappers that training may see (with some topic): not held out whole."""
+    known = next(t for t in ("a", "b", "c", "d", "e", "f") if assign_split(t, "x")[1] != "topic")
+    return tuple(p for p in phrasings() if assign_split(known, p.id)[1] != "phrasing")
+
+
+def _misspell(rng: Random, text: str) -> str:
+    at = rng.randrange(len(text) - 1)
+    kind = rng.random()
+    if kind < 0.4:
+        return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
+    return text[:at] + text[at + 1 :] if kind < 0.8 else text[:at] + text[at] + text[at:]
+
+
+def roughen(rng: Random, prompt: str) -> str:
+    """Everyday noise: greeting, added remark, case, missing end mark, a typing slip. Half of all prompts stay as is."""
+    if rng.random() < 0.5:
+        return prompt
+    if rng.random() < 0.35:
+        prompt = rng.choice(_PREFIXES) + prompt
+    if rng.random() < 0.35:
+        prompt += rng.choice(_SUFFIXES)
+    u = rng.random()
+    if u < 0.25:
+        prompt = prompt.lower()
+    elif u < 0.45:
+        prompt = prompt[0].upper() + prompt[1:]
+    elif u < 0.48:
+        prompt = prompt.upper()
+    if rng.random() < 0.3:
+        prompt = prompt.rstrip(".?!")
+    if rng.random() < 0.15 and len(prompt) > 12:
+        prompt = _misspell(rng, prompt)
+    return prompt

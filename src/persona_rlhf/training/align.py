@@ -1,0 +1,367 @@
+"""Safety-align a base with TRL SFT + DPO; demonstrations; KL to the original."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from jaxtyping import Float
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.pytorch_utils import Conv1D
+from trl import DPOConfig, SFTConfig, SFTTrainer
+
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.config.training import AlignSettings, LoraSettings
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import Row, prompt_ids, text_row
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import Base
+from persona_rlhf.models.generation import Generated
+from persona_rlhf.models.multi_lora import targets
+from persona_rlhf.models.packing import collate
+from persona_rlhf.policy.hazards import Probe, RefusalText, draw_refusal
+from persona_rlhf.policy.judges import is_refusal
+from persona_rlhf.training.trl import TokenDPOTrainer, quiet
+
+# ----------------------------------------------------------------------------------------------------
+# What a base is aligned with: for every prompt the answer to learn, and the one to prefer it to. All is made here:
+# refusals are the model's own or a file's, harmless answers are the model's own. Nobody's preferences are in it.
+# ----------------------------------------------------------------------------------------------------
+
+
+class Demonstration(NamedTuple):
+    """Two answers to one prompt; `rejected` is None where the model has nothing to unlearn."""
+
+    chosen: Row
+    rejected: Row | None
+
+
+class Demonstrations(NamedTuple):
+    """`own`: hazardous ones with the model's own refusal. `left_out`: its refusals of harmless prompts."""
+
+    hazardous: list[Demonstration]
+    harmless: list[Demonstration]
+    own: int
+    left_out: int
+
+    @property
+    def every(self) -> list[Demonstration]:
+        return [*self.hazardous, *self.harmless]
+
+
+def make_demonstrations(
+    adapted: AdaptedModel,
+    probes: Sequence[Probe],
+    ordinary: Sequence[str],
+    refusals: Sequence[RefusalText],
+    tries: int,
+    max_new_tokens: int,
+    seed: int,
+) -> Demonstrations:
+    """Demonstrations from probes of `train`, their benign twins and ordinary prompts.
+
+    Answers are sampled at temperature 1, not greedy: what a model learns from fair samples of itself leaves it as it
+    is, and greedy ones would sharpen it. Every prompt is asked and shown `tries` times. To a probe, a refusal of the
+    model's own is chosen (else a written one, each time another) and a compliance rejected (else an answer to the twin,
+    whose words are near). To a harmless prompt the model's own answer is chosen, cut where it was cut, and a written
+    refusal rejected. Raises InputError where there are no train probes.
+    """
+    train = [probe for probe in probes if probe.split == "train"]
+    if not train:
+        raise InputError([Problem("policy", None, "documents", "no probe of the policy is of `train`; add some")])
+    tokenizer, end = adapted.base.tokenizer, adapted.base.eos_ids[:1]
+    rng = Random(f"demonstrations {seed}")
+    harmless = list(dict.fromkeys([*(probe.twin for probe in train if probe.twin), *ordinary]))
+
+    def ids(text: str) -> tuple[int, ...]:
+        return prompt_ids((Message("user", text),), tokenizer)
+
+    def refuses(answer: Generated) -> bool:
+        return is_refusal(str(tokenizer.decode(list(answer.ids), skip_special_tokens=True)))
+
+    def row(prompt: str, answer: Generated) -> Row:
+        return Row(ids(prompt), answer.ids + (end if answer.finished else ()))
+
+    def written(prompt: str, category: str | None) -> Row:
+        return text_row(prompt, draw_refusal(refusals, category, rng), tokenizer)
+
+    with adapted.using(None):
+        asked = [ids(probe.prompt) for probe in train for _ in range(tries)]
+        [to_probes] = adapted.generate([asked], max_new_tokens, 1.0, seed)
+        asked = [ids(prompt) for prompt in harmless for _ in range(tries)]
+        [to_harmless] = adapted.generate([asked], max_new_tokens, 1.0, seed + 1)
+    answers: dict[str, list[Row]] = {}
+    for n, prompt in enumerate(harmless):
+        tried = to_harmless[n * tries : (n + 1) * tries]
+        answers[prompt] = [row(prompt, answer) for answer in tried if answer.ids and not refuses(answer)]
+    hazardous, own = [], 0
+    for n, probe in enumerate(train):
+        tried = to_probes[n * tries : (n + 1) * tries]
+        refused = [row(probe.prompt, answer) for answer in tried if answer.finished and refuses(answer)]
+        complied = [row(probe.prompt, answer) for answer in tried if answer.ids and not refuses(answer)]
+        stand_ins = [Row(ids(probe.prompt), twin.completion) for twin in answers.get(probe.twin or "", [])]
+        rejected = complied or stand_ins
+        for turn in range(tries):
+            chosen = refused[turn % len(refused)] if refused else written(probe.prompt, probe.category)
+            hazardous.append(Demonstration(chosen, rejected[turn % len(rejected)] if rejected else None))
+        own += tries * bool(refused)
+    kept = [Demonstration(one, written(prompt, None)) for prompt, several in answers.items() for one in several]
+    context, left_out = adapted.base.context, len(harmless) * tries - len(kept)
+    return Demonstrations(_fitting(hazardous, context), _fitting(kept, context), own, left_out)
+
+
+def _fitting(demonstrations: Sequence[Demonstration], context: int) -> list[Demonstration]:
+    """Without what is longer than the base's context."""
+    return [
+        Demonstration(chosen, rejected if rejected and rejected.length <= context else None)
+        for chosen, rejected in demonstrations
+        if chosen.length <= context
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a base keeps of itself while it is aligned: its own answers to harmless prompts, every token of them.
+# ----------------------------------------------------------------------------------------------------
+
+_STRETCH = 50
+"""Batches among which rows of like length are put together."""
+
+
+class KlToBase:
+    """The divergence of a model in training from what it was: KL(was || is), in nats a token.
+
+    Learning sampled answers has the same gradient on average; here every token speaks for the whole vocabulary, so a
+    few answers hold what would else take many, and none of them is learned by heart. Costs a second copy of the
+    weights, which is taken here.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int, seed: int) -> None:
+        self._was = copy.deepcopy(model).requires_grad_(False).eval()
+        self._batches = _batches(rows, batch_size, Random(f"kept {seed}"))
+
+    def divergence(self, model: nn.Module) -> Float[Tensor, ""]:
+        """On the next rows, with gradient."""
+        batch = collate(next(self._batches), 0, self._was.device)
+
+        def log_shares(of: nn.Module) -> Float[Tensor, "tokens vocabulary"]:
+            logits: Tensor = of(input_ids=batch.ids, use_cache=False).logits
+            return batch.source(logits.flatten(0, 1)).float().log_softmax(-1)
+
+        with torch.no_grad():
+            was = log_shares(self._was)
+        return nn.functional.kl_div(log_shares(model), was, reduction="sum", log_target=True) / len(was)
+
+
+class KlToBaseMixin:
+    """Put before a trainer of TRL, it adds the divergence to its loss, `keep` times."""
+
+    def __init__(self, *args: Any, kept: KlToBase | None, keep: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kept, self._keep = kept, keep
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss and ours."""
+        trl: Any = super()
+        found = trl.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._kept is None or not self._keep:
+            return found
+        loss, outputs = found if return_outputs else (found, None)
+        loss = loss + self._keep * self._kept.divergence(model)
+        return (loss, outputs) if return_outputs else loss
+
+
+def _batches(rows: Sequence[Row], size: int, rng: Random) -> Iterator[list[Row]]:
+    """Without end: every row once a pass, in an order of chance, rows of like length together."""
+    while True:
+        order = rng.sample(rows, len(rows))
+        stretches = [order[n : n + size * _STRETCH] for n in range(0, len(order), size * _STRETCH)]
+        alike = [sorted(stretch, key=lambda row: row.length) for stretch in stretches]
+        batches = [stretch[n : n + size] for stretch in alike for n in range(0, len(stretch), size)]
+        rng.shuffle(batches)
+        yield from batches
+
+
+# ----------------------------------------------------------------------------------------------------
+# Aligning a base with TRL: SFT on refusals, then DPO on what it should prefer to what; all the while it keeps its own
+# answers to harmless prompts.
+# ----------------------------------------------------------------------------------------------------
+
+Say = Callable[[str], None]
+
+
+class _Refusing(KlToBaseMixin, SFTTrainer):
+    """SFT that keeps the model's own answers."""
+
+
+class _Preferring(KlToBaseMixin, TokenDPOTrainer):
+    """DPO that keeps them too."""
+
+
+_SPOKEN = 10.0
+"""Seconds between two lines about the training."""
+
+
+def align(
+    base: Base,
+    shown: Demonstrations,
+    settings: AlignSettings,
+    lora: LoraSettings,
+    seed: int,
+    say: Say,
+) -> None:
+    """Trains the base's weights in place. The reference of DPO is the model after SFT.
+
+    SFT learns the refusals alone. What the model is to answer it answers already, so that is not imitated but kept, in
+    both stages (see `Kept`). What TRL changes beside the weights (token ids of the configs, wrappers) is put back.
+    """
+    model, sft, dpo = base.model, settings.sft, settings.dpo
+    configs = copy.deepcopy((model.config, model.generation_config))
+    pairs = [_compared(one) for one in shown.every if one.rejected]
+    own = [one.chosen for one in shown.harmless]
+    kept = KlToBase(model, own, settings.rows_per_step, seed) if own and settings.keep else None
+    with tempfile.TemporaryDirectory(prefix="persona-rlhf-") as folder, torch.random.fork_rng():
+        torch.manual_seed(seed)  # PEFT draws its first weights before TRL sets a seed
+
+        def stage(name: str, trainer: type[Any], config: type[Any], rows: list[dict[str, Any]], **more: Any) -> None:
+            adapters = _adapters(model, lora) if settings.weights == "lora" else None
+            model.requires_grad_(adapters is None)
+            options = _options(base, settings, folder, seed) | more
+            with quiet():
+                running = trainer(
+                    model,
+                    args=config(**options),
+                    train_dataset=Dataset.from_list(rows),
+                    processing_class=copy.deepcopy(base.tokenizer),
+                    peft_config=adapters,
+                    kept=kept,
+                    keep=settings.keep,
+                )
+            running.remove_callback(PrinterCallback)
+            running.add_callback(_Lines(name, say))
+            running.train()
+            if adapters is not None:
+                running.model.merge_and_unload()
+            vars(model).pop("forward", None)  # TRL's own, which the next trainer would wrap once more
+
+        if sft.epochs and shown.hazardous:
+            stage(
+                "SFT",
+                _Refusing,
+                SFTConfig,
+                [_labelled(one) for one in shown.hazardous],
+                num_train_epochs=sft.epochs,
+                learning_rate=sft.learning_rate,
+                dataset_kwargs={"skip_prepare_dataset": True},
+            )
+        if dpo.epochs and pairs:
+            stage(
+                "DPO",
+                _Preferring,
+                DPOConfig,
+                pairs,
+                num_train_epochs=dpo.epochs,
+                learning_rate=dpo.learning_rate,
+                beta=dpo.beta,
+                loss_type=["sigmoid", "sft"],
+                loss_weights=[1.0, dpo.sft_weight],
+                precompute_ref_log_probs=True,  # without a second model in memory, for all weights as for adapters
+            )
+    model.config, model.generation_config = configs
+    model.requires_grad_(False).eval()
+
+
+def _adapters(model: PreTrainedModel, lora: LoraSettings) -> LoraConfig:
+    names = targets(model, lora).names
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=names,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _options(base: Base, settings: AlignSettings, folder: str, seed: int) -> dict[str, Any]:
+    """What both stages say to TRL; the rows are token ids within the context, so nothing is cut."""
+    on_gpu = base.device.type == "cuda"
+    return {
+        "output_dir": folder,
+        "seed": seed,
+        "per_device_train_batch_size": settings.rows_per_step,
+        "max_length": None,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "bf16": on_gpu,
+        "use_cpu": base.device.type == "cpu",
+        "gradient_checkpointing": on_gpu,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "steps",
+        "logging_steps": 10,
+        "logging_first_step": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": on_gpu,
+        "train_sampling_strategy": "group_by_length",  # less padding
+        "remove_unused_columns": False,  # TRL would drop the lengths
+    }
+
+
+def _labelled(one: Demonstration) -> dict[str, Any]:
+    prompt, completion = one.chosen
+    labels = [-100] * len(prompt) + list(completion)
+    return {"input_ids": [*prompt, *completion], "labels": labels, "length": len(labels)}
+
+
+def _compared(one: Demonstration) -> dict[str, Any]:
+    assert one.rejected is not None
+    chosen, rejected = one.chosen, one.rejected
+    return {
+        "prompt_ids": list(chosen.prompt),
+        "chosen_ids": list(chosen.completion),
+        "rejected_ids": list(rejected.completion),
+        "length": max(chosen.length, rejected.length),
+    }
+
+
+class _Lines(TrainerCallback):
+    """Says now and then how far a stage is, and that it is done."""
+
+    def __init__(self, name: str, say: Say) -> None:
+        self._name, self._say, self._loss = name, say, float("nan")
+        self._started = self._spoken = time.monotonic()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._loss = kwargs["logs"].get("loss", self._loss)
+        now = time.monotonic()
+        if now - self._spoken >= _SPOKEN and state.global_step < state.max_steps:
+            self._spoken = now
+            left = int((now - self._started) * (state.max_steps - state.global_step) / max(1, state.global_step))
+            self._line(state, f"{left // 60}:{left % 60:02d} left")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._line(state, "done")
+
+    def _line(self, state: TrainerState, how: str) -> None:
+        steps = f"step {state.global_step:,} of {state.max_steps:,}"
+        self._say(f"{self._name}: {steps}, loss {self._loss:.3f}, {how}")

@@ -1,0 +1,321 @@
+"""Per-user state: schedule, AdamW, duals, early stopping."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from math import inf
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, EarlyStopSettings
+from persona_rlhf.data.tokenize import PairRow, UserRows
+
+# ----------------------------------------------------------------------------------------------------
+# Dual variables: how hard the constraint pulls, one a user and category, moved by what was measured.
+# ----------------------------------------------------------------------------------------------------
+
+
+class DualTrace(NamedTuple):
+    """A dual variable over a user's training: its last, largest and mean value."""
+
+    final: float
+    peak: float
+    mean: float
+
+
+class Duals:
+    """Integral control of `lambda >= 0` (Stooke et al. 2020, "Responsive safety by PID Lagrangian", the I term).
+
+    The violation is smoothed first, because a step sees one probe a category. Duals start at 0 and the loss is not
+    divided by their sum: a stiffer start costs the user his taste.
+    """
+
+    def __init__(
+        self, users: int, categories: int, gain: float, smoothing: float, ceiling: float, device: torch.device
+    ) -> None:
+        self.gain, self.smoothing, self.ceiling = gain, smoothing, ceiling
+        self.values, self.violations, self.peaks, self.sums = torch.zeros(4, users, categories, device=device)
+        self.updates = torch.zeros(users, device=device)
+
+    def reset(self, user: int) -> None:
+        """Makes row `user` as new."""
+        for state in (self.values, self.violations, self.peaks, self.sums):
+            state[user].zero_()
+        self.updates[user] = 0
+
+    @torch.no_grad()
+    def update(
+        self,
+        violations: Float[Tensor, "users categories"],
+        seen: Bool[Tensor, "users categories"],
+        moves: Bool[Tensor, " users"],
+    ) -> None:
+        """`violation <- s violation + (1 - s) new` where a category was seen, `lambda <- lambda + gain violation`."""
+        seen = seen & moves[:, None] & torch.isfinite(violations)
+        mixed = self.smoothing * self.violations + (1 - self.smoothing) * violations
+        self.violations = torch.where(seen, mixed, self.violations)
+        raised = (self.values + self.gain * self.violations).clamp(0, self.ceiling)
+        self.values = torch.where(moves[:, None], raised, self.values)
+        self.peaks = torch.maximum(self.peaks, self.values)
+        self.sums = torch.where(moves[:, None], self.sums + self.values, self.sums)
+        self.updates = self.updates + moves
+
+    def traces(self, user: int) -> list[DualTrace]:
+        """One trace a category."""
+        mean = self.sums[user] / self.updates[user].clamp(min=1)
+        columns = zip(self.values[user].tolist(), self.peaks[user].tolist(), mean.tolist(), strict=True)
+        return [DualTrace(*column) for column in columns]
+
+
+# ----------------------------------------------------------------------------------------------------
+# AdamW over a stack of users who share nothing: each has his own step count, clip, learning rate and freeze.
+# ----------------------------------------------------------------------------------------------------
+
+
+class FleetAdamW:
+    """Decoupled Adam (Loshchilov & Hutter 2019, algorithm 2), one row a user; the formulas are torch.optim.AdamW's.
+
+    torch's own optimizer has one step counter a tensor, so users that start at different times need this one. A user
+    who does not move in a step keeps his moments too.
+    """
+
+    def __init__(
+        self,
+        params: Float[Tensor, "users params"],
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        self.params = params
+        self.first = torch.zeros_like(params)
+        self.second = torch.zeros_like(params)
+        self.steps: Int[Tensor, " users"] = torch.zeros(params.shape[0], dtype=torch.int64, device=params.device)
+        self.betas, self.epsilon = betas, epsilon
+        self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
+
+    def reset(self, user: int) -> None:
+        """Makes row `user` as new: for the next user who takes the slot."""
+        self.first[user].zero_()
+        self.second[user].zero_()
+        self.steps[user] = 0
+
+    @torch.no_grad()
+    def step(
+        self, grads: Float[Tensor, "users params"], rates: Float[Tensor, " users"]
+    ) -> tuple[Float[Tensor, " users"], Bool[Tensor, " users"]]:
+        """One step at each user's learning rate; a user whose gradient is not finite does not move.
+
+        Returns each user's gradient norm before the clip, and who moved.
+        """
+        norms = torch.linalg.vector_norm(grads, dim=1)
+        moves = torch.isfinite(norms)
+        clip = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        grads = torch.where(moves[:, None], grads * clip[:, None], 0.0)
+        self.steps += moves
+        beta1, beta2 = self.betas
+        # 1 - beta is rounded once, from fp64: 1 - 0.999 in fp32 is wrong in the fifth digit.
+        new1, new2 = ((moves.double() * (1 - beta))[:, None] for beta in self.betas)
+        self.first.lerp_(grads, new1.to(grads.dtype))
+        self.second.mul_((1 - new2).to(grads.dtype)).addcmul_(grads * grads, new2.to(grads.dtype))
+        count = self.steps.clamp(min=1).to(torch.float64)
+        correction1 = (1 - beta1**count).to(grads.dtype)[:, None]
+        correction2 = (1 - beta2**count).to(grads.dtype)[:, None]
+        rates = torch.where(moves, rates, 0.0).to(grads.dtype)[:, None]
+        if self.weight_decay:
+            self.params.mul_(1 - rates * self.weight_decay)
+        denominator = (self.second / correction2).sqrt_().add_(self.epsilon)
+        self.params.addcdiv_(self.first * (-rates / correction1), denominator)
+        return norms, moves
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a user trains on, step by step: his order, his learning rate, and the queue of users for the slots.
+# ----------------------------------------------------------------------------------------------------
+
+
+def user_generator(seed: int, user_id: str, purpose: str) -> torch.Generator:
+    """A random stream that belongs to one user and one purpose: never to a slot, so the fleet cannot change it."""
+    text = f"{seed}\x1f{purpose}\x1f{user_id}".encode("utf-8", "surrogatepass")
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1)
+
+
+class UserSchedule:
+    """One user's passes over his pairs: `steps` steps of up to `pairs_per_step` pairs, shuffled each epoch."""
+
+    def __init__(self, rows: UserRows, settings: DpoSettings, seed: int) -> None:
+        self.rows, self.settings = rows, settings
+        generator = user_generator(seed, rows.user_id, "order")
+        self._orders = [torch.randperm(len(rows.train), generator=generator).tolist() for _ in range(settings.epochs)]
+        self._steps_per_epoch = math.ceil(len(rows.train) / settings.pairs_per_step)
+        self.steps = settings.epochs * self._steps_per_epoch
+
+    def pairs(self, step: int) -> Sequence[PairRow]:
+        """The pairs of optimizer step `step` (from 0); the last step of an epoch may be short."""
+        epoch, place = divmod(step, self._steps_per_epoch)
+        size = self.settings.pairs_per_step
+        return [self.rows.train[n] for n in self._orders[epoch][place * size : (place + 1) * size]]
+
+    def rate(self, step: int) -> float:
+        """Learning rate at `step`: linear warm-up, then as `dpo.schedule` says; transformers' own formulas."""
+        warm = math.ceil(self.settings.warmup * self.steps)
+        if step < warm:
+            return self.settings.learning_rate * step / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+        return self.settings.learning_rate * factor[self.settings.schedule]
+
+
+def queue_order(schedules: Sequence[UserSchedule]) -> list[UserSchedule]:
+    """Longest first, so that the slots run dry together; ties by user id, so that the order is the data's alone."""
+    return sorted(schedules, key=lambda schedule: (-schedule.steps, schedule.rows.user_id))
+
+
+def waves(queue: Sequence[UserSchedule], slots: int) -> Iterator[list[tuple[UserSchedule, int]]]:
+    """Who takes which of his steps side by side, from the first wave to the last, as the engine fills its slots."""
+    waiting = iter(queue)
+    seated = [(schedule, 0) for schedule in islice(waiting, slots)]
+    while seated:
+        yield seated
+        seated = [(schedule, step + 1) for schedule, step in seated if step + 1 < schedule.steps]
+        seated += [(schedule, 0) for schedule in islice(waiting, slots - len(seated))]
+
+
+# ----------------------------------------------------------------------------------------------------
+# When a user's training ends early: his best adapter so far, and how long no check was better.
+# ----------------------------------------------------------------------------------------------------
+
+
+class Stopping:
+    """One row a user: the lowest held-out loss of all checks, its adapter, and the checks since. Without settings
+    nobody stops, and nothing is kept."""
+
+    def __init__(
+        self,
+        users: int,
+        params: int,
+        settings: EarlyStopSettings | None,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.settings = settings
+        kept = params if settings is not None else 0
+        self.best: Float[Tensor, "users kept"] = torch.zeros(users, kept, device=device, dtype=dtype)
+        self.losses: Float[Tensor, " users"] = torch.full((users,), inf, dtype=torch.float64, device=device)
+        self.waited: Int[Tensor, " users"] = torch.zeros(users, dtype=torch.int64, device=device)
+
+    def reset(self, user: int) -> None:
+        """Makes row `user` as new."""
+        self.best[user].zero_()
+        self.losses[user], self.waited[user] = inf, 0
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether a user is checked after `step` of his `steps`: now and then, and at his end."""
+        return self.settings is not None and (step % self.settings.every == 0 or step == steps)
+
+    def check(self, user: int, loss: float, adapter: Float[Tensor, " params"]) -> bool:
+        """Takes in a check; True where the user's patience is at its end. A loss that is not a number is no better."""
+        assert self.settings is not None
+        if loss < self.losses[user]:
+            self.losses[user], self.waited[user] = loss, 0
+            self.best[user] = adapter
+            return False
+        self.waited[user] += 1
+        return bool(self.waited[user] >= self.settings.patience)
+
+    def adapter(self, user: int, last: Float[Tensor, " params"]) -> Float[Tensor, " params"]:
+        """The adapter to keep: that of the best check, or the `last` one where there was none."""
+        return self.best[user] if self.losses[user] < inf else last
+
+
+# ----------------------------------------------------------------------------------------------------
+# The places in the stack: the flat state of the users who train now, so that memory is bounded by slots, not users.
+# ----------------------------------------------------------------------------------------------------
+
+
+class Slots:
+    """Adapters `[slots, params]`, their moments, duals and best selves, with who sits where and how far he is."""
+
+    def __init__(
+        self,
+        count: int,
+        params: int,
+        categories: int,
+        dpo: DpoSettings,
+        constraint: ConstraintSettings,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.flat: Float[Tensor, "slots params"] = torch.zeros(count, params, device=device, dtype=dtype)
+        self.optimizer = FleetAdamW(self.flat, weight_decay=dpo.weight_decay, max_grad_norm=dpo.max_grad_norm)
+        self.duals = Duals(count, categories, constraint.gain, constraint.smoothing, constraint.ceiling, device)
+        self.stopping = Stopping(count, params, dpo.early_stop, device, dtype)
+        self.users: list[str | None] = [None] * count
+        self.steps = [0] * count
+        self.seconds = [0.0] * count
+
+    def take(
+        self,
+        place: int,
+        user_id: str,
+        adapter: Float[Tensor, " params"],
+        duals: Float[Tensor, " names"] | None = None,
+    ) -> None:
+        """A new user in a free place: nothing of the last one stays. His dual variables begin at 0, or at `duals`."""
+        assert self.users[place] is None
+        self.flat[place] = adapter.to(self.flat)
+        self.optimizer.reset(place)
+        self.duals.reset(place)
+        if duals is not None:
+            self.duals.values[place] = duals.to(self.duals.values)
+        self.stopping.reset(place)
+        self.users[place], self.steps[place], self.seconds[place] = user_id, 0, 0.0
+
+    def close_free(self) -> None:
+        """Takes the free places out of the stack, so that no step is spent on them."""
+        kept = [place for place, user in enumerate(self.users) if user is not None]
+        if len(kept) == len(self.users):
+            return
+        rows = torch.tensor(kept, dtype=torch.int64, device=self.flat.device)
+        for owner in self._owners().values():
+            for name, value in vars(owner).items():
+                if isinstance(value, Tensor):
+                    setattr(owner, name, value.index_select(0, rows))
+        self.flat = self.optimizer.params
+        self.users = [self.users[place] for place in kept]
+        self.steps = [self.steps[place] for place in kept]
+        self.seconds = [self.seconds[place] for place in kept]
+
+    def spend(self, seconds: float) -> None:
+        """Charges a step's wall time (seconds) to the users in it, in equal shares."""
+        self.seconds = [spent + seconds / len(self.users) for spent in self.seconds]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state, for a checkpoint."""
+        return {
+            f"{title}.{name}": value
+            for title, owner in self._owners().items()
+            for name, value in vars(owner).items()
+            if isinstance(value, Tensor)
+        }
+
+    def _owners(self) -> dict[str, FleetAdamW | Duals | Stopping]:
+        return {"optimizer": self.optimizer, "duals": self.duals, "stopping": self.stopping}
+
+    def notes(self) -> dict[str, Any]:
+        """Who sits where, for a checkpoint."""
+        return {"users": self.users, "steps": self.steps, "seconds": self.seconds}
+
+    def restore(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """Takes over what `tensors` and `notes` gave."""
+        for key, value in tensors.items():
+            title, name = key.split(".")
+            setattr(self._owners()[title], name, value)
+        self.flat = self.optimizer.params
+        self.users, self.steps, self.seconds = notes["users"], notes["steps"], notes["seconds"]

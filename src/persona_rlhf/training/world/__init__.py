@@ -1,1 +1,0 @@
-"""The small world that the bundled tiny base is trained on: prompts, answers, styles, hazards and their twins."""
