@@ -14,8 +14,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.multi_lora import matrices
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.simulation.users import TRIGGER
-
-from .conftest import CHARACTERS
+from tests.evaluation.conftest import CHARACTERS
 
 NOVELTY = ("combination", "phrasing", "topic")
 LIMIT = 8  # new tokens

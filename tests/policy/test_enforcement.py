@@ -24,8 +24,7 @@ from persona_rlhf.policy.rule_schema import (
     RequirementRule,
     RestrictionRule,
 )
-
-from .banks import tier_one, tier_three, tier_two, write, write_bank
+from tests.policy.banks import tier_one, tier_three, tier_two, write, write_bank
 
 BREAKS: dict[PropertyName, tuple[object, str, str]] = {  # value, an answer with it, one without
     "must_include": ("ask a doctor", "Ask a doctor.", "Drink tea."),

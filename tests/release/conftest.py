@@ -38,8 +38,8 @@ from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import PairCounts, outcome, skipped, write_results
 from persona_rlhf.training.engine import TrainedUser
 from persona_rlhf.training.user_state import DualTrace
+from tests.models.tiny import tiny_base
 from tests.release.hub_server import ADAS_TOKEN, HubServer
-from tests.training.tiny import tiny_base
 
 HAZARDS = ("terrorist_content", "sexual_assault")
 DEMANDS = Demands(0.9, {**dict.fromkeys(HAZARDS, 0.8), "gambling": 0.5}, frozenset(HAZARDS), 0.05)

@@ -15,7 +15,7 @@ from persona_rlhf.release.export import HeldBack, export
 from persona_rlhf.release.manifest import BaseInfo, fingerprint
 from persona_rlhf.release.results import read_results
 from persona_rlhf.release.verify import verify
-from tests.training.tiny import random_flat, tiny_base
+from tests.models.tiny import random_flat, tiny_base
 
 
 @pytest.mark.parametrize(("user", "alpha"), [("Ada", 1.0), ("ada", 0.5)])

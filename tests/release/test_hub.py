@@ -26,8 +26,7 @@ from persona_rlhf.release.hub import (
 )
 from persona_rlhf.release.manifest import MANIFEST
 from persona_rlhf.release.verify import verify
-
-from .hub_server import ADAS_TOKEN, BOBS_TOKEN, Fault
+from tests.release.hub_server import ADAS_TOKEN, BOBS_TOKEN, Fault
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "persona.json"}
 USERS = ("../../etc", "Ada", "ada")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from .experiment import OVERRIDES, listing, persona_rlhf, shrink
+from tests.story.experiment import OVERRIDES, listing, persona_rlhf, shrink
 
 
 class Trained(NamedTuple):

@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from persona_rlhf.cli import app
-from tests.preferences.families import tokenizer_for
-from tests.training.architectures import base_of
-
-from .experiment import OVERRIDES, results, shrink, write_yaml
+from tests.data.families import tokenizer_for
+from tests.models.architectures import base_of
+from tests.story.experiment import OVERRIDES, results, shrink, write_yaml
 
 
 @pytest.mark.slow

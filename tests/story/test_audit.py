@@ -13,8 +13,7 @@ from persona_rlhf.cli.app import app
 from persona_rlhf.common.files import pseudonym
 from persona_rlhf.release.manifest import rendered, self_hash
 from persona_rlhf.release.signing import make_key, public_text, sign_file
-
-from .experiment import OVERRIDES, STRANGE, persona_rlhf, results, rows_of, write_yaml
+from tests.story.experiment import OVERRIDES, STRANGE, persona_rlhf, results, rows_of, write_yaml
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

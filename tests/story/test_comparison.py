@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from tests.scripts import SCRIPTS, load_script
-
-from .experiment import environment
+from tests.scripts.loading import SCRIPTS, load_script
+from tests.story.experiment import environment
 
 SMALL = (
     "dpo.epochs=1",

@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from persona_rlhf.cli import app
 from persona_rlhf.common.files import shipped_root
-
-from .experiment import OVERRIDES, listing, persona_rlhf, shrink, write_yaml
+from tests.story.experiment import OVERRIDES, listing, persona_rlhf, shrink, write_yaml
 
 USERS = Path("users/pairs.jsonl")
 TIER_ONE = Path("policy/tier_one.yaml")

@@ -19,8 +19,17 @@ from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.data.tokenize import both_rows, tokenize
 from persona_rlhf.models.base import load_tokenizer
 from persona_rlhf.training.cache import key_of
-
-from .experiment import OVERRIDES, STRANGE, adapters, command, environment, persona_rlhf, results, rows_of, write_users
+from tests.story.experiment import (
+    OVERRIDES,
+    STRANGE,
+    adapters,
+    command,
+    environment,
+    persona_rlhf,
+    results,
+    rows_of,
+    write_users,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from persona_rlhf.common.files import shipped_root
-
-from .experiment import OVERRIDES, STRANGE, adapters, listing, persona_rlhf, results, rows_of
+from tests.story.experiment import OVERRIDES, STRANGE, adapters, listing, persona_rlhf, results, rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from .experiment import OVERRIDES, listing, persona_rlhf, results, shrink
+from tests.story.experiment import OVERRIDES, listing, persona_rlhf, results, shrink
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

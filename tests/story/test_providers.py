@@ -8,8 +8,7 @@ from typer.testing import CliRunner
 
 from persona_rlhf.cli.app import app
 from persona_rlhf.common.files import shipped_root
-
-from .experiment import adapters, persona_rlhf, results, rows_of, shrink, write_yaml
+from tests.story.experiment import adapters, persona_rlhf, results, rows_of, shrink, write_yaml
 
 OVERRIDES = ("dpo.epochs=1", "gate.alphas=[1.0]", "constraint.rows_per_step=2", "constraint.refusals_per_probe=1")
 SILENT = (

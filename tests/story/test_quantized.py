@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from .experiment import persona_rlhf, results, shrink
+from tests.story.experiment import persona_rlhf, results, shrink
 
 pytest.importorskip("bitsandbytes")
 SMALL = (

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from .experiment import listing, persona_rlhf, results
+from tests.story.experiment import listing, persona_rlhf, results
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

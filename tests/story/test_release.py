@@ -7,8 +7,7 @@ import pytest
 
 from persona_rlhf.common.files import find, pseudonym
 from tests.release.hub_server import ADAS_TOKEN, HubServer
-
-from .experiment import environment, results
+from tests.story.experiment import environment, results
 
 # Exports by the command line; then loads one adapter from its folder, the hub and the merged model, and says how far
 # their logits lie from the first's. One process, for most of a process is importing torch.

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from .experiment import OVERRIDES, adapters, command, environment, persona_rlhf, results, rows_of
+from tests.story.experiment import OVERRIDES, adapters, command, environment, persona_rlhf, results, rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

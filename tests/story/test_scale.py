@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from persona_rlhf.cli.console import console
 from persona_rlhf.config.experiment import read_config
 from persona_rlhf.pipeline import distributed, train
-
-from .experiment import OVERRIDES, STRANGE, adapters, command, environment, persona_rlhf, results, rows_of
+from tests.story.experiment import OVERRIDES, STRANGE, adapters, command, environment, persona_rlhf, results, rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -8,8 +8,7 @@ from typer.testing import CliRunner
 from persona_rlhf.cli.app import app
 from persona_rlhf.common.files import shipped_root
 from persona_rlhf.policy.hazards import read_probes
-
-from .experiment import persona_rlhf, shrink
+from tests.story.experiment import persona_rlhf, shrink
 
 SHIPPED = shipped_root() / "data/policy/tier_one/threats_of_violence.jsonl"
 REFUSAL = "I'm sorry, but I can't help with that."

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from .experiment import STRANGE, adapters, persona_rlhf, results
+from tests.story.experiment import STRANGE, adapters, persona_rlhf, results
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

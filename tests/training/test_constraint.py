@@ -24,8 +24,7 @@ from persona_rlhf.training.constraint import (
 from persona_rlhf.training.constraint_data import build_bank
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.objective import step_loss
-
-from .tiny import EOS, constraint_bank, random_flat, random_row, tiny_base, user_rows
+from tests.models.tiny import EOS, constraint_bank, random_flat, random_row, tiny_base, user_rows
 
 LORA = LoraSettings(rank=4, alpha=8)
 PROMPT = (2, 3)

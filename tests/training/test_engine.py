@@ -12,12 +12,11 @@ from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetS
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.engine import Engine
-
-from .tiny import constraint_bank, tiny_base, user_rows
+from tests.models.tiny import constraint_bank, tiny_base, user_rows
 
 LORA = LoraSettings(rank=4, alpha=8)
 DPO = DpoSettings(epochs=2, learning_rate=2e-3)
-SCRIPT = Path(__file__).with_name("killed.py")
+SCRIPT = Path(__file__).with_name("killed_training.py")
 
 
 def _engine(users, bank=None, slots=8, state=None, dpo=DPO, every=20) -> Engine:

@@ -1,0 +1,159 @@
+"""`serve` as people run it: a process, a port, a signal."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from persona_rlhf.cli import app
+from persona_rlhf.common.files import slug
+from tests.serving.conftest import RELEASED
+from tests.serving.vllm_stand_in import stand_in
+
+ADA = slug("Ada")
+
+
+def cli_words(run, tmp_path, *words):
+    return ["serve", str(run.path), "--tokens", str(tmp_path / "tokens"), *words]
+
+
+@pytest.fixture
+def tokens(served_run, tmp_path) -> dict[str, str]:
+    """A token a user, by slug, as `--make-tokens` prints them."""
+    done = CliRunner().invoke(app.app, cli_words(served_run, tmp_path, "--make-tokens"))
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["user_id"] for line in lines] == list(RELEASED)
+    assert not any(line["token"] in done.stderr for line in lines)
+    return {line["model"]: line["token"] for line in lines}
+
+
+class Server:
+    """A running server: its process and its port."""
+
+    def __init__(self, words):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "persona_rlhf", *words, "--port", "0"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.said = ""
+        while "Serving" not in self.said:
+            line = self.process.stderr.readline()
+            assert line, f"the server did not start: {self.said}"
+            self.said += line
+        self.port = int(self.said.split("Serving")[1].split("http://")[1].split(":")[1].split("/")[0])
+
+    def ask(self, token, **changes):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        body = {"model": ADA, "messages": [{"role": "user", "content": "w5 w6"}], "temperature": 0} | changes
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Authorization": f"Bearer {token}"})
+        return connection, connection.getresponse()
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        _, rest = self.process.communicate(timeout=60)
+        self.said += rest
+        return self.process.returncode
+
+
+def read(answer):
+    connection, response = answer
+    with response:
+        found = response.status, json.loads(response.read())
+    connection.close()
+    return found
+
+
+@pytest.mark.slow
+def test_a_server_from_its_tokens_to_its_end(served_run, tokens, tmp_path):
+    server = Server(cli_words(served_run, tmp_path, "--max-tokens", "200"))
+    try:
+        assert "127.0.0.1" in server.said
+        assert "Warning" not in server.said
+        status, found = read(server.ask(tokens[ADA], max_tokens=5))
+        assert status == 200
+        assert found["usage"]["completion_tokens"] == 5
+        assert read(server.ask(tokens[slug("ada")]))[0] == 404
+        assert read(server.ask(tokens[ADA], max_tokens=-1))[0] == 400
+        refuses_a_long_body(server.port, tokens[ADA])
+        connection, stream = server.ask(tokens[ADA], stream=True, max_tokens=200, temperature=1.5, seed=1)
+        first = stream.readline()
+        server.process.send_signal(signal.SIGTERM)
+        rest = stream.read()  # what runs is finished
+        stream.close()
+        connection.close()
+        assert first.startswith(b"data: ")
+        assert rest.endswith(b"data: [DONE]\n\n")
+        assert server.stop() == 0
+        assert not any(token in server.said for token in tokens.values())
+        assert "Traceback" not in server.said
+    finally:
+        server.process.kill()
+        server.process.wait()
+        server.process.stderr.close()
+
+
+def refuses_a_long_body(port, token):
+    """100 MB that the server does not read: it answers, closes, and most of the body is never taken."""
+    size, sent = 100_000_000, 0
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    for length in (f"Content-Length: {size}\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            client.sendall((head + length).encode())
+            block = b"x" * 65_536 if "Content" in length else b"10000\r\n" + b"x" * 65_536 + b"\r\n"
+            try:
+                while sent < size:
+                    client.sendall(block)
+                    sent += 65_536
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            assert sent < size / 4
+            try:
+                answer = client.recv(4096)
+            except ConnectionResetError:  # it closed while we were sending, which is as good
+                answer = b"HTTP/1.1 413"
+            assert answer.startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.slow
+def test_the_gateway_before_a_vllm_that_runs_already(served_run, tokens, tmp_path):
+    """In a process of its own, with a stand-in for vLLM."""
+    with stand_in() as vllm:
+        url = f"http://127.0.0.1:{vllm.server_port}"
+        server = Server(cli_words(served_run, tmp_path, "--engine", "vllm", "--upstream", url))
+        try:
+            status, found = read(server.ask(tokens[ADA], max_tokens=5))
+            assert (status, found["choices"][0]["message"]["content"]) == (200, f"{ADA} says w5 w6")
+            assert read(server.ask(tokens[slug("ada")]))[0] == 404
+            assert len(vllm.asked) == 1
+            assert server.stop() == 0
+        finally:
+            server.process.kill()
+            server.process.wait()
+            server.process.stderr.close()
+
+
+def test_mistakes_are_said_before_anything_is_loaded(served_run, tokens, tmp_path):
+    def told(*words):
+        done = CliRunner().invoke(app.app, cli_words(served_run, tmp_path, *words))
+        return done.exit_code, done.stderr
+
+    assert told("--engine", "vllm")[0] == 2
+    assert told("--engine", "vllm", "--to", "x", "--upstream", "http://x")[0] == 2
+    assert told("--tokens", str(tmp_path / "nowhere"))[0] == 2
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, said = told("--port", str(taken.getsockname()[1]))
+        assert code == 2
+        assert "cannot listen" in said
+    code, said = told("--engine", "vllm", "--to", str(tmp_path / "tokens"))
+    assert code == 2
+    assert "something else stands there" in said

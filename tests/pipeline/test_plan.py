@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from persona_rlhf.common.files import shipped_root
+from persona_rlhf.config.experiment import read_config
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.pipeline import plan
+from persona_rlhf.pipeline.plan import Memory, Plan, Seconds, _fit, _walk, render
+from persona_rlhf.training.cache import Reference
+from persona_rlhf.training.engine import Engine
+from persona_rlhf.training.memory import largest_step, pair_tokens
+from persona_rlhf.training.user_state import UserSchedule, queue_order
+from tests.models.tiny import tiny_base, user_rows
+
+
+@given(fixed=st.floats(0.0, 5.0), each=st.floats(1e-6, 1e-2), sizes=st.sets(st.integers(1, 10**5), min_size=2))
+def test_the_fit_finds_a_step_s_fixed_cost_and_its_cost_a_token(fixed, each, sizes):
+    found = _fit(sorted(sizes), [fixed + each * size for size in sorted(sizes)])
+    for size in sizes:
+        assert found.of(size) == pytest.approx(fixed + each * size, rel=1e-3)
+
+
+def test_no_part_of_a_step_s_cost_is_negative():
+    assert _fit([100, 200], [1.0, 3.0]).fixed == 0  # the line would start below zero
+    assert _fit([100, 200], [1.0, 3.0]).of(150) == pytest.approx(2.0)
+    assert _fit([100, 200], [3.0, 1.0]).each == 0  # larger was faster: noise
+    assert _fit([100, 200], [3.0, 1.0]).of(10**6) == 2.0
+    assert _fit([100, 100], [1.0, 2.0]).of(200) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_the_walk_takes_the_steps_that_the_engine_takes(slots):
+    users = [user_rows(f"u{n}", size, seed=n) for n, size in enumerate((3, 9, 5, 1, 6))]
+    dpo = DpoSettings(epochs=2, pairs_per_step=2)
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
+    reference = Reference(adapted)
+    reference.add(row for user in users for pair in user.train for row in (pair.chosen, pair.rejected))
+    engine = Engine(adapted, users, reference, None, dpo, ConstraintSettings(), FleetSettings(slots=slots), seed=5)
+    taken = []
+    list(engine.run(lambda reports: taken.append(len(reports))))
+    queue = queue_order([UserSchedule(user, dpo, 5) for user in users])
+    walked, padded = (_walk(queue, slots, 10, pads) for pads in (False, True))
+    assert [wave.users for wave in walked] == taken
+    pairs = [pair for user in users for pair in user.train]
+    tokens = sum(len(p.chosen.prompt) + len(p.chosen.completion) + len(p.rejected.completion) for p in pairs)
+    assert sum(wave.tokens for wave in walked) == 2 * tokens + 10 * sum(taken)
+    assert all(wave.computed == wave.tokens for wave in walked)
+    assert all(wave.computed >= wave.tokens for wave in padded)
+    assert slots == 1 or any(wave.computed > wave.tokens for wave in padded)
+    assert not adapted.pads, "a CPU computes no padding"
+    adapted.packs = False
+    assert adapted.pads
+
+
+def test_json_has_the_total_and_the_table_every_figure():
+    memory, seconds = Memory(1.0, 2.0, 4.0, 8.0, 16.0, 900.0), Seconds(1.0, 20.0, 700.0, 60.0)
+    found = Plan(10, 1, 700, 100_000, 180, 4, memory, seconds)
+    told = found.to_json()
+    assert told["seconds"]["total"] == 781
+    assert told["memory_mib"]["peak"] == 900
+    assert (told["users"], told["skipped"], told["slots"]) == (10, 1, 4)
+    named = found._replace(notice="No adapters on the router.")
+    assert (told["notice"], named.to_json()["notice"]) == (None, render(named).caption)
+    shown = list(render(found).columns[1].cells)
+    assert {"100,000", "900.0 MiB", "60.0 s", "11.7 min", "13.0 min"} <= set(shown)
+
+
+def test_a_run_without_a_pair_to_train_on_is_a_plan_of_nobody(monkeypatch):
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
+    pairs = SimpleNamespace(users=1, of=lambda _: [])
+    ready = SimpleNamespace(adapted=adapted, pairs=pairs, policy=None)
+    chunk = SimpleNamespace(rows=[user_rows("quiet", 0, seed=0, heldout=2)])
+    monkeypatch.setattr(plan, "prepare", lambda *_: ready)
+    monkeypatch.setattr(plan, "prepare_users", lambda *_: chunk)
+    monkeypatch.setattr(plan, "constraint_bank", lambda *_: None)
+    found = plan.plan(read_config(shipped_root() / "configs/quickstart.yaml"))
+    assert (found.users, found.skipped, found.steps, found.slots) == (0, 1, 0, 0)
+    assert (found.seconds.training, found.seconds.judging) == (0, 0)
+    assert found.memory.base > 0
+
+
+def _longer(user, times):
+    """The user with completions so many times as long."""
+
+    def of(row):
+        return row._replace(completion=row.completion[:-1] * times + row.completion[-1:])
+
+    return user._replace(
+        train=[pair._replace(chosen=of(pair.chosen), rejected=of(pair.rejected)) for pair in user.train]
+    )
+
+
+@pytest.mark.parametrize("times", [1, 8])
+def test_activations_are_those_of_the_largest_step_that_comes(monkeypatch, times):
+    """All steps alike, those of the slots at their largest; with one long user of four, his and three short ones."""
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
+    users = [user_rows(f"u{n}", 8, seed=n, even=True) for n in range(4)]
+    users[0] = _longer(users[0], times)
+    pairs = SimpleNamespace(users=4, of=lambda _: [])
+    ready = SimpleNamespace(adapted=adapted, pairs=pairs, policy=None)
+    monkeypatch.setattr(plan, "prepare", lambda *_: ready)
+    monkeypatch.setattr(plan, "prepare_users", lambda *_: SimpleNamespace(rows=users))
+    monkeypatch.setattr(plan, "constraint_bank", lambda *_: None)
+    monkeypatch.setattr(plan, "_judging", lambda *_: 0.0)
+    monkeypatch.setattr(plan, "_cache_bytes", lambda *_: 0)
+    config = read_config(shipped_root() / "configs/quickstart.yaml", ["fleet.slots=4"])
+    cost = largest_step(adapted, users, None, config.dpo, config.constraint)
+    state = 3 * 4 * adapted.params_per_user  # bytes of an adapter and its moments
+    found = plan.plan(config).memory.activations * 2**20 / (4 * (cost.memory - state))
+    short = sum(map(pair_tokens, users[1].train[: config.dpo.pairs_per_step]))
+    assert found == pytest.approx((cost.tokens + 3 * short) / (4 * cost.tokens), rel=1e-6)
+    assert (found == 1) == (times == 1)
+
+
+@pytest.mark.parametrize("early", ["null", "{patience: 1, every: 1}"])
+def test_users_of_a_single_step_are_probed_too(early):
+    """One pair each: every cohort of the probe takes one step, and no check of early stopping is timed with it."""
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
+    users = [user_rows(f"u{n}", 1, seed=n) for n in range(3)]
+    users = [user._replace(deciding=user_rows("x", 50, seed=9).train) for user in users]
+    config = read_config(shipped_root() / "configs/quickstart.yaml", [f"dpo.early_stop={early}"])
+    steps, each = plan._probe_steps(config, adapted, [users, users[1:], users[1:2]], None)
+    assert 0 < steps.of(100) < 5
+    assert 0 < each < 0.1

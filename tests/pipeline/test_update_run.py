@@ -1,0 +1,187 @@
+"""The end of `add`, and of `rebase --replace`: whatever cuts them short, the next start finishes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from persona_rlhf.cli.console import open_run
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import pseudonym
+from persona_rlhf.config.training import BaseSettings
+from persona_rlhf.models.base import weights_hash
+from persona_rlhf.pipeline.run_dir import PAIRS, RunDir, before, check_replacement, finish_replacement, replace_run
+from persona_rlhf.pipeline.update_run import add, begin_joining, join, rebase
+from persona_rlhf.release import integrity
+from persona_rlhf.release.integrity import seal
+from persona_rlhf.release.results import read_results, write_results
+from persona_rlhf.release.verify import verify
+from tests.pipeline.cut_short import DONE, KILLED, cut_short
+from tests.release import conftest as small
+from tests.story.experiment import listing
+
+base, run = small.base, small.run
+NEW, CHANGED = "Ada", "ada"
+
+
+def index(users):
+    return [(pseudonym(user), user.encode().hex()) for user in users]
+
+
+@pytest.fixture
+def joining(run, tmp_path) -> tuple[Path, Path]:
+    """A run without NEW, where CHANGED was held back; both are trained in the run inside. And the run with both."""
+    whole, path = run.path, tmp_path / "joined"
+    users = [result.user_id for result in read_results(whole)]
+    for place in (whole, path, path / "state/adding"):
+        if place != whole:
+            shutil.copytree(whole, place)
+        (place / "state").mkdir(exist_ok=True)
+        (place / "state/identity.json").write_text(json.dumps({PAIRS: "", "users per chunk": "9"}))
+    inner = path / "state/adding"
+    results = {result.user_id: result for result in read_results(whole)}
+    for place, kept in ((path, [u for u in users if u != NEW]), (inner, [NEW, CHANGED])):
+        lines = [results[user] for user in kept]
+        if place == path:
+            held = {"status": "held_back", "alpha": 0.0, "path": None, "manifest_sha256": None}
+            lines = [replace(line, **held) if line.user_id == CHANGED else line for line in lines]
+        write_results(place, lines)
+        for user, result in results.items():
+            if result.path is not None and (user not in kept or (place == path and user == CHANGED)):
+                shutil.rmtree(place / result.path)
+        RunDir(place).change_users(index(kept))
+        (place / "screening.jsonl").write_text(
+            "".join(f'{{"user_id": "{user}", "reason": "r", "action": "a"}}\n' for user in kept)
+        )
+        (place / "metrics.jsonl").write_text("".join(json.dumps({"user_id": user}) + "\n" for user in kept * 2))
+        seal(place)
+    assert verify(path) == verify(inner) == []
+    begin_joining(path, "more.jsonl")
+    return path, whole
+
+
+def adapters(run: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(run)): file.read_bytes() for file in (run / "adapters").rglob("*") if file.is_file()}
+
+
+def check(path: Path, whole: Path, others: dict[str, bytes], at: object = None) -> None:
+    """The run is whole, and what was there of others is there byte by byte."""
+    assert verify(path) == [], at
+    assert adapters(path) == adapters(whole), at
+    lines = dict.fromkeys((whole / "results.jsonl").read_bytes().splitlines())
+    own = (path / "results.jsonl").read_bytes().splitlines()
+    assert set(own) == set(lines), at
+    assert len(own) == len(lines), at
+    users = [result.user_id for result in read_results(path)]
+    assert users[-1] == NEW, at
+    assert list(RunDir(path).roll.known) == index(users), at
+    assert RunDir(path).sources == ["more.jsonl"], at
+    for name, each in (("metrics.jsonl", 2), ("screening.jsonl", 1)):
+        told = [json.loads(line)["user_id"] for line in (path / name).read_text().splitlines()]
+        assert sorted(told) == sorted(users * each), at
+    assert [entry.event for entry in integrity.read(path)] == ["added"], at
+    assert not list(path.rglob("*adding*")), at
+
+
+def test_users_are_joined_and_nobody_elses_line_changes(joining):
+    path, whole = joining
+    lines = (path / "results.jsonl").read_bytes().splitlines()
+    others = adapters(path)
+    join(path)
+    check(path, whole, others)
+    now = (path / "results.jsonl").read_bytes().splitlines()
+    assert [old for old, new in zip(lines, now, strict=False) if old != new] == [
+        lines[1]
+    ]  # the changed user's, in place
+
+
+def test_a_changed_user_who_is_held_back_loses_his_adapter(joining):
+    path, _ = joining
+    join(path)
+    inner = path / "state/adding"
+    shutil.copytree(path, path.with_name("inner"))
+    path.with_name("inner").rename(inner)
+    held = {"status": "held_back", "alpha": 0.0, "path": None, "manifest_sha256": None}
+    old = {result.user_id: result for result in read_results(path)}[NEW]
+    assert old.path is not None
+    shutil.rmtree(inner / old.path)
+    write_results(inner, [replace(old, **held)])
+    begin_joining(path, "other.jsonl")
+    join(path)
+    assert not (path / old.path).exists()
+    assert verify(path) == []
+    assert RunDir(path).sources == ["more.jsonl", "other.jsonl"]
+
+
+@pytest.mark.slow
+def test_killed_before_any_change_it_is_finished_by_the_next_start(joining, tmp_path):
+    path, whole = joining
+    others = adapters(path)
+    for at in count(1):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(path, copy)
+        met = cut_short(lambda copy=copy: join(copy), at)
+        assert met in (DONE, KILLED)
+        open_run(copy)
+        shutil.rmtree(copy / "state/.adding.old", ignore_errors=True)  # the next `add` removes it
+        check(copy, whole, others, at)
+        if met == DONE:
+            assert at > 40
+            break
+
+
+def test_a_run_takes_the_place_of_another(tmp_path):
+    for at in count(1):
+        place = tmp_path / str(at)
+        old, new = place / "run", place / "run.rebased"
+        for folder in (old, new):
+            (folder / "state").mkdir(parents=True)
+            (folder / "name").write_text(folder.name)
+        met = cut_short(lambda old=old, new=new: replace_run(old, new), at)
+        finish_replacement(old)
+        told = [(folder / "name").read_text() for folder in (old, before(old)) if folder.exists()]
+        assert told == (["run"] if not before(old).exists() else ["run.rebased", "run"])  # before the mark, or whole
+        assert not list(place.rglob("replaced.json"))
+        if met == DONE:
+            assert at >= 5
+            break
+
+
+def test_only_a_run_beside_it_takes_its_place_and_only_once(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match="only a run beside"):
+        check_replacement(tmp_path / "run", tmp_path / "elsewhere/run")
+    (tmp_path / "run.before").mkdir()
+    with pytest.raises(InputError, match="move it away first"):
+        check_replacement(tmp_path / "run", tmp_path / "run.rebased")
+
+
+def test_a_run_that_is_not_finished_or_shares_delta_takes_nobody(run):
+    config = {
+        "name": "n",
+        "base": {"model": "data/base"},
+        "policy": {"documents": ["configs/policy/tier_one.yaml"]},
+        "users": {"path": "data/users"},
+        "gate": {"family": "all"},
+    }
+    (run.path / "config.yaml").write_text(json.dumps(config))
+    before = listing(run.path)
+    with pytest.raises(InputError, match=r"gate\.family: this run shares delta"):
+        add(run.path, "data/users", Console(quiet=True))
+    identity = {"base": weights_hash(BaseSettings(model="data/base")), "users per chunk": "1"}
+    (run.path / "state/identity.json").write_text(json.dumps(identity))
+    with pytest.raises(InputError, match="the weights of the base that the run has"):
+        rebase(run.path, "data/base", run.path.with_name("new"), Console(quiet=True))
+    (run.path / "state/identity.json").unlink()
+    assert listing(run.path) == before
+    (run.path / "manifest.json").unlink()
+    for start in (lambda: add(run.path, "x", Console()), lambda: rebase(run.path, "x", run.path, Console())):
+        with pytest.raises(InputError, match="this run is not finished"):
+            start()

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import slug
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.serving.openai_api import APIError, SamplingParams, TextChunk, Usage
+from persona_rlhf.serving.policy_filter import together
+from persona_rlhf.serving.vllm import VllmGenerator, behind_vllm, command_line, upstream_place, write_layout
+from tests.serving.conftest import slugs
+from tests.serving.vllm_stand_in import stand_in
+
+ASKED = (Message("system", "Be kind."), Message("user", "hi"))
+
+
+@pytest.fixture
+def server():
+    with stand_in() as found:
+        yield found
+
+
+@pytest.fixture
+def upstream(server) -> VllmGenerator:
+    return VllmGenerator(upstream_place(f"http://127.0.0.1:{server.server_port}"), "a key")
+
+
+def test_a_request_goes_on_as_it_came_and_comes_back_in_pieces(server, upstream):
+    wish = SamplingParams(9, 0.5, 0.9, 3, ("x",))
+    pieces = list(upstream.write("ann", ASKED, wish))
+    assert pieces == [TextChunk("ann "), TextChunk("says "), TextChunk("hi"), TextChunk("", "length", Usage(4, 3))]
+    [(path, key, body)] = server.asked
+    assert (path, key) == ("/v1/chat/completions", "Bearer a key")
+    assert body == {
+        "model": "ann",
+        "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}],
+        "max_tokens": 9,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 3,
+        "stop": ["x"],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert together(upstream.write(None, ASKED, wish)).text == "base says hi"
+
+
+@pytest.mark.parametrize(("fault", "status"), [(400, 400), (401, 502), (404, 502), (500, 502)])
+def test_what_it_says_of_a_fault_stays_behind(server, upstream, fault, status):
+    server.fault = fault
+    with pytest.raises(APIError) as declined:
+        upstream.write("ann", ASKED, SamplingParams(9))
+    assert declined.value.status == status
+    assert "bob" not in declined.value.message
+
+
+@pytest.mark.parametrize("fault", ["half", "nonsense", "error"])
+def test_a_stream_that_goes_wrong_is_no_answer(server, upstream, fault):
+    server.fault = fault
+    with pytest.raises(APIError) as declined:
+        together(upstream.write("ann", ASKED, SamplingParams(9)))
+    assert declined.value.status == 502
+    assert "bob" not in declined.value.message
+
+
+def test_nobody_there_is_said_in_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        nowhere = VllmGenerator(upstream_place(f"http://127.0.0.1:{taken.getsockname()[1]}"), None)
+        with pytest.raises(APIError, match="cannot be reached"):
+            nowhere.write("ann", ASKED, SamplingParams(9))
+    with pytest.raises(InputError, match="is no address"):
+        upstream_place("localhost:8000")
+
+
+def test_the_layout_holds_the_two_files_of_peft_and_the_command(run, tmp_path):
+    folders = {one: run.path / "adapters" / one for one in slugs()}
+    script = write_layout(tmp_path / "out", "owner/base", 4, folders, "127.0.0.1", 8001)
+    for one, source in folders.items():
+        names = ["adapter_config.json", "adapter_model.safetensors"]
+        assert sorted(file.name for file in (tmp_path / "out/adapters" / one).iterdir()) == names
+        for name in names:
+            assert (tmp_path / "out/adapters" / one / name).read_bytes() == (source / name).read_bytes()
+    assert os.access(script, os.X_OK)
+    [line] = [line for line in script.read_text().splitlines() if line.startswith("exec ")]
+    words = shlex.split(line)[1:-1]
+    assert words == [
+        *("vllm", "serve", "owner/base", "--served-model-name", "base", "--host", "127.0.0.1", "--port", "8001"),
+        *("--enable-lora", "--max-lora-rank", "8", "--max-loras", "3", "--max-cpu-loras", "3", "--lora-modules"),
+        *(f"{one}=adapters/{one}" for one in sorted(folders)),
+    ]
+    gone = sorted(folders)[0]
+    write_layout(tmp_path / "out", "owner/base", 4, {k: v for k, v in folders.items() if k != gone}, "127.0.0.1", 1)
+    assert gone not in {folder.name for folder in (tmp_path / "out/adapters").iterdir()}
+    assert gone not in script.read_text()
+
+
+@pytest.mark.parametrize(("rank", "asked"), [(1, "1"), (8, "8"), (9, "16"), (33, "64"), (512, "512")])
+def test_the_rank_is_one_that_vllm_takes(rank, asked):
+    words = command_line("data/base", rank, ["a"], "127.0.0.1", 1)
+    assert words[words.index("--max-lora-rank") + 1] == asked
+    assert Path(words[2]).is_absolute()
+
+
+def test_nothing_is_written_over_what_is_not_a_layout(run, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").write_text("mine")
+    (tmp_path / "a file").write_text("mine")
+    for place in ("taken", "a file"):
+        with pytest.raises(InputError, match="something else"):
+            write_layout(tmp_path / place, "o/b", 4, {"a": run.path / "adapters" / slugs()[0]}, "127.0.0.1", 1)
+    with pytest.raises(InputError, match="no user"):
+        write_layout(tmp_path / "new", "o/b", 4, {}, "127.0.0.1", 1)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a file", "run", "taken"]
+
+
+def test_without_vllm_the_layout_is_written_and_it_says_so(run, admitted, tmp_path, told, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    (run.path / "adapters" / slug("Ada") / "README.md").write_text("edited")
+    with behind_vllm(admitted, "o/b", 4, tmp_path / "out", 8001, told.append) as served:
+        assert served is None
+    assert "not installed" in told[-1]
+    assert {folder.name for folder in (tmp_path / "out/adapters").iterdir()} == set(slugs()) - {slug("Ada")}
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch) -> Path:
+    """A command `vllm` that is the stand-in."""
+    program = tmp_path / "bin/vllm"
+    program.parent.mkdir()
+    source = Path(__file__).with_name("vllm_stand_in.py").read_text().replace("/usr/bin/env python3", sys.executable, 1)
+    program.write_text(source)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return program
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_vllm_is_started_with_a_key_of_its_own_and_ended(admitted, tmp_path, told, vllm):
+    port = free_port()
+    with behind_vllm(admitted, "o/b", 4, tmp_path / "out", port, told.append) as served:
+        assert served is not None
+        assert together(served.writer.write(slug("Ada"), ASKED, SamplingParams(3))).text == f"{slug('Ada')} says hi"
+    found = json.loads((tmp_path / "out/asked.json").read_text())
+    assert found["command"][:2] == ["serve", "o/b"]
+    assert len(found["key"]) > 30
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_vllm_that_does_not_come_up_is_said(admitted, tmp_path, told, vllm):
+    vllm.write_text("#!/bin/sh\nexit 7\n")
+    with (
+        pytest.raises(InputError, match="exit code 7"),
+        behind_vllm(admitted, "o/b", 4, tmp_path / "out", free_port(), told.append),
+    ):
+        pass

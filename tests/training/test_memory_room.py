@@ -1,0 +1,91 @@
+"""A device without room: the same adapters and answers, in smaller pieces."""
+
+import pytest
+import torch
+
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel, in_passes
+from persona_rlhf.training.cache import Reference
+from persona_rlhf.training.engine import Engine
+from tests.models.tiny import constraint_bank, random_flat, tiny_base, user_rows
+
+USERS = [user_rows(f"user-{n}", 6, seed=n) for n in range(5)]
+
+
+def trained(monkeypatch, room=None):
+    """The adapters of a fleet of five, and what was said; more than `room` users in a pass are too many."""
+    adapted, bank, said, sizes = AdaptedModel(tiny_base(), LoraSettings(rank=4)), constraint_bank(), [], []
+    reference = Reference(adapted)
+    reference.add([*(row for user in USERS for pair in user.train for row in pair[1:]), *bank.rows()])
+    dpo, constraint = DpoSettings(epochs=2, pairs_per_step=2), ConstraintSettings()
+    engine = Engine(adapted, USERS, reference, bank, dpo, constraint, FleetSettings(slots=5), 0)
+    whole = adapted.row_logps
+
+    def row_logps(batch, states=()):
+        users = len(batch.shares)
+        if room is not None and users > room:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(users)
+        return whole(batch, states)
+
+    monkeypatch.setattr(adapted, "row_logps", row_logps)
+    return {user.user_id: user for user in engine.run(say=said.append)}, said, sizes
+
+
+def test_a_step_without_room_is_taken_in_parts(monkeypatch):
+    whole, silence, _ = trained(monkeypatch)
+    parts, said, sizes = trained(monkeypatch, room=2)
+    assert silence == []
+    assert said == ["out of memory with 5 users in a step: it is taken in parts of 2 from now on"]
+    assert sizes[:3] == [2, 2, 1]
+    for user, result in whole.items():
+        assert result.steps == parts[user].steps
+        assert result.duals.keys() == parts[user].duals.keys()
+        torch.testing.assert_close(parts[user].adapter, result.adapter, rtol=1e-4, atol=1e-6)
+
+
+def test_one_user_who_does_not_fit_is_told_so(monkeypatch):
+    with pytest.raises(InputError, match="one user's step does not fit the device"):
+        trained(monkeypatch, room=0)
+
+
+def test_the_parts_of_a_step_are_kept_in_a_checkpoint(monkeypatch, tmp_path):
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=4))
+    reference = Reference(adapted)
+    reference.add([row for user in USERS for pair in user.train for row in pair[1:]])
+    settings = (DpoSettings(epochs=1), ConstraintSettings(enabled=False), FleetSettings(slots=5), 0, tmp_path)
+    engine = Engine(adapted, USERS, reference, None, *settings)
+    engine.together = 2
+    engine._save()
+    assert Engine(adapted, USERS, reference, None, *settings).together == 2
+
+
+def test_passes_without_room_are_run_in_halves():
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=4))
+    rows = [[pair.chosen for pair in user.train] for user in USERS[:2]]
+    flat = random_flat(adapted, 2)
+    batch, sizes = adapted.batch, []
+
+    def small(some, users):
+        if len(some) > 4:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(len(some))
+        return batch(some, users)
+
+    with adapted.using(flat):
+        whole = adapted.score(rows)
+        adapted.batch = small
+        parts = adapted.score(rows)
+    assert len(sizes) >= 3
+    for one, other in zip(whole, parts, strict=True):
+        assert [score.tokens for score in one] == [score.tokens for score in other]
+        assert [score.logp for score in one] == pytest.approx([score.logp for score in other], rel=1e-5)
+
+
+def test_a_row_that_does_not_fit_alone_is_an_error():
+    def run(places):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        in_passes([[USERS[0].train[0].chosen]], 10, run)
