@@ -63,7 +63,7 @@ def api_page() -> str:
 
 def directive(name: str) -> str:
     """Documents a public name under its short name. mkdocstrings reads the module without importing it."""
-    home = f"persona_rlhf.{persona_rlhf._HOMES[name]}.{name}"
+    home = f"persona_rlhf.{persona_rlhf._HOMES[name]}"
     return f"::: {home}\n    options:\n      heading: pr.{name}\n      toc_label: {name}\n"
 
 

@@ -32,39 +32,37 @@ if TYPE_CHECKING:
     from persona_rlhf.training.trl import ConstrainedDPOTrainer
 
 _HOMES = {
-    "AdaptedModel": "models.adapted_model",
-    "Base": "models.base",
-    "Config": "config.experiment",
-    "ConstrainedDPOTrainer": "training.trl",
-    "ConstraintSettings": "config.training",
-    "Engine": "training.engine",
-    "Examination": "evaluation.evaluator",
-    "InputError": "common.errors",
-    "Policy": "policy.policy",
-    "PreferencePair": "data.pairs",
-    "Problem": "common.errors",
-    "Result": "release.results",
-    "TrainedUser": "training.engine",
-    "constraint_bank": "pipeline.train",
-    "evaluate": "pipeline.train",
-    "fit": "data.screening",
-    "fleet_train": "training.api",
-    "load_base": "models.base",
-    "policy_bank": "training.api",
-    "prepare": "pipeline.prepare",
-    "prepare_users": "pipeline.prepare",
-    "read_config": "config.experiment",
-    "read_pairs": "data.pairs",
-    "read_results": "release.results",
-    "release": "pipeline.release",
-    "screen": "data.screening",
-    "tokenize": "data.tokenize",
-    "train": "pipeline.train",
-    "verify": "release.verify",
-    "with_reference": "pipeline.train",
+    "AdaptedModel": "models.adapted_model.AdaptedModel",
+    "Base": "models.base.Base",
+    "Config": "config.experiment.Config",
+    "ConstrainedDPOTrainer": "training.trl.ConstrainedDPOTrainer",
+    "ConstraintSettings": "config.training.ConstraintSettings",
+    "Engine": "training.engine.Engine",
+    "Examination": "evaluation.evaluator.Evaluator",
+    "InputError": "common.errors.InputError",
+    "Policy": "policy.policy.Policy",
+    "PreferencePair": "data.pairs.PreferencePair",
+    "Problem": "common.errors.Problem",
+    "Result": "release.results.Result",
+    "TrainedUser": "training.engine.TrainedUser",
+    "constraint_bank": "pipeline.train.constraint_bank",
+    "evaluate": "pipeline.train.evaluate",
+    "fit": "data.screening.fit",
+    "fleet_train": "training.api.fleet_train",
+    "load_base": "models.base.load_base",
+    "policy_bank": "training.api.policy_bank",
+    "prepare": "pipeline.prepare.prepare",
+    "prepare_users": "pipeline.prepare.prepare_users",
+    "read_config": "config.experiment.read_config",
+    "read_pairs": "data.pairs.read_pairs",
+    "read_results": "release.results.read_results",
+    "release": "pipeline.release.release",
+    "screen": "data.screening.screen",
+    "tokenize": "data.tokenize.tokenize",
+    "train": "pipeline.train.train",
+    "verify": "release.verify.verify",
+    "with_reference": "pipeline.train.with_reference",
 }
-
-_NAMES_THERE = {"Examination": "Evaluator"}  # public names that differ from the class they stand for
 
 __all__ = [
     "AdaptedModel",
@@ -103,4 +101,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), _NAMES_THERE.get(name, name))
+    module, _, attribute = _HOMES[name].rpartition(".")
+    return getattr(import_module(f"{__name__}.{module}"), attribute)

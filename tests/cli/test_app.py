@@ -16,7 +16,7 @@ from tests.policy.banks import tier_one, tier_three, tier_two, write
 # Runs a verb in a fresh interpreter and reports what it imported.
 _SPY = """
 import sys, time
-from persona_rlhf.cli import app
+from persona_rlhf.cli.app import app
 code, start = 0, time.perf_counter()
 try:
     app(sys.argv[1:], prog_name="persona-rlhf")

@@ -221,7 +221,7 @@ def test_a_fault_shows_no_traceback_and_nothing_of_anybody(ask, echo, told):
     assert json.loads(streamed[-1]) == found.json()
     assert len(told) == 2
     assert not any("private" in line for line in told)
-    assert all("RuntimeError at test_gateway.py" in line for line in told)
+    assert all("RuntimeError at test_server.py" in line for line in told)
 
 
 def test_a_declined_request_keeps_its_status_in_a_stream_too(ask, echo):

@@ -13,7 +13,7 @@ from persona_rlhf.cli import app
 # Runs a verb in a fresh interpreter; says what it imported and the CPU seconds it took, start of Python included.
 SPY = """
 import sys, time
-from persona_rlhf.cli import app
+from persona_rlhf.cli.app import app
 code = 0
 try:
     app(sys.argv[1:], prog_name="persona-rlhf")

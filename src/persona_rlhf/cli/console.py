@@ -16,8 +16,6 @@ import typer
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.pipeline.distributed import HELD_BACK
-from persona_rlhf.pipeline.run_dir import RunDir, finish_replacement
-from persona_rlhf.release.deletion_records import pending
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -150,6 +148,9 @@ def open_run(run: Path) -> None:
 
     Raises InputError where one cannot be finished, OSError where the disk is full.
     """
+    from persona_rlhf.pipeline.run_dir import RunDir, finish_replacement
+    from persona_rlhf.release.deletion_records import pending
+
     if finish_replacement(run):
         say(f"A replacement that was cut short is finished: {run}")
     if RunDir(run).joining.is_file():

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,7 +30,9 @@ from persona_rlhf.evaluation.records import (
     WinRate,
 )
 from persona_rlhf.evaluation.statistics import Clustered, Count
-from persona_rlhf.training.engine import TrainedUser
+
+if TYPE_CHECKING:  # a result is read without torch
+    from persona_rlhf.training.engine import TrainedUser
 
 # ----------------------------------------------------------------------------------------------------
 # `results.jsonl`: one line a user, everything that was decided and measured; and the table at the end of a run.
