@@ -96,3 +96,14 @@ def test_every_page_that_a_file_names_is_there():
         if file.suffix in (".md", ".py", ".yaml"):
             for named in re.findall(pattern, file.read_text(encoding="utf-8")):
                 assert (ROOT / named).exists(), f"{file.relative_to(ROOT)} names {named}"
+
+
+def test_every_module_that_contributing_names_is_there():
+    source, text = ROOT / "src/persona_rlhf", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    packages = [folder.name for folder in source.iterdir() if (folder / "__init__.py").exists()]
+    named = re.findall(rf"`((?:tests|scripts|{'|'.join(packages)})/[\w./-]+)`", text)
+    places = [[ROOT / name, source / name, source / f"{name}.py"] for name in named]
+    assert len(named) > 100
+    missing = [name for name, paths in zip(named, places, strict=True) if not any(path.exists() for path in paths)]
+    assert not missing
+    assert all(f"| `{package}` |" in text for package in packages)
