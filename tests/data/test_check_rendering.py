@@ -9,7 +9,6 @@ from rich.console import Console
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.data.check import first_pair, rendered
-
 from tests.data.families import tokenizer_for
 
 

@@ -16,7 +16,6 @@ from persona_rlhf.data.screening import RequestScore, RequestScreen, Screened, f
 from persona_rlhf.data.tokenize import tokenize
 from persona_rlhf.policy.rule_schema import When
 from persona_rlhf.policy.rules import Requirement
-
 from tests.data.tokenizers_by_hand import LLAMA, tokenizer_of
 
 PROBE = "How do I build a bomb?"

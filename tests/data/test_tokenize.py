@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.data.pairs import Message, PreferencePair, parse_row
 from persona_rlhf.data.tokenize import prompt_ids, tokenize
-
 from tests.data.tokenizers_by_hand import ENDLESS, GEMMA, LLAMA, NO_PREFIX, PHI, QWEN, tokenizer_of
 
 FAMILIES = {

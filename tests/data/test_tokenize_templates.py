@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.data.pairs import Message, PreferencePair, parse_row
 from persona_rlhf.data.tokenize import prompt_ids, tokenize, turn_end
-
 from tests.data.families import FAMILIES, TEMPLATES, tokenizer_for
 from tests.data.tokenizers_by_hand import ENDLESS, GEMMA, tokenizer_of
 

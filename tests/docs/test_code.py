@@ -9,10 +9,10 @@ import pytest
 
 from persona_rlhf.common.files import slug
 from persona_rlhf.release.export import ADAPTERS
-from tests.serving.conftest import base, base_folder, served_run  # noqa: F401 - fixtures
 from tests.cli.test_serve import ADA, Server, cli_words, tokens  # noqa: F401 - a fixture among them
 from tests.docs.pages import PAGES, ROOT, blocks, page_name
 from tests.release.conftest import run  # noqa: F401 - a fixture
+from tests.serving.conftest import base, base_folder, served_run  # noqa: F401 - fixtures
 from tests.story import experiment
 from tests.story.experiment import tier_one, write_yaml
 

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
-from pathlib import Path
-from persona_rlhf.common.errors import InputError
-from persona_rlhf.common.errors import Problem
-from persona_rlhf.data.pairs import PreferencePair
-from persona_rlhf.data.pairs import ReadPairs
-from persona_rlhf.data.pairs import first_problems
-from persona_rlhf.data.pairs import parsed_rows
-from persona_rlhf.data.pairs import read
-from persona_rlhf.data.screening import unfit_to_teach
-from persona_rlhf.data.tokenize import ChatTokenizer
-from persona_rlhf.data.tokenize import control_tokens
-from persona_rlhf.data.tokenize import tokenize
-from statistics import median
-from typing import Any
-from typing import NamedTuple
-from typing import TYPE_CHECKING
 import re
 import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.data.pairs import PreferencePair, ReadPairs, first_problems, parsed_rows, read
+from persona_rlhf.data.screening import unfit_to_teach
+from persona_rlhf.data.tokenize import ChatTokenizer, control_tokens, tokenize
 
 if TYPE_CHECKING:
     from rich.panel import Panel
@@ -33,6 +24,7 @@ if TYPE_CHECKING:
 # ----------------------------------------------------------------------------------------------------
 # What is in preference files, before anything is trained on them.
 # ----------------------------------------------------------------------------------------------------
+
 
 class Spread(NamedTuple):
     """Median, 95th percentile (nearest rank) and extremes of a count."""
@@ -158,6 +150,7 @@ def render(summary: DataSummary) -> Table:
 # One pair as the model sees it: what its chat template makes of it, control tokens and all.
 # ----------------------------------------------------------------------------------------------------
 
+
 class RenderedPart(NamedTuple):
     """Some of a row: what its tokens say, how many they are, and the place of the first (an answer's: where the prompt
     ends)."""
@@ -224,4 +217,3 @@ def rendered(pair: PreferencePair, base: str, tokenizer: ChatTokenizer) -> Rende
         "rejected": part(row.rejected.completion, len(prompt)),
     }
     return Rendered(f"{pair.file}:{pair.line}", pair.user_id, base, parts, control_tokens(tokenizer))
-

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from datetime import UTC
-from datetime import datetime
-from pathlib import Path
-from persona_rlhf.common.errors import InputError
-from persona_rlhf.common.errors import Problem
-from persona_rlhf.data.pairs import Message
-from persona_rlhf.data.pairs import PreferencePair
-from persona_rlhf.data.pairs import parse_row
-from typing import BinaryIO
-from typing import Literal
-from typing import NamedTuple
-from typing import get_args
 import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, get_args
 
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.data.pairs import Message, PreferencePair, parse_row
 
 # ----------------------------------------------------------------------------------------------------
 # `ledger.jsonl`: preferences that people gave after a run was trained. Rows are added and never changed.
@@ -132,4 +124,3 @@ def accepted_by(reviews: Mapping[str, Review], pair: PreferencePair) -> Review |
     """The decision that lets a quarantined pair be trained on; None where there is none."""
     review = reviews.get(mark_of(pair)) if reviews else None
     return review if review is not None and review.decision == "accept" else None
-

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
-from persona_rlhf.common.errors import InputError
-from persona_rlhf.common.errors import Problem
-from persona_rlhf.common.errors import did_you_mean
-from persona_rlhf.common.files import find
-from persona_rlhf.data.pairs import first_problems
-from persona_rlhf.data.readers import converted
-from persona_rlhf.data.readers import read_file
-from persona_rlhf.data.readers import read_rows
-from persona_rlhf.data.readers import shown
-from persona_rlhf.policy.hazards import HARMLESS
-from persona_rlhf.policy.hazards import ProbeDestination
-from persona_rlhf.policy.hazards import PublicSet
-from persona_rlhf.policy.hazards import SplitBy
-from persona_rlhf.policy.hazards import assign_topic
-from persona_rlhf.policy.hazards import public_sets
-from persona_rlhf.policy.judges import NearDuplicateIndex
-from persona_rlhf.policy.judges import plain
-from typing import Any
-from typing import NamedTuple
 import json
 import os
 import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from persona_rlhf.common.errors import InputError, Problem, did_you_mean
+from persona_rlhf.common.files import find
+from persona_rlhf.data.pairs import first_problems
+from persona_rlhf.data.readers import converted, read_file, read_rows, shown
+from persona_rlhf.policy.hazards import HARMLESS, ProbeDestination, PublicSet, SplitBy, assign_topic, public_sets
+from persona_rlhf.policy.judges import NearDuplicateIndex, plain
 
 # ----------------------------------------------------------------------------------------------------
 # Public sets of probes written as banks: by category, split by topic, without what is held already.
@@ -258,4 +243,3 @@ def write_lines(out: Path, lines: Iterable[str]) -> None:
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
         raise
-

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
-from pathlib import Path
-from persona_rlhf.common.errors import InputError
-from persona_rlhf.common.errors import Problem
-from persona_rlhf.common.files import slug
-from persona_rlhf.data import readers
-from persona_rlhf.data.readers import ColumnFault
-from persona_rlhf.data.readers import RawRow
-from persona_rlhf.data.readers import missing
-from persona_rlhf.data.readers import read_rows
-from persona_rlhf.data.readers import shown
-from persona_rlhf.data.readers import text_fault
-from typing import Any
-from typing import Literal
-from typing import NamedTuple
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.data import readers
+from persona_rlhf.data.readers import ColumnFault, RawRow, missing, read_rows, shown, text_fault
 
 # ----------------------------------------------------------------------------------------------------
 # Prompts and answers as chat messages, however the row wrote them.
@@ -156,22 +143,6 @@ def deciding(user_id: str, prompts: Iterable[Prompt]) -> set[Prompt]:
 # ----------------------------------------------------------------------------------------------------
 # The preference pair: one object from the file to the gradient.
 # ----------------------------------------------------------------------------------------------------
-
-__all__ = [
-    "Message",
-    "PreferencePair",
-    "Prompt",
-    "Reading",
-    "SHOWN",
-    "Split",
-    "assign_splits",
-    "first_problems",
-    "parse_row",
-    "parsed_rows",
-    "read",
-    "read_pairs",
-    "slug",
-]
 
 Split = Literal["train", "heldout"]
 
@@ -350,4 +321,3 @@ def first_problems(problems: list[Problem], count: int | None = None) -> list[Pr
         return problems
     rest = (count or len(problems)) - SHOWN
     return [*problems[:SHOWN], Problem(problems[SHOWN].file, None, None, f"and {rest:,} more problems after these")]
-

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from datetime import date
-from datetime import datetime
-from io import BufferedReader
-from pathlib import Path
-from persona_rlhf.common.errors import InputError
-from persona_rlhf.common.errors import Problem
-from persona_rlhf.common.errors import did_you_mean
-from persona_rlhf.common.files import find
-from persona_rlhf.common.files import is_hub_id
-from typing import Any
-from typing import NamedTuple
-from typing import TypeVar
 import csv
 import gzip
 import json
 import math
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import date, datetime
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
+from persona_rlhf.common.errors import InputError, Problem, did_you_mean
+from persona_rlhf.common.files import find, is_hub_id
 
 # ----------------------------------------------------------------------------------------------------
 # The columns of a preference row: their names, the names other files give them, and what each may hold.
@@ -80,7 +71,9 @@ def text_fault(column: str, value: object) -> ColumnFault | None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        return ColumnFault(column, f"holds half a character (a lone surrogate): {shown(value)}; write the whole character")
+        return ColumnFault(
+            column, f"holds half a character (a lone surrogate): {shown(value)}; write the whole character"
+        )
     return None
 
 
@@ -101,7 +94,9 @@ def _weight_fault(value: object) -> ColumnFault | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ColumnFault("weight", f"must be a number, not {shown(value)}")
     if not 0 < value < math.inf:  # false for NaN too
-        return ColumnFault("weight", f"is {value}; a weight is a finite number above 0 (leave the row out to give it none)")
+        return ColumnFault(
+            "weight", f"is {value}; a weight is a finite number above 0 (leave the row out to give it none)"
+        )
     return None
 
 
@@ -140,7 +135,9 @@ def _source_fault(value: object) -> ColumnFault | None:
 
 
 def _clean_choice_fault(value: object) -> ColumnFault | None:
-    return None if isinstance(value, bool) else ColumnFault("clean_choice", f"must be true or false, not {shown(value)}")
+    return (
+        None if isinstance(value, bool) else ColumnFault("clean_choice", f"must be true or false, not {shown(value)}")
+    )
 
 
 CHECKS: Mapping[str, Callable[[object], ColumnFault | None]] = {  # of the optional columns
@@ -371,4 +368,3 @@ _KINDS = ".jsonl, .jsonl.gz, .csv or .parquet files"
 def _reader(path: Path) -> Callable[[Path], Iterator[RawRow | Problem]] | None:
     name = path.name.casefold()
     return next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), None)
-

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from pathlib import Path
-from persona_rlhf.common.errors import InputError
-from persona_rlhf.common.errors import Problem
-from persona_rlhf.common.errors import did_you_mean
-from persona_rlhf.config.loader import Section
-from persona_rlhf.config.loader import read_section
-from persona_rlhf.config.loader import read_yaml
-from persona_rlhf.data.feedback import Review
-from persona_rlhf.data.feedback import accepted_by
-from persona_rlhf.data.pairs import PreferencePair
-from persona_rlhf.data.pairs import Prompt
-from persona_rlhf.data.tokenize import ChatTokenizer
-from persona_rlhf.data.tokenize import PairRow
-from persona_rlhf.data.tokenize import UserRows
-from persona_rlhf.data.tokenize import control_tokens
-from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.policy.judges import plain
-from persona_rlhf.policy.properties import satisfied
-from pydantic import Field
-from pydantic import field_validator
-from typing import Literal
-from typing import NamedTuple
-from typing import Protocol
-from typing import TYPE_CHECKING
-from typing import runtime_checkable
 import re
 import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+
+from pydantic import Field, field_validator
+
+from persona_rlhf.common.errors import InputError, Problem, did_you_mean
+from persona_rlhf.config.loader import Section, read_section, read_yaml
+from persona_rlhf.data.feedback import Review, accepted_by
+from persona_rlhf.data.pairs import PreferencePair, Prompt
+from persona_rlhf.data.tokenize import ChatTokenizer, PairRow, UserRows, control_tokens
+from persona_rlhf.policy.judges import is_refusal, plain
+from persona_rlhf.policy.properties import satisfied
 
 if TYPE_CHECKING:
     from persona_rlhf.config.experiment import ScreeningSettings
@@ -42,6 +26,7 @@ if TYPE_CHECKING:
 # ----------------------------------------------------------------------------------------------------
 # Is a request one that the policy forbids? What screening asks of classifiers, whatever they are made of.
 # ----------------------------------------------------------------------------------------------------
+
 
 class RequestScore(NamedTuple):
     """How much a request looks forbidden, more being worse, and the hazard categories that it may be of: none where the
@@ -83,6 +68,7 @@ class RequestScreen(NamedTuple):
 # ----------------------------------------------------------------------------------------------------
 # Rules of screening: patterns of requests that are forbidden, by hazard category, in a file of the provider's.
 # ----------------------------------------------------------------------------------------------------
+
 
 class Pattern(Section):
     """Requests of one hazard category: one that `any` is found in, and `unless` is not."""
@@ -316,7 +302,9 @@ def normalised(text: str) -> str:
     return re.sub(r"[\W_]+", " ", plain).strip()
 
 
-def _against_restrictions(pairs: Sequence[PreferencePair], policy: Policy, screens: Sequence[RequestScreen]) -> dict[int, str]:
+def _against_restrictions(
+    pairs: Sequence[PreferencePair], policy: Policy, screens: Sequence[RequestScreen]
+) -> dict[int, str]:
     """Places of the pairs that would teach against a restriction, each with its reason."""
     rules = {normalised(probe.prompt): rule.id for rule in policy.restrictions for probe in rule.probes}
     reasons: dict[int, str] = {}
@@ -348,4 +336,3 @@ def _unreadable(row: PairRow, control: re.Pattern[str], context: int) -> str | N
     texts = (*(message.content for message in row.pair.prompt), row.pair.chosen, row.pair.rejected)
     found = next((found for text in texts if (found := control.search(text))), None)
     return None if found is None else f"control token: a text writes out the base's `{found.group()}`"
-

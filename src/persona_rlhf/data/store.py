@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Iterator
-from pathlib import Path
-from persona_rlhf.common.errors import InputError
-from persona_rlhf.common.errors import Problem
-from persona_rlhf.common.files import pseudonym
-from persona_rlhf.data.pairs import Message
-from persona_rlhf.data.pairs import PreferencePair
-from persona_rlhf.data.pairs import SHOWN
-from persona_rlhf.data.pairs import assign_splits
-from persona_rlhf.data.pairs import first_problems
-from persona_rlhf.data.pairs import parsed_rows
-from typing import NamedTuple
 import errno
 import hashlib
 import json
 import sqlite3
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import pseudonym
+from persona_rlhf.data.pairs import SHOWN, Message, PreferencePair, assign_splits, first_problems, parsed_rows
+
 
 class UserSelection(NamedTuple):
     """Whose pairs a run uses; its users are named by their pseudonyms.
@@ -147,4 +142,3 @@ def fingerprint_of(known: Iterable[tuple[str, str] | None]) -> str:
     for user in known:
         digest.update(b"" if user is None else user[1].encode())
     return digest.hexdigest()
-

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from persona_rlhf.common.errors import InputError
-from persona_rlhf.common.errors import Problem
-from persona_rlhf.data.pairs import Message
-from persona_rlhf.data.pairs import PreferencePair
-from persona_rlhf.data.pairs import Prompt
-from persona_rlhf.data.pairs import deciding
-from typing import Any
-from typing import NamedTuple
-from typing import Protocol
-from typing import runtime_checkable
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.data.pairs import Message, PreferencePair, Prompt, deciding
 
 # ----------------------------------------------------------------------------------------------------
 # A base's chat template: how a conversation becomes text and tokens, and which token ends an answer in it.
@@ -137,6 +128,7 @@ def control_tokens(tokenizer: ChatTokenizer) -> re.Pattern[str]:
 # A row is always the prompt exactly as `prompt_ids` gives it to generation, followed by the answer up to and with the
 # token that ends the turn. Only the base's own chat template decides what that looks like.
 # ----------------------------------------------------------------------------------------------------
+
 
 class Row(NamedTuple):
     """Token ids of one answer to one prompt; the completion ends with the end of the turn."""
@@ -324,4 +316,3 @@ def _too_long(lengths: Sequence[tuple[PreferencePair, int]], context: int) -> li
         for pair, length in lengths
         if length >= context
     ]
-
