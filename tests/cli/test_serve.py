@@ -39,10 +39,10 @@ def tokens(served_run, tmp_path) -> dict[str, str]:
 class Server:
     """A running server: its process and its port."""
 
-    def __init__(self, words):
+    def __init__(self, words, cwd=None):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "persona_rlhf", *words, "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
         self.said = ""
         while "Serving" not in self.said:
             line = self.process.stderr.readline()
