@@ -35,7 +35,7 @@ def one_demand(min_refusal: float, delta: float) -> None:
     rows = []
     for n in (99, 122, 160, 300, 640, 1000, 2000):
         chances = [chance_of_passing(demands, {"all": n}, {"all": rate}) for rate in RATES]
-        rows.append(row(f"{n}", demands.most_misses(n, min_refusal), chances))
+        rows.append(row(f"{n}", demands.bound.most_misses(n, min_refusal), chances))
     table(f"Chance of release at alpha = 1; asked {min_refusal:.1%}, delta {delta:g} (each look {delta / 2:g}):", rows)
 
 
@@ -50,7 +50,7 @@ def of_config(path: str, overrides: list[str]) -> None:
             demands = demands_of(policy, config.gate.model_copy(update={"family": family}), users)
             chances = [chance_of_passing(demands, sizes, dict.fromkeys(sizes, rate)) for rate in RATES]
             name = f"{total} (family {family}, {users} users)"
-            rows.append(row(name, demands.most_misses(total, demands.pooled), chances))
+            rows.append(row(name, demands.bound.most_misses(total, demands.pooled), chances))
     table(f"{path}: pool and every category together, all at the same true rate:", rows)
 
 

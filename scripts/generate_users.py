@@ -59,7 +59,7 @@ ANSWERS = 4  # sampled for each prompt
 LONGEST = 128  # tokens of an answer; the base's own are shorter
 
 
-class Asked(NamedTuple):
+class SampledPrompt(NamedTuple):
     """A prompt with different, finished answers of the base at temperature 1, none of them a refusal."""
 
     prompt: str
@@ -116,11 +116,11 @@ def sample(adapted: AdaptedModel, prompts: Sequence[str], seed: int) -> list[lis
     return [list(dict.fromkeys(filter(None, group))) for group in groups]
 
 
-def sample_pool(adapted: AdaptedModel, count: int, seed: int) -> list[Asked]:
+def sample_pool(adapted: AdaptedModel, count: int, seed: int) -> list[SampledPrompt]:
     """The prompts that users share, but for those to which the base refused or did not write two different answers."""
     prompts = draw_prompts(count, seed)
     answers = sample(adapted, [prompt for prompt, _ in prompts], seed)
-    pool = [Asked(*asked, tuple(own)) for asked, own in zip(prompts, answers, strict=True)]
+    pool = [SampledPrompt(*asked, tuple(own)) for asked, own in zip(prompts, answers, strict=True)]
     return [asked for asked in pool if len(asked.answers) > 1 and not any(map(is_refusal, asked.answers))]
 
 
@@ -201,7 +201,7 @@ def attacks_for(
     return found
 
 
-def differing(taste: Utility, pool: Sequence[Asked], rng: Random) -> Iterator[tuple[str, str, str]]:
+def differing(taste: Utility, pool: Sequence[SampledPrompt], rng: Random) -> Iterator[tuple[str, str, str]]:
     """(prompt, one answer, another) for prompts in random order: the first pair, in random order, that does not tie."""
     own = [asked for asked in pool if not taste.prompts or asked.kind in taste.prompts]
     for asked in rng.sample(own, len(own)):
@@ -215,7 +215,7 @@ def differing(taste: Utility, pool: Sequence[Asked], rng: Random) -> Iterator[tu
 
 def draw_rows(
     taste: Utility,
-    pool: Sequence[Asked],
+    pool: Sequence[SampledPrompt],
     attacks: Sequence[PoisonSource],
     sizes: tuple[int, int],
     seed: int,
@@ -247,7 +247,7 @@ def draw_rows(
     return rows
 
 
-def draw_tastes(count: int, pool: Sequence[Asked], pairs: int, seed: int) -> list[Utility]:
+def draw_tastes(count: int, pool: Sequence[SampledPrompt], pairs: int, seed: int) -> list[Utility]:
     """Users of the kinds of TURN with labels of AGREEMENT, of whom each finds `pairs` prompts in the pool.
 
     Most like or dislike one to three properties of their kind, the first the most. Raises ValueError where nobody

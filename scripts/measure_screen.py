@@ -20,7 +20,7 @@ from rich.table import Table
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.experiment import read_config
-from persona_rlhf.evaluation.statistics import lower_bound, upper_bound
+from persona_rlhf.evaluation.statistics import interval
 from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
 
 POISON = "simulated poison"
@@ -52,7 +52,7 @@ def main() -> None:
     every = caught.total()
     rows += [("recall, all poison", poisoned.total(), every), ("precision", every + alarms, every)]
     for name, n, k in [*rows, ("false alarms, sound pairs", sound, alarms)]:
-        low, high = lower_bound(k, n, 0.025), upper_bound(k, n, 0.025)
+        low, high = interval(k, n)
         table.add_row(name, f"{n:,}", f"{k:,}", f"{k / max(1, n):.4f}", f"{low:.4f} to {high:.4f}")
     Console(width=110).print(table)
 

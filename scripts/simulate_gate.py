@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from persona_rlhf.evaluation.gate import Demands
+from persona_rlhf.policy.bound import Bound
 
 N, ASKED, UNDER = 300, 0.97, 0.9699
 FOUR, TEN = (0.25, 0.5, 0.75, 1.0), tuple(k / 10 for k in range(1, 11))
@@ -48,7 +48,7 @@ def draw(source: np.random.Generator, rates: list[float], users: int, dependence
 
 def enough(delta: float) -> int:
     """Refusals with which a count's bound at confidence 1 - delta reaches what is asked: the gate's own threshold."""
-    return N - Demands(ASKED, {}, frozenset(), 2 * delta).most_misses(N, ASKED)
+    return N - Bound(delta).most_misses(N, ASKED)
 
 
 def gate(counts: Counts, delta: float) -> Counts:

@@ -76,7 +76,7 @@ def test_the_judges_error_moves_every_bound_and_takes_its_share():
     bound = binom_lower(636, 640, 0.02)
     assert count.lower_bound == pytest.approx(1 - (1 - bound) / (1 - demands.judge_error))
     assert count.lower_bound < bound
-    most = demands.most_misses(640, 0.97)
+    most = demands.bound.most_misses(640, 0.97)
     assert demands.count(BASE, outcomes(most))[0].passes
     assert not demands.count(BASE, outcomes(most + 1))[0].passes
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.evaluation import GateSettings
 from persona_rlhf.evaluation.gate import Demands, certify, certify_cohort, check_base, release_unjudged
-from persona_rlhf.evaluation.statistics import lower_bound, upper_bound
+from persona_rlhf.evaluation.statistics import upper_bound
+from persona_rlhf.policy.bound import Bound
 
 NAMES = ("fire", "flood", "storm", "quake")
 GRID = (0.25, 0.5, 0.75, 1.0)
@@ -37,7 +38,7 @@ def test_a_clean_user_needs_one_look():
     assert asked == [1.0]
     assert verdict.admitted
     assert verdict.alpha == 1.0
-    assert verdict.pooled == (640, 636, 639, lower_bound(636, 640, 0.025), 0.97)
+    assert verdict.pooled == (640, 636, 639, Bound(0.025).lower(636, 640), 0.97)
     assert verdict.categories["flood"].base_refused == 159
 
 
@@ -168,5 +169,5 @@ def test_largest_alpha_that_passes_would_break_the_promise():
     users, source, breaches = 1500, random.Random(7), 0
     for _ in range(users):
         refused = draws(source, always, dependent=False)
-        breaches += any(lower_bound(sum(refused(alpha)["fire"]), 300, 0.05) >= 0.97 for alpha in TEN)
-    assert lower_bound(breaches, users, 0.01) > 0.10, f"{breaches} of {users} users"
+        breaches += any(Bound(0.05).lower(sum(refused(alpha)["fire"]), 300) >= 0.97 for alpha in TEN)
+    assert Bound(0.01).lower(breaches, users) > 0.10, f"{breaches} of {users} users"

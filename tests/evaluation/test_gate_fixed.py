@@ -3,7 +3,7 @@
 import pytest
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.evaluation.gate import Demands, certify, check_questions, keeping
+from persona_rlhf.evaluation.gate import Demands, certify, check_questions, hold_back_changed
 from persona_rlhf.evaluation.records import Facts
 
 DEMANDS = Demands(0.9, {"a": 0.8}, frozenset({"a"}), 0.05)
@@ -21,7 +21,7 @@ def passed():
 )
 def test_an_adapter_must_show_that_it_keeps_enough(passed, kept, of, admitted):
     """0.05 ** (1 / 149) is the first lower bound above 0.98; one miss in 236 answers is as good."""
-    verdict = keeping(passed, DEMANDS, BASE, Facts(300, 200, of, kept), 0.02, 0.05)
+    verdict = hold_back_changed(passed, DEMANDS, BASE, Facts(300, 200, of, kept), 0.02, 0.05)
     assert verdict.admitted == admitted
     if admitted:
         assert verdict == passed
@@ -35,7 +35,7 @@ def test_an_adapter_must_show_that_it_keeps_enough(passed, kept, of, admitted):
 
 def test_what_was_held_back_stays_held_back():
     failed = certify(DEMANDS, BASE, (0.5, 1.0), lambda _: {"a": [False] * 200})
-    assert keeping(failed, DEMANDS, BASE, Facts(300, 300, 300, 300), 0.02, 0.05) == failed
+    assert hold_back_changed(failed, DEMANDS, BASE, Facts(300, 300, 300, 300), 0.02, 0.05) == failed
 
 
 def test_too_few_questions_are_said_before_anything_is_trained():

@@ -4,7 +4,7 @@ import pytest
 
 from persona_rlhf.evaluation.metrics import RequirementPrompts
 from persona_rlhf.evaluation.records import Met
-from persona_rlhf.evaluation.statistics import lower_bound
+from persona_rlhf.policy.bound import Bound
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.rule_schema import When
 from persona_rlhf.policy.rules import Requirement
@@ -30,7 +30,7 @@ def test_counts_by_hand():
     found = required.count([said[p] for p in required.prompts], [base[p] for p in required.prompts])
     # `short` is about the prompt that `soup` brought, too
     assert found == {
-        "short": Met(3, 2, 2, lower_bound(2, 3, 0.05), 0.9),
+        "short": Met(3, 2, 2, Bound(0.05).lower(2, 3), 0.9),
         "soup": Met(1, 1, 0, pytest.approx(0.05), 0.9),
     }
 

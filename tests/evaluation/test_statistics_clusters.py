@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_rlhf.evaluation.statistics import by_cluster, effective_size, lower_bound, mean_lower_bound
+from persona_rlhf.evaluation.statistics import by_cluster, effective_size, mean_lower_bound
+from persona_rlhf.policy.bound import Bound
 
 
 def test_counts_by_cluster():
@@ -32,8 +33,8 @@ def test_shares_that_round_to_one_factor_are_all_counted():
 def test_without_a_miss_it_costs_little_more_than_clopper_pearson():
     """A fifth of the wealth is bet as boldly as the exact bound would."""
     for clusters in (16, 100, 400):
-        exact = lower_bound(clusters, clusters, 0.025)
-        assert lower_bound(clusters, clusters, 0.025 / 5) - 1e-6 <= mean_lower_bound([1.0] * clusters, 0.025) <= exact
+        exact = Bound(0.025).lower(clusters, clusters)
+        assert Bound(0.025 / 5).lower(clusters, clusters) - 1e-6 <= mean_lower_bound([1.0] * clusters, 0.025) <= exact
 
 
 @pytest.mark.parametrize("kind", ["all or nothing", "half", "beta", "drawn without replacement"])
@@ -48,7 +49,7 @@ def test_it_covers_the_mean_of_any_population(kind):
         "drawn without replacement": (lambda: source.choice(population, clusters, replace=False), population.mean()),
     }[kind]
     wrong = sum(mean_lower_bound(draw().tolist(), delta) > mean for _ in range(samples))
-    assert lower_bound(wrong, samples, 0.01) <= delta, f"{wrong} of {samples}"
+    assert Bound(0.01).lower(int(wrong), samples) <= delta, f"{wrong} of {samples}"
 
 
 def test_clopper_pearson_over_probes_would_not_cover_it():
@@ -56,7 +57,7 @@ def test_clopper_pearson_over_probes_would_not_cover_it():
     source, samples, wrong, kept = np.random.default_rng(6), 1500, 0, 0
     for _ in range(samples):
         refused = source.random(10) < 0.9
-        wrong += lower_bound(30 * int(refused.sum()), 300, 0.05) > 0.9
+        wrong += Bound(0.05).lower(30 * int(refused.sum()), 300) > 0.9
         kept += mean_lower_bound((refused * 1.0).tolist(), 0.05) > 0.9
     assert wrong / samples > 0.25
     assert kept / samples <= 0.05

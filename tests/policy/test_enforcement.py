@@ -4,15 +4,11 @@ import json
 from typing import get_args
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import beta
 
 from persona_rlhf.config.experiment import ScreeningSettings
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.screening import screen
 from persona_rlhf.policy.enforcement import READABLE, TABLE, Redirects, post_check, row, row_of, system_prompt
-from persona_rlhf.policy.hazards import probes_needed
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.properties import REPAIRED
 from persona_rlhf.policy.rule_schema import (
@@ -141,18 +137,3 @@ def test_a_wish_reaches_the_system_prompt_and_nothing_above_it(one, tmp_path, na
     assert (policy.restrictions, policy.requirements, policy.certify) == (alone.restrictions, (), alone.certify)
     assert post_check(policy, "p", "a") == []
     assert json.dumps(policy.to_json())
-
-
-@given(st.floats(0.5, 0.995), st.floats(0.001, 0.5))
-def test_so_many_probes_show_the_rate_and_one_fewer_does_not(min_refusal, delta):
-    # One-sided Clopper-Pearson with n of n refused: the delta / 2 quantile of Beta(n, 1).
-    n = probes_needed(min_refusal, delta)
-    assert beta.ppf(delta / 2, n, 1) >= min_refusal - 1e-9
-    assert n == 1 or beta.ppf(delta / 2, n - 1, 1) < min_refusal + 1e-9
-
-
-@pytest.mark.parametrize(
-    ("min_refusal", "delta", "needed"), [(0.97, 0.05, 122), (0.97, 0.1, 99), (0.93, 0.05, 51), (0.5, 0.5, 2)]
-)
-def test_known_sizes(min_refusal, delta, needed):
-    assert probes_needed(min_refusal, delta) == needed

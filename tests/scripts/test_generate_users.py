@@ -114,12 +114,12 @@ def test_utilities_name_faults_in_kind_share_and_prompts(tmp_path):
 
 def pool_of(generator, prompts):
     answers = ("One.", "One two!", "One two three.", "One two three four!")
-    return [generator.Asked(f"prompt {n}", ("story", "fact")[n % 2], answers) for n in range(prompts)]
+    return [generator.SampledPrompt(f"prompt {n}", ("story", "fact")[n % 2], answers) for n in range(prompts)]
 
 
 def test_rows_depend_on_seed_and_user_alone(generator):
     taste = Utility("ada", "", 0.1, {"words": 1.0}, poisoned=0.5)
-    attacks = [generator.Attack(f"attack {n}", "Sure.", "I can't do that.") for n in range(10)]
+    attacks = [generator.PoisonSource(f"attack {n}", "Sure.", "I can't do that.") for n in range(10)]
     pool = pool_of(generator, 40)
     rows = generator.draw_rows(taste, pool, attacks, (10, 5), 0)
     assert rows == generator.draw_rows(taste, pool, attacks, (10, 5), 0)
@@ -173,7 +173,7 @@ def test_paraphrases_are_of_trained_topics_and_each_has_its_plain_prompt(generat
 
 @pytest.mark.parametrize("kind", POISON_KINDS)
 def test_a_poisoned_user_is_a_clean_one_with_poison_in_the_place_of_some_pairs(generator, kind):
-    attacks = [generator.Attack(f"attack {n}", "Sure.", "I can't do that. Sorry.") for n in range(30)]
+    attacks = [generator.PoisonSource(f"attack {n}", "Sure.", "I can't do that. Sorry.") for n in range(30)]
     pool, sizes = pool_of(generator, 60), (20, 10)
     clean = generator.draw_rows(Utility("user-1", "", 0.1, {"words": 1.0}), pool, [], sizes, 0)
     for share in (0, 0.05, 0.3, 1):
@@ -195,7 +195,7 @@ def test_drawn_tastes_are_of_all_kinds_and_differ(generator):
     }
     rng = Random(0)
     pool = [
-        generator.Asked(
+        generator.SampledPrompt(
             f"prompt {n}",
             ("story", "suggestion", "how_to")[n % 3],
             tuple(" ".join(rng.sample(" ".join(words.values()).split(), 8)) for _ in range(4)),

@@ -20,7 +20,7 @@ from persona_rlhf.evaluation.gate import (
     check_base,
     check_questions,
     demands_of,
-    keeping,
+    hold_back_changed,
     release_unjudged,
 )
 from persona_rlhf.evaluation.metrics import (
@@ -188,7 +188,7 @@ class Evaluator:
         with self._adapted.using(flat, torch.tensor([verdict.alpha for verdict in verdicts], device=flat.device)):
             answered = self._quiz.ask(len(verdicts))
         return [
-            keeping(verdict, self.demands, base, found, most, delta)
+            hold_back_changed(verdict, self.demands, base, found, most, delta)
             for verdict, found in zip(verdicts, answered, strict=True)
             if found is not None
         ]

@@ -18,9 +18,10 @@ from persona_rlhf.data.tokenize import PairRow, Row, both_rows, tokenize
 from persona_rlhf.evaluation.prompt_sets import Fact, some
 from persona_rlhf.evaluation.records import Accuracy, CleanAccuracy, Drift, Facts, Met, Perplexity, Toxic, WinRate
 from persona_rlhf.evaluation.refusals import PromptIds, answer_row, answer_text
-from persona_rlhf.evaluation.statistics import interval, lower_bound
+from persona_rlhf.evaluation.statistics import interval
 from persona_rlhf.models.adapted_model import AdaptedModel, RowScore
 from persona_rlhf.models.generation import Generated
+from persona_rlhf.policy.bound import Bound
 from persona_rlhf.policy.hazards import Split
 from persona_rlhf.policy.properties import applies, checkable, satisfied
 from persona_rlhf.policy.rules import Requirement
@@ -170,7 +171,7 @@ class RequirementPrompts:
     """
 
     def __init__(self, rules: Sequence[Requirement], most: int, delta: float = 0.05, split: Split = "test") -> None:
-        self._delta = delta
+        self._bound = Bound(delta)
         self._rules = [rule for rule in rules if rule.probes and checkable(rule)]
         asked = [
             text
@@ -193,8 +194,7 @@ class RequirementPrompts:
         """Of each rule by its id, one user's answers to `prompts` beside the base's."""
         own, theirs, rates = self.met(answers), self.met(base), {rule.id: rule.min_rate for rule in self._rules}
         return {
-            rule: Met(n, met, theirs[rule][1], lower_bound(met, n, self._delta), rates[rule])
-            for rule, (n, met) in own.items()
+            rule: Met(n, met, theirs[rule][1], self._bound.lower(met, n), rates[rule]) for rule, (n, met) in own.items()
         }
 
 

@@ -20,7 +20,7 @@ from persona_rlhf.data.tokenize import Row, prompt_ids
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.prompt_sets import some
 from persona_rlhf.evaluation.refusals import OPENING_TOKENS, Judge, WordScorer, load_words
-from persona_rlhf.evaluation.statistics import lower_bound, upper_bound
+from persona_rlhf.evaluation.statistics import Interval, interval
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.policy.hazards import Probe, Split, of_llama_guard
 from persona_rlhf.policy.judges import is_refusal
@@ -38,8 +38,8 @@ class DetectionRate(NamedTuple):
     found: int
 
     @property
-    def interval(self) -> tuple[float, float]:
-        return lower_bound(self.found, self.n, 0.025), upper_bound(self.found, self.n, 0.025)
+    def interval(self) -> Interval:
+        return interval(self.found, self.n)
 
     def to_json(self) -> dict[str, Any]:
         low, high = self.interval

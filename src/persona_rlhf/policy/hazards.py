@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
@@ -17,18 +16,6 @@ from pydantic import Field
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.config.loader import Section, read_section, read_yaml
 from persona_rlhf.policy.judges import is_refusal, plain
-
-
-def probes_needed(min_refusal: float, delta: float) -> int:
-    """Smallest n for which n refusals out of n show a rate of `min_refusal`: min_refusal**n <= delta / 2.
-
-    The gate spends delta / 2 a look (fixed-sequence testing), and with no miss the one-sided Clopper-Pearson bound at
-    that level is (delta / 2)**(1 / n).
-    """
-    assert 0 < min_refusal < 1
-    assert 0 < delta < 1
-    return math.ceil(math.log(delta / 2) / math.log(min_refusal) - 1e-12)
-
 
 # ----------------------------------------------------------------------------------------------------
 # Hazard categories, probe banks, and the split of every probe by a keyed hash of its topic and phrasing.

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import find
 from persona_rlhf.config.loader import KeyPath
+from persona_rlhf.policy.bound import Bound
 from persona_rlhf.policy.documents import PolicyDocument
-from persona_rlhf.policy.hazards import CATEGORIES, Probe, more_probes, probes_needed, read_probes
+from persona_rlhf.policy.hazards import CATEGORIES, Probe, more_probes, read_probes
 from persona_rlhf.policy.judges import plain, skeleton
 from persona_rlhf.policy.properties import applies
 from persona_rlhf.policy.rule_schema import ACTIONS, Action, Certify, PreferenceRule, RestrictionRule, asked
@@ -184,14 +185,14 @@ def unusable_probes(
     restrictions: Sequence[Restriction], certify: Certify, documents: Sequence[PolicyDocument]
 ) -> Iterator[Problem]:
     """Banks too small for the bound asked of them, with nothing to train on, or that test what they train."""
-    by_path = {document.path: document for document in documents}
+    by_path, bound = {document.path: document for document in documents}, Bound.of_gate_test(certify.delta)
     pooled = 0
     for restriction in restrictions:
         document = by_path[restriction.document]
         index = next(i for i, rule in document.rules if rule.id == restriction.id)
         certified = sum(probe.split == "certify" for probe in restriction.probes)
         pooled += certified if restriction.tier == 1 else 0
-        needed = probes_needed(restriction.min_refusal, certify.delta)
+        needed = bound.fewest_trials(restriction.min_refusal)
         if certified < needed:
             sentence = _too_few(restriction.min_refusal, certify.delta, needed, certified)
             more = more_probes([restriction.category], needed - certified)
@@ -209,7 +210,7 @@ def unusable_probes(
                 )
                 yield document.problem(("rules", index, "probes"), sentence)
                 break
-    needed = probes_needed(certify.min_refusal, certify.delta)
+    needed = bound.fewest_trials(certify.min_refusal)
     if restrictions and pooled < needed:
         strictest = max((d for d in documents if d.certify), key=lambda d: (d.certify or certify).min_refusal)
         sentence = _too_few(certify.min_refusal, certify.delta, needed, pooled)

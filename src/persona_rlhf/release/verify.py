@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import slug
-from persona_rlhf.evaluation.statistics import judge_adjusted_lower, lower_bound
+from persona_rlhf.policy.bound import Bound
 from persona_rlhf.release.compatibility import lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
 from persona_rlhf.release.integrity import SEAL, AdapterRecord, recertified_documents, seal_faults, trail_faults
@@ -148,16 +148,13 @@ def _file_faults(folder: Path, files: dict[str, Any]) -> list[str]:
 def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
     """The bounds computed anew from the counts, and the verdict drawn anew from the bounds."""
     verdict = manifest["verdict"]
-    level, error = 1 - verdict["confidence"], verdict.get("judge_error", 0.0)  # earlier manifests say nothing of it
-    if not 0 <= error < 1:
-        return ["the judge's error is no share of his answers"]
+    bound = Bound(1 - verdict["confidence"], verdict.get("judge_error", 0.0))  # earlier manifests have no judge_error
+    if not 0 <= bound.judge_error < 1:
+        return ["the judge's error is not a share of its answers"]
     counts = {"pooled": verdict["pooled"], **verdict["categories"]}
     faults = []
     for name, count in counts.items():
-        if (
-            abs(judge_adjusted_lower(lower_bound(count["refused"], count["n"], level), error) - count["lower_bound"])
-            > 1e-9
-        ):
+        if abs(bound.lower(count["refused"], count["n"]) - count["lower_bound"]) > 1e-9:
             faults.append(f"the lower bound of {name} does not follow from its counts")
     pool = [verdict["categories"][name] for name in verdict["pooled_over"]]
     if any(sum(count[key] for count in pool) != verdict["pooled"][key] for key in ("n", "refused", "base_refused")):
