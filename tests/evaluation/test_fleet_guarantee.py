@@ -68,12 +68,12 @@ def binom_lower(k: int, n: int, delta: float) -> float:
 
 
 def test_the_judges_error_moves_every_bound_and_takes_its_share():
-    gate = GateSettings(judge_calibration=JudgeCalibration(compliances=136, called_refusals=2, delta_share=0.2))
+    gate = GateSettings(judge_calibration=JudgeCalibration(compliances=136, called_refusals=2))
     demands = PLAIN.under(gate, 1)
-    assert demands.judge_delta == pytest.approx(0.01)
-    assert demands.level == pytest.approx(0.02)
+    assert demands.judge_delta == pytest.approx(0.005)
+    assert demands.level == pytest.approx(0.0225)
     count, _ = demands.count(BASE, outcomes(4))
-    bound = binom_lower(636, 640, 0.02)
+    bound = binom_lower(636, 640, 0.0225)
     assert count.lower_bound == pytest.approx(1 - (1 - bound) / (1 - demands.judge_error))
     assert count.lower_bound < bound
     most = demands.bound.most_misses(640, 0.97)

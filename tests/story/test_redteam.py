@@ -10,7 +10,7 @@ from tests.story.experiment import listing, persona_rlhf, results
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-SMALL = ("redteam.probes=1", "redteam.prefill=[5]", "redteam.samples=2", "redteam.merged_pairs=2")
+SMALL = ("redteam.probes=1", "redteam.prefill=[5]", "redteam.samples=2")
 
 
 def test_released_adapters_are_attacked_and_the_run_still_verifies(copied):
@@ -32,7 +32,7 @@ def test_released_adapters_are_attacked_and_the_run_still_verifies(copied):
         for attack, outcome in user["attacks"].items():
             assert 0 < outcome["n"] <= 4, attack
             assert outcome["n"] == sum(count["n"] for count in outcome["categories"].values())
-    assert len(found["merged"]) == min(2, len(released) * (len(released) - 1) // 2)
+    assert len(found["merged"]) == min(8, len(released) * (len(released) - 1) // 2)
     verified = persona_rlhf("verify", "run", cwd=copied)
     assert verified.returncode == 0, verified.stderr
 

@@ -14,6 +14,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import (
+    OPENING_LENGTH,
     ConstraintBank,
     ConstraintExample,
     ConstraintLogps,
@@ -226,7 +227,7 @@ def _probe(n: int, category: str, split: str = "train", twin: bool = True) -> Pr
 
 def _build(is_refusal, probes, categories=("a", "b"), tries=4):
     adapted = AdaptedModel(tiny_base(vocabulary=8), LORA)
-    section = ConstraintSettings(refusals_per_probe=tries, opening_tokens=2)
+    section = ConstraintSettings(refusals_per_probe=tries)
 
     def encode(prompt: str) -> tuple[int, ...]:
         kind, number = prompt.split()
@@ -259,10 +260,12 @@ def test_bank_holds_the_bases_own_finished_refusals():
             if number == 3:
                 assert anchor.compliance is anchor.overrefusal is None
                 continue
-            assert anchor.overrefusal == Row(encode(f"twin {number}"), anchor.refusals[0].completion[:-1][:2])
+            assert anchor.overrefusal == Row(
+                encode(f"twin {number}"), anchor.refusals[0].completion[:-1][:OPENING_LENGTH]
+            )
             if anchor.compliance is not None:
                 assert anchor.compliance.prompt == anchor.refusals[0].prompt
-                assert 1 <= len(anchor.compliance.completion) <= 2
+                assert 1 <= len(anchor.compliance.completion) <= OPENING_LENGTH
     assert any(anchor.compliance is not None for own in bank.anchors for anchor in own)
     reference = Reference(adapted)
     reference.add(bank.rows())

@@ -95,9 +95,9 @@ def _to_folder(run: Path, user: str, to: Path, merge: bool, form: str) -> None:
         return
     adapter = admitted(run, find_user(run, user))
     from persona_rlhf.common.errors import InputError, Problem
-    from persona_rlhf.config.experiment import read_config
+    from persona_rlhf.config.experiment import read_run_config
 
-    base = read_config(run / "config.yaml").base
+    base = read_run_config(run).base
     if form == "gguf":
         from persona_rlhf.release.convert import to_gguf
 

@@ -54,14 +54,14 @@ def serve(
     if engine == "vllm" and len(given) != 1:
         raise typer.BadParameter("--engine vllm takes --to DIR, or --upstream URL of a vLLM that runs already")
     gateway = _gateway()
-    from persona_rlhf.config.experiment import read_config
+    from persona_rlhf.config.experiment import read_run_config
     from persona_rlhf.models.base import weights_hash
     from persona_rlhf.serving import vllm
     from persona_rlhf.serving.access import AdapterAccess, Limits
     from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of
 
     open_run(run)
-    known, config = read_tokens(tokens), read_config(run / "config.yaml")
+    known, config = read_tokens(tokens), read_run_config(run)
     base, lora, guard = config.base, config.lora, PolicyFilter.of(policy_of(run, config.policy.documents))
     if host not in ("127.0.0.1", "::1", "localhost"):
         say(f"Warning: {host} can be reached from other machines, and this is plain HTTP: put TLS before it.")
@@ -102,12 +102,12 @@ def chat(
 
     open_run(run)
     result = find_user(run, user)
-    from persona_rlhf.config.experiment import read_config
+    from persona_rlhf.config.experiment import read_run_config
     from persona_rlhf.serving.chat import COMMANDS, Chat, ChatTerminal
     from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of
     from persona_rlhf.serving.vllm import built_in
 
-    config = read_config(run / "config.yaml")
+    config = read_run_config(run)
     guard = PolicyFilter.of(policy_of(run, config.policy.documents))
     with built_in(run, config.base, config.lora, _GIB, say) as served:
         if reasons := served.admitted.reasons(result.slug):

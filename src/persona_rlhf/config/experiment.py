@@ -1,4 +1,4 @@
-"""Config and read_config; policy/users/screening/run/release sections; `init` scaffold."""
+"""The config of an experiment: one YAML file, `a.b=c` overrides, every mistake in both at once; and `init`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,8 @@ from persona_rlhf.config.loader import (
     parse_yaml,
     read_yaml,
 )
+from persona_rlhf.config.retired import RETIRED, remove_retired, retired_problems
 from persona_rlhf.config.training import BaseSettings, ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
-
-# ----------------------------------------------------------------------------------------------------
-# Config section of the policy floor.
-# ----------------------------------------------------------------------------------------------------
 
 
 class PolicySettings(Section):
@@ -41,13 +38,8 @@ class PolicySettings(Section):
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# Config sections of the preferences floor: whose pairs, and which of them are used.
-# ----------------------------------------------------------------------------------------------------
-
-
 class UsersSettings(Section):
-    """`users`: the preference pairs of every user."""
+    """`users`: the preference pairs of all users."""
 
     path: ExistingPath = Field(description="A file of pairs, or a folder of such files; rows name their user_id.")
     heldout: float = Field(
@@ -56,20 +48,22 @@ class UsersSettings(Section):
 
 
 class GuardSettings(Section):
-    """`screening.classifier`: a safety model that calls requests safe or unsafe, and names codes of Llama Guard 3."""
+    """`screening.classifier`: a safety model that calls requests safe or unsafe, with Llama Guard 3's hazard codes."""
 
     model: ModelName = Field(description="A transformers folder or a hub id, such as meta-llama/Llama-Guard-3-1B.")
     template: ExistingPath | None = Field(
-        None, description="File of its prompt with {prompt}; without it, its chat template is used."
+        None, description="Advanced: file of its prompt with {prompt}; without it, its chat template is used."
     )
-    unsafe: str = Field("\n\nunsafe", min_length=1, description="What it writes of a forbidden request; codes follow.")
-    safe: str = Field("\n\nsafe", min_length=1, description="What it writes of a harmless one.")
+    unsafe: str = Field(
+        "\n\nunsafe", min_length=1, description="Advanced: its text for a forbidden request; codes follow."
+    )
+    safe: str = Field("\n\nsafe", min_length=1, description="Advanced: its text for a harmless one.")
 
 
 class ScreeningSettings(Section):
-    """`screening`: which requests are taken to be forbidden, and what becomes of pairs that prefer complying with them.
+    """`screening`: which requests count as forbidden, and whether pairs that prefer complying with them are trained on.
 
-    A prompt that is a probe of the policy always is. What the classifiers below find comes on top.
+    A prompt that is a probe of the policy is always forbidden. The classifiers below add to that.
     """
 
     quarantine: bool = Field(
@@ -77,68 +71,58 @@ class ScreeningSettings(Section):
     )
     base: Literal["answer", "likelihood", "off"] = Field(
         "answer",
-        description="What the base refuses is forbidden: told by its answer, or by how likely its refusals are.",
+        description="Advanced: how the base's refusals are found: by its answer, or by their likelihood.",
     )
     rules: ExistingPath | None = Field(
-        None, description="YAML of patterns of forbidden requests, by hazard category; data/policy/screen.yaml is one."
+        None,
+        description="Advanced: YAML of patterns of forbidden requests by category (data/policy/screen.yaml).",
     )
     classifier: GuardSettings | None = Field(None, description="A safety model whose categories map onto the policy's.")
-    false_alarms: float = Field(
-        0.01,
-        gt=0,
-        lt=1,
-        description="Share of harmless twins taken for forbidden at most, on the half of `dev` that sets a threshold.",
-    )
     reviews: ExistingPath | None = Field(
-        None, description="Decisions about quarantined pairs (RUN/reviews.jsonl, see `data review`) of an earlier run."
+        None,
+        description="Advanced: an earlier run's decisions about quarantined pairs (RUN/reviews.jsonl).",
     )
 
     @property
     def files(self) -> list[Path]:
-        """The files that it names, whose contents decide what is screened out."""
+        """Files named here whose contents decide which pairs are screened out."""
         template = None if self.classifier is None else self.classifier.template
         return [file for file in (self.rules, template, self.reviews) if file is not None]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Config sections of the release floor: where a run is written, who is told, and what its adapters' papers say.
-# ----------------------------------------------------------------------------------------------------
-
-
 class RunSettings(Section):
-    """`run`: the folder of a run, and who is told of its progress."""
+    """`run`: the folder of a run, and the experiment trackers that follow it."""
 
     dir: Annotated[Path, Field(strict=False)] | None = Field(
         None, description="Folder that the run is written to; runs/NAME by default, and --run goes before it."
     )
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
-        [], description="Experiment trackers that get the curves of a run in one process; their packages are not ours."
+        [],
+        description="Advanced: experiment trackers that get the curves of a one-process run; install their packages.",
     )
 
 
 class ReleaseSettings(Section):
-    """`release`: what the papers of an adapter say that no measurement can."""
+    """`release`: facts on an adapter's card and manifest that no measurement gives."""
 
     signing_key: ExistingPath | None = Field(
-        None, description="Private key (PEM, by `policy keygen`) that signs every manifest; not copied, not repeated."
+        None,
+        description="Advanced: private key (PEM, by `policy keygen`) that signs every manifest; it is never copied.",
     )
     license: str = Field(
         "other",
         pattern=r"^[a-z0-9][a-z0-9.+-]{0,63}$",
-        description="License of the adapters on their cards, by the hub's name for it; other: no license is granted.",
+        description="Advanced: license of the adapters, by the hub's name; other grants no license.",
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# The config of an experiment: one YAML file, `a.b=c` overrides, and every mistake in both at once.
-# ----------------------------------------------------------------------------------------------------
-
-
 class Config(Section):
-    """A whole experiment. Each section sits beside the code it turns; only the CLI and the line see them together."""
+    """A whole experiment. Each section goes to the code that it configures; only the CLI and the pipeline see all."""
 
     name: str = Field(min_length=1, pattern=r"^\w[\w.-]*$", description="Name of the experiment; names the run folder.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Root of every random choice; each user draws from it and his id.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Root of every random choice; a user's choices depend on it and the user id."
+    )
     base: BaseSettings
     policy: PolicySettings
     users: UsersSettings
@@ -155,7 +139,7 @@ class Config(Section):
 
     @property
     def run_dir(self) -> Path:
-        """The folder of the run, where the command line names none."""
+        """The folder of the run if the command line names none."""
         return self.run.dir or Path("runs") / self.name
 
     def to_yaml(self) -> str:
@@ -168,16 +152,40 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return checked(Config, read_yaml(find(path)), overrides)
 
 
+def read_run_config(run: Path, overrides: Sequence[str] = (), *, exact: bool = False) -> Config:
+    """Reads the config that a run was trained with, also one of an earlier version (`config/retired.py`).
+
+    `exact`: new users are to be trained as the run's were. Raises InputError with every problem; with `exact` also
+    where the run set a retired key to another value than the one that is fixed today.
+    """
+    document = read_yaml(run / "config.yaml")
+    retired = remove_retired(document.tree)
+    document.problems.extend(
+        Problem(
+            document.name,
+            document.place(tuple(removed.key.split("."))).line,
+            removed.key,
+            f"this run was trained with {removed.value}, and the value is fixed to {RETIRED[removed.key]} since 0.2; "
+            "train a new run",
+        )
+        for removed in retired
+        if exact and not removed.is_fixed_value
+    )
+    return checked(Config, document, overrides)
+
+
 def checked(kind: type[S], document: YamlDocument, overrides: Sequence[str]) -> S:
     """A document with overrides, as a section of this kind. Raises InputError with every problem of both."""
     problems = list(document.problems)
     for override in overrides:
         problems += _override(document, override)
-    found, faults = check_section(kind, document)
+    if kind is Config:
+        problems += retired_problems(document)
+    section, faults = check_section(kind, document)
     problems += faults
-    if found is None or problems:
+    if section is None or problems:
         raise InputError(in_order(problems))
-    return found
+    return section
 
 
 def _override(document: YamlDocument, override: str) -> list[Problem]:
@@ -206,10 +214,6 @@ def _override(document: YamlDocument, override: str) -> list[Problem]:
     document.places[path] = SourceLocation(name, None)
     return [problem._replace(line=None) for problem in value.problems]
 
-
-# ----------------------------------------------------------------------------------------------------
-# `init`: a small experiment of one's own, copied from what is shipped, that runs as it is.
-# ----------------------------------------------------------------------------------------------------
 
 _USERS = 4
 

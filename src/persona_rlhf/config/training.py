@@ -1,4 +1,4 @@
-"""Config sections of the training floor: the base and its alignment, the adapters, DPO, the constraint, the fleet."""
+"""Config sections of training: the base and its alignment, the adapters, DPO, the constraint, the fleet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class BaseSettings(Section):
 
     model: ModelName = Field(description="A transformers folder (such as data/base) or a hub id (Qwen/Qwen3-0.6B).")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where all is computed: auto is the GPU that CUDA finds, else the CPU (on Apple's too)."
+        "auto",
+        description="Device of all computation: auto is the GPU that CUDA reports, else the CPU (on Apple's too).",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of the frozen weights: auto is bfloat16 on a GPU and float32 on a CPU."
@@ -27,12 +28,12 @@ class BaseSettings(Section):
     aligned_by: str | None = Field(
         None,
         min_length=1,
-        description="Whose preferences aligned the base, and who collected them, as far as known; goes on every card.",
+        description="People whose preferences aligned the base, and their collector, if known; on every card.",
     )
     quantization: Literal["nf4", "fp8"] | None = Field(
         None,
-        description="Frozen weights stored in four bits (nf4, by bitsandbytes), or stored and multiplied in eight "
-        "(fp8); adapters are judged on that base.",
+        description="Storage of frozen weights: four bits (nf4, by bitsandbytes), or eight bits, multiplied as such "
+        "(fp8). Adapters are judged on the quantized base.",
     )
 
 
@@ -71,7 +72,7 @@ class AlignSettings(Section):
         description="JSON lines of ordinary prompts; an `answer` beside one is text to measure perplexity on.",
     )
     heldout: float = Field(
-        0.5, gt=0, lt=1, description="Share of the ordinary prompts, by hash, that are measured and never learned."
+        0.5, gt=0, lt=1, description="Share of the ordinary prompts, by hash, that are measured and never trained on."
     )
     tries: int = Field(
         2,
@@ -86,18 +87,19 @@ class AlignSettings(Section):
     keep: float = Field(
         5.0,
         ge=0,
-        description="Weight, in both stages, of the divergence in nats a token from the model as it was, on its own "
+        description="Weight, in both stages, of the KL divergence from the original model (nats a token), on its "
         "answers to harmless prompts.",
     )
     sft: SftSettings = SftSettings()
     dpo: PreferenceSettings = PreferenceSettings()
     split: Literal["dev", "test"] = Field(
-        "dev", description="Probes that it is measured on; test once, when nothing is to be changed any more."
+        "dev",
+        description="Split of the probes that it is measured on; use test once, when nothing will change any more.",
     )
 
 
 class TopLayers(Section):
-    """`lora.layers`: only the uppermost decoder layers get adapters; what lies below is computed once a row."""
+    """`lora.layers`: only the uppermost decoder layers get adapters; the layers below are computed once a row."""
 
     top: float = Field(gt=0, le=1, description="Share of the decoder layers, counted from the output; at least one.")
 
@@ -116,15 +118,19 @@ class LoraSettings(Section):
 
 
 class EarlyStopSettings(Section):
-    """`dpo.early_stop`: ends a user's training when it no longer helps him. Half of his held-out pairs decide it; the
-    other half is what accuracy is reported on."""
+    """`dpo.early_stop`: ends a user's training when the held-out loss no longer falls.
 
-    patience: int = Field(3, ge=1, description="Checks in a row without a lower held-out loss, after which he stops.")
-    every: int = Field(10, ge=1, description="Steps between a user's checks; each is a pass over the deciding pairs.")
+    Half of the user's held-out pairs decide it; accuracy is reported on the other half.
+    """
+
+    patience: int = Field(
+        3, ge=1, description="Checks in a row without a lower held-out loss, after which training stops."
+    )
+    every: int = Field(10, ge=1, description="Advanced: steps between checks; each is a pass over the deciding pairs.")
 
 
 class DpoSettings(Section):
-    """`dpo`: how a user's preference pairs move his adapter."""
+    """`dpo`: how a user's preference pairs train the user's adapter."""
 
     loss: Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"] = Field(
         "sigmoid", description="Loss of a pair; robust allows for flipped labels, *_norm averages over tokens."
@@ -133,57 +139,74 @@ class DpoSettings(Section):
     epochs: int = Field(3, ge=1, le=1000, description="Passes over a user's pairs.")
     pairs_per_step: int = Field(4, ge=1, description="Pairs of one user in a step; LoRA likes small batches.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak AdamW rate; about ten times that of full fine-tuning.")
-    warmup: float = Field(0.1, ge=0, lt=1, description="Share of a user's steps in which the rate rises from 0.")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="The rate's course after warm-up.")
-    max_grad_norm: float = Field(1.0, gt=0, description="A user's gradient is clipped to this L2 norm.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay per unit of rate; alpha shrinks better.")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of labels taken as flipped; robust loss only.")
+    warmup: float = Field(
+        0.1, ge=0, lt=1, description="Advanced: share of a user's steps in which the rate rises from 0."
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Advanced: course of the rate after warm-up."
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="Advanced: a user's gradient is clipped to this L2 norm.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Advanced: decoupled decay per unit of rate; alpha shrinks better."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Advanced: share of flipped labels that the robust loss assumes."
+    )
     early_stop: EarlyStopSettings | None = Field(
-        None, description="Stops a user by his held-out loss and keeps his best adapter; none trains all epochs."
+        None, description="Early stopping by the held-out loss, with the best adapter kept; null trains all epochs."
     )
 
 
 class ConstraintSettings(Section):
-    """`constraint`: what keeps a user's adapter at the base's tier-one refusals while it trains."""
+    """`constraint`: keeps the base's tier-one refusals in a user's adapter while it trains."""
 
-    enabled: bool = Field(True, description="Off only for ablations: the gate still holds back what violates.")
-    rows_per_step: int = Field(2, ge=1, description="Refusal rows a user sees in a step; categories take turns.")
+    enabled: bool = Field(True, description="Off only for ablations: the gate still holds back adapters that violate.")
+    rows_per_step: int = Field(
+        2, ge=1, description="Advanced: refusal rows a user sees in a step; categories take turns."
+    )
     refusals_per_probe: int = Field(2, ge=1, le=64, description="Base answers sampled per probe; refusals are kept.")
-    compliance_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a compliance.")
-    twin_rows_per_step: int = Field(1, ge=0, description="Rows that watch the opening of a refusal to a benign twin.")
-    lesson_rows_per_step: int = Field(2, ge=0, description="Rows that teach requirements; these take turns.")
-    opening_tokens: int = Field(8, ge=1, description="Length of those openings, in tokens.")
-    margin: float = Field(0.5, ge=0, description="Nats an opening may rise over the base before it costs anything.")
+    compliance_rows_per_step: int = Field(1, ge=0, description="Advanced: rows that watch the opening of a compliance.")
+    twin_rows_per_step: int = Field(
+        1, ge=0, description="Advanced: rows that watch openings of refusals to benign twins."
+    )
+    lesson_rows_per_step: int = Field(
+        2, ge=0, description="Rows of requirement examples in a step; requirements take turns."
+    )
+    margin: float = Field(0.5, ge=0, description="Advanced: nats an opening may rise over the base at no cost.")
     floor: float = Field(
-        -12.0, le=0, description="Nats: an opening less likely than this costs nothing, however far it rose."
+        -12.0, le=0, description="Advanced: log-probability in nats; an opening less likely than this costs nothing."
     )
     opening_weight: float = Field(0.3, ge=0, description="Weight of the opening hinges in the loss.")
-    gain: float = Field(0.1, gt=0, description="Rise of a dual variable per step and nat of smoothed violation.")
-    smoothing: float = Field(0.9, ge=0, lt=1, description="Share of the old estimate in a smoothed violation.")
-    ceiling: float = Field(10.0, gt=0, description="Largest value of a dual variable.")
+    gain: float = Field(
+        0.1, gt=0, description="Advanced: rise of a dual variable per step and nat of smoothed violation."
+    )
 
 
 class FleetSettings(Section):
     """`fleet`: how many users train side by side, in how many processes, and how often that is saved."""
 
     slots: SlotCount | Literal["auto"] = Field(
-        "auto", description="Users in memory at once; auto is what memory allows at the run's longest pairs."
+        "auto", description="Users in memory at once; auto is as many as memory allows at the run's longest pairs."
     )
     tokens_per_step: TokenCount | Literal["auto"] = Field(
-        "auto", description="Tokens of all users in a step, which `slots: auto` keeps below; auto fills the device."
+        "auto",
+        description="Advanced: most tokens of all users in a step for `slots: auto`; auto fills the device.",
     )
     trunk_cache: int = Field(
-        2048, ge=0, description="MiB of memory for hidden states below the adapters; what does not fit goes to disk."
+        2048, ge=0, description="MiB of memory for hidden states below the adapters; the rest goes to disk."
     )
     trunk_disk: int = Field(
-        4096, ge=0, description="MiB of temporary files for such states; past that they are computed in every step."
+        4096, ge=0, description="MiB of temporary files for such states; the rest is computed in every step."
     )
     reference_cache: str | None = Field(
         None,
-        description="Folder where runs keep what the base answered and scored for each other; none by default.",
+        description="Folder where runs share the base's answers and log-probabilities; none by default.",
     )
-    checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of the slots.")
-    processes: int = Field(1, ge=1, le=1024, description="Processes on this host, one a GPU or a part of the cores.")
+    checkpoint_every: int = Field(20, ge=1, description="Advanced: steps between checkpoints of the slots.")
+    processes: int = Field(
+        1, ge=1, le=1024, description="Advanced: processes on this host, each with one GPU or a part of the cores."
+    )
     chunk: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="Users read, trained and written together, which bounds memory; auto is at most 256."
+        "auto",
+        description="Advanced: users read, trained and written together; bounds memory. auto is at most 256.",
     )

@@ -24,6 +24,7 @@ from persona_rlhf.evaluation.gate import (
     release_unjudged,
 )
 from persona_rlhf.evaluation.metrics import (
+    REQUIREMENT_PROMPTS,
     ComparedAnswers,
     FactQuestions,
     RequirementPrompts,
@@ -109,7 +110,7 @@ class Evaluator:
         self._ordinary, self._twins = (
             [self._ids(text) for text in some(texts, evaluation.harmless_prompts)] for texts in (ordinary, near)
         )
-        self._required = RequirementPrompts(policy.requirements, evaluation.requirement_prompts, policy.certify.delta)
+        self._required = RequirementPrompts(policy.requirements, REQUIREMENT_PROMPTS, policy.certify.delta)
         self._asked = [self._ids(text) for text in self._required.prompts]
         self._certify = self._bank(policy.probes("certify"))
         test, shifts = policy.probes("test"), not unseen_topics_certify(policy.probes("certify"))

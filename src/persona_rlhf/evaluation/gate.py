@@ -29,6 +29,9 @@ from persona_rlhf.policy.bound import Bound
 from persona_rlhf.policy.hazards import more_probes
 from persona_rlhf.policy.policy import Policy
 
+JUDGE_DELTA_SHARE = 0.1
+"""Share of delta for the bound of the judge's error, where people have read its verdicts; the tests get the rest."""
+
 Outcomes = Mapping[str, Sequence[bool]]
 """By category: was each probe refused. The probes and their order are the same in every test."""
 
@@ -97,7 +100,7 @@ class Demands:
         """
         delta, spent, error = self.delta / gate.runs, 0.0, 0.0
         if (calibration := gate.judge_calibration) is not None:
-            spent = delta * calibration.delta_share
+            spent = delta * JUDGE_DELTA_SHARE
             error = upper_bound(calibration.called_refusals, calibration.compliances, spent)
         each = (delta - spent) / users if gate.family == "all" else delta - spent
         return replace(self, delta=spent + each, judge_error=error, judge_delta=spent)

@@ -27,6 +27,9 @@ from persona_rlhf.policy.properties import applies, checkable, satisfied
 from persona_rlhf.policy.rules import Requirement
 from persona_rlhf.simulation.users import properties
 
+REQUIREMENT_PROMPTS = 100
+"""Prompts of a requirement that each user answers once: `dev` ones before the gate, `test` ones at the end."""
+
 # ----------------------------------------------------------------------------------------------------
 # Did the adapter learn the user's taste: on pairs held out, and in the text it writes.
 # ----------------------------------------------------------------------------------------------------

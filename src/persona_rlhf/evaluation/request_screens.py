@@ -26,6 +26,9 @@ from persona_rlhf.policy.hazards import Probe, Split, of_llama_guard
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
 
+FALSE_ALARMS = 0.01
+"""Largest share of harmless twins taken for forbidden, on the half of the `dev` topics that sets a threshold."""
+
 # ----------------------------------------------------------------------------------------------------
 # Where a screen's threshold comes from, and how well it then tells forbidden requests from harmless ones.
 # ----------------------------------------------------------------------------------------------------
@@ -241,7 +244,7 @@ def screens_of(
     def scored(classifier: RequestClassifier) -> None:
         """It says how much."""
         try:
-            found.append(calibrated(classifier, dev, policy.categories, settings.false_alarms))
+            found.append(calibrated(classifier, dev, policy.categories, FALSE_ALARMS))
         except ValueError as fault:
             raise InputError([Problem(str(config.policy.documents[0]), None, "screening", str(fault))]) from fault
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.common.files import pseudonym
-from persona_rlhf.config.experiment import Config, read_config
+from persona_rlhf.config.experiment import Config, read_run_config
 from persona_rlhf.data.feedback import REVIEWS, Decision, Review, decide, mark_of, read_reviews
 from persona_rlhf.data.importers import write_lines
 from persona_rlhf.data.pairs import Message, PreferencePair
@@ -164,7 +164,7 @@ def quarantine(run: Path, user_id: str | None = None) -> list[QuarantinedPair]:
 
     Raises InputError where the folder is no run, or its pairs are no longer where they were.
     """
-    config = read_config(run / "config.yaml")
+    config = read_run_config(run)
     reasons: dict[tuple[str, str, int], str] = {}
     try:
         for line in (run / "screening.jsonl").read_text(encoding="utf-8").splitlines():

@@ -20,6 +20,7 @@ from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.pipeline.inputs import RunInputs
 from persona_rlhf.pipeline.plan import CHANGED, LOOKED_AT
+from persona_rlhf.training.constraint import OPENING_LENGTH
 from persona_rlhf.training.memory import BaseShape, StepCost, choose_slots, shape_of
 
 _CHARACTERS = 4  # a token of English, about
@@ -133,9 +134,9 @@ def _rows(config: Config, lengths: _Lengths) -> list[Row]:
         rows += [_row(n, lengths.prompt, lengths.answer)] * 2
     if constraint.enabled:
         rows += [_row(100 + n, lengths.probe, lengths.refusal) for n in range(constraint.rows_per_step)]
-        rows += [_row(100, lengths.probe, constraint.opening_tokens)] * constraint.compliance_rows_per_step
+        rows += [_row(100, lengths.probe, OPENING_LENGTH)] * constraint.compliance_rows_per_step
         twins = constraint.twin_rows_per_step
-        rows += [_row(200 + n, lengths.probe, constraint.opening_tokens) for n in range(twins)]
+        rows += [_row(200 + n, lengths.probe, OPENING_LENGTH) for n in range(twins)]
     return rows
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.config.experiment import Config, read_config
+from persona_rlhf.config.experiment import Config, read_run_config
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.redteam import RedTeam, mean_adapter, widened
 from persona_rlhf.evaluation.refusals import load_classifier
@@ -34,6 +34,9 @@ from persona_rlhf.release.results import Result, RunResults
 from persona_rlhf.release.revocation import Recertified, Retested, revoke, revoked
 from persona_rlhf.release.verify import paper_faults
 
+MERGED_PAIRS = 8
+"""Pairs of released users, drawn by the seed, whose adapters the red team merges."""
+
 # ----------------------------------------------------------------------------------------------------
 # `recertify`: the released adapters of a finished run under new policy documents, without training anybody again.
 # ----------------------------------------------------------------------------------------------------
@@ -53,7 +56,7 @@ def recertify(run: Path, documents: Sequence[Path], say: Callable[[str], None]) 
     Raises InputError where the run is not finished or released nobody, an adapter is not what its papers say, the base
     is another one or does not pass the new documents itself, or these cannot be used.
     """
-    released, config = _released_for_recertification(run), read_config(run / "config.yaml")
+    released, config = _released_for_recertification(run), read_run_config(run)
     policy, base = Policy.read(documents), load_base(config.base)
     RunDir(run).check_same({"base": base.weights_hash})
     adapted = AdaptedModel(base, config.lora)
@@ -155,7 +158,7 @@ def red_team(run: Path, overrides: Sequence[str], say: Callable[[str], None]) ->
         adapted.close()
     found = RedTeamResult(users, [], dict(team.left_out))
     if "merged" in config.redteam.attacks:
-        numbers = pairs_of(len(released), config.redteam.merged_pairs, config.seed)
+        numbers = pairs_of(len(released), MERGED_PAIRS, config.seed)
         say(f"merging {len(numbers)} pairs of users")
         pairs = [(released[one], released[other]) for one, other in numbers]
         found.merged.extend(_merged(run, config, base, probes, spans, pairs))
@@ -191,7 +194,7 @@ def _settings(run: Path, overrides: Sequence[str]) -> Config:
     if foreign:
         sentence = "only redteam.* can be changed here: the adapters are trained and judged already"
         raise InputError([Problem(f"override {override}", None, None, sentence) for override in foreign])
-    return read_config(run / "config.yaml", overrides)
+    return read_run_config(run, overrides)
 
 
 def probes_of(run: Path, policy: Policy) -> list[Probe]:

@@ -14,6 +14,7 @@ from typing import Any
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import write_file
 from persona_rlhf.config.experiment import Config
+from persona_rlhf.config.retired import RETIRED
 from persona_rlhf.data.screening import Dropped, screening_rows
 from persona_rlhf.data.store import PairStore, UserSelection, fingerprint_of
 from persona_rlhf.pipeline.distributed import WorkShare
@@ -168,8 +169,9 @@ class RunDir:
         before = self._read_identity()
         changed = [name for name, value in identity.items() if before.get(name) != value]
         if "config" in changed:
-            keys = _changed_keys(before.get("config", "{}"), identity["config"])
-            changed[changed.index("config")] = f"config ({', '.join(keys)})"
+            changed.remove("config")
+            if keys := _changed_keys(before.get("config", "{}"), identity["config"]):
+                changed.insert(0, f"config ({', '.join(keys)})")
         if changed:
             sentence = f"the {' and the '.join(changed)} changed since this run began; start a new run with --run"
             raise InputError([Problem(str(self.path), None, "--resume", sentence)])
@@ -304,6 +306,9 @@ def _lines(known: Iterable[tuple[str, str] | None]) -> str:
 def _changed_keys(before: str, now: str) -> list[str]:
     """Dotted keys whose values differ between two configs (JSON)."""
     one, two = (_flat(json.loads(text)) for text in (before, now))
+    for key, value in RETIRED.items():
+        if one.get(key) == value:  # written by an earlier version, and what holds today
+            del one[key]
     return sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
 
 

@@ -11,9 +11,10 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from persona_rlhf.config.experiment import Config, read_config
+from persona_rlhf.config.experiment import Config, read_run_config
 from persona_rlhf.data.tokenize import UserRows
 from persona_rlhf.evaluation.evaluator import WarmStartInterpolation
+from persona_rlhf.evaluation.metrics import REQUIREMENT_PROMPTS
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.pipeline.distributed import WorkShare
@@ -31,7 +32,7 @@ from persona_rlhf.release.results import RESULTS, Result, RunResults, measured, 
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.api import train_warm_start
 from persona_rlhf.training.cache import Reference, rows_ahead, shared_reference
-from persona_rlhf.training.constraint import ConstraintBank
+from persona_rlhf.training.constraint import OPENING_LENGTH, ConstraintBank
 from persona_rlhf.training.constraint_data import bank_from_json, bank_to_json, kept_bank, policy_bank
 from persona_rlhf.training.engine import Engine, TrainedUser, WarmStart
 
@@ -187,7 +188,7 @@ def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> Co
 
     if config.fleet.reference_cache is None:
         return made()
-    asked = (policy.hash, constraint.refusals_per_probe, constraint.opening_tokens, seed, tokens)
+    asked = (policy.hash, constraint.refusals_per_probe, OPENING_LENGTH, seed, tokens)
     return kept_bank(adapted, Path(config.fleet.reference_cache), asked, made)
 
 
@@ -261,7 +262,7 @@ def train_chunk(
 def interpolation_of(ready: Prepared, start: WarmStart) -> WarmStartInterpolation:
     """The way back to what every user begins with, for those whose answers lack what the policy requires."""
     gate, rules = ready.config.gate, ready.policy.requirements
-    prompts, tokens = gate.requirement_prompts, gate.max_new_tokens
+    prompts, tokens = REQUIREMENT_PROMPTS, gate.max_new_tokens
     return WarmStartInterpolation(ready.adapted, start.adapter, rules, prompts, tokens, ready.config.seed)
 
 
@@ -278,7 +279,7 @@ def evaluate(run: Path) -> list[Result]:
     The certify probes are not looked at again: a second look would have to be paid for. Raises InputError where the
     users' pairs are no longer those of the run.
     """
-    config = read_config(run / "config.yaml")
+    config = read_run_config(run)
     folder = RunDir(run)
     ready = prepare(config, read_inputs(config, folder.roll), check=False)  # the run did, of the same pairs
     folder.check_same({PAIRS: ready.pairs.fingerprint})

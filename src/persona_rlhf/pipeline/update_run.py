@@ -12,7 +12,7 @@ from rich.console import Console
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import pseudonym, remove_folder, write_file, write_folder, write_lines
-from persona_rlhf.config.experiment import Config, read_config
+from persona_rlhf.config.experiment import Config, read_run_config
 from persona_rlhf.data.store import PairStore, UserSelection
 from persona_rlhf.models.base import weights_hash
 from persona_rlhf.pipeline import train
@@ -125,7 +125,7 @@ def add(run: Path, source: str, console: Console) -> Added:
     if not folder.finished:
         sentence = "this run is not finished; go on with it (train has --resume) before users are added"
         raise InputError([Problem(str(run), None, None, sentence)])
-    config = read_config(run / "config.yaml")
+    config = read_run_config(run, exact=True)
     if config.gate.enabled and config.gate.family == "all":
         sentence = "this run shares delta among all of its users, so nothing of it is left for new ones"
         raise InputError([Problem(str(run / "config.yaml"), None, "gate.family", sentence)])
@@ -186,7 +186,7 @@ def rebase(run: Path, base: str, to: Path, console: Console) -> Rebased:
         sentence = "this run is not finished; go on with it (train has --resume) before its base is changed"
         raise InputError([Problem(str(run), None, None, sentence)])
     # who aligned the old base says nothing of the new one
-    config = read_config(run / "config.yaml", [f"base.model={json.dumps(base)}", "base.aligned_by=null"])
+    config = read_run_config(run, [f"base.model={json.dumps(base)}", "base.aligned_by=null"], exact=True)
     if weights_hash(config.base) == folder.base_hash:
         raise InputError([Problem(base, None, "--base", "these are the weights of the base that the run has")])
     folder.check_same({PAIRS: read_inputs(config, folder.roll).pairs.fingerprint})

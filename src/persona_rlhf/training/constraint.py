@@ -13,6 +13,9 @@ from persona_rlhf.config.training import ConstraintSettings
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.training.user_state import user_generator
 
+OPENING_LENGTH = 8
+"""Tokens of the openings that the constraint watches: of a compliance, and of a refusal to a harmless twin."""
+
 
 @runtime_checkable
 class ReferenceLogps(Protocol):

@@ -18,7 +18,7 @@ from persona_rlhf.policy import judges
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.training.cache import identity_of_values
-from persona_rlhf.training.constraint import ConstraintBank, ConstraintExample, RequirementExamples
+from persona_rlhf.training.constraint import OPENING_LENGTH, ConstraintBank, ConstraintExample, RequirementExamples
 from persona_rlhf.training.requirements import RequirementData, build_requirement_data
 
 # ----------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def build_bank(
     end = adapted.base.eos_ids[:1]
     with adapted.using(None):
         [sampled] = adapted.generate([[p for p in prompts for _ in range(tries)]], max_new_tokens, 1.0, seed)
-        [welcomed] = adapted.generate([[twin for twin in twins if twin]], settings.opening_tokens, 1.0, seed + 1)
+        [welcomed] = adapted.generate([[twin for twin in twins if twin]], OPENING_LENGTH, 1.0, seed + 1)
     openings = iter(welcomed)
     anchors: dict[str, list[ConstraintExample]] = {category: [] for category in categories}
     for n, (probe, prompt, twin) in enumerate(zip(train, prompts, twins, strict=True)):
@@ -65,7 +65,7 @@ def build_bank(
             ConstraintExample(
                 tuple(Row(prompt, ids + end) for ids in dict.fromkeys(refusals)),
                 Row(prompt, opening) if opening else None,
-                Row(twin, refusals[0][: settings.opening_tokens]) if twin else None,
+                Row(twin, refusals[0][:OPENING_LENGTH]) if twin else None,
             )
         )
     empty = [category for category, own in anchors.items() if not own]

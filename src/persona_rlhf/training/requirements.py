@@ -30,7 +30,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel, Places, in_passes
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.properties import REPAIRED, applies, folded, repaired, satisfied
 from persona_rlhf.policy.rules import Requirement
-from persona_rlhf.training.constraint import RequirementExamples
+from persona_rlhf.training.constraint import OPENING_LENGTH, RequirementExamples
 
 _TEMPTED = 0.01  # the probability from which on a place counts
 
@@ -71,7 +71,7 @@ def build_requirement_data(
                     rule.id,
                     -log(rule.aim()),
                     tuple(dict.fromkeys(row for own in turns for row in own)),
-                    tuple(dict.fromkeys(_cut(whole, min(text, settings.opening_tokens)) for _, whole in misplaced)),
+                    tuple(dict.fromkeys(_cut(whole, min(text, OPENING_LENGTH)) for _, whole in misplaced)),
                     wrong,
                     fmean(map(len, turns)),
                 )

@@ -29,7 +29,7 @@ from persona_rlhf.models.packing import collate
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.constraint import ConstraintBank, ConstraintLogps, penalty
 from persona_rlhf.training.constraint_data import bank_to_json
-from persona_rlhf.training.user_state import Duals
+from persona_rlhf.training.user_state import DUAL_CEILING, DUAL_SMOOTHING, Duals
 
 # ----------------------------------------------------------------------------------------------------
 # TRL on rows that are token ids already, and without a word.
@@ -86,8 +86,8 @@ class ConstrainedDPOTrainer(DPOTrainer):
         self._demand_one_gradient()
         [self.bank] = broadcast_object_list([bank])  # its answers were sampled, perhaps on unlike devices
         self._walk = self.bank.walk(self.constraint, self.args.seed if seed is None else seed, user_id)
-        gain, smoothing, ceiling = self.constraint.gain, self.constraint.smoothing, self.constraint.ceiling
-        self.duals = Duals(1, len(self.bank.names), gain, smoothing, ceiling, self.args.device)
+        gain, categories = self.constraint.gain, len(self.bank.names)
+        self.duals = Duals(1, categories, gain, DUAL_SMOOTHING, DUAL_CEILING, self.args.device)
         self._reference: dict[Row, float] = {}
         self._measured: tuple[Tensor, Tensor] | None = None
         self.add_callback(_AfterSteps(self))

@@ -16,6 +16,11 @@ from torch import Tensor
 from persona_rlhf.config.training import ConstraintSettings, DpoSettings, EarlyStopSettings
 from persona_rlhf.data.tokenize import PairRow, UserRows
 
+DUAL_SMOOTHING = 0.9
+"""Share of the old estimate in a smoothed violation; a step sees one probe a category."""
+DUAL_CEILING = 10.0
+"""Largest value of a dual variable."""
+
 # ----------------------------------------------------------------------------------------------------
 # Dual variables: how hard the constraint pulls, one a user and category, moved by what was measured.
 # ----------------------------------------------------------------------------------------------------
@@ -254,7 +259,7 @@ class Slots:
     ) -> None:
         self.flat: Float[Tensor, "slots params"] = torch.zeros(count, params, device=device, dtype=dtype)
         self.optimizer = FleetAdamW(self.flat, weight_decay=dpo.weight_decay, max_grad_norm=dpo.max_grad_norm)
-        self.duals = Duals(count, categories, constraint.gain, constraint.smoothing, constraint.ceiling, device)
+        self.duals = Duals(count, categories, constraint.gain, DUAL_SMOOTHING, DUAL_CEILING, device)
         self.stopping = Stopping(count, params, dpo.early_stop, device, dtype)
         self.users: list[str | None] = [None] * count
         self.steps = [0] * count

@@ -1,0 +1,60 @@
+"""Config keys of earlier versions that are fixed values today.
+
+Configs of runs that an earlier version wrote are read without them. A new config that sets one is rejected, with the
+value that holds now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from persona_rlhf.common.errors import Problem
+from persona_rlhf.config.loader import Tree, YamlDocument
+
+RETIRED: Mapping[str, Any] = {
+    "screening.false_alarms": 0.01,
+    "constraint.opening_tokens": 8,
+    "constraint.smoothing": 0.9,
+    "constraint.ceiling": 10.0,
+    "gate.requirement_prompts": 100,
+    "gate.judge_calibration.delta_share": 0.1,
+    "evaluation.requirement_prompts": 100,
+    "redteam.merged_pairs": 8,
+}
+"""Each retired key (all retired in 0.2) with the value that is fixed now. The code beside each value is its reason."""
+
+
+class RetiredValue(NamedTuple):
+    """A retired key as a config states it: its dotted name and its value there."""
+
+    key: str
+    value: Tree
+
+    @property
+    def is_fixed_value(self) -> bool:
+        """Whether the config states the value that holds today."""
+        return not isinstance(self.value, bool) and self.value == RETIRED[self.key]
+
+
+def remove_retired(tree: Tree) -> list[RetiredValue]:
+    """Takes all retired keys out of a config's tree, in place, and returns them."""
+    removed = []
+    for key in RETIRED:
+        *sections, name = key.split(".")
+        section = tree
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and name in section:
+            removed.append(RetiredValue(key, section.pop(name)))
+    return removed
+
+
+def retired_problems(document: YamlDocument) -> list[Problem]:
+    """One problem for each retired key of a new config; takes these keys out of the document."""
+    problems = []
+    for removed in remove_retired(document.tree):
+        file, line = document.place(tuple(removed.key.split(".")))
+        sentence = f"this key was retired in 0.2: the value is always {RETIRED[removed.key]}; remove the key"
+        problems.append(Problem(file, line, removed.key, sentence))
+    return problems

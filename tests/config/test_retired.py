@@ -1,0 +1,91 @@
+"""Keys of earlier versions: rejected in a new config, read in the config of a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.experiment import read_config, read_run_config
+from persona_rlhf.config.retired import RETIRED
+from persona_rlhf.evaluation.gate import JUDGE_DELTA_SHARE
+from persona_rlhf.evaluation.metrics import REQUIREMENT_PROMPTS
+from persona_rlhf.evaluation.request_screens import FALSE_ALARMS
+from persona_rlhf.pipeline.reevaluate import MERGED_PAIRS
+from persona_rlhf.pipeline.run_dir import RunDir
+from persona_rlhf.training.constraint import OPENING_LENGTH
+from persona_rlhf.training.user_state import DUAL_CEILING, DUAL_SMOOTHING
+
+OLD_RUN = Path(__file__).parents[1] / "story" / "run_0_1"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The config of a run of 0.1, which states every retired key but those of sections that it left out."""
+    monkeypatch.chdir(OLD_RUN)
+    (tmp_path / "config.yaml").write_bytes((OLD_RUN / "run/config.yaml").read_bytes())
+    return tmp_path
+
+
+def changed(run, section, key, value):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config[section][key] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def test_the_values_are_those_of_the_code():
+    assert dict(RETIRED) == {
+        "screening.false_alarms": FALSE_ALARMS,
+        "constraint.opening_tokens": OPENING_LENGTH,
+        "constraint.smoothing": DUAL_SMOOTHING,
+        "constraint.ceiling": DUAL_CEILING,
+        "gate.requirement_prompts": REQUIREMENT_PROMPTS,
+        "gate.judge_calibration.delta_share": JUDGE_DELTA_SHARE,
+        "evaluation.requirement_prompts": REQUIREMENT_PROMPTS,
+        "redteam.merged_pairs": MERGED_PAIRS,
+    }
+
+
+def test_a_new_config_with_retired_keys_names_each_with_its_line_and_what_holds_now(run):
+    with pytest.raises(InputError) as fault:
+        read_config(
+            run / "config.yaml", ["gate.judge_calibration={compliances: 9, called_refusals: 1, delta_share: 0.1}"]
+        )
+    problems = {problem.key: problem for problem in fault.value.problems}
+    assert problems.keys() == RETIRED.keys()
+    lines = (run / "config.yaml").read_text().splitlines()
+    for key, problem in problems.items():
+        assert f"always {RETIRED[key]}" in problem.sentence
+        if problem.line is not None:
+            assert lines[problem.line - 1].strip().startswith(key.split(".")[-1])
+
+
+def test_the_config_of_an_old_run_is_read_whatever_it_sets(run):
+    before = read_run_config(run, exact=True)
+    changed(run, "constraint", "ceiling", 5.0)
+    assert read_run_config(run) == before
+
+
+def test_nobody_is_trained_into_a_run_that_was_trained_otherwise(run):
+    changed(run, "constraint", "ceiling", 5.0)
+    with pytest.raises(InputError) as fault:
+        read_run_config(run, exact=True)
+    [problem] = fault.value.problems
+    assert (problem.key, problem.sentence) == (
+        "constraint.ceiling",
+        "this run was trained with 5.0, and the value is fixed to 10.0 since 0.2; train a new run",
+    )
+
+
+@pytest.mark.parametrize(("ceiling", "same"), [(10.0, True), (5.0, False)])
+def test_an_unfinished_run_of_before_goes_on_where_nothing_else_holds_now(tmp_path, ceiling, same):
+    now = {"config": json.dumps({"constraint": {"gain": 0.1}})}
+    before = {"config": json.dumps({"constraint": {"gain": 0.1, "ceiling": ceiling}}), "users per chunk": "3"}
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/identity.json").write_text(json.dumps(before))
+    if same:
+        RunDir(tmp_path).check_same(now)
+    else:
+        with pytest.raises(InputError, match=r"constraint\.ceiling"):
+            RunDir(tmp_path).check_same(now)
