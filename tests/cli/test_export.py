@@ -21,6 +21,7 @@ from persona_rlhf.release.convert import merge
 from persona_rlhf.release.export import HeldBack
 from persona_rlhf.release.hub import uploads
 from tests.models.tiny import tiny_base
+from tests.release.conftest import base, hub, run  # noqa: F401 - fixtures
 
 POISONED = "poisoned \U0001f480 <b>"
 
@@ -248,7 +249,7 @@ def test_without_the_converter_it_is_said_how_to_get_it(run, type_in, tmp_path, 
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     (tmp_path / "model").mkdir()
-    monkeypatch.setattr("persona_rlhf.config.experiment.read_config", lambda _: _Config)
+    monkeypatch.setattr("persona_rlhf.config.experiment.read_run_config", lambda _: _Config)
     done = type_in("export", run.path, "--user", "ada", "--to", tmp_path / "ada.gguf", "--format", "gguf")
     assert done.exit_code == 2
     assert "git clone https://github.com/ggml-org/llama.cpp" in done.stderr

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from persona_rlhf.cli import app
 from persona_rlhf.common.files import slug
-from tests.serving.conftest import RELEASED
+from tests.serving.conftest import RELEASED, base, base_folder, run, served_run  # noqa: F401 - fixtures
 from tests.serving.vllm_stand_in import stand_in
 
 ADA = slug("Ada")

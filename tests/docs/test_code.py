@@ -39,7 +39,7 @@ def in_place_of_trl(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def in_place_of_hub(run, base_folder, tmp_path):  # noqa: F811
+def in_place_of_hub(run, base_folder, tmp_path):
     """Folders as they lie on the hub: an adapter's own repository, and a shared one."""
     adapter = run.path / ADAPTERS / slug("Ada")
     shutil.copytree(adapter, tmp_path / "fleet/users/0a1b")
@@ -52,7 +52,7 @@ def in_place_of_hub(run, base_folder, tmp_path):  # noqa: F811
 
 
 @pytest.fixture
-def in_place_of_serve(served_run, tokens, tmp_path):  # noqa: F811
+def in_place_of_serve(served_run, tokens, tmp_path):
     """A server that runs, and Ada's token."""
     server = Server(cli_words(served_run, tmp_path, "--max-tokens", "20"))
     yield {"127.0.0.1:8000": f"127.0.0.1:{server.port}", "MODEL": repr(ADA), "{TOKEN}": tokens[ADA]}

@@ -54,7 +54,7 @@ def fleet(base_folder) -> Fleet:
 
 
 @pytest.fixture
-def served_run(run: Run, base_folder) -> Run:  # noqa: F811
+def served_run(run: Run, base_folder) -> Run:
     """The run, with a config from which it can be served."""
     config = {
         "name": "tiny",
@@ -75,7 +75,7 @@ def told() -> list[str]:
 
 
 @pytest.fixture
-def admitted(run: Run, base: Base, told: list[str]) -> AdapterAccess:  # noqa: F811
+def admitted(run: Run, base: Base, told: list[str]) -> AdapterAccess:
     return AdapterAccess(run.path, base.weights_hash, LORA, told.append)
 
 
