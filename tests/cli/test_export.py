@@ -256,7 +256,7 @@ def test_without_the_converter_it_is_said_how_to_get_it(run, type_in, tmp_path, 
     assert len(done.stderr.splitlines()) == 2
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="nowhere"):
-        convert.converter()
+        conversion.converter()
 
 
 class _Config:
