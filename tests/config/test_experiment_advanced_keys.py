@@ -54,7 +54,7 @@ SHOWN_BY = {
     "fleet.processes": "tests/story/test_scale.py::test_two_processes_make_the_adapters_of_a_run_that_is_one_chunk",
     "fleet.chunk": "tests/story/test_scale.py",
     "release.signing_key": "tests/story/test_audit.py",
-    "release.license": "tests/config/test_advanced_keys.py::test_the_license_stands_on_the_card",
+    "release.license": "tests/config/test_experiment_advanced_keys.py::test_the_license_stands_on_the_card",
     "run.report_to": "tests/pipeline/test_monitoring_trackers.py",
 }
 """The test of each advanced key: with another value, something else happens there."""
