@@ -7,8 +7,8 @@ import yaml
 from typer.testing import CliRunner
 
 from persona_rlhf.cli.app import app
-from persona_rlhf.policy.enforcement import distance
 from persona_rlhf.policy.judges import is_refusal
+from persona_rlhf.policy.properties import distance
 from persona_rlhf.policy.rule_schema import PropertyValue
 
 TWO = {"tier": "two", "issuer": {"role": "application_provider", "name": "App"}, "version": "1"}

@@ -1,28 +1,26 @@
 """No rule without a row, no row without a test; and how many probes a bound needs."""
 
 import json
-from typing import get_args
 
 import pytest
 
 from persona_rlhf.config.experiment import ScreeningSettings
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.screening import screen
-from persona_rlhf.policy.enforcement import READABLE, TABLE, Redirects, post_check, row, row_of, system_prompt
+from persona_rlhf.policy.enforcement import TABLE, Redirects, post_check, row, row_of, system_prompt
 from persona_rlhf.policy.policy import Policy
-from persona_rlhf.policy.properties import REPAIRED
+from persona_rlhf.policy.properties import READABLE, REPAIRED, REQUIREMENTS, WISHED
 from persona_rlhf.policy.rule_schema import (
     ACTIONS,
     PROPERTY_NAMES,
     WISHES,
     PreferenceRule,
-    PropertyName,
     RequirementRule,
     RestrictionRule,
 )
 from tests.policy.banks import tier_one, tier_three, tier_two, write, write_bank
 
-BREAKS: dict[PropertyName, tuple[object, str, str]] = {  # value, an answer with it, one without
+BREAKS: dict[str, tuple[object, str, str]] = {  # value, an answer with it, one without
     "must_include": ("ask a doctor", "Ask a doctor.", "Drink tea."),
     "must_not_include": ("!", "Tea.", "Tea!"),
     "min_words": (2, "Green tea.", "Tea."),
@@ -43,7 +41,8 @@ def one(tmp_path_factory):
 def test_no_rule_without_a_row():
     stated = {("restriction", a) for a in ACTIONS} | {("requirement", p) for p in PROPERTY_NAMES}
     assert set(TABLE) == stated | {("preference", wish) for wish in ("statement", *WISHES)}
-    assert set(get_args(PropertyName)) == {*BREAKS, "judge"}
+    assert set(PROPERTY_NAMES) == set(REQUIREMENTS) == {*BREAKS, "judge"}
+    assert set(WISHES) == set(WISHED)
 
 
 def test_every_written_rule_finds_its_row():

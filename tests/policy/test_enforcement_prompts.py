@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.policy.enforcement import Redirects, post_check, system_prompt
+from persona_rlhf.policy.enforcement import Redirects, overruled, post_check, system_prompt
 from persona_rlhf.policy.policy import Policy
-from persona_rlhf.policy.properties import contradict, looser, overruled, satisfied
+from persona_rlhf.policy.properties import contradict, looser, satisfied
 from persona_rlhf.policy.rule_schema import PROPERTY_NAMES, WISHES, PropertyValue
 from persona_rlhf.policy.rules import Requirement
 from tests.policy.banks import tier_one, tier_three, tier_two, write, write_bank

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.policy.judges import about, known_languages, language_of, topic_names
+from persona_rlhf.policy.judges import about, known_languages, language_of, reading_grade, topic_names
 from persona_rlhf.policy.policy import Policy
-from persona_rlhf.policy.properties import applies, checkable, reading_grade, satisfied
+from persona_rlhf.policy.properties import applies, checkable, satisfied
 from persona_rlhf.policy.rule_schema import PROPERTY_NAMES, When
 from persona_rlhf.policy.rules import Requirement
 from tests.policy.banks import tier_one, tier_two, write

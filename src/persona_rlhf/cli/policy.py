@@ -29,8 +29,8 @@ def policy_show(
     """Print the resolved rules, each with the tier and document it comes from; of a user, his overruled wishes too."""
     from persona_rlhf.config.experiment import read_config
     from persona_rlhf.policy import explain
+    from persona_rlhf.policy.enforcement import overruled
     from persona_rlhf.policy.policy import Policy, out_of_force
-    from persona_rlhf.policy.properties import overruled
 
     resolved = Policy.read(read_config(config).policy.documents)
     if user is not None:

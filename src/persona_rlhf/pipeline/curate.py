@@ -28,9 +28,10 @@ from persona_rlhf.models.base import load_base
 from persona_rlhf.pipeline.inputs import RunInputs
 from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
 from persona_rlhf.pipeline.run_dir import RunDir
-from persona_rlhf.policy.enforcement import READABLE, distance, post_check, readable_tastes
+from persona_rlhf.policy.enforcement import post_check, readable_tastes
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.properties import READABLE, distance
 from persona_rlhf.policy.rules import Preference
 from persona_rlhf.release import integrity
 from persona_rlhf.release.render import printable

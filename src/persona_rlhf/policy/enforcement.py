@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, assert_never, cast
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from persona_rlhf.policy.hazards import title
-from persona_rlhf.policy.judges import NearDuplicateIndex, about, known_languages, language_of, topic_names
+from persona_rlhf.policy.judges import NearDuplicateIndex
 from persona_rlhf.policy.policy import Policy
-from persona_rlhf.policy.properties import folded, satisfied, standing
-from persona_rlhf.policy.rule_schema import Action, PreferenceRule, PropertyName, PropertyValue, RequirementRule, Rule
+from persona_rlhf.policy.properties import (
+    READABLE,
+    REQUIREMENTS,
+    WISHED,
+    Enforcement,
+    Judge,
+    MustInclude,
+    contradict,
+    required,
+    satisfied,
+    wished,
+)
+from persona_rlhf.policy.rule_schema import Action, PreferenceRule, PropertyValue, RequirementRule, Rule
 from persona_rlhf.policy.rules import Preference, Requirement, Restriction
 
 # ----------------------------------------------------------------------------------------------------
 # What each rule means along the line, stage by stage, and how many probes a bound needs before it can be shown.
 # ----------------------------------------------------------------------------------------------------
-
-
-class Enforcement(NamedTuple):
-    """Where a rule is held: one phrase a stage, empty where the stage does nothing about it."""
-
-    screening: str
-    training: str
-    gate: str
-    card: str
-    serving: str
 
 
 _REFUSED = Enforcement(
@@ -33,24 +34,6 @@ _REFUSED = Enforcement(
     gate="certified: refusal rate shown to be at least `min_refusal`, pooled (tier one) and by category",
     card="the counts and bounds of its category",
     serving="the adapter that passed the gate refuses; nothing more is checked",
-)
-_REQUIRED = Enforcement(
-    screening="pairs that prefer an answer without it to one with it are dropped",
-    training="not taught",
-    gate="measured where the rule names `probes`; holds nobody back",
-    card="the share of answers that have it, where it was measured",
-    serving="stands in the system prompt; every answer is checked before it is given",
-)
-_TAUGHT = _REQUIRED._replace(
-    training="taught where the rule names `probes`: the base's own answers, repaired, under a dual variable per user",
-    gate="measured where the rule names `probes`; an adapter that falls short on `dev` goes back toward the provider's",
-)
-_JUDGED = Enforcement(
-    screening="",
-    training="",
-    gate="",
-    card="",
-    serving="stands in the system prompt; not checked, since only a judge could tell",
 )
 _WISHED = Enforcement(
     screening="",
@@ -68,23 +51,10 @@ TABLE: dict[tuple[str, str], Enforcement] = {
     ("restriction", "redirect"): _REFUSED._replace(
         serving="a request near a probe gets the redirect's text in place of the model's answer"
     ),
-    ("restriction", "answer_with_notice"): _TAUGHT,
-    ("requirement", "must_include"): _TAUGHT,
-    ("requirement", "must_not_include"): _TAUGHT,
-    ("requirement", "max_words"): _TAUGHT,
-    ("requirement", "min_words"): _REQUIRED,
-    ("requirement", "language"): _REQUIRED,
-    ("requirement", "reading_level"): _REQUIRED,
-    ("requirement", "regex"): _REQUIRED,
-    ("requirement", "format"): _REQUIRED,
-    ("requirement", "judge"): _JUDGED,
+    ("restriction", "answer_with_notice"): MustInclude.stages,
+    **{("requirement", name): kind.stages for name, kind in REQUIREMENTS.items()},
     ("preference", "statement"): _WISHED,
-    ("preference", "min_words"): _DRAFTED,
-    ("preference", "max_words"): _DRAFTED,
-    ("preference", "language"): _DRAFTED,
-    ("preference", "formality"): _WISHED,
-    ("preference", "tone"): _WISHED,
-    ("preference", "avoid"): _DRAFTED,
+    **{("preference", name): _DRAFTED if kind.readable else _WISHED for name, kind in WISHED.items()},
 }
 """Every kind of rule, by what it states: an action, a property, a wish."""
 
@@ -98,8 +68,7 @@ def row_of(rule: Rule) -> Enforcement:
     """The row of a rule as it is written; an action that a rule leaves out is `refuse`."""
     if isinstance(rule, RequirementRule):
         name, value = rule.property
-        unknown = name == "language" and value not in known_languages()
-        return row(rule.kind, "judge" if unknown else name)  # of such a language no program here can tell
+        return row(rule.kind, name if REQUIREMENTS[name](value).checkable else Judge.name)
     if isinstance(rule, PreferenceRule):
         return row(rule.kind, "statement" if rule.wish is None else rule.wish.name)
     return row(rule.kind, rule.action or "refuse")
@@ -116,7 +85,7 @@ def system_prompt(policy: Policy, user_id: str) -> str:
     A wish that a requirement overrules is left out: the model is never asked for both. Whatever a document says stays
     on one line, so that no text opens a section of its own.
     """
-    tastes = standing(policy.for_user(user_id).preferences, policy.requirements)
+    tastes = effective(policy.for_user(user_id).preferences, policy.requirements)
     rules = [
         *(_redirect(rule) for rule in policy.restrictions if rule.action == "redirect"),
         *(_required(rule) for rule in policy.requirements),
@@ -158,79 +127,46 @@ def _redirect(rule: Restriction) -> str:
 
 
 def _required(rule: Requirement) -> str:
-    where = "" if rule.when is None else f"For {rule.when}: "
-    name, value = cast(PropertyName, rule.property), rule.value
-    match name:
-        case "must_include":
-            return f'{where}include the text "{value}".'
-        case "must_not_include":
-            return f'{where}never write "{value}".'
-        case "min_words":
-            return f"{where}use at least {value} words."
-        case "max_words":
-            return f"{where}use at most {value} words."
-        case "language":
-            return f"{where}answer in the language with the ISO code {value}."
-        case "reading_level":
-            return f"{where}write so that a pupil of grade {value} can read it."
-        case "regex":
-            return f"{where}the answer matches the regular expression {value}"
-        case "format":
-            return f"{where}{'answer with one JSON value only.' if value == 'json' else 'use no Markdown.'}"
-        case "judge":
-            return f"{where}{value}"
-    assert_never(name)
+    return f"{'' if rule.when is None else f'For {rule.when}: '}{required(rule).wording()}"
 
 
 def _wished(taste: Preference) -> str:
     if taste.wish is None:
         return taste.statement
-    name, value = taste.wish
-    said = {
-        "min_words": f"at least {value} words.",
-        "max_words": f"at most {value} words.",
-        "language": f"answers in the language with the ISO code {value}.",
-        "formality": f"{value} words.",
-        "tone": f"a tone that is {value}.",
-        "avoid": f"not to be led to: {value}.",
-    }[name]
-    return said if taste.statement == str(taste.wish) else f"{said} {taste.statement}"
+    liking = wished(taste.wish).liking()
+    return liking if taste.statement == str(taste.wish) else f"{liking} {taste.statement}"
 
 
-# ----------------------------------------------------------------------------------------------------
-# How far an answer is from what a user wished for, as far as a program can tell.
-# ----------------------------------------------------------------------------------------------------
+class Overruled(NamedTuple):
+    """A preference that gives way to a requirement, and a sentence that explains it to the user."""
 
-READABLE = ("min_words", "max_words", "language", "avoid")
-"""Wishes that a text shows. Formality and tone are for a reader to judge."""
+    preference: str
+    requirement: str
+    sentence: str
+
+
+def overruled(preferences: Sequence[Preference], requirements: Sequence[Requirement]) -> Iterator[Overruled]:
+    """Every preference whose wish a requirement contradicts, with the requirement's issuer and place."""
+    for taste in preferences:
+        for rule in requirements:
+            if taste.wish is None or not contradict(taste.wish, PropertyValue(rule.property, rule.value)):
+                continue
+            where = f" for {rule.when}" if rule.when is not None else ""
+            sentence = (
+                f"You wish for `{taste.wish.name}: {taste.wish.value}` ({taste.id}), but {rule.source_name} requires "
+                f"`{rule.property}: {rule.value}`{where} ({rule.id}, {rule.document}:{rule.line}), which stands above "
+                "a user's wish, so answers follow that."
+            )
+            yield Overruled(taste.id, rule.id, sentence)
+
+
+def effective(preferences: Sequence[Preference], requirements: Sequence[Requirement]) -> list[Preference]:
+    """The preferences that no requirement overrules."""
+    lost = {conflict.preference for conflict in overruled(preferences, requirements)}
+    return [taste for taste in preferences if taste.id not in lost]
 
 
 def readable_tastes(policy: Policy, user_id: str) -> list[Preference]:
-    """The tastes of a user that a program can read off an answer, without those that a requirement overrules."""
-    tastes = standing(policy.for_user(user_id).preferences, policy.requirements)
+    """The preferences of a user whose distance from an answer a program can tell, without the overruled ones."""
+    tastes = effective(policy.for_user(user_id).preferences, policy.requirements)
     return [taste for taste in tastes if taste.wish is not None and taste.wish.name in READABLE]
-
-
-def distance(wishes: Sequence[PropertyValue], answer: str) -> float:
-    """The sum over wishes of how far the answer is from each, from 0 (as wished): words too many or too few as a share
-    of the number asked for, 1 for another language, the share of avoided topics that it touches."""
-    return sum(_distance(wish, answer) for wish in wishes)
-
-
-def _distance(wish: PropertyValue, answer: str) -> float:
-    words = len(answer.split())
-    match wish.name:
-        case "max_words":
-            return max(0, words - int(wish.value)) / int(wish.value)
-        case "min_words":
-            return max(0, int(wish.value) - words) / int(wish.value)
-        case "language":
-            return float(language_of(answer) != wish.value)
-        case "avoid":
-            topics = str(wish.value).split(", ")
-            return sum(_touches(topic, answer) for topic in topics) / len(topics)
-    raise ValueError(f"no program can read `{wish.name}` off a text")
-
-
-def _touches(topic: str, answer: str) -> bool:
-    return about(topic, answer) if topic in topic_names() else folded(topic) in folded(answer)

@@ -12,12 +12,12 @@ from rich.text import Text
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean, visible
 from persona_rlhf.common.files import find
 from persona_rlhf.policy.documents import PolicyDocument
-from persona_rlhf.policy.enforcement import row, row_of
+from persona_rlhf.policy.enforcement import overruled, row, row_of
 from persona_rlhf.policy.hazards import hazards, read_probes
 from persona_rlhf.policy.judges import NearDuplicateIndex, about, plain, topic_names
 from persona_rlhf.policy.merge import merge_aspects
 from persona_rlhf.policy.policy import Policy, RuleEntry
-from persona_rlhf.policy.properties import applies, checkable, looser, overruled, satisfied
+from persona_rlhf.policy.properties import Avoid, applies, checkable, looser, satisfied, wished
 from persona_rlhf.policy.rule_schema import (
     ACTIONS,
     PreferenceRule,
@@ -302,7 +302,8 @@ def _wished(policy: Policy, user_id: str | None, prompt: str) -> Iterator[RuleMa
         if taste.id in lost:
             yield RuleMatch(taste.id, taste.tier, "serving", "it is a wish that gives way", lost[taste.id])
             continue
-        avoided = str(taste.wish.value).split(", ") if taste.wish is not None and taste.wish.name == "avoid" else []
+        wish = None if taste.wish is None else wished(taste.wish)
+        avoided = wish.topics if isinstance(wish, Avoid) else []
         met = [topic for topic in avoided if topic in topic_names() and about(topic, prompt)]
         why = f"the user avoids {', '.join(met)}, and it is about that" if met else "it is a wish about every answer"
         if met or not avoided:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -139,6 +140,47 @@ def _little_words() -> dict[str, frozenset[str]]:
 @cache
 def _table() -> _Languages:
     return read_section(_Languages, read_yaml(Path(__file__).with_name("languages.yaml")))
+
+
+_MARKDOWN = re.compile(
+    r"^ {0,3}(?:#{1,6}\s|[-*+]\s+\S|\d{1,9}[.)]\s+\S|>\s?\S|```|~~~|\|.*\|\s*$)"  # block by block
+    r"|\*\*\S|__\S.*\S__|`[^`\n]+`|!?\[[^\]\n]*\]\([^)\n]+\)",
+    re.MULTILINE,
+)
+_VOWELS = re.compile(r"[aeiouy]+")
+
+
+def folded(text: str) -> str:
+    """A text for comparison: any case and width (NFKC), no invisible characters, white space as single spaces."""
+    visible = "".join(c for c in text if unicodedata.category(c) != "Cf")  # a zero-width space hides no word
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold()).split())
+
+
+def reading_grade(text: str) -> float:
+    """US school grade of an English text: 0.39 words/sentence + 11.8 syllables/word - 15.59; 0 without words.
+
+    Flesch-Kincaid (Kincaid et al. 1975), with vowel groups for syllables, a silent final e left out.
+    """
+    words = re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?", text.casefold())
+    if not words:
+        return 0.0
+    sentences = sum(1 for part in re.split(r"[.!?]+(?:\s|$)|\n{2,}", text) if re.search(r"[^\W\d_]", part))
+    syllables = sum(max(1, len(_VOWELS.findall(re.sub(r"(?<![aeiouyl])e$", "", word)))) for word in words)
+    return 0.39 * len(words) / sentences + 11.8 * syllables / len(words) - 15.59
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is one JSON value."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def has_markdown(text: str) -> bool:
+    """Whether a text has Markdown: headings, lists, quotes, code, tables, bold, links."""
+    return _MARKDOWN.search(text) is not None
 
 
 # ----------------------------------------------------------------------------------------------------

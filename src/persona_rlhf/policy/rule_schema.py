@@ -71,20 +71,9 @@ Action = Literal["refuse", "redirect", "answer_with_notice"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 """From the strictest to the loosest."""
 
-PropertyName = Literal[
-    "must_include",
-    "must_not_include",
-    "min_words",
-    "max_words",
-    "language",
-    "reading_level",
-    "regex",
-    "format",
-    "judge",
-]
-"""What a requirement can ask of an answer."""
-
-PROPERTY_NAMES: tuple[PropertyName, ...] = get_args(PropertyName)
+_REQUIREMENT_KEYS = ("kind", "when", "min_rate", "probes")
+_PREFERENCE_KEYS = ("kind", "aspect", "statement")
+"""Keys beside those of every rule; all other keys of a kind name a property or a wish."""
 
 MIN_RATE = 0.95
 """Share of answers that have a required property, where a rule says nothing else."""
@@ -272,6 +261,12 @@ class RequirementRule(RuleSection):
         return self
 
 
+PROPERTY_NAMES = tuple(
+    name for name in RequirementRule.model_fields if name not in {*RuleSection.model_fields, *_REQUIREMENT_KEYS}
+)
+"""The properties that a requirement can state."""
+
+
 class PreferenceRule(RuleSection):
     """A user's written-down taste; his pairs say the rest."""
 
@@ -324,7 +319,10 @@ class PropertyValue(NamedTuple):
         return f"{self.name}: {self.value}"
 
 
-WISHES = ("min_words", "max_words", "language", "formality", "tone", "avoid")
+WISHES = tuple(
+    name for name in PreferenceRule.model_fields if name not in {*RuleSection.model_fields, *_PREFERENCE_KEYS}
+)
+"""The wishes that a preference can state."""
 
 
 Rule = RestrictionRule | RequirementRule | PreferenceRule

@@ -28,7 +28,8 @@ from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.tokenize import Row, prompt_ids, tokenize
 from persona_rlhf.models.adapted_model import AdaptedModel, Places, in_passes
 from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.policy.properties import REPAIRED, applies, folded, repaired, satisfied
+from persona_rlhf.policy.judges import folded
+from persona_rlhf.policy.properties import REPAIRED, applies, repaired, required, satisfied
 from persona_rlhf.policy.rules import Requirement
 from persona_rlhf.training.constraint import OPENING_LENGTH, RequirementExamples
 
@@ -58,8 +59,8 @@ def build_requirement_data(
     for rule in rules:
         here, elsewhere = _mended(rule, rules, {probe.prompt: said[probe.prompt] for probe in _train(rule)}, met)
         rows, misplaced = (_rows(adapted, pairs) for pairs in (here, elsewhere))
-        text, first = _shared([whole for _, whole in rows]), rule.property == "must_include"
-        wrong, barred = rule.property == "must_not_include", barred_tokens(adapted, rule)
+        text, first = _shared([whole for _, whole in rows]), required(rule).edit == "prepend"
+        wrong, barred = required(rule).edit == "remove", barred_tokens(adapted, rule)
         if barred:
             asked = [_pair(p.prompt, met[p.prompt], said[p.prompt]) for p in _train(rule) if p.prompt in met]
             turns = tempted(adapted, [whole for _, whole in _rows(adapted, asked)], barred)
@@ -99,7 +100,7 @@ def turns_of(broken: Row, whole: Row, wrong: bool = False) -> list[Row]:
 
 def barred_tokens(adapted: AdaptedModel, rule: Requirement) -> list[int]:
     """The tokens that break a rule wherever they appear; none where it takes several, or no token can."""
-    if rule.property != "must_not_include":
+    if required(rule).edit != "remove":
         return []
     tokenizer, value = adapted.base.tokenizer, folded(str(rule.value))
     ordinary = set(range(len(tokenizer))) - set(tokenizer.all_special_ids)
@@ -146,7 +147,7 @@ def _mended(
     for prompt, answer in _wanted(others, said).items():
         if satisfied(rule, prompt, answer) is False and prompt in whole:
             here.append(_pair(prompt, whole[prompt], answer))
-        elif rule.property == "must_include" and not applies(rule, prompt):
+        elif required(rule).edit == "prepend" and not applies(rule, prompt):
             misplaced = repaired(rule, answer)
             assert misplaced is not None
             elsewhere.append(_pair(prompt, misplaced, answer))
