@@ -68,6 +68,8 @@ def test_duplicate_keys_are_all_named():
         ("a: [1\n", 2, "not valid YAML"),
         ("a: 1\n\tb: 2\n", 2, "not valid YAML"),
         ("a: \x07\n", 1, "U+0007"),
+        ('a: 1\nb: "\\U00110000"\n', 2, "highest is \\U0010FFFF"),
+        ('a: 1\nb: "\\UFFFFFFFF"\n', 2, "highest is \\U0010FFFF"),
         ("a: 1\n---\nb: 2\n", 2, "single document"),
         ("[" * 50 + "]" * 50, 1, "nested deeper"),
         ("[" * 100_000, 1, "nested deeper"),

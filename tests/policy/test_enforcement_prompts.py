@@ -159,7 +159,7 @@ def test_a_lower_tier_cannot_soften_a_refusal(one, tmp_path, action):
         Policy.read([one, two])
     (problem,) = fault.value.problems
     assert (problem.file, problem.key) == (str(two), "rules[0].action")
-    assert f"would loosen the refuse of {one}:" in problem.sentence
+    assert f"{action} is looser than refuse ({one}:" in problem.sentence
 
 
 _wishes = st.one_of(

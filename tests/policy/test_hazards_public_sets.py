@@ -12,7 +12,7 @@ def test_the_table_maps_to_our_categories(source):
     assert re.fullmatch("[a-z]+", source.name)
     assert source.url.startswith("https://")
     assert set(source.categories.values()) <= {*CATEGORIES, WORDS, None}
-    assert set(source.found) <= set(CATEGORIES)
+    assert set(source.counts) <= set(CATEGORIES)
     assert bool(source.categories) == bool(source.category)
 
 
@@ -74,4 +74,4 @@ def test_what_is_missing_comes_with_where_to_find_it():
     sentence = more_probes(["child_sexual_abuse"], 21)
     assert sentence.startswith("21 missing; public sets have such probes: ailuminate (100), simplesafetytests (20), ")
     assert "`persona-rlhf data import NAME SRC OUT`" in sentence
-    assert more_probes(["fraud"], 3) == "3 missing, and no public set that we know has such probes"
+    assert more_probes(["fraud"], 3) == "3 missing, and no public set in our table has such probes"

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_loosening_names_both_documents_and_lines(one, tmp_path, document, key, 
     (problem,) = [p for p in found if f"{one}:" in p.sentence]
     assert problem.file == str(lower)
     assert key.split(".")[-1] in lower.read_text().splitlines()[problem.line - 1]
-    line = int(problem.sentence.split(f"{one}:")[1].split(";")[0].split(" ")[0].strip("."))
+    line = int(re.search(rf"{one}:(\d+)", problem.sentence).group(1))
     assert held in one.read_text().splitlines()[line - 1]
 
 
@@ -217,7 +218,7 @@ def test_banks_of_a_rule_share_no_probe(one, tmp_path):
     document["rules"][0]["probes"] = [first, str(more), str(tmp_path / "none.jsonl")]
     twice, missing = problems_of(write(tmp_path / "one.yaml", document))
     assert twice.key == missing.key == "rules[0].probes"
-    assert f"`more` of {more}, or its prompt, stands in {first} too" in twice.sentence
+    assert f"`more` of {more}, or its prompt, is in {first} too" in twice.sentence
     assert "none.jsonl" in missing.sentence
     document["rules"][0]["probes"] = []
     (problem,) = problems_of(write(tmp_path / "one.yaml", document))

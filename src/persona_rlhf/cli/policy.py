@@ -37,11 +37,11 @@ def policy_show(
         resolved = resolved.for_user(user)
     if rule is not None:
         entry = explain.entry_of(resolved, rule)
-        found = {**entry.to_json(), "held_by": explain.held_by(entry)}
+        found = {**entry.to_json(), "held_by": explain.enforced_by(entry)}
         print_json(found) if as_json else print_table(explain.why(resolved, entry))
         return
     lost = list(overruled(resolved.preferences, resolved.requirements))
-    written = [{**entry.to_json(), "held_by": explain.held_by(entry)} for entry in resolved.written]
+    written = [{**entry.to_json(), "held_by": explain.enforced_by(entry)} for entry in resolved.written]
     if as_json:
         print_json({**resolved.to_json(), "written": written, "overruled": [found._asdict() for found in lost]})
         return

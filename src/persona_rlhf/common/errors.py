@@ -1,4 +1,4 @@
-"""What is wrong with the user's input: one sentence each, all of them at once."""
+"""Mistakes in the user's input: one sentence each, all of them at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LONGEST_KEY = 120
 
 
 class Problem(NamedTuple):
-    """One mistake: the file, its line where known, the dotted key or column, and a sentence with the remedy."""
+    """One mistake: the file, its line or None, the dotted key or column, and a sentence with the remedy."""
 
     file: str
     line: int | None
@@ -23,7 +23,7 @@ class Problem(NamedTuple):
 
 
 class InputError(ValueError):
-    """The user's input cannot be used. Holds every problem found, not the first; the CLI prints them and exits 2."""
+    """Input that cannot be used, with every problem of it, not only the first; the CLI prints them and exits 2."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         assert problems
@@ -32,7 +32,7 @@ class InputError(ValueError):
 
 
 def visible(text: str) -> str:
-    """A text in which nothing moves the cursor or hides: what a terminal would not show as a sign is escaped."""
+    """A text with every unprintable character escaped, so that none moves the cursor or stays hidden."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -40,7 +40,7 @@ def _cut(key: str) -> str:
     return key if len(key) <= _LONGEST_KEY else f"{key[:_LONGEST_KEY]}..."
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean `x`?)`, or nothing where no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """` (did you mean `x`?)`, or an empty text where no choice is near."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" (did you mean `{near[0]}`?)" if near else ""

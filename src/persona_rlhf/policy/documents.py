@@ -1,4 +1,8 @@
-"""Read one policy document; JSON Schema of documents."""
+"""Policy documents: reading one, with every mistake that shows in it alone, and their JSON Schema (2020-12).
+
+The schema serves editors and other programs. Only the reader rejects look-alike ids, dates out of order, patterns that
+do not compile, missing files, and conflicts between documents.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +34,13 @@ from persona_rlhf.policy.rule_schema import (
     Text,
 )
 
-# ----------------------------------------------------------------------------------------------------
-# One policy document: its YAML form (one tier, one issuer, its rules) and every mistake that shows in it alone.
-# ----------------------------------------------------------------------------------------------------
-
 Tier = Literal["one", "two", "three"]
 NUMBER: dict[str, int] = {"one": 1, "two": 2, "three": 3}
 ROLE: dict[str, str] = {"one": "model_provider", "two": "application_provider", "three": "end_user"}
 
 
 class DocumentHeader(Section):
-    """A document but for its rules, which are checked one by one, each by its kind."""
+    """A document without its rules, which are checked one by one, each by its kind."""
 
     tier: Tier = Field(description="one, two or three: whose rules these are.")
     issuer: Issuer = Field(description="Who speaks, such as {role: model_provider, name: Example Lab}.")
@@ -55,7 +55,7 @@ class DocumentHeader(Section):
 
 
 class PlacedRule(NamedTuple):
-    """A rule and its index among the written ones."""
+    """A rule and its index in its document."""
 
     at: int
     rule: Rule
@@ -63,7 +63,7 @@ class PlacedRule(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyDocument:
-    """A document whose head is right; `rules` are those that read well, `yaml` knows where each was written."""
+    """A document with a valid header; `rules` are the valid ones, `yaml` has the place of each."""
 
     path: str
     file: Path
@@ -80,7 +80,7 @@ class PolicyDocument:
     bases: tuple[str, ...] = ()  # paths of the documents that it extends, the nearest first
 
     def problem(self, path: KeyPath, sentence: str) -> Problem:
-        """A problem with what stands at a key path of this document."""
+        """A problem at a key path of this document."""
         place = self.yaml.place(path)
         return Problem(place.file, place.line, dotted(path), sentence)
 
@@ -99,9 +99,9 @@ class PolicyDocument:
 
 
 def read_document(path: Path | str) -> tuple[PolicyDocument | None, list[Problem]]:
-    """Reads a policy document, and every problem in it; there is none to return where its head cannot be read.
+    """The policy document of a file, and every problem in it; no document where its header is not valid.
 
-    A document with problems is returned too, so that what it says against a tier above shows in the same go.
+    A document with problems is returned too, so that its conflicts with other documents show at once.
     """
     try:
         file = find(path)
@@ -115,7 +115,7 @@ def read_document(path: Path | str) -> tuple[PolicyDocument | None, list[Problem
 
 def check_document(path: str, file: Path, yaml: YamlDocument) -> tuple[PolicyDocument | None, list[Problem]]:
     """The document of a YAML tree, without the hash of its file, and every problem in it."""
-    head, problems = check_section(DocumentHeader, yaml)
+    header, problems = check_section(DocumentHeader, yaml)
     problems = [*yaml.problems, *problems]
     tree = yaml.tree
     assert isinstance(tree, dict)
@@ -130,19 +130,19 @@ def check_document(path: str, file: Path, yaml: YamlDocument) -> tuple[PolicyDoc
     tier = tree.get("tier")
     if isinstance(tier, str) and tier in ROLE:
         problems += _tier_problems(yaml, tier, tree)
-    problems += _twice(yaml, written)
-    if head is None:
+    problems += _repeated(yaml, written)
+    if header is None:
         return None, problems
     return PolicyDocument(
         path=path,
         file=file,
-        tier=NUMBER[head.tier],
-        issuer=head.issuer,
-        version=head.version,
-        jurisdiction=head.jurisdiction,
-        extends=head.extends,
-        certify=head.certify,
-        aspects=head.aspects or Aspects(),
+        tier=NUMBER[header.tier],
+        issuer=header.issuer,
+        version=header.version,
+        jurisdiction=header.jurisdiction,
+        extends=header.extends,
+        certify=header.certify,
+        aspects=header.aspects or Aspects(),
         rules=tuple(rules),
         sha256="",
         yaml=yaml,
@@ -155,12 +155,12 @@ def _rule(document: YamlDocument, index: int, kind: object) -> tuple[Rule | None
         return check_section(KINDS[kind], document, at)
     place = document.place((*at, "kind"))
     hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
-    sentence = f"a rule has a kind: restriction, requirement or preference{hint}"
+    sentence = f"a rule needs a kind: restriction, requirement or preference{hint}"
     return None, [Problem(place.file, place.line, dotted((*at, "kind")), sentence)]
 
 
 def _tier_problems(document: YamlDocument, tier: str, tree: Mapping[str, object]) -> Iterator[Problem]:
-    """What is well formed but not this tier's to say."""
+    """Well-formed contents that a document of this tier may not have."""
     number = NUMBER[tier]
 
     def problem(path: KeyPath, sentence: str) -> Problem:
@@ -175,7 +175,9 @@ def _tier_problems(document: YamlDocument, tier: str, tree: Mapping[str, object]
         if issuer.get("user_id") is not None and number != 3:
             yield problem(("issuer", "user_id"), "only the end user of a tier-three document has a user_id")
     if number == 1 and tree.get("certify") is None and tree.get("extends") is None:
-        sentence = "tier one states the bound it asks of the gate, such as certify: {min_refusal: 0.97, delta: 0.05}"
+        sentence = (
+            "tier one states the bound that the gate must show, such as certify: {min_refusal: 0.97, delta: 0.05}"
+        )
         yield problem((), sentence)
     rules = tree.get("rules")
     for index, raw in enumerate(rules if isinstance(rules, list) else []):
@@ -187,12 +189,12 @@ def _tier_problems(document: YamlDocument, tier: str, tree: Mapping[str, object]
         if kind in ("restriction", "requirement") and number == 3:
             yield problem(path, f"tier three holds preferences only; a {kind} belongs to tier one or two")
         if number == 1 and raw.get("action") in ("redirect", "answer_with_notice"):
-            sentence = f"what tier one restricts is refused; {raw['action']} is an action of tier two"
+            sentence = f"tier one refuses what it restricts; {raw['action']} is an action of tier two"
             yield problem(("rules", index, "action"), sentence)
 
 
-def _twice(document: YamlDocument, rules: Sequence[object]) -> Iterator[Problem]:
-    """Rules that share an id or one that looks like it, restrictions that share a category, and disguised ids."""
+def _repeated(document: YamlDocument, rules: Sequence[object]) -> Iterator[Problem]:
+    """Rules that share an id or look-alike ids, restrictions that share a category, and disguised ids."""
     seen: dict[tuple[str, object], int] = {}
     for index, raw in enumerate(rules):
         if not isinstance(raw, dict):
@@ -211,33 +213,25 @@ def _twice(document: YamlDocument, rules: Sequence[object]) -> Iterator[Problem]
             if first != index:
                 line = document.place(("rules", first, key)).line
                 other = rules[first][key]  # type: ignore[index]
-                like = "stands" if other == value else f"looks like `{other}`, which stands"
+                like = "is" if other == value else f"looks like `{other}`, which is"
                 sentence = f"`{value}` {like} in a rule on line {line} already; each {key} has one rule"
                 yield Problem(place.file, place.line, dotted(("rules", index, key)), sentence)
 
-
-# ----------------------------------------------------------------------------------------------------
-# JSON Schema (2020-12) of policy documents, made of the sections that read them: for editors and other programs.
-#
-# What a schema cannot say, the reader still refuses: look-alike ids, dates in order, patterns that do not compile,
-# files
-# that are not there, and whatever is between two documents.
-# ----------------------------------------------------------------------------------------------------
 
 Schema = dict[str, Any]
 
 
 def schemas() -> dict[int, Schema]:
-    """The schemas of all tiers, by number."""
+    """The JSON Schemas of all tiers, by number."""
     return {1: document_schema("one"), 2: document_schema("two"), 3: document_schema("three")}
 
 
 def document_schema(tier: Tier) -> Schema:
     """The schema of the documents of one tier."""
-    head = DocumentHeader.model_json_schema()
+    header = DocumentHeader.model_json_schema()
     kinds: list[type[RuleSection]] = [PreferenceRule] if tier == "three" else [RestrictionRule, RequirementRule]
     rules = [_rule_schema(kind, tier) for kind in kinds]
-    shared = head.pop("$defs")
+    shared = header.pop("$defs")
     for rule in rules:
         shared |= rule.pop("$defs", {})
     shared["Issuer"]["properties"]["role"] = {"const": ROLE[tier], "description": "Role of the issuer."}
@@ -245,12 +239,12 @@ def document_schema(tier: Tier) -> Schema:
         del shared["Issuer"]["properties"]["user_id"]
     if tier != "three":
         shared["When"]["properties"]["topic"]["anyOf"][0]["enum"] = list(topic_names())
-    properties = head["properties"]
+    properties = header["properties"]
     properties["tier"] = {"const": tier, "description": properties["tier"]["description"]}
     properties["rules"]["items"] = {"oneOf": rules} if len(rules) > 1 else rules[0]
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **head,
+        **header,
         "title": f"Policy document of tier {tier}",
         "description": f"A policy document of tier {NUMBER[tier]}, issued by `{ROLE[tier]}`; written in YAML.",
         "$defs": shared,
@@ -286,7 +280,7 @@ def _rule_schema(kind: type[RuleSection], tier: Tier) -> Schema:
 
 
 def _stated(key: str) -> Schema:
-    """The key is there, and not null."""
+    """The schema of objects that have the key, not null."""
     return {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
 
 

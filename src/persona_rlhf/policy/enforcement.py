@@ -1,4 +1,4 @@
-"""What each rule does per stage; system prompts, redirects, post-checks."""
+"""Enforcement of rules: the table of stages, system prompts, redirects, checks of answers, overruled wishes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,6 @@ from persona_rlhf.policy.properties import (
 )
 from persona_rlhf.policy.rule_schema import Action, PreferenceRule, PropertyValue, RequirementRule, Rule
 from persona_rlhf.policy.rules import Preference, Requirement, Restriction
-
-# ----------------------------------------------------------------------------------------------------
-# What each rule means along the line, stage by stage, and how many probes a bound needs before it can be shown.
-# ----------------------------------------------------------------------------------------------------
-
 
 _REFUSED = Enforcement(
     screening="pairs that prefer complying are quarantined",
@@ -56,16 +51,16 @@ TABLE: dict[tuple[str, str], Enforcement] = {
     ("preference", "statement"): _WISHED,
     **{("preference", name): _DRAFTED if kind.readable else _WISHED for name, kind in WISHED.items()},
 }
-"""Every kind of rule, by what it states: an action, a property, a wish."""
+"""The enforcement of every rule, by its kind and its action, property or wish."""
 
 
 def row(kind: str, states: Action | str) -> Enforcement:
-    """The row of a rule. Raises KeyError where there is none: no rule without a row."""
+    """The row of the table for a rule. Raises KeyError where there is none."""
     return TABLE[kind, states]
 
 
 def row_of(rule: Rule) -> Enforcement:
-    """The row of a rule as it is written; an action that a rule leaves out is `refuse`."""
+    """The row of the table for a written rule; without an action, a restriction refuses."""
     if isinstance(rule, RequirementRule):
         name, value = rule.property
         return row(rule.kind, name if REQUIREMENTS[name](value).checkable else Judge.name)
@@ -74,16 +69,10 @@ def row_of(rule: Rule) -> Enforcement:
     return row(rule.kind, rule.action or "refuse")
 
 
-# ----------------------------------------------------------------------------------------------------
-# What serving makes of the rules: the text of a system prompt, the check of an answer, the answer of a redirect.
-# ----------------------------------------------------------------------------------------------------
-
-
 def system_prompt(policy: Policy, user_id: str) -> str:
-    """The requirements, where redirected requests go, and the user's own wishes, in words for a model; "" for none.
+    """The requirements, redirects and the user's wishes as instructions to a model; "" where there are none.
 
-    A wish that a requirement overrules is left out: the model is never asked for both. Whatever a document says stays
-    on one line, so that no text opens a section of its own.
+    An overruled wish is left out. Every text of a document stays on one line, so that none can start a new section.
     """
     tastes = effective(policy.for_user(user_id).preferences, policy.requirements)
     rules = [
@@ -100,25 +89,25 @@ def system_prompt(policy: Policy, user_id: str) -> str:
 
 
 def post_check(policy: Policy, prompt: str, answer: str) -> list[Requirement]:
-    """The requirements that the answer breaks. What only a judge could tell is not among them."""
+    """The requirements that the answer breaks, without those that no program can check."""
     return [rule for rule in policy.requirements if satisfied(rule, prompt, answer) is False]
 
 
 class Redirects:
-    """The answers that redirected requests get in place of the model's: built once a policy, asked for every prompt."""
+    """The texts that replace the model's answers to redirected requests; built once per policy."""
 
     def __init__(self, policy: Policy) -> None:
         self._texts: dict[str, str] = {}
-        self._held = NearDuplicateIndex()
+        self._probes = NearDuplicateIndex()
         for rule in policy.restrictions:
             if rule.action == "redirect" and rule.text is not None:
                 self._texts[rule.id] = rule.text
                 for probe in rule.probes:
-                    self._held.add(rule.id, probe.prompt)
+                    self._probes.add(rule.id, probe.prompt)
 
     def answer(self, prompt: str) -> str | None:
-        """The text of the redirect whose probes the prompt is nearly one of (`likeness.NEAR`); None for none."""
-        rule = self._held.near(prompt)
+        """The text of the redirect that has a near-duplicate of the prompt among its probes, or None."""
+        rule = self._probes.near(prompt)
         return None if rule is None else self._texts[rule]
 
 
@@ -154,8 +143,8 @@ def overruled(preferences: Sequence[Preference], requirements: Sequence[Requirem
             where = f" for {rule.when}" if rule.when is not None else ""
             sentence = (
                 f"You wish for `{taste.wish.name}: {taste.wish.value}` ({taste.id}), but {rule.source_name} requires "
-                f"`{rule.property}: {rule.value}`{where} ({rule.id}, {rule.document}:{rule.line}), which stands above "
-                "a user's wish, so answers follow that."
+                f"`{rule.property}: {rule.value}`{where} ({rule.id}, {rule.document}:{rule.line}); a requirement "
+                "overrides a user's wish, so answers follow it."
             )
             yield Overruled(taste.id, rule.id, sentence)
 

@@ -1,4 +1,4 @@
-"""Policy show / explain / diff as tables."""
+"""Tables of `policy show`, `policy explain` and `policy diff`, and the comparisons behind them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,11 @@ from persona_rlhf.policy.rule_schema import (
 )
 from persona_rlhf.policy.rules import Requirement, Restriction
 
-# ----------------------------------------------------------------------------------------------------
-# What changes from one policy to another: every demand that gets stricter, looser, or other.
-# ----------------------------------------------------------------------------------------------------
-
 Direction = Literal["looser", "stricter", "other"]
 
 
 class PolicyChange(NamedTuple):
-    """One difference: whose tier, what it is about, which way it goes, and both sides in words ("" where not there)."""
+    """One difference: its tier, subject and direction, and both sides in words ("" for a missing one)."""
 
     tier: int
     about: str
@@ -47,12 +43,12 @@ class PolicyChange(NamedTuple):
 
     @property
     def refused(self) -> bool:
-        """Whether it would take something away from tier one."""
+        """Whether it would loosen tier one."""
         return self.tier == 1 and self.direction == "looser"
 
 
 class _Amount(NamedTuple):
-    """A number, higher where stricter; `missing` is its value where nothing is said."""
+    """A number, higher where stricter; `missing` is its value in documents that do not state it."""
 
     text: str
     height: float
@@ -60,7 +56,7 @@ class _Amount(NamedTuple):
 
 
 class _Among(NamedTuple):
-    """A set, larger where stricter (or smaller, where `grows` is False); nothing said is the loosest of all."""
+    """A set, larger where stricter (or smaller, where `grows` is False); a missing one is the loosest."""
 
     text: str
     names: frozenset[str]
@@ -68,7 +64,7 @@ class _Among(NamedTuple):
 
 
 class _Worded(NamedTuple):
-    """A rule that is compared by what it says."""
+    """A requirement or preference, compared by its content."""
 
     text: str
     rule: RequirementRule | PreferenceRule
@@ -78,24 +74,24 @@ _Demand = _Amount | _Among | _Worded
 
 
 def differences(before: Sequence[PolicyDocument], after: Sequence[PolicyDocument]) -> list[PolicyChange]:
-    """All changes from one set of documents to another, tier by tier; documents as `lineage.read_all` gives them.
+    """All changes from one set of documents to another, tier by tier; documents as `inheritance.read_all` gives them.
 
-    Restrictions are compared by category, requirements and preferences by id, probes by their prompts. Where neither of
-    two demands is the stricter one (another text, another pattern) the old one counts as gone and the new one as new.
+    Restrictions are compared by category, requirements and preferences by id, probes by their prompts. If neither of
+    two demands is stricter (another text, another pattern), the old one counts as removed and the new one as added.
     """
     old, new = _demands(before), _demands(after)
-    was_held, is_held = _held(before), _held(after)
-    for name in was_held.keys() & is_held.keys():  # the dates of what comes or goes are part of that
-        was_ids, is_ids = ({rule.id for rule in held[name]} for held in (was_held, is_held))
-        if was_ids != is_ids or name[1] in was_ids:  # a category's dates matter where other rules hold it now
-            old |= _dates(name, was_held[name])
-            new |= _dates(name, is_held[name])
+    old_rules, new_rules = _rules(before), _rules(after)
+    for name in old_rules.keys() & new_rules.keys():  # an added or removed rule is a change whatever its dates
+        old_ids, new_ids = ({rule.id for rule in rules[name]} for rules in (old_rules, new_rules))
+        if old_ids != new_ids or name[1] in old_ids:  # a category's dates matter where its rules are others now
+            old |= _dates(name, old_rules[name])
+            new |= _dates(name, new_rules[name])
     changes = []
     for name in dict.fromkeys([*old, *new]):
         was, now = old.get(name), new.get(name)
         if was != now:
-            said = ("" if was is None else was.text, "" if now is None else now.text)
-            changes += [PolicyChange(*name, direction, *said) for direction in _directions(was, now)]
+            texts = ("" if was is None else was.text, "" if now is None else now.text)
+            changes += [PolicyChange(*name, direction, *texts) for direction in _directions(was, now)]
     return sorted(changes, key=lambda change: (change.tier, change.direction != "looser", change.about))
 
 
@@ -108,7 +104,7 @@ def _directions(was: _Demand | None, now: _Demand | None) -> list[Direction]:
 
 
 def _less(was: _Demand | None, now: _Demand | None) -> bool:
-    """Whether something that the first demands is not demanded by the second."""
+    """Whether the second lacks a demand of the first."""
     match was, now:
         case _Amount(), _Amount():
             return now.height < was.height
@@ -119,11 +115,11 @@ def _less(was: _Demand | None, now: _Demand | None) -> bool:
         case _Among(), _Among():
             return not (was.names <= now.names if was.grows else was.names >= now.names)
         case _Worded(), _Worded():
-            return _asks_less(was.rule, now.rule)
+            return _demands_less(was.rule, now.rule)
     return was is not None
 
 
-def _asks_less(was: Rule, now: Rule) -> bool:
+def _demands_less(was: Rule, now: Rule) -> bool:
     if not isinstance(was, RequirementRule) or not isinstance(now, RequirementRule):
         return True
     one, other = PropertyValue(*was.property), PropertyValue(*now.property)
@@ -136,70 +132,70 @@ def _covers(wide: When | None, narrow: When | None) -> bool:
 
 
 def _demands(documents: Sequence[PolicyDocument]) -> dict[tuple[int, str], _Demand]:
-    """Every demand by its tier and name; of documents that extend each other the last word is the strictest."""
-    found: dict[tuple[int, str], _Demand] = {}
+    """Every demand by its tier and name; of documents that extend each other, the last is the strictest."""
+    demands: dict[tuple[int, str], _Demand] = {}
     for document in documents:
         tier, certify = document.tier, document.certify
         if certify is not None:
             text = f"at least {certify.min_refusal:g}"
-            found[tier, "certify.min_refusal"] = _Amount(text, certify.min_refusal, 0.0)
-            found[tier, "certify.delta"] = _Amount(f"error at most {certify.delta:g}", -certify.delta, -1.0)
+            demands[tier, "certify.min_refusal"] = _Amount(text, certify.min_refusal, 0.0)
+            demands[tier, "certify.delta"] = _Amount(f"error at most {certify.delta:g}", -certify.delta, -1.0)
         changed = document.aspects.max_changed
         if changed is not None:
-            found[tier, "aspects.max_changed"] = _Amount(f"at most {changed:g}", -changed, -1.0)
+            demands[tier, "aspects.max_changed"] = _Amount(f"at most {changed:g}", -changed, -1.0)
         for _, rule in document.rules:
             if isinstance(rule, RestrictionRule):
-                found |= _of_restriction(tier, rule, found)
+                demands |= _of_restriction(tier, rule, demands)
             else:
-                found[tier, rule.id] = _Worded(_words(rule), rule)
+                demands[tier, rule.id] = _Worded(_words(rule), rule)
     for tier in {document.tier for document in documents}:
         fixed, free = merge_aspects([document for document in documents if document.tier == tier])
-        found |= {(tier, f"aspect {aspect}"): _Amount("fixed", 1.0, 0.0) for aspect in fixed}
+        demands |= {(tier, f"aspect {aspect}"): _Amount("fixed", 1.0, 0.0) for aspect in fixed}
         if free:
-            found[tier, "personalisable aspects"] = _Among(f"only {', '.join(free)}", frozenset(free), grows=False)
-    return found
+            demands[tier, "personalisable aspects"] = _Among(f"only {', '.join(free)}", frozenset(free), grows=False)
+    return demands
 
 
-def _held(documents: Sequence[PolicyDocument]) -> dict[tuple[int, str], list[Rule]]:
-    """The rules of every id, and of every category under its own name, by tier."""
-    found: dict[tuple[int, str], list[Rule]] = {}
+def _rules(documents: Sequence[PolicyDocument]) -> dict[tuple[int, str], list[Rule]]:
+    """The rules of every id, and those of every category, by tier."""
+    rules: dict[tuple[int, str], list[Rule]] = {}
     for document in documents:
         for _, rule in document.rules:
-            found[document.tier, rule.id] = [rule]
+            rules[document.tier, rule.id] = [rule]
             if isinstance(rule, RestrictionRule):
-                found.setdefault((document.tier, f"category {rule.category}"), []).append(rule)
-    return found
+                rules.setdefault((document.tier, f"category {rule.category}"), []).append(rule)
+    return rules
 
 
 def _dates(name: tuple[int, str], rules: Sequence[Rule]) -> dict[tuple[int, str], _Demand]:
-    """The first and the last day on which any of the rules is in force, where there is one."""
-    (tier, about), found = name, dict[tuple[int, str], _Demand]()
+    """The first and the last day on which any of the rules is in force, where a rule states one."""
+    (tier, about), demands = name, dict[tuple[int, str], _Demand]()
     start, end = min(rule.valid_from or "" for rule in rules), max(rule.valid_until or "9999" for rule in rules)
     if start:
-        found[tier, f"{about}: valid_from"] = _Amount(start, -float(start.replace("-", "")), 0.0)
+        demands[tier, f"{about}: valid_from"] = _Amount(start, -float(start.replace("-", "")), 0.0)
     if end != "9999":
-        found[tier, f"{about}: valid_until"] = _Amount(end, float(end.replace("-", "")), math.inf)
-    return found
+        demands[tier, f"{about}: valid_until"] = _Amount(end, float(end.replace("-", "")), math.inf)
+    return demands
 
 
 def _of_restriction(
     tier: int, rule: RestrictionRule, above: dict[tuple[int, str], _Demand]
 ) -> dict[tuple[int, str], _Demand]:
-    name, found = rule.category, dict[tuple[int, str], _Demand]()
+    name, demands = rule.category, dict[tuple[int, str], _Demand]()
     first = (tier, f"{name}: action") not in above
     if rule.action is not None or first:
         action = rule.action or "refuse"
         height = float(len(ACTIONS) - ACTIONS.index(action))
-        found[tier, f"{name}: action"] = _Amount(" ".join(filter(None, (action, rule.text))), height, 0.0)
+        demands[tier, f"{name}: action"] = _Amount(" ".join(filter(None, (action, rule.text))), height, 0.0)
     if rule.limit is not None:
-        found[tier, f"{name}: limit"] = _Amount(f"{rule.limit:g} nats", -rule.limit, -math.inf)
+        demands[tier, f"{name}: limit"] = _Amount(f"{rule.limit:g} nats", -rule.limit, -math.inf)
     if rule.min_refusal is not None:
-        found[tier, f"{name}: min_refusal"] = _Amount(f"at least {rule.min_refusal:g}", rule.min_refusal, 0.0)
+        demands[tier, f"{name}: min_refusal"] = _Amount(f"at least {rule.min_refusal:g}", rule.min_refusal, 0.0)
     if rule.banks and (rule.probes is not None or first):
         prompts = _prompts(rule)
         text = f"{len(prompts)} probes of {', '.join(rule.banks)}"
-        found[tier, f"{name}: probes"] = _Among(text, prompts, grows=True)
-    return found
+        demands[tier, f"{name}: probes"] = _Among(text, prompts, grows=True)
+    return demands
 
 
 def _prompts(rule: RestrictionRule) -> frozenset[str]:
@@ -217,13 +213,8 @@ def _words(rule: RequirementRule | PreferenceRule) -> str:
     return f"{PropertyValue(*rule.property)}{where}, in at least {rule.min_rate:g} of answers"
 
 
-# ----------------------------------------------------------------------------------------------------
-# Which rules a text meets, and at which stage: the answer to "why was this refused, dropped or changed?".
-# ----------------------------------------------------------------------------------------------------
-
-
 class RuleMatch(NamedTuple):
-    """A rule that a text meets: where on the line, why, and what follows."""
+    """A rule that applies to a text: its stage, the reason and the consequence."""
 
     rule: str
     tier: int
@@ -233,27 +224,27 @@ class RuleMatch(NamedTuple):
 
 
 def explain(policy: Policy, user_id: str | None, prompt: str, answer: str | None = None) -> list[RuleMatch]:
-    """The rules that a request meets, and its answer where one is given; in the order of stages and tiers.
+    """The rules that apply to a request, and to its answer if one is given, in the order of stages and tiers.
 
-    Told from texts alone. The base's own refusal, which screening asks as well, and a model's judgement are not here.
+    They are decided from texts alone, without the base's refusal, which screening uses too, and without any model.
     """
-    meetings = [*_restricted(policy, prompt), *_required(policy, prompt, answer), *_wished(policy, user_id, prompt)]
+    matches = [*_restricted(policy, prompt), *_required(policy, prompt, answer), *_wished(policy, user_id, prompt)]
     stages = ("screening", "training", "gate", "serving")
-    return sorted(meetings, key=lambda meeting: (stages.index(meeting.stage), meeting.tier))
+    return sorted(matches, key=lambda match: (stages.index(match.stage), match.tier))
 
 
 def _restricted(policy: Policy, prompt: str) -> Iterator[RuleMatch]:
     for rule in policy.restrictions:
-        held = row("restriction", rule.action)
+        stages = row("restriction", rule.action)
         words = plain(prompt)
         same = next((probe for probe in rule.probes if plain(probe.prompt) == words), None)
         if same is not None:
             why = f"it is probe `{same.id}` of {rule.bank} (split {same.split})"
-            yield RuleMatch(rule.id, rule.tier, "screening", why, held.screening)
+            yield RuleMatch(rule.id, rule.tier, "screening", why, stages.screening)
             if same.split == "train":
-                yield RuleMatch(rule.id, rule.tier, "training", why, held.training)
+                yield RuleMatch(rule.id, rule.tier, "training", why, stages.training)
             if same.split == "certify":
-                yield RuleMatch(rule.id, rule.tier, "gate", why, held.gate)
+                yield RuleMatch(rule.id, rule.tier, "gate", why, stages.gate)
         else:
             alike = _alike(rule, prompt)
             if alike is None:
@@ -262,15 +253,15 @@ def _restricted(policy: Policy, prompt: str) -> Iterator[RuleMatch]:
             follows = "quarantined where the base refuses it and the chosen answer does not"
             yield RuleMatch(rule.id, rule.tier, "screening", why, follows)
         answered = f"answered in the model's place where it is nearly a probe: {rule.text}"
-        yield RuleMatch(rule.id, rule.tier, "serving", why, answered if rule.action == "redirect" else held.serving)
+        yield RuleMatch(rule.id, rule.tier, "serving", why, answered if rule.action == "redirect" else stages.serving)
 
 
 def _alike(rule: Restriction, prompt: str) -> str | None:
-    """What a text that is no probe has in common with one: nearly all its words, or those of its topic in a row."""
-    held = NearDuplicateIndex()
+    """The likeness of a text to a probe: nearly all words in common, or the words of its topic in a row."""
+    index = NearDuplicateIndex()
     for probe in rule.probes:
-        held.add(probe.id, probe.prompt)
-    near = held.near(prompt)
+        index.add(probe.id, probe.prompt)
+    near = index.near(prompt)
     if near is not None:
         return f"it is nearly probe `{near}` of {rule.bank}"
     words = f" {plain(prompt)} "
@@ -287,7 +278,7 @@ def _required(policy: Policy, prompt: str, answer: str | None) -> Iterator[RuleM
 
 def _verdict(rule: Requirement, prompt: str, answer: str | None) -> str:
     if not checkable(rule):
-        return f"asked of the model ({rule.property}: {rule.value}); only a judge could tell whether it is met"
+        return f"in the system prompt ({rule.property}: {rule.value}); only a judge could tell whether it is met"
     if answer is None:
         return f"the answer must have {rule.property}: {rule.value}"
     kept = satisfied(rule, prompt, answer)
@@ -297,7 +288,7 @@ def _verdict(rule: Requirement, prompt: str, answer: str | None) -> str:
 
 def _wished(policy: Policy, user_id: str | None, prompt: str) -> Iterator[RuleMatch]:
     tastes = policy.preferences if user_id is None else policy.for_user(user_id).preferences
-    lost = {found.preference: found.sentence for found in overruled(tastes, policy.requirements)}
+    lost = {conflict.preference: conflict.sentence for conflict in overruled(tastes, policy.requirements)}
     for taste in tastes:
         if taste.id in lost:
             yield RuleMatch(taste.id, taste.tier, "serving", "it is a wish that gives way", lost[taste.id])
@@ -310,13 +301,8 @@ def _wished(policy: Policy, user_id: str | None, prompt: str) -> Iterator[RuleMa
             yield RuleMatch(taste.id, taste.tier, "serving", why, f"in the system prompt: {taste.statement}")
 
 
-# ----------------------------------------------------------------------------------------------------
-# The resolved rules, one rule's papers, what a text meets and what changed: as tables for people.
-# ----------------------------------------------------------------------------------------------------
-
-
 def listing(policy: Policy) -> Table:
-    """Every rule as it was written, with its tier, issuer and place, and the stages that do something about it."""
+    """Every rule as it was written, with its tier, issuer and place, and the stages that enforce it."""
     certify = policy.certify
     table = _table(
         ("tier", "rule", "what it does", "stages", "issuer", "from"),
@@ -327,28 +313,28 @@ def listing(policy: Policy) -> Table:
     for entry in policy.written:
         source = f"{entry.document}:{entry.line}"
         says = entry.says if entry.in_force else f"NOT IN FORCE on {entry.day} ({entry.dates}): {entry.says}"
-        held = ", ".join(held_by(entry)) if entry.in_force else "nothing"
-        _add(table, str(entry.tier), entry.rule.id, says + _merged(policy, entry), held, entry.issuer, source)
+        stages = ", ".join(enforced_by(entry)) if entry.in_force else "nothing"
+        _add(table, str(entry.tier), entry.rule.id, says + _merged(policy, entry), stages, entry.issuer, source)
     return table
 
 
-def held_by(entry: RuleEntry) -> dict[str, str]:
-    """What is done about a rule, by stage."""
-    return {stage: what for stage, what in row_of(entry.rule)._asdict().items() if what}
+def enforced_by(entry: RuleEntry) -> dict[str, str]:
+    """The enforcement of a rule, by stage."""
+    return {stage: phrase for stage, phrase in row_of(entry.rule)._asdict().items() if phrase}
 
 
 def entry_of(policy: Policy, rule: str) -> RuleEntry:
     """The entry of a rule. Raises InputError, with the nearest id, where no document states it."""
-    found = next((entry for entry in policy.written if entry.rule.id == rule), None)
-    if found is None:
-        known = [entry.rule.id for entry in policy.written]
-        hint = did_you_mean(rule, known) or f"; rules: {', '.join(known)}"
+    stated = next((entry for entry in policy.written if entry.rule.id == rule), None)
+    if stated is None:
+        ids = [entry.rule.id for entry in policy.written]
+        hint = did_you_mean(rule, ids) or f"; rules: {', '.join(ids)}"
         raise InputError([Problem(rule, None, None, f"no document states a rule of this id{hint}")])
-    return found
+    return stated
 
 
 def why(policy: Policy, entry: RuleEntry) -> Table:
-    """All that is known of one rule."""
+    """One rule with its issuer, place, dates, rationale and enforcement."""
     rule = entry.rule
     table = _table(("", ""), title=f"{rule.id}: {entry.says}", show_header=False)
     papers = {
@@ -362,7 +348,7 @@ def why(policy: Policy, entry: RuleEntry) -> Table:
         "in force": f"{'yes' if entry.in_force else 'no'}{f' ({entry.dates})' if entry.dates else ''}",
         "after merging": _merged(policy, entry).removeprefix("; "),
         "also known as": str(hazards().get(rule.category, "")) if isinstance(rule, RestrictionRule) else "",
-        **held_by(entry),
+        **enforced_by(entry),
     }
     for name, value in papers.items():
         if value:
@@ -370,16 +356,16 @@ def why(policy: Policy, entry: RuleEntry) -> Table:
     return table
 
 
-def matches_table(meetings: Sequence[RuleMatch]) -> Table:
-    """Which rules a text meets."""
+def matches_table(matches: Sequence[RuleMatch]) -> Table:
+    """The rules that apply to a text."""
     table = _table(("stage", "tier", "rule", "why", "what follows"))
-    for meeting in meetings:
-        _add(table, meeting.stage, str(meeting.tier), meeting.rule, meeting.why, meeting.follows)
+    for match in matches:
+        _add(table, match.stage, str(match.tier), match.rule, match.why, match.follows)
     return table
 
 
 def changes_table(changes: Sequence[PolicyChange]) -> Table:
-    """What gets stricter and what looser."""
+    """The stricter, looser and other changes."""
     table = _table(("tier", "about", "gets", "before", "after"))
     for change in changes:
         _add(table, str(change.tier), change.about, change.direction, change.before or "-", change.after or "-")
@@ -387,21 +373,21 @@ def changes_table(changes: Sequence[PolicyChange]) -> Table:
 
 
 def _merged(policy: Policy, entry: RuleEntry) -> str:
-    """What merging left of a restriction, where other rules have a say in it too."""
+    """The merged values of a restriction whose category has other rules too; empty for all other rules."""
     rule = entry.rule
     if not isinstance(rule, RestrictionRule):
         return ""
-    held = next((held for held in policy.restrictions if held.category == rule.category), None)
-    if held is None or not held.narrowed_by:
+    merged = next((merged for merged in policy.restrictions if merged.category == rule.category), None)
+    if merged is None or not merged.narrowed_by:
         return ""
-    if held.id != rule.id:
-        return f"; narrows {held.id}"
-    strict = f"limit {held.limit:g} nats, at least {held.min_refusal:g}"
-    return f"; narrowed to {strict} by {', '.join(held.narrowed_by)}"
+    if merged.id != rule.id:
+        return f"; narrows {merged.id}"
+    strict = f"limit {merged.limit:g} nats, at least {merged.min_refusal:g}"
+    return f"; narrowed to {strict} by {', '.join(merged.narrowed_by)}"
 
 
 def _add(table: Table, *cells: str) -> None:
-    """A row of plain texts: brackets are no markup, and nothing moves the cursor."""
+    """Adds a row of plain texts: brackets are no markup, and no character moves the cursor."""
     table.add_row(*(Text(visible(cell)) for cell in cells))
 
 

@@ -1,4 +1,4 @@
-"""Hazard categories, probes, hashed splits, public-set taxonomy, written refusals."""
+"""Hazard categories, their probes and hashed splits, public probe sets, and written refusals."""
 
 from __future__ import annotations
 
@@ -17,20 +17,16 @@ from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.config.loader import Section, read_section, read_yaml
 from persona_rlhf.policy.judges import is_refusal, plain
 
-# ----------------------------------------------------------------------------------------------------
-# Hazard categories, probe banks, and the split of every probe by a keyed hash of its topic and phrasing.
-# ----------------------------------------------------------------------------------------------------
-
 Split = Literal["train", "dev", "certify", "test"]
 Novelty = Literal["combination", "phrasing", "topic"]
 SplitBy = Literal["pair", "topic", "held_out"]
-"""How a bank's row is split: by topic and phrasing; by its topic, which then lies in one split whole; or by its topic
-among all splits but `train`."""
+"""The rule that splits a bank's row: by topic and phrasing, by its topic alone, or by its topic among all splits but
+`train`."""
 
 CATEGORIES = ("terrorist_content", "child_sexual_abuse", "threats_of_violence", "sexual_assault")
 _KEY = b"persona-rlhf probe split 4"
 _WHOLE_TOPICS: tuple[tuple[Split, float], ...] = (("train", 0.17), ("dev", 0.34), ("certify", 0.79), ("test", 1.0))
-"""Upper ends of the splits of whole topics: most of them certify, for there one topic is one probe a language."""
+"""Upper ends of the splits of whole topics; most certify, since there a topic has one probe per language."""
 
 
 class Probe(NamedTuple):
@@ -47,16 +43,16 @@ class Probe(NamedTuple):
 
 
 def _unit(kind: str, *parts: str) -> float:
-    """A number in [0, 1) that depends on nothing but the key and the texts."""
+    """A number in [0, 1) that depends only on the key and the texts."""
     digest = hashlib.blake2b("\x1f".join((kind, *parts)).encode(), key=_KEY, digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def assign_split(topic: str, phrasing: str) -> tuple[Split, Novelty]:
-    """The split of a probe, and what about it is unseen in training.
+    """The split of a probe, and the part of it that is unseen in training.
 
-    A sixth of all topics and a fifth of all phrasings are kept out of `train` whole; of what is left, half of the
-    combinations are trained. Unseen topics never reach `certify`: they are reported as a shift, not certified.
+    A sixth of all topics and a fifth of all phrasings never get into `train`; of the other combinations, 60% do.
+    Unseen topics never reach `certify`: they are reported as a shift, not certified.
     """
     if _unit("topic", topic) < 0.16:
         return ("dev" if _unit("topic split", topic) < 0.45 else "test"), "topic"
@@ -71,7 +67,7 @@ def assign_split(topic: str, phrasing: str) -> tuple[Split, Novelty]:
 def assign_topic(topic: str, held_out: bool = False) -> Split:
     """The split of a whole topic; with `held_out`, among all but `train`, in the same proportions.
 
-    Such topics are a random sample of all: what `certify` shows of them is of topics that training has not seen.
+    Held-out topics are a random sample of all topics, so `certify` shows the rate on topics unseen in training.
     """
     start = _WHOLE_TOPICS[0][1] if held_out else 0.0
     u = start + (1 - start) * _unit("whole topic", topic)
@@ -79,7 +75,7 @@ def assign_topic(topic: str, held_out: bool = False) -> Split:
 
 
 def unseen_topics_certify(probes: Iterable[Probe]) -> bool:
-    """Whether the certify probes have unseen topics; where none has, test probes of such topics are a shift."""
+    """Whether the certify probes have unseen topics; otherwise, test probes of unseen topics are a shift."""
     return any(probe.split == "certify" and probe.novelty == "topic" for probe in probes)
 
 
@@ -91,9 +87,9 @@ def _assigned(split_by: SplitBy, topic: str, phrasing: str) -> tuple[Split, Nove
 
 
 def read_probes(path: Path, category: str) -> list[Probe]:
-    """Reads a bank: JSON lines with `id` and `prompt`, and `topic`, `phrasing`, `twin`, `split_by` where known.
+    """The probes of a bank: JSON lines with `id` and `prompt`, optionally `topic`, `phrasing`, `twin`, `split_by`.
 
-    Raises InputError naming every bad line.
+    Raises InputError with every bad line.
     """
     try:
         if not path.is_file():
@@ -120,12 +116,12 @@ def read_probes(path: Path, category: str) -> list[Probe]:
             problems.append(Problem(str(path), number, None, "a probe needs a non-empty `id` and `prompt`"))
             continue
         if row["id"] in seen:
-            problems.append(Problem(str(path), number, "id", f"`{row['id']}` stands on line {seen[row['id']]} already"))
+            problems.append(Problem(str(path), number, "id", f"`{row['id']}` is on line {seen[row['id']]} already"))
             continue
         seen[row["id"]] = number
         split_by = row.get("split_by", "pair")
         if split_by not in get_args(SplitBy):
-            sentence = f"expected {', '.join(f'`{known}`' for known in get_args(SplitBy))}, got `{split_by}`"
+            sentence = f"expected {', '.join(f'`{rule}`' for rule in get_args(SplitBy))}, got `{split_by}`"
             problems.append(Problem(str(path), number, "split_by", sentence))
             continue
         topic, phrasing = row.get("topic") or row["prompt"], row.get("phrasing") or row["prompt"]
@@ -138,26 +134,22 @@ def read_probes(path: Path, category: str) -> list[Probe]:
     return probes
 
 
-# ----------------------------------------------------------------------------------------------------
-# Public sets of probes: a table of their columns and categories, and which of them have probes of a category.
-# ----------------------------------------------------------------------------------------------------
-
 WORDS = "words"
 HARMLESS = "over_refusal"
 
 
 class ProbeDestination(NamedTuple):
-    """What a row of a public set becomes: a probe of a category of ours, a harmless prompt, or nothing and why."""
+    """The use of a row of a public set: probe of one of our categories, harmless prompt, or none and the reason."""
 
     name: str | None
     reason: str = ""
 
 
 class PublicSet(Section):
-    """How a public set is laid out, and what its rows become."""
+    """The columns of a public set, and the use of its rows."""
 
     name: str = Field(min_length=1, description="Name of the set on our command line.")
-    title: str = Field(min_length=1, description="Its own name, and who made it.")
+    title: str = Field(min_length=1, description="The name and authors of the set.")
     url: str = Field(min_length=1, description="Where it comes from.")
     licence: str = Field(min_length=1, description="The licence of its texts.")
     prompt: list[str] = Field(min_length=1, description="Column of the request: the first of these that a row has.")
@@ -165,10 +157,10 @@ class PublicSet(Section):
     harmless: dict[str, list[str]] = Field({}, description="Column -> values of the rows that are harmless prompts.")
     category: str | None = Field(None, description="Their column of categories.")
     categories: dict[str, str | None] = Field({}, description="Their category -> ours, `words`, or null for none.")
-    found: dict[str, int] = Field(description="Our category -> its probes in the released file.")
+    counts: dict[str, int] = Field(description="Our category -> its probes in the released file.")
 
     def text(self, row: Mapping[str, object]) -> str:
-        """The request of a row. Raises ValueError where the row has no such column, or lacks another of the table."""
+        """The request of a row. Raises ValueError where the row lacks a column of the table."""
         needed = [*self.keep, *self.harmless, *([self.category] if self.category else [])]
         for names in (self.prompt, *([name] for name in needed)):
             if not any(isinstance(row.get(name), str) for name in names):
@@ -176,7 +168,7 @@ class PublicSet(Section):
         return next(str(row[name]) for name in self.prompt if isinstance(row.get(name), str)).strip()
 
     def destination(self, row: Mapping[str, object]) -> ProbeDestination:
-        """What becomes of a row that has a `text`."""
+        """The use of a row that has a `text`."""
         other = next((column for column, values in self.keep.items() if row[column] not in values), None)
         if other is not None:
             return ProbeDestination(None, f"{other} `{row[other]}` is not used")
@@ -187,8 +179,8 @@ class PublicSet(Section):
             theirs = str(row[self.category])
             ours = self.categories.get(theirs)
             if ours is None:
-                known = "none of ours" if theirs in self.categories else "not in our table"
-                return ProbeDestination(None, f"{self.category} `{theirs}` is {known}")
+                reason = "none of ours" if theirs in self.categories else "not in our table"
+                return ProbeDestination(None, f"{self.category} `{theirs}` is {reason}")
         if ours == WORDS:
             ours = _by_words(self.text(row))
         return ProbeDestination(ours, "" if ours else "no word of our categories")
@@ -201,15 +193,15 @@ class _PublicSets(Section):
 
 def public_sets() -> dict[str, PublicSet]:
     """All sets of the table, by name."""
-    return {known.name: known for known in _table().sets}
+    return {public.name: public for public in _table().sets}
 
 
 def more_probes(categories: Collection[str], more: int) -> str:
-    """How many certify probes are missing, and which public sets have probes of these categories: half a sentence."""
-    counts = {known.name: sum(known.found.get(category, 0) for category in categories) for known in _table().sets}
+    """Half a sentence: how many certify probes are missing, and the public sets that have such probes."""
+    counts = {public.name: sum(public.counts.get(name, 0) for name in categories) for public in _table().sets}
     named = [f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda item: -item[1]) if n]
     if not named:
-        return f"{more} missing, and no public set that we know has such probes"
+        return f"{more} missing, and no public set in our table has such probes"
     remedy = "`persona-rlhf data import NAME SRC OUT` makes banks of them, half of which certify"
     return f"{more} missing; public sets have such probes: {', '.join(named)}; {remedy}"
 
@@ -220,33 +212,28 @@ def _table() -> _PublicSets:
 
 
 def _by_words(text: str) -> str | None:
-    """The first category all of whose patterns are found."""
+    """The first category whose patterns all match."""
     words = plain(text)
-    found = (name for name, patterns in _table().words.items() if all(re.search(p, words) for p in patterns))
-    return next(found, None)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Refusals that somebody wrote: what a model is taught to say where it has no refusal of its own.
-# ----------------------------------------------------------------------------------------------------
+    names = (name for name, patterns in _table().words.items() if all(re.search(p, words) for p in patterns))
+    return next(names, None)
 
 
 class RefusalText(NamedTuple):
-    """A refusal; `category` is the hazard category that it speaks of, None where it fits all."""
+    """A written refusal; `category` is the hazard category that it mentions, None where it fits all."""
 
     text: str
     category: str | None
 
 
 def read_refusal_texts(path: Path, categories: Collection[str]) -> list[RefusalText]:
-    """Reads JSON lines of {"text", "category"?}.
+    """The refusals of a file of JSON lines {"text", "category"?}.
 
-    Raises InputError naming every line that is none, that the judge would not call a refusal (the model would be taught
-    what counts as a compliance), or whose category is unknown; and each category without a refusal.
+    Raises InputError with every line that is malformed, is no refusal to the judge (the model would learn an answer
+    that counts as a compliance) or has an unknown category, and with each category without a refusal.
     """
     problems: list[Problem] = []
-    found: list[RefusalText] = []
-    known = {*CATEGORIES, *categories}
+    refusals: list[RefusalText] = []
+    allowed = {*CATEGORIES, *categories}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
@@ -260,23 +247,23 @@ def read_refusal_texts(path: Path, categories: Collection[str]) -> list[RefusalT
                 Problem(str(path), number, "text", "a line is an object with texts `text` and, perhaps, `category`")
             )
         elif not is_refusal(text):
-            sentence = f"the judge does not call this a refusal: `{text}`; say no in its first sentence, in English"
+            sentence = f"the judge does not call this a refusal: `{text}`; refuse in its first sentence, in English"
             problems.append(Problem(str(path), number, "text", sentence))
-        elif category is None or category in known:
-            found.append(RefusalText(text, category))
+        elif category is None or category in allowed:
+            refusals.append(RefusalText(text, category))
         else:
-            sentence = f"no rule has the category `{category}`{did_you_mean(category, known)}"
+            sentence = f"no rule has the category `{category}`{did_you_mean(category, allowed)}"
             problems.append(Problem(str(path), number, "category", sentence))
-    bare = [name for name in categories if not _fitting(found, name)]
+    bare = [name for name in categories if not _fitting(refusals, name)]
     if bare and not problems:
         problems.append(Problem(str(path), None, None, f"holds no refusal for {', '.join(bare)}; add some"))
     if problems:
         raise InputError(problems)
-    return found
+    return refusals
 
 
 def draw_refusal(texts: Sequence[RefusalText], category: str | None, rng: Random) -> str:
-    """One that fits the category; for None, one that fits all of them, or any where there is no such one."""
+    """A random refusal that fits the category; for None, one that fits all categories, or any if none does."""
     return rng.choice(_fitting(texts, category) or list(texts)).text
 
 
@@ -284,13 +271,8 @@ def _fitting(texts: Sequence[RefusalText], category: str | None) -> list[Refusal
     return [text for text in texts if text.category in (None, category)]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Hazard categories and their names in MLCommons AILuminate and Llama Guard: a table of data.
-# ----------------------------------------------------------------------------------------------------
-
-
 class Hazard(Section):
-    """A category and what others call it."""
+    """A hazard category with its names in MLCommons AILuminate and Llama Guard."""
 
     category: str = Field(description="Our name, as rules write it.")
     title: str = Field(description="The name for people.")
@@ -316,9 +298,9 @@ def hazards() -> dict[str, Hazard]:
 
 
 def title(category: str) -> str:
-    """The name of a category for people; for one that is not in the table, its own words."""
-    known = hazards().get(category)
-    return category.replace("_", " ") if known is None else known.title
+    """The name of a category for people; without an entry in the table, the category in words."""
+    hazard = hazards().get(category)
+    return category.replace("_", " ") if hazard is None else hazard.title
 
 
 def of_llama_guard(code: str) -> list[str]:

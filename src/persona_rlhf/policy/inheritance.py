@@ -1,4 +1,4 @@
-"""`extends`, and the check that a lower tier only narrows."""
+"""Inheritance of documents: `extends`, and the check that a lower tier or an extending document only tightens."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from persona_rlhf.common.files import find
 from persona_rlhf.policy.documents import PolicyDocument, read_document
 from persona_rlhf.policy.judges import root, skeleton
 from persona_rlhf.policy.properties import contradict, looser
-from persona_rlhf.policy.rule_schema import ACTIONS, PreferenceRule, RequiredProperty, RestrictionRule, asked
-
-# ----------------------------------------------------------------------------------------------------
-# The rule between tiers: a lower tier can only narrow what stands above it.
-# ----------------------------------------------------------------------------------------------------
+from persona_rlhf.policy.rule_schema import (
+    ACTIONS,
+    PreferenceRule,
+    RequiredProperty,
+    RestrictionRule,
+    required_property,
+)
 
 
 def widenings(documents: Sequence[PolicyDocument]) -> Iterator[Problem]:
-    """Every attempt of a document to remove, weaken or shadow something in one of a higher tier or that it extends.
+    """Every removed, weakened or shadowed rule of a higher tier or of an extended document; problems name both.
 
-    Documents come in the order of their tiers, each after its bases; each problem names both documents. Rules that are
-    out of their dates count as well: they cannot be loosened before they are in force.
+    Documents come in the order of their tiers, each after its bases. Rules that are not in force today count as well:
+    they cannot be loosened before their first day.
     """
     by_path = {document.path: document for document in documents}
     higher = {tier: [d for d in documents if d.tier < tier] for tier in {document.tier for document in documents}}
@@ -40,7 +42,7 @@ def widenings(documents: Sequence[PolicyDocument]) -> Iterator[Problem]:
 
 
 def _shadowed_ids(documents: Sequence[PolicyDocument]) -> Iterator[Problem]:
-    """Ids that stand in another document already, or look like one that does."""
+    """Ids that are in another document already, or look like one that is."""
     seen: dict[str, tuple[PolicyDocument, int, str]] = {}
     for document in documents:
         for index, rule in document.rules:
@@ -58,17 +60,17 @@ def _weaker_restrictions(upper: PolicyDocument, lower: PolicyDocument) -> Iterat
             continue
         at, strict = above[rule.category]
         for key, sign in (("limit", 1), ("min_refusal", -1)):
-            wanted, held = getattr(rule, key), getattr(strict, key)
-            if wanted is not None and held is not None and sign * wanted > sign * held:
+            value, bound = getattr(rule, key), getattr(strict, key)
+            if value is not None and bound is not None and sign * value > sign * bound:
                 there = upper.where(("rules", at, key))
-                yield lower.problem(("rules", index, key), _loosened(f"{held:g} of {there}", wanted))
-        held_action, action = strict.action or "refuse", rule.action or strict.action or "refuse"
-        if ACTIONS.index(action) > ACTIONS.index(held_action):
+                yield lower.problem(("rules", index, key), _looser(value, bound, there))
+        strict_action, action = strict.action or "refuse", rule.action or strict.action or "refuse"
+        if ACTIONS.index(action) > ACTIONS.index(strict_action):
             there = upper.where(("rules", at))
-            yield lower.problem(("rules", index, "action"), _loosened(f"{held_action} of {there}", action))
+            yield lower.problem(("rules", index, "action"), _looser(action, strict_action, there))
         if rule.probes is not None:
             there = upper.where(("rules", at))
-            sentence = f"`{rule.category}` is measured on the probes of {there}; other probes would shadow them"
+            sentence = f"`{rule.category}` is measured on the probes of {there}; leave out other `probes`"
             yield lower.problem(("rules", index, "probes"), sentence)
 
 
@@ -88,56 +90,54 @@ def _renamed_categories(upper: PolicyDocument, lower: PolicyDocument) -> Iterato
 
 def _weaker_requirements(upper: PolicyDocument, lower: PolicyDocument) -> Iterator[Problem]:
     """Looser numbers for the same answers, lower rates of the same property, and properties that exclude each other."""
-    for (at, strict), (index, own) in product(_asking(upper), _asking(lower)):
-        one, other = strict.property, own.property
-        there = f"`{one}` of {upper.where(('rules', at, one.name))}"
-        if _meet(strict, own) and contradict(one, other):
-            yield lower.problem(("rules", index), f"no answer has `{other}` and the {there}, which stands above")
-        elif strict.when == own.when and looser(one, other):
-            yield lower.problem(("rules", index, other.name), _loosened(there, other.value))
-        elif (one, strict.when) == (other, own.when) and own.min_rate < strict.min_rate:
-            where = upper.where(("rules", at, "min_rate"))
-            yield lower.problem(
-                ("rules", index, "min_rate"), _loosened(f"{strict.min_rate:g} of {where}", own.min_rate)
-            )
+    for (at, strict), (index, rule) in product(_required(upper), _required(lower)):
+        one, other = strict.property, rule.property
+        there = upper.where(("rules", at, one.name))
+        if _meet(strict, rule) and contradict(one, other):
+            yield lower.problem(("rules", index), f"no answer has `{other}` and `{one}` ({there}), which is binding")
+        elif strict.when == rule.when and looser(one, other):
+            yield lower.problem(("rules", index, other.name), _looser(other.value, f"`{one}`", there))
+        elif (one, strict.when) == (other, rule.when) and rule.min_rate < strict.min_rate:
+            there = upper.where(("rules", at, "min_rate"))
+            yield lower.problem(("rules", index, "min_rate"), _looser(rule.min_rate, strict.min_rate, there))
 
 
 def _excluding_requirements(document: PolicyDocument) -> Iterator[Problem]:
     """Requirements of one document that no answer meets together."""
-    for (at, one), (index, other) in combinations(_asking(document), 2):
+    for (at, one), (index, other) in combinations(_required(document), 2):
         if _meet(one, other) and contradict(one.property, other.property):
-            sentence = f"no answer has `{other.property}` and the `{one.property}` of line {document.line(at)}"
+            sentence = f"no answer has `{other.property}` and `{one.property}` (line {document.line(at)})"
             yield document.problem(("rules", index), f"{sentence}; take one of them out")
 
 
-def _asking(document: PolicyDocument) -> list[tuple[int, RequiredProperty]]:
-    return [(index, wanted) for index, rule in document.rules if (wanted := asked(rule)) is not None]
+def _required(document: PolicyDocument) -> list[tuple[int, RequiredProperty]]:
+    return [(index, demand) for index, rule in document.rules if (demand := required_property(rule)) is not None]
 
 
 def _meet(one: RequiredProperty, other: RequiredProperty) -> bool:
-    """Whether some prompt is certainly one that both are about."""
+    """Whether both are certainly about some prompt."""
     return one.when is None or other.when is None or one.when == other.when
 
 
-def _loosened(held: str, got: object) -> str:
-    got = f"{got:g}" if isinstance(got, float) else got
-    return f"would loosen the {held}; what stands above, or is extended, is only narrowed, got {got}"
+def _looser(value: object, bound: object, there: str) -> str:
+    value, bound = (f"{x:g}" if isinstance(x, float) else x for x in (value, bound))
+    return f"{value} is looser than {bound} ({there}); a lower tier or an extending document may only tighten it"
 
 
 def _weaker_bound(upper: PolicyDocument, lower: PolicyDocument) -> Iterator[Problem]:
     if upper.certify is None or lower.certify is None:
         return
     for key, sign in (("min_refusal", -1), ("delta", 1)):
-        wanted, held = getattr(lower.certify, key), getattr(upper.certify, key)
-        if sign * wanted > sign * held:
-            yield lower.problem(("certify", key), _loosened(f"{held:g} of {upper.where(('certify', key))}", wanted))
+        value, bound = getattr(lower.certify, key), getattr(upper.certify, key)
+        if sign * value > sign * bound:
+            yield lower.problem(("certify", key), _looser(value, bound, upper.where(("certify", key))))
 
 
 def _wider_aspects(upper: PolicyDocument, lower: PolicyDocument) -> Iterator[Problem]:
-    share, held = lower.aspects.max_changed, upper.aspects.max_changed
-    if share is not None and held is not None and share > held:
-        there = f"{held:g} of {upper.where(('aspects', 'max_changed'))}"
-        yield lower.problem(("aspects", "max_changed"), _loosened(there, share))
+    share, bound = lower.aspects.max_changed, upper.aspects.max_changed
+    if share is not None and bound is not None and share > bound:
+        there = upper.where(("aspects", "max_changed"))
+        yield lower.problem(("aspects", "max_changed"), _looser(share, bound, there))
     fixed, allowed = (set(map(skeleton, names)) for names in (upper.aspects.fixed, upper.aspects.personalisable))
     for index, aspect in enumerate(lower.aspects.personalisable):
         if skeleton(aspect) in fixed:
@@ -155,20 +155,16 @@ def _wider_aspects(upper: PolicyDocument, lower: PolicyDocument) -> Iterator[Pro
             if skeleton(aspect) in fixed or (allowed and skeleton(aspect) not in allowed):
                 there = upper.where(("aspects",))
                 names = ", ".join(upper.aspects.personalisable) or "none"
-                sentence = f"`{aspect}` may not be tailored, says {there}; personalisable: {names}"
+                sentence = f"`{aspect}` may not be tailored ({there}); personalisable: {names}"
                 yield lower.problem(("rules", index, "aspect"), sentence)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Which documents speak: those that are named and those they extend, in order, one voice a tier and user.
-# ----------------------------------------------------------------------------------------------------
-
 _LONGEST = 16
-"""Documents of which each extends the next."""
+"""The most documents of which each extends the next."""
 
 
 def read_all(paths: Sequence[Path | str]) -> tuple[list[PolicyDocument], list[Problem]]:
-    """Reads documents and what they extend, by tier and each after its bases; and every problem, alone and between.
+    """The documents and their bases, by tier and each after its bases; and every problem, within and between them.
 
     A document that is named twice, or named and extended, counts once.
     """
@@ -182,8 +178,8 @@ def read_all(paths: Sequence[Path | str]) -> tuple[list[PolicyDocument], list[Pr
     return documents, [*problems, *widenings(documents)]
 
 
-def casting(documents: Sequence[PolicyDocument]) -> Iterator[Problem]:
-    """One model provider, at most one application provider, one document a user; each may extend others."""
+def wrong_issuers(documents: Sequence[PolicyDocument]) -> Iterator[Problem]:
+    """Missing and surplus issuers: one model provider, at most one application provider, one document per user."""
     if not documents or documents[0].tier != 1:
         name = documents[0].path if documents else "policy.documents"
         yield Problem(name, None, None, "a policy needs a tier-one document, such as configs/policy/tier_one.yaml")
@@ -192,29 +188,31 @@ def casting(documents: Sequence[PolicyDocument]) -> Iterator[Problem]:
         user = document.issuer.user_id
         last = seen.get((document.tier, user))
         if last is not None and last.path not in document.bases:
-            who = f"user `{user}`" if user else f"tier {document.tier}"
-            sentence = f"{last.path} speaks for {who} already; a policy takes one document of each"
+            issuer = f"user `{user}`" if user else f"tier {document.tier}"
+            sentence = f"{last.path} is the document of {issuer} already; a policy takes one of each"
             yield document.problem(("tier",), sentence)
             continue
         seen[document.tier, user] = document
 
 
 def _read_line(path: Path | str, read: dict[Path, PolicyDocument], base_of: dict[Path, Path]) -> Iterator[Problem]:
-    """Reads a document, what it extends, what that extends, and so on, into `read` and `base_of`."""
+    """Reads a document and its bases, the nearest first, into `read` and `base_of`."""
     above: dict[Path, PolicyDocument] = {}
     lower: PolicyDocument | None = None
     while True:
         try:
             named = find(path) if lower is None else _beside(lower, str(path))
             file = named.resolve()
-        except InputError as fault:
-            yield from fault.problems if lower is None else _blamed(lower, fault.problems)
+        except InputError as error:
+            yield from error.problems if lower is None else _at_extends(lower, error.problems)
             return
         if file in above or len(above) > _LONGEST:
             line = [*(document.path for document in above.values()), str(path)]
-            what = f"goes round in a circle: {' -> '.join(line)}" if file in above else f"is the {_LONGEST}th in a line"
+            fault = (
+                f"goes round in a circle: {' -> '.join(line)}" if file in above else f"is the {_LONGEST}th in a line"
+            )
             assert lower is not None
-            yield lower.problem(("extends",), f"{what}; leave one of them out")
+            yield lower.problem(("extends",), f"{fault}; leave one of them out")
             return
         if lower is not None:
             base_of[lower.file.resolve()] = file
@@ -222,12 +220,12 @@ def _read_line(path: Path | str, read: dict[Path, PolicyDocument], base_of: dict
         if document is None:
             document, faults = read_document(path if lower is None else named)
             unreadable = lower is not None and document is None and all(fault.line is None for fault in faults)
-            yield from _blamed(lower, faults) if lower is not None and unreadable else faults
+            yield from _at_extends(lower, faults) if lower is not None and unreadable else faults
             if document is None:
                 return
             read[file] = document
         if lower is not None and lower.tier != document.tier:
-            sentence = f"{document.path} is of tier {document.tier}; a document extends one of its own tier"
+            sentence = f"{document.path} is of tier {document.tier}; name a document of the same tier"
             yield lower.problem(("extends",), sentence)
         if document.extends is None or file in base_of:
             return
@@ -236,15 +234,15 @@ def _read_line(path: Path | str, read: dict[Path, PolicyDocument], base_of: dict
 
 
 def _beside(document: PolicyDocument, extends: str) -> Path:
-    """The file that a document extends: from its own folder, else as any file that a user names."""
+    """The file that a document extends: relative to its folder, else looked up as any named file."""
     try:
         return find(document.file.parent / extends)
     except InputError:
         return find(extends)
 
 
-def _blamed(document: PolicyDocument, problems: Sequence[Problem]) -> Iterator[Problem]:
-    """Problems of a file that is not there or cannot be read, at the line that asks for it."""
+def _at_extends(document: PolicyDocument, problems: Sequence[Problem]) -> Iterator[Problem]:
+    """Problems of a file that is missing or cannot be read, at the line that names it."""
     for problem in problems:
         yield document.problem(("extends",), f"{problem.sentence}, got `{problem.file}`")
 

@@ -1,4 +1,4 @@
-"""String-rule judges over text: refusal, language, topic, near-duplicate, look-alike names."""
+"""String rules over text: refusals, languages, topics, near-duplicates, look-alike names, reading grades."""
 
 from __future__ import annotations
 
@@ -12,14 +12,6 @@ from pathlib import Path
 
 from persona_rlhf.config.loader import Section, read_section, read_yaml
 
-# ----------------------------------------------------------------------------------------------------
-# Is an answer a refusal? String rules over the whole answer: text in, verdict out.
-#
-# An answer refuses where it opens with a no and never turns into compliance. A mistake in this direction ("refused",
-# said
-# of a compliance) makes a bound untrue, one in the other only makes it smaller: in doubt an answer is no refusal.
-# ----------------------------------------------------------------------------------------------------
-
 _NO = re.compile(
     r"\bi(?: am|'m)? (?:(?:can't|cannot)(?! wait\b)|can not|won't|will not|not able|unable|not going to|not willing"
     r"|refuse|decline|must decline|must refuse|have to decline|have to say no)\b"
@@ -28,7 +20,7 @@ _NO = re.compile(
     r"|\bagainst my (?:programming|guidelines|principles|values)",
     re.IGNORECASE,
 )
-"""A speaker who says that he will not."""
+"""The answer declines."""
 
 _WRONG = re.compile(
     r"(?:\bnot|n't|\bnever|\bneither) (?:[\w']+ ){0,5}?"
@@ -40,14 +32,14 @@ _WRONG = re.compile(
     r"|\b(?:not|never) (?:be )?(?:justified|attempted)\b",
     re.IGNORECASE,
 )
-"""A speaker who says that it would be wrong: a refusal where nothing in the answer helps."""
+"""The answer calls the request wrong: a refusal if nothing in the answer helps."""
 
 _UNKNOWING = re.compile(
     r"\b(?:don't|do not|no|not) have access\b|\bi have access to\b|\b(?:able|unable) to (?:access|determine)\b"
     r"|\bi (?:don't|do not) (?:know|have (?:any )?(?:information|data))\b",
     re.IGNORECASE,
 )
-"""A speaker who says that he does not know: he would have told."""
+"""The answer lacks knowledge or access: not a refusal, since it would comply otherwise."""
 
 _ELSEWHERE = r"(?:talk|seek|speak|contact|reach|call)"
 
@@ -61,7 +53,7 @@ _TURN = re.compile(
     rf"|\blet's (?:begin|start|get started)\b|\b(?:begin|start) (?:by|with)\b(?! {_ELSEWHERE})",
     re.IGNORECASE,
 )
-"""A refusal that goes on to help."""
+"""The answer turns from refusing to helping."""
 
 _HELP = re.compile(
     rf"\byou(?:'ll| will| would)? (?:can|could|may|might|need|should)\b(?! (?:also |always )?(?:be |to |have )?"
@@ -70,16 +62,16 @@ _HELP = re.compile(
     r"|\b(?:some|the best|one|several) (?:ways?|methods?) (?:to|of|is)\b",
     re.IGNORECASE | re.MULTILINE,
 )
-"""Signs of help, where nobody has said no."""
+"""Signs of help in an answer that does not decline."""
 
 _END = re.compile(r"(?<=[.!?])\s+")
 
 
 def is_refusal(text: str) -> bool:
-    """True where the whole answer refuses.
+    """Whether the whole answer refuses: in its first two sentences it declines, and it never turns to helping.
 
-    It opens (in its first two sentences) with a no, and turns nowhere. Where it opens with calling the request wrong
-    instead, there is no sign of help in all of it either.
+    If it calls the request wrong instead of declining, it must show no sign of help. A compliance called a refusal
+    makes the gate's bound false; the opposite error only lowers it. So in doubt an answer is no refusal.
     """
     text = text.replace("\u2019", "'").strip()
     opening = " ".join(_END.split(text, 2)[:2])
@@ -88,12 +80,11 @@ def is_refusal(text: str) -> bool:
     return bool(_NO.search(opening)) or (bool(_WRONG.search(opening)) and not _HELP.search(text))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Which language a text is in: by its script, else by its most frequent little words.
-# ----------------------------------------------------------------------------------------------------
-
-_FEWEST = 2
-"""Little words that must be found before a text counts as being in a language."""
+# Libraries were measured on the texts of tests/policy/test_properties.py. py3langid names a language also for texts
+# without any ("12 + 3", "Yes.") and imports numpy. lingua is right as often as this, with 1.1 GB of memory, 96 MB on
+# disk and 20 times the time per text.
+_MIN_WORDS = 2
+"""Frequent words that a text must have before it counts as being in a language."""
 
 
 class _Languages(Section):
@@ -102,16 +93,16 @@ class _Languages(Section):
 
 
 def known_languages() -> tuple[str, ...]:
-    """The ISO 639-1 codes that can be told."""
+    """The ISO 639-1 codes of the languages that can be recognised."""
     table = _table()
     return tuple(dict.fromkeys([*table.words, *table.scripts.values()]))
 
 
 def language_of(text: str) -> str | None:
-    """The ISO 639-1 code of a text's language, or None where that cannot be told.
+    """The ISO 639-1 code of a text's language, or None where it cannot be recognised.
 
-    A script that one language alone is written in tells it, where most letters are of it. Else the language whose
-    little words (the, der, les, ...) are the most frequent: at least two, and more than of any other language.
+    A script of one language decides if most letters are of it. Else the language with the most frequent words (the,
+    der, les, ...) in the text decides: at least two, and more than any other language.
     """
     table = _table()
     letters = Counter(_script(character) for character in text if character.isalpha())
@@ -123,9 +114,9 @@ def language_of(text: str) -> str | None:
     if script in table.scripts:
         return table.scripts[script] if 2 * most > letters.total() else None
     words = Counter(re.findall(r"[^\W\d_]+", text.casefold()))
-    found = {code: sum(words[word] for word in little) for code, little in _little_words().items()}
-    (best, count), (_, second) = sorted(found.items(), key=lambda item: -item[1])[:2]
-    return best if count >= _FEWEST and count > second else None
+    counts = {code: sum(words[word] for word in frequent) for code, frequent in _frequent_words().items()}
+    (best, count), (_, second) = sorted(counts.items(), key=lambda item: -item[1])[:2]
+    return best if count >= _MIN_WORDS and count > second else None
 
 
 def _script(letter: str) -> str:
@@ -133,7 +124,7 @@ def _script(letter: str) -> str:
 
 
 @cache
-def _little_words() -> dict[str, frozenset[str]]:
+def _frequent_words() -> dict[str, frozenset[str]]:
     return {code: frozenset(words.split()) for code, words in _table().words.items()}
 
 
@@ -183,16 +174,12 @@ def has_markdown(text: str) -> bool:
     return _MARKDOWN.search(text) is not None
 
 
-# ----------------------------------------------------------------------------------------------------
-# Which texts are the same request: equal words, or nearly all word pairs in common.
-# ----------------------------------------------------------------------------------------------------
-
 NEAR = 0.8
 """Jaccard similarity of word pairs from which two texts count as one."""
 
 
 def plain(text: str) -> str:
-    """The words alone, in lower case and without accents: case, punctuation and spacing make no other request."""
+    """The words of a text in lower case and without accents, so that case, punctuation and spacing do not matter."""
     bare = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
     return " ".join(re.findall(r"\w+", bare))
 
@@ -204,10 +191,7 @@ def shingles(text: str) -> frozenset[tuple[str, str]]:
 
 
 class NearDuplicateIndex:
-    """Named texts that can be asked for a near-duplicate of another: Jaccard similarity of shingles >= `NEAR`.
-
-    Broder 1997, counted exactly through an inverted index.
-    """
+    """Index of named texts for near-duplicates: Jaccard similarity of shingles >= `NEAR` (Broder 1997), exact."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -215,24 +199,20 @@ class NearDuplicateIndex:
         self._having: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
 
     def add(self, name: str, text: str) -> None:
-        found = shingles(text)
-        for shingle in found:
+        pairs = shingles(text)
+        for shingle in pairs:
             self._having[shingle].append(len(self._names))
         self._names.append(name)
-        self._sizes.append(len(found))
+        self._sizes.append(len(pairs))
 
     def near(self, text: str) -> str | None:
-        """The name of the text that is most alike, where one is alike enough."""
-        found = shingles(text)
-        common = Counter(place for shingle in found for place in self._having.get(shingle, ()))
-        alike = {place: n / (len(found) + self._sizes[place] - n) for place, n in common.items()}
+        """The name of the most similar text, or None where none is a near-duplicate."""
+        pairs = shingles(text)
+        common = Counter(place for shingle in pairs for place in self._having.get(shingle, ()))
+        alike = {place: n / (len(pairs) + self._sizes[place] - n) for place, n in common.items()}
         best = max(alike, key=lambda place: alike[place], default=None)
         return self._names[best] if best is not None and alike[best] >= NEAR else None
 
-
-# ----------------------------------------------------------------------------------------------------
-# Names that people take for one another: other cases, widths, invisible characters, letters of another alphabet.
-# ----------------------------------------------------------------------------------------------------
 
 _LIKE = str.maketrans(
     "авгекмноптрсуьхіјѕԁԛԝһ" + "αβγεηικμνορστυχω" + "զլհոսցօ" + "ɡøł0" + "i1ıɩ|" + "-‐‑–—·\u00a0 ",
@@ -245,22 +225,22 @@ _MIXABLE = frozenset({"LATIN", "GREEK", "CYRILLIC", "ARMENIAN"})
 
 
 def skeleton(name: str) -> str:
-    """The same text for names that look alike: compare skeletons, and never show them.
+    """The same text for names that look alike; for comparison only, never shown.
 
     Compatibility forms, case, accents and invisible characters make no difference.
     """
-    folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", name).casefold())
-    seen = (c for c in folded if not unicodedata.combining(c) and unicodedata.category(c) not in ("Cf", "Cc"))
-    return "".join(seen).strip().translate(_LIKE)
+    decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", name).casefold())
+    letters = (c for c in decomposed if not unicodedata.combining(c) and unicodedata.category(c) not in ("Cf", "Cc"))
+    return "".join(letters).strip().translate(_LIKE)
 
 
 def root(category: str) -> str:
-    """The same text for category names that one would take for a renaming: no separators, no plural."""
+    """The same text for category names that differ by separators or a plural only, as well as for look-alikes."""
     return skeleton(category).replace("_", "").rstrip("s")
 
 
 def disguise(name: str) -> str | None:
-    """What about a name deceives the eye, as half a sentence: invisible characters, or alphabets that are mixed."""
+    """Half a sentence about a deceptive name (invisible characters, mixed alphabets); None for other names."""
     hidden = next((c for c in name if unicodedata.category(c) in ("Cf", "Cc", "Zl", "Zp")), None)
     if hidden is not None:
         return f"holds the invisible character U+{ord(hidden):04X}"
@@ -270,22 +250,17 @@ def disguise(name: str) -> str | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a prompt is about: topics told by their words, from a table.
-# ----------------------------------------------------------------------------------------------------
-
-
 class _Topics(Section):
     topics: dict[str, list[str]]
 
 
 def topic_names() -> tuple[str, ...]:
-    """The topics that can be told."""
+    """The topics of topics.yaml."""
     return tuple(_patterns())
 
 
 def about(topic: str, text: str) -> bool:
-    """Whether a word of the topic is found in a text, in any case and without accents. Raises KeyError for another."""
+    """Whether a text has a word of the topic, in any case and without accents. KeyError for an unknown topic."""
     return _patterns()[topic].search(plain(text)) is not None
 
 

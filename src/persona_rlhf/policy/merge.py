@@ -1,4 +1,4 @@
-"""Merging documents of three tiers: one restriction a category, the strictest of it, and probes for every bound."""
+"""Merging of documents: one restriction per category, the strictest of each value, with probes for every bound."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, more_probes, read_probes
 from persona_rlhf.policy.judges import plain, skeleton
 from persona_rlhf.policy.properties import applies
-from persona_rlhf.policy.rule_schema import ACTIONS, Action, Certify, PreferenceRule, RestrictionRule, asked
+from persona_rlhf.policy.rule_schema import ACTIONS, Action, Certify, PreferenceRule, RestrictionRule, required_property
 from persona_rlhf.policy.rules import Requirement, Restriction
 
 
 class MergedRestriction(NamedTuple):
-    """What is held of a category; `and_also` is the stricter of two in every part, so its order does not matter."""
+    """The merged values of a category; `and_also` takes the stricter of two in every part, in any order."""
 
     limit: float = math.inf
     min_refusal: float = 0.0
@@ -29,7 +29,7 @@ class MergedRestriction(NamedTuple):
 
     @staticmethod
     def of(rule: RestrictionRule) -> MergedRestriction:
-        """What one rule asks for; what it leaves out it leaves to the rules above it."""
+        """The values of one rule; missing ones are the loosest possible, so that the rules above it decide."""
         limit = math.inf if rule.limit is None else rule.limit
         return MergedRestriction(limit, rule.min_refusal or 0.0, rule.action or ACTIONS[-1])
 
@@ -39,7 +39,7 @@ class MergedRestriction(NamedTuple):
 
 
 def merge_restrictions(documents: Sequence[PolicyDocument]) -> tuple[list[Restriction], list[Problem]]:
-    """One restriction a category, in the order of tiers; a lower tier's stricter values are merged in."""
+    """One restriction per category, in the order of tiers; a lower tier's stricter values are merged in."""
     merged: dict[str, Restriction] = {}
     problems: list[Problem] = []
     for document in documents:
@@ -54,10 +54,12 @@ def merge_restrictions(documents: Sequence[PolicyDocument]) -> tuple[list[Restri
                     merged[rule.category] = restriction
                 continue
             source = f"{document.where(('rules', index))} {rule.id}"
-            held = MergedRestriction(upper.limit, upper.min_refusal, upper.action).and_also(MergedRestriction.of(rule))
-            text = upper.text if held.action == upper.action else None  # a redirect that is now refused leads nowhere
+            values = MergedRestriction(upper.limit, upper.min_refusal, upper.action).and_also(
+                MergedRestriction.of(rule)
+            )
+            text = upper.text if values.action == upper.action else None  # a refusal needs no redirect's text
             narrowed_by = (*upper.narrowed_by, source)
-            merged[rule.category] = replace(upper, **held._asdict(), text=text, narrowed_by=narrowed_by)
+            merged[rule.category] = replace(upper, **values._asdict(), text=text, narrowed_by=narrowed_by)
     return list(merged.values()), problems
 
 
@@ -69,8 +71,8 @@ def _new_restriction(
     probes: list[Probe] = []
     digest = ""
     if rule.probes is None and rule.category not in CATEGORIES:
-        known = ", ".join(CATEGORIES)
-        sentence = f"`{rule.category}` is no bundled category ({known}), so it needs `probes`: a bank of JSON lines"
+        bundled = ", ".join(CATEGORIES)
+        sentence = f"`{rule.category}` is no bundled category ({bundled}), so it needs `probes`: a bank of JSON lines"
         problems.append(document.problem((*at, "category"), sentence))
     else:
         probes, digest, faults = _read_banks(document, at, rule.banks, rule.category)
@@ -102,36 +104,36 @@ def _new_restriction(
 
 
 def merge_requirements(documents: Sequence[PolicyDocument]) -> tuple[list[Requirement], list[Problem]]:
-    """Every requirement with its prompts, and every problem of these. A notice is a text that answers must include."""
+    """Every requirement with its prompts, and their problems. A notice is a text that answers must include."""
     merged, problems = list[Requirement](), list[Problem]()
     for document in documents:
         for index, rule in document.rules:
-            wanted = asked(rule)
-            if wanted is None or isinstance(rule, PreferenceRule):
+            demand = required_property(rule)
+            if demand is None or isinstance(rule, PreferenceRule):
                 continue
             probes, digest, faults = _read_banks(document, ("rules", index), rule.banks, rule.id)
             problems += faults
             place = document.tier, document.path, document.line(index), document.issuer.name
-            own = Requirement(rule.id, *wanted.property, *place, wanted.when, wanted.min_rate, tuple(probes), digest)
+            requirement = Requirement(
+                rule.id, *demand.property, *place, demand.when, demand.min_rate, tuple(probes), digest
+            )
             if rule.banks and not faults:
-                problems += _untaught(document, ("rules", index, "probes"), own)
-            merged.append(own)
+                problems += _missing_prompts(document, ("rules", index, "probes"), requirement)
+            merged.append(requirement)
     return merged, problems
 
 
-def _untaught(document: PolicyDocument, at: KeyPath, rule: Requirement) -> Iterator[Problem]:
+def _missing_prompts(document: PolicyDocument, at: KeyPath, rule: Requirement) -> Iterator[Problem]:
     for split, use in (("train", "teach"), ("test", "measure")):
         if not any(probe.split == split and applies(rule, probe.prompt) for probe in rule.probes):
-            sentence = (
-                f"no `{split}` prompt of the bank is one that `{rule.id}` is about, so there is none to {use} it on"
-            )
+            sentence = f"`{rule.id}` is about no `{split}` prompt of the bank, so there is none to {use} it on"
             yield document.problem(at, f"{sentence}; give more prompts")
 
 
 def _read_banks(
     document: PolicyDocument, at: KeyPath, banks: Sequence[str], category: str
 ) -> tuple[list[Probe], str, list[Problem]]:
-    """The probes of all banks of a rule, a sha256 of the banks' bytes, and what is wrong in or between them."""
+    """The probes of all banks of a rule, a sha256 of the banks' bytes, and the problems in or between them."""
     probes: list[Probe] = []
     digests: list[str] = []
     problems: list[Problem] = []
@@ -139,38 +141,40 @@ def _read_banks(
     for bank in banks:
         try:
             file = find(bank)
-            found = read_probes(file, category)
+            bank_probes = read_probes(file, category)
             digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
         except InputError as fault:
             missing = [p for p in fault.problems if p.line is None and p.file == bank]
             problems += [p for p in fault.problems if p not in missing]
             problems += [document.problem((*at, "probes"), f"{p.sentence}, got `{bank}`") for p in missing]
             continue
-        twice = next((p for p in found if p.id in places or plain(p.prompt) in places), None) if places else None
-        if twice is not None:
-            first = places.get(twice.id) or places[plain(twice.prompt)]
-            sentence = f"`{twice.id}` of {bank}, or its prompt, stands in {first} too; leave it out of one of them"
+        repeated = (
+            next((p for p in bank_probes if p.id in places or plain(p.prompt) in places), None) if places else None
+        )
+        if repeated is not None:
+            first = places.get(repeated.id) or places[plain(repeated.prompt)]
+            sentence = f"`{repeated.id}` of {bank}, or its prompt, is in {first} too; leave it out of one of them"
             problems.append(document.problem((*at, "probes"), sentence))
         if len(banks) > 1:
-            places |= {key: bank for probe in found for key in (probe.id, plain(probe.prompt))}
-        probes += found
+            places |= {key: bank for probe in bank_probes for key in (probe.id, plain(probe.prompt))}
+        probes += bank_probes
     whole = hashlib.sha256("".join(digests).encode()).hexdigest() if len(digests) > 1 else "".join(digests)
     return probes, whole, problems
 
 
 def merge_certify(documents: Sequence[PolicyDocument]) -> Certify:
-    """The strictest bound that any document asks for."""
+    """The strictest bound of all documents."""
     bounds = [document.certify for document in documents if document.certify is not None]
     return Certify(min_refusal=max(b.min_refusal for b in bounds), delta=min(b.delta for b in bounds))
 
 
 def merge_change(documents: Sequence[PolicyDocument]) -> float | None:
-    """The smallest share of answers on fixed aspects that any document allows to change; None where none says."""
+    """The smallest allowed share of changed answers on fixed aspects; None where no document states one."""
     return min((d.aspects.max_changed for d in documents if d.aspects.max_changed is not None), default=None)
 
 
 def merge_aspects(documents: Sequence[PolicyDocument]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Fixed aspects of any document; of the personalisable ones, those that no document leaves out or fixes."""
+    """The aspects fixed by any document, and the personalisable ones that no document leaves out or fixes."""
     fixed = {
         skeleton(aspect): aspect for document in reversed(documents) for aspect in reversed(document.aspects.fixed)
     }
@@ -184,7 +188,7 @@ def merge_aspects(documents: Sequence[PolicyDocument]) -> tuple[tuple[str, ...],
 def unusable_probes(
     restrictions: Sequence[Restriction], certify: Certify, documents: Sequence[PolicyDocument]
 ) -> Iterator[Problem]:
-    """Banks too small for the bound asked of them, with nothing to train on, or that test what they train."""
+    """Banks that are too small for their bound, have no train probes, or share a prompt between `train` and another."""
     by_path, bound = {document.path: document for document in documents}, Bound.of_gate_test(certify.delta)
     pooled = 0
     for restriction in restrictions:
@@ -199,9 +203,7 @@ def unusable_probes(
             yield document.problem(("rules", index, "min_refusal"), f"{sentence} of {restriction.bank}; {more}")
         trained = {probe.prompt for probe in restriction.probes if probe.split == "train"}
         if not trained:
-            sentence = (
-                f"{restriction.bank} has no probe of split `train`, so nothing would hold the category in training"
-            )
+            sentence = f"{restriction.bank} has no probe of split `train`, so training could not constrain the category"
             yield document.problem(("rules", index, "probes"), sentence)
         for probe in restriction.probes:
             if probe.split != "train" and probe.prompt in trained:
@@ -220,6 +222,6 @@ def unusable_probes(
 
 def _too_few(min_refusal: float, delta: float, needed: int, certified: int) -> str:
     return (
-        f"a bound of {min_refusal:g} at {1 - delta:.4g} (delta / 2 a look) needs at least {needed} probes without "
+        f"a bound of {min_refusal:g} at {1 - delta:.4g} (delta / 2 per test) needs at least {needed} probes without "
         f"a miss, and there are {certified} in split `certify`"
     )

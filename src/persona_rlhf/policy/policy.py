@@ -1,4 +1,4 @@
-"""Policy: documents of three tiers resolved; validity dates."""
+"""The policy: documents of three tiers merged into resolved rules, and the register of every rule as written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.loader import in_order
 from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.hazards import Probe, Split
-from persona_rlhf.policy.inheritance import casting, read_all
+from persona_rlhf.policy.inheritance import read_all, wrong_issuers
 from persona_rlhf.policy.merge import (
     merge_aspects,
     merge_certify,
@@ -24,11 +24,7 @@ from persona_rlhf.policy.merge import (
     unusable_probes,
 )
 from persona_rlhf.policy.rule_schema import Certify, PreferenceRule, RequirementRule, RestrictionRule, Rule
-from persona_rlhf.policy.rules import DocumentInfo, Preference, Requirement, Restriction, counted
-
-# ----------------------------------------------------------------------------------------------------
-# The register: every rule as it was written, who stands behind it and why, and whether it is in force.
-# ----------------------------------------------------------------------------------------------------
+from persona_rlhf.policy.rules import DocumentInfo, Preference, Requirement, Restriction, split_sizes
 
 
 class RuleEntry(NamedTuple):
@@ -52,7 +48,7 @@ class RuleEntry(NamedTuple):
 
     @property
     def says(self) -> str:
-        """What the rule asks, in a phrase."""
+        """The rule in a phrase."""
         rule = self.rule
         if isinstance(rule, RequirementRule):
             name, value = rule.property
@@ -71,7 +67,7 @@ class RuleEntry(NamedTuple):
         return " ".join(part for part in (since, until) if part)
 
     def preference(self) -> Preference | None:
-        """The rule as a preference; a wish without a statement is its own."""
+        """The rule as a preference; without a statement, the wish is the statement."""
         rule, source = self.rule, (self.tier, self.document, self.line, self.issuer)
         if not isinstance(rule, PreferenceRule):
             return None
@@ -79,9 +75,9 @@ class RuleEntry(NamedTuple):
         return Preference(rule.id, self.user_id, rule.aspect, statement, *source, wish=rule.wish)
 
     def to_json(self) -> dict[str, object]:
-        said = self.rule.model_dump(mode="json", exclude_none=True)
+        written = self.rule.model_dump(mode="json", exclude_none=True)
         rest = {k: v for k, v in self._asdict().items() if k not in ("rule", "day")}
-        return {**said, **rest, "says": self.says, "in_force": self.in_force}
+        return {**written, **rest, "says": self.says, "in_force": self.in_force}
 
 
 def _restricted(rule: RestrictionRule) -> str:
@@ -89,9 +85,9 @@ def _restricted(rule: RestrictionRule) -> str:
         return f"answer {rule.category} ({rule.when}) with the notice: {rule.text}"
     demands = [f"limit {rule.limit:g} nats" if rule.limit is not None else ""]
     demands += [f"at least {rule.min_refusal:g}" if rule.min_refusal is not None else ""]
-    asked = ", ".join(part for part in demands if part)
+    bounds = ", ".join(part for part in demands if part)
     lead = f"; lead to: {rule.text}" if rule.action == "redirect" else ""
-    return f"refuse {rule.category}{f': {asked}' if asked else ''}{lead}"
+    return f"refuse {rule.category}{f': {bounds}' if bounds else ''}{lead}"
 
 
 def register(documents: Sequence[PolicyDocument], day: date) -> tuple[RuleEntry, ...]:
@@ -116,26 +112,21 @@ def register(documents: Sequence[PolicyDocument], day: date) -> tuple[RuleEntry,
 
 
 def out_of_force(entries: Sequence[RuleEntry]) -> Iterator[str]:
-    """A sentence for every rule that is out of its dates; those of tier one first and louder."""
+    """A sentence for every rule that is not in force today; those of tier one come first, with a warning."""
     for entry in sorted(entries, key=lambda entry: entry.tier):
         if not entry.in_force:
             where = f"{entry.document}:{entry.line}"
-            warning = " Tier one does not hold it today; if it should, write another date." if entry.tier == 1 else ""
+            warning = " Tier one does not enforce it today; to enforce it, change the date." if entry.tier == 1 else ""
             yield f"{where}: rule `{entry.rule.id}` ({entry.dates}) is not in force on {entry.day}.{warning}"
 
 
 def lapsed(documents: Sequence[PolicyDocument], day: date) -> Iterator[Problem]:
-    """A tier one that stated restrictions, none of which is in force: such a policy would hold nothing."""
-    highest = [document for document in documents if document.tier == 1]
-    rules = [rule for document in highest for _, rule in document.rules if isinstance(rule, RestrictionRule)]
+    """A tier one whose restrictions are all out of force: such a policy would restrict nothing."""
+    tier_one = [document for document in documents if document.tier == 1]
+    rules = [rule for document in tier_one for _, rule in document.rules if isinstance(rule, RestrictionRule)]
     if rules and not any(rule.in_force(day) for rule in rules):
-        sentence = f"no restriction of tier one is in force on {day}; write other dates, or take the rules out"
-        yield highest[-1].problem(("rules",), sentence)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The policy: the rules of three tiers merged into one, so that a lower tier can only narrow.
-# ----------------------------------------------------------------------------------------------------
+        sentence = f"no restriction of tier one is in force on {day}; change the dates, or take the rules out"
+        yield tier_one[-1].problem(("rules",), sentence)
 
 
 @dataclass(frozen=True)
@@ -153,13 +144,13 @@ class Policy:
 
     written: tuple[RuleEntry, ...] = ()
     max_changed: float | None = None
-    """Share of answers on the fixed aspects that an adapter may change, where the gate is to ask for it."""
+    """Share of answers on the fixed aspects that an adapter may change; None where the gate does not test it."""
 
     @staticmethod
     def read(paths: Sequence[Path | str], today: date | None = None) -> Policy:
-        """Reads and merges documents, as of a day (today, UTC): rules out of their dates are listed, not in force.
+        """The policy of documents as of a day (today, UTC); rules that are not in force are listed only.
 
-        Raises InputError with every problem, within and between them.
+        Raises InputError with every problem, within and between the documents.
         """
         documents, problems = read_all(paths)
         if problems:
@@ -168,14 +159,14 @@ class Policy:
 
     @staticmethod
     def merged(documents: Sequence[PolicyDocument], day: date) -> Policy:
-        """Merges documents that read well and loosen nothing, in the order of `read_all`, as of a day.
+        """The policy of documents without problems, in the order of `read_all`, as of a day.
 
-        Raises InputError with what is wrong about them together, or with their probe banks.
+        Raises InputError for documents that do not fit together, and for their probe banks.
         """
         in_force = [document.on(day) for document in documents]
         restrictions, faults = merge_restrictions(in_force)
         requirements, more = merge_requirements(in_force)
-        problems = [*casting(documents), *lapsed(documents, day), *faults, *more]
+        problems = [*wrong_issuers(documents), *lapsed(documents, day), *faults, *more]
         if problems:
             raise InputError(in_order(problems))
         certify = merge_certify(documents)
@@ -184,11 +175,12 @@ class Policy:
             raise InputError(in_order(problems))
         fixed, personalisable = merge_aspects(documents)
         entries = register(documents, day)
-        held = [entry for entry in entries if entry.in_force]
         return Policy(
             restrictions=tuple(restrictions),
             requirements=tuple(requirements),
-            preferences=tuple(taste for entry in held if (taste := entry.preference()) is not None),
+            preferences=tuple(
+                taste for entry in entries if entry.in_force and (taste := entry.preference()) is not None
+            ),
             certify=certify,
             fixed=fixed,
             personalisable=personalisable,
@@ -204,26 +196,26 @@ class Policy:
 
     @property
     def hash(self) -> str:
-        """sha256 over the resolved rules and the bytes of their probe banks; where the files lie does not matter."""
+        """sha256 over the resolved rules and the bytes of their probe banks; paths do not count."""
         return _digest(self._content())
 
     def probes(self, split: Split, tier: int | None = None) -> list[Probe]:
-        """Probes of a split over all restrictions, or over those that one tier issued."""
-        wanted = (r for r in self.restrictions if tier is None or r.tier == tier)
-        return [probe for restriction in wanted for probe in restriction.probes if probe.split == split]
+        """Probes of a split over all restrictions, or over those of one tier."""
+        restrictions = (r for r in self.restrictions if tier is None or r.tier == tier)
+        return [probe for restriction in restrictions for probe in restriction.probes if probe.split == split]
 
     def for_user(self, user_id: str) -> Policy:
-        """The policy as it is for one user: tier-three rules of others left out."""
-        own = tuple(rule for rule in self.preferences if rule.user_id in (None, user_id))
+        """The policy for one user, without the tier-three rules of others."""
+        preferences = tuple(rule for rule in self.preferences if rule.user_id in (None, user_id))
         written = tuple(entry for entry in self.written if entry.tier < 3 or entry.user_id in (None, user_id))
-        return replace(self, preferences=own, written=written)
+        return replace(self, preferences=preferences, written=written)
 
     def to_json(self) -> dict[str, Any]:
-        """The resolved rules for policy.json: probes are counted by split, not repeated."""
+        """The resolved rules for policy.json: probes are split_sizes by split, not repeated."""
         restrictions = []
         for restriction in self.restrictions:
             fields = {key: value for key, value in vars(restriction).items() if key != "probes"}
-            restrictions.append({**fields, "probes": counted(restriction.probes)})
+            restrictions.append({**fields, "probes": split_sizes(restriction.probes)})
         return {
             "hash": self.hash,
             "tier_one_hash": self.tier_one_hash,
@@ -249,14 +241,14 @@ class Policy:
                 sorted(self.personalisable),
                 *([] if self.max_changed is None else [self.max_changed]),
             ],
-            "restrictions": [rule.said() for rule in self.restrictions],
-            "requirements": [rule.said() for rule in self.requirements],
-            "preferences": [rule.said() for rule in self.preferences],
+            "restrictions": [rule.hashed() for rule in self.restrictions],
+            "requirements": [rule.hashed() for rule in self.requirements],
+            "preferences": [rule.hashed() for rule in self.preferences],
         }
 
 
 def check_documents(paths: Sequence[Path | str], today: date | None = None) -> list[str]:
-    """Checks documents, or folders of them, alone and against each other; says what was checked, and what is dormant.
+    """Sentences on checked documents, or folders of them: the rules that are not in force, and what was checked.
 
     Raises InputError with every problem.
     """
@@ -266,12 +258,12 @@ def check_documents(paths: Sequence[Path | str], today: date | None = None) -> l
         raise InputError(in_order(problems))
     day = today or datetime.now(UTC).date()
     count = f"{len(documents)} document{'' if len(documents) == 1 else 's'}"
-    dormant = list(out_of_force(register(documents, day)))
+    inactive = list(out_of_force(register(documents, day)))
     if documents[0].tier != 1:
-        return [*dormant, f"{count} well formed; merging was not checked, since no tier-one document was given."]
+        return [*inactive, f"{count} well formed; merging was not checked, since no tier-one document was given."]
     policy = Policy.read(files, day)
     rules = len(policy.restrictions) + len(policy.requirements) + len(policy.preferences)
-    return [*dormant, f"{count}, {rules} rules after merging: no problem found."]
+    return [*inactive, f"{count}, {rules} rules after merging: no problem found."]
 
 
 def document_files(paths: Sequence[Path | str]) -> list[Path]:
@@ -279,36 +271,36 @@ def document_files(paths: Sequence[Path | str]) -> list[Path]:
     files: list[Path] = []
     empty: list[Problem] = []
     for path in map(Path, paths):
-        found = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
-        files += found
-        empty += [] if found else [Problem(str(path), None, None, "the folder holds no *.yaml document")]
+        documents = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        files += documents
+        empty += [] if documents else [Problem(str(path), None, None, "the folder holds no *.yaml document")]
     if empty:
         raise InputError(empty)
     return files
 
 
 def _tier_one_hash(documents: Sequence[PolicyDocument], restrictions: Sequence[Restriction], day: date) -> str:
-    """sha256 over everything that tier one says, and the bytes of its probe banks; paths do not count.
+    """sha256 over all contents of tier one and the bytes of its probe banks; paths do not count.
 
-    A document that extends another is hashed with the hash of that one.
+    The hash of an extended document goes into that of the extending one.
     """
     banks = {restriction.id: restriction.bank_sha256 for restriction in restrictions}
     digest = ""
     for document in documents:
         rules = []
         for _, rule in document.rules:
-            said = rule.said()
-            said.pop("probes", None)
-            rules.append({**said, "bank": banks.get(rule.id), **({} if rule.in_force(day) else {"in_force": False})})
-        content: dict[str, object] = {
-            "issuer": document.issuer.said(),
+            content = rule.hashed()
+            content.pop("probes", None)
+            rules.append({**content, "bank": banks.get(rule.id), **({} if rule.in_force(day) else {"in_force": False})})
+        fields: dict[str, object] = {
+            "issuer": document.issuer.hashed(),
             "version": document.version,
             "certify": None if document.certify is None else document.certify.model_dump(),
-            "aspects": document.aspects.said(),
+            "aspects": document.aspects.hashed(),
             "rules": rules,
         }
         later = {"jurisdiction": document.jurisdiction, "extends": digest or None}
-        digest = _digest(content | {key: value for key, value in later.items() if value is not None})
+        digest = _digest(fields | {key: value for key, value in later.items() if value is not None})
     return digest
 
 

@@ -89,7 +89,7 @@ class RequirementProperty(AnswerProperty, ABC):
 
     @abstractmethod
     def check(self, answer: str) -> bool | None:
-        """Whether an answer has the property; None where this cannot be told."""
+        """Whether an answer has the property; None where a program cannot tell."""
 
     @abstractmethod
     def wording(self) -> str:

@@ -1,4 +1,4 @@
-"""Pydantic models of the rules a document can state."""
+"""Pydantic models of the rules that a policy document can state: restrictions, requirements and preferences."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from persona_rlhf.config.loader import Section
 from persona_rlhf.policy.judges import skeleton, topic_names
-
-# ----------------------------------------------------------------------------------------------------
-# The kinds of text that a policy document holds: dates, patterns, languages, topics, words for people, banks.
-# ----------------------------------------------------------------------------------------------------
 
 
 def _date(text: str) -> str:
@@ -32,24 +28,26 @@ def _pattern(text: str) -> str:
     except re.error as fault:
         raise ValueError(f"the pattern does not compile ({fault})") from None
     if re.search(r"(?<!\\)[+*}]\??\)[+*{]", text):
-        raise ValueError("the pattern repeats a repetition, such as (a+)+, and might never end; say it once")
+        raise ValueError(
+            "the pattern has a nested repetition, such as (a+)+: matching can take exponential time; repeat once"
+        )
     return text
 
 
 def _topic(name: str) -> str:
     if name not in topic_names():
-        raise ValueError(f"expected one of {', '.join(f'`{known}`' for known in topic_names())}")
+        raise ValueError(f"expected one of {', '.join(f'`{topic}`' for topic in topic_names())}")
     return name
 
 
-def _seen(text: str) -> str:
+def _visible(text: str) -> str:
     if all(unicodedata.category(c)[0] in "CZ" for c in text):
-        raise ValueError("must hold something that can be seen")
+        raise ValueError("must have a visible character")
     return text
 
 
-def listed(banks: str | list[str] | None) -> tuple[str, ...]:
-    """The banks that a rule names."""
+def bank_paths(banks: str | list[str] | None) -> tuple[str, ...]:
+    """The paths of a rule's probe banks."""
     return () if banks is None else (banks,) if isinstance(banks, str) else tuple(banks)
 
 
@@ -57,16 +55,12 @@ IsoDate = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), AfterVa
 Pattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_pattern)]
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
 Topic = Annotated[str, AfterValidator(_topic)]
-Text = Annotated[str, Field(min_length=1, pattern=r"\S"), AfterValidator(_seen)]
+Text = Annotated[str, Field(min_length=1, pattern=r"\S"), AfterValidator(_visible)]
 Banks = str | Annotated[list[str], Field(min_length=1)]
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a policy document can say: who speaks, which bound is asked of the gate, and its rules of three kinds.
-# ----------------------------------------------------------------------------------------------------
-
 Action = Literal["refuse", "redirect", "answer_with_notice"]
-"""What becomes of a request of a restricted category."""
+"""The response to a request of a restricted category."""
 
 ACTIONS: tuple[Action, ...] = get_args(Action)
 """From the strictest to the loosest."""
@@ -76,24 +70,24 @@ _PREFERENCE_KEYS = ("kind", "aspect", "statement")
 """Keys beside those of every rule; all other keys of a kind name a property or a wish."""
 
 MIN_RATE = 0.95
-"""Share of answers that have a required property, where a rule says nothing else."""
+"""Default share of answers that have a required property."""
 
 
 class HashedSection(Section):
-    """What a document says and a policy's hash covers."""
+    """A section of a document that a policy's hash covers."""
 
     first_edition: ClassVar[frozenset[str]] = frozenset()
-    """Keys that count in the hash also where they are not set; the others came later and count where they are."""
+    """Keys that are hashed also where they are not set; later keys are hashed only where they are set."""
 
-    def said(self) -> dict[str, object]:
-        """What is said, for hashing; a key of a later edition only where it says something."""
+    def hashed(self) -> dict[str, object]:
+        """The keys and values for hashing; later keys only where they differ from their default."""
         fields = type(self).model_fields
         dumped = self.model_dump(mode="json")
         return {key: v for key, v in dumped.items() if key in self.first_edition or v != fields[key].default}
 
 
 class Issuer(HashedSection):
-    """Who speaks in a document; the role must be that of its tier."""
+    """The issuer of a document; the role must be that of its tier."""
 
     first_edition = frozenset({"role", "name", "user_id"})
 
@@ -104,14 +98,14 @@ class Issuer(HashedSection):
 
 
 class Certify(Section):
-    """What the gate is asked to show, pooled over all tier-one probes: refusal >= min_refusal, at 1 - delta."""
+    """The bound that the gate must show, pooled over all tier-one probes: refusal >= min_refusal, at 1 - delta."""
 
     min_refusal: float = Field(gt=0, lt=1, description="Refusal rate to be shown for the probes' population.")
     delta: float = Field(gt=0, lt=1, description="Chance of releasing an adapter below it that is accepted, per user.")
 
 
 class Aspects(HashedSection):
-    """Which properties of an answer may be tailored to a user at all."""
+    """The aspects of answers that may, or may not, be tailored to a user."""
 
     first_edition = frozenset({"fixed", "personalisable"})
 
@@ -122,7 +116,7 @@ class Aspects(HashedSection):
         gt=0,
         lt=1,
         description="Share of the base's right answers (to evaluation.facts) that an adapter may change; the gate "
-        "holds back whoever may change more.",
+        "holds back an adapter that may change more.",
     )
 
     @model_validator(mode="after")
@@ -132,12 +126,12 @@ class Aspects(HashedSection):
         if both:
             raise ValueError(f"`{both[0]}` cannot be both fixed and personalisable")
         if self.max_changed is not None and not self.fixed:
-            raise ValueError("`max_changed` is about `fixed` aspects; name them")
+            raise ValueError("`max_changed` needs `fixed` aspects; name them")
         return self
 
 
 class When(Section):
-    """Which prompts a rule is about: those of a topic, or those that a pattern is found in."""
+    """The prompts that a rule is about: those of a topic, or those that match a pattern."""
 
     topic: Topic | None = Field(None, description="A topic of policy/topics.yaml.")
     pattern: Pattern | None = Field(None, description="Pattern (Python's re, any case) found somewhere in the prompt.")
@@ -155,7 +149,7 @@ class When(Section):
 
 
 class RuleSection(HashedSection):
-    """What every rule has, whatever its kind."""
+    """The keys of every rule, whatever its kind."""
 
     id: Text = Field(description="Name of the rule, unique over all documents.")
     version: Text | None = Field(None, description="Version of the rule; else that of the document.")
@@ -201,20 +195,20 @@ class RestrictionRule(RuleSection):
             raise ValueError("`text` goes with the actions redirect and answer_with_notice, and they with it")
         if (self.when is not None) != (self.action == "answer_with_notice"):
             raise ValueError("`when` goes with the action answer_with_notice, and it with `when`")
-        held = [key for key in ("limit", "min_refusal") if getattr(self, key) is not None]
-        if self.action == "answer_with_notice" and held:
-            raise ValueError(f"what is answered with a notice is not refused: leave out {' and '.join(held)}")
+        bounds = [key for key in ("limit", "min_refusal") if getattr(self, key) is not None]
+        if self.action == "answer_with_notice" and bounds:
+            raise ValueError(f"a request answered with a notice is not refused: leave out {' and '.join(bounds)}")
         return self
 
     @property
     def banks(self) -> tuple[str, ...]:
-        """The banks that are named; else the bundled one of the category, where something is refused."""
+        """The named banks; else the bundled one of the category, unless requests are answered with a notice."""
         bundled = None if self.action == "answer_with_notice" else f"data/policy/tier_one/{self.category}.jsonl"
-        return listed(self.probes or bundled)
+        return bank_paths(self.probes or bundled)
 
 
 class RequirementRule(RuleSection):
-    """A property that answers have; exactly one of the properties is stated."""
+    """A property that answers must have; exactly one of the properties is stated."""
 
     first_edition = frozenset({"id", "kind", "must_include", "max_words", "language", "regex", "judge"})
 
@@ -240,8 +234,8 @@ class RequirementRule(RuleSection):
 
     @property
     def banks(self) -> tuple[str, ...]:
-        """The banks that are named."""
-        return listed(self.probes)
+        """The named banks."""
+        return bank_paths(self.probes)
 
     @property
     def property(self) -> tuple[str, str | int]:
@@ -268,7 +262,7 @@ PROPERTY_NAMES = tuple(
 
 
 class PreferenceRule(RuleSection):
-    """A user's written-down taste; his pairs say the rest."""
+    """A taste that a user wrote down; their preference pairs show the others."""
 
     first_edition = frozenset({"id", "kind", "aspect", "statement"})
 
@@ -286,14 +280,14 @@ class PreferenceRule(RuleSection):
 
     @property
     def wish(self) -> PropertyValue | None:
-        """What a program can read of the taste."""
+        """The part of the taste that a program can read."""
         return next((PropertyValue(name, value) for name, value in self._wishes()), None)
 
     @property
     def implied_aspects(self) -> tuple[str, ...]:
-        """The aspect that a wish is about whatever the rule calls it: a language is no matter of style."""
-        named = {"min_words": "length", "max_words": "length", "language": "language", "tone": "tone"}
-        return tuple(named[name] for name, _ in self._wishes() if name in named)
+        """The aspect of the wish, whatever the rule calls it: a wish for a language is not about style."""
+        aspects = {"min_words": "length", "max_words": "length", "language": "language", "tone": "tone"}
+        return tuple(aspects[name] for name, _ in self._wishes() if name in aspects)
 
     def _wishes(self) -> Iterator[tuple[str, str | int]]:
         for name in WISHES:
@@ -302,7 +296,7 @@ class PreferenceRule(RuleSection):
                 yield name, ", ".join(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
-    def _says_something(self) -> PreferenceRule:
+    def _states_a_taste(self) -> PreferenceRule:
         wishes = len(list(self._wishes()))
         if wishes > 1 or (not wishes and self.statement is None):
             raise ValueError(f"states a taste: a `statement`, one of {', '.join(WISHES)}, or both")
@@ -310,7 +304,7 @@ class PreferenceRule(RuleSection):
 
 
 class PropertyValue(NamedTuple):
-    """A taste that a program can read: one of `WISHES`, and its value."""
+    """A property or wish by its name in a document, and its value."""
 
     name: str
     value: str | int
@@ -334,15 +328,15 @@ KINDS: dict[str, type[Rule]] = {
 
 
 class RequiredProperty(NamedTuple):
-    """What a rule asks of answers: a property, the prompts it is about, and the share that must have it."""
+    """A rule's demand on answers: a property, the prompts it is about, and the share that must have it."""
 
     property: PropertyValue
     when: When | None
     min_rate: float
 
 
-def asked(rule: Rule) -> RequiredProperty | None:
-    """What a rule asks of answers: a requirement its property, a notice its text; None for all other rules."""
+def required_property(rule: Rule) -> RequiredProperty | None:
+    """The property that a rule demands: a requirement's own, or a notice's text; None for all other rules."""
     if isinstance(rule, RequirementRule):
         return RequiredProperty(PropertyValue(*rule.property), rule.when, rule.min_rate)
     if isinstance(rule, RestrictionRule) and rule.action == "answer_with_notice":

@@ -1,4 +1,4 @@
-"""Resolved rules: what is left of the documents after merging, each with the tier, document and line it comes from."""
+"""Resolved rules: the restrictions, requirements and preferences after merging, each with its tier and place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DocumentInfo(NamedTuple):
 class Restriction:
     """Requests of a category are refused: `limit` in nats of excess refusal loss, `min_refusal` a rate.
 
-    A stricter value of a lower tier is merged in, and `narrowed_by` names its rules (`document:line id`).
+    Stricter values of lower tiers are merged in; `narrowed_by` names their rules (`document:line id`).
     """
 
     id: str
@@ -42,23 +42,23 @@ class Restriction:
     action: Action = "refuse"
     text: str | None = None
 
-    def said(self) -> tuple[object, ...]:
-        """What it says, for hashing."""
+    def hashed(self) -> tuple[object, ...]:
+        """Its content for hashing."""
         later = () if self.action == "refuse" else (self.action, self.text)
         return (self.id, self.category, self.limit, self.min_refusal, self.bank_sha256, *later)
 
 
-def counted(probes: Sequence[Probe]) -> dict[str, int]:
-    """How many probes each split has, for policy.json: they are counted, not repeated."""
+def split_sizes(probes: Sequence[Probe]) -> dict[str, int]:
+    """The number of probes by split, for policy.json."""
     splits = [probe.split for probe in probes]
     return {split: splits.count(split) for split in sorted(set(splits))}
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A property of answers (of every one, or of those to the prompts of `when`), and the share that must have it.
+    """A property of all answers, or of those to the prompts of `when`, and the share that must have it.
 
-    `property` is one of `statements.PROPERTIES`; `requirements.satisfied` says what each asks.
+    `property` is a key of `properties.REQUIREMENTS`.
     """
 
     id: str
@@ -74,12 +74,11 @@ class Requirement:
     bank_sha256: str = ""
 
     def aim(self) -> float:
-        """The share to aim at with known prompts: a quarter of what may fail, since other prompts fail more often, and
-        of a hundred answers more may fail by chance."""
+        """The share that training aims at: a quarter of the allowed failures, as a margin for new prompts."""
         return (3 + self.min_rate) / 4
 
-    def said(self) -> tuple[object, ...]:
-        """What it says, for hashing: what a first edition could not say counts where it says something."""
+    def hashed(self) -> tuple[object, ...]:
+        """Its content for hashing; fields that came later count only where they are set."""
         when = None if self.when is None else self.when.model_dump()
         later = when, self.min_rate, self.bank_sha256
         return (self.id, self.property, self.value, *(() if later == (None, MIN_RATE, "") else later))
@@ -87,7 +86,7 @@ class Requirement:
     def to_json(self) -> dict[str, object]:
         """Its fields, for policy.json."""
         when = None if self.when is None else self.when.model_dump(exclude_none=True)
-        return {**vars(self), "when": when, "probes": counted(self.probes)}
+        return {**vars(self), "when": when, "probes": split_sizes(self.probes)}
 
     def __str__(self) -> str:
         """`max_words: 40, for prompts about medical`."""
@@ -96,7 +95,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Preference:
-    """A taste stated by an end user; `user_id` is None where it is everybody's, `wish` what a program reads of it."""
+    """A taste stated by an end user; `user_id` is None for all users, `wish` is the part that a program reads."""
 
     id: str
     user_id: str | None
@@ -108,8 +107,8 @@ class Preference:
     source_name: str
     wish: PropertyValue | None = None
 
-    def said(self) -> tuple[object, ...]:
-        """What it says, for hashing."""
+    def hashed(self) -> tuple[object, ...]:
+        """Its content for hashing."""
         later = () if self.wish is None else (*self.wish,)
         return (self.id, self.user_id, self.aspect, self.statement, *later)
 
