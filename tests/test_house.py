@@ -1,3 +1,4 @@
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -33,3 +34,23 @@ def test_the_init_of_a_package_is_empty(file):
 def test_files_are_small():
     long = {str(file): n for file in SOURCE.rglob("*.py") if (n := len(file.read_text().splitlines())) > 420}
     assert not long
+
+
+def _writes_by_itself(node: ast.AST) -> bool:
+    """Whether a call is `fsync`, `os.replace` or the `replace` of a path (one argument)."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    module = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+    replaces = module == "os" or (len(node.args) == 1 and not node.keywords)
+    return node.func.attr in ("fsync", "fdatasync") or (node.func.attr == "replace" and replaces)
+
+
+def test_only_common_files_makes_writes_atomic():
+    others = {
+        f"{file.relative_to(SOURCE)}:{node.lineno}"
+        for file in SOURCE.rglob("*.py")
+        if file != SOURCE / "common" / "files.py"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if _writes_by_itself(node)
+    }
+    assert not others, "use atomic_write, atomic_path or flush of common/files"

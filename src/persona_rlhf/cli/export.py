@@ -84,7 +84,7 @@ def _check_options(
 
 def _to_folder(run: Path, user: str, to: Path, merge: bool, form: str) -> None:
     from persona_rlhf.release.compatibility import lint
-    from persona_rlhf.release.export import admitted, check_free, find_user
+    from persona_rlhf.release.export import admitted, find_user
     from persona_rlhf.release.export import export as write
 
     if not merge and form == "peft":
@@ -95,6 +95,7 @@ def _to_folder(run: Path, user: str, to: Path, merge: bool, form: str) -> None:
         return
     adapter = admitted(run, find_user(run, user))
     from persona_rlhf.common.errors import InputError, Problem
+    from persona_rlhf.common.files import need_vacant
     from persona_rlhf.config.experiment import read_run_config
 
     base = read_run_config(run).base
@@ -106,7 +107,7 @@ def _to_folder(run: Path, user: str, to: Path, merge: bool, form: str) -> None:
     if base.quantization is not None:
         sentence = f"its adapters were judged on weights stored as {base.quantization}; a merged model is another model"
         raise InputError([Problem(str(run), None, "--merge", sentence)])
-    check_free(to)  # before the base is loaded
+    need_vacant(to, "--to")  # before the base is loaded
     from persona_rlhf.models.base import load_base
     from persona_rlhf.release.convert import merge as write_merged
 

@@ -1,4 +1,4 @@
-"""Atomic writes (the only implementation), sha256 of files, bundled data lookup, user slugs and pseudonyms."""
+"""Atomic writes (the only implementation), sha256 of files, lookup of bundled files, user slugs and pseudonyms."""
 
 from __future__ import annotations
 
@@ -10,30 +10,13 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 from safetensors import SafetensorError
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
-
-
-@contextmanager
-def writing(file: Path) -> Iterator[None]:
-    """What the system says of a file that safetensors could not write (a full disk) is raised as OSError."""
-    try:
-        yield
-    except SafetensorError as fault:
-        told = re.search(r"os error (\d+)", str(fault))
-        if told is None:
-            raise
-        raise OSError(int(told[1]), os.strerror(int(told[1])), str(file)) from fault
-
-
-# ----------------------------------------------------------------------------------------------------
-# Files as the user names them: from the working directory, else from those shipped with the toolkit.
-# ----------------------------------------------------------------------------------------------------
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -45,24 +28,24 @@ def shipped_root() -> Path:
 
 
 def find(path: Path | str) -> Path:
-    """The file or folder of that name: in the working directory, or else shipped with the toolkit.
+    """The file or folder of that name: in the working directory, else among the files shipped with the toolkit.
 
-    Raises InputError where it is in neither place.
+    Raises InputError if it is in neither place.
     """
     try:
-        wanted = Path(path).expanduser()
-        if wanted.exists():
-            return wanted
-        if not wanted.is_absolute() and ".." not in wanted.parts and (shipped_root() / wanted).exists():
-            return shipped_root() / wanted
+        local = Path(path).expanduser()
+        if local.exists():
+            return local
+        if not local.is_absolute() and ".." not in local.parts and (shipped_root() / local).exists():
+            return shipped_root() / local
     except (OSError, ValueError, RuntimeError) as fault:  # a name too long, with a zero byte, of an unknown user's home
         why = fault.strerror if isinstance(fault, OSError) else fault
-        raise InputError([Problem(_shown(path), None, None, f"this is no path that can be opened ({why})")]) from None
-    raise InputError([Problem(str(path), None, None, f"no such file or folder{_neighbour(wanted)}")])
+        raise InputError([Problem(_shown(path), None, None, f"this path cannot be opened ({why})")]) from None
+    raise InputError([Problem(str(path), None, None, f"no such file or folder{_similar_name(local)}")])
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a model's name is `owner/name` of the hub: two parts, the first of which is no folder here."""
+    """Whether a model's name is a hub id `owner/name`: two parts, and no local folder has the owner's name."""
     owner, slash, name = model.partition("/")
     if not slash or not name or "/" in name or owner in ("", ".", "..", "~"):
         return False
@@ -74,8 +57,8 @@ def _shown(path: Path | str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _neighbour(missing: Path) -> str:
-    """A hint at a file of almost that name in the folder where it was looked for."""
+def _similar_name(missing: Path) -> str:
+    """A hint at a file of almost that name in the same folder, here or among the shipped files."""
     for folder in (missing.parent, shipped_root() / missing.parent):
         if folder.is_dir():
             hint = did_you_mean(missing.name, (entry.name for entry in folder.iterdir()))
@@ -99,25 +82,21 @@ def _model(name: str) -> str:
 
 
 ExistingPath = Annotated[Path, Field(strict=False), AfterValidator(_existing)]
-"""A path of a config that must exist; its value is where it was found."""
+"""A path of a config that must exist; its value is the path that `find` returns."""
 
 ModelName = Annotated[str, AfterValidator(_model)]
 """A model folder that exists, or a hub id; its value stays as written."""
 
-
-# ----------------------------------------------------------------------------------------------------
-# What a user is called on disk and in papers: opaque, safe, distinct names, whatever the id.
-# ----------------------------------------------------------------------------------------------------
 
 _READABLE = 24  # characters kept of the id, so that a person can find a folder
 _DIGEST = 12  # hex digits: with a million users, two share all 48 bits with a chance of 0.2%
 
 
 def slug(user_id: str) -> str:
-    """A folder name for a user: the id's readable ASCII part, and a hash that sets apart ids that look the same.
+    """A folder name for a user: the readable ASCII part of the id, and a hash that keeps similar ids apart.
 
-    Only `a-z`, `0-9` and single dashes, never at the ends: no separator, dot or drive, and no name that any system
-    reserves (`con-...` is not `CON`).
+    It has only `a-z`, `0-9` and single dashes, never at the ends. So it holds no separator, dot or drive, and no name
+    that an operating system reserves (`con-...` is not `CON`).
     """
     plain = unicodedata.normalize("NFKD", user_id).encode("ascii", "ignore").decode().casefold()
     readable = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_READABLE].strip("-") or "user"
@@ -126,103 +105,124 @@ def slug(user_id: str) -> str:
 
 
 def pseudonym(user_id: str) -> str:
-    """What papers that outlive a user call him: 32 hex digits of the id's sha256, nothing readable.
+    """A name for a user in records that outlive the user's data: 32 hex digits of the id's sha256.
 
-    Whoever knows the id can find his lines again; nobody can read the id off them.
+    The id cannot be read off it; somebody who knows the id can compute it and find the records.
     """
     return hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Folders and files that appear whole or not at all.
-# ----------------------------------------------------------------------------------------------------
-
-
-def need_vacant(folder: Path) -> None:
-    """Raises InputError where something stands already; a new or an empty folder is none."""
+def need_vacant(folder: Path, key: str | None = None) -> None:
+    """Raises InputError unless `folder` is new or an empty folder. `key` is the option that named it."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         sentence = "there is something here already, and nothing is overwritten; name a new or an empty folder"
-        raise InputError([Problem(str(folder), None, None, sentence)])
+        raise InputError([Problem(str(folder), None, key, sentence)])
 
 
 @contextmanager
-def drafted(folder: Path) -> Iterator[Path]:
-    """A folder beside it to write files into, which takes the place of a new or empty `folder` by a rename when all is
-    done; after a fault nothing is left of it."""
-    need_vacant(folder)
-    with new_folder(folder.absolute()) as half:  # `.` has no name
-        yield half
-        for file in half.iterdir():
-            _flush(file)
-        need_vacant(folder)
+def atomic_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
+    """A temporary folder beside `folder`, flushed to the disk and renamed to `folder` at the end.
 
-
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes a folder of files, flushed to the disk, and puts it in place by a rename; one that stood there goes."""
-    with new_folder(folder) as half:
-        for name, data in files.items():
-            write_flushed(half / name, data)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which is put in place by a rename at the end; one that stood there goes.
-
-    Where the writing raises, nothing has happened to what stood there.
+    An existing `folder` is replaced; with `replace=False` it must be new or empty (InputError, before and after).
+    If the block raises, the temporary folder is removed and `folder` is unchanged.
     """
+    folder = folder.absolute()  # `.` has no name
+    if not replace:
+        need_vacant(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    half, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("half", "old"))
-    for left_over in (half, old):
+    temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("half", "old"))
+    for left_over in (temporary, old):
         shutil.rmtree(left_over, ignore_errors=True)
-    half.mkdir()
+    temporary.mkdir()
     try:
-        yield half
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
+        if not replace:
+            need_vacant(folder)
     except BaseException:
-        shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _flush(half)
     if folder.exists():
         folder.rename(old)
-    half.rename(folder)
+    temporary.rename(folder)
     _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes a folder of files by `atomic_folder`, replacing an existing one."""
+    with atomic_folder(folder) as temporary:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+
+
 def remove_folder(folder: Path) -> None:
-    """Removes a folder: it is there whole or not at all, and what a kill leaves has the name of a left-over."""
-    gone = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    shutil.rmtree(gone)
+    """Removes a folder. It is renamed first, so a killed process leaves either all of it or a left-over `.old`."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    shutil.rmtree(old)
 
 
-def write_file(file: Path, data: bytes) -> None:
-    """Writes a file, flushed to the disk, by a rename."""
-    half = file.with_name(f".{file.name}.half")
-    write_flushed(half, data)
-    half.replace(file)
+@contextmanager
+def atomic_path(file: Path, *, writer: str = "") -> Iterator[Path]:
+    """A temporary path beside `file` for code that writes by itself; flushed and renamed to `file` at the end.
+
+    Give each of several processes that may write `file` at once its own `writer`. If the block raises, the temporary
+    file is removed and `file` is unchanged. Raises OSError for a full disk, also where safetensors reported it.
+    """
+    temporary = file.with_name(f".{file.name}.{writer}.half" if writer else f".{file.name}.half")
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(file)
+    except SafetensorError as fault:
+        temporary.unlink(missing_ok=True)
+        code = re.search(r"os error (\d+)", str(fault))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from fault
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def write_lines(file: Path, lines: Iterable[bytes]) -> None:
-    """Writes a file of any length, flushed to the disk, by a rename."""
-    half = file.with_name(f".{file.name}.half")
-    with half.open("wb") as stream:
-        stream.writelines(lines)
-        stream.flush()
-        os.fsync(stream.fileno())
-    half.replace(file)
+def atomic_write(
+    file: Path, content: str | bytes | Iterable[str | bytes], *, writer: str = "", private: bool = False
+) -> None:
+    """Writes text (UTF-8), bytes or an iterable of either to a file, whole or not at all, by `atomic_path`.
+
+    A `private` file is readable by its owner only, from the first byte.
+    """
+    parts = [content] if isinstance(content, str | bytes) else content
+    with (
+        atomic_path(file, writer=writer) as temporary,
+        _owner_only(temporary) if private else temporary.open("wb") as stream,
+    ):
+        stream.writelines(part.encode() if isinstance(part, str) else part for part in parts)
 
 
-def write_flushed(file: Path, data: bytes) -> None:
-    """Writes bytes and waits until the disk has them."""
-    with file.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+def flush(stream: IO[bytes] | IO[str]) -> None:
+    """Flushes an open file to the disk, as appended logs need it."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file in hex, read block by block."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _owner_only(file: Path) -> IO[bytes]:
+    """Opens a new file that nobody but its owner may read; one that is there already is removed first."""
+    file.unlink(missing_ok=True)
+    return open(file, "xb", opener=lambda path, flags: os.open(path, flags, 0o600))
 
 
 def _flush(path: Path) -> None:
-    """Makes a file, or the names in a folder, durable, where the system can open it for that."""
+    """Makes a file, or the names in a folder, durable, if the system can open it for that."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:

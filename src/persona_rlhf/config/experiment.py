@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import ExistingPath, ModelName, drafted, find, shipped_root
+from persona_rlhf.common.files import ExistingPath, ModelName, atomic_folder, find, shipped_root
 from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings, RedTeamSettings
 from persona_rlhf.config.loader import (
     KeyPath,
@@ -237,7 +237,7 @@ Run these from this folder.
 def scaffold(folder: Path) -> None:
     """Writes the experiment into a new or empty folder, whole or not at all. Raises InputError for any other."""
     shipped = shipped_root()
-    with drafted(folder) as draft:
+    with atomic_folder(folder, replace=False) as draft:
         (draft / "policy").mkdir()
         for document in sorted((shipped / "configs" / "policy").glob("tier_*.yaml")):
             shutil.copyfile(document, draft / "policy" / document.name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, get_args
 
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import flush
 from persona_rlhf.data.pairs import Message, PreferencePair, parse_row
 
 # ----------------------------------------------------------------------------------------------------
@@ -45,8 +46,7 @@ def append_pair(
         fcntl.flock(stream, fcntl.LOCK_EX)
         stream.truncate(_whole_lines(stream))
         stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+        flush(stream)
     return pair
 
 
@@ -94,8 +94,7 @@ def decide(file: Path, pair: PreferencePair, decision: Decision, reason: str, re
     review = Review(pair.user_id, mark_of(pair), decision, reason, reviewer, at)
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(review._asdict()) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+        flush(stream)
     return review
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
-from persona_rlhf.common.files import find
+from persona_rlhf.common.files import atomic_write, find
 from persona_rlhf.data.pairs import first_problems
 from persona_rlhf.data.readers import converted, read_file, read_rows, shown
 from persona_rlhf.policy.hazards import HARMLESS, ProbeDestination, PublicSet, SplitBy, assign_topic, public_sets
@@ -228,18 +226,6 @@ def _convert(name: str, convert: Convert, src: Path, out: Path) -> ImportSummary
         lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
     if problems:
         raise InputError(first_problems(problems))
-    write_lines(out, lines)
-    return ImportSummary(name, rows, len(lines), len(users), dict(left_out), out)
-
-
-def write_lines(out: Path, lines: Iterable[str]) -> None:
-    """Puts a file of these lines in place whole, or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(lines)
-        Path(unfinished).replace(out)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+    atomic_write(out, lines)
+    return ImportSummary(name, rows, len(lines), len(users), dict(left_out), out)

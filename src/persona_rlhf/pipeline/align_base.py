@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text as Line
 
-from persona_rlhf.common.files import drafted, is_hub_id
+from persona_rlhf.common.files import atomic_folder, is_hub_id
 from persona_rlhf.common.version import __version__
 from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.tokenize import Row
@@ -132,7 +132,7 @@ def base_align(asked: AlignmentInputs, say: Callable[[str], None]) -> Alignment:
         f"{len(shown.harmless):,} harmless ({shown.left_out:,} more it refuses itself)"
     )
     align(base, shown, settings.align, settings.lora, settings.seed, say)
-    with drafted(asked.out) as draft:
+    with atomic_folder(asked.out, replace=False) as draft:
         base.model.save_pretrained(draft)
         load_tokenizer(settings.base.model).save_pretrained(draft)
         aligned = load_base(BaseSettings(model=str(draft), dtype=dtype))

@@ -13,10 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
-from persona_rlhf.common.files import pseudonym
+from persona_rlhf.common.files import atomic_write, pseudonym
 from persona_rlhf.config.experiment import Config, read_run_config
 from persona_rlhf.data.feedback import REVIEWS, Decision, Review, decide, mark_of, read_reviews
-from persona_rlhf.data.importers import write_lines
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.store import PairStore
 from persona_rlhf.data.tokenize import prompt_ids
@@ -90,7 +89,8 @@ def draft(config: Config, user_id: str, out: Path, pairs: int) -> Drafted:
     if not rows:
         sentence = f"no two answers of the base differ by the tastes of `{user_id}`; state others, or judge pairs"
         raise InputError([Problem(str(out), None, "--user", sentence)])
-    write_lines(out, (json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(out, (json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows))
     return Drafted(user_id, len(rows), rows[-1][0] + 1, [taste.id for taste in tastes], unread, out)
 
 

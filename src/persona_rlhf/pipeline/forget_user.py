@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
-from persona_rlhf.common.files import pseudonym, remove_folder, write_file
+from persona_rlhf.common.files import atomic_write, pseudonym, remove_folder
 from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.store import PairStore, UserSelection
@@ -201,7 +201,7 @@ def _unrule(file: Path, policy: dict[str, Any], own: list[dict[str, Any]]) -> No
         **{key: [rule for rule in policy[key] if rule not in own] for key in _RULES if key in policy},
         "documents": [document for document in policy["documents"] if document["path"] not in documents],
     }
-    write_file(file, (json.dumps(policy | kept, indent=2, ensure_ascii=False) + "\n").encode())
+    atomic_write(file, (json.dumps(policy | kept, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def cached(outside: ExternalPaths, roll: UserSelection, name: str) -> Iterator[Trace]:

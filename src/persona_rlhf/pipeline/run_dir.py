@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import write_file
+from persona_rlhf.common.files import atomic_path, atomic_write
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.retired import RETIRED
 from persona_rlhf.data.screening import Dropped, screening_rows
@@ -49,7 +48,7 @@ def check_replacement(run: Path, by: Path) -> None:
 def replace_run(run: Path, by: Path) -> None:
     """Puts a run away and another in its place: from the mark on, `finish_replacement` does it at any later start."""
     check_replacement(run, by)
-    write_file(run / _MARK, json.dumps({"by": by.name}).encode())
+    atomic_write(run / _MARK, json.dumps({"by": by.name}).encode())
     finish_replacement(run)
 
 
@@ -250,19 +249,13 @@ class RunDir:
 
     def write(self, file: Path, text: str) -> None:
         """Writes a small file whole or not at all, whoever else writes the same."""
-        half = file.with_name(f"{file.name}.{self.share.name}.half")
-        half.write_text(text, encoding="utf-8", errors="surrogatepass")
-        half.replace(file)
+        atomic_write(file, text.encode("utf-8", "surrogatepass"), writer=self.share.name)
 
     def _join(self, whole: Path, parts: Sequence[Path]) -> None:
-        half = whole.with_name(f"{whole.name}.half")
-        with half.open("wb") as out:
+        with atomic_path(whole) as half, half.open("wb") as out:
             for part in parts:
                 with part.open("rb") as stream:
                     shutil.copyfileobj(stream, out)
-            out.flush()
-            os.fsync(out.fileno())
-        half.replace(whole)
 
     def _read_identity(self) -> dict[str, str]:
         try:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import pseudonym, remove_folder, write_file, write_folder, write_lines
+from persona_rlhf.common.files import atomic_write, pseudonym, remove_folder, write_folder
 from persona_rlhf.config.experiment import Config, read_run_config
 from persona_rlhf.data.store import PairStore, UserSelection
 from persona_rlhf.models.base import weights_hash
@@ -40,7 +40,7 @@ ADDED_EVENT = "added"
 
 def begin_joining(run: Path, source: str) -> None:
     """Everything is trained: from here on, it is finished whatever happens."""
-    write_file(RunDir(run).joining, json.dumps({"source": source}).encode())
+    atomic_write(RunDir(run).joining, json.dumps({"source": source}).encode())
 
 
 def join(run: Path) -> None:
@@ -49,9 +49,9 @@ def join(run: Path) -> None:
     inner = folder.adding
     new = {result.user_id: result for result in RunResults(inner)}
     _adapters(run, inner, new)
-    write_lines(run / RESULTS, _in_place(run / RESULTS, inner / RESULTS))
+    atomic_write(run / RESULTS, _in_place(run / RESULTS, inner / RESULTS))
     for name in ("screening.jsonl", "metrics.jsonl"):
-        write_lines(run / name, _others_then(run / name, inner / name, new.__contains__))
+        atomic_write(run / name, _others_then(run / name, inner / name, new.__contains__))
     folder.add_source(json.loads(folder.joining.read_bytes())["source"])
     own = {user[0]: user for user in RunDir(inner).roll.known if user is not None}
     rest = [user if user is None else own.get(user[0], user) for user in folder.roll.known]

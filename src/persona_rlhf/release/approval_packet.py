@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import pseudonym, write_file
+from persona_rlhf.common.files import atomic_write, pseudonym
 from persona_rlhf.common.version import __version__
 from persona_rlhf.evaluation.gate import POOLED
 from persona_rlhf.release import integrity
@@ -74,7 +74,7 @@ def write_packet(run: Path, out: Path, against: Path | None = None, approver: st
         raise InputError([Problem(str(out), None, "--out", sentence)])
     page = render(run, against, approver).encode()
     digest = hashlib.sha256(page).hexdigest()
-    write_file(out, _with_hash(page, digest))
+    atomic_write(out, _with_hash(page, digest))
     return digest
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from rich.markup import escape
 from rich.table import Table
 
-from persona_rlhf.common.files import write_file, write_lines
+from persona_rlhf.common.files import atomic_write
 from persona_rlhf.common.version import __version__
 from persona_rlhf.evaluation.records import Accuracy, WinRate
 from persona_rlhf.evaluation.statistics import Interval, bootstrap
@@ -116,7 +116,7 @@ def _figure(own: Mapping[str, float], first: Mapping[str, float]) -> ArmMean | N
 
 def write_comparison(folder: Path, name: str, found: Comparison) -> None:
     """Writes FOLDER/sweep.json and FOLDER/report.html."""
-    write_file(folder / "sweep.json", json.dumps(to_json(found), indent=2).encode() + b"\n")
+    atomic_write(folder / "sweep.json", json.dumps(to_json(found), indent=2).encode() + b"\n")
     page = (
         templates(html=True)
         .get_template("sweep.html.j2")
@@ -129,7 +129,7 @@ def write_comparison(folder: Path, name: str, found: Comparison) -> None:
             charts=_charts(found),
         )
     )
-    write_file(folder / "report.html", page.encode("utf-8", "backslashreplace"))
+    atomic_write(folder / "report.html", page.encode("utf-8", "backslashreplace"))
 
 
 def _charts(found: Comparison) -> list[tuple[str, Markup]]:
@@ -217,7 +217,7 @@ def rebased_users(old: Iterable[Result], new: Iterable[Result]) -> list[RebasedU
 def write_rebase(run: Path, users: Iterable[RebasedUser]) -> None:
     """Writes RUN/succession.jsonl, a line a user, sealed with the new run."""
     lines = (json.dumps(plain(user), ensure_ascii=True, allow_nan=False) for user in users)
-    write_lines(run / SUCCESSION, (f"{line}\n".encode() for line in lines))
+    atomic_write(run / SUCCESSION, (f"{line}\n".encode() for line in lines))
     seal(run, only=SUCCESSION)
 
 

@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import find, is_hub_id, new_folder
+from persona_rlhf.common.files import atomic_folder, atomic_path, find, is_hub_id, need_vacant
 from persona_rlhf.common.version import __version__
 from persona_rlhf.models.base import Base
 from persona_rlhf.release.card import front_matter, one_line
-from persona_rlhf.release.export import HeldBack, check_free
+from persona_rlhf.release.export import HeldBack
 from persona_rlhf.release.manifest import MANIFEST, read_manifest
 from persona_rlhf.release.render import templates
 
@@ -56,20 +56,16 @@ def to_gguf(adapter: Path, base: str, to: Path) -> Path:
     script = converter()
     of_base = ["--base-model-id", base] if is_hub_id(base) else ["--base", str(find(base))]
     to.parent.mkdir(parents=True, exist_ok=True)
-    half = to.with_name(f".{to.name}.half")
-    try:
+    with atomic_path(to) as temporary:
         done = subprocess.run(
-            [sys.executable, str(script), str(adapter), *of_base, "--outfile", str(half)],
+            [sys.executable, str(script), str(adapter), *of_base, "--outfile", str(temporary)],
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode != 0 or not half.is_file():
+        if done.returncode != 0 or not temporary.is_file():
             why = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
             raise InputError([Problem(str(script), None, None, f"the converter failed: {why}")])
-        half.replace(to)
-    finally:
-        half.unlink(missing_ok=True)
     return to
 
 
@@ -91,8 +87,8 @@ def merge(base: Base, adapter: Path, to: Path) -> Path:
             f"the base {base.name} has other weights (sha256 {base.weights_hash[:16]}...) than the one that this "
             f"adapter was judged on ({judged_on[:16]}...): nothing that was promised would hold of the merged model"
         )
-    check_free(to)
-    with new_folder(to) as half:
+    need_vacant(to, "--to")
+    with atomic_folder(to) as half:
         model = PeftModel.from_pretrained(base.model, adapter).merge_and_unload()
         model.config._name_or_path = ""  # the way to the base is nobody's business
         model.save_pretrained(half)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import pseudonym, write_file, write_lines
+from persona_rlhf.common.files import atomic_write, pseudonym
 from persona_rlhf.common.version import __version__
 from persona_rlhf.data.readers import files_of
 from persona_rlhf.release.manifest import FORMAT, read_manifest, rendered, self_hash
@@ -59,12 +59,12 @@ def erase(file: Path, his: His, torn: bool = False) -> None:
     """
     name = file.name.casefold()
     if name.endswith(".parquet"):
-        write_lines(file, [_parquet_without(file, his)])
+        atomic_write(file, [_parquet_without(file, his)])
     elif name.endswith(".csv"):
-        write_lines(file, [_csv_without(file, his)])
+        atomic_write(file, [_csv_without(file, his)])
     else:
         kept = (line for line in _lines(file) if not _is_his(line, his, torn))
-        write_lines(file, [gzip.compress(b"".join(kept), mtime=0)] if name.endswith(".gz") else kept)
+        atomic_write(file, [gzip.compress(b"".join(kept), mtime=0)] if name.endswith(".gz") else kept)
 
 
 def _lines(file: Path) -> Iterator[bytes]:
@@ -155,7 +155,7 @@ def write_paper(file: Path, content: Mapping[str, Any]) -> str:
     content = {"format": FORMAT, "toolkit": toolkit, **content}
     file.parent.mkdir(exist_ok=True)
     digest = self_hash(content)
-    write_file(file, rendered(content | {"manifest_hash": digest}))
+    atomic_write(file, rendered(content | {"manifest_hash": digest}))
     return digest
 
 

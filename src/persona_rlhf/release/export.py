@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
-from persona_rlhf.common.files import write_folder
+from persona_rlhf.common.files import need_vacant, write_folder
 from persona_rlhf.release.results import Result, RunResults
 from persona_rlhf.release.revocation import revoked
 from persona_rlhf.release.verify import adapter_faults
@@ -86,14 +86,6 @@ def export(run: Path, user_id: str, to: Path) -> Path:
     taken.
     """
     source = admitted(run, find_user(run, user_id))
-    check_free(to)
-    if to.is_dir():
-        to.rmdir()
+    need_vacant(to, "--to")
     write_folder(to, {file.name: file.read_bytes() for file in sorted(source.iterdir())})
     return to
-
-
-def check_free(to: Path) -> None:
-    """Raises InputError where `to` is there already, other than as an empty folder."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError([Problem(str(to), None, "--to", "something stands there already; name a new or empty folder")])

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import pseudonym, write_file
+from persona_rlhf.common.files import atomic_write, flush, pseudonym
 from persona_rlhf.common.version import __version__
 from persona_rlhf.data.feedback import LEDGER
 from persona_rlhf.data.screening import Dropped
@@ -73,8 +73,7 @@ def append_all(run: Path, events: Iterable[tuple[str, Mapping[str, Any]]]) -> Au
             previous = _digest(content)
             lines += _rendered(content | {"hash": previous})
         stream.write(lines)
-        stream.flush()
-        os.fsync(stream.fileno())
+        flush(stream)
     return AuditHead(seq, previous)
 
 
@@ -221,7 +220,7 @@ def seal(run: Path, only: str | None = None) -> None:
     sound = before is None or not faults(run, [(SEAL, before)])
     if (held := head(run) if sound else before) is not None:
         content["audit"] = held._asdict()
-    write_file(run / SEAL, rendered(content | {"manifest_hash": self_hash(content)}))
+    atomic_write(run / SEAL, rendered(content | {"manifest_hash": self_hash(content)}))
 
 
 def sealed_head(run: Path) -> AuditHead | None:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
-from persona_rlhf.common.files import write_file
+from persona_rlhf.common.files import atomic_write
 from persona_rlhf.common.version import __version__
 from persona_rlhf.evaluation.records import Outcome, Refused
 from persona_rlhf.evaluation.statistics import bootstrap, wilson
@@ -140,7 +140,7 @@ def content_of(found: RedTeamResult, papers: Mapping[str, Any]) -> dict[str, Any
 def write_redteam(run: Path, content: Mapping[str, Any]) -> Path:
     """Writes RUN/redteam.json and seals it with the run, if that is sealed; one that stood there is replaced."""
     text = json.dumps(content, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
-    write_file(run / REDTEAM, text.encode())
+    atomic_write(run / REDTEAM, text.encode())
     if (run / SEAL).exists():
         seal(run, only=REDTEAM)
     return run / REDTEAM

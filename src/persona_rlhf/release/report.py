@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from markupsafe import Markup
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import write_file
+from persona_rlhf.common.files import atomic_write
 from persona_rlhf.common.version import __version__
 from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.evaluation.gate import POOLED
@@ -158,7 +158,7 @@ def write_report(run: Path) -> Path:
     results, config, policy = RunResults(run), config_of(run), policy_of(run)
     page = render(config, results, policy, screening_of(run), screens_in(run), attacks_in(run))
     file = run / REPORT
-    write_file(file, page.encode("utf-8"))
+    atomic_write(file, page.encode("utf-8"))
     write_summary(run, summary := summarise(results), guarantee_of_run(config, policy, results, summary.users))
     if (run / SEAL).exists():
         seal(run, only=REPORT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import slug, write_file
+from persona_rlhf.common.files import atomic_write, slug
 from persona_rlhf.config.evaluation import GateSettings
 from persona_rlhf.evaluation.fleet_guarantee import FleetGuarantee, GatedUser, fleet_guarantee
 from persona_rlhf.evaluation.gate import POOLED, Demands, GateTest, Verdict
@@ -135,12 +134,7 @@ def line_of(result: Result) -> str:
 
 def write_results(run: Path, results: Iterable[Result]) -> None:
     """Writes RUN/results.jsonl whole or not at all, users in the order given."""
-    half = run / (RESULTS + ".half")
-    with half.open("w", encoding="utf-8") as stream:
-        stream.writelines(map(line_of, results))
-        stream.flush()
-        os.fsync(stream.fileno())
-    half.replace(run / RESULTS)
+    atomic_write(run / RESULTS, map(line_of, results))
 
 
 def read_results(run: Path) -> list[Result]:
@@ -277,7 +271,7 @@ def write_summary(run: Path, summary: RunSummary, promise: FleetGuarantee | None
     """Writes RUN/summary.json."""
     told = None if promise is None else plain(promise) | {"sentence": promise.sentence()}
     content = plain(summary) | {"promise": told}
-    write_file(run / SUMMARY, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    atomic_write(run / SUMMARY, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_sentence(run: Path) -> str | None:

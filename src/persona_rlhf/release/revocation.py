@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import pseudonym, write_file
+from persona_rlhf.common.files import atomic_write, pseudonym
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.release import integrity
 from persona_rlhf.release.integrity import REVOKED, SEAL, seal
@@ -168,7 +168,7 @@ def revoke(run: Path, results: Iterable[Result], reason: str) -> list[Revocation
     integrity.append_all(run, [(REVOKED_EVENT, paper | {"reason": reason}) for paper in papers])
     new = [Revocation(**paper, day=today(), reason=reason) for paper in papers]
     lines = (json.dumps(one._asdict(), ensure_ascii=True) + "\n" for one in (*known.values(), *new))
-    write_file(run / REVOKED, "".join(lines).encode())
+    atomic_write(run / REVOKED, "".join(lines).encode())
     if (run / SEAL).exists():
         seal(run, only=integrity.AUDIT)
     return new

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import Field
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import find, write_file
+from persona_rlhf.common.files import atomic_write, find
 from persona_rlhf.config.loader import Section, dotted, in_order, read_section, read_yaml
 from persona_rlhf.policy.rules import DocumentInfo
 from persona_rlhf.release.manifest import MANIFEST, read_manifest
@@ -41,10 +41,10 @@ def keep_documents(run: Path, documents: Sequence[DocumentInfo]) -> None:
     for document in documents:
         if document.tier < 3:
             source, copy = find(document.path), copy_of(run, document.sha256)
-            write_file(copy, source.read_bytes())
+            atomic_write(copy, source.read_bytes())
             signature = signature_of(source)
             if signature.is_file():
-                write_file(signature_of(copy), signature.read_bytes())
+                atomic_write(signature_of(copy), signature.read_bytes())
 
 
 def copy_of(run: Path, digest: str) -> Path:
@@ -163,7 +163,7 @@ def sign_file(file: Path, key: Path) -> Path:
         content = file.read_bytes()
     except OSError as fault:
         raise InputError([Problem(str(file), None, None, f"it cannot be read ({fault.strerror})")]) from fault
-    write_file(signature_of(file), sign(content))
+    atomic_write(signature_of(file), sign(content))
     return signature_of(file)
 
 

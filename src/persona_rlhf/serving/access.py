@@ -6,7 +6,6 @@ import hashlib
 import hmac
 import json
 import math
-import os
 import secrets
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import atomic_write
 from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.release.export import refusals_to_release
 from persona_rlhf.release.manifest import MANIFEST, read_manifest
@@ -232,14 +232,7 @@ def _read(file: Path) -> list[TokenEntry]:
 
 
 def _write(file: Path, entries: Iterable[TokenEntry]) -> None:
-    """Whole or not at all, and for its owner's eyes only from the first byte."""
-    half = file.with_name(f".{file.name}.half")
-    half.unlink(missing_ok=True)
-    with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-        stream.writelines(json.dumps(entry._asdict()) + "\n" for entry in entries)
-        stream.flush()
-        os.fsync(stream.fileno())
-    half.replace(file)
+    atomic_write(file, (json.dumps(entry._asdict()) + "\n" for entry in entries), private=True)
 
 
 _NOBODY = TokenEntry("", "", _hash(secrets.token_urlsafe(32)))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import find, is_hub_id, write_file, write_folder
+from persona_rlhf.common.files import atomic_write, find, is_hub_id, write_folder
 from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.pairs import Prompt
 from persona_rlhf.models.adapted_model import AdaptedModel
@@ -54,8 +54,8 @@ def write_layout(folder: Path, base: str, rank: int, adapters: Mapping[str, Path
         write_folder(folder / ADAPTERS / slug, {name: (source / name).read_bytes() for name in (CONFIG, WEIGHTS)})
     for slug in before - set(adapters):
         shutil.rmtree(folder / ADAPTERS / slug, ignore_errors=True)
-    write_file(folder / LIST, (json.dumps(sorted(adapters), indent=2) + "\n").encode())
-    write_file(folder / SCRIPT, _script(command_line(base, rank, sorted(adapters), host, port)).encode())
+    atomic_write(folder / LIST, (json.dumps(sorted(adapters), indent=2) + "\n").encode())
+    atomic_write(folder / SCRIPT, _script(command_line(base, rank, sorted(adapters), host, port)).encode())
     (folder / SCRIPT).chmod(0o755)
     return folder / SCRIPT
 

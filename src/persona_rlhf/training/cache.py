@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from persona_rlhf.common.files import writing
+from persona_rlhf.common.files import atomic_path
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.model_split import States
@@ -97,10 +97,8 @@ class Reference:
             "base": np.frombuffer(self._identity.encode(), dtype=np.uint8),
         }
         file.parent.mkdir(parents=True, exist_ok=True)
-        half = file.with_suffix(".half")
-        with writing(half):
-            save_file(tensors, half)
-        half.replace(file)
+        with atomic_path(file, writer=str(os.getpid())) as temporary:
+            save_file(tensors, temporary)
 
 
 def values_of(file: Path, rows: Container[bytes] | None) -> int:
@@ -121,10 +119,8 @@ def drop_values(file: Path, rows: Container[bytes] | None) -> None:
     if not kept:
         file.unlink()
         return
-    half = file.with_suffix(".half")
-    with writing(half):
-        save_file(stored | {name: stored[name][kept] for name in ("keys", "logps")}, half)
-    half.replace(file)
+    with atomic_path(file) as temporary:
+        save_file(stored | {name: stored[name][kept] for name in ("keys", "logps")}, temporary)
 
 
 def identity_of_values(adapted: AdaptedModel) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import writing
+from persona_rlhf.common.files import atomic_path
 
 
 def save(file: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
     """Writes tensors and notes (JSON) as one safetensors file, whole or not at all, and on the disk when it returns."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_name(file.name + ".half")
-    try:
-        with writing(half):
-            save_file({name: t.contiguous() for name, t in tensors.items()}, half, {"notes": json.dumps(notes)})
-        with half.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        half.replace(file)
-    finally:
-        half.unlink(missing_ok=True)
+    with atomic_path(file) as temporary:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, {"notes": json.dumps(notes)})
 
 
 def sits_in(file: Path, gone: Callable[[str], bool]) -> bool:

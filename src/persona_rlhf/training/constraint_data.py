@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import atomic_write
 from persona_rlhf.common.version import __version__
 from persona_rlhf.config.training import ConstraintSettings
 from persona_rlhf.data.pairs import Message
@@ -151,7 +153,5 @@ def kept_bank(
     except (OSError, ValueError):
         bank = make()
     folder.mkdir(parents=True, exist_ok=True)
-    half = file.with_suffix(".half")
-    half.write_text(bank_to_json(bank), encoding="utf-8")
-    half.replace(file)
+    atomic_write(file, bank_to_json(bank), writer=str(os.getpid()))
     return bank

@@ -1,0 +1,94 @@
+"""Files and folders that are written whole or not at all."""
+
+import errno
+import os
+import stat
+
+import pytest
+from safetensors import SafetensorError
+
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import atomic_folder, atomic_path, atomic_write, write_folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("content", ["é\n", "é\n".encode(), ["é", "\n"], (part for part in ("é".encode(), b"\n"))])
+def test_text_bytes_and_parts_of_either_are_written(tmp_path, content):
+    (tmp_path / "a").write_bytes(b"before")
+    atomic_write(tmp_path / "a", content)
+    assert (tmp_path / "a").read_bytes() == "é\n".encode()
+    assert names(tmp_path) == ["a"]
+
+
+def parts_that_fail():
+    yield "half"
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_fault_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path, private):
+    (tmp_path / "a").write_bytes(b"before")
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(tmp_path / "a", parts_that_fail(), private=private)
+    assert (tmp_path / "a").read_bytes() == b"before"
+    assert names(tmp_path) == ["a"]
+
+
+def test_the_bytes_are_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
+    steps = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: steps.append("fsync") or fsync(handle))
+    monkeypatch.setattr(os, "replace", lambda *paths: steps.append("replace") or replace(*paths))
+    atomic_write(tmp_path / "a", b"new")
+    assert steps == ["fsync", "replace"]
+
+
+def test_a_private_file_is_its_owners_from_the_first_byte(tmp_path):
+    (tmp_path / ".a.half").write_bytes(b"left over, readable by all")
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(tmp_path / "a", mode_then_fail(tmp_path / ".a.half"), private=True)
+    atomic_write(tmp_path / "a", b"secret", private=True)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+
+
+def mode_then_fail(file):
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    yield b"secret"
+    raise KeyboardInterrupt
+
+
+def test_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
+    with atomic_path(tmp_path / "a", writer="1") as one, atomic_path(tmp_path / "a", writer="2") as two:
+        one.write_bytes(b"1")
+        two.write_bytes(b"2")
+    assert (tmp_path / "a").read_bytes() == b"1"  # the outer block ended last
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_full_disk_is_an_os_error_also_where_safetensors_reports_it(tmp_path):
+    with pytest.raises(OSError, match="No space left") as fault, atomic_path(tmp_path / "a"):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert (fault.value.errno, fault.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
+    with pytest.raises(SafetensorError), atomic_path(tmp_path / "a"):
+        raise SafetensorError("invalid header")
+    assert names(tmp_path) == []
+
+
+def test_a_folder_is_replaced_whole_or_left_as_it_was(tmp_path):
+    write_folder(tmp_path / "f", {"old": b"1"})
+    with pytest.raises(ValueError, match="null byte"):
+        write_folder(tmp_path / "f", {"new": b"2", "\0": b"no name"})
+    assert names(tmp_path) == ["f"]
+    assert names(tmp_path / "f") == ["old"]
+    write_folder(tmp_path / "f", {"new": b"2"})
+    assert names(tmp_path / "f") == ["new"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(InputError, match="nothing is overwritten"), atomic_folder(tmp_path / "f", replace=False):
+        write_folder(tmp_path / "f", {"theirs": b"1"})
+    assert names(tmp_path) == ["f"]
+    assert names(tmp_path / "f") == ["theirs"]
