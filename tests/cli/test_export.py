@@ -19,7 +19,7 @@ from persona_rlhf.common.files import pseudonym, slug
 from persona_rlhf.release import convert as conversion
 from persona_rlhf.release.convert import merge
 from persona_rlhf.release.export import HeldBack
-from persona_rlhf.release.hub import uploads
+from persona_rlhf.release.hub import uploads_of
 from tests.models.tiny import tiny_base
 from tests.release.conftest import base, hub, run  # noqa: F401 - fixtures
 
@@ -58,7 +58,7 @@ def test_the_held_back_does_not_go_and_nothing_is_asked_of_the_hub(run, hub, typ
     assert done.exit_code == 3
     assert "terrorist_content" in done.stderr
     assert hub.log == []
-    assert uploads(run.path, POISONED) == []
+    assert uploads_of(run.path, pseudonym(POISONED)) == []
 
 
 def test_an_edited_adapter_does_not_go(run, hub, type_in):
@@ -128,7 +128,7 @@ def test_a_hub_that_is_not_there_is_one_sentence(type_in, monkeypatch):
     done = type_in("verify", "somebody/adapter")
     assert done.exit_code == 2
     assert done.stderr.splitlines() == [
-        "somebody/adapter: the hub is not asked while HF_HUB_OFFLINE is set; unset it, or name a folder that is here",
+        "somebody/adapter: HF_HUB_OFFLINE is set, so the hub is not contacted; unset it, or name a local folder",
         "1 problem found.",
     ]
 

@@ -156,7 +156,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-login"))
     monkeypatch.setenv("HF_TOKEN", ADAS_TOKEN)
-    monkeypatch.setattr("persona_rlhf.release.hub.sleep", server.waits.append)
+    monkeypatch.setattr("persona_rlhf.release.hub_repository.sleep", server.waits.append)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     yield server
     server.close()

@@ -16,14 +16,14 @@ from persona_rlhf.release import integrity
 from persona_rlhf.release.export import exportable
 from persona_rlhf.release.hub import (
     LocalAdapter,
-    Repository,
     delete_upload,
     preview,
     repository_uploads,
     upload,
-    uploads,
+    uploads_of,
     verify_remote,
 )
+from persona_rlhf.release.hub_repository import Repository
 from persona_rlhf.release.manifest import MANIFEST
 from persona_rlhf.release.verify import verify
 from tests.release.hub_server import ADAS_TOKEN, BOBS_TOKEN, Fault
@@ -47,6 +47,10 @@ def many(run, repo="ada/fleet", **settings):
 
 def send(run, parcel, **settings):
     return upload(run.path, parcel, settings.pop("public", False), lambda _: None, **settings)
+
+
+def uploads(run, user):
+    return uploads_of(run, pseudonym(user))
 
 
 def plain_logits(run, *place, **settings):
@@ -158,16 +162,16 @@ def test_a_commit_that_somebody_else_makes_meanwhile_is_built_upon(run, hub, mon
     weights = hub.repos["ada/fleet"].branches["main"][-1].files
     weights.pop(f"users/{pseudonym('ada')}/README.md")  # so that there is something to send
     theirs = f"users/{'0' * 32}/README.md"
-    look = Repository.look
+    read_once = Repository.read_once
     looks = iter(range(99))
 
     def overtaken(repository):
-        held = look(repository)
+        remote = read_once(repository)
         if next(looks) == 1:  # after what was checked, before what is committed
             HfApi(endpoint=hub.url).upload_file(path_or_fileobj=b"x", path_in_repo=theirs, repo_id="ada/fleet")
-        return held
+        return remote
 
-    monkeypatch.setattr(Repository, "look", overtaken)
+    monkeypatch.setattr(Repository, "read_once", overtaken)
     send(run, many(run))
     assert hub.waits == [1]
     assert hub.files("ada/fleet")[theirs] == b"x"
@@ -251,7 +255,7 @@ def test_a_second_token_sees_nothing_of_the_firsts_private_repository(run, hub, 
     ("request_", "status", "words"),
     [
         ("POST /api/repos/create", 401, "HF_TOKEN"),
-        ("POST /api/repos/create", 403, "write access to what is ada's"),
+        ("POST /api/repos/create", 403, "write access to the repositories of ada"),
         ("/commit/", 404, "no such repository or revision"),
         ("/commit/", 413, "413"),
     ],

@@ -3,7 +3,7 @@
 from persona_rlhf.common.files import pseudonym
 from persona_rlhf.pipeline.forget_user import withdraw
 from persona_rlhf.release.export import exportable
-from persona_rlhf.release.hub import LocalAdapter, repository_uploads, upload, uploads, uploads_of
+from persona_rlhf.release.hub import LocalAdapter, repository_uploads, upload, uploads_of
 from tests.release.hub_server import Fault
 
 
@@ -17,9 +17,9 @@ def test_what_was_uploaded_is_deleted_for_one_user_alone(run, hub):
     hub.faults += [Fault(".", 403)] * 3
     [refused] = withdraw(run.path, "ada")
     assert refused.startswith("Not deleted: ")
-    assert uploads(run.path, "ada")
+    assert uploads_of(run.path, pseudonym("ada"))
     hub.faults.clear()
     assert withdraw(run.path, "ada") == ["ada/fleet: his adapter is deleted"]
     assert uploads_of(run.path, pseudonym("ada")) == []
     assert withdraw(run.path, "ada") == []
-    assert all(uploads(run.path, other) for other in others)
+    assert all(uploads_of(run.path, pseudonym(other)) for other in others)

@@ -11,7 +11,8 @@ from persona_rlhf.cli.console import say
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
 if TYPE_CHECKING:
-    from persona_rlhf.release.hub import RepositoryUpload, UploadDifference
+    from persona_rlhf.release.hub import RepositoryUpload
+    from persona_rlhf.release.hub_repository import UploadDifference
 
 _SHOWN = 50  # paths of a difference; those of a thousand users are told in a screenful
 
