@@ -125,8 +125,9 @@ def run(
 
 def figures_of(found: Measures) -> dict[str, float | None]:
     """Gains over chance, and refusals against the base in points."""
-    pooled, over = found.test_pooled, found.over_refusal
-    shares = [100 * (c.refused - c.base_refused) / c.n for c in found.test_categories.values() if c.n]
+    over, pooled = found.over_refusal, found.test.pooled if found.test else None
+    counts = found.test.categories.values() if found.test else ()
+    shares = [100 * (c.refused - c.base_refused) / c.n for c in counts if c.n]
     return {
         "accuracy_gain": found.heldout_clean and found.heldout_clean.adapted - 0.5,
         "win_gain": found.win_rate and found.win_rate.value - 0.5,

@@ -39,12 +39,12 @@ class Ratio(NamedTuple):
 
 def clean_gain(result: Result) -> float | None:
     """Held-out accuracy on noise-free labels over chance."""
-    return None if result.heldout_clean is None else result.heldout_clean.adapted - 0.5
+    return None if result.measures.heldout_clean is None else result.measures.heldout_clean.adapted - 0.5
 
 
 def win_gain(result: Result) -> float | None:
     """Win rate against the base over a tie."""
-    return None if result.win_rate is None else result.win_rate.value - 0.5
+    return None if result.measures.win_rate is None else result.measures.win_rate.value - 0.5
 
 
 GAINS: dict[str, Gain] = {"noise-free accuracy - 0.5": clean_gain, "win rate - 0.5": win_gain}
@@ -71,7 +71,7 @@ def clean_users(utilities: Path) -> set[str]:
 
 def side(results: Sequence[Result]) -> dict[str, Any]:
     """What one run says of the users, on its own."""
-    over = [r.over_refusal for r in results if r.over_refusal is not None and r.over_refusal.n]
+    over = [r.measures.over_refusal for r in results if r.measures.over_refusal is not None and r.measures.over_refusal.n]
     pooled = [r.pooled for r in results if r.pooled is not None and r.pooled.n]
     rates = [count.refused / count.n for count in pooled]
     points = [100 * (count.refused - count.base_refused) / count.n for count in over]

@@ -102,7 +102,7 @@ def test_a_cohort_is_judged_and_measured_as_each_user_alone(adapted, adapters, p
     for user in (1, 3):
         (alone,), (measured,) = examine([user])
         assert alone == verdicts[user]
-        assert measured.test_categories == measures[user].test_categories
+        assert measured.test.categories == measures[user].test.categories
         assert measured.over_refusal == measures[user].over_refusal
         assert measured.heldout_accuracy == measures[user].heldout_accuracy
         assert measured.win_rate == measures[user].win_rate
@@ -119,14 +119,14 @@ def test_a_cohort_is_judged_and_measured_as_each_user_alone(adapted, adapters, p
     assert clean.ordinary.n == 2
     assert clean.win_rate is None
     assert clean.gain == 0.0
-    assert set(clean.test_categories) == {"terrorist_content", "sexual_assault", "gambling"}
+    assert set(clean.test.categories) == {"terrorist_content", "sexual_assault", "gambling"}
     known = Counter(probe.category for probe in policy().probes("test") if probe.novelty != "topic")
-    asked = {category: min(10, known[category]) for category in clean.test_categories}
-    assert {category: count.n for category, count in clean.test_categories.items()} == asked
-    assert clean.test_pooled.n == asked["terrorist_content"] + asked["sexual_assault"] > 10
+    asked = {category: min(10, known[category]) for category in clean.test.categories}
+    assert {category: count.n for category, count in clean.test.categories.items()} == asked
+    assert clean.test.pooled.n == asked["terrorist_content"] + asked["sexual_assault"] > 10
     unseen = Counter(probe.category for probe in policy().probes("test") if probe.novelty == "topic")
-    assert clean.test_shift.n == sum(min(5, count) for count in unseen.values()) > 0
-    assert clean.test_shift.refused == clean.test_shift.base_refused
+    assert clean.test.shift.n == sum(min(5, count) for count in unseen.values()) > 0
+    assert clean.test.shift.refused == clean.test.shift.base_refused
     assert clean.tax.perplexity.adapted == pytest.approx(clean.tax.perplexity.base, rel=1e-4)
     assert clean.tax.facts.n == 6
     assert clean.tax.facts.right == clean.tax.facts.base_right

@@ -22,6 +22,7 @@ from persona_rlhf.evaluation.records import (
     Measures,
     Perplexity,
     Refused,
+    SplitRefusals,
     Toxic,
     WinRate,
 )
@@ -37,7 +38,7 @@ from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import PairCounts, outcome, skipped, write_results
 from persona_rlhf.training.engine import TrainedUser
-from persona_rlhf.training.user_state import DualTrace
+from persona_rlhf.training.records import DualTrace
 from tests.models.tiny import tiny_base
 from tests.release.hub_server import ADAS_TOKEN, HubServer
 
@@ -78,9 +79,7 @@ def measures(score: float) -> Measures:
         over_refusal=Refused(100, 3, 2),
         ordinary=Refused(50, 1, 1),
         twins=Refused(50, 2, 1),
-        test_pooled=counted[0],
-        test_categories=counted[1],
-        test_shift=Refused(20, 15, 16),
+        test=SplitRefusals(*counted, shift=Refused(20, 15, 16)),
         answer_perplexity=Perplexity(8.0, 7.5),
         unchanged=0.9,
         tax=AlignmentTax(Perplexity(1.3, 1.2), Facts(40, 38, 39, 37), {"warm": Drift(0.5, 0.25)}, Toxic(100, 1, 0)),

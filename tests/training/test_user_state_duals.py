@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona_rlhf.training.user_state import Duals, DualTrace
+from persona_rlhf.training.records import DualTrace
+from persona_rlhf.training.user_state import Duals
 
 CPU = torch.device("cpu")
 ALL = torch.tensor([[True]])

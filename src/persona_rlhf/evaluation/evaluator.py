@@ -40,7 +40,7 @@ from persona_rlhf.evaluation.metrics import (
     win_rate,
 )
 from persona_rlhf.evaluation.prompt_sets import Fact, some, total, twins
-from persona_rlhf.evaluation.records import AlignmentTax, Facts, Measures, Refused
+from persona_rlhf.evaluation.records import AlignmentTax, Facts, Measures, Refused, SplitRefusals
 from persona_rlhf.evaluation.refusals import (
     OPENING_TOKENS,
     BaseAnswers,
@@ -226,7 +226,10 @@ class Evaluator:
             if alphas[n] == 0:  # the base is what he gets, to the bit, whatever the rounding of another pass
                 scores[n], sampled, written = base_scores[n], sampled.as_base(), written.as_base()
                 known[n] = self._quiz.of_base()
-            pooled, categories = self.demands.count(base_test, self._test.by_category(tests.refused[n]))
+            test = None
+            if self._test.prompts:
+                counts = self.demands.count(base_test, self._test.by_category(tests.refused[n]))
+                test = SplitRefusals(*counts, self._refused(shifted, n, self._shift.prompts))
             harmless = [
                 self._refused(found, n, asked) for found, asked in ((ordinary, self._ordinary), (near, self._twins))
             ]
@@ -238,9 +241,7 @@ class Evaluator:
                     over_refusal=total(*harmless),
                     ordinary=harmless[0],
                     twins=harmless[1],
-                    test_pooled=pooled if self._test.prompts else None,
-                    test_categories=categories if self._test.prompts else {},
-                    test_shift=self._refused(shifted, n, self._shift.prompts),
+                    test=test,
                     answer_perplexity=sampled.perplexity,
                     unchanged=tests.unchanged[n] if self._test.prompts else None,
                     tax=self._tax(n, ordinary, near, sampled, known[n]),

@@ -111,29 +111,36 @@ class AlignmentTax(NamedTuple):
     toxic: Toxic | None
 
 
-class Measures(NamedTuple):
-    """None where there was nothing to measure, or nothing to measure it with."""
+class SplitRefusals(NamedTuple):
+    """Refusals of probes of the `test` split at the released alpha. They are reported and decide nothing.
 
-    heldout_accuracy: Accuracy | None
-    heldout_clean: CleanAccuracy | None
-    win_rate: WinRate | None
-    over_refusal: Refused | None
-    ordinary: Refused | None
-    twins: Refused | None
-    test_pooled: Count | None
-    test_categories: dict[str, Count]
-    test_shift: Refused | None
-    """Refusals on test probes of topics that the base never saw: a shift of the distribution, not certified."""
-    answer_perplexity: Perplexity | None
-    """The base's perplexity of sampled answers: what reads as English to it stays near that of its own."""
-    unchanged: float | None
-    """Share of the test probes answered to the token as the base answers them."""
+    `shift` counts probes of topics that the base never saw: a distribution shift, which is not certified.
+    """
+
+    pooled: Count
+    categories: dict[str, Count]
+    shift: Refused | None
+
+
+class Measures(NamedTuple):
+    """The measurements of one user at the released alpha. None if there was nothing to measure, or no way to do it."""
+
+    heldout_accuracy: Accuracy | None = None
+    heldout_clean: CleanAccuracy | None = None
+    win_rate: WinRate | None = None
+    over_refusal: Refused | None = None
+    ordinary: Refused | None = None
+    twins: Refused | None = None
+    test: SplitRefusals | None = None
+    answer_perplexity: Perplexity | None = None
+    """The base's perplexity of sampled answers: fluent text stays near the perplexity of the base's own answers."""
+    unchanged: float | None = None
+    """Share of the test probes with the same answer as the base's, token for token."""
     tax: AlignmentTax | None = None
     requirements: Mapping[str, Met] = MappingProxyType({})
 
     @property
     def gain(self) -> float | None:
-        """What personalisation bought over chance: on noise-free labels where they are known."""
-        if self.heldout_clean is not None:
-            return self.heldout_clean.adapted - 0.5
-        return None if self.heldout_accuracy is None else self.heldout_accuracy.adapted - 0.5
+        """Held-out accuracy over chance: on noise-free labels if they are known, else on the user's labels."""
+        accuracy = self.heldout_clean or self.heldout_accuracy
+        return None if accuracy is None else accuracy.adapted - 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
@@ -28,7 +29,7 @@ from persona_rlhf.release import integrity
 from persona_rlhf.release.adapter import read_adapter
 from persona_rlhf.release.integrity import ended, screened, seal
 from persona_rlhf.release.report import SCREENS, write_report
-from persona_rlhf.release.results import RESULTS, Result, RunResults, measured, read_results, summarise, write_results
+from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, summarise, write_results
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.api import train_warm_start
 from persona_rlhf.training.cache import Reference, rows_ahead, shared_reference
@@ -292,6 +293,6 @@ def evaluate(run: Path) -> list[Result]:
                 continue
             flat = read_adapter(run / result.path, list(ready.adapted.spans.values())).to(ready.adapted.base.device)
             [found] = ready.examination.measures(flat[None], [rows[result.user_id]], [1.0])
-            results.append(measured(result, found))
+            results.append(replace(result, measures=found))
         ready.examination.forget_users()
     return results

@@ -55,18 +55,19 @@ Comparison = dict[str, ArmSummary]
 
 
 def _refusal(result: Result) -> float | None:
-    count = result.test.pooled if result.test else None  # the certify probes decided, so they are shown apart
+    test = result.measures.test
+    count = test.pooled if test else None  # the certify probes decided, so they are shown apart
     return count.refused / count.n if count is not None and count.n else None
 
 
 def _over_refusal(result: Result) -> float | None:
-    found = result.over_refusal
+    found = result.measures.over_refusal
     return (found.refused - found.base_refused) / found.n if found is not None and found.n else None
 
 
 FIGURES: dict[str, Callable[[Result], float | None]] = {
     "held-out accuracy": lambda result: None if result.gain is None else result.gain + 0.5,
-    "win rate": lambda result: None if result.win_rate is None else result.win_rate.value,
+    "win rate": lambda result: (won := result.measures.win_rate) and won.value,
     "refusals of test probes": _refusal,
     "over-refusal": _over_refusal,
     "seconds of training": lambda result: result.seconds,
@@ -192,7 +193,9 @@ class UserFigures(NamedTuple):
     def of(result: Result) -> UserFigures:
         """A user's standing, from his line."""
         bound = None if result.pooled is None else result.pooled.lower_bound
-        return UserFigures(result.status, result.reason, result.alpha, result.heldout_accuracy, result.win_rate, bound)
+        measures = result.measures
+        accuracy, won = measures.heldout_accuracy, measures.win_rate
+        return UserFigures(result.status, result.reason, result.alpha, accuracy, won, bound)
 
 
 class RebasedUser(NamedTuple):

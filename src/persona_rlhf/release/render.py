@@ -197,12 +197,13 @@ def _status(result: Result) -> str:
 
 
 def _figures(result: Result) -> tuple[str, ...]:
-    pooled, over = result.pooled, result.over_refusal
+    pooled, measures = result.pooled, result.measures
+    over = measures.over_refusal
     return (
         f"{result.alpha:g}" if result.status in ("released", "held_back") else "",
-        share(result.heldout_accuracy.adapted if result.heldout_accuracy else None),
-        share(result.heldout_clean.adapted if result.heldout_clean else None),
-        share(result.win_rate.value if result.win_rate else None),
+        share(measures.heldout_accuracy.adapted if measures.heldout_accuracy else None),
+        share(measures.heldout_clean.adapted if measures.heldout_clean else None),
+        share(measures.win_rate.value if measures.win_rate else None),
         f"{pooled.refused}/{pooled.n}" if pooled else "",
         f"{pooled.lower_bound:.3f}" if pooled else "",
         f"{(over.refused - over.base_refused) / over.n:+.1%}" if over and over.n else "",

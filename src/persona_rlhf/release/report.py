@@ -84,21 +84,23 @@ class Columns:
     def _measured(self, result: Result) -> None:
         self.alarms += result.alarm
         self.retreats += [result.retreat] if result.retreat else []
-        if result.heldout_accuracy:
-            self.accuracy.append(result.heldout_accuracy.adapted)
-            self.alone.append(result.heldout_accuracy.reference_free)
-        if result.heldout_clean:
-            self.clean.append(result.heldout_clean.adapted)
-        if result.win_rate:
-            self.won.append(result.win_rate.value)
-        if (over := result.over_refusal) is not None:
+        if result.measures.heldout_accuracy:
+            self.accuracy.append(result.measures.heldout_accuracy.adapted)
+            self.alone.append(result.measures.heldout_accuracy.reference_free)
+        if result.measures.heldout_clean:
+            self.clean.append(result.measures.heldout_clean.adapted)
+        if result.measures.win_rate:
+            self.won.append(result.measures.win_rate.value)
+        if (over := result.measures.over_refusal) is not None:
             self.over.append((over.refused - over.base_refused) / over.n)
-        if result.answer_perplexity:
-            self.perplexities.append((result.answer_perplexity.adapted, result.answer_perplexity.base))
-        for name, met in result.requirements.items():
+        if result.measures.answer_perplexity:
+            self.perplexities.append(
+                (result.measures.answer_perplexity.adapted, result.measures.answer_perplexity.base)
+            )
+        for name, met in result.measures.requirements.items():
             self.required.setdefault(name, []).append(met)
-        if result.tax is not None:
-            self._taxed(result.tax)
+        if result.measures.tax is not None:
+            self._taxed(result.measures.tax)
 
     def _taxed(self, tax: AlignmentTax) -> None:
         if tax.perplexity:
@@ -114,10 +116,12 @@ class Columns:
 
     def _judged(self, result: Result) -> None:
         self.alphas[result.alpha] += 1
-        if result.heldout_accuracy:
-            self.points.append((result.heldout_accuracy.reference_free, result.heldout_accuracy.adapted))
-        if result.win_rate:
-            self.judged_won.append(result.win_rate.value)
+        if result.measures.heldout_accuracy:
+            self.points.append(
+                (result.measures.heldout_accuracy.reference_free, result.measures.heldout_accuracy.adapted)
+            )
+        if result.measures.win_rate:
+            self.judged_won.append(result.measures.win_rate.value)
         if result.duals:
             self.peaks.append(max(dual.peak for dual in result.duals.values()))
 

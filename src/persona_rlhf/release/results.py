@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,17 +18,9 @@ from persona_rlhf.common.files import atomic_write, slug
 from persona_rlhf.config.evaluation import GateSettings
 from persona_rlhf.evaluation.fleet_guarantee import FleetGuarantee, GatedUser, fleet_guarantee
 from persona_rlhf.evaluation.gate import POOLED, Demands, GateTest, Verdict
-from persona_rlhf.evaluation.records import (
-    Accuracy,
-    AlignmentTax,
-    CleanAccuracy,
-    Measures,
-    Met,
-    Perplexity,
-    Refused,
-    WinRate,
-)
+from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.evaluation.statistics import Clustered, Count
+from persona_rlhf.training.records import DualTrace
 
 if TYPE_CHECKING:  # a result is read without torch
     from persona_rlhf.training.engine import TrainedUser
@@ -50,22 +42,6 @@ class PairCounts(NamedTuple):
     screened_out: int
 
 
-class Dual(NamedTuple):
-    """A dual variable over a user's training."""
-
-    final: float
-    peak: float
-    mean: float
-
-
-class SplitRefusals(NamedTuple):
-    """Refusals on the `test` split at the released alpha: reported, never used to decide. `shift`: unseen topics."""
-
-    pooled: Count
-    categories: dict[str, Count]
-    shift: Refused | None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """One user's line. None where something was not measured, never a number that is none."""
@@ -75,36 +51,24 @@ class Result:
     status: Status
     reason: str
     pairs: PairCounts
-    heldout_accuracy: Accuracy | None = None
-    heldout_clean: CleanAccuracy | None = None
-    win_rate: WinRate | None = None
+    measures: Measures = field(default_factory=Measures)
     alpha: float = 0.0
     tier_one: dict[str, Count] | None = None
-    over_refusal: Refused | None = None
-    duals: dict[str, Dual] = field(default_factory=dict)
+    duals: dict[str, DualTrace] = field(default_factory=dict)
     alarm: bool = False
     steps: int = 0
     seconds: float = 0.0
     path: str | None = None
-    # beside the contract:
     tier_two: dict[str, Count] = field(default_factory=dict)
     looks: list[GateTest] = field(default_factory=list)
     clusters: Clustered | None = None
-    test: SplitRefusals | None = None
-    ordinary: Refused | None = None
-    twins: Refused | None = None
-    answer_perplexity: Perplexity | None = None
-    unchanged: float | None = None
-    tax: AlignmentTax | None = None
-    requirements: dict[str, Met] = field(default_factory=dict)
     retreat: float = 0.0
     manifest_sha256: str | None = None
 
     @property
     def gain(self) -> float | None:
-        """Held-out accuracy over chance: on noise-free labels where they are known, else on the user's own."""
-        found = self.heldout_clean or self.heldout_accuracy
-        return None if found is None else found.adapted - 0.5
+        """Held-out accuracy over chance, as `Measures.gain`."""
+        return self.measures.gain
 
     @property
     def pooled(self) -> Count | None:
@@ -112,8 +76,25 @@ class Result:
         return None if self.tier_one is None else self.tier_one.get(POOLED)
 
     def to_json(self) -> dict[str, Any]:
-        """The line as plain JSON values, in the order of the fields."""
-        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+        """The line as plain JSON values, in the order of `KEYS`: the measures stand beside the other fields."""
+        return {key: plain(getattr(self.measures if key in Measures._fields else self, key)) for key in KEYS}
+
+    @staticmethod
+    def from_json(content: Any) -> Result:
+        """The result of a line. Raises pydantic's ValidationError if it is none."""
+        if isinstance(content, dict):
+            measures = {key: content[key] for key in Measures._fields if key in content}
+            content = {**content, "measures": measures}
+        return _RESULT.validate_python(content)
+
+
+KEYS = (
+    *("user_id", "slug", "status", "reason", "pairs", "heldout_accuracy", "heldout_clean", "win_rate", "alpha"),
+    *("tier_one", "over_refusal", "duals", "alarm", "steps", "seconds", "path", "tier_two", "looks", "clusters"),
+    *("test", "ordinary", "twins", "answer_perplexity", "unchanged", "tax", "requirements", "retreat"),
+    "manifest_sha256",
+)
+"""The keys of a line of results.jsonl, in their order."""
 
 
 def plain(value: Any) -> Any:
@@ -180,12 +161,15 @@ class RunResults:
 def _parsed(line: str) -> Result | list[tuple[str | None, str]]:
     """A line as a result, or what is wrong with it: (key, sentence)."""
     try:
-        return _RESULT.validate_python(json.loads(line))
+        return Result.from_json(json.loads(line))
     except json.JSONDecodeError as fault:
         return [(None, f"the line is not JSON ({fault.msg})")]
     except ValidationError as fault:
         return [
-            (".".join(map(str, error["loc"])) or None, f"not a result of this toolkit ({error['msg']})")
+            (
+                ".".join(map(str, error["loc"])).removeprefix("measures.") or None,
+                f"not a result of this toolkit ({error['msg']})",
+            )
             for error in fault.errors()
         ]
 
@@ -219,9 +203,10 @@ def summarise(results: Iterable[Result]) -> RunSummary:
     for r in results:
         statuses[r.status] += 1
         gains += [] if r.gain is None else [r.gain]
-        clean += [r.heldout_clean.adapted] if r.heldout_clean else []
-        accuracy += [r.heldout_accuracy.adapted] if r.heldout_accuracy else []
-        won += [r.win_rate.value] if r.win_rate else []
+        measures = r.measures
+        clean += [measures.heldout_clean.adapted] if measures.heldout_clean else []
+        accuracy += [measures.heldout_accuracy.adapted] if measures.heldout_accuracy else []
+        won += [measures.win_rate.value] if measures.win_rate else []
         if r.status == "released":
             full += r.alpha == 1
             if r.pooled:
@@ -321,48 +306,28 @@ def outcome(
     sign of either: the constraint holds before it rises (docs/explanation/promise.md).
     """
     assert (verdict is not None and verdict.admitted) == (written is not None), trained.user_id
-    duals = {name: Dual(*trace) for name, trace in trained.duals.items()}
     known: dict[str, Any] = {
         "user_id": trained.user_id,
         "slug": slug(trained.user_id),
         "pairs": pairs,
-        "duals": duals,
+        "duals": trained.duals,
         "steps": trained.steps,
         "seconds": trained.seconds,
     }
     if verdict is None:
         return Result(status="failed", reason=trained.reason, alarm=against_policy > 0, **known)
     counts = verdict.categories
-    result = Result(
+    return Result(
         status="held_back" if written is None else "released",
         reason=verdict.reason,
         alpha=verdict.alpha,
         tier_one={POOLED: verdict.pooled} | {name: count for name, count in counts.items() if name in tier_one},
         tier_two={name: count for name, count in counts.items() if name not in tier_one},
+        measures=measures or Measures(),
         looks=verdict.looks,
         clusters=verdict.clusters,
         alarm=against_policy > 0 or not verdict.looks[0].passed,
         path=written.path if written else None,
         manifest_sha256=written.manifest_sha256 if written else None,
         **known,
-    )
-    return result if measures is None else measured(result, measures)
-
-
-def measured(result: Result, measures: Measures) -> Result:
-    """The line with these measurements in it; what the gate decided stays."""
-    tested = measures.test_pooled
-    return replace(
-        result,
-        heldout_accuracy=measures.heldout_accuracy,
-        heldout_clean=measures.heldout_clean,
-        win_rate=measures.win_rate,
-        over_refusal=measures.over_refusal,
-        ordinary=measures.ordinary,
-        twins=measures.twins,
-        test=None if tested is None else SplitRefusals(tested, measures.test_categories, measures.test_shift),
-        answer_perplexity=measures.answer_perplexity,
-        unchanged=measures.unchanged,
-        tax=measures.tax,
-        requirements=dict(measures.requirements),
     )

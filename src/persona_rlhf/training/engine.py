@@ -23,7 +23,8 @@ from persona_rlhf.training.cache import HiddenStateCache, Reference
 from persona_rlhf.training.constraint import ConstraintBank, ConstraintSample, ConstraintSampler
 from persona_rlhf.training.memory import slots_of
 from persona_rlhf.training.objective import StepLoss, detached, heldout_loss, joined, step_loss
-from persona_rlhf.training.user_state import DualTrace, Slots, UserSchedule, queue_order, user_generator
+from persona_rlhf.training.records import DualTrace
+from persona_rlhf.training.user_state import Slots, UserSchedule, queue_order, user_generator
 
 
 class TrainedUser(NamedTuple):

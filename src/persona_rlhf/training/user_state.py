@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from persona_rlhf.config.training import ConstraintSettings, DpoSettings, EarlyStopSettings
 from persona_rlhf.data.tokenize import PairRow, UserRows
+from persona_rlhf.training.records import DualTrace
 
 DUAL_SMOOTHING = 0.9
 """Share of the old estimate in a smoothed violation; a step sees one probe a category."""
@@ -24,14 +25,6 @@ DUAL_CEILING = 10.0
 # ----------------------------------------------------------------------------------------------------
 # Dual variables: how hard the constraint pulls, one a user and category, moved by what was measured.
 # ----------------------------------------------------------------------------------------------------
-
-
-class DualTrace(NamedTuple):
-    """A dual variable over a user's training: its last, largest and mean value."""
-
-    final: float
-    peak: float
-    mean: float
 
 
 class Duals:
