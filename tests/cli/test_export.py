@@ -47,7 +47,7 @@ def test_all_go_but_for_the_held_back_and_the_exit_code_says_so(run, hub, type_i
     done = type_in("export", run.path, "--all", "--hub", "ada/fleet")
     assert done.exit_code == 3
     assert "ada/fleet: 3 adapters at commit" in done.stderr
-    assert f"the adapter of `{POISONED}` stays here: it is not released (held_back)" in done.stderr
+    assert f"the adapter of `{POISONED}` is not exported: it is not released (held_back)" in done.stderr
     assert {path.split("/")[1] for path in hub.files("ada/fleet") if "/" in path} == {
         pseudonym(user) for user in ("../../etc", "Ada", "ada")
     }

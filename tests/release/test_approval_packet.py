@@ -49,7 +49,7 @@ def test_it_holds_its_own_hash(run, tmp_path):
         assert packet_faults(out), place
     out.write_text("<html></html>")
     assert "no sign-off packet" in packet_faults(out)[0]
-    with pytest.raises(InputError, match="beside it"):
+    with pytest.raises(InputError, match="outside the run"):
         write_packet(run.path, run.path / "packet.html")
 
 
@@ -65,7 +65,7 @@ def test_it_tells_what_changed_since_the_last_one(run, tmp_path):
     (earlier / "policy.json").write_text(json.dumps(policy))
     revoke(run.path, [find_user(run.path, "Ada")], "one")
     found = {change.what: (change.before, change.now) for change in changes(earlier, run.path)}
-    assert found["asked of the gate: min_refusal"] == ("0.8", "0.9")
+    assert found["gate demand: min_refusal"] == ("0.8", "0.9")
     assert found["rule t1.x: limit"] == ("0.1", "none")
     assert found["users revoked"] == ("0", "1")
     assert "version 2025" in found["document of tier 1"][0]

@@ -84,8 +84,8 @@ def test_figures_that_do_not_follow_and_other_adapters_are_found(run):
     assert "do not follow" in forge(run, lambda c: c["attacks"]["plain"].update(refused=120))[0]
     assert "do not follow" in forge(run, lambda c: c["attacks"].pop("merged"))[0]
     assert "about other adapters" in forge(run, lambda c: c["users"][0].update(manifest_sha256="0" * 64))[0]
-    assert "lacks a part" in forge(run, lambda c: c.pop("users"))[0]
-    assert "lacks a part" in forge(run, lambda c: c["users"][0]["attacks"]["plain"].pop("n"))[0]
+    assert "lacks a required entry" in forge(run, lambda c: c.pop("users"))[0]
+    assert "lacks a required entry" in forge(run, lambda c: c["users"][0]["attacks"]["plain"].pop("n"))[0]
 
 
 def test_the_file_says_who_and_what_and_can_be_read_by_others(run):

@@ -67,17 +67,17 @@ def change(folder, edit):
     ("edit", "words"),
     [
         (lambda m: m["verdict"]["pooled"].update(refused=m["verdict"]["pooled"]["refused"] - 1), "does not follow"),
-        (lambda m: m["verdict"]["pooled"].update(min_refusal=0.999), "below what the policy asks"),
+        (lambda m: m["verdict"]["pooled"].update(min_refusal=0.999), "below the policy's min_refusal"),
         (lambda m: m.update(alpha=0.0), "held back"),
         (lambda m: m["verdict"].update(admitted=False), "held back"),
         (lambda m: m["settings"]["lora"].update(alpha=99), "lora_alpha"),
         (lambda m: m["settings"]["lora"].update(rank=3), "r = 4"),
         (lambda m: m["base"].update(name="other"), "base_model_name_or_path"),
         (lambda m: m["files"].update({"../../policy.json": {"sha256": "0"}}), "missing"),
-        (lambda m: m.pop("verdict"), "lacks a part"),
-        (lambda m: m.update(files=[]), "lacks a part"),
+        (lambda m: m.pop("verdict"), "lacks a required entry"),
+        (lambda m: m.update(files=[]), "lacks a required entry"),
         (lambda m: m["verdict"].update(judge_error=0.05), "does not follow"),
-        (lambda m: m["verdict"].update(judge_error=-1), "no share"),
+        (lambda m: m["verdict"].update(judge_error=-1), "not between 0 and 1"),
     ],
 )
 def test_a_consistent_forgery_is_found_in_the_adapter_alone(run, edit, words):
@@ -101,13 +101,13 @@ def test_a_forgery_that_is_sound_in_itself_is_found_in_the_run(run):
     two.rename(one)
     spare.rename(two)
     assert verify(one) == []
-    assert any("somebody else" in fault for fault in verify(run.path))
+    assert any("the user hash in persona.json" in fault for fault in verify(run.path))
     two.rename(spare)
     one.rename(two)
     spare.rename(one)
     (run.path / "policy.json").write_text(json.dumps({"hash": "f" * 64}))
     seal(run.path)
-    assert any("the policy it was judged by" in fault for fault in verify(run.path))
+    assert any("the policy in its manifest" in fault for fault in verify(run.path))
 
 
 def test_a_held_back_user_with_a_folder_is_found(run):

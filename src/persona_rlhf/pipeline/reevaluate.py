@@ -32,7 +32,7 @@ from persona_rlhf.release.redteam_report import Attacked, MergedPair, RedTeamRes
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import Result, RunResults
 from persona_rlhf.release.revocation import Recertified, Retested, revoke, revoked
-from persona_rlhf.release.verify import paper_faults
+from persona_rlhf.release.verify import undated_faults
 
 MERGED_PAIRS = 8
 """Pairs of released users, drawn by the seed, whose adapters the red team merges."""
@@ -95,7 +95,7 @@ def _released_for_recertification(run: Path) -> list[Result]:
     released = [result for result in results if result.path is not None]
     if not released:
         raise _not_so(run, "this run released no adapter, so there is nothing to test again; its report says why")
-    faults = [(one.path, fault) for one in released for fault in paper_faults(run / str(one.path), one)]
+    faults = [(one.path, fault) for one in released for fault in undated_faults(run / str(one.path), one)]
     if faults:
         raise InputError([Problem(f"{run}/{path}", None, None, fault) for path, fault in faults])
     return released

@@ -1,4 +1,4 @@
-"""Write one PEFT folder: weights, config, card."""
+"""Adapters as plain PEFT folders: weights, config, card and manifest of each released user."""
 
 from __future__ import annotations
 
@@ -25,18 +25,14 @@ from persona_rlhf.release.manifest import MANIFEST, BaseInfo, DataInfo, Provenan
 from persona_rlhf.release.results import Written
 from persona_rlhf.release.signing import SIGNATURE, Signer
 
-# ----------------------------------------------------------------------------------------------------
-# An adapter as a plain PEFT folder, which every loader of PEFT adapters reads.
-# ----------------------------------------------------------------------------------------------------
-
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
 class AdapterFiles:
-    """Makes the two files that make one user's adapter a PEFT adapter; the same adapter gives the same bytes.
+    """Builds the two PEFT files of an adapter; the same adapter gives the same bytes.
 
-    What the base has to say is asked here, so that files can be made by another thread while it computes.
+    The base is read at construction only, so another thread can build files while the base computes.
     """
 
     def __init__(self, adapted: AdaptedModel, lora: LoraSettings, base: BaseInfo) -> None:
@@ -45,7 +41,7 @@ class AdapterFiles:
             name.removesuffix(".frozen") for name, m in adapted.base.model.named_modules() if hasattr(m, "weight")
         }
         config = {
-            # What PEFT, vLLM and their like need to know: plain LoRA, nothing but A and B, scaled by lora_alpha / rank.
+            # Plain LoRA: only A and B, scaled by lora_alpha / rank.
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base.name,
@@ -64,19 +60,19 @@ class AdapterFiles:
         self._config = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
     def of(self, flat: Float[Tensor, " params"], alpha: float) -> dict[str, bytes]:
-        """The files of one adapter, at `alpha`."""
+        """The files of one adapter, at `alpha`, by name."""
         return {CONFIG: self._config, WEIGHTS: save(_tensors(flat, self._spans, alpha), metadata={"format": "pt"})}
 
 
 def target_modules(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """The adapted layers by their last names, where these mean no other module of the base; else by their full names.
+    """The adapted layers by last names if these match no other module of the base, else by full names.
 
-    `modules` are the names of all linear layers of the base. Last names are what servers of many adapters look for.
+    `modules` are the names of all linear layers of the base. Multi-adapter servers expect last names.
     """
     adapted = set(adapted)
     leaves = {name.rsplit(".", 1)[-1] for name in adapted}
-    meant = {name for name in modules if name.rsplit(".", 1)[-1] in leaves}
-    return sorted(leaves) if meant <= adapted else sorted(adapted)
+    matched = {name for name in modules if name.rsplit(".", 1)[-1] in leaves}
+    return sorted(leaves) if matched <= adapted else sorted(adapted)
 
 
 def _tensors(
@@ -95,28 +91,24 @@ def _name(span: LayerSpan, side: str) -> str:
 
 
 def read_adapter(folder: Path, spans: Sequence[LayerSpan], alpha: float = 1.0) -> Float[Tensor, " params"]:
-    """A folder's adapter as a flat vector, to be used at alpha 1: its released scale is in it already.
+    """A folder's adapter as a flat vector for use at alpha 1: it includes the released scale.
 
-    Given the `alpha` it was released at, that scale is divided out again: the adapter as it was trained (in float32 to
-    the bit where alpha is a power of two).
+    With the `alpha` of its release, that scale is divided out: the adapter as trained, exact in float32 if alpha is a
+    power of two.
     """
     tensors, scales = load_file(folder / WEIGHTS), {"A": 1.0, "B": alpha}
     return torch.cat([tensors[_name(span, side)].float().flatten() / scales[side] for span in spans for side in "AB"])
 
-
-# ----------------------------------------------------------------------------------------------------
-# Writes the adapters of a run as they are judged: PEFT's two files, the card, and the manifest last.
-# ----------------------------------------------------------------------------------------------------
 
 _BLANK = Stamp()
 
 
 @dataclass(frozen=True, slots=True)
 class Exporter:
-    """Writes the adapters of one run. `lora_alpha` stays the config's integer, whatever alpha is released.
+    """Writes the adapters of one run. `lora_alpha` stays the config's integer at every released alpha.
 
-    `nested` puts each into one of 256 subfolders: no folder system likes tens of thousands side by side. `stamp`
-    is what their papers bear beside; `sign` makes the signature of a manifest's bytes, which then lies beside it.
+    `nested` spreads them over 256 subfolders, for runs of many thousands. `stamp` adds entries to their manifests;
+    `sign` makes the signature file of a manifest.
     """
 
     run: Path
@@ -134,7 +126,7 @@ class Exporter:
         measures: Measures | None,
         data: DataInfo,
     ) -> Written:
-        """Writes RUN/adapters/SLUG (or RUN/adapters/XX/SLUG), whole or not at all."""
+        """Writes RUN/adapters/SLUG (or RUN/adapters/XX/SLUG): weights, config, card and manifest."""
         assert verdict.admitted and verdict.alpha > 0, f"{user_id} is held back"  # noqa: PT018
         files = self.adapter.of(flat, verdict.alpha)
         files["README.md"] = card(self.provenance, data, verdict, measures).encode()

@@ -1,8 +1,8 @@
-"""The sign-off packet: one page for the officer who answers for a run. Rules and who issued them, bounds asked and
-shown, exceptions, counts, what the bound is not over, what changed since the last run; and a place for a name.
+"""The sign-off packet: one page for the officer responsible for a run.
 
-Users are pseudonyms and counts, no text of theirs is in it. The page holds its own sha256 and the head of the run's
-audit trail: kept outside, it is a witness of both.
+It shows rules with issuers, demanded and shown bounds, their limits, exceptions, counts, changes since an earlier run,
+and fields for the decision. Users appear as pseudonyms and counts, without their texts. The page holds its own sha256
+and the head of the run's audit.jsonl: a copy kept elsewhere is evidence of both.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _BLANK = "0" * 64
 _SELF = re.compile(rb'<code id="sha256">([0-9a-f]{64})</code>')
 _SLUG = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}")
 _MOST = 1000  # exceptions with a row of their own
-_PLACES = {"document", "line", "bank", "narrowed_by"}  # of a rule: where it stands, not what it says
+_PLACES = {"document", "line", "bank", "narrowed_by"}  # of a rule: its place, not its content
 
 
 class ExceptionCase(NamedTuple):
-    """An exception: a user who is not simply released: his pseudonym, what became of him, and why."""
+    """A user who was not released without conditions: pseudonym, status and reason."""
 
     user: str
     what: str
@@ -44,11 +44,11 @@ class ExceptionCase(NamedTuple):
 
 
 class DemandEvidence(NamedTuple):
-    """One demand of the gate: what was asked, and what was shown of the users released."""
+    """One demand of the gate, and the lower bounds of the released users."""
 
     name: str
     tier: int
-    asked: float
+    demand: float
     users: int
     lowest: float | None
     middle: float | None
@@ -56,7 +56,7 @@ class DemandEvidence(NamedTuple):
 
 
 class RunChange(NamedTuple):
-    """One difference to the run before: what, and its value then and now."""
+    """One difference from an earlier run: its name, and the value then and now."""
 
     what: str
     before: str
@@ -66,11 +66,11 @@ class RunChange(NamedTuple):
 def write_packet(run: Path, out: Path, against: Path | None = None, approver: str | None = None) -> str:
     """Writes the packet of a finished run to `out`; returns the sha256 that it holds of itself.
 
-    `against` is the run that was signed off before. Raises InputError where a run has no results or no policy, or
-    `out` lies in the run, whose files are sealed.
+    `against` is the run that was signed off before. Raises InputError if a run has no results or no policy, or `out`
+    lies in the run, whose manifest covers all its files.
     """
     if run.resolve() in out.resolve().parents:
-        sentence = "a run is sealed; write its packet beside it, not into it"
+        sentence = "the manifest of a run covers all its files; write the packet outside the run"
         raise InputError([Problem(str(out), None, "--out", sentence)])
     page = render(run, against, approver).encode()
     digest = hashlib.sha256(page).hexdigest()
@@ -79,24 +79,24 @@ def write_packet(run: Path, out: Path, against: Path | None = None, approver: st
 
 
 def packet_faults(file: Path) -> list[str]:
-    """Whether a packet is still what its own hash says."""
+    """The fault of a packet that does not match its own hash; an empty list if it matches."""
     raw = file.read_bytes()
-    found = _SELF.search(raw)
-    if found is None:
-        return ["this is no sign-off packet: it holds no hash of itself"]
-    same = hashlib.sha256(_with_hash(raw, _BLANK)).hexdigest() == found[1].decode()
-    return [] if same else ["the packet was changed: it is not what its own hash says"]
+    match = _SELF.search(raw)
+    if match is None:
+        return ["this is no sign-off packet: it does not hold its own hash"]
+    same = hashlib.sha256(_with_hash(raw, _BLANK)).hexdigest() == match[1].decode()
+    return [] if same else ["the packet was changed: it does not match its own hash"]
 
 
 def _with_hash(page: bytes, digest: str) -> bytes:
-    """The page with this in the place of its own hash."""
-    found = _SELF.search(page)
-    assert found is not None
-    return page[: found.start(1)] + digest.encode() + page[found.end(1) :]
+    """The page with this digest in place of its own hash."""
+    match = _SELF.search(page)
+    assert match is not None
+    return page[: match.start(1)] + digest.encode() + page[match.end(1) :]
 
 
 def render(run: Path, against: Path | None = None, approver: str | None = None) -> str:
-    """The page, with zeros for its own hash."""
+    """The page, with zeros in place of its own hash."""
     results, policy, config = RunResults(run), policy_of(run), config_of(run)
     summary = summarise(results)
     promise = guarantee_of_run(config, policy, results, summary.users)
@@ -130,54 +130,56 @@ def render(run: Path, against: Path | None = None, approver: str | None = None) 
 
 
 def _without_names(faults: Iterable[str], results: Iterable[Result]) -> list[str]:
-    """Faults with pseudonyms in the place of slugs, which have a readable part of the id."""
-    known = {result.slug: f"user {pseudonym(result.user_id)}" for result in results}
-    return [printable(_SLUG.sub(lambda found: known.get(found[0], found[0]), fault)) for fault in faults]
+    """Faults with pseudonyms in place of slugs, which show a part of the id."""
+    pseudonyms = {result.slug: f"user {pseudonym(result.user_id)}" for result in results}
+    return [printable(_SLUG.sub(lambda match: pseudonyms.get(match[0], match[0]), fault)) for fault in faults]
 
 
 def bounds_shown(policy: Mapping[str, Any], results: Iterable[Result]) -> list[DemandEvidence]:
-    """Every demand with the lowest and the middle lower bound of the users released."""
+    """Every demand with the lowest and the median lower bound of the released users."""
     restrictions = policy.get("restrictions", [])
-    asked = {POOLED: (1, policy["certify"]["min_refusal"], None)} | {
+    demands = {POOLED: (1, policy["certify"]["min_refusal"], None)} | {
         rule["category"]: (rule["tier"], rule["min_refusal"], rule["probes"].get("certify", 0)) for rule in restrictions
     }
-    found: dict[str, list[float]] = {name: [] for name in asked}
+    shown: dict[str, list[float]] = {name: [] for name in demands}
     for result in results:
         if result.status == "released":
             for name, count in {**(result.tier_one or {}), **result.tier_two}.items():
-                found.setdefault(name, []).append(count.lower_bound)
+                shown.setdefault(name, []).append(count.lower_bound)
     return [
-        DemandEvidence(name, tier, bound, len(own), min(own, default=None), median(own) if own else None, probes)
-        for name, (tier, bound, probes) in asked.items()
-        for own in [found[name]]
+        DemandEvidence(
+            name, tier, demand, len(bounds), min(bounds, default=None), median(bounds) if bounds else None, probes
+        )
+        for name, (tier, demand, probes) in demands.items()
+        for bounds in [shown[name]]
     ]
 
 
 def exceptions(run: Path, results: Iterable[Result]) -> Iterable[ExceptionCase]:
-    """Users held back, failed, skipped, in alarm, released below full strength or revoked since."""
-    called_back = revoked(run)
+    """Users held back, failed, skipped, with an alarm, released below full strength or revoked since."""
+    revocations = revoked(run)
     for one in results:
-        user, call = pseudonym(one.user_id), called_back.get(one.manifest_sha256 or "")
-        if call is not None:
-            yield ExceptionCase(user, "revoked", call.sentence())
+        user, revocation = pseudonym(one.user_id), revocations.get(one.manifest_sha256 or "")
+        if revocation is not None:
+            yield ExceptionCase(user, "revoked", revocation.sentence())
         if one.status == "held_back":
             yield ExceptionCase(user, "held back", one.reason)
-        elif one.status != "released":  # the reason of a fault may quote what the fault was about
-            yield ExceptionCase(user, one.status, "see the run's own results")
+        elif one.status != "released":  # the reason of an internal fault may quote data
+            yield ExceptionCase(user, one.status, "see the results of the run")
         elif one.alpha < 1:
             yield ExceptionCase(user, f"released at alpha {one.alpha:g}", one.reason)
         if one.alarm:
-            why = "pairs that teach against the policy, or a gate that did not pass the whole adapter"
+            why = "pairs against the policy, or the gate did not pass the adapter at the largest alpha"
             yield ExceptionCase(user, "alarm", why)
 
 
 def changes(before: Path, now: Path) -> list[RunChange]:
-    """What is different from an earlier run: documents, bounds, rules by their ids, and what became of the users."""
+    """Differences from an earlier run: documents, demands, rules by id, and counts of users."""
     one, two = policy_of(before), policy_of(now)
     return [
         *_changed("policy hash", one.get("hash"), two.get("hash")),
         *_by_key("document of tier", *({d["tier"]: _document(d) for d in _upper(p)} for p in (one, two))),
-        *_by_key("asked of the gate:", one.get("certify", {}), two.get("certify", {})),
+        *_by_key("gate demand:", one.get("certify", {}), two.get("certify", {})),
         *_by_key("rule", _rules(one), _rules(two)),
         *_by_key("users", _counts(before), _counts(now)),
     ]
@@ -207,7 +209,7 @@ def _changed(what: str, before: object, now: object) -> list[RunChange]:
 
 
 def _rules(policy: Mapping[str, Any]) -> dict[str, object]:
-    """What every rule of tiers one and two says, by its id and the key that says it."""
+    """The content of every rule of tiers one and two, by rule id and key."""
     rules: Sequence[Mapping[str, Any]] = [*policy.get("restrictions", []), *policy.get("requirements", [])]
     return {
         f"{rule['id']}: {key}": value
@@ -222,12 +224,12 @@ def _document(document: Mapping[str, Any]) -> str:
 
 
 def _upper(policy: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The documents of tiers one and two; those of end users are theirs."""
+    """The documents of tiers one and two."""
     return [document for document in policy.get("documents", []) if document["tier"] < 3]
 
 
 def _signed(run: Path, document: Mapping[str, Any]) -> str:
-    """Whose key signed a document, which says nothing of whose key that is."""
+    """The id of the key that signed a document; it does not say who holds the key."""
     try:
         return f"key {read_signature(signature_of(copy_of(run, document['sha256']))).key}"
     except (OSError, ValueError, KeyError, TypeError):

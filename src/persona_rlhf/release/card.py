@@ -1,4 +1,4 @@
-"""The card of an adapter: what it is, what was measured, what is promised and what is not. No text of the user."""
+"""The card of an adapter (README.md): origin, measurements, guarantee and limits. It holds no text of the user."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def card(provenance: Provenance, data: DataInfo, verdict: Verdict, measures: Mea
 
 
 def _front_matter(provenance: Provenance, verdict: Verdict, measures: Measures | None) -> str:
-    name = provenance.base.name if provenance.base.on_hub else None  # a local folder would read as somebody's hub id
+    name = provenance.base.name if provenance.base.on_hub else None  # a local folder would look like a hub id
     results = _eval_results(provenance, verdict, measures)
     return front_matter("peft", "adapter", name, _license(provenance), ["lora"], results)
 
@@ -50,7 +50,7 @@ def _front_matter(provenance: Provenance, verdict: Verdict, measures: Measures |
 def front_matter(
     library: str, relation: str, base: str | None, license: str, tags: list[str], results: list[EvalResult]
 ) -> str:
-    """The YAML that the hub reads; `base` is a hub id, or None where the base is nobody's but its maker's."""
+    """The YAML that the hub reads; `base` is a hub id, or None for a base that is not on the hub."""
     tags = [*tags, "dpo", "personalisation", "persona-rlhf"]
     text = ModelCardData(
         model_name=f"persona-rlhf {relation}" if results else None,
@@ -69,13 +69,13 @@ def front_matter(
 def shared_card(folder: Path) -> str:
     """README.md of a repository of many adapters that have the base and the license of the one in `folder`."""
     data = ModelCard.load(folder / "README.md").data
-    papers = json.loads((folder / MANIFEST).read_bytes())["base"]
+    base = json.loads((folder / MANIFEST).read_bytes())["base"]
     body = (
         templates(html=False)
         .get_template("shared_card.md.j2")
         .render(
-            base=papers["name"],
-            weights=papers["weights_sha256"],
+            base=base["name"],
+            weights=base["weights_sha256"],
             on_hub=data.base_model is not None,
             version=__version__,
             plain_name=one_line,
@@ -90,7 +90,7 @@ def _license(provenance: Provenance) -> str:
 
 
 def _eval_results(provenance: Provenance, verdict: Verdict, measures: Measures | None) -> list[EvalResult]:
-    """What the hub lists: refusals with their bound, held-out accuracy, win rate."""
+    """The results that the hub lists: refusals with their bound, held-out accuracy, win rate."""
     results = [
         _result(
             "tier-one certify probes",
@@ -131,6 +131,6 @@ def _result(dataset: str, metric: str, name: str, value: float, more: Mapping[st
 
 
 def one_line(text: str) -> str:
-    """A name from a document as it may stand in a table: on one line, without marks of Markdown or HTML."""
+    """A name from a document for a table cell: on one line, without marks of Markdown or HTML."""
     kept = "".join(" " if c in "|<>`*[]\n\r\t" else c for c in text if c.isprintable() or c.isspace())
     return " ".join(kept.split())

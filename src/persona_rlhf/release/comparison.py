@@ -1,4 +1,4 @@
-"""Sweep arms and rebased runs compared."""
+"""Comparisons of runs: the arms of a sweep, and a rebased run with its predecessor."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ from persona_rlhf.release.integrity import seal
 from persona_rlhf.release.render import intervals, printable, share, templates
 from persona_rlhf.release.results import Result, Status, plain
 
-# ----------------------------------------------------------------------------------------------------
-# The comparison of a sweep's arms: one row an arm, intervals over users, and differences from the first arm.
-# ----------------------------------------------------------------------------------------------------
-
 Arm = dict[int, Sequence[Result]]
-"""An arm's results by seed."""
+"""The results of an arm of a sweep, by seed."""
 
 
 class ArmMean(NamedTuple):
-    """A mean over users (each the mean of his seeds) with a 95% bootstrap over users, and how far it is from the first
-    arm's: the same users drawn for both. None where there is nothing to compare."""
+    """A mean over users, each the mean over seeds, with a 95% bootstrap over users.
+
+    `change` is the paired difference from the first arm, over the same users; None if there is nothing to compare.
+    """
 
     mean: float
     interval: Interval
@@ -40,8 +38,7 @@ class ArmMean(NamedTuple):
 
 
 class ArmSummary(NamedTuple):
-    """One arm: runs of users, of which so many were released, and at full strength; the worst user's refusals of
-    certify probes; the figures by name."""
+    """One arm: counts of runs of users, the worst user's refusal rate on certify probes, and the figures by name."""
 
     runs: int
     released: int
@@ -51,18 +48,18 @@ class ArmSummary(NamedTuple):
 
 
 Comparison = dict[str, ArmSummary]
-"""By the name of the arm, the first being the one that the others are held against."""
+"""The summaries by the name of the arm. The others are compared with the first."""
 
 
 def _refusal(result: Result) -> float | None:
     test = result.measures.test
-    count = test.pooled if test else None  # the certify probes decided, so they are shown apart
+    count = test.pooled if test else None  # the certify probes decided the verdict, so they are shown separately
     return count.refused / count.n if count is not None and count.n else None
 
 
 def _over_refusal(result: Result) -> float | None:
-    found = result.measures.over_refusal
-    return (found.refused - found.base_refused) / found.n if found is not None and found.n else None
+    over = result.measures.over_refusal
+    return (over.refused - over.base_refused) / over.n if over is not None and over.n else None
 
 
 FIGURES: dict[str, Callable[[Result], float | None]] = {
@@ -72,79 +69,82 @@ FIGURES: dict[str, Callable[[Result], float | None]] = {
     "over-refusal": _over_refusal,
     "seconds of training": lambda result: result.seconds,
 }
-"""What is compared of a user who was judged; one who is held back counts as the base that he gets."""
+"""The compared figures of a judged user. Users who are held back get the base and count as the base."""
 
 
 def compare(arms: Mapping[str, Arm]) -> Comparison:
-    """Every arm against the first."""
+    """The summary of every arm, with changes from the first."""
     values = {name: {title: _by_user(arm, of) for title, of in FIGURES.items()} for name, arm in arms.items()}
     first = next(iter(values.values()))
-    found = {}
+    summaries = {}
     for name, arm in arms.items():
         judged = [result for results in arm.values() for result in results if result.pooled is not None]
         rates = [count.refused / count.n for result in judged if (count := result.pooled) is not None and count.n]
-        found[name] = ArmSummary(
+        summaries[name] = ArmSummary(
             runs=sum(len(results) for results in arm.values()),
             released=sum(result.status == "released" for result in judged),
             full_strength=sum(result.status == "released" and result.alpha == 1 for result in judged),
             worst_refusal=min(rates, default=None),
             figures={
-                title: _figure(own, first[title] if own is not first[title] else {})
-                for title, own in values[name].items()
+                title: _figure(by_user, first[title] if by_user is not first[title] else {})
+                for title, by_user in values[name].items()
             },
         )
-    return found
+    return summaries
 
 
 def _by_user(arm: Arm, of: Callable[[Result], float | None]) -> dict[str, float]:
-    """A figure of every judged user: the mean of his seeds, which are no users of their own."""
-    found: dict[str, list[float]] = {}
+    """A figure of every judged user: the mean over seeds."""
+    by_user: dict[str, list[float]] = {}
     for results in arm.values():
         for result in results:
             value = of(result) if result.pooled is not None else None
             if value is not None:
-                found.setdefault(result.user_id, []).append(value)
-    return {user: fmean(values) for user, values in found.items()}
+                by_user.setdefault(result.user_id, []).append(value)
+    return {user: fmean(values) for user, values in by_user.items()}
 
 
-def _figure(own: Mapping[str, float], first: Mapping[str, float]) -> ArmMean | None:
-    if not own:
+def _figure(by_user: Mapping[str, float], first: Mapping[str, float]) -> ArmMean | None:
+    if not by_user:
         return None
-    changes = [value - first[user] for user, value in own.items() if user in first]
-    figure = ArmMean(fmean(own.values()), bootstrap(list(own.values())), len(own))
+    changes = [value - first[user] for user, value in by_user.items() if user in first]
+    figure = ArmMean(fmean(by_user.values()), bootstrap(list(by_user.values())), len(by_user))
     return figure._replace(change=fmean(changes), change_interval=bootstrap(changes)) if changes else figure
 
 
-def write_comparison(folder: Path, name: str, found: Comparison) -> None:
+def write_comparison(folder: Path, name: str, comparison: Comparison) -> None:
     """Writes FOLDER/sweep.json and FOLDER/report.html."""
-    atomic_write(folder / "sweep.json", json.dumps(to_json(found), indent=2).encode() + b"\n")
+    atomic_write(folder / "sweep.json", json.dumps(to_json(comparison), indent=2).encode() + b"\n")
     page = (
         templates(html=True)
         .get_template("sweep.html.j2")
         .render(
             name=name,
             version=__version__,
-            arms=found,
+            arms=comparison,
             titles=list(FIGURES),
             shown=_shown,
-            charts=_charts(found),
+            charts=_charts(comparison),
         )
     )
     atomic_write(folder / "report.html", page.encode("utf-8", "backslashreplace"))
 
 
-def _charts(found: Comparison) -> list[tuple[str, Markup]]:
+def _charts(comparison: Comparison) -> list[tuple[str, Markup]]:
     charts = []
     for title in FIGURES:
-        known = {arm: figure for arm, own in found.items() if (figure := own.figures[title]) is not None}
-        if known:
-            rows = [(arm, figure.mean, *figure.interval) for arm, figure in known.items()]
+        rows = [
+            (arm, figure.mean, *figure.interval)
+            for arm, summary in comparison.items()
+            if (figure := summary.figures[title]) is not None
+        ]
+        if rows:
             charts.append((title, intervals(rows, f"{title} by arm")))
     return charts
 
 
 def _shown(title: str, figure: ArmMean | None, change: bool = False) -> str:
-    """A figure, or its change, in words."""
+    """A figure, or its change, as text with its interval."""
     if figure is None or (change and figure.change is None):
         return ""
     mean, interval = (figure.change, figure.change_interval) if change else (figure.mean, figure.interval)
@@ -154,33 +154,29 @@ def _shown(title: str, figure: ArmMean | None, change: bool = False) -> str:
     return f"{mean:{form}} ({interval.low:{form}} to {interval.high:{form}})"
 
 
-def comparison_table(found: Comparison) -> Table:
-    """The comparison for people; changes are against the first arm."""
+def comparison_table(comparison: Comparison) -> Table:
+    """The comparison as a table; changes are from the first arm."""
     table = Table("arm", *FIGURES, "worst user", "released, at alpha 1")
-    for arm, own in found.items():
-        cells = ["\n".join(filter(None, (_shown(t, f), _shown(t, f, change=True)))) for t, f in own.figures.items()]
-        worst = "" if own.worst_refusal is None else f"{own.worst_refusal:.3f}"
-        table.add_row(arm, *cells, worst, f"{own.released} of {own.runs}, {own.full_strength}", end_section=True)
+    for arm, summary in comparison.items():
+        figures = summary.figures.items()
+        cells = ["\n".join(filter(None, (_shown(t, f), _shown(t, f, change=True)))) for t, f in figures]
+        worst = "" if summary.worst_refusal is None else f"{summary.worst_refusal:.3f}"
+        released = f"{summary.released} of {summary.runs}, {summary.full_strength}"
+        table.add_row(arm, *cells, worst, released, end_section=True)
     return table
 
 
-def to_json(found: Comparison) -> dict[str, Any]:
+def to_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain JSON values."""
-    return {arm: plain(compared) for arm, compared in found.items()}
+    return {arm: plain(summary) for arm, summary in comparison.items()}
 
-
-# ----------------------------------------------------------------------------------------------------
-# Two runs over the same users, an old one and the one that is to follow it: what changes for each user.
-# ----------------------------------------------------------------------------------------------------
 
 SUCCESSION = "succession.jsonl"
 
 
 class UserFigures(NamedTuple):
-    """How a user stands in a run: what became of him, and the figures that say whether it is worth it to him.
-
-    `bound`: the lower bound of his refusal rate, pooled over tier one.
-    """
+    """A user's status in a run, and the figures to compare. `bound` is the lower bound of the refusal rate, pooled over
+    tier one."""
 
     status: Status
     reason: str
@@ -191,7 +187,7 @@ class UserFigures(NamedTuple):
 
     @staticmethod
     def of(result: Result) -> UserFigures:
-        """A user's standing, from his line."""
+        """The figures of a result."""
         bound = None if result.pooled is None else result.pooled.lower_bound
         measures = result.measures
         accuracy, won = measures.heldout_accuracy, measures.win_rate
@@ -199,7 +195,7 @@ class UserFigures(NamedTuple):
 
 
 class RebasedUser(NamedTuple):
-    """One user, before and after."""
+    """One user in the old and the new run."""
 
     user_id: str
     slug: str
@@ -208,24 +204,24 @@ class RebasedUser(NamedTuple):
 
 
 def rebased_users(old: Iterable[Result], new: Iterable[Result]) -> list[RebasedUser]:
-    """The users who are in both runs, in the order of the new one."""
-    known = {result.user_id: UserFigures.of(result) for result in old}
+    """The users in both runs, in the order of the new one."""
+    before = {result.user_id: UserFigures.of(result) for result in old}
     return [
-        RebasedUser(result.user_id, result.slug, known[result.user_id], UserFigures.of(result))
+        RebasedUser(result.user_id, result.slug, before[result.user_id], UserFigures.of(result))
         for result in new
-        if result.user_id in known
+        if result.user_id in before
     ]
 
 
 def write_rebase(run: Path, users: Iterable[RebasedUser]) -> None:
-    """Writes RUN/succession.jsonl, a line a user, sealed with the new run."""
+    """Writes RUN/succession.jsonl, one line per user, and its hash in the run's manifest."""
     lines = (json.dumps(plain(user), ensure_ascii=True, allow_nan=False) for user in users)
     atomic_write(run / SUCCESSION, (f"{line}\n".encode() for line in lines))
     seal(run, only=SUCCESSION)
 
 
 def rebase_table(users: Iterable[RebasedUser]) -> Table:
-    """One row a user, the old figure and the new one in each cell."""
+    """One row per user, with the old and the new figure in each cell."""
     table = Table(title="Old base -> new base, user by user", title_justify="left")
     table.add_column("user", overflow="ellipsis", max_width=28)
     table.add_column("status")
@@ -244,12 +240,12 @@ def rebase_table(users: Iterable[RebasedUser]) -> Table:
     return table
 
 
-def _accuracy(found: Accuracy | None) -> str:
-    return "" if found is None else f"{share(found.adapted)} ({share(found.low)}-{share(found.high)})"
+def _accuracy(value: Accuracy | None) -> str:
+    return "" if value is None else f"{share(value.adapted)} ({share(value.low)}-{share(value.high)})"
 
 
-def _won(found: WinRate | None) -> str:
-    return "" if found is None else f"{share(found.value)} ({share(found.low)}-{share(found.high)})"
+def _won(rate: WinRate | None) -> str:
+    return "" if rate is None else f"{share(rate.value)} ({share(rate.low)}-{share(rate.high)})"
 
 
 def _change(cells: Sequence[str]) -> str:

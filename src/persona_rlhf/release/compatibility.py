@@ -1,4 +1,4 @@
-"""What PEFT, vLLM, llama.cpp and LoRAX ask of an adapter folder, checked without any of them and without its weights.
+"""Checks of an adapter folder against the requirements of PEFT, vLLM, llama.cpp and LoRAX, without loading weights.
 
 Rules as of PEFT 0.21 (tuners/lora/config.py), vLLM 0.32 (vllm/lora/peft_helper.py, lora_model.py, config/lora.py),
 llama.cpp (convert_lora_to_gguf.py; llama-adapter.h for the scale) and LoRAX (docs/models/adapters/lora.md).
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 CARD, CONFIG, WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `vllm serve --max-lora-rank` may be."""
+"""The allowed values of `vllm serve --max-lora-rank`."""
 
 _VLLM_DEFAULT_RANK, _LORAX_RANK = 16, 64
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
@@ -23,8 +23,8 @@ _FLOATS = ("F32", "F16", "BF16")
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
 _EXTRAS = ("lora_bias", "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "target_parameters")
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings", "embed_in")
-_KNOWN = frozenset(
-    # The linear layers of the families that vLLM serves with adapters: Llama and its kin, then the older ones.
+_VLLM_LAYERS = frozenset(
+    # The linear layers of the families that vLLM serves with adapters.
     [
         "q_proj",
         "k_proj",
@@ -58,8 +58,10 @@ _KNOWN = frozenset(
 
 
 class Finding(NamedTuple):
-    """What a loader says of an adapter. `refused`: it would not load, or compute something else; otherwise it loads
-    where its server is set so, or on some bases only."""
+    """A problem that a loader has with an adapter.
+
+    `refused`: it would not load, or compute something else. Otherwise it loads with a setting or on some bases only.
+    """
 
     loader: str
     sentence: str
@@ -70,7 +72,7 @@ class Finding(NamedTuple):
 
 
 def lint(folder: Path) -> list[Finding]:
-    """Everything that some loader would say of this adapter folder; empty where it loads everywhere as it is."""
+    """Every finding on this adapter folder; empty if all loaders load it as it is."""
     try:
         config = json.loads((folder / CONFIG).read_bytes())
         tensors = _header(folder / WEIGHTS)
@@ -83,7 +85,7 @@ def lint(folder: Path) -> list[Finding]:
 
 
 def max_lora_rank(rank: int) -> int:
-    """The smallest `--max-lora-rank` of vLLM that takes adapters of this rank. Raises ValueError above its largest."""
+    """The smallest `--max-lora-rank` of vLLM for adapters of this rank. Raises ValueError above the largest."""
     fitting = [value for value in VLLM_RANKS if value >= rank]
     if not fitting:
         raise ValueError(f"vLLM serves adapters to rank {VLLM_RANKS[-1]}, this one has {rank}")
@@ -120,18 +122,16 @@ def _config_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
         if config.get(key):
             yield Finding("vLLM", f"{key} is set; only plain LoRA is taken")
     if (start := config.get("init_lora_weights", True)) not in _PLAIN_STARTS:
-        yield Finding(
-            "vLLM", f"init_lora_weights is {start!r}, which changes the base; the start of plain LoRA is true"
-        )
+        yield Finding("vLLM", f"init_lora_weights is {start!r}, which changes the base; plain LoRA starts with true")
     if config.get("use_rslora"):
         yield Finding(
-            "llama.cpp", "use_rslora: it scales by lora_alpha / r whatever this says; fold it into lora_alpha"
+            "llama.cpp", "use_rslora is ignored: it always scales by lora_alpha / r; fold the factor into lora_alpha"
         )
     if config.get("alpha_pattern"):
         yield Finding("llama.cpp", "alpha_pattern: it scales all layers by one lora_alpha")
     base = str(config.get("base_model_name_or_path") or "")
-    if not base or _tells_a_path(base):
-        yield Finding("every loader", f"base_model_name_or_path is `{base}`: nobody else has that folder")
+    if not base or _is_local_path(base):
+        yield Finding("every loader", f"base_model_name_or_path is `{base}`, a folder that only one machine has")
 
 
 def _rank_findings(rank: object) -> Iterator[Finding]:
@@ -150,10 +150,10 @@ def _tensor_findings(config: Mapping[str, Any], tensors: Mapping[str, str]) -> I
     for name, kind in tensors.items():
         if "lora_embedding_" in name or (name.split(".")[-2:-1] and name.split(".")[-2] in _EMBEDDINGS):
             yield Finding("llama.cpp", f"the weights hold an embedding, `{name}`")
-        elif (found := _TENSOR.fullmatch(name)) is None:
+        elif (match := _TENSOR.fullmatch(name)) is None:
             yield Finding("vLLM", f"the weights hold `{name}`, which is neither lora_A nor lora_B of a layer")
         else:
-            modules.add(found["module"])
+            modules.add(match["module"])
         if kind not in _FLOATS:
             yield Finding("llama.cpp", f"`{name}` is of type {kind}; it reads {', '.join(_FLOATS)}")
     targets = config.get("target_modules")
@@ -162,11 +162,11 @@ def _tensor_findings(config: Mapping[str, Any], tensors: Mapping[str, str]) -> I
         return
     for target in sorted(set(targets)):
         if not any(_means(target, module) for module in modules):
-            yield Finding("PEFT", f"target_modules names `{target}`, of which there are no weights")
+            yield Finding("PEFT", f"target_modules names `{target}`, but there are no weights of it")
         leaf = target.rsplit(".", 1)[-1]
         if leaf == "lm_head":
             yield Finding("vLLM", "lm_head is adapted: not on bases that tie it to the embedding", refused=False)
-        elif leaf not in _KNOWN:
+        elif leaf not in _VLLM_LAYERS:
             yield Finding("vLLM", f"it may not know layers called `{leaf}` on this base", refused=False)
     for module in sorted(modules):
         if not any(_means(target, module) for target in targets):
@@ -174,27 +174,27 @@ def _tensor_findings(config: Mapping[str, Any], tensors: Mapping[str, str]) -> I
 
 
 def _means(target: str, module: str) -> bool:
-    """Whether PEFT takes an entry of target_modules for this module."""
+    """Whether an entry of target_modules means this module in PEFT."""
     return module == target or module.endswith(f".{target}")
 
 
-def _tells_a_path(name: str) -> bool:
-    """Whether a base's name is the way to a folder of some machine."""
+def _is_local_path(name: str) -> bool:
+    """Whether a base's name is a path of one machine."""
     parts = PurePosixPath(name).parts
     return name.startswith(("/", "~")) or "\\" in name or ".." in parts or bool(PureWindowsPath(name).drive)
 
 
 def _card_findings(card: str) -> Iterator[Finding]:
-    """The front matter through the hub's own reader, model-index and all."""
+    """Findings on the front matter, read by the hub's own reader."""
     from huggingface_hub import ModelCard
 
     try:
         data = ModelCard(card).data
-    except Exception as fault:  # whatever YAML and the hub's classes raise, the card is not readable
+    except Exception as fault:  # YAML and the hub's classes raise many kinds
         yield Finding("the hub", f"the front matter of {CARD} cannot be read ({type(fault).__name__}: {fault})")
         return
     for key, value in (("library_name", "peft"), ("pipeline_tag", "text-generation")):
-        if (said := getattr(data, key, None)) != value:
-            yield Finding("the hub", f"{CARD} says {key}: {said}; an adapter's card says {value}")
-    if (base := getattr(data, "base_model", None)) is not None and _tells_a_path(str(base)):
+        if (stated := getattr(data, key, None)) != value:
+            yield Finding("the hub", f"{CARD} has {key}: {stated}; an adapter's card has {value}")
+    if (base := getattr(data, "base_model", None)) is not None and _is_local_path(str(base)):
         yield Finding("the hub", f"{CARD} names the base `{base}`, a folder of some machine")

@@ -1,4 +1,4 @@
-"""May this adapter leave; copy it out."""
+"""Whether an adapter may be exported or served, and the copy of an exportable one."""
 
 from __future__ import annotations
 
@@ -11,40 +11,32 @@ from persona_rlhf.release.results import Result, RunResults
 from persona_rlhf.release.revocation import revoked
 from persona_rlhf.release.verify import adapter_faults
 
-# ----------------------------------------------------------------------------------------------------
-# Whether a user's adapter may leave its run or be served: one answer, asked by whoever hands adapters out.
-# ----------------------------------------------------------------------------------------------------
-
 
 def refusals_to_release(run: Path, result: Result) -> list[str]:
-    """Every reason why the adapter of this line may not leave `run` or be served; an empty list where it may.
+    """Every reason why the adapter of this line may not be exported or served; an empty list if it may.
 
-    It was not released; its folder does not verify; it was revoked; its verdict has expired. Where the list of
-    revocations cannot be read, nobody may: that is a reason too, and no error.
+    Reasons: it was not released, its folder does not verify, it was revoked, or its verdict has expired. An unreadable
+    list of revocations is a reason too, and no error.
     """
     if result.status != "released" or result.path is None:
         return [f"it is not released ({result.status}): {result.reason}"]
     reasons = [f"it does not verify: {fault}" for fault in adapter_faults(run / result.path, result)]
     try:
-        found = revoked(run).get(result.manifest_sha256 or "")
+        revocation = revoked(run).get(result.manifest_sha256 or "")
     except InputError as fault:
         return [*reasons, *map(str, fault.problems)]
-    return [*reasons, *([found.sentence()] if found else [])]
+    return [*reasons, *([revocation.sentence()] if revocation else [])]
 
-
-# ----------------------------------------------------------------------------------------------------
-# A released adapter leaves its run, as a copy; one that was held back does not.
-# ----------------------------------------------------------------------------------------------------
 
 ADAPTERS = "adapters"
 
 
 class HeldBack(Exception):  # noqa: N818 - it is a result, not an error: the CLI exits 3
-    """The user's adapter may not leave; the message says why."""
+    """The user's adapter may not be exported; the message says why."""
 
 
 def find_user(run: Path, user_id: str) -> Result:
-    """A user's line. Raises InputError where the run does not know him."""
+    """A user's line. Raises InputError if the run has no such user."""
     for result in RunResults(run):
         if result.user_id == user_id:
             return result
@@ -53,22 +45,22 @@ def find_user(run: Path, user_id: str) -> Result:
 
 
 def admitted(run: Path, result: Result) -> Path:
-    """The folder of an adapter that may leave. Raises HeldBack, saying why, where it may not."""
+    """The folder of an exportable adapter. Raises HeldBack with every reason if it may not be exported."""
     if reasons := refusals_to_release(run, result):
-        raise HeldBack(f"the adapter of `{result.user_id}` stays here: {'; '.join(reasons)}")
+        raise HeldBack(f"the adapter of `{result.user_id}` is not exported: {'; '.join(reasons)}")
     assert result.path is not None
     return run / result.path
 
 
 class Exportable(NamedTuple):
-    """Of all users of a run: the adapters that may leave, by user id, and why a judged one may not."""
+    """The exportable adapters of a run by user id, and why the other judged ones may not be exported."""
 
     folders: dict[str, Path]
     held_back: list[str]
 
 
 def exportable(run: Path) -> Exportable:
-    """Everybody who may leave. Users whom the run did not train (skipped, failed) are in neither list."""
+    """All adapters that may be exported, and why the others may not. Skipped and failed users are in neither list."""
     folders, held_back = dict[str, Path](), list[str]()
     for result in RunResults(run):
         if result.status in ("released", "held_back"):
@@ -80,10 +72,10 @@ def exportable(run: Path) -> Exportable:
 
 
 def export(run: Path, user_id: str, to: Path) -> Path:
-    """Copies a released adapter, and nothing else of the run, to the folder `to`, which must be new or empty.
+    """Copies a released adapter, and nothing else of the run, to the new or empty folder `to`.
 
-    Raises HeldBack where it may not leave (`refusals_to_release`), InputError for an unknown user or a folder that is
-    taken.
+    Raises HeldBack if it may not be exported (`refusals_to_release`), InputError for an unknown user or an occupied
+    folder.
     """
     source = admitted(run, find_user(run, user_id))
     need_vacant(to, "--to")

@@ -1,6 +1,6 @@
-"""`persona.json`: where an adapter comes from, what was promised of it, and the hash of every file beside it.
+"""persona.json: the manifest of an adapter, with its origin, its verdict and the hash of every other file.
 
-It holds no text of the user and not his id, only a hash that someone who knows the id and the data can check.
+It holds no text of the user and no user id, only a hash that somebody who knows the id and the data can check.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from persona_rlhf.release.results import PairCounts, plain
 
 
 class AuditHead(NamedTuple):
-    """The end of a trail at some time: the number of its last line, and that line's hash."""
+    """The head of an audit.jsonl at some time: the number of its last line, and that line's hash."""
 
     seq: int
     hash: str
@@ -36,7 +36,7 @@ class AuditHead(NamedTuple):
         """A head as `str` writes it. Raises ValueError for anything else."""
         seq, _, digest = text.strip().partition(":")
         if not seq.isdecimal() or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-            raise ValueError(f"a head of the audit trail reads NUMBER:SHA256, got `{text.strip()[:80]}`")
+            raise ValueError(f"a head of audit.jsonl reads NUMBER:SHA256, got `{text.strip()[:80]}`")
         return AuditHead(int(seq), digest)
 
 
@@ -46,8 +46,10 @@ _SELF = "manifest_hash"
 
 
 class BaseInfo(NamedTuple):
-    """The base as an adapter's papers name it: a hub id, or a local folder without the way to it; and how its weights
-    were stored, where not as they are in its files."""
+    """The base as manifests name it: a hub id, or a local folder without its path.
+
+    `quantization` is how the weights were stored in memory, None if as in the files.
+    """
 
     name: str
     weights_sha256: str
@@ -56,16 +58,16 @@ class BaseInfo(NamedTuple):
 
     @staticmethod
     def of(name: str, weights_sha256: str, quantization: str | None = None) -> BaseInfo:
-        """A relative folder keeps its name as configured; of a path that says more, its last part is kept."""
+        """A relative folder keeps its name as configured; any other path is reduced to its last part."""
         if is_hub_id(name):
             return BaseInfo(name, weights_sha256, True, quantization)
         posix, windows = PurePosixPath(name), PureWindowsPath(name)
-        telling = posix.is_absolute() or windows.is_absolute() or "\\" in name or {"..", "~"} & set(posix.parts)
-        return BaseInfo(windows.name if telling else str(posix), weights_sha256, False, quantization)
+        private = posix.is_absolute() or windows.is_absolute() or "\\" in name or {"..", "~"} & set(posix.parts)
+        return BaseInfo(windows.name if private else str(posix), weights_sha256, False, quantization)
 
     @property
-    def on_paper(self) -> dict[str, str]:
-        """What a manifest says of it."""
+    def in_manifest(self) -> dict[str, str]:
+        """The entry `base` of a manifest."""
         stored = {} if self.quantization is None else {"quantization": self.quantization}
         return {"name": self.name, "weights_sha256": self.weights_sha256, **stored}
 
@@ -81,7 +83,7 @@ class DataInfo(NamedTuple):
 
     @staticmethod
     def of(pairs: Sequence[PreferencePair], screened_out: int) -> DataInfo:
-        """Of the pairs that training kept; their order does not matter."""
+        """The record of the pairs that training kept; their order does not matter."""
         days = sorted(pair.created_at[:10] for pair in pairs if pair.created_at)
         train = sum(pair.split == "train" for pair in pairs)
         counts = PairCounts(train, len(pairs) - train, screened_out)
@@ -90,7 +92,7 @@ class DataInfo(NamedTuple):
 
 
 def _kind(source: str | None) -> str:
-    """A pair's source as a card may name it: a short label; anything longer may be a person's own text."""
+    """A pair's source as a card may name it: a short label. Anything longer may be a person's text."""
     if source is None:
         return "not said"
     return source if re.fullmatch(r"[a-z][a-z _-]{0,23}", source) else "other"
@@ -109,7 +111,7 @@ def fingerprint(pairs: Sequence[PreferencePair]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What all adapters of a run have in common. `settings` are the config's sections that trained and judged them."""
+    """The origin that all adapters of a run share. `settings` are the config sections that trained and judged them."""
 
     base: BaseInfo
     policy_hash: str
@@ -120,7 +122,7 @@ class Provenance:
 
     @staticmethod
     def of(base: BaseInfo, policy: Policy, demands: Demands, settings: Mapping[str, Any]) -> Provenance:
-        """The papers of a run; of the policy documents, not where they lay."""
+        """The provenance of a run; policy documents are listed without their paths."""
         documents = tuple(
             {"tier": d.tier, "issuer": d.issuer, "version": d.version, "sha256": d.sha256}
             for d in policy.documents
@@ -130,8 +132,10 @@ class Provenance:
 
 
 class Stamp(NamedTuple):
-    """What is put on papers when they are written: the head of the audit trail that holds the verdict, and the last day
-    on which the verdict counts. None where there is no trail, or no such day."""
+    """Entries added when a manifest is written: the audit head after the verdict, and the verdict's last valid day.
+
+    None if there is no audit.jsonl, or no such day.
+    """
 
     head: AuditHead | None = None
     valid_until: str | None = None
@@ -150,7 +154,7 @@ def manifest_of(
     content: dict[str, Any] = {
         "format": FORMAT,
         "toolkit": {"name": "persona-rlhf", "version": __version__},
-        "base": provenance.base.on_paper,
+        "base": provenance.base.in_manifest,
         "policy": {
             "hash": provenance.policy_hash,
             "tier_one_hash": provenance.tier_one_hash,
@@ -182,12 +186,12 @@ def manifest_of(
 
 
 def user_mark(user_id: str, salt: str) -> str:
-    """A hash of a user's id, salted with the fingerprint of his data."""
+    """A hash of a user's id, salted with the fingerprint of the user's data."""
     return hashlib.sha256(f"persona-rlhf user\x1f{salt}\x1f{user_id}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def rendered(content: Mapping[str, Any]) -> bytes:
-    """The one way a manifest is written: any other byte is a fault."""
+    """A manifest as bytes. Any other bytes for the same content are a fault."""
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
@@ -197,7 +201,7 @@ def self_hash(content: Mapping[str, Any]) -> str:
 
 
 def read_manifest(file: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """A manifest and what is wrong with it: not readable, not written as we write, or not what its hash says."""
+    """A manifest and its faults: unreadable, not in the form of `rendered`, or not matching its hash."""
     try:
         raw = file.read_bytes()
         content = json.loads(raw)

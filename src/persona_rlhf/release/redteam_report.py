@@ -1,4 +1,4 @@
-"""`redteam.json`: what every attack did to every released adapter; its figures over all users, and its table."""
+"""redteam.json: the outcome of every attack on every released adapter, its figures over all users, and its table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMAT = 1
 
 
 class Attacked(NamedTuple):
-    """One user's adapter, by the hash of its papers, and every attack on it."""
+    """One user's adapter, by the hash of its manifest, and the outcome of every attack on it."""
 
     user_id: str
     slug: str
@@ -34,14 +34,14 @@ class Attacked(NamedTuple):
 
 
 class MergedPair(NamedTuple):
-    """Two users whose adapters were merged, and what the plain requests got from the result."""
+    """Two users whose adapters were merged, and the outcome of plain requests to the merged model."""
 
     user_ids: tuple[str, str]
     outcome: Outcome
 
 
 class WorstCase(NamedTuple):
-    """Whom, or which category, an attack hit hardest: the share refused, and points over (under: < 0) the base's."""
+    """The user or category that an attack hit hardest: the refused share, and percentage points over the base's."""
 
     name: str
     share: float
@@ -49,9 +49,12 @@ class WorstCase(NamedTuple):
 
 
 class AttackFigures(NamedTuple):
-    """One attack over all users. `low` and `high`: Wilson's interval of `mean`, over all users' prompts as if each were
-    drawn anew; `points`: percentage points over the base, with a bootstrap over users. `answers`: the share of single
-    answers that refuse, where a prompt was answered more than once (the base's beside it)."""
+    """One attack over all users.
+
+    `low` and `high`: Wilson interval of `mean`, over all users' prompts. `points`: percentage points over
+    the base, with a bootstrap over users. `answers`: the refusing share of single answers (adapted, base), if a prompt
+    was answered more than once.
+    """
 
     users: int
     n: int
@@ -70,23 +73,23 @@ class AttackFigures(NamedTuple):
 
 
 class RedTeamResult(NamedTuple):
-    """All that a red team found. `left_out`: attacks that could not be made, and why."""
+    """All outcomes of a red team. `left_out`: attacks that could not be made, and why."""
 
     users: list[Attacked]
     merged: list[MergedPair]
     left_out: dict[str, str]
 
     def figures(self) -> dict[str, AttackFigures]:
-        """By attack, in the order they were made."""
+        """The figures by attack, in the order of the attacks."""
         names = list(dict.fromkeys(name for user in self.users for name in user.attacks))
-        found = {name: figures_of({u.user_id: u.attacks[name] for u in self.users}) for name in names}
+        figures = {name: figures_of({u.user_id: u.attacks[name] for u in self.users}) for name in names}
         if self.merged:
-            found["merged"] = figures_of({" + ".join(pair.user_ids): pair.outcome for pair in self.merged})
-        return found
+            figures["merged"] = figures_of({" + ".join(pair.user_ids): pair.outcome for pair in self.merged})
+        return figures
 
 
 def figures_of(outcomes: Mapping[str, Outcome]) -> AttackFigures:
-    """The figures of one attack from every user's outcome. Raises ValueError where there is no user."""
+    """The figures of one attack from every user's outcome. Raises ValueError if there is no user."""
     if not outcomes:
         raise ValueError("the figures of an attack need at least one user")
     whole = _sum([Refused(o.n, o.refused, o.base_refused) for o in outcomes.values()])
@@ -96,7 +99,7 @@ def figures_of(outcomes: Mapping[str, Outcome]) -> AttackFigures:
     for outcome in outcomes.values():
         for category, counted in outcome.categories.items():
             by_category.setdefault(category, []).append(counted)
-    categories = [_worst(name, _sum(own)) for name, own in by_category.items()]
+    categories = [_worst(name, _sum(counts)) for name, counts in by_category.items()]
     answers = [outcome.answers for outcome in outcomes.values() if outcome.answers is not None]
     drawn = _sum(answers) if answers else None
     among_users = bootstrap(list(points.values()))
@@ -111,7 +114,7 @@ def figures_of(outcomes: Mapping[str, Outcome]) -> AttackFigures:
         100 * (whole.refused - whole.base_refused) / whole.n,
         *among_users,
         WorstCase(hardest, outcomes[hardest].refused / outcomes[hardest].n, points[hardest]),
-        min(categories, key=lambda found: (found.points, found.name)),
+        min(categories, key=lambda category: (category.points, category.name)),
         None if drawn is None else (drawn.refused / drawn.n, drawn.base_refused / drawn.n),
     )
 
@@ -124,21 +127,21 @@ def _worst(name: str, counted: Refused) -> WorstCase:
     return WorstCase(name, counted.refused / counted.n, 100 * (counted.refused - counted.base_refused) / counted.n)
 
 
-def content_of(found: RedTeamResult, papers: Mapping[str, Any]) -> dict[str, Any]:
-    """The file as plain JSON values; `papers` say what was attacked, and how."""
+def content_of(result: RedTeamResult, setup: Mapping[str, Any]) -> dict[str, Any]:
+    """The file as plain JSON values; `setup` says which run was attacked and how."""
     return {
         "format": FORMAT,
         "toolkit": {"name": "persona-rlhf", "version": __version__},
-        **plain(papers),
-        "left_out": found.left_out,
-        "attacks": plain(found.figures()),
-        "users": plain(found.users),
-        "merged": plain(found.merged),
+        **plain(setup),
+        "left_out": result.left_out,
+        "attacks": plain(result.figures()),
+        "users": plain(result.users),
+        "merged": plain(result.merged),
     }
 
 
 def write_redteam(run: Path, content: Mapping[str, Any]) -> Path:
-    """Writes RUN/redteam.json and seals it with the run, if that is sealed; one that stood there is replaced."""
+    """Writes or replaces RUN/redteam.json, and its hash in the run's manifest if there is one."""
     text = json.dumps(content, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
     atomic_write(run / REDTEAM, text.encode())
     if (run / SEAL).exists():
@@ -146,58 +149,59 @@ def write_redteam(run: Path, content: Mapping[str, Any]) -> Path:
     return run / REDTEAM
 
 
-def without_user(run: Path, his: Callable[[str], bool]) -> None:
-    """Takes one user out of RUN/redteam.json, his merged pairs too, and draws the figures anew from the others.
+def without_user(run: Path, is_user: Callable[[str], bool]) -> None:
+    """Removes one user and the user's merged pairs from RUN/redteam.json, and recomputes the figures of the others.
 
-    The file goes where nobody is left.
+    The file is deleted if no user is left.
     """
     content = json.loads((run / REDTEAM).read_bytes())
-    found = _FOUND.validate_python({key: content[key] for key in RedTeamResult._fields})
-    users = [user for user in found.users if not his(user.user_id)]
+    before = _RESULT.validate_python({key: content[key] for key in RedTeamResult._fields})
+    users = [user for user in before.users if not is_user(user.user_id)]
     if not users:
         (run / REDTEAM).unlink()
         return
-    found = RedTeamResult(users, [pair for pair in found.merged if not any(map(his, pair.user_ids))], found.left_out)
-    papers = {key: value for key, value in content.items() if key not in content_of(found, {})}
-    write_redteam(run, content_of(found, papers))
+    merged = [pair for pair in before.merged if not any(map(is_user, pair.user_ids))]
+    after = RedTeamResult(users, merged, before.left_out)
+    setup = {key: value for key, value in content.items() if key not in content_of(after, {})}
+    write_redteam(run, content_of(after, setup))
 
 
 def redteam_faults(run: Path, released: Mapping[str, str | None]) -> list[str]:
-    """Where RUN/redteam.json does not follow from its own counts, or is not about the adapters released here.
+    """Figures of RUN/redteam.json that do not follow from its counts, or concern other adapters than the released ones.
 
-    `released` are their users with the hashes of their manifests.
+    `released` are the users with the hashes of their manifests.
     """
     file = run / REDTEAM
     if not file.is_file():
         return []
     try:
         content = json.loads(file.read_bytes())
-        found = _FOUND.validate_python({key: content[key] for key in RedTeamResult._fields})
-        figures = found.figures()
-        told = {name: {key: one[key] for key in _COUNTS} for name, one in content["attacks"].items()}
-        if told != {name: {key: getattr(one, key) for key in _COUNTS} for name, one in figures.items()}:
+        result = _RESULT.validate_python({key: content[key] for key in RedTeamResult._fields})
+        figures = result.figures()
+        stated = {name: {key: one[key] for key in _COUNTS} for name, one in content["attacks"].items()}
+        if stated != {name: {key: getattr(one, key) for key in _COUNTS} for name, one in figures.items()}:
             return [f"the figures of {REDTEAM} do not follow from its counts"]
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        return [f"{REDTEAM} lacks a part of its form ({type(fault).__name__})"]
-    if {user.user_id: user.manifest_sha256 for user in found.users} != dict(released):
-        return [f"{REDTEAM} is about other adapters than those released here; attack them again with --redteam"]
+        return [f"{REDTEAM} lacks a required entry ({type(fault).__name__})"]
+    if {user.user_id: user.manifest_sha256 for user in result.users} != dict(released):
+        return [f"{REDTEAM} is about other adapters than the released ones; run `evaluate --redteam` again"]
     return []
 
 
-_FOUND = TypeAdapter(RedTeamResult)
+_RESULT = TypeAdapter(RedTeamResult)
 _COUNTS = ("users", "n", "refused", "base_refused")
 
 
-def redteam_table(found: RedTeamResult) -> Table:
-    """One row an attack: the base, all users beside it, and who and what was hit hardest."""
-    caption = "".join(f"{name} was left out: {escape(why)}\n" for name, why in found.left_out.items())
+def redteam_table(result: RedTeamResult) -> Table:
+    """One row per attack: the base, all users, and the worst user and category."""
+    caption = "".join(f"{name} was left out: {escape(why)}\n" for name, why in result.left_out.items())
     table = Table(title="Tier-one refusals under attack", title_justify="left", caption=caption.rstrip() or None)
     table.add_column("attack")
     for name in ("users", "prompts", "base", "adapted", "95%", "points over the base"):
         table.add_column(name, justify="right")
     table.add_column("worst user", overflow="ellipsis", max_width=36)
     table.add_column("worst category")
-    for name, one in found.figures().items():
+    for name, one in result.figures().items():
         table.add_row(
             name,
             str(one.users),

@@ -1,4 +1,7 @@
-"""Tables, static SVG charts, jinja2 environment."""
+"""Rendering for people: the table at the end of a run, static SVG charts, and the jinja2 templates.
+
+Charts take their colours from the page, and their labels say in words what they show.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,13 @@ from rich.table import Table
 
 from persona_rlhf.release.results import Result, summarise
 
-# ----------------------------------------------------------------------------------------------------
-# Small charts as inline SVG: they take their colours from the page, and say in words what they show.
-# ----------------------------------------------------------------------------------------------------
-
 _WIDTH, _HEIGHT, _PAD = 340, 190, 34
 
 
 def histogram(
     values: Sequence[float], low: float, high: float, bins: int, label: str, mark: float | None = None
 ) -> Markup:
-    """Counts of values in equal bins; `mark` draws a line, such as chance or a median."""
+    """A chart of counts of values in equal bins; `mark` draws a line, such as chance."""
     counts = [0] * bins
     for value in values:
         counts[max(0, min(bins - 1, floor((value - low) / (high - low) * bins)))] += 1
@@ -40,7 +39,7 @@ def histogram(
 
 
 def bars(named: Sequence[tuple[str, int]], label: str) -> Markup:
-    """One bar a name."""
+    """A chart with one bar per name."""
     most = max([1, *(count for _, count in named)])
     step = (_WIDTH - 2 * _PAD) / max(1, len(named))
     parts: list[str] = []
@@ -56,7 +55,7 @@ def bars(named: Sequence[tuple[str, int]], label: str) -> Markup:
 
 
 def scatter(points: Sequence[tuple[float, float]], low: float, high: float, label: str, across: str, up: str) -> Markup:
-    """One dot a user over the line on which nothing changes."""
+    """A chart with one dot per user, and the line of equal values."""
     dots = [
         f'<circle class="dot" cx="{_x(x, low, high):.1f}" cy="{_y((y - low) / (high - low)):.1f}" r="3"/>'
         for x, y in points
@@ -74,14 +73,14 @@ def scatter(points: Sequence[tuple[float, float]], low: float, high: float, labe
 
 
 def bounds(rows: Sequence[tuple[str, float, float, float]], label: str) -> Markup:
-    """One row a name: the worst lower bound (left end), the worst rate (right end), and what was asked (the tick)."""
-    low = min([0.9, *(min(bound, asked) for _, bound, _, asked in rows)])
+    """A chart with one row per name: worst lower bound (left end), worst rate (right end), and demand (tick)."""
+    low = min([0.9, *(min(bound, demand) for _, bound, _, demand in rows)])
     low = floor(low * 20) / 20
     height = 24 * len(rows) + 30
     parts: list[str] = []
-    for k, (name, bound, rate, asked) in enumerate(rows):
+    for k, (name, bound, rate, demand) in enumerate(rows):
         y = 24 * k + 16
-        left, right, tick = (130 + (value - low) / (1 - low) * 200 for value in (bound, rate, asked))
+        left, right, tick = (130 + (value - low) / (1 - low) * 200 for value in (bound, rate, demand))
         parts.append(
             f'<text x="124" y="{y + 4}" text-anchor="end">{escape(name)}</text>'
             f'<line class="range" x1="{left:.1f}" y1="{y}" x2="{right:.1f}" y2="{y}"/>'
@@ -95,7 +94,7 @@ def bounds(rows: Sequence[tuple[str, float, float, float]], label: str) -> Marku
 
 
 def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> Markup:
-    """One row a name: a mean (dot) with its interval (line)."""
+    """A chart with one row per name: a mean (dot) with its interval (line)."""
     low, high = min(row[2] for row in rows), max(row[3] for row in rows)
     span = (high - low) or 1.0
     height = 24 * len(rows) + 30
@@ -149,23 +148,19 @@ def _line(mark: float | None, low: float, high: float) -> list[str]:
     return [f'<line class="mark" x1="{x:.1f}" y1="{_y(1):.1f}" x2="{x:.1f}" y2="{_y(0):.1f}"/>']
 
 
-# ----------------------------------------------------------------------------------------------------
-# The table that a run ends with.
-# ----------------------------------------------------------------------------------------------------
-
-_MOST = 40  # users; a table of thousands is the report's to show
+_MOST = 40  # users; the report shows more
 
 
 def results_table(results: Iterable[Result]) -> Table:
-    """One row a user (of large runs those who need a look, then the first), and the medians.
+    """One row per user, and the medians. Of large runs it shows the users with problems, then the first others.
 
-    The results are gone through twice and never held all at once.
+    The results are read twice and never held all at once.
     """
     summary = summarise(results)
     caption = None
     if summary.users > _MOST:
         shown = nsmallest(_MOST, results, key=lambda r: (r.status == "released" and not r.alarm, r.alpha))
-        caption = f"{_MOST} of {summary.users} users, those held back or in alarm first; the report says more"
+        caption = f"{_MOST} of {summary.users} users, those held back or in alarm first; the report shows more"
     else:
         shown = list(results)
     table = Table(caption=caption, caption_justify="left")
@@ -216,18 +211,13 @@ def share(value: float | None) -> str:
 
 
 def printable(text: str) -> str:
-    """A user id as a terminal or a page may show it: control characters and lone surrogates as escapes."""
+    """A user id for a terminal or a page, with control characters and lone surrogates escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The templates of what is written for people: pages of HTML, and cards of Markdown.
-# ----------------------------------------------------------------------------------------------------
 
 
 @cache
 def templates(html: bool) -> Environment:
-    """The templates of one kind; HTML escapes what is put into it, and a name that is missing is an error in both."""
+    """The templates of pages (HTML, escaped) or of cards (Markdown). A missing name is an error."""
     environment = Environment(
         loader=PackageLoader("persona_rlhf.release"),
         autoescape=html,

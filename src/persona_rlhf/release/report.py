@@ -1,4 +1,4 @@
-"""Report.html."""
+"""report.html: one page for a whole run, readable without a network and without scripts."""
 
 from __future__ import annotations
 
@@ -35,16 +35,12 @@ from persona_rlhf.release.results import (
     write_summary,
 )
 
-# ----------------------------------------------------------------------------------------------------
-# What the page of a run needs of all its users: some numbers each, whatever else stands in their lines.
-# ----------------------------------------------------------------------------------------------------
-
 Range = tuple[float, float, float]  # the worst lower bound, the worst rate, and the demand
 
 
 @dataclass(slots=True)
 class Columns:
-    """Numbers of all users that have them, in the order of the users."""
+    """Figures of all users that have them, in the order of the users."""
 
     accuracy: list[float] = field(default_factory=list)
     alone: list[float] = field(default_factory=list)
@@ -58,28 +54,28 @@ class Columns:
     toxicity: list[float] = field(default_factory=list)  # change of the share of toxic answers
     tones: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # adapted, base, by property
     required: dict[str, list[Met]] = field(default_factory=dict)  # by rule
-    retreats: list[float] = field(default_factory=list)  # of those who were taken back toward the provider's adapter
+    retreats: list[float] = field(default_factory=list)  # of users interpolated toward the warm start
     alarms: int = 0
-    # of those who were judged:
+    # of judged users:
     points: list[tuple[float, float]] = field(default_factory=list)  # accuracy of the base alone, adapted
     judged_won: list[float] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)  # of dual variables
     alphas: Counter[float] = field(default_factory=Counter)
-    # of those who were released:
-    phrasings: list[float] = field(default_factory=list)  # lower bounds with every phrasing counting once
+    # of released users:
+    phrasings: list[float] = field(default_factory=list)  # lower bounds that count each phrasing once
     worst: dict[str, Range] = field(default_factory=dict)  # by category
 
     @staticmethod
     def of(results: Iterable[Result]) -> Columns:
-        """One pass over the results."""
-        found = Columns()
+        """The columns of these results, in one pass."""
+        columns = Columns()
         for result in results:
-            found._measured(result)
+            columns._measured(result)
             if result.status in ("released", "held_back"):
-                found._judged(result)
+                columns._judged(result)
             if result.status == "released":
-                found._released(result)
-        return found
+                columns._released(result)
+        return columns
 
     def _measured(self, result: Result) -> None:
         self.alarms += result.alarm
@@ -130,15 +126,10 @@ class Columns:
             self.phrasings.append(result.clusters.phrasings.lower_bound)
         for name, count in {**(result.tier_one or {}), **result.tier_two}.items():
             if count.n:
-                bound, rate, asked = self.worst.get(name, (1.0, 1.0, 0.0))
+                bound, rate, demand = self.worst.get(name, (1.0, 1.0, 0.0))
                 refused = count.refused / count.n
-                known = min(bound, count.lower_bound), min(rate, refused), max(asked, count.min_refusal)
-                self.worst[name] = known
+                self.worst[name] = min(bound, count.lower_bound), min(rate, refused), max(demand, count.min_refusal)
 
-
-# ----------------------------------------------------------------------------------------------------
-# `report.html`: one page for a whole run, which needs no network and no script to be read.
-# ----------------------------------------------------------------------------------------------------
 
 REPORT = "report.html"
 SCREENS = "screens.json"
@@ -147,7 +138,7 @@ _DOTS = 2000  # users with a dot of their own in a picture
 
 
 class HeadlineFigure(NamedTuple):
-    """A number with its interval, as the top of the page shows it."""
+    """A number with its interval at the top of the page."""
 
     name: str
     value: str
@@ -155,9 +146,9 @@ class HeadlineFigure(NamedTuple):
 
 
 def write_report(run: Path) -> Path:
-    """Writes RUN/report.html and summary.json from the files of the run; both are sealed again where the run was.
+    """Writes RUN/report.html and summary.json from the files of the run, and their hashes in its manifest, if any.
 
-    Raises InputError where the run has no results.
+    Raises InputError if the run has no results.
     """
     results, config, policy = RunResults(run), config_of(run), policy_of(run)
     page = render(config, results, policy, screening_of(run), screens_in(run), attacks_in(run))
@@ -178,14 +169,14 @@ def render(
     screens: Sequence[dict[str, Any]] = (),
     attacks: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> str:
-    """The page: of the config its name and its gate; `screening` counts (what was done, why, how many pairs), `screens`
-    is what told them (rows of RUN/screens.json), `attacks` the figures of RUN/redteam.json.
+    """The page. `screening` are counts (action, reason, pairs), `screens` the rows of RUN/screens.json, `attacks` the
+    figures of RUN/redteam.json.
 
-    The results are gone through four times and never held all at once: of many users, the page has pictures and
-    figures of all, and rows of those who need a look and of the first.
+    The results are read four times and never held all at once. For many users, charts and figures cover all of them;
+    rows show the users with problems and then the first others.
     """
     summary = summarise(results)
-    measured = Columns.of(results)
+    columns = Columns.of(results)
     certify = policy.get("certify") or {}
     return (
         templates(html=True)
@@ -196,8 +187,8 @@ def render(
             judged=summary.released + summary.held_back,
             version=__version__,
             summary=summary,
-            figures=_figures(summary, measured),
-            charts=_charts(measured),
+            figures=_figures(summary, columns),
+            charts=_charts(columns),
             results=_shown(results, summary.users),
             policy=policy,
             delta=certify.get("delta"),
@@ -205,16 +196,16 @@ def render(
             screening=screening,
             screens=screens,
             attacks=attacks,
-            perplexity=_perplexity(measured),
-            tones=_tones(measured),
-            required=_required(measured),
-            retreats=measured.retreats,
+            perplexity=_perplexity(columns),
+            tones=_tones(columns),
+            required=_required(columns),
+            retreats=columns.retreats,
         )
     )
 
 
 def _shown(results: Iterable[Result], users: int) -> list[Result]:
-    """Everyone; of more than fit a page, those who need a look most, then the first of the others."""
+    """All users; if there are too many for a page, those with problems first, then the first others."""
     if users <= _MOST:
         return list(results)
 
@@ -223,98 +214,104 @@ def _shown(results: Iterable[Result], users: int) -> list[Result]:
         return (result.status == "released", not result.alarm, result.alpha, bound)
 
     worst = nsmallest(_MOST // 2, results, key=trouble)
-    known = {result.user_id for result in worst}
-    return worst + list(islice((result for result in results if result.user_id not in known), _MOST - len(worst)))
+    listed = {result.user_id for result in worst}
+    return worst + list(islice((result for result in results if result.user_id not in listed), _MOST - len(worst)))
 
 
-def _figures(summary: RunSummary, found: Columns) -> list[HeadlineFigure]:
-    """Medians over users with a 95% bootstrap, and the worst bound."""
+def _figures(summary: RunSummary, columns: Columns) -> list[HeadlineFigure]:
+    """Medians over users with 95% bootstrap intervals, and the worst bound."""
     released = f"{summary.released:,} of {summary.users:,}"
     apart = [f"{summary.full_strength} at full strength", f"{summary.held_back} held back"]
     apart += [f"{summary.other} failed or skipped"] if summary.other else []
     figures = [HeadlineFigure("Users released", released, ", ".join(apart))]
     for title, values, note in (
-        ("Held-out accuracy, median", found.accuracy, "their own labels; chance is 0.50"),
-        ("On noise-free labels, median", found.clean, "the written-down taste; chance is 0.50"),
-        ("Base alone, median", found.alone, "log-probability per token"),
-        ("Win rate against the base, median", found.won, "generated text; chance is 0.50"),
+        ("Held-out accuracy, median", columns.accuracy, "the users' labels; chance is 0.50"),
+        ("On noise-free labels, median", columns.clean, "labels of the simulated preferences; chance is 0.50"),
+        ("Base alone, median", columns.alone, "log-probability per token"),
+        ("Win rate against the base, median", columns.won, "generated answers; chance is 0.50"),
     ):
         if values:
             figures.append(HeadlineFigure(title, _median(values), f"{_between(_bootstrap(values, 'median'))}; {note}"))
     if summary.worst_bound is not None:
-        note = "lower bound of the refusal rate, pooled over tier one, of the released user who has the lowest"
+        note = "lowest bound of a released user on the refusal rate, pooled over tier one"
         figures.append(HeadlineFigure("Worst refusal bound", f"{summary.worst_bound:.1%}", note))
-    if found.phrasings:
-        note = (
-            "the same user by user, every phrasing counting once: what holds of new phrasings, however alike probes are"
-        )
-        figures.append(HeadlineFigure("Worst bound by phrasing", f"{min(found.phrasings):.1%}", note))
-    if found.over:
-        mean, between = sum(found.over) / len(found.over), _between(_bootstrap(found.over), "+.1%")
+    if columns.phrasings:
+        note = "the same with each phrasing counted once: it holds for new phrasings, even if probes are similar"
+        figures.append(HeadlineFigure("Worst bound by phrasing", f"{min(columns.phrasings):.1%}", note))
+    if columns.over:
+        mean, between = sum(columns.over) / len(columns.over), _between(_bootstrap(columns.over), "+.1%")
         figures.append(HeadlineFigure("Over-refusal, mean change", f"{mean:+.1%}", f"{between}; 0 is the base"))
     for title, changes, note in (
-        ("Facts known, mean change", found.knowledge, "right answer the likeliest; 0 is the base"),
-        ("Right answers lost, mean", found.lost, "of those that the base gives; the aspect of facts is fixed at 0"),
-        ("Toxic answers, mean change", found.toxicity, "an insult or swear word of a short list; 0 is the base"),
+        ("Facts known, mean change", columns.knowledge, "right answer the most likely one; 0 is the base"),
+        ("Right answers lost, mean", columns.lost, "of the base's right answers; 0 keeps all of them"),
+        (
+            "Toxic answers, mean change",
+            columns.toxicity,
+            "with an insult or swear word from a short list; 0 is the base",
+        ),
     ):
         if changes:
             mean, between = sum(changes) / len(changes), _between(_bootstrap(changes), "+.1%")
             figures.append(HeadlineFigure(title, f"{mean:+.1%}", f"{between}; {note}"))
-    if found.ordinary:
-        own, base = (_median(values, ".2f") for values in zip(*found.ordinary, strict=True))
+    if columns.ordinary:
+        adapted, base = (_median(values, ".2f") for values in zip(*columns.ordinary, strict=True))
         figures.append(
-            HeadlineFigure("Perplexity of ordinary answers, median", own, f"of what the base answers; its own {base}")
+            HeadlineFigure(
+                "Perplexity of ordinary answers, median", adapted, f"of the base's answers; the base has {base}"
+            )
         )
-    figures.append(HeadlineFigure("Alarms", str(found.alarms), "the user's pairs pull against the policy"))
+    figures.append(
+        HeadlineFigure(
+            "Alarms", str(columns.alarms), "pairs against the policy, or an adapter that did not pass at alpha 1"
+        )
+    )
     return figures
 
 
-def _charts(found: Columns) -> list[tuple[str, Markup]]:
-    """Titled pictures of what was measured; nothing for what was not."""
+def _charts(columns: Columns) -> list[tuple[str, Markup]]:
+    """Titled charts of the measured figures."""
     charts: list[tuple[str, Markup]] = []
-    if found.points:
-        every = ceil(len(found.points) / _DOTS)
-        dots = found.points[::every]
+    if columns.points:
+        every = ceil(len(columns.points) / _DOTS)
+        dots = columns.points[::every]
         label = f"Held-out accuracy of {len(dots)} users, base alone against adapted"
         sample = f" (every {every}th user)" if every > 1 else ""
         picture = scatter(dots, 0, 1, label, "base alone", "adapted")
         charts.append((f"Held-out accuracy: base alone, adapted{sample}", picture))
-    if found.judged_won:
-        label = f"Win rates of {len(found.judged_won)} users"
-        charts.append(("Win rate of generated text", histogram(found.judged_won, 0, 1, 20, label, 0.5)))
-    named = [(f"{alpha:g}", count) for alpha, count in sorted(found.alphas.items())]
+    if columns.judged_won:
+        label = f"Win rates of {len(columns.judged_won)} users"
+        charts.append(("Win rate of generated text", histogram(columns.judged_won, 0, 1, 20, label, 0.5)))
+    named = [(f"{alpha:g}", count) for alpha, count in sorted(columns.alphas.items())]
     charts.append(("Alpha at which users are released (0: held back)", bars(named, "Users by released alpha")))
-    if found.worst:
-        title = "Refusals of released users: the worst rate (dot), the worst lower bound (line), the demand (tick)"
-        rows = [(name, *found.worst[name]) for name in sorted(found.worst, key=lambda name: (name != POOLED, name))]
+    if columns.worst:
+        title = "Refusals of released users: worst rate (dot), worst lower bound (line), demand (tick)"
+        rows = [(name, *columns.worst[name]) for name in sorted(columns.worst, key=lambda name: (name != POOLED, name))]
         charts.append((title, bounds(rows, "Worst refusal rates and bounds by category")))
-    if found.peaks:
-        top = max(found.peaks) or 1.0
-        charts.append(("Largest dual variable of each user", histogram(found.peaks, 0, top, 20, "Dual variables")))
+    if columns.peaks:
+        top = max(columns.peaks) or 1.0
+        charts.append(("Largest dual variable of each user", histogram(columns.peaks, 0, top, 20, "Dual variables")))
     return charts
 
 
-def _perplexity(found: Columns) -> str | None:
-    if not found.perplexities:
+def _perplexity(columns: Columns) -> str | None:
+    if not columns.perplexities:
         return None
-    own, base = (_median(values, ".1f") for values in zip(*found.perplexities, strict=True))
-    return (
-        f"Answers still read as the base's do: its perplexity of adapted answers is {own} (median), of its own {base}."
-    )
+    adapted, base = (_median(values, ".1f") for values in zip(*columns.perplexities, strict=True))
+    return f"The base's perplexity of adapted answers is {adapted} (median), and {base} of its own answers."
 
 
-def _tones(found: Columns) -> list[tuple[str, float, Interval]]:
+def _tones(columns: Columns) -> list[tuple[str, float, Interval]]:
     """The mean change of every property of tone over users, with its interval."""
-    changes = {name: [own - base for own, base in values] for name, values in found.tones.items()}
-    return [(name, sum(own) / len(own), _bootstrap(own)) for name, own in changes.items()]
+    changes = {name: [adapted - base for adapted, base in values] for name, values in columns.tones.items()}
+    return [(name, sum(values) / len(values), _bootstrap(values)) for name, values in changes.items()]
 
 
 class RuleRow(NamedTuple):
-    """A requirement over all users: the share asked for, the base's, the users' mean with its interval, the lowest of
-    them, and how many were below what is asked."""
+    """A requirement over all users: the demanded share, the base's, the users' mean with its interval and lowest value,
+    and the number of users below the demand."""
 
     rule: str
-    asked: float
+    demand: float
     base: float
     mean: float
     between: Interval
@@ -323,20 +320,20 @@ class RuleRow(NamedTuple):
     users: int
 
 
-def _required(found: Columns) -> list[RuleRow]:
+def _required(columns: Columns) -> list[RuleRow]:
     rows = []
-    for name, counts in found.required.items():
+    for name, counts in columns.required.items():
         rates = [met.met / met.n for met in counts]
         base = sum(met.base_met for met in counts) / sum(met.n for met in counts)
-        asked = counts[0].min_rate
-        below = sum(rate < asked for rate in rates)
+        demand = counts[0].min_rate
+        below = sum(rate < demand for rate in rates)
         mean, between = sum(rates) / len(rates), _bootstrap(rates)
-        rows.append(RuleRow(name, asked, base, mean, between, min(rates), below, len(rates)))
+        rows.append(RuleRow(name, demand, base, mean, between, min(rates), below, len(rates)))
     return rows
 
 
 def _bootstrap(values: Sequence[float], statistic: Literal["mean", "median"] = "mean") -> Interval:
-    """Of many users with fewer draws: a page is not to take minutes, and its intervals are narrow then."""
+    """A bootstrap interval, with fewer draws for many users: their intervals are narrow, and the page stays fast."""
     return bootstrap(values, statistic, draws=max(200, min(2000, 4_000_000 // len(values))))
 
 
@@ -351,7 +348,7 @@ def _between(interval: Interval, form: str = ".2f") -> str:
 
 
 def config_of(run: Path) -> dict[str, Any]:
-    """The config as a tree; only the folder's name where it cannot be read."""
+    """The config as a tree; only the folder's name if it cannot be read."""
     try:
         tree = read_yaml(run / "config.yaml").tree
     except InputError:
@@ -360,7 +357,7 @@ def config_of(run: Path) -> dict[str, Any]:
 
 
 def policy_of(run: Path) -> dict[str, Any]:
-    """The resolved policy as a tree. Raises InputError where it cannot be read."""
+    """The resolved policy as a tree. Raises InputError if it cannot be read."""
     try:
         policy = json.loads((run / "policy.json").read_bytes())
     except (OSError, ValueError) as fault:
@@ -370,7 +367,7 @@ def policy_of(run: Path) -> dict[str, Any]:
 
 
 def screens_in(run: Path) -> list[dict[str, Any]]:
-    """The screens of a run, each with what it finds of `dev` probes; of a run from before they were written, none."""
+    """The request screens of a run with their detection rates on `dev` probes; none in runs of early versions."""
     try:
         rows = json.loads((run / SCREENS).read_bytes())
     except (OSError, ValueError):
@@ -379,7 +376,7 @@ def screens_in(run: Path) -> list[dict[str, Any]]:
 
 
 def attacks_in(run: Path) -> dict[str, dict[str, Any]]:
-    """The figures of a red team, by attack; none where the run was not attacked, or the file cannot be read."""
+    """The figures of a red team by attack; none if there was no red team, or the file cannot be read."""
     try:
         figures = json.loads((run / REDTEAM).read_bytes())["attacks"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -388,7 +385,7 @@ def attacks_in(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def screening_of(run: Path) -> list[tuple[str, str, int]]:
-    """What screening did, by action and the first words of the reason, most frequent first."""
+    """Counts of screened pairs by action and start of the reason, most frequent first."""
     counts: Counter[tuple[str, str]] = Counter()
     file = run / "screening.jsonl"
     if file.exists():

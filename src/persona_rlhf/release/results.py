@@ -1,4 +1,4 @@
-"""Results.jsonl and summary.json."""
+"""results.jsonl: one line per user with its verdict and measurements. summary.json: the run in a few numbers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,6 @@ from persona_rlhf.training.records import DualTrace
 if TYPE_CHECKING:  # a result is read without torch
     from persona_rlhf.training.engine import TrainedUser
 
-# ----------------------------------------------------------------------------------------------------
-# `results.jsonl`: one line a user, everything that was decided and measured; and the table at the end of a run.
-# ----------------------------------------------------------------------------------------------------
-
 RESULTS = "results.jsonl"
 
 Status = Literal["released", "held_back", "skipped", "failed"]
@@ -44,7 +40,7 @@ class PairCounts(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One user's line. None where something was not measured, never a number that is none."""
+    """One user's line of results.jsonl. None marks an unmeasured value; NaN is never written."""
 
     user_id: str
     slug: str
@@ -98,7 +94,7 @@ KEYS = (
 
 
 def plain(value: Any) -> Any:
-    """Named tuples as objects, and numbers that are none as null."""
+    """A value as plain JSON: named tuples as objects, NaN and infinities as null."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return {key: plain(part) for key, part in value._asdict().items()}
     if isinstance(value, Mapping):
@@ -109,24 +105,24 @@ def plain(value: Any) -> Any:
 
 
 def line_of(result: Result) -> str:
-    """The line as it stands in the file. Ids are escaped where UTF-8 could not hold them (lone surrogates)."""
+    """The line as written to the file. Ids that UTF-8 cannot hold (lone surrogates) are escaped."""
     return json.dumps(result.to_json(), ensure_ascii=True, allow_nan=False) + "\n"
 
 
 def write_results(run: Path, results: Iterable[Result]) -> None:
-    """Writes RUN/results.jsonl whole or not at all, users in the order given."""
+    """Writes RUN/results.jsonl, users in the given order."""
     atomic_write(run / RESULTS, map(line_of, results))
 
 
 def read_results(run: Path) -> list[Result]:
-    """Reads RUN/results.jsonl. Raises InputError where there is none, naming every line that is not a result."""
+    """Reads RUN/results.jsonl. Raises InputError if it is missing, or naming every line that is not a result."""
     return list(RunResults(run))
 
 
 class RunResults:
-    """The lines of RUN/results.jsonl, read as they are asked for: a run of many users is never in memory.
+    """The lines of RUN/results.jsonl, read one by one: a run of many users is never held in memory.
 
-    Raises InputError where there is no such file, and at its end naming every line that is not a result.
+    Raises InputError if there is no such file; at its end, with every line that is not a result.
     """
 
     def __init__(self, run: Path) -> None:
@@ -147,11 +143,11 @@ class RunResults:
         try:
             with self._file.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
-                    found = _parsed(line)
-                    if isinstance(found, Result):
-                        yield found
+                    parsed = _parsed(line)
+                    if isinstance(parsed, Result):
+                        yield parsed
                     else:
-                        problems += [Problem(str(self._file), number, *fault) for fault in found]
+                        problems += [Problem(str(self._file), number, *fault) for fault in parsed]
         except (OSError, UnicodeDecodeError) as fault:
             raise self._unreadable(fault) from fault
         if problems:
@@ -159,7 +155,7 @@ class RunResults:
 
 
 def _parsed(line: str) -> Result | list[tuple[str | None, str]]:
-    """A line as a result, or what is wrong with it: (key, sentence)."""
+    """A line as a result, or its faults: (key, sentence)."""
     try:
         return Result.from_json(json.loads(line))
     except json.JSONDecodeError as fault:
@@ -178,7 +174,7 @@ _RESULT = TypeAdapter(Result)
 
 
 class RunSummary(NamedTuple):
-    """A run in a handful of numbers; medians over released and held-back users, None where nobody was measured."""
+    """A run in a few numbers. Medians are over released and held-back users; None if nobody was measured."""
 
     users: int
     released: int
@@ -193,7 +189,7 @@ class RunSummary(NamedTuple):
 
 
 def summarise(results: Iterable[Result]) -> RunSummary:
-    """The numbers at the top of the report and in the last line of the table; one pass over the results."""
+    """The summary of the results, in one pass. The report's top and the table's last line show it."""
     statuses: Counter[str] = Counter()
     full, worst = 0, None
     gains: list[float] = []
@@ -225,20 +221,16 @@ def summarise(results: Iterable[Result]) -> RunSummary:
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# `summary.json`: a run in a handful of numbers, and what its gate promises of all its users together.
-# ----------------------------------------------------------------------------------------------------
-
 SUMMARY = "summary.json"
-NOTHING = "The gate was off: nothing is promised of any adapter."
+NOTHING = "The gate was off: no adapter of this run has a guarantee."
 
 
 def guarantee_of_run(
     config: Mapping[str, Any], policy: Mapping[str, Any], results: Iterable[Result], users: int
 ) -> FleetGuarantee | None:
-    """The fleet's promise, from what the run was asked (its config and policy as trees) and every look it took.
+    """The guarantee over all users, from the run's config and policy (as trees) and every gate test.
 
-    None where there is none: the gate was off, or nothing says how large delta was.
+    None if the gate was off, or the policy states no delta.
     """
     try:
         gate = GateSettings.model_validate(config.get("gate") or {})
@@ -252,28 +244,23 @@ def guarantee_of_run(
     return fleet_guarantee(judged, demands, gate.runs)
 
 
-def write_summary(run: Path, summary: RunSummary, promise: FleetGuarantee | None) -> None:
+def write_summary(run: Path, summary: RunSummary, guarantee: FleetGuarantee | None) -> None:
     """Writes RUN/summary.json."""
-    told = None if promise is None else plain(promise) | {"sentence": promise.sentence()}
-    content = plain(summary) | {"promise": told}
+    promise = None if guarantee is None else plain(guarantee) | {"sentence": guarantee.sentence()}
+    content = plain(summary) | {"promise": promise}
     atomic_write(run / SUMMARY, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_sentence(run: Path) -> str | None:
-    """The promise of a run in words, as its summary has it; None where the run has no summary."""
+    """The guarantee of a run as a sentence, from its summary; None if the run has no summary."""
     if not (run / SUMMARY).exists():
         return None
     promise = json.loads((run / SUMMARY).read_bytes())["promise"]
     return NOTHING if promise is None else str(promise["sentence"])
 
 
-# ----------------------------------------------------------------------------------------------------
-# One user's line, put together from what training, gate and measurement say of him.
-# ----------------------------------------------------------------------------------------------------
-
-
 class Written(NamedTuple):
-    """Where a released adapter lies within the run, and the sha256 of its manifest."""
+    """A written adapter: its folder relative to the run, and the sha256 of its manifest."""
 
     path: str
     manifest_sha256: str
@@ -285,7 +272,7 @@ def skipped(user_id: str, reason: str, pairs: PairCounts) -> Result:
 
 
 def untrained(user_id: str, pairs: PairCounts, fault: str | None, against_policy: int = 0) -> Result:
-    """The line of a user without a pair to train on: because of a `fault` of ours, or because none is left."""
+    """The line of a user without a pair to train on: an internal `fault`, or no pair is left."""
     line = replace(skipped(user_id, fault or "no pair to train on is left", pairs), alarm=against_policy > 0)
     return replace(line, status="failed") if fault else line
 
@@ -299,14 +286,14 @@ def outcome(
     tier_one: Collection[str],
     against_policy: int,
 ) -> Result:
-    """The line of a trained user; `verdict` is None where training failed, `written` where he is held back.
+    """The line of a trained user. `verdict` is None if training failed, `written` if the user is held back.
 
-    `tier_one` are the categories that the gate pools. The alarm rings where the screen found pairs of his that teach
-    against the policy (`against_policy` of them), or the gate did not pass the whole adapter. A dual variable is no
-    sign of either: the constraint holds before it rises (docs/explanation/promise.md).
+    `tier_one` are the categories that the gate pools. The alarm is set if the screen found pairs against the policy
+    (`against_policy` of them), or the gate did not pass the adapter at the largest alpha. Dual variables set no alarm:
+    the constraint holds before they rise (docs/explanation/promise.md).
     """
     assert (verdict is not None and verdict.admitted) == (written is not None), trained.user_id
-    known: dict[str, Any] = {
+    common: dict[str, Any] = {
         "user_id": trained.user_id,
         "slug": slug(trained.user_id),
         "pairs": pairs,
@@ -315,7 +302,7 @@ def outcome(
         "seconds": trained.seconds,
     }
     if verdict is None:
-        return Result(status="failed", reason=trained.reason, alarm=against_policy > 0, **known)
+        return Result(status="failed", reason=trained.reason, alarm=against_policy > 0, **common)
     counts = verdict.categories
     return Result(
         status="held_back" if written is None else "released",
@@ -329,5 +316,5 @@ def outcome(
         alarm=against_policy > 0 or not verdict.looks[0].passed,
         path=written.path if written else None,
         manifest_sha256=written.manifest_sha256 if written else None,
-        **known,
+        **common,
     )

@@ -1,8 +1,11 @@
-"""Revoked.jsonl; recertification records."""
+"""Revoked adapters (revoked.jsonl), and the records of a recertification under new policy documents.
+
+revoked.jsonl lists adapters by the hash of their manifests and users by pseudonym, so it may be given to anybody who
+serves copies. audit.jsonl holds the same events: `verify` reports a removed line.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -14,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import atomic_write, pseudonym
+from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.release import integrity
 from persona_rlhf.release.integrity import REVOKED, SEAL, seal
@@ -22,15 +25,13 @@ from persona_rlhf.release.manifest import MANIFEST, AuditHead
 from persona_rlhf.release.render import printable
 from persona_rlhf.release.results import RESULTS, Result, plain
 
-# ----------------------------------------------------------------------------------------------------
-# What a test of released adapters by new policy documents found: who passes, who is revoked, who must retrain.
-# ----------------------------------------------------------------------------------------------------
-
 
 class Retested(NamedTuple):
-    """One released user under the new documents. `verdict` is the gate's on his adapter as it was trained; `fixed`
-    says whether questions about fixed aspects decided too, which are asked at the verdict's alpha alone; `revoked`
-    whether his adapter had been called back before."""
+    """One released user under the new documents.
+
+    `verdict` is the gate's on the adapter as trained. `fixed` says whether fixed aspects decided too; they are tested
+    at the verdict's alpha only. `revoked` says whether the adapter had been revoked before.
+    """
 
     user_id: str
     slug: str
@@ -41,17 +42,17 @@ class Retested(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        """Whether the adapter may stay as it was released: the gate would release it, and passed it at this alpha.
+        """Whether the adapter stays released: the gate admits it and passed it at the alpha it was released at.
 
-        Where new documents ask less, so that a larger alpha passes at once, the smaller one was not looked at.
+        If weaker documents let a larger alpha pass at once, the smaller one was not tested.
         """
-        looked = any(look.passed and look.alpha == self.alpha for look in self.verdict.looks)
-        asked = not self.fixed or self.verdict.alpha == self.alpha
-        return self.verdict.admitted and looked and asked and not self.revoked
+        tested = any(look.passed and look.alpha == self.alpha for look in self.verdict.looks)
+        fixed_tested = not self.fixed or self.verdict.alpha == self.alpha
+        return self.verdict.admitted and tested and fixed_tested and not self.revoked
 
     @property
     def remedy(self) -> str | None:
-        """What gives the user an adapter again, where he has none: another alpha, or training under the new rules."""
+        """The way to an adapter for a user without one: another alpha, or training under the new rules."""
         if self.passes:
             return None
         return f"alpha {self.verdict.alpha:g}" if self.verdict.admitted else "retrain"
@@ -71,7 +72,7 @@ class Retested(NamedTuple):
 
 
 class Recertified(NamedTuple):
-    """All released users of a run under the new documents, and the head of the audit trail that tells of it."""
+    """All released users of a run under the new documents, and the audit head after the test."""
 
     policy_hash: str
     users: list[Retested]
@@ -79,12 +80,12 @@ class Recertified(NamedTuple):
 
     @property
     def failed(self) -> list[Retested]:
-        """Whose adapters may not stay."""
+        """The users whose adapters do not pass."""
         return [user for user in self.users if not user.passes]
 
     @property
     def looks(self) -> int:
-        """Looks at the certify probes that this test took."""
+        """The number of gate tests on certify probes."""
         return sum(len(user.verdict.looks) for user in self.users)
 
     def to_json(self) -> dict[str, Any]:
@@ -101,18 +102,19 @@ class Recertified(NamedTuple):
         }
 
 
-def recertified_table(found: Recertified) -> Table:
-    """A row a user, those who may not stay first."""
+def recertified_table(recertified: Recertified) -> Table:
+    """One row per user, failed ones first."""
+    passed = len(recertified.users) - len(recertified.failed)
     table = Table(
-        title=f"{len(found.users) - len(found.failed)} of {len(found.users)} released adapters pass the new documents",
-        caption=f"policy {found.policy_hash[:16]}; {found.looks} looks at certify, entered in the audit trail. Who is "
-        "trained again is judged on these probes again: count it in `gate.runs`.",
+        title=f"{passed} of {len(recertified.users)} released adapters pass the new documents",
+        caption=f"policy {recertified.policy_hash[:16]}; {recertified.looks} tests on certify probes, recorded in "
+        "audit.jsonl. Users trained again are tested on the same probes again: count it in `gate.runs`.",
         title_justify="left",
         caption_justify="left",
     )
     for name in ("user", "status", "released at", "admissible at", "remedy", "why"):
         table.add_column(name, overflow="fold")
-    for user in sorted(found.users, key=lambda user: user.passes):
+    for user in sorted(recertified.users, key=lambda user: user.passes):
         alphas = f"{user.alpha:g}", f"{user.verdict.alpha:g}"
         why = "revoked before" if user.revoked else user.verdict.reason
         status = "passes" if user.passes else "revoked"
@@ -120,29 +122,21 @@ def recertified_table(found: Recertified) -> Table:
     return table
 
 
-# ----------------------------------------------------------------------------------------------------
-# `revoked.jsonl`: the adapters of a run that may no longer leave or be served, by the hash of their manifests.
-#
-# It names users by pseudonym, so that it may be handed to whoever serves copies. The audit trail holds the same:
-# `verify`
-# finds a line that was taken out.
-# ----------------------------------------------------------------------------------------------------
-
 REVOKED_EVENT = "revoked"
 
 
 def today() -> str:
-    """The day it is now (UTC), as papers write it: 2026-11-01."""
+    """Today (UTC) as manifests write it: 2026-11-01."""
     return datetime.now(UTC).date().isoformat()
 
 
 def last_day(valid_days: int | None) -> str | None:
-    """The last day on which a verdict of today counts; None where there is no such day."""
+    """The last valid day of a verdict made today; None if it does not expire."""
     return None if valid_days is None else (datetime.now(UTC).date() + timedelta(valid_days)).isoformat()
 
 
 class Revocation(NamedTuple):
-    """One adapter that was called back: whose (pseudonym), the sha256 of its manifest, when (day, UTC), and why."""
+    """One revoked adapter: the user (pseudonym), the sha256 of its manifest, the day (UTC) and the reason."""
 
     user: str
     manifest_sha256: str
@@ -150,41 +144,44 @@ class Revocation(NamedTuple):
     reason: str
 
     def sentence(self) -> str:
-        """Why the adapter may not be used, in words."""
+        """The revocation as a sentence."""
         return f"it was revoked on {self.day}: {self.reason}"
 
 
 def revoke(run: Path, results: Iterable[Result], reason: str) -> list[Revocation]:
-    """Puts released adapters on the list of a run, for one reason, which holds no text of a user; the new lines.
+    """Adds released adapters to the revocations of a run, for one reason without any user's text; the new entries.
 
-    The audit trail is told first: a kill in between leaves an adapter that `verify` calls revoked though the list lacks
-    it. One that is revoked already keeps its first reason.
+    The event is recorded first: after a kill in between, `verify` reports an adapter that the list lacks. An adapter
+    that is revoked already keeps its first reason.
     """
-    known = revoked(run)
-    marked = [result for result in results if result.manifest_sha256 not in (None, *known)]
-    if not marked:
+    earlier = revoked(run)
+    adapters = [
+        {"user": pseudonym(result.user_id), "manifest_sha256": result.manifest_sha256}
+        for result in results
+        if result.manifest_sha256 is not None and result.manifest_sha256 not in earlier
+    ]
+    if not adapters:
         return []
-    papers = [{"user": pseudonym(one.user_id), "manifest_sha256": one.manifest_sha256 or ""} for one in marked]
-    integrity.append_all(run, [(REVOKED_EVENT, paper | {"reason": reason}) for paper in papers])
-    new = [Revocation(**paper, day=today(), reason=reason) for paper in papers]
-    lines = (json.dumps(one._asdict(), ensure_ascii=True) + "\n" for one in (*known.values(), *new))
-    atomic_write(run / REVOKED, "".join(lines).encode())
+    integrity.append_all(run, [(REVOKED_EVENT, adapter | {"reason": reason}) for adapter in adapters])
+    new = [Revocation(**adapter, day=today(), reason=reason) for adapter in adapters]
+    entries = (*earlier.values(), *new)
+    atomic_write(run / REVOKED, (json.dumps(entry._asdict(), ensure_ascii=True) + "\n" for entry in entries))
     if (run / SEAL).exists():
         seal(run, only=integrity.AUDIT)
     return new
 
 
 def revoked(run: Path) -> dict[str, Revocation]:
-    """The revocations of a run by manifest hash; empty where it has no list. Raises InputError as `read_list` does."""
+    """The revocations of a run by manifest hash; empty if it has no list. Raises InputError as `read_list` does."""
     return read_list(run / REVOKED) if (run / REVOKED).exists() else {}
 
 
 def read_list(file: Path) -> dict[str, Revocation]:
-    """A list of revocations, of a run or handed over, by manifest hash.
+    """A list of revocations by manifest hash.
 
-    Raises InputError, naming its line, where one cannot be read: a list that is half read would let somebody pass.
+    Raises InputError with every invalid line: a partly read list would let a revoked adapter pass.
     """
-    found: dict[str, Revocation] = {}
+    revocations: dict[str, Revocation] = {}
     problems: list[Problem] = []
     try:
         lines = file.read_bytes().splitlines()
@@ -192,34 +189,43 @@ def read_list(file: Path) -> dict[str, Revocation]:
         raise InputError([Problem(str(file), None, None, f"the revocations cannot be read ({fault})")]) from fault
     for number, line in enumerate(lines, 1):
         try:
-            one = _REVOCATION.validate_json(line)
-            found.setdefault(one.manifest_sha256, one)
+            revocation = _REVOCATION.validate_json(line)
+            revocations.setdefault(revocation.manifest_sha256, revocation)
         except ValidationError:
-            problems.append(Problem(str(file), number, None, "this line is no revocation; until it is one, all wait"))
+            problems.append(
+                Problem(
+                    str(file),
+                    number,
+                    None,
+                    "this line is no revocation; correct or remove it: until then no adapter is exported",
+                )
+            )
     if problems:
         raise InputError(problems)
-    return found
+    return revocations
 
 
-def revoked_here(folder: Path, called_back: Mapping[str, Revocation]) -> list[str]:
-    """Whether an adapter's folder is on a list that was handed over, or on that of the run it lies in."""
+def revoked_here(folder: Path, given: Mapping[str, Revocation]) -> list[str]:
+    """The revocation of an adapter's folder, from the `given` list or that of the run that holds the folder."""
     runs = (run for run in folder.resolve().parents[1:3] if (run / RESULTS).is_file())
-    calls = {**called_back, **(revoked(run) if (run := next(runs, None)) else {})}
-    papers = folder / MANIFEST
-    digest = hashlib.sha256(papers.read_bytes()).hexdigest() if papers.is_file() else ""
-    return [calls[digest].sentence()] if digest in calls else []
+    revocations = {**given, **(revoked(run) if (run := next(runs, None)) else {})}
+    manifest = folder / MANIFEST
+    digest = sha256_of(manifest) if manifest.is_file() else ""
+    return [revocations[digest].sentence()] if digest in revocations else []
 
 
-def revocation_faults(run: Path, calls: Mapping[str, Revocation]) -> list[str]:
-    """Where the list of a run and its audit trail disagree."""
-    told = {entry.facts["manifest_sha256"]: entry for entry in integrity.read(run) if entry.event == REVOKED_EVENT}
+def revocation_faults(run: Path, revocations: Mapping[str, Revocation]) -> list[str]:
+    """Differences between the revocations of a run and the events in its audit.jsonl."""
+    events = {entry.facts["manifest_sha256"]: entry for entry in integrity.read(run) if entry.event == REVOKED_EVENT}
     lacking = [
         f"{REVOKED} lacks an adapter of user {entry.facts['user']}, which line {entry.seq} of {integrity.AUDIT} revoked"
-        for papers, entry in told.items()
-        if papers not in calls
+        for digest, entry in events.items()
+        if digest not in revocations
     ]
-    added = [one for papers, one in calls.items() if papers not in told]
-    return lacking + [f"{REVOKED}: no line of {integrity.AUDIT} revoked an adapter of user {one.user}" for one in added]
+    added = [revocation for digest, revocation in revocations.items() if digest not in events]
+    return lacking + [
+        f"{REVOKED}: no line of {integrity.AUDIT} revoked an adapter of user {revocation.user}" for revocation in added
+    ]
 
 
 _REVOCATION = TypeAdapter(Revocation)

@@ -1,4 +1,10 @@
-"""Ed25519 signatures, trusted keys, kept documents."""
+"""Ed25519 signatures, trusted keys (keys.yaml), and the policy documents kept in RUN/policy.
+
+A run keeps its documents of tiers one and two byte for byte, named by the sha256 in policy.json, with their signatures.
+Documents of tier three hold a user's own text and are not kept. A signature is a small JSON file over all bytes of the
+file beside it; `Trust` maps keys to roles. Without trusted keys, roles are self-declared. Only this module imports
+`cryptography` (extra [sign]).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from pydantic import Field
 
@@ -24,19 +30,12 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 
-# ----------------------------------------------------------------------------------------------------
-# `RUN/policy/`: the documents of tiers one and two that a run was judged by, byte for byte, with their signatures.
-#
-# Each is called after its sha256, which policy.json holds and every manifest repeats. What an end user wrote in tier
-# three is his data and is not kept a second time.
-# ----------------------------------------------------------------------------------------------------
-
 POLICY = "policy"
-SIGNATURE = ".sig"  # what the name of a file's detached signature ends with
+SIGNATURE = ".sig"  # suffix of a detached signature
 
 
 def keep_documents(run: Path, documents: Sequence[DocumentInfo]) -> None:
-    """Copies the documents of tiers one and two into the run, with the signatures that lie beside them."""
+    """Copies the documents of tiers one and two into the run, with their signatures."""
     (run / POLICY).mkdir(exist_ok=True)
     for document in documents:
         if document.tier < 3:
@@ -48,42 +47,43 @@ def keep_documents(run: Path, documents: Sequence[DocumentInfo]) -> None:
 
 
 def copy_of(run: Path, digest: str) -> Path:
-    """Where the run keeps the document with this sha256."""
+    """The run's copy of the document with this sha256."""
     return run / POLICY / f"{digest}.yaml"
 
 
 def signature_of(file: Path) -> Path:
-    """The detached signature that belongs beside a file."""
+    """The path of a file's detached signature."""
     return file.with_name(file.name + SIGNATURE)
 
 
 def document_faults(run: Path, documents: Sequence[Mapping[str, Any]], accepted: Collection[str]) -> list[str]:
-    """Where a copy is not the document that policy.json names, or the document itself has been changed since.
+    """Kept copies that are not the documents of policy.json, and documents changed since the run.
 
-    `documents` as policy.json lists them; `accepted` are the sha256 of documents that the run was recertified by. A run
-    from before copies were kept has no such folder, and nothing is said of it.
+    `documents` as policy.json lists them; `accepted` are the sha256 of documents that the run was recertified by. Runs
+    of early versions keep no copies and have no such faults.
     """
     if not (run / POLICY).is_dir():
         return []
-    faults, own = list[str](), set[str]()
+    faults, names = list[str](), set[str]()
     for document in documents:
         if document["tier"] > 2:
             continue
         copy = copy_of(run, document["sha256"])
-        own |= {copy.name, signature_of(copy).name}
+        names |= {copy.name, signature_of(copy).name}
         name = f"{document['path']} (tier {document['tier']}, {document['issuer']})"
-        kept, there = _bytes(copy), _found(document["path"])
+        kept, original = _bytes(copy), _original(document["path"])
         if kept is None:
             faults.append(f"{POLICY}/{copy.name}, the run's copy of {name}, is missing")
         elif sha256(kept).hexdigest() != document["sha256"]:
-            place = _place(kept, there) if there and sha256(there).hexdigest() == document["sha256"] else ""
+            unchanged = original is not None and sha256(original).hexdigest() == document["sha256"]
+            place = _place(kept, original) if original is not None and unchanged else ""
             faults.append(f"{POLICY}/{copy.name}, the run's copy of {name}, was changed{place}")
-        elif there is not None and sha256(there).hexdigest() not in (document["sha256"], *accepted):
+        elif original is not None and sha256(original).hexdigest() not in (document["sha256"], *accepted):
             faults.append(
-                f"{name} was changed{_place(there, kept)} since this run was judged by it: put it back, or test the "
+                f"{name} was changed{_place(original, kept)} since this run was judged by it: restore it, or test the "
                 "adapters again with `recertify`"
             )
-    extra = {file.name for file in (run / POLICY).iterdir()} - own
+    extra = {file.name for file in (run / POLICY).iterdir()} - names
     return faults + [f"{POLICY}/{name} is no document of policy.json" for name in sorted(extra)]
 
 
@@ -91,8 +91,8 @@ def _bytes(file: Path) -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
-def _found(path: str) -> bytes | None:
-    """The document where the run found it, seen from here; None where there is no such file."""
+def _original(path: str) -> bytes | None:
+    """The content of a document at its original path; None if there is no such file here."""
     try:
         return _bytes(find(path))
     except InputError:
@@ -105,14 +105,8 @@ def _place(changed: bytes, original: bytes) -> str:
     return next((f" on line {number}" for number, (one, other) in pairs if one != other), "")
 
 
-# ----------------------------------------------------------------------------------------------------
-# Ed25519 keys and detached signatures, by `cryptography` (extra [sign]), which no other module imports.
-#
-# A signature is a small JSON file beside what it signs, over all its bytes. Whose key it is, `trust` says.
-# ----------------------------------------------------------------------------------------------------
-
 Signer = Callable[[bytes], bytes]
-"""Bytes in, the content of their signature file out."""
+"""From bytes to the content of their signature file."""
 
 _ALGORITHM = "ed25519"
 
@@ -125,9 +119,9 @@ class Signature(NamedTuple):
 
 
 def make_key(out: Path) -> str:
-    """Writes a new private key to `out` (PEM, for its owner's eyes only: mode 0600); returns the public key as text.
+    """Writes a new private key to `out` (PEM, mode 0600); returns the public key as text.
 
-    Raises InputError where something stands there already: a key is never overwritten.
+    Raises InputError if `out` exists: a key is never overwritten.
     """
     ed25519, serialization = _library()
     private = ed25519.Ed25519PrivateKey.generate()
@@ -145,19 +139,19 @@ def make_key(out: Path) -> str:
 
 
 def signer(key: Path) -> Signer:
-    """What signs with the private key in a file. Raises InputError where there is none in it."""
+    """A signer with the private key in a file. Raises InputError if it holds none."""
     private = _private(key)
-    own = key_id(private.public_key().public_bytes_raw())
+    key_name = key_id(private.public_key().public_bytes_raw())
 
     def sign(content: bytes) -> bytes:
         raw = base64.b64encode(private.sign(content)).decode()
-        return (json.dumps({"algorithm": _ALGORITHM, "key": own, "signature": raw}, indent=2) + "\n").encode()
+        return (json.dumps({"algorithm": _ALGORITHM, "key": key_name, "signature": raw}, indent=2) + "\n").encode()
 
     return sign
 
 
 def sign_file(file: Path, key: Path) -> Path:
-    """Writes the detached signature of a file beside it. Raises InputError where file or key cannot be read."""
+    """Writes the detached signature of a file. Raises InputError if file or key cannot be read."""
     sign = signer(key)
     try:
         content = file.read_bytes()
@@ -168,7 +162,7 @@ def sign_file(file: Path, key: Path) -> Path:
 
 
 def read_signature(file: Path) -> Signature:
-    """Reads a signature file. Raises ValueError where it is not as `signer` writes it."""
+    """Reads a signature file. Raises ValueError if it is not in the form that `signer` writes."""
     content = json.loads(file.read_bytes())
     if not isinstance(content, dict) or content.get("algorithm") != _ALGORITHM:
         raise ValueError(f"no signature by {_ALGORITHM}")
@@ -188,17 +182,17 @@ def holds(public: bytes, signature: Signature, content: bytes) -> bool:
 
 
 def key_id(public: bytes) -> str:
-    """What signatures call a key: the first 16 hex digits of the public key's sha256."""
+    """The id of a key in signatures: the first 16 hex digits of the public key's sha256."""
     return hashlib.sha256(public).hexdigest()[:16]
 
 
 def public_text(public: bytes) -> str:
-    """A public key as it stands in a file of trusted keys: `ed25519:` and base64."""
+    """A public key as text in a file of trusted keys: `ed25519:` and base64."""
     return f"{_ALGORITHM}:{base64.b64encode(public).decode()}"
 
 
 def public_bytes(text: str) -> bytes:
-    """The 32 bytes of a public key. Raises ValueError where the text is none."""
+    """The 32 bytes of a public key. Raises ValueError if the text is none."""
     algorithm, _, encoded = text.partition(":")
     try:
         raw = base64.b64decode(encoded, validate=True)
@@ -212,16 +206,15 @@ def public_bytes(text: str) -> bytes:
 def _private(key: Path) -> Ed25519PrivateKey:
     ed25519, serialization = _library()
     try:
-        found = serialization.load_pem_private_key(key.read_bytes(), password=None)
+        private = serialization.load_pem_private_key(key.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as fault:
         sentence = f"no private key can be read from it ({type(fault).__name__}); make one with `policy keygen`"
         raise InputError([Problem(str(key), None, None, sentence)]) from fault
-    if not isinstance(found, ed25519.Ed25519PrivateKey):
+    if not isinstance(private, ed25519.Ed25519PrivateKey):
         raise InputError(
             [Problem(str(key), None, None, "this is a key of another kind; make one with `policy keygen`")]
         )
-    private: Ed25519PrivateKey = found
-    return private
+    return cast("Ed25519PrivateKey", private)
 
 
 def _library() -> tuple[Any, Any]:
@@ -233,12 +226,6 @@ def _library() -> tuple[Any, Any]:
         raise InputError([Problem("signing", None, None, sentence)]) from fault
     return ed25519, serialization
 
-
-# ----------------------------------------------------------------------------------------------------
-# `keys.yaml`: whose signature counts for which role; and whether a run's papers carry the signatures of their issuers.
-#
-# Without it roles are self-declared: a document says of itself who issued it.
-# ----------------------------------------------------------------------------------------------------
 
 Role = Literal["model_provider", "application_provider", "releaser"]
 _ISSUER: dict[int, Role] = {1: "model_provider", 2: "application_provider"}
@@ -254,12 +241,12 @@ class _Keys(Section):
 
 
 class Trust(NamedTuple):
-    """The trusted public keys (32 bytes each) of every role, by the ids that signatures call them by."""
+    """The trusted public keys (32 bytes each) of every role, by key id."""
 
     keys: Mapping[Role, Mapping[str, bytes]]
 
     def fault(self, file: Path, role: Role) -> str | None:
-        """Why nobody of this role vouches for a file as it is; None where somebody does."""
+        """The reason why a file has no valid signature of this role; None if it has one."""
         try:
             signature, content = read_signature(signature_of(file)), file.read_bytes()
         except FileNotFoundError:
@@ -272,21 +259,21 @@ class Trust(NamedTuple):
         return (
             None
             if holds(public, signature, content)
-            else f"the signature of the {role} is not over these bytes: something was changed"
+            else f"the signature of the {role} does not match this content: the file was changed after it was signed"
         )
 
 
 def read_trust(file: Path) -> Trust:
     """Reads a file of trusted keys. Raises InputError with every problem in it."""
     document = read_yaml(file)
-    told = read_section(_Keys, document)
+    section = read_section(_Keys, document)
     keys: dict[Role, dict[str, bytes]] = {"model_provider": {}, "application_provider": {}, "releaser": {}}
     problems = list[Problem]()
-    for role, known in keys.items():
-        for number, text in enumerate(getattr(told, role)):
+    for role, keys_of_role in keys.items():
+        for number, text in enumerate(getattr(section, role)):
             try:
                 public = public_bytes(text)
-                known[key_id(public)] = public
+                keys_of_role[key_id(public)] = public
             except ValueError as fault:
                 place = document.place((role, number))
                 problems.append(Problem(place.file, place.line, dotted((role, number)), str(fault)))
@@ -296,7 +283,7 @@ def read_trust(file: Path) -> Trust:
 
 
 def untrusted_documents(run: Path, documents: Sequence[Mapping[str, Any]], trust: Trust) -> list[str]:
-    """Which of a run's documents of tiers one and two nobody of the issuer's role has signed."""
+    """The documents of tiers one and two without a valid signature of the issuer's role."""
     faults = []
     for document in documents:
         role = _ISSUER.get(document["tier"])
@@ -308,19 +295,19 @@ def untrusted_documents(run: Path, documents: Sequence[Mapping[str, Any]], trust
 def untrusted_adapters(
     run: Path, folders: Iterable[str], documents: Sequence[Mapping[str, Any]], trust: Trust
 ) -> list[str]:
-    """Which adapters of a run no releaser has signed, or signed under other documents than policy.json names."""
-    own = {document["sha256"] for document in documents if document["tier"] in _ISSUER}
+    """The adapters of a run without a valid signature of a releaser, or with other documents than policy.json."""
+    digests = {document["sha256"] for document in documents if document["tier"] in _ISSUER}
     faults = []
     for path in folders:
         faults += [f"{path}: {fault}" for fault in untrusted_adapter(run / path, trust)]
         manifest, _ = read_manifest(run / path / MANIFEST)
-        told = (manifest or {}).get("policy", {}).get("documents", [])
-        if {document["sha256"] for document in told} != own:
+        listed = (manifest or {}).get("policy", {}).get("documents", [])
+        if {document["sha256"] for document in listed} != digests:
             faults.append(f"{path}: {MANIFEST} names other policy documents than policy.json")
     return faults
 
 
 def untrusted_adapter(folder: Path, trust: Trust) -> list[str]:
-    """Why no releaser vouches for an adapter's manifest, and so for its files; an empty list where one does."""
+    """The reason why an adapter's manifest has no valid signature of a releaser; an empty list if it has one."""
     fault = trust.fault(folder / MANIFEST, "releaser")
     return [] if fault is None else [f"{MANIFEST}: {fault}"]

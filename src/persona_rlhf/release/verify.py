@@ -1,8 +1,7 @@
-"""Checks a run or an adapter folder against its own papers: every byte, every number that can be computed again."""
+"""Verification of a run or an adapter folder: hashes of all files, and every number that can be recomputed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import slug
+from persona_rlhf.common.files import sha256_of, slug
 from persona_rlhf.policy.bound import Bound
 from persona_rlhf.release.compatibility import lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
@@ -32,8 +31,7 @@ ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors"
 
 
 class TrustedEvidence(NamedTuple):
-    """What papers are checked against that do not lie beside them: heads of the audit trail that were kept elsewhere,
-    each with who kept it; the keys of those whose signatures count; and revocations that were handed over."""
+    """Evidence from outside the folder: audit heads with their keepers, trusted keys, and lists of revocations."""
 
     heads: Sequence[tuple[str, AuditHead]] = ()
     trust: Trust | None = None
@@ -44,13 +42,13 @@ _NONE = TrustedEvidence()
 
 
 def verify(folder: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
-    """Everything wrong with a run folder or a single adapter folder; an empty list where all is well.
+    """Every fault of a run folder or a single adapter folder; an empty list if there is none.
 
-    Raises InputError where the folder is neither, or a head was kept of an adapter, which has no trail.
+    Raises InputError if the folder is neither, or an audit head is given for an adapter, which has no audit.jsonl.
     """
     if any((folder / name).exists() for name in (*ADAPTER_FILES[1:], MANIFEST)):
         if witnesses.heads:
-            sentence = "a head is kept of a run's audit trail; give RUN, not an adapter's folder"
+            sentence = "a head belongs to the audit.jsonl of a run; give RUN, not an adapter's folder"
             raise InputError([Problem(str(folder), None, "--head", sentence)])
         unsigned = [] if witnesses.trust is None else untrusted_adapter(folder, witnesses.trust)
         return [*adapter_faults(folder), *unsigned, *revoked_here(folder, witnesses.revoked)]
@@ -61,7 +59,7 @@ def verify(folder: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
 
 
 def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
-    """Faults of a run: its sealed files, its audit trail, its documents, its lines, every adapter against its line."""
+    """Faults of a run: of its files, documents, results and audit.jsonl, and of every adapter against its result."""
     faults = seal_faults(run)
     try:
         policy = json.loads((run / "policy.json").read_bytes())
@@ -71,10 +69,10 @@ def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
         faults += [] if trust is None else untrusted_documents(run, documents, trust)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         return [*faults, f"policy.json cannot be read ({fault})"]
-    papers = list[AdapterRecord]()
+    adapters = list[AdapterRecord]()
     try:
-        faults += revocation_faults(run, own := revoked(run))
-        calls = {**witnesses.revoked, **own}
+        faults += revocation_faults(run, of_run := revoked(run))
+        revocations = {**witnesses.revoked, **of_run}
         for result in RunResults(run):
             if result.slug != slug(result.user_id):
                 faults.append(f"{RESULTS}: the slug `{result.slug}` is not that of its user")
@@ -83,34 +81,34 @@ def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
             if result.path is None:
                 continue
             if result.path not in (f"adapters/{result.slug}", f"adapters/{result.slug[-2:]}/{result.slug}"):
-                faults.append(f"{RESULTS}: {result.slug} has a path that is not its own")
+                faults.append(f"{RESULTS}: {result.slug} has the path of another user")
                 continue
-            papers.append(AdapterRecord(result.path, result.user_id, result.manifest_sha256))
+            adapters.append(AdapterRecord(result.path, result.user_id, result.manifest_sha256))
             faults += [f"{result.path}: {fault}" for fault in adapter_faults(run / result.path, result, policy_hash)]
-            if (found := calls.get(result.manifest_sha256 or "")) is not None:
-                faults.append(f"{result.path}: {found.sentence()}")
-        faults += redteam_faults(run, {paper.user_id: paper.manifest_sha256 for paper in papers})
-        there = {path.relative_to(run).as_posix() for path in adapter_folders(run)}
-        extra = sorted(there - {paper.path for paper in papers})
+            if (revocation := revocations.get(result.manifest_sha256 or "")) is not None:
+                faults.append(f"{result.path}: {revocation.sentence()}")
+        faults += redteam_faults(run, {adapter.user_id: adapter.manifest_sha256 for adapter in adapters})
+        present = {path.relative_to(run).as_posix() for path in adapter_folders(run)}
+        extra = sorted(present - {adapter.path for adapter in adapters})
         faults += [f"{path}: no line of {RESULTS} released it" for path in extra]
     except InputError as fault:
         faults += map(str, fault.problems)
     faults += forgotten_faults(run)
     if trust is not None:
-        faults += untrusted_adapters(run, [paper.path for paper in papers], documents, trust)
-    return faults + trail_faults(run, papers, witnesses.heads)
+        faults += untrusted_adapters(run, [adapter.path for adapter in adapters], documents, trust)
+    return faults + trail_faults(run, adapters, witnesses.heads)
 
 
 def adapter_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:
-    """Faults of one adapter folder; against its line and its run's policy, where these are at hand."""
-    faults = paper_faults(folder, result, policy_hash)
+    """Faults of one adapter folder, also against its result and its run's policy if these are given."""
+    faults = undated_faults(folder, result, policy_hash)
     manifest, _ = read_manifest(folder / MANIFEST)
     until = ((manifest or {}).get("verdict") or {}).get("valid_until")
     return faults if until is None or str(until) >= today() else [*faults, f"its verdict expired on {until}"]
 
 
-def paper_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:
-    """`adapter_faults`, whatever the day: a verdict that has expired is as sound as before."""
+def undated_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:
+    """`adapter_faults` without the expiry of the verdict."""
     manifest, faults = read_manifest(folder / MANIFEST)
     if manifest is None:
         return faults
@@ -120,13 +118,13 @@ def paper_faults(folder: Path, result: Result | None = None, policy_hash: str | 
         if not faults:
             faults += _config_faults(json.loads((folder / "adapter_config.json").read_bytes()), manifest)
             faults += _weight_faults(folder / "adapter_model.safetensors", manifest["settings"]["lora"]["rank"])
-            faults += [str(found) for found in lint(folder) if found.refused]
+            faults += [str(finding) for finding in lint(folder) if finding.refused]
         if result is not None:
             faults += _line_faults(folder, manifest, result)
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
-        faults.append(f"{MANIFEST} lacks a part of its form ({type(fault).__name__}: {fault})")
+        faults.append(f"{MANIFEST} lacks a required entry ({type(fault).__name__}: {fault})")
     if policy_hash is not None and manifest.get("policy", {}).get("hash") != policy_hash:
-        faults.append("the policy it was judged by is not the one in policy.json")
+        faults.append("the policy in its manifest is not the one in policy.json")
     return faults
 
 
@@ -136,21 +134,21 @@ def _file_faults(folder: Path, files: dict[str, Any]) -> list[str]:
     faults += [
         f"{name} is not in {MANIFEST}" for name in sorted(present - set(files) - {MANIFEST, MANIFEST + SIGNATURE})
     ]
-    for name, promised in files.items():
+    for name, entry in files.items():
         file = folder / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():
             faults.append(f"{name} is missing")
-        elif hashlib.sha256(file.read_bytes()).hexdigest() != promised["sha256"]:
+        elif sha256_of(file) != entry["sha256"]:
             faults.append(f"{name} was changed: its sha256 is not the one in {MANIFEST}")
     return faults
 
 
 def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
-    """The bounds computed anew from the counts, and the verdict drawn anew from the bounds."""
+    """Bounds that do not follow from the counts, and a verdict that does not follow from the bounds."""
     verdict = manifest["verdict"]
     bound = Bound(1 - verdict["confidence"], verdict.get("judge_error", 0.0))  # earlier manifests have no judge_error
     if not 0 <= bound.judge_error < 1:
-        return ["the judge's error is not a share of its answers"]
+        return ["the judge error is not between 0 and 1"]
     counts = {"pooled": verdict["pooled"], **verdict["categories"]}
     faults = []
     for name, count in counts.items():
@@ -161,9 +159,9 @@ def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
         faults.append("the pooled counts are not the sums of their categories")
     passes = all(count["lower_bound"] >= count["min_refusal"] for count in counts.values())
     if verdict["certified"] and not passes:
-        faults.append("it is called certified, but a bound lies below what the policy asks")
+        faults.append("it is marked certified, but a bound is below the policy's min_refusal")
     if not verdict["admitted"] or not 0 < manifest["alpha"] <= 1:
-        faults.append("an adapter that was held back has no business here")
+        faults.append("the manifest says this adapter was held back, yet its folder is present")
     return faults
 
 
@@ -195,7 +193,9 @@ def _weight_faults(file: Path, rank: int) -> list[str]:
                 tensor = tensors.get_tensor(name)
                 side = 0 if name.endswith(".lora_A.weight") else 1 if name.endswith(".lora_B.weight") else None
                 if side is None or tensor.ndim != 2 or tensor.shape[side] != rank:
-                    faults.append(f"the weights hold `{name}` of shape {tensor.shape}, no LoRA matrix of rank {rank}")
+                    faults.append(
+                        f"the weights hold `{name}` of shape {tensor.shape}, which is no LoRA matrix of rank {rank}"
+                    )
                 elif not np.isfinite(tensor).all():
                     faults.append(f"the weights of `{name}` are not finite")
             other = {name.replace(".lora_A.", ".lora_B.") for name in names if ".lora_A." in name}
@@ -207,12 +207,12 @@ def _weight_faults(file: Path, rank: int) -> list[str]:
 
 
 def _line_faults(folder: Path, manifest: dict[str, Any], result: Result) -> list[str]:
-    """Where an adapter's papers and its line in the run disagree."""
+    """Disagreements between an adapter's manifest and its line in the run's results."""
     faults = []
-    if hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() != result.manifest_sha256:
+    if sha256_of(folder / MANIFEST) != result.manifest_sha256:
         faults.append(f"{MANIFEST} is not the one that {RESULTS} names")
     if manifest["user"] != user_mark(result.user_id, manifest["data"]["fingerprint"]):
-        faults.append("it is the adapter of somebody else")
+        faults.append("the user hash in persona.json does not match this line's user_id")
     if manifest["alpha"] != result.alpha or result.status != "released":
         faults.append(f"{RESULTS} says {result.status} at alpha {result.alpha:g}, {MANIFEST} {manifest['alpha']:g}")
     counts = {"pooled": manifest["verdict"]["pooled"], **manifest["verdict"]["categories"]}
