@@ -20,13 +20,11 @@ from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.multi_lora import LayerSpan, matrices
 from persona_rlhf.release.card import card
+from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS
 from persona_rlhf.release.export import ADAPTERS
 from persona_rlhf.release.manifest import MANIFEST, BaseInfo, DataInfo, Provenance, Stamp, manifest_of, rendered
 from persona_rlhf.release.results import Written
 from persona_rlhf.release.signing import SIGNATURE, Signer
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 
 class AdapterFiles:
@@ -129,7 +127,7 @@ class Exporter:
         """Writes RUN/adapters/SLUG (or RUN/adapters/XX/SLUG): weights, config, card and manifest."""
         assert verdict.admitted and verdict.alpha > 0, f"{user_id} is held back"  # noqa: PT018
         files = self.adapter.of(flat, verdict.alpha)
-        files["README.md"] = card(self.provenance, data, verdict, measures).encode()
+        files[CARD] = card(self.provenance, data, verdict, measures).encode()
         manifest = rendered(manifest_of(user_id, self.provenance, data, verdict, files, self.stamp))
         name = slug(user_id)
         path = f"{ADAPTERS}/{name[-2:]}/{name}" if self.nested else f"{ADAPTERS}/{name}"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import sha256_of, slug
 from persona_rlhf.policy.bound import Bound
-from persona_rlhf.release.compatibility import lint
+from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
 from persona_rlhf.release.integrity import SEAL, AdapterRecord, recertified_documents, seal_faults, trail_faults
 from persona_rlhf.release.manifest import MANIFEST, AuditHead, read_manifest, user_mark
@@ -27,7 +27,7 @@ from persona_rlhf.release.signing import (
     untrusted_documents,
 )
 
-ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES = (CARD, CONFIG, WEIGHTS)
 
 
 class TrustedEvidence(NamedTuple):
@@ -116,8 +116,8 @@ def undated_faults(folder: Path, result: Result | None = None, policy_hash: str 
         faults += _file_faults(folder, manifest["files"])
         faults += _verdict_faults(manifest)
         if not faults:
-            faults += _config_faults(json.loads((folder / "adapter_config.json").read_bytes()), manifest)
-            faults += _weight_faults(folder / "adapter_model.safetensors", manifest["settings"]["lora"]["rank"])
+            faults += _config_faults(json.loads((folder / CONFIG).read_bytes()), manifest)
+            faults += _weight_faults(folder / WEIGHTS, manifest["settings"]["lora"]["rank"])
             faults += [str(finding) for finding in lint(folder) if finding.refused]
         if result is not None:
             faults += _line_faults(folder, manifest, result)

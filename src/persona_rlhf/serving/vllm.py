@@ -23,7 +23,7 @@ from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.pairs import Prompt
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
-from persona_rlhf.release.adapter import CONFIG, WEIGHTS
+from persona_rlhf.release.compatibility import CONFIG, WEIGHTS
 from persona_rlhf.serving.access import AdapterAccess
 from persona_rlhf.serving.local_engine import AdapterCache, BatchingEngine, LocalGenerator
 from persona_rlhf.serving.openai_api import APIError, Finish, SamplingParams, TextChunk, TextGenerator, Usage
