@@ -21,7 +21,7 @@ from persona_rlhf.pipeline.forget_user import finish, forget
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
 from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import forgotten, pending_file, proof_file
-from persona_rlhf.release.integrity import seal
+from persona_rlhf.release.integrity import write_run_manifest
 from persona_rlhf.release.redteam_report import Attacked, MergedPair, RedTeamResult, content_of, write_redteam
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import read_results
@@ -103,7 +103,7 @@ def planted(monkeypatch, request, tmp_path) -> Path:
     (path / f"adapters/.{slug(ID)}.old/README.md").write_text("CANARYCHOSEN")
     (path / "state/slots.safetensors").unlink()
     write_report(path)
-    seal(path)
+    write_run_manifest(path)
     (path / "results.jsonl.half").write_text(ID)
     return path
 

@@ -19,7 +19,7 @@ from persona_rlhf.models.base import weights_hash
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir, before, check_replacement, finish_replacement, replace_run
 from persona_rlhf.pipeline.update_run import add, begin_joining, join, rebase
 from persona_rlhf.release import integrity
-from persona_rlhf.release.integrity import seal
+from persona_rlhf.release.integrity import write_run_manifest
 from persona_rlhf.release.results import read_results, write_results
 from persona_rlhf.release.verify import verify
 from tests.pipeline.cut_short import DONE, KILLED, cut_short
@@ -60,7 +60,7 @@ def joining(run, tmp_path) -> tuple[Path, Path]:
             "".join(f'{{"user_id": "{user}", "reason": "r", "action": "a"}}\n' for user in kept)
         )
         (place / "metrics.jsonl").write_text("".join(json.dumps({"user_id": user}) + "\n" for user in kept * 2))
-        seal(place)
+        write_run_manifest(place)
     assert verify(path) == verify(inner) == []
     begin_joining(path, "more.jsonl")
     return path, whole

@@ -33,7 +33,7 @@ from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.rule_schema import Certify
 from persona_rlhf.policy.rules import DocumentInfo
 from persona_rlhf.release.adapter import AdapterFiles, Exporter
-from persona_rlhf.release.integrity import seal
+from persona_rlhf.release.integrity import write_run_manifest
 from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import PairCounts, outcome, skipped, write_results
@@ -137,7 +137,7 @@ def run(base: Base, tmp_path: Path):
     (path / "state").mkdir()
     (path / "state" / "slots.safetensors").write_bytes(b"working matter")
     write_report(path)
-    seal(path)
+    write_run_manifest(path)
     yield Run(path, adapted, flats, alphas)
     adapted.close()
 

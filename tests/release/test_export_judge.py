@@ -10,7 +10,7 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import pseudonym, slug
 from persona_rlhf.release import integrity
 from persona_rlhf.release.export import HeldBack, export, find_user, refusals_to_release
-from persona_rlhf.release.integrity import seal
+from persona_rlhf.release.integrity import write_run_manifest
 from persona_rlhf.release.manifest import MANIFEST, rendered, self_hash
 from persona_rlhf.release.revocation import read_list, revoke, revoked
 from persona_rlhf.release.verify import verify
@@ -69,7 +69,7 @@ def test_a_cut_trail_shows_against_the_seal(run):
     (run.path / integrity.AUDIT).unlink()
     assert any("manifest.json keeps the head 1:" in fault for fault in verify(run.path))
     integrity.append(run.path, "something else")
-    seal(run.path, only="report.html")
+    write_run_manifest(run.path, only="report.html")
     assert any("that line has another hash now" in fault for fault in verify(run.path))
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import slug
-from persona_rlhf.release.integrity import seal
+from persona_rlhf.release.integrity import write_run_manifest
 from persona_rlhf.release.manifest import MANIFEST, rendered, self_hash
 from persona_rlhf.release.results import read_results
 from persona_rlhf.release.verify import verify
@@ -106,7 +106,7 @@ def test_a_forgery_that_is_sound_in_itself_is_found_in_the_run(run):
     one.rename(two)
     spare.rename(one)
     (run.path / "policy.json").write_text(json.dumps({"hash": "f" * 64}))
-    seal(run.path)
+    write_run_manifest(run.path)
     assert any("the policy in its manifest" in fault for fault in verify(run.path))
 
 

@@ -23,7 +23,7 @@ from persona_rlhf.cli.console import (
 )
 from persona_rlhf.pipeline.distributed import HELD_BACK
 from persona_rlhf.pipeline.run_dir import before, check_replacement, replace_run
-from persona_rlhf.release.deletion_records import LIST
+from persona_rlhf.release.deletion_records import FORGOTTEN
 
 # ----------------------------------------------------------------------------------------------------
 # The verbs of the command line about a run's life after it was trained: users come and go, the base changes.
@@ -79,7 +79,7 @@ def add(
     if done.unchanged:
         say(f"{done.unchanged:,} users are in the run already, with the same pairs.")
     if done.forgotten:
-        say(f"{done.forgotten:,} users asked to be forgotten and stay out; {run / LIST} says how they may come back.")
+        say(f"{done.forgotten:,} deleted users stay out of the run; {run / FORGOTTEN} holds their proofs of deletion.")
     if done.results:
         print_guarantee(run)
     exit_held_back(done.results)
@@ -193,7 +193,7 @@ def audit(
 ) -> None:
     """Print the audit trail of a run, or its head; exit 3 where the chain is broken."""
     from persona_rlhf.release import integrity as trail
-    from persona_rlhf.release.integrity import trail_table
+    from persona_rlhf.release.integrity import audit_table
 
     open_run(run)
     last, faults = trail.need_head(run), trail.faults(run)
@@ -202,7 +202,7 @@ def audit(
     elif as_json:
         print_json_list(entry._asdict() for entry in trail.read(run))
     else:
-        print_table(trail_table(trail.read(run)))
+        print_table(audit_table(trail.read(run)))
     for fault in faults:
         say(fault)
     if faults:

@@ -22,7 +22,7 @@ from persona_rlhf.data.store import PairStore, UserSelection
 from persona_rlhf.pipeline.run_dir import RunDir, before
 from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import (
-    LIST,
+    FORGOTTEN,
     adapter_folders,
     erase,
     files_with_rows,
@@ -31,11 +31,11 @@ from persona_rlhf.release.deletion_records import (
     pending_file,
     proof_file,
     rows_of,
-    tail,
-    write_paper,
+    slug_hash,
+    write_proof,
 )
 from persona_rlhf.release.hub import delete_upload, uploads_of
-from persona_rlhf.release.integrity import REVOKED, SEAL, seal, seal_faults
+from persona_rlhf.release.integrity import REVOKED, RUN_MANIFEST, run_manifest_faults, write_run_manifest
 from persona_rlhf.release.manifest import read_manifest
 from persona_rlhf.release.redteam_report import REDTEAM, without_user
 from persona_rlhf.release.report import write_report
@@ -52,7 +52,16 @@ from persona_rlhf.simulation.users import read_utilities
 
 _NAMELESS = (integrity.AUDIT, REVOKED, "users.jsonl")  # they call users by their pseudonyms; the last goes by itself
 
-_PAPERS = {SEAL, REDTEAM, SUMMARY, "policy.json", "bank.json", "identity.json", "persona.json", "adapter_config.json"}
+_PAPERS = {
+    RUN_MANIFEST,
+    REDTEAM,
+    SUMMARY,
+    "policy.json",
+    "bank.json",
+    "identity.json",
+    "persona.json",
+    "adapter_config.json",
+}
 
 
 _RULES = ("preferences", "not_in_force")  # of policy.json: what end users stated
@@ -110,7 +119,7 @@ def traces(run: Path, name: str) -> Iterator[Trace]:
     if number_of(inner.roll.known, name) is not None:
         yield Trace(inner.path, "an addition under way, all of it", 1, partial(remove_folder, inner.path))
     for folder in adapter_folders(run):
-        if folder.name.lstrip(".").partition(".")[0].endswith(tail(name)):
+        if folder.name.lstrip(".").partition(".")[0].endswith(slug_hash(name)):
             yield Trace(folder, "adapter", 1, partial(shutil.rmtree, folder))
     yield from _files(run, his)
     yield from _checkpoints(run, his)
@@ -123,7 +132,7 @@ def _files(run: Path, his: TraceOwner) -> Iterator[Trace]:
     for file in files_below(run):
         if file.name.endswith((".half", ".old")):
             continue  # swept at the end, whosever it is
-        if file.name in _NAMELESS or LIST in file.relative_to(run).parts or not files_with_rows(file):
+        if file.name in _NAMELESS or FORGOTTEN in file.relative_to(run).parts or not files_with_rows(file):
             continue
         if file.suffix == ".json" and file.name in _PAPERS:
             continue
@@ -153,7 +162,7 @@ def _nobody(_: object) -> bool:
 def _checkpoints(run: Path, his: TraceOwner) -> Iterator[Trace]:
     """What an interrupted training keeps."""
     for file in sorted((run / "state").rglob("*.safetensors")):
-        if file.parent.name == "trained" and file.stem.endswith(tail(his.name)):
+        if file.parent.name == "trained" and file.stem.endswith(slug_hash(his.name)):
             yield Trace(file, "trained adapter of an unfinished run", 1, file.unlink)
         elif file.name == "slots.safetensors":
             from persona_rlhf.training import checkpoint
@@ -289,9 +298,9 @@ def forget(run: Path, user_id: str, data: bool = False) -> Forgotten | None:
         "data": data,
         "removed": [_told(run, trace, name) for trace in (*found, *sources)],
         "others": others_adapters(run, name),
-        "faults_before": seal_faults(run) if folder.finished else [],
+        "faults_before": run_manifest_faults(run) if folder.finished else [],
     }
-    write_paper(pending_file(run, name), order)
+    write_proof(pending_file(run, name), order)
     return _finish(run, name)
 
 
@@ -328,7 +337,7 @@ def _finish(run: Path, name: str) -> Forgotten:
     if folder.finished:
         write_report(run)
         for changed in (*(file.name for file in run.glob("*.jsonl")), "policy.json", REDTEAM):
-            seal(run, only=changed)
+            write_run_manifest(run, only=changed)
     remains = list(_remains(run, outside, folder, TraceOwner(name)))
     after = others_adapters(run, name)
     content = {
@@ -339,11 +348,11 @@ def _finish(run: Path, name: str) -> Forgotten:
         },
         "remains": [what for what, _ in remains],
     }
-    proof = write_paper(proof_file(run, name), content)
+    proof = write_proof(proof_file(run, name), content)
     if not any(entry.facts.get("proof") == proof for entry in integrity.read(run) if entry.event == FORGOTTEN_EVENT):
         integrity.append(run, FORGOTTEN_EVENT, user=name, proof=proof)
     if folder.finished:
-        seal(run, only=integrity.AUDIT)
+        write_run_manifest(run, only=integrity.AUDIT)
     pending_file(run, name).unlink()
     return Forgotten(proof_file(run, name), content, [sentence for _, sentence in remains])
 
@@ -398,4 +407,4 @@ def _near(run: Path, user_id: str) -> str:
 
 
 def _nameless(part: str, name: str) -> str:
-    return re.sub(rf"[a-z0-9-]*-{tail(name)}", f"*-{tail(name)}", part)
+    return re.sub(rf"[a-z0-9-]*-{slug_hash(name)}", f"*-{slug_hash(name)}", part)

@@ -27,7 +27,7 @@ from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release import integrity
 from persona_rlhf.release.adapter import read_adapter
-from persona_rlhf.release.integrity import SEAL, recertified, retested, seal
+from persona_rlhf.release.integrity import RUN_MANIFEST, recertified, retested, write_run_manifest
 from persona_rlhf.release.redteam_report import Attacked, MergedPair, RedTeamResult, content_of, write_redteam
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import Result, RunResults
@@ -83,14 +83,14 @@ def recertify(run: Path, documents: Sequence[Path], say: Callable[[str], None]) 
     revoke(run, [one for one in released if one.user_id in failed], reason)
     looks = sum(len(user.verdict.looks) for user in users)
     head = integrity.append_all(run, [recertified(policy, len(users), len(users) - len(failed), looks)])
-    seal(run, only=integrity.AUDIT)
+    write_run_manifest(run, only=integrity.AUDIT)
     return Recertified(policy.hash, users, head)
 
 
 def _released_for_recertification(run: Path) -> list[Result]:
     """The released users of a finished run, whose adapters are what their papers say."""
     results = RunResults(run)
-    if not (run / SEAL).is_file():
+    if not (run / RUN_MANIFEST).is_file():
         raise _not_so(run, "this run is not finished; go on with it (train has --resume) before it is tested again")
     released = [result for result in results if result.path is not None]
     if not released:
@@ -178,7 +178,7 @@ def red_team(run: Path, overrides: Sequence[str], say: Callable[[str], None]) ->
 def _released_for_redteam(run: Path) -> list[Result]:
     """The released users of a finished run. Raises InputError where it is not finished, or released nobody."""
     results = RunResults(run)
-    if not (run / SEAL).is_file():
+    if not (run / RUN_MANIFEST).is_file():
         sentence = "this run is not finished; go on with it (train has --resume) before it is attacked"
         raise InputError([Problem(str(run), None, "--redteam", sentence)])
     released = [result for result in results if result.path is not None]

@@ -19,8 +19,8 @@ from persona_rlhf.data.store import PairStore, UserSelection, fingerprint_of
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release import integrity
-from persona_rlhf.release.deletion_records import LIST, forgotten
-from persona_rlhf.release.integrity import SEAL, beginning
+from persona_rlhf.release.deletion_records import FORGOTTEN, forgotten
+from persona_rlhf.release.integrity import RUN_MANIFEST, beginning
 from persona_rlhf.release.signing import keep_documents
 
 # ----------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def finish_replacement(run: Path) -> bool:
 _CHUNK = "users per chunk"
 PAIRS = "preference pairs"
 SOURCES = "sources.json"
-_SEEDS = (LIST, SOURCES)  # what may lie in the folder of a run before it begins
+_SEEDS = (FORGOTTEN, SOURCES)  # what may lie in the folder of a run before it begins
 _PARTS = ("results.jsonl", "screening.jsonl")  # of a chunk; they are joined for the run
 
 
@@ -102,7 +102,7 @@ class RunDir:
     @property
     def finished(self) -> bool:
         """Whether the run is whole and sealed."""
-        return (self.path / SEAL).is_file()
+        return (self.path / RUN_MANIFEST).is_file()
 
     @property
     def sources(self) -> list[str]:
@@ -128,7 +128,7 @@ class RunDir:
 
     def begin_with(self, other: RunDir) -> None:
         """Before it begins, a run takes over from another where its pairs lie, and who asked to be forgotten."""
-        for file in (other.path / SOURCES, *(other.path / LIST).glob("*.json")):
+        for file in (other.path / SOURCES, *(other.path / FORGOTTEN).glob("*.json")):
             if file.exists():
                 place = self.path / file.relative_to(other.path)
                 place.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from persona_rlhf.pipeline import train
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
 from persona_rlhf.pipeline.run_dir import RunDir
 from persona_rlhf.release.comparison import Arm, Comparison, compare, write_comparison
-from persona_rlhf.release.integrity import SEAL
+from persona_rlhf.release.integrity import RUN_MANIFEST
 from persona_rlhf.release.results import read_results
 
 
@@ -77,7 +77,7 @@ def sweep(path: Path, overrides: Sequence[str], folder: Path | None, resume: boo
     (place / "arms.json").write_text(_identity(runs), encoding="utf-8")
     for number, run in enumerate(runs, 1):
         where = place / "runs" / run.folder
-        if (where / SEAL).exists():
+        if (where / RUN_MANIFEST).exists():
             continue
         console.print(f"run {number} of {len(runs)}: {run.arm}, seed {run.seed}")
         train.train(run.config, where, RunDir(where).begun, console, materials[_files_of(run.config)])

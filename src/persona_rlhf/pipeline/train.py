@@ -27,7 +27,7 @@ from persona_rlhf.pipeline.run_dir import PAIRS, RunDir, identity_of
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release import integrity
 from persona_rlhf.release.adapter import read_adapter
-from persona_rlhf.release.integrity import ended, screened, seal
+from persona_rlhf.release.integrity import ended, screened, write_run_manifest
 from persona_rlhf.release.report import SCREENS, write_report
 from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, summarise, write_results
 from persona_rlhf.training import checkpoint
@@ -147,7 +147,7 @@ def train(
     folder.join(len(chunks))
     write_report(run)
     integrity.append(folder.trail, "finished", users=sum(map(len, chunks)))
-    seal(run)
+    write_run_manifest(run)
     folder.clear()
     results = RunResults(run)
     tracking.end(summarise(results), progress.taken)

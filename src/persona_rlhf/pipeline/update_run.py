@@ -21,7 +21,7 @@ from persona_rlhf.pipeline.inputs import read_inputs
 from persona_rlhf.pipeline.run_dir import PAIRS, SOURCES, RunDir
 from persona_rlhf.release import integrity
 from persona_rlhf.release.comparison import Comparison, RebasedUser, compare, rebased_users, to_json, write_rebase
-from persona_rlhf.release.integrity import SEAL, seal
+from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.manifest import read_manifest
 from persona_rlhf.release.redteam_report import REDTEAM
 from persona_rlhf.release.report import REPORT, write_report
@@ -59,12 +59,12 @@ def join(run: Path) -> None:
     folder.change_users([*rest, *(user for name, user in own.items() if name not in there)])
     (run / REDTEAM).unlink(missing_ok=True)  # it is about those who were released before
     write_report(run)
-    papers = (read_manifest(inner / SEAL)[0] or {}).get("manifest_hash")
+    papers = (read_manifest(inner / RUN_MANIFEST)[0] or {}).get("manifest_hash")
     if not any(entry.facts.get("seal") == papers for entry in integrity.read(run) if entry.event == ADDED_EVENT):
         users = {pseudonym(user): result.manifest_sha256 for user, result in new.items()}
         integrity.append(run, ADDED_EVENT, seal=papers, users=users)
     for name in (RESULTS, "screening.jsonl", "metrics.jsonl", SOURCES, REDTEAM, REPORT, integrity.AUDIT):
-        seal(run, only=name)
+        write_run_manifest(run, only=name)
     remove_folder(inner)
 
 
@@ -200,5 +200,5 @@ def rebase(run: Path, base: str, to: Path, console: Console) -> Rebased:
     if not any(entry.event == REBASED_EVENT for entry in integrity.read(to)):
         facts = {"old_base": folder.base_hash, "new_base": new.base_hash, "old_trail": str(integrity.head(run) or "")}
         integrity.append(to, REBASED_EVENT, **facts, users=len(users))
-        seal(to, only=integrity.AUDIT)
+        write_run_manifest(to, only=integrity.AUDIT)
     return Rebased(users, compare({"old base": {0: old_results}, "new base": {0: results}}))

@@ -16,7 +16,7 @@ from persona_rlhf.common.files import atomic_write
 from persona_rlhf.common.version import __version__
 from persona_rlhf.evaluation.records import Accuracy, WinRate
 from persona_rlhf.evaluation.statistics import Interval, bootstrap
-from persona_rlhf.release.integrity import seal
+from persona_rlhf.release.integrity import write_run_manifest
 from persona_rlhf.release.render import intervals, printable, share, templates
 from persona_rlhf.release.results import Result, Status, plain
 
@@ -217,7 +217,7 @@ def write_rebase(run: Path, users: Iterable[RebasedUser]) -> None:
     """Writes RUN/succession.jsonl, one line per user, and its hash in the run's manifest."""
     lines = (json.dumps(plain(user), ensure_ascii=True, allow_nan=False) for user in users)
     atomic_write(run / SUCCESSION, (f"{line}\n".encode() for line in lines))
-    seal(run, only=SUCCESSION)
+    write_run_manifest(run, only=SUCCESSION)
 
 
 def rebase_table(users: Iterable[RebasedUser]) -> Table:

@@ -118,32 +118,32 @@ def _parquet_without(file: Path, is_user: IsUser) -> bytes:
     return written
 
 
-LIST = "forgotten"
+FORGOTTEN = "forgotten"
 _PENDING = ".pending"
 
 
 def forgotten(run: Path) -> frozenset[str]:
     """The pseudonyms of the users left out of a run, their deletion finished or not."""
-    files = (run / LIST).iterdir() if (run / LIST).is_dir() else ()
+    files = (run / FORGOTTEN).iterdir() if (run / FORGOTTEN).is_dir() else ()
     return frozenset(file.stem for file in files if file.suffix in (".json", _PENDING))
 
 
 def proof_file(run: Path, name: str) -> Path:
     """RUN/forgotten/HASH.json."""
-    return run / LIST / f"{name}.json"
+    return run / FORGOTTEN / f"{name}.json"
 
 
 def pending_file(run: Path, name: str) -> Path:
     """RUN/forgotten/HASH.pending."""
-    return run / LIST / f"{name}{_PENDING}"
+    return run / FORGOTTEN / f"{name}{_PENDING}"
 
 
 def pending(run: Path) -> list[str]:
     """The pseudonyms of users with an unfinished deletion."""
-    return sorted(file.stem for file in (run / LIST).glob(f"*{_PENDING}"))
+    return sorted(file.stem for file in (run / FORGOTTEN).glob(f"*{_PENDING}"))
 
 
-def write_paper(file: Path, content: Mapping[str, Any]) -> str:
+def write_proof(file: Path, content: Mapping[str, Any]) -> str:
     """Writes a proof, or a pending one, with its own hash in it; returns that hash."""
     toolkit = {"name": "persona-rlhf", "version": __version__}
     content = {"format": FORMAT, "toolkit": toolkit, **content}
@@ -153,7 +153,7 @@ def write_paper(file: Path, content: Mapping[str, Any]) -> str:
     return digest
 
 
-def tail(name: str) -> str:
+def slug_hash(name: str) -> str:
     """The last part of a user's slug, from the pseudonym: both are hashes of the id."""
     return name[:12]
 
@@ -173,7 +173,7 @@ def others_adapters(run: Path, name: str) -> dict[str, str]:
     `LC_ALL=C sha256sum * | sha256sum` in the adapter's folder prints the same hash.
     """
     folders = (folder for folder in adapter_folders(run) if not folder.name.startswith("."))
-    return {folder.name[-12:]: _digest(folder) for folder in folders if not folder.name.endswith(tail(name))}
+    return {folder.name[-12:]: _digest(folder) for folder in folders if not folder.name.endswith(slug_hash(name))}
 
 
 def _digest(folder: Path) -> str:
@@ -185,16 +185,16 @@ def _digest(folder: Path) -> str:
 
 def forgotten_faults(run: Path) -> list[str]:
     """Unfinished deletions, changed proofs, proofs with changes of other adapters, and deleted users in the results."""
-    faults = [f"{LIST}/{name}{_PENDING}: this deletion is not finished" for name in pending(run)]
-    for file in sorted((run / LIST).glob("*.json")):
+    faults = [f"{FORGOTTEN}/{name}{_PENDING}: this deletion is not finished" for name in pending(run)]
+    for file in sorted((run / FORGOTTEN).glob("*.json")):
         proof, wrong = read_manifest(file)
-        faults += [f"{LIST}/{fault}" for fault in wrong]
+        faults += [f"{FORGOTTEN}/{fault}" for fault in wrong]
         if proof is None:
             continue
         if proof.get("user") != file.stem or not isinstance(proof.get("others"), dict):
-            faults.append(f"{LIST}/{file.name} is not the proof of the user it is named after")
+            faults.append(f"{FORGOTTEN}/{file.name} is not the proof of the user it is named after")
         elif changed := [name for name, hashes in proof["others"].items() if hashes["before"] != hashes["after"]]:
-            faults.append(f"{LIST}/{file.name}: the deletion changed the adapters of {len(changed)} others")
+            faults.append(f"{FORGOTTEN}/{file.name}: the deletion changed the adapters of {len(changed)} others")
     gone = forgotten(run)
     if gone and (run / "results.jsonl").exists():
         back = sum(pseudonym(result.user_id) in gone for result in RunResults(run))

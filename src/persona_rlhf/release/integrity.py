@@ -186,13 +186,13 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(_rendered(content)).hexdigest()
 
 
-SEAL = "manifest.json"
+RUN_MANIFEST = "manifest.json"
 REVOKED = "revoked.jsonl"
 _GROWING = {AUDIT, REVOKED, LEDGER}  # they grow after the run manifest is written
 MUST = ("config.yaml", "policy.json", "results.jsonl", "screening.jsonl")
 
 
-def seal(run: Path, only: str | None = None) -> None:
+def write_run_manifest(run: Path, only: str | None = None) -> None:
     """Writes RUN/manifest.json, the sha256 of every top-level file as it is now: the last step of a run.
 
     With `only`, one file is hashed again and the other entries stay. Adapters are covered by their own manifests, whose
@@ -200,23 +200,23 @@ def seal(run: Path, only: str | None = None) -> None:
     the head stored before.
     """
     names = sorted(_top_files(run))
-    earlier, _ = read_manifest(run / SEAL) if only else (None, [])
+    earlier, _ = read_manifest(run / RUN_MANIFEST) if only else (None, [])
     kept = {name: digest for name, digest in (earlier or {}).get("files", {}).items() if name != only}
     content: dict[str, Any] = {
         "format": FORMAT,
         "toolkit": {"name": "persona-rlhf", "version": __version__},
         "files": kept | {name: sha256_of(run / name) for name in names if only in (None, name)},
     }
-    before = sealed_head(run)
-    intact = before is None or not faults(run, [(SEAL, before)])
+    before = run_manifest_head(run)
+    intact = before is None or not faults(run, [(RUN_MANIFEST, before)])
     if (newest := head(run) if intact else before) is not None:
         content["audit"] = newest._asdict()
-    atomic_write(run / SEAL, rendered(content | {"manifest_hash": self_hash(content)}))
+    atomic_write(run / RUN_MANIFEST, rendered(content | {"manifest_hash": self_hash(content)}))
 
 
-def sealed_head(run: Path) -> AuditHead | None:
+def run_manifest_head(run: Path) -> AuditHead | None:
     """The audit head in RUN/manifest.json; None if there is no manifest, or no head in it."""
-    content, _ = read_manifest(run / SEAL)
+    content, _ = read_manifest(run / RUN_MANIFEST)
     return head_in(content or {})
 
 
@@ -229,21 +229,21 @@ def head_in(manifest: Mapping[str, Any]) -> AuditHead | None:
         return AuditHead(0, "")
 
 
-def seal_faults(run: Path) -> list[str]:
+def run_manifest_faults(run: Path) -> list[str]:
     """Differences of the top-level files of a run from RUN/manifest.json."""
-    content, faults = read_manifest(run / SEAL)
+    content, faults = read_manifest(run / RUN_MANIFEST)
     if content is None:
         return faults
     listed, present = content.get("files"), _top_files(run)
     if not isinstance(listed, dict):
-        return [f"{SEAL} has no list of files"]
-    faults += [f"{SEAL} does not list {name}" for name in MUST if name not in listed]
-    faults += [f"{name} is not in {SEAL}" for name in sorted(present - set(listed))]
+        return [f"{RUN_MANIFEST} has no list of files"]
+    faults += [f"{RUN_MANIFEST} does not list {name}" for name in MUST if name not in listed]
+    faults += [f"{name} is not in {RUN_MANIFEST}" for name in sorted(present - set(listed))]
     for name, digest in listed.items():
         if name not in present:
             faults.append(f"{name} is missing")
         elif sha256_of(run / name) != digest:
-            faults.append(f"{name} was changed: its sha256 is not the one in {SEAL}")
+            faults.append(f"{name} was changed: its sha256 is not the one in {RUN_MANIFEST}")
     folders = {"adapters", "policy", "state", "forgotten", "tracking"}
     faults += [
         f"{f.name}/ does not belong to a run" for f in sorted(run.iterdir()) if f.is_dir() and f.name not in folders
@@ -252,7 +252,7 @@ def seal_faults(run: Path) -> list[str]:
 
 
 def _top_files(run: Path) -> set[str]:
-    return {file.name for file in run.iterdir() if not file.is_dir() and file.name not in (SEAL, *_GROWING)}
+    return {file.name for file in run.iterdir() if not file.is_dir() and file.name not in (RUN_MANIFEST, *_GROWING)}
 
 
 JUDGED, RELEASED, RETESTED, RECERTIFIED = "judged", "released", "retested", "recertified"
@@ -338,15 +338,15 @@ def ended(result: Result) -> Event:
     return result.status, facts
 
 
-def trail_faults(run: Path, adapters: Iterable[AdapterRecord], kept: Iterable[tuple[str, AuditHead]] = ()) -> list[str]:
+def audit_faults(run: Path, adapters: Iterable[AdapterRecord], kept: Iterable[tuple[str, AuditHead]] = ()) -> list[str]:
     """Faults of audit.jsonl: breaks of the chain, lost heads, and adapters that no event released.
 
     Heads are those of RUN/manifest.json, of adapters' manifests and of others (`kept`). Manifests of early versions
     hold no head; their adapters are not looked up.
     """
     heads = list(kept)
-    if (of_run := sealed_head(run)) is not None:
-        heads.append((SEAL, of_run))
+    if (of_run := run_manifest_head(run)) is not None:
+        heads.append((RUN_MANIFEST, of_run))
     stamped = list[AdapterRecord]()
     for adapter in adapters:
         manifest, _ = read_manifest(run / adapter.path / MANIFEST)
@@ -369,7 +369,7 @@ def recertified_documents(run: Path) -> set[str]:
     return {document["sha256"] for entry in entries for document in entry.facts["documents"]}
 
 
-def trail_table(entries: Iterable[AuditEntry]) -> Table:
+def audit_table(entries: Iterable[AuditEntry]) -> Table:
     """The events as a table: one row per line, with all facts."""
     table = Table(title="Audit events", title_justify="left")
     table.add_column("line", justify="right")

@@ -15,7 +15,7 @@ from persona_rlhf.common.files import atomic_write
 from persona_rlhf.common.version import __version__
 from persona_rlhf.evaluation.records import Outcome, Refused
 from persona_rlhf.evaluation.statistics import bootstrap, wilson
-from persona_rlhf.release.integrity import SEAL, seal
+from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.render import printable
 from persona_rlhf.release.results import plain
 
@@ -144,8 +144,8 @@ def write_redteam(run: Path, content: Mapping[str, Any]) -> Path:
     """Writes or replaces RUN/redteam.json, and its hash in the run's manifest if there is one."""
     text = json.dumps(content, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
     atomic_write(run / REDTEAM, text.encode())
-    if (run / SEAL).exists():
-        seal(run, only=REDTEAM)
+    if (run / RUN_MANIFEST).exists():
+        write_run_manifest(run, only=REDTEAM)
     return run / REDTEAM
 
 

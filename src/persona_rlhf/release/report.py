@@ -22,7 +22,7 @@ from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.evaluation.gate import POOLED
 from persona_rlhf.evaluation.records import AlignmentTax, Met
 from persona_rlhf.evaluation.statistics import Interval, bootstrap
-from persona_rlhf.release.integrity import SEAL, seal
+from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.redteam_report import REDTEAM
 from persona_rlhf.release.render import bars, bounds, histogram, printable, scatter, templates
 from persona_rlhf.release.results import (
@@ -155,9 +155,9 @@ def write_report(run: Path) -> Path:
     file = run / REPORT
     atomic_write(file, page.encode("utf-8"))
     write_summary(run, summary := summarise(results), guarantee_of_run(config, policy, results, summary.users))
-    if (run / SEAL).exists():
-        seal(run, only=REPORT)
-        seal(run, only=SUMMARY)
+    if (run / RUN_MANIFEST).exists():
+        write_run_manifest(run, only=REPORT)
+        write_run_manifest(run, only=SUMMARY)
     return file
 
 

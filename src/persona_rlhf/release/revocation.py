@@ -20,7 +20,7 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.release import integrity
-from persona_rlhf.release.integrity import REVOKED, SEAL, seal
+from persona_rlhf.release.integrity import REVOKED, RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.manifest import MANIFEST, AuditHead
 from persona_rlhf.release.render import printable
 from persona_rlhf.release.results import RESULTS, Result, plain
@@ -166,8 +166,8 @@ def revoke(run: Path, results: Iterable[Result], reason: str) -> list[Revocation
     new = [Revocation(**adapter, day=today(), reason=reason) for adapter in adapters]
     entries = (*earlier.values(), *new)
     atomic_write(run / REVOKED, (json.dumps(entry._asdict(), ensure_ascii=True) + "\n" for entry in entries))
-    if (run / SEAL).exists():
-        seal(run, only=integrity.AUDIT)
+    if (run / RUN_MANIFEST).exists():
+        write_run_manifest(run, only=integrity.AUDIT)
     return new
 
 

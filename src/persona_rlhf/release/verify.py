@@ -13,7 +13,13 @@ from persona_rlhf.common.files import sha256_of, slug
 from persona_rlhf.policy.bound import Bound
 from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
-from persona_rlhf.release.integrity import SEAL, AdapterRecord, recertified_documents, seal_faults, trail_faults
+from persona_rlhf.release.integrity import (
+    RUN_MANIFEST,
+    AdapterRecord,
+    audit_faults,
+    recertified_documents,
+    run_manifest_faults,
+)
 from persona_rlhf.release.manifest import MANIFEST, AuditHead, read_manifest, user_mark
 from persona_rlhf.release.redteam_report import redteam_faults
 from persona_rlhf.release.results import RESULTS, Result, RunResults, plain
@@ -52,7 +58,7 @@ def verify(folder: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
             raise InputError([Problem(str(folder), None, "--head", sentence)])
         unsigned = [] if witnesses.trust is None else untrusted_adapter(folder, witnesses.trust)
         return [*adapter_faults(folder), *unsigned, *revoked_here(folder, witnesses.revoked)]
-    if any((folder / name).exists() for name in (RESULTS, SEAL, "policy.json", "config.yaml")):
+    if any((folder / name).exists() for name in (RESULTS, RUN_MANIFEST, "policy.json", "config.yaml")):
         return run_faults(folder, witnesses)
     sentence = "this is neither a run nor an adapter folder; give RUN or RUN/adapters/SLUG"
     raise InputError([Problem(str(folder), None, None, sentence)])
@@ -60,7 +66,7 @@ def verify(folder: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
 
 def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
     """Faults of a run: of its files, documents, results and audit.jsonl, and of every adapter against its result."""
-    faults = seal_faults(run)
+    faults = run_manifest_faults(run)
     try:
         policy = json.loads((run / "policy.json").read_bytes())
         policy_hash, documents = policy["hash"], policy.get("documents", [])
@@ -96,7 +102,7 @@ def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
     faults += forgotten_faults(run)
     if trust is not None:
         faults += untrusted_adapters(run, [adapter.path for adapter in adapters], documents, trust)
-    return faults + trail_faults(run, adapters, witnesses.heads)
+    return faults + audit_faults(run, adapters, witnesses.heads)
 
 
 def adapter_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:
