@@ -79,7 +79,7 @@ def add(
     if done.unchanged:
         say(f"{done.unchanged:,} users are in the run already, with the same pairs.")
     if done.forgotten:
-        say(f"{done.forgotten:,} deleted users stay out of the run; {run / FORGOTTEN} holds their proofs of deletion.")
+        say(f"{done.forgotten:,} users asked to be forgotten and stay out; their proofs are in {run / FORGOTTEN}.")
     if done.results:
         print_guarantee(run)
     exit_held_back(done.results)
