@@ -61,7 +61,7 @@ def test_the_folder_holds_a_base_and_what_was_measured_of_it(place):
     assert card["base"]["aligned_by"] == "a|grammar"
     page = (place / "out/README.md").read_text()
     assert "a grammar" in page
-    assert "Nobody's: they come from templates" in page
+    assert "Nobody's: the preference pairs come from templates" in page
     assert str(place) not in page + done.stdout  # a card tells nothing of the machine
     assert not list(place.glob(".out*"))
     assert not list((place / "out").glob("*.bin"))

@@ -214,5 +214,5 @@ def read_manifest(file: Path) -> tuple[dict[str, Any] | None, list[str]]:
     except (ValueError, RecursionError):
         same = False
     if not same or content.get(_SELF) != self_hash(content):
-        return None, [f"{file.name} was changed: it is not what its own hash says"]
+        return None, [f"{file.name} was changed: it does not match its own hash"]
     return content, []
