@@ -154,7 +154,7 @@ def test_the_card_says_whose_and_how_to_load_and_how_to_have_it_deleted(run):
     refusals = next(result for result in card.data.eval_results if result.metric_type == "refusal_rate")
     assert 0 < refusals.metric_args["lower_bound"] < refusals.metric_value <= 1
     for words in ("3 not said.", "vllm serve", "--max-lora-rank 8", "PeftModel.from_pretrained", "load_adapter",
-                  "## How to have it deleted", "persona-rlhf forget RUN", "None was granted"):  # fmt: skip
+                  "## How to have it deleted", "persona-rlhf forget RUN", "No license was granted"):  # fmt: skip
         assert words in card.text, words
 
 

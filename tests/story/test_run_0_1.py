@@ -58,7 +58,7 @@ def test_its_figures_are_measured_again(experiment):
     lines = json.loads(succeed("evaluate", "run", "--json", cwd=experiment))
     before = {result.user_id: result for result in read_results(experiment / "run")}
     for line in lines:
-        assert line["heldout_accuracy"]["adapted"] == before[line["user_id"]].heldout_accuracy.adapted
+        assert line["heldout_accuracy"]["adapted"] == before[line["user_id"]].measures.heldout_accuracy.adapted
 
 
 def test_an_adapter_of_it_is_exported(experiment, tmp_path):
