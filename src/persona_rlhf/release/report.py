@@ -307,8 +307,10 @@ def _tones(columns: Columns) -> list[tuple[str, float, Interval]]:
 
 
 class RuleRow(NamedTuple):
-    """A requirement over all users: the demanded share, the base's, the users' mean with its interval and lowest value,
-    and the number of users below the demand."""
+    """A requirement over all users: the demanded share, the base's share and the users' shares.
+
+    `between` is the interval of `mean`; `below` counts users below the demand.
+    """
 
     rule: str
     demand: float

@@ -289,7 +289,7 @@ def outcome(
     """The line of a trained user. `verdict` is None if training failed, `written` if the user is held back.
 
     `tier_one` are the categories that the gate pools. The alarm is set if the screen found pairs against the policy
-    (`against_policy` of them), or the gate did not pass the adapter at the largest alpha. Dual variables set no alarm:
+    (`against_policy`), or the gate did not pass the adapter at the largest alpha. Dual variables set no alarm:
     the constraint holds before they rise (docs/explanation/promise.md).
     """
     assert (verdict is not None and verdict.admitted) == (written is not None), trained.user_id
