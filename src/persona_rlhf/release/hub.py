@@ -100,14 +100,14 @@ def repository_uploads(
     return [RepositoryUpload(Repository(repo, revision, api), adapters, shared)]
 
 
-def preview(run: Path, parcel: RepositoryUpload, public: bool) -> UploadDifference:
+def preview(run: Path, plan: RepositoryUpload, public: bool) -> UploadDifference:
     """The change that an upload would make; nothing is sent. Raises InputError as `upload` does."""
-    remote = _checked(parcel, public)
-    return difference(remote.files, parcel.files(), _folders(run, parcel, remote))
+    remote = _checked(plan, public)
+    return difference(remote.files, plan.files(), _folders(run, plan, remote))
 
 
 def upload(
-    run: Path, parcel: RepositoryUpload, public: bool, log: Callable[[str], None], per_commit: int = PER_COMMIT
+    run: Path, plan: RepositoryUpload, public: bool, log: Callable[[str], None], per_commit: int = PER_COMMIT
 ) -> str:
     """Uploads adapters to a repository and records it in the run's audit.jsonl; returns the last commit.
 
@@ -115,25 +115,25 @@ def upload(
     `per_commit` adapters, each of them whole. A second call completes an interrupted upload. Raises InputError if the
     repository holds other files, is public although `public` is not set, or the hub rejects the upload.
     """
-    remote, files = _checked(parcel, public), parcel.files()
-    parcel.repository.create()
-    stale = _folders(run, parcel, remote) - {parcel.place(adapter) for adapter in parcel.adapters} - {""}
-    remaining, sent, commit = iter(parcel.adapters), 0, ""
+    remote, files = _checked(plan, public), plan.files()
+    plan.repository.create()
+    stale = _folders(run, plan, remote) - {plan.place(adapter) for adapter in plan.adapters} - {""}
+    remaining, sent, commit = iter(plan.adapters), 0, ""
     while batch := list(islice(remaining, per_commit)):
         sent += len(batch)
-        places = {parcel.place(adapter) for adapter in batch}
-        last = sent == len(parcel.adapters)
+        places = {plan.place(adapter) for adapter in batch}
+        last = sent == len(plan.adapters)
         of_batch = {
             path: file for path, file in files.items() if path.rpartition("/")[0] in places or (last and path == _CARD)
         }
-        _record(run, _BEGUN, parcel, batch, None)
+        _record(run, _BEGUN, plan, batch, None)
         message = "One adapter" if len(batch) == 1 else f"{len(batch):,} adapters"
-        commit = parcel.repository.send(of_batch, places | (stale if last else set()), message)
-        _record(run, _DONE, parcel, batch, commit)
-        if len(parcel.adapters) > per_commit:
-            log(f"{parcel.repository.id}: {sent:,} of {len(parcel.adapters):,} adapters")
+        commit = plan.repository.send(of_batch, places | (stale if last else set()), message)
+        _record(run, _DONE, plan, batch, commit)
+        if len(plan.adapters) > per_commit:
+            log(f"{plan.repository.id}: {sent:,} of {len(plan.adapters):,} adapters")
     if public:
-        parcel.repository.publish()
+        plan.repository.publish()
     return commit
 
 
@@ -188,40 +188,40 @@ def verify_remote(
 
 
 def _record(
-    run: Path, event: str, parcel: RepositoryUpload, adapters: Iterable[LocalAdapter], commit: str | None
+    run: Path, event: str, plan: RepositoryUpload, adapters: Iterable[LocalAdapter], commit: str | None
 ) -> None:
-    repository = parcel.repository
+    repository = plan.repository
     uploads = (
-        Upload(pseudonym(adapter.user_id), repository.id, repository.revision, parcel.place(adapter), commit)
+        Upload(pseudonym(adapter.user_id), repository.id, repository.revision, plan.place(adapter), commit)
         for adapter in adapters
     )
     integrity.append_all(run, [(event, uploaded._asdict()) for uploaded in uploads])
 
 
-def _folders(run: Path, parcel: RepositoryUpload, remote: RemoteFiles) -> set[str]:
+def _folders(run: Path, plan: RepositoryUpload, remote: RemoteFiles) -> set[str]:
     """Folders of the repository that this upload fills, and those that earlier uploads of the run filled."""
-    filled = {parcel.place(adapter) for adapter in parcel.adapters}
-    if not parcel.shared:
+    filled = {plan.place(adapter) for adapter in plan.adapters}
+    if not plan.shared:
         return filled
     before = {
         entry.facts["path"]
         for entry in integrity.read(run)
-        if entry.event in (_BEGUN, _DONE) and entry.facts.get("repo") == parcel.repository.id and entry.facts["path"]
+        if entry.event in (_BEGUN, _DONE) and entry.facts.get("repo") == plan.repository.id and entry.facts["path"]
     }
     return filled | before & {path.rpartition("/")[0] for path in remote.files}
 
 
-def _checked(parcel: RepositoryUpload, public: bool) -> RemoteFiles:
+def _checked(plan: RepositoryUpload, public: bool) -> RemoteFiles:
     """The files of the repository. Raises InputError if this upload may not write to it."""
-    repository = parcel.repository
+    repository = plan.repository
     remote = repository.read()
     if remote.private is False and not public:
         raise repository.problem("this repository is public: everybody can read it; give --public, or name another")
-    _reject_other_files(repository, remote, parcel.shared)
-    if not parcel.shared and MANIFEST in remote.files:
+    _reject_other_files(repository, remote, plan.shared)
+    if not plan.shared and MANIFEST in remote.files:
         with repository.downloaded([MANIFEST]) as folder:
             manifest, _ = read_manifest(folder / MANIFEST)
-        if manifest is None or not _belongs_to(parcel.adapters[0].user_id, manifest):
+        if manifest is None or not _belongs_to(plan.adapters[0].user_id, manifest):
             raise repository.problem("it holds the adapter of somebody else; name another repository")
     return remote
 
