@@ -143,11 +143,11 @@ REFUSED = {
     ),
     "a card without front matter": (
         lambda f: (f / "README.md").write_text("# Hi\n"),
-        "README.md says library_name",
+        "README.md has library_name",
     ),
     "a card of something else": (
         lambda f: card(f, "library_name: peft", "library_name: transformers"),
-        "the hub: README.md says library_name: transformers",
+        "the hub: README.md has library_name: transformers",
     ),
     "a card that is no YAML": (
         lambda f: card(f, "library_name: peft", "library_name: [peft"),

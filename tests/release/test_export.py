@@ -98,7 +98,7 @@ def test_export_copies_a_released_user_and_it_verifies_alone(run, tmp_path):
     to = export(run.path, "../../etc", tmp_path / "out" / "adapter")
     assert verify(to) == []
     assert len(list(to.iterdir())) == 4
-    with pytest.raises(InputError, match="something stands there"):
+    with pytest.raises(InputError, match="nothing is overwritten"):
         export(run.path, "Ada", to)
 
 

@@ -116,7 +116,7 @@ def test_each_role_signs_its_own_tier(keys, tmp_path):
     told = documents(one="model_provider", two="application_provider")
     copy = run / "policy" / f"{told[0]['sha256']}.yaml"
     copy.write_text("tier: One\n")
-    assert "not over these bytes" in untrusted_documents(run, told, trust)[0]
+    assert "does not match this content" in untrusted_documents(run, told, trust)[0]
     signature_of(copy).write_text("{}")
     assert "its signature cannot be read" in untrusted_documents(run, told, trust)[0]
 
