@@ -13,7 +13,7 @@ from persona_rlhf.policy.properties import (
     REQUIREMENTS,
     WISHED,
     Enforcement,
-    Judge,
+    JudgedSentence,
     MustInclude,
     contradict,
     required,
@@ -63,7 +63,7 @@ def row_of(rule: Rule) -> Enforcement:
     """The row of the table for a written rule; without an action, a restriction refuses."""
     if isinstance(rule, RequirementRule):
         name, value = rule.property
-        return row(rule.kind, name if REQUIREMENTS[name](value).checkable else Judge.name)
+        return row(rule.kind, name if REQUIREMENTS[name](value).checkable else JudgedSentence.name)
     if isinstance(rule, PreferenceRule):
         return row(rule.kind, "statement" if rule.wish is None else rule.wish.name)
     return row(rule.kind, rule.action or "refuse")

@@ -228,8 +228,8 @@ class RefusalText(NamedTuple):
 def read_refusal_texts(path: Path, categories: Collection[str]) -> list[RefusalText]:
     """The refusals of a file of JSON lines {"text", "category"?}.
 
-    Raises InputError with every line that is malformed, is no refusal to the judge (the model would learn an answer
-    that counts as a compliance) or has an unknown category, and with each category without a refusal.
+    Raises InputError with every malformed line, every text that the judge calls no refusal, every unknown category, and
+    each category without a refusal.
     """
     problems: list[Problem] = []
     refusals: list[RefusalText] = []

@@ -23,7 +23,7 @@ from persona_rlhf.policy.rules import Requirement
 
 
 class Enforcement(NamedTuple):
-    """What each stage does about a rule: one phrase a stage, empty where it does nothing."""
+    """The enforcement of a rule: one phrase per stage, empty where the stage does nothing."""
 
     screening: str
     training: str
@@ -242,7 +242,7 @@ class Language(RequirementProperty, WishProperty):
         return f"answers in the language with the ISO code {self.value}."
 
     def distance(self, answer: str) -> float:
-        """1 for another language, or for none that can be told."""
+        """1 for another language or an unrecognised one, else 0."""
         return float(language_of(answer) != self.value)
 
 
@@ -262,7 +262,7 @@ class ReadingLevel(RequirementProperty):
 
 
 class Regex(RequirementProperty):
-    """A pattern that is found somewhere in an answer."""
+    """A pattern that matches somewhere in an answer."""
 
     name = "regex"
 
@@ -285,7 +285,7 @@ class Format(RequirementProperty):
         return "answer with one JSON value only." if self.value == "json" else "use no Markdown."
 
 
-class Judge(RequirementProperty):
+class JudgedSentence(RequirementProperty):
     """A sentence that a judge finds true of an answer; no program checks it."""
 
     name = "judge"
@@ -340,7 +340,7 @@ class Avoid(WishProperty):
 
 
 _REQUIREMENTS: tuple[type[RequirementProperty], ...] = (
-    MustInclude, MustNotInclude, MinWords, MaxWords, Language, ReadingLevel, Regex, Format, Judge,
+    MustInclude, MustNotInclude, MinWords, MaxWords, Language, ReadingLevel, Regex, Format, JudgedSentence,
 )  # fmt: skip
 _WISHES: tuple[type[WishProperty], ...] = (MinWords, MaxWords, Language, Formality, Tone, Avoid)
 

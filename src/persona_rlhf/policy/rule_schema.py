@@ -53,7 +53,7 @@ def bank_paths(banks: str | list[str] | None) -> tuple[str, ...]:
 
 IsoDate = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), AfterValidator(_date)]
 Pattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_pattern)]
-Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
+LanguageCode = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
 Topic = Annotated[str, AfterValidator(_topic)]
 Text = Annotated[str, Field(min_length=1, pattern=r"\S"), AfterValidator(_visible)]
 Banks = str | Annotated[list[str], Field(min_length=1)]
@@ -217,7 +217,7 @@ class RequirementRule(RuleSection):
     must_not_include: Text | None = Field(None, description="Text that no answer contains, in any case.")
     min_words: int | None = Field(None, ge=1, description="Words (between white space) that an answer has at least.")
     max_words: int | None = Field(None, ge=1, description="Words (between white space) that an answer has at most.")
-    language: Language | None = Field(None, description="ISO 639 code of the answer's language.")
+    language: LanguageCode | None = Field(None, description="ISO 639 code of the answer's language.")
     reading_level: int | None = Field(
         None, ge=1, le=20, description="US school grade that an answer in English asks for at most (Flesch-Kincaid)."
     )
@@ -271,7 +271,7 @@ class PreferenceRule(RuleSection):
     statement: str | None = Field(None, min_length=1, description="The taste in a sentence; a wish brings its own.")
     min_words: int | None = Field(None, ge=1, description="Words that an answer should have at least.")
     max_words: int | None = Field(None, ge=1, description="Words that an answer should have at most.")
-    language: Language | None = Field(None, description="ISO 639 code of the language to answer in.")
+    language: LanguageCode | None = Field(None, description="ISO 639 code of the language to answer in.")
     formality: Literal["formal", "informal"] | None = Field(None, description="How the user likes to be addressed.")
     tone: Text | None = Field(None, description="The tone of answers in a word or two, such as warm.")
     avoid: Annotated[list[Text], Field(min_length=1)] | None = Field(
