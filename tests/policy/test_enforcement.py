@@ -104,8 +104,8 @@ def test_a_requirement_stands_in_the_system_prompt_and_answers_are_checked(one, 
     assert [rule.id for rule in post_check(policy, "what now", broken)] == ["q"]
     assert policy.categories == Policy.read([one]).categories  # the gate certifies refusals and nothing else
     assert held.training.startswith("taught") is (name in REPAIRED)
-    assert ("goes back toward" in held.gate) is (name in REPAIRED)
-    assert ("holds nobody back" in held.gate) is (name not in REPAIRED)
+    assert ("is interpolated toward" in held.gate) is (name in REPAIRED)
+    assert ("holds no adapter back" in held.gate) is (name not in REPAIRED)
     screened = screen([pair("what now", broken, kept)], policy, ScreeningSettings())
     assert [found.kind for found in screened.dropped] == ["requirement"]
 

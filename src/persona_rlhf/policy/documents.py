@@ -43,9 +43,9 @@ class DocumentHeader(Section):
     """A document without its rules, which are checked one by one, each by its kind."""
 
     tier: Tier = Field(description="one, two or three: whose rules these are.")
-    issuer: Issuer = Field(description="Who speaks, such as {role: model_provider, name: Example Lab}.")
+    issuer: Issuer = Field(description="The issuer, such as {role: model_provider, name: Example Lab}.")
     version: str = Field(min_length=1, description="Version of the document.")
-    jurisdiction: Text | None = Field(None, description="Where the document holds, such as EU.")
+    jurisdiction: Text | None = Field(None, description="Where the document applies, such as EU.")
     extends: Text | None = Field(
         None, description="A document of the same tier that this one adds to; a path from this one's folder."
     )

@@ -35,7 +35,7 @@ _WISHED = Enforcement(
     training="not enforced: the user's own pairs train the adapter",
     gate="",
     card="",
-    serving="stands in the user's system prompt, unless a requirement overrules it",
+    serving="is in the user's system prompt, unless a requirement overrules it",
 )
 _DRAFTED = _WISHED._replace(
     training="not enforced: the user's own pairs train the adapter; `data draft` drafts pairs from it"

@@ -291,7 +291,7 @@ def _wished(policy: Policy, user_id: str | None, prompt: str) -> Iterator[RuleMa
     lost = {conflict.preference: conflict.sentence for conflict in overruled(tastes, policy.requirements)}
     for taste in tastes:
         if taste.id in lost:
-            yield RuleMatch(taste.id, taste.tier, "serving", "it is a wish that gives way", lost[taste.id])
+            yield RuleMatch(taste.id, taste.tier, "serving", "it is an overruled wish", lost[taste.id])
             continue
         wish = None if taste.wish is None else wished(taste.wish)
         avoided = wish.topics if isinstance(wish, Avoid) else []

@@ -256,7 +256,7 @@ def read_refusal_texts(path: Path, categories: Collection[str]) -> list[RefusalT
             problems.append(Problem(str(path), number, "category", sentence))
     bare = [name for name in categories if not _fitting(refusals, name)]
     if bare and not problems:
-        problems.append(Problem(str(path), None, None, f"holds no refusal for {', '.join(bare)}; add some"))
+        problems.append(Problem(str(path), None, None, f"has no refusal for {', '.join(bare)}; add some"))
     if problems:
         raise InputError(problems)
     return refusals

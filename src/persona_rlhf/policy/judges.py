@@ -243,7 +243,7 @@ def disguise(name: str) -> str | None:
     """Half a sentence about a deceptive name (invisible characters, mixed alphabets); None for other names."""
     hidden = next((c for c in name if unicodedata.category(c) in ("Cf", "Cc", "Zl", "Zp")), None)
     if hidden is not None:
-        return f"holds the invisible character U+{ord(hidden):04X}"
+        return f"has the invisible character U+{ord(hidden):04X}"
     scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in name if letter.isalpha()} & _MIXABLE
     if len(scripts) > 1:
         return f"mixes letters of {' and '.join(sorted(script.capitalize() for script in scripts))}"

@@ -273,7 +273,7 @@ def document_files(paths: Sequence[Path | str]) -> list[Path]:
     for path in map(Path, paths):
         documents = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
         files += documents
-        empty += [] if documents else [Problem(str(path), None, None, "the folder holds no *.yaml document")]
+        empty += [] if documents else [Problem(str(path), None, None, "the folder has no *.yaml document")]
     if empty:
         raise InputError(empty)
     return files

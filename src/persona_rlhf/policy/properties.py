@@ -35,15 +35,15 @@ class Enforcement(NamedTuple):
 CHECKED = Enforcement(
     screening="pairs that prefer an answer without it to one with it are dropped",
     training="not taught",
-    gate="measured where the rule names `probes`; holds nobody back",
+    gate="measured where the rule names `probes`; holds no adapter back",
     card="the share of answers that have it, where it was measured",
-    serving="stands in the system prompt; every answer is checked before it is given",
+    serving="is in the system prompt; every answer is checked before it is given",
 )
 TAUGHT = CHECKED._replace(
     training="taught where the rule names `probes`: the base's own answers, repaired, under a dual variable per user",
-    gate="measured where the rule names `probes`; an adapter that falls short on `dev` goes back toward the provider's",
+    gate="measured where the rule names `probes`; an adapter short on `dev` is interpolated toward the provider's",
 )
-JUDGED = Enforcement("", "", "", "", "stands in the system prompt; not checked, since only a judge could tell")
+JUDGED = Enforcement("", "", "", "", "is in the system prompt; not checked, since only a judge could tell")
 
 Edit = Literal["prepend", "remove", "shorten"]
 """How a repair changes an answer: a text is put first, a text is taken out, the end is cut off."""
