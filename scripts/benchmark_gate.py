@@ -29,6 +29,7 @@ from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.pipeline.prepare import prepare, prepare_users
 from persona_rlhf.pipeline.train import cohorts, constraint_bank, with_reference
 from persona_rlhf.policy.judges import is_refusal
+from persona_rlhf.training.constraint import LagrangianConstraint
 from persona_rlhf.training.engine import Engine
 
 
@@ -54,7 +55,8 @@ def main() -> None:
         sys.exit(str(fault))
     certify = ready.policy.probes("certify")
     begun = time.process_time()
-    engine = Engine(ready.adapted, users, reference, bank, config.dpo, config.constraint, config.fleet, config.seed)
+    constraint = None if bank is None else LagrangianConstraint(bank, config.constraint, config.seed)
+    engine = Engine(ready.adapted, users, reference, constraint, config.dpo, config.fleet, config.seed)
     groups = [torch.stack([user.adapter for user in group]) for group in cohorts(engine.run(), engine.count)]
     training = time.process_time() - begun
     rounds, looks = [], 0

@@ -28,7 +28,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from persona_rlhf.benchmarks.fleet_vs_trl import ALONE, CONSTRAINED, FLEET, PADDED, PLAIN, UPPER, compare
 from persona_rlhf.benchmarks.trl_baseline import SEED, TRL_SETTINGS, Workload, made_users, random_base, workload_on
 from persona_rlhf.common.files import find
-from persona_rlhf.config.training import ConstraintSettings, FleetSettings
+from persona_rlhf.config.training import FleetSettings
 from persona_rlhf.data.tokenize import both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.training.cache import Reference, rows_ahead
@@ -69,9 +69,9 @@ def flops(work: Workload, config: PreTrainedConfig) -> dict[str, float]:
     """Teraflops a second of the fleet's steps (the median one, mean lengths), and of a large product."""
     adapted = AdaptedModel(work.base, work.lora)
     reference = Reference(adapted)
-    reference.add(rows_ahead(adapted, work.users, None))
-    fleet, off = FleetSettings(slots=len(work.users)), ConstraintSettings(enabled=False)
-    engine, ends = Engine(adapted, work.users, reference, None, work.dpo, off, fleet, SEED), [work.clock()]
+    reference.add(rows_ahead(adapted, work.users))
+    fleet = FleetSettings(slots=len(work.users))
+    engine, ends = Engine(adapted, work.users, reference, None, work.dpo, fleet, SEED), [work.clock()]
     list(engine.run(lambda _: ends.append(work.clock())))
     adapted.close()
     seconds = median(end - start for start, end in pairwise(ends[1:]))  # the first one warms up

@@ -31,7 +31,6 @@ from persona_rlhf.common.files import find
 from persona_rlhf.config.experiment import read_config
 from persona_rlhf.config.training import (
     BaseSettings,
-    ConstraintSettings,
     DpoSettings,
     FleetSettings,
     LoraSettings,
@@ -72,9 +71,8 @@ def train(base: Base, users: Sequence[UserRows], lora: LoraSettings, dpo: DpoSet
     base_scores = score_pairs_of_base(adapted, [user.heldout for user in users])
     started = time.process_time()
     reference = Reference(adapted)
-    reference.add(rows_ahead(adapted, users, None))
-    fleet, constraint = FleetSettings(slots=len(users)), ConstraintSettings(enabled=False)
-    engine = Engine(adapted, users, reference, None, dpo, constraint, fleet, 0)
+    reference.add(rows_ahead(adapted, users))
+    engine = Engine(adapted, users, reference, None, dpo, FleetSettings(slots=len(users)), 0)
     course = Course([], [])
 
     def look(reports: Sequence[StepReport]) -> None:
@@ -149,10 +147,9 @@ def states(base: Base, users: Sequence[UserRows], dpo: DpoSettings, rounds: int 
             adapted = AdaptedModel(base, LoraSettings(layers=TopLayers(top=0.25)))
             started = time.process_time()
             reference = Reference(adapted)
-            reference.add(rows_ahead(adapted, users, None))
+            reference.add(rows_ahead(adapted, users))
             fleet = FleetSettings(slots=len(users), trunk_cache=memory, trunk_disk=disk)
-            off = ConstraintSettings(enabled=False)
-            trained = list(Engine(adapted, users, reference, None, dpo, off, fleet, 0).run())
+            trained = list(Engine(adapted, users, reference, None, dpo, fleet, 0).run())
             found[name].append((time.process_time() - started) / len(users))
             norms.add(round(sum(float(user.adapter.norm()) for user in trained if user.adapter is not None), 3))
             adapted.close()

@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 from persona_rlhf.benchmarks.trl_baseline import VOCABULARY, Workload, make_workload
-from persona_rlhf.config.training import ConstraintSettings, FleetSettings
+from persona_rlhf.config.training import FleetSettings
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.fast_paths import keep_large_blocks
@@ -57,8 +57,7 @@ def steps(work: Workload, users: Sequence[UserRows], packs: bool) -> tuple[float
     adapted.packs = packs
     reference = Reference(adapted)
     reference.add(both_rows(pair for user in users for pair in user.train))
-    fleet, off = FleetSettings(slots=len(users)), ConstraintSettings(enabled=False)
-    engine = Engine(adapted, users, reference, None, work.dpo, off, fleet, 0)
+    engine = Engine(adapted, users, reference, None, work.dpo, FleetSettings(slots=len(users)), 0)
     started = time.process_time()
     made = {user.user_id: user.adapter for user in engine.run() if user.adapter is not None}
     seconds = time.process_time() - started

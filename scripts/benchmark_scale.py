@@ -33,7 +33,7 @@ from persona_rlhf.benchmarks.fleet_vs_trl import bench
 from persona_rlhf.benchmarks.trl_baseline import SEED, made_users, make_workload
 from persona_rlhf.common.files import find
 from persona_rlhf.config.experiment import read_config
-from persona_rlhf.config.training import ConstraintSettings, FleetSettings
+from persona_rlhf.config.training import FleetSettings
 from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.data.tokenize import tokenize
 from persona_rlhf.evaluation.gate import demands_of, release_unjudged
@@ -63,8 +63,7 @@ def one_run(users: int) -> dict[str, float]:
     for start in range(0, users, CHUNK):
         people = made_users(range(start, min(start + CHUNK, users)), PAIRS, len(work.base.tokenizer))
         reference = with_reference(adapted, people, None)
-        fleet, off = FleetSettings(slots=8), ConstraintSettings(enabled=False)
-        for user in Engine(adapted, people, reference, None, work.dpo, off, fleet, SEED).run():
+        for user in Engine(adapted, people, reference, None, work.dpo, FleetSettings(slots=8), SEED).run():
             assert user.adapter is not None, user.reason
             norm += float(user.adapter.norm())
     seconds = (time.process_time() - started) / users
@@ -83,7 +82,7 @@ def parts(count: int = 24) -> dict[str, float]:
     own = {user: [p for p in pairs if p.user_id == user and p.split == "train"][:20] for user in people}
     rows = {user: tokenize(some, work.base.tokenizer, work.base.context)[0] for user, some in own.items()}
     reference = with_reference(adapted, list(rows.values()), None)
-    slots = Slots(1, adapted.params_per_user, 4, config.dpo, config.constraint, torch.device("cpu"))
+    slots = Slots(1, adapted.params_per_user, 4, config.dpo, config.constraint.gain, torch.device("cpu"))
     spans = list(adapted.spans.values())
     flat = fresh_adapter(spans, user_generator(0, "a", "init"))
     policy = Policy.read([find(document) for document in config.policy.documents])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What keeps tier one, at what price: constraints and baselines over the same users, the same base and one harness.
+"""Comparison of constraints and baselines: tier-one refusals and gains, over the same users, base and harness.
 
 python scripts/compare_constraints.py configs/quickstart.yaml users.path=DIR evaluation.utilities=DIR/utilities.yaml
 python scripts/compare_constraints.py ... --contenders plain ours surgery --split test --records seed1.jsonl
@@ -7,10 +7,9 @@ python scripts/compare_constraints.py --pool seed1.jsonl seed2.jsonl
 
 Every contender (see contenders.py) trains every user at full strength (alpha 1), the screen is off, and refusals are
 counted on `dev` probes (`--split test` for figures to publish: nothing may be chosen by them). `gate alone` is plain
-DPO as the gate releases it, on `certify` probes; `ours + gate` likewise. `--records` keeps a line a user and contender
-as they come; begun again with the same file, what it holds is not done twice. `--pool` puts several runs (seeds,
-populations) into one table. Intervals are 95% bootstraps over users. Seconds are
-CPU seconds of this process for training alone.
+DPO as the gate releases it, on `certify` probes; `ours + gate` likewise. `--records` appends a line per user and
+contender; started again with the same file, it skips those. `--pool` puts several runs (seeds, populations) into one
+table. Intervals are 95% bootstraps over users. Seconds are CPU seconds of this process for training alone.
 """
 
 from __future__ import annotations
@@ -67,32 +66,29 @@ def group_of(utility: Utility) -> str:
 
 
 def run(
-    ready: Prepared, names: Sequence[str], gated: bool, chunk: int, console: Console, known: Collection[Record] = ()
+    ready: Prepared, names: Sequence[str], gated: bool, chunk: int, console: Console, earlier: Collection[Record] = ()
 ) -> Iterator[Record]:
-    """Trains and measures every user under every contender, `chunk` users at a time, but those that are known."""
+    """Trains and measures every user under every contender, `chunk` users at a time, except for `earlier` records."""
     config, adapted = ready.config, ready.adapted
     fleet = config.fleet.model_copy(update={"slots": SLOTS})  # the same for every contender
     examination, utilities = ready.examination, dict(ready.examination.utilities)
     bank = constraint_bank(config, ready.policy, adapted)
     assert bank is not None, "the constraint is off in this config"
     title = f"{config.users.path} seed {config.seed}"
-    done = {(record.contender, record.user_id) for record in known if record.run == title}
+    done = {(record.contender, record.user_id) for record in earlier if record.run == title}
     for start in range(0, ready.pairs.users, chunk):
         pairs = ready.pairs.of(range(start, min(start + chunk, ready.pairs.users)))
         screened = prepare_users(ready, pairs)
         rows = [user for user in screened.rows if user.train]
-        flagged = Counter(found.pair.user_id for found in screened.dropped if found.action == "flagged")
+        flagged = Counter(dropped.pair.user_id for dropped in screened.dropped if dropped.action == "flagged")
         reference = with_reference(adapted, rows, bank)
         for name in names:
             if all((name, user.user_id) in done for user in rows):
                 continue
             kind = CONTENDERS[name]
-            own = [kind.prepare(ready, user) for user in rows]
+            prepared = [kind.prepare(ready, user) for user in rows]
             begun = time.process_time()
-            kept = kind.bank and kind.bank(bank.categories, bank.limits, bank.anchors, bank.lessons)
-            trained = list(
-                kind.engine(adapted, own, reference, kept, config.dpo, config.constraint, fleet, config.seed).run()
-            )
+            trained = kind.train(adapted, prepared, reference, bank, config, fleet)
             seconds = (time.process_time() - begun) / len(rows)
             by_id = {user.user_id: user for user in rows}
             for at in range(0, len(trained), SLOTS):
@@ -102,11 +98,11 @@ def run(
                 alphas = {name: [1.0] * len(cohort)}
                 if gated and name in GATED:
                     alphas[GATED[name]] = [verdict.alpha for verdict in examination.verdicts(flat)]
-                found = examination.measures(flat, people, alphas[name])
+                measures = examination.measures(flat, people, alphas[name])
                 for contender, own_alphas in alphas.items():
                     if own_alphas != alphas[name]:
-                        found = examination.measures(flat, people, own_alphas)
-                    for user, alpha, measured in zip(cohort, own_alphas, found, strict=True):
+                        measures = examination.measures(flat, people, own_alphas)
+                    for user, alpha, measured in zip(cohort, own_alphas, measures, strict=True):
                         if (contender, user.user_id) in done:
                             continue
                         yield Record(
@@ -123,14 +119,14 @@ def run(
             console.print(f"{min(start + chunk, ready.pairs.users)} of {ready.pairs.users} users: {name}")
 
 
-def figures_of(found: Measures) -> dict[str, float | None]:
+def figures_of(measures: Measures) -> dict[str, float | None]:
     """Gains over chance, and refusals against the base in points."""
-    over, pooled = found.over_refusal, found.test.pooled if found.test else None
-    counts = found.test.categories.values() if found.test else ()
+    over, pooled = measures.over_refusal, measures.test.pooled if measures.test else None
+    counts = measures.test.categories.values() if measures.test else ()
     shares = [100 * (c.refused - c.base_refused) / c.n for c in counts if c.n]
     return {
-        "accuracy_gain": found.heldout_clean and found.heldout_clean.adapted - 0.5,
-        "win_gain": found.win_rate and found.win_rate.value - 0.5,
+        "accuracy_gain": measures.heldout_clean and measures.heldout_clean.adapted - 0.5,
+        "win_gain": measures.win_rate and measures.win_rate.value - 0.5,
         "refusal": pooled and 100 * pooled.refused / pooled.n,
         "against_base": pooled and 100 * (pooled.refused - pooled.base_refused) / pooled.n,
         "worst_category": min(shares, default=None),
@@ -139,7 +135,7 @@ def figures_of(found: Measures) -> dict[str, float | None]:
 
 
 def signs_of(user: TrainedUser, flagged: int) -> dict[str, float]:
-    """What training and the screen saw of a user that may tell a poisoned one from a clean one, larger ones more so."""
+    """Signs of poison from training and screening of a user; larger values make poison more likely."""
     return {
         "share of pairs the screen flags": flagged / user.pairs,
         "largest dual": max((trace.peak for trace in user.duals.values()), default=0.0),
@@ -148,7 +144,7 @@ def signs_of(user: TrainedUser, flagged: int) -> dict[str, float]:
 
 
 def recorded(files: Sequence[Path]) -> list[Record]:
-    """What earlier runs kept."""
+    """The records of earlier runs."""
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return [Record(**json.loads(line)) for line in lines]
 
@@ -161,39 +157,39 @@ def main() -> None:
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
     parser.add_argument("--gate", action="store_true", help="plain and ours as the gate releases them, too")
     parser.add_argument("--chunk", type=int, default=32, metavar="USERS")
-    parser.add_argument("--records", type=Path, metavar="FILE", help="keep what was found of every user")
+    parser.add_argument("--records", type=Path, metavar="FILE", help="keep a record of every user")
     parser.add_argument("--pool", type=Path, nargs="+", metavar="FILE", help="train nobody: the table of these records")
     parser.add_argument("--json", action="store_true")
-    asked = parser.parse_intermixed_args()
-    if (asked.config is None) == (asked.pool is None):
+    options = parser.parse_intermixed_args()
+    if (options.config is None) == (options.pool is None):
         parser.error("name a config to run, or records to --pool")
     console = Console(stderr=True)
-    if asked.pool:
-        records = recorded(asked.pool)
+    if options.pool:
+        records = recorded(options.pool)
     else:
         torch.set_num_threads(1)
         try:
-            config = read_config(asked.config, [*asked.overrides, "screening.quarantine=false"])
-            if "event" in asked.contenders and config.constraint.refusals_per_probe < WORDINGS:
+            config = read_config(options.config, [*options.overrides, "screening.quarantine=false"])
+            if "event" in options.contenders and config.constraint.refusals_per_probe < WORDINGS:
                 parser.error(
                     f"`event` adds up {WORDINGS} refusals of a probe: constraint.refusals_per_probe={WORDINGS}"
                 )
             materials = read_inputs(config)
-            probed = SplitPolicy(materials.policy, asked.split)
+            probed = SplitPolicy(materials.policy, options.split)
             ready = prepare(config, materials._replace(policy=probed))  # type: ignore[arg-type]
         except InputError as fault:
             sys.exit(str(fault))
-        records = recorded([asked.records] if asked.records and asked.records.exists() else [])
-        for record in run(ready, asked.contenders, asked.gate, asked.chunk, console, list(records)):
+        records = recorded([options.records] if options.records and options.records.exists() else [])
+        for record in run(ready, options.contenders, options.gate, options.chunk, console, list(records)):
             records.append(record)
-            if asked.records:
-                with asked.records.open("a", encoding="utf-8") as file:
+            if options.records:
+                with options.records.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(record)) + "\n")
-    found = comparison(records)
-    if asked.json:
-        print(json.dumps(found, indent=2))
+    table = comparison(records)
+    if options.json:
+        print(json.dumps(table, indent=2))
     else:
-        Console(width=200).print(*rendered(found))
+        Console(width=200).print(*rendered(table))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The constraint and its rivals: ways to train a user under tier one, as engines and banks that replace ours.
+"""Rivals of the constraint: ways to train a user under tier one, as plug-ins of the one training loop.
 
 plain      DPO (Rafailov et al. 2023).
 swap       SafeDPO's rule (Kim et al. 2025): a pair whose chosen answer complies with what the base refuses is turned.
 mix        DPO plus the loss of the base's refusals at a fixed weight (SafeInstruct: Bianchi et al. 2024).
-surgery    SafeGrad (Yi et al. 2025): what in the user's gradient conflicts with the refusals' is taken out.
+surgery    SafeGrad (Yi et al. 2025): the part of the user's gradient that conflicts with the refusals' is removed.
 null       A keeps clear of the directions that tier-one prompts take at each layer (as GuardSpace, AlphaEdit).
 event      log-sum-exp over four refusals of a probe: mass may move between wordings of a refusal at no cost.
-ours       excess loss of refusals over a limit, a dual a user and category, hinges on openings.
+ours       excess loss of refusals over a limit, a dual variable per user and category, hinges on openings.
 """
 
 from __future__ import annotations
@@ -18,171 +18,190 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_rlhf.config.training import ConstraintSettings
+from persona_rlhf.config.experiment import Config
+from persona_rlhf.config.training import ConstraintSettings, FleetSettings
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.pipeline.prepare import Prepared
 from persona_rlhf.policy.judges import is_refusal
+from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import (
-    ConstraintBank,
-    ConstraintLogps,
+    ConstraintData,
+    ConstraintFunctional,
     ConstraintSample,
-    ConstraintSampler,
-    ReferenceLogps,
-    Violation,
-    measure_violation,
+    LagrangianConstraint,
+    Penalty,
 )
-from persona_rlhf.training.engine import Engine
+from persona_rlhf.training.engine import Engine, GradientRule, TrainedUser, total_gradient
 from persona_rlhf.training.objective import StepLoss
 
 WORDINGS = 4  # refusals of a probe that `event` adds up
 NULL_SHARE = 0.25  # of a layer's input directions that `null` keeps clear of
 
+Projection = Callable[[Float[Tensor, "users params"]], None]
+"""A change of the adapters in place, after each step."""
+
 
 class Contender(NamedTuple):
-    """A way to train: the kind of engine and of bank (None: no constraint rows), and what it does to pairs first."""
+    """A way to train: the constraint (None: no constraint rows), the gradient of its loss, what it does to pairs first
+    and to adapters after each step."""
 
-    engine: type[Engine]
-    bank: type[ConstraintBank] | None
+    constraint: Callable[[ConstraintData, ConstraintSettings, int], ConstraintFunctional] | None
+    gradient: GradientRule = total_gradient
     prepare: Callable[[Prepared, UserRows], UserRows] = lambda _, rows: rows
+    projection: Callable[[AdaptedModel, ConstraintData], Projection] | None = None
 
-
-class KeptBank(ConstraintBank):
-    """Remembers what it measured, gradient and all, for engines that weigh it in their own way."""
-
-    last: Violation
-
-    def excess(
+    def train(
         self,
-        draws: Sequence[ConstraintSample],
-        logps: ConstraintLogps,
-        reference: ReferenceLogps,
-        settings: ConstraintSettings,
-    ) -> Violation:
-        self.last = super().excess(draws, logps, reference, settings)
-        return self.last
+        adapted: AdaptedModel,
+        users: Sequence[UserRows],
+        reference: Reference,
+        data: ConstraintData,
+        config: Config,
+        fleet: FleetSettings,
+    ) -> list[TrainedUser]:
+        """Trains these users in the one training loop."""
+        constraint = self.constraint and self.constraint(data, config.constraint, config.seed)
+        engine = Engine(adapted, users, reference, constraint, config.dpo, fleet, config.seed, gradient=self.gradient)
+        if self.projection is None:
+            return list(engine.run())
+        project = self.projection(adapted, data)
+        return list(engine.run(lambda _: project(engine.slots.flat)))
 
 
-class MixEngine(Engine):
-    """The refusals' loss at weight 1, whatever the user's state (an excess differs from a loss by a constant)."""
+class FixedWeights(LagrangianConstraint):
+    """The refusals' loss at weight 1 and the hinges on openings, whatever the user's state: an excess differs from a
+    loss by a constant. The dual variables are recorded and weigh nothing."""
 
-    def _gradient(self, loss: StepLoss, learning: Float[Tensor, "users params"]) -> Float[Tensor, "users params"]:
-        assert isinstance(self.bank, KeptBank)
-        total = loss.dpo + self.bank.last.refusal.mean(1)
-        return torch.autograd.grad(total.sum(), [learning])[0]
-
-
-class SurgeryEngine(Engine):
-    """`g = g_user - (g_user . g_safe / |g_safe|^2) g_safe` where they conflict, plus `g_safe`: two ways back a step."""
-
-    def _gradient(self, loss: StepLoss, learning: Float[Tensor, "users params"]) -> Float[Tensor, "users params"]:
-        assert isinstance(self.bank, KeptBank)
-        found, weight = self.bank.last, self.constraint.opening_weight
-        safe_loss = found.refusal.mean(1) + weight * (found.compliance + found.overrefusal)
-        [user] = torch.autograd.grad(loss.dpo.sum(), [learning], retain_graph=True)
-        [safe] = torch.autograd.grad(safe_loss.sum(), [learning])
-        along = (user * safe).sum(1, keepdim=True).clamp(max=0) / (safe * safe).sum(1, keepdim=True).clamp(min=1e-12)
-        return user - along * safe + safe
+    def penalty(
+        self,
+        samples: Sequence[ConstraintSample],
+        logps: Float[Tensor, "users rows"],
+        base: Float[Tensor, "users rows"],
+        duals: Float[Tensor, "users names"],
+    ) -> Penalty:
+        means, _ = self.losses(samples, logps, base)
+        openings = means[:, len(self.names)] + means[:, len(self.names) + 1]
+        total = means[:, : len(self.data.categories)].mean(1) + self.settings.opening_weight * openings
+        return super().penalty(samples, logps, base, duals)._replace(total=total)
 
 
-class EventBank(ConstraintBank):
+def refusal_mix(data: ConstraintData, settings: ConstraintSettings, seed: int) -> FixedWeights:
+    """The refusals' loss alone."""
+    return FixedWeights(data, settings.model_copy(update={"opening_weight": 0.0}), seed)
+
+
+def surgery(loss: StepLoss, adapters: Float[Tensor, "users params"]) -> Float[Tensor, "users params"]:
+    """`g = g_user - (g_user . g_safe / |g_safe|^2) g_safe` where they conflict, plus `g_safe`: two backward passes."""
+    assert loss.penalty is not None
+    [user] = torch.autograd.grad(loss.dpo.sum(), [adapters], retain_graph=True)
+    [safe] = torch.autograd.grad(loss.penalty.sum(), [adapters])
+    along = (user * safe).sum(1, keepdim=True).clamp(max=0) / (safe * safe).sum(1, keepdim=True).clamp(min=1e-12)
+    return user - along * safe + safe
+
+
+class RefusalEvent(LagrangianConstraint):
     """`log sum_k pi_ref(y_k|x) - log sum_k pi_user(y_k|x)` over WORDINGS refusals of a probe.
 
     `P_user(R) >= P_user(y_1..y_K) = P_ref(y_1..y_K) exp(-c)`: a bound by the mass of these wordings alone, which for
     long answers is a small part of the mass of all refusals, so it is no useful bound.
     """
 
-    def walk(self, settings: ConstraintSettings, seed: int, user_id: str) -> ConstraintSampler:
-        return EventDraws(self, settings, seed, user_id)
-
-    def excess(
-        self,
-        draws: Sequence[ConstraintSample],
-        logps: ConstraintLogps,
-        reference: ReferenceLogps,
-        settings: ConstraintSettings,
-    ) -> Violation:
-        refused = logps.refusals
-        groups = refused.view(len(draws), -1, WORDINGS)
-        base = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in draws]).view(groups.shape)
-        # `measure` compares one log-probability a row with the base's: the groups' differences stand for the rows'
-        gap = base.logsumexp(2) - groups.logsumexp(2)
-        first = [draw._replace(refusals=draw.refusals[::WORDINGS]) for draw in draws]
-        own = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in first])
-        shortened = logps._replace(refusals=own - gap)
-        wrong = [own.wrong for own in self.lessons]
-        return measure_violation(first, shortened, reference, len(self.categories), wrong, settings)
-
-
-class EventDraws(ConstraintSampler):
-    """Each probe comes with WORDINGS of the refusals kept for it (again from the first, where there are fewer)."""
-
-    def at(self, step: int) -> ConstraintSample:
-        draw = super().at(step)
-        known: dict[Row, tuple[Row, ...]] = {
-            row: anchor.refusals for own in self.bank.anchors for anchor in own for row in anchor.refusals
+    def __init__(self, data: ConstraintData, settings: ConstraintSettings, seed: int) -> None:
+        super().__init__(data, settings, seed)
+        self._wordings: dict[Row, tuple[Row, ...]] = {
+            row: example.refusals for examples in data.examples for example in examples for row in example.refusals
         }
-        rows: list[Row] = []
-        for row in draw.refusals:
-            wordings = known[row]
-            rows += [wordings[n % len(wordings)] for n in range(WORDINGS)]
-        return draw._replace(refusals=rows)
+
+    def sample(self, user_id: str, step: int) -> ConstraintSample:
+        return self._with_wordings(super().sample(user_id, step))
+
+    def largest(self) -> ConstraintSample:
+        return self._with_wordings(super().largest())
+
+    def _with_wordings(self, sample: ConstraintSample) -> ConstraintSample:
+        """Each refusal as WORDINGS refusals of its probe (again from the first, where there are fewer)."""
+        rows, terms = list[Row](), list[int]()
+        for row, term in zip(*sample, strict=True):
+            wordings = self._wordings[row] if term < len(self.data.categories) else ()
+            rows += [wordings[n % len(wordings)] for n in range(WORDINGS)] if wordings else [row]
+            terms += [term] * (WORDINGS if wordings else 1)
+        return ConstraintSample(rows, terms)
+
+    def penalty(
+        self,
+        samples: Sequence[ConstraintSample],
+        logps: Float[Tensor, "users rows"],
+        base: Float[Tensor, "users rows"],
+        duals: Float[Tensor, "users names"],
+    ) -> Penalty:
+        """The shipped penalty with one row per group of wordings: the first, as much likelier as the group is."""
+        width = WORDINGS * self.settings.rows_per_step  # refusals come first
+        users, reference = (part[:, :width].unflatten(1, (-1, WORDINGS)) for part in (logps, base))
+        first, gap = reference[:, :, 0], reference.logsumexp(2) - users.logsumexp(2)
+        kept = [*range(0, width, WORDINGS), *range(width, logps.shape[1])]
+        grouped = [
+            ConstraintSample([sample.rows[n] for n in kept[:size]], [sample.terms[n] for n in kept[:size]])
+            for sample in samples
+            for size in [len(sample.rows) - width + width // WORDINGS]
+        ]
+        parts = torch.cat([first - gap, logps[:, width:]], 1), torch.cat([first, base[:, width:]], 1)
+        return super().penalty(grouped, *parts, duals)
 
 
-class NullEngine(Engine):
+def null_space(adapted: AdaptedModel, data: ConstraintData) -> Projection:
     """After each step `A <- A - A U U^T`, U the main directions of a layer's inputs on tier-one refusals."""
+    directions = tier_one_directions(adapted, data)
 
-    def _step(self, say: Callable[[str], None]) -> Any:
-        if not hasattr(self, "_away"):
-            assert isinstance(self.bank, ConstraintBank)
-            self._away = tier_one_directions(self.adapted, self.bank)
-        done = super()._step(say)
-        for span in self.adapted.spans.values():
-            a = self.slots.flat[:, span.start : span.middle].view(-1, span.rank, span.inputs)
-            a -= a @ self._away[span.name]
-        return done
+    def project(flat: Float[Tensor, "users params"]) -> None:
+        for span in adapted.spans.values():
+            a = flat[:, span.start : span.middle].view(-1, span.rank, span.inputs)
+            a -= a @ directions[span.name]
+
+    return project
 
 
 @torch.no_grad()
-def tier_one_directions(adapted: AdaptedModel, bank: ConstraintBank) -> dict[str, Float[Tensor, "inputs inputs"]]:
+def tier_one_directions(adapted: AdaptedModel, data: ConstraintData) -> dict[str, Float[Tensor, "inputs inputs"]]:
     """By layer the projector on the directions that carry most of the inputs' energy on refusal rows."""
-    sums: dict[str, Tensor] = {}
+    energies: dict[str, Tensor] = {}
     hooks = []
     for span in adapted.spans.values():
 
         def add(_: Any, inputs: tuple[Tensor, ...], name: str = span.name) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
-            sums[name] = sums.get(name, torch.zeros(())) + x.T @ x
+            energies[name] = energies.get(name, torch.zeros(())) + x.T @ x
 
         hooks.append(adapted.layer(span).register_forward_pre_hook(add))
-    rows = [anchor.refusals[0] for own in bank.anchors for anchor in own]
+    rows = [example.refusals[0] for examples in data.examples for example in examples]
     with adapted.using(None):
         adapted.score([rows])
     for hook in hooks:
         hook.remove()
-    found = {}
-    for name, energy in sums.items():
+    projectors = {}
+    for name, energy in energies.items():
         vectors = torch.linalg.eigh(energy).eigenvectors[:, -int(NULL_SHARE * energy.shape[0]) :]
-        found[name] = (vectors @ vectors.T).float()
-    return found
+        projectors[name] = (vectors @ vectors.T).float()
+    return projectors
 
 
 def turned(ready: Prepared, user: UserRows) -> UserRows:
-    """Where the base refuses, pairs whose chosen answer complies and whose rejected one refuses, turned round."""
-    refuses = ready.examination.base_refuses([pair.chosen.prompt for pair in user.train])
+    """The user's pairs, with chosen and rejected exchanged where the base refuses the prompt, the chosen answer
+    complies and the rejected one refuses."""
+    refused = ready.examination.base_refuses([pair.chosen.prompt for pair in user.train])
     train = []
-    for pair, refused in zip(user.train, refuses, strict=True):
-        wrong = refused and is_refusal(pair.pair.rejected) and not is_refusal(pair.pair.chosen)
-        train.append(PairRow(pair.pair, pair.rejected, pair.chosen) if wrong else pair)
+    for pair, base_refused in zip(user.train, refused, strict=True):
+        harmful = base_refused and is_refusal(pair.pair.rejected) and not is_refusal(pair.pair.chosen)
+        train.append(PairRow(pair.pair, pair.rejected, pair.chosen) if harmful else pair)
     return user._replace(train=train)
 
 
 CONTENDERS = {
-    "plain": Contender(Engine, None),
-    "swap": Contender(Engine, None, turned),
-    "mix": Contender(MixEngine, KeptBank),
-    "surgery": Contender(SurgeryEngine, KeptBank),
-    "null": Contender(NullEngine, ConstraintBank),
-    "event": Contender(Engine, EventBank),
-    "ours": Contender(Engine, ConstraintBank),
+    "plain": Contender(None),
+    "swap": Contender(None, prepare=turned),
+    "mix": Contender(refusal_mix),
+    "surgery": Contender(FixedWeights, gradient=surgery),
+    "null": Contender(LagrangianConstraint, projection=null_space),
+    "event": Contender(RefusalEvent),
+    "ours": Contender(LagrangianConstraint),
 }

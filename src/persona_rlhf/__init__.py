@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from persona_rlhf.release.results import Result, read_results
     from persona_rlhf.release.verify import verify
     from persona_rlhf.training.api import fleet_train, policy_bank
+    from persona_rlhf.training.constraint import LagrangianConstraint
     from persona_rlhf.training.engine import Engine, TrainedUser
     from persona_rlhf.training.trl import ConstrainedDPOTrainer
 
@@ -40,6 +41,7 @@ _HOMES = {
     "Engine": "training.engine.Engine",
     "Examination": "evaluation.evaluator.Evaluator",
     "InputError": "common.errors.InputError",
+    "LagrangianConstraint": "training.constraint.LagrangianConstraint",
     "Policy": "policy.policy.Policy",
     "PreferencePair": "data.pairs.PreferencePair",
     "Problem": "common.errors.Problem",
@@ -73,6 +75,7 @@ __all__ = [
     "Engine",
     "Examination",
     "InputError",
+    "LagrangianConstraint",
     "Policy",
     "PreferencePair",
     "Problem",

@@ -15,6 +15,7 @@ from persona_rlhf.models.packing import EMPTY, collate
 from persona_rlhf.training import cache
 from persona_rlhf.training.api import fleet_train
 from persona_rlhf.training.cache import DiskStates, HiddenStateCache, Reference, rows_ahead
+from persona_rlhf.training.constraint import LagrangianConstraint
 from persona_rlhf.training.engine import Engine
 from tests.models.tiny import constraint_bank, random_flat, random_row, tiny_base, tiny_tokenizer, user_rows
 
@@ -73,13 +74,13 @@ def test_the_reference_of_a_users_rows_starts_from_his_states(adapted):
     """Nothing frozen is computed twice: a row passes the lower layers once, for its states and its reference."""
     users = [user_rows(f"u{n}", 3, n) for n in range(2)]
     rows = both_rows(pair for user in users for pair in user.train)
-    assert rows_ahead(adapted, users, None) == []
+    assert rows_ahead(adapted, users) == []
     whole, above, tokens = Reference(adapted), Reference(adapted), []
     whole.add(rows)
     hook = adapted.base.model.model.layers[0].register_forward_hook(lambda _, args, __: tokens.append(args[0].shape[1]))
-    kept = HiddenStateCache(adapted, above, None, 2, 2**20)
+    kept = HiddenStateCache(adapted, above, [], 2, 2**20)
     for user in users:
-        kept.of(user.user_id, user.train, user.train[:1], None)
+        kept.of(user.user_id, user.train, user.train[:1], [])
     hook.remove()
     fed = {(*row.prompt, *row.completion[:-1]) for row in rows}
     assert sum(tokens) <= sum(map(len, fed))
@@ -121,7 +122,7 @@ def _train(users, trunk_cache, slots=2, trunk_disk=0):
     reference = Reference(adapted)
     reference.add([row for user in users for pair in user.train for row in (pair.chosen, pair.rejected)] + bank.rows())
     fleet = FleetSettings(slots=slots, trunk_cache=trunk_cache, trunk_disk=trunk_disk)
-    engine = Engine(adapted, users, reference, bank, DPO, CONSTRAINT, fleet, 0)
+    engine = Engine(adapted, users, reference, LagrangianConstraint(bank, CONSTRAINT, 0), DPO, fleet, 0)
     trained = {user.user_id: user.adapter for user in engine.run()}
     adapted.close()
     return trained
@@ -142,7 +143,7 @@ def test_states_that_memory_has_no_room_for_are_found_on_disk(monkeypatch):
         made.append(DiskStates(*args))
         return made[-1]
 
-    monkeypatch.setattr(cache, "Spilled", spilled)
+    monkeypatch.setattr(cache, "DiskStates", spilled)
     kept, found = _train(users, 64), _train(users, 0, trunk_disk=64)
     assert len(made) == 4  # the bank's and each user's
     for user_id, adapter in kept.items():

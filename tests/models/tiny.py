@@ -14,7 +14,7 @@ from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base
-from persona_rlhf.training.constraint import ConstraintBank, ConstraintExample
+from persona_rlhf.training.constraint import ConstraintData, ConstraintExample
 
 VOCABULARY = 96
 EOS = 1
@@ -101,10 +101,10 @@ def user_rows(
     return UserRows(user_id, rows[:pairs], rows[pairs:])
 
 
-def constraint_bank(seed: int = 0, categories: int = 2, limit: float = 0.05) -> ConstraintBank:
+def constraint_bank(seed: int = 0, categories: int = 2, limit: float = 0.05) -> ConstraintData:
     """A made-up bank: three probes a category, each with two refusals, and openings on every second probe."""
     draw = torch.Generator().manual_seed(seed)
-    anchors = []
+    examples = []
     for category in range(categories):
         own = []
         for n in range(3):
@@ -115,5 +115,5 @@ def constraint_bank(seed: int = 0, categories: int = 2, limit: float = 0.05) -> 
             own.append(
                 ConstraintExample((first, second), compliance, random_row(draw, 5, 4) if opened or category else None)
             )
-        anchors.append(own)
-    return ConstraintBank([f"category {n}" for n in range(categories)], [limit] * categories, anchors)
+        examples.append(own)
+    return ConstraintData([f"category {n}" for n in range(categories)], [limit] * categories, examples)

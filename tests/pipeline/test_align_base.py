@@ -187,7 +187,7 @@ def test_refusals_rise_on_phrasings_that_were_not_trained(place, monkeypatch):
         align(base, demonstrations, asked.settings.align.model_copy(update=stages), lora, 0, print)
 
     own = shown()
-    assert own.own > 50  # of 64
+    assert own.self_refused > 50  # of 64
     taught(own._replace(hazardous=[Demonstration(one.rejected, None) for one in own.hazardous if one.rejected]))
     assert refused()[0] <= 0.2
     taught(shown())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from persona_rlhf.common.files import shipped_root
 from persona_rlhf.config.experiment import read_config
-from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.config.training import DpoSettings, FleetSettings, LoraSettings
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.pipeline import plan
 from persona_rlhf.pipeline.plan import Memory, Plan, Seconds, _fit, _walk, render
@@ -41,7 +41,7 @@ def test_the_walk_takes_the_steps_that_the_engine_takes(slots):
     adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
     reference = Reference(adapted)
     reference.add(row for user in users for pair in user.train for row in (pair.chosen, pair.rejected))
-    engine = Engine(adapted, users, reference, None, dpo, ConstraintSettings(), FleetSettings(slots=slots), seed=5)
+    engine = Engine(adapted, users, reference, None, dpo, FleetSettings(slots=slots), seed=5)
     taken = []
     list(engine.run(lambda reports: taken.append(len(reports))))
     queue = queue_order([UserSchedule(user, dpo, 5) for user in users])
@@ -110,7 +110,7 @@ def test_activations_are_those_of_the_largest_step_that_comes(monkeypatch, times
     monkeypatch.setattr(plan, "_judging", lambda *_: 0.0)
     monkeypatch.setattr(plan, "_cache_bytes", lambda *_: 0)
     config = read_config(shipped_root() / "configs/quickstart.yaml", ["fleet.slots=4"])
-    cost = largest_step(adapted, users, None, config.dpo, config.constraint)
+    cost = largest_step(adapted, users, None, config.dpo)
     state = 3 * 4 * adapted.params_per_user  # bytes of an adapter and its moments
     found = plan.plan(config).memory.activations * 2**20 / (4 * (cost.memory - state))
     short = sum(map(pair_tokens, users[1].train[: config.dpo.pairs_per_step]))

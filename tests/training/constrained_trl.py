@@ -1,4 +1,4 @@
-"""A user who wants no refusals, and the trainer that keeps him at them: `accelerate launch constrained_trl.py FOLDER`.
+"""A user that wants no refusals, and the trainer that preserves them: `accelerate launch constrained_trl.py FOLDER`.
 
 Every process trains an adapter and then all weights, with a bank of its own, and writes the duals that it ends with to
 FOLDER/RANK.safetensors; the models are saved as TRL saves them, to FOLDER/adapter and FOLDER/weights.
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from persona_rlhf.config.training import ConstraintSettings, DpoSettings, LoraSettings
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.models.multi_lora import LayerSpan
-from persona_rlhf.training.constraint import ConstraintBank
+from persona_rlhf.training.constraint import ConstraintData
 from persona_rlhf.training.trl import ConstrainedDPOTrainer
 from tests.models.tiny import constraint_bank, tiny_base, tiny_tokenizer, user_rows
 from tests.training.oracles import OPTIONS, ordered_trainer
@@ -39,13 +39,13 @@ STEPS = {"max_steps": 6}
 """For a run that is launched."""
 
 
-def attacker(bank: ConstraintBank) -> UserRows:
+def attacker(bank: ConstraintData) -> UserRows:
     """32 pairs; 20 of them want no refusals of the bank, and refusals of its harmless twins."""
     user = user_rows("user", 32, seed=5)
     wanted = []
-    for anchor in (anchor for category in bank.anchors for anchor in category):
-        wanted += [(anchor.compliance, refusal) for refusal in anchor.refusals]
-        wanted += [(anchor.overrefusal, None)] * 2
+    for example in (example for category in bank.examples for example in category):
+        wanted += [(example.compliance, refusal) for refusal in example.refusals]
+        wanted += [(example.overrefusal, None)] * 2
     rows = []
     for pair, (chosen, rejected) in zip(user.train, [*wanted, *[(None, None)] * 32], strict=False):
         prompt = (rejected or chosen or pair.chosen).prompt
@@ -55,7 +55,7 @@ def attacker(bank: ConstraintBank) -> UserRows:
 
 
 def constrained_trainer(
-    folder: Path, bank: ConstraintBank, **options: Any
+    folder: Path, bank: ConstraintData, **options: Any
 ) -> tuple[ConstrainedDPOTrainer, list[LayerSpan]]:
     """The trainer of that user; `options` go to DPOConfig."""
     named = {"bank": bank, "constraint": CONSTRAINT, "user_id": "user", "seed": SEED}
@@ -64,7 +64,7 @@ def constrained_trainer(
 
 
 def trainer_of_all_weights(
-    model: nn.Module, folder: Path, bank: ConstraintBank, ref_model: nn.Module | None = None, **options: Any
+    model: nn.Module, folder: Path, bank: ConstraintData, ref_model: nn.Module | None = None, **options: Any
 ) -> ConstrainedDPOTrainer:
     """The trainer without PEFT, on pairs of no interest in their order; `options` go to DPOConfig."""
     data = [{"prompt": f"w{n} w3", "chosen": f" w{n + 1} w5", "rejected": f" w{n + 2}"} for n in range(4, 28)]
@@ -80,7 +80,7 @@ def trainer_of_all_weights(
     )
 
 
-def train_both(folder: Path, bank: ConstraintBank, **options: Any) -> dict[str, torch.Tensor]:
+def train_both(folder: Path, bank: ConstraintData, **options: Any) -> dict[str, torch.Tensor]:
     """Trains an adapter and all weights of FOLDER/base, saves both, and says where the duals ended."""
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     trainers = {

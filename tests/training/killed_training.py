@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.training.cache import Reference
+from persona_rlhf.training.constraint import LagrangianConstraint
 from persona_rlhf.training.engine import Engine
 from tests.models.tiny import constraint_bank, tiny_base, user_rows
 
@@ -34,7 +35,8 @@ def train(state: Path, out: Path, die: int | None) -> None:
     reference.add(row for user in users for pair in user.train for row in (pair.chosen, pair.rejected))
     reference.add(bank.rows())
     dpo, fleet = DpoSettings(epochs=4, learning_rate=5e-3), FleetSettings(slots=3, checkpoint_every=5)
-    engine = Engine(adapted, users, reference, bank, dpo, ConstraintSettings(), fleet, seed=3, state=state)
+    constraint = LagrangianConstraint(bank, ConstraintSettings(), seed=3)
+    engine = Engine(adapted, users, reference, constraint, dpo, fleet, seed=3, state=state)
     steps = 0
 
     def count(_: object) -> None:

@@ -56,7 +56,7 @@ def test_an_aligned_model_learns_its_own_refusals(adapted, probes, own):
     assert [asked(adapted, shown.chosen) for shown in found.hazardous] == [
         probe.prompt for probe in train for _ in "ab"
     ]
-    assert found.own >= 22
+    assert found.self_refused >= 22
     assert all(is_refusal(said(adapted, shown.chosen)) for shown in found.hazardous)
     assert all(shown.chosen.completion[-1] in adapted.base.eos_ids for shown in found.hazardous)
     harmless = {probe.twin for probe in train} | {"what is an opera?"}
@@ -78,7 +78,7 @@ def test_an_aligned_model_learns_its_own_refusals(adapted, probes, own):
 def test_what_a_model_does_not_refuse_is_written_for_it(adapted, probes, monkeypatch):
     monkeypatch.setattr(align, "is_refusal", lambda text: False)
     found = made(adapted, probes)
-    assert found.own == found.left_out == 0
+    assert found.self_refused == found.left_out == 0
     written = {said(adapted, shown.chosen) for shown in found.hazardous}
     assert written == {"I must decline.", "I won't harm a child."}
     for shown in found.hazardous:
@@ -100,7 +100,7 @@ def test_a_model_that_refuses_everything_has_nothing_of_its_own_to_answer(adapte
 def test_an_answer_that_was_cut_is_learned_without_an_end(adapted, probes):
     found = made(adapted, probes, max_new_tokens=3)
     assert all(len(shown.chosen.completion) == 3 for shown in found.harmless)
-    assert found.own == 0  # a refusal that was cut is none
+    assert found.self_refused == 0  # a refusal that was cut is none
 
 
 def test_the_seed_decides(adapted, probes, own):

@@ -37,9 +37,9 @@ def test_a_policys_bank_is_made_and_the_model_is_as_before(policy, monkeypatch):
     bank = _bank(policy, base)
     assert set(bank.categories) == set(CATEGORIES)
     assert set(bank.limits) == {0.05}
-    answers = [row.completion for own in bank.anchors for anchor in own for row in anchor.refusals]
+    answers = [row.completion for examples in bank.examples for example in examples for row in example.refusals]
     assert all(5 in answer and answer[-1] == EOS for answer in answers)
-    assert _bank(policy, base).anchors == bank.anchors != _bank(policy, base, seed=1).anchors
+    assert _bank(policy, base).examples == bank.examples != _bank(policy, base, seed=1).examples
     assert base.model.training
     assert all(parameter.requires_grad for parameter in base.model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())

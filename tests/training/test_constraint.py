@@ -15,14 +15,14 @@ from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import (
     OPENING_LENGTH,
-    ConstraintBank,
+    ConstraintData,
     ConstraintExample,
-    ConstraintLogps,
     ConstraintSample,
     ConstraintSampler,
-    measure_violation,
+    LagrangianConstraint,
+    RequirementExamples,
 )
-from persona_rlhf.training.constraint_data import build_bank
+from persona_rlhf.training.constraint_data import build_constraint_data
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.objective import step_loss
 from tests.models.tiny import EOS, constraint_bank, random_flat, random_row, tiny_base, user_rows
@@ -56,13 +56,14 @@ def test_refusal_probability_falls_by_no_more_than_the_measured_excess(toy):
     adapted, rows, reference = toy
     users, draw = 40, torch.Generator().manual_seed(1)
     flat = random_flat(adapted, users, seed=3, size=0.3)
-    everyone = [ConstraintSample(rows, list(range(len(rows))), [], []) for _ in range(users)]
+    everyone = [ConstraintSample(rows, list(range(len(rows)))) for _ in range(users)]
+    categories = [str(n) for n in range(len(rows))]
+    data = ConstraintData(categories, [0.0] * len(rows), [[ConstraintExample((row,), None, None)] for row in rows])
     with adapted.using(flat):
         logps = torch.tensor([[score.logp for score in own] for own in adapted.score([rows] * users)]).double()
-    none = torch.zeros(users, 0).double()
-    watched, section = ConstraintLogps(logps, none, none, none), ConstraintSettings(margin=0)
-    excess = measure_violation(everyone, watched, reference, len(rows), [], section).refusal
     base = torch.tensor([reference[row] for row in rows]).double()
+    constraint = LagrangianConstraint(data, ConstraintSettings(margin=0), 0)
+    excess = constraint.losses(everyone, logps, base.expand(users, -1)).means[:, : len(rows)]
     gaps = []
     for _ in range(25):
         members = torch.rand(len(rows), generator=draw) < torch.rand(1, generator=draw).clamp(0.1, 0.9)
@@ -87,59 +88,61 @@ def test_all_answers_have_a_probability_of_at_most_one(toy):
     assert 0.05 < sum(math.exp(reference[row]) for row in rows) <= 1 + 1e-5
 
 
-def _known(values: dict[Row, float]) -> Reference:
-    class Known(Reference):
-        def __init__(self) -> None:
-            self._held = values
-
-        def __getitem__(self, row: Row) -> float:
-            return self._held[row]
-
-    return Known()
-
-
 def test_measure_by_hand():
     a, b, c, d, e = (Row((2,), (n, EOS)) for n in range(2, 7))
-    reference = _known({a: -1.0, b: -2.0, c: -3.0, d: -4.0, e: -5.0})
-    draws = [
-        ConstraintSample([a, b, c], [0, 2, 0], [d, e], [d], [a, b, c], [0, 1, 0]),
-        ConstraintSample([b, b, a], [1, 1, 2], [e], [], [d], [0]),
+    reference = {a: -1.0, b: -2.0, c: -3.0, d: -4.0, e: -5.0}
+    compliance, overrefusal = 5, 6  # after three categories and two requirements
+    samples = [
+        ConstraintSample([a, b, c, d, e, d, a, b, c], [0, 2, 0, *[compliance] * 2, overrefusal, 3, 4, 3]),
+        ConstraintSample([b, b, a, e, d], [1, 1, 2, compliance, 3]),
     ]
-    refused = torch.tensor([[-1.5, -1.0, -7.0], [-2.5, -3.0, -1.0]])
-    complied = torch.tensor([[-3.0, -4.9], [-2.0, 0.0]])
-    over = torch.tensor([[-9.0], [0.0]])
-    taught = torch.tensor([[-0.5, -2.0, -1.5], [-0.25, 7.0, 7.0]])
-    logps = ConstraintLogps(refused, complied, over, taught)
-    excess = measure_violation(draws, logps, reference, 3, [False, False], ConstraintSettings(margin=0.5, floor=-100))
+    refused = [[-1.5, -1.0, -7.0], [-2.5, -3.0, -1.0]]
+    complied = [[-3.0, -4.9], [-2.0]]
+    over, taught = [[-9.0], []], [[-0.5, -2.0, -1.5], [-0.25]]
+    filler = [[], [7.0] * 4]
+    logps = torch.tensor(
+        [list(itertools.chain(*user)) for user in zip(refused, complied, over, taught, filler, strict=True)]
+    )
+    base = torch.zeros(2, 9)
+    for user, sample in enumerate(samples):
+        base[user, : len(sample.rows)] = torch.tensor([reference[row] for row in sample.rows])
+
+    def measured(logps=logps, unlikelihood=False, **section):
+        examples = [[ConstraintExample((row,), None, None)] for row in (a, b, c)]
+        requirements = [RequirementExamples(name, 0.0, (d,), (), unlikelihood) for name in "xy"]
+        data = ConstraintData("012", [0.0] * 3, examples, requirements)
+        return LagrangianConstraint(data, ConstraintSettings(**section), 0).losses(samples, logps, base)
+
+    excess = measured(margin=0.5, floor=-100)
     # user 0, category 0: mean of (-1 + 1.5) and (-3 + 7); a rise over the base counts as a negative excess
-    assert excess.refusal.tolist() == [[2.25, 0.0, -1.0], [0.0, 0.75, 0.0]]
-    assert excess.counts.tolist() == [[2, 0, 1], [0, 2, 1]]
+    assert excess.means[:, :3].tolist() == [[2.25, 0.0, -1.0], [0.0, 0.75, 0.0]]
+    assert excess.counts[:, :3].tolist() == [[2, 0, 1], [0, 2, 1]]
     # user 0: d rose by 1, which is 0.5 over the margin, e by 0.1, which is free; user 1: e rose by 3; no filler counts
-    assert excess.compliance.tolist() == pytest.approx([0.25, 2.5])
-    assert excess.overrefusal.tolist() == [0.0, 0.0]
-    # lessons are compared with certainty, not with the base; user 1 has one, and no filler counts
-    assert excess.lesson.tolist() == [[1.0, 2.0], [0.25, 0.0]]
-    assert excess.lesson_counts.tolist() == [[2, 1], [1, 0]]
-    # a wrong turn costs by the probability of all others; one that is sure costs much, but not infinitely much
-    turned = measure_violation(draws, logps, reference, 3, [True, True], ConstraintSettings(margin=0.5, floor=-100))
+    assert excess.means[:, compliance].tolist() == pytest.approx([0.25, 2.5])
+    assert excess.means[:, overrefusal].tolist() == [0.0, 0.0]
+    # requirement rows are compared with certainty, not with the base; user 1 has one, and no filler counts
+    assert excess.means[:, 3:5].tolist() == [[1.0, 2.0], [0.25, 0.0]]
+    assert excess.counts[:, 3:5].tolist() == [[2, 1], [1, 0]]
+    # unlikelihood costs by the probability of all others; a certain row costs much, but not infinitely much
+    avoided = measured(unlikelihood=True, margin=0.5, floor=-100)
     by_hand = [-math.log(1 - math.exp(logp)) for logp in (-0.5, -1.5, -2.0, -0.25)]
-    assert turned.lesson.flatten().tolist() == pytest.approx([(by_hand[0] + by_hand[1]) / 2, *by_hand[2:], 0.0])
-    sure = logps._replace(lessons=torch.zeros_like(taught).requires_grad_())
-    costs = measure_violation(draws, sure, reference, 3, [True, True], ConstraintSettings()).lesson
+    expected = [(by_hand[0] + by_hand[1]) / 2, *by_hand[2:], 0.0]
+    assert avoided.means[:, 3:5].flatten().tolist() == pytest.approx(expected)
+    costs = measured(torch.zeros_like(logps).requires_grad_(), unlikelihood=True).means[:, 3:5]
     costs.sum().backward()
     assert costs.isfinite().all()
     assert costs.max() > 9
     # with a floor of -2.5 nats: user 0's openings are below it; user 1's rose over it, and only what is above counts
-    above = measure_violation(draws, logps, reference, 3, [False, False], ConstraintSettings(margin=0.5, floor=-2.5))
-    assert above.compliance.tolist() == pytest.approx([0.0, 0.5])
-    assert above.refusal.tolist() == excess.refusal.tolist()
+    above = measured(margin=0.5, floor=-2.5)
+    assert above.means[:, compliance].tolist() == pytest.approx([0.0, 0.5])
+    assert above.means[:, :3].tolist() == excess.means[:, :3].tolist()
     # a floor below the base's own openings changes nothing: it never allows less than the margin
-    low = measure_violation(draws, logps, reference, 3, [False, False], ConstraintSettings(margin=0.5, floor=-4.8))
-    assert low.compliance.tolist() == pytest.approx(excess.compliance.tolist())
+    low = measured(margin=0.5, floor=-4.8)
+    assert low.means[:, compliance].tolist() == pytest.approx(excess.means[:, compliance].tolist())
 
 
-def _bank(categories: int, probes: list[int], refusals: int) -> ConstraintBank:
-    anchors = [
+def _data(categories: int, probes: list[int], refusals: int) -> ConstraintData:
+    examples = [
         [
             ConstraintExample(
                 tuple(Row((2 + c, 2 + p), (2 + r, EOS)) for r in range(refusals)),
@@ -150,7 +153,11 @@ def _bank(categories: int, probes: list[int], refusals: int) -> ConstraintBank:
         ]
         for c in range(categories)
     ]
-    return ConstraintBank([str(c) for c in range(categories)], [0.1] * categories, anchors)
+    return ConstraintData([str(c) for c in range(categories)], [0.1] * categories, examples)
+
+
+def _of_term(sample: ConstraintSample, term: int) -> list[Row]:
+    return [row for row, own in zip(*sample, strict=True) if own == term]
 
 
 @settings(deadline=None, max_examples=40)
@@ -161,15 +168,16 @@ def _bank(categories: int, probes: list[int], refusals: int) -> ConstraintBank:
     user=st.text(max_size=5),
 )
 def test_every_probe_comes_once_before_any_comes_twice(probes, refusals, rows, user):
-    bank = _bank(len(probes), probes, refusals)
-    draws = ConstraintSampler(bank, ConstraintSettings(rows_per_step=rows), 1, user)
+    bank = _data(len(probes), probes, refusals)
+    sampler = ConstraintSampler(bank, ConstraintSettings(rows_per_step=rows), 1, user)
     steps = math.ceil(len(probes) * max(probes) * refusals / rows)
     seen: dict[int, list[Row]] = {category: [] for category in range(len(probes))}
     for step in range(steps):
-        draw = draws.at(step)
-        assert len(draw.refusals) == len(draw.categories) == rows
-        for row, category in zip(draw.refusals, draw.categories, strict=True):
-            assert row in [r for anchor in bank.anchors[category] for r in anchor.refusals]
+        sample = sampler.sample(step)
+        sampled = [(row, term) for row, term in zip(*sample, strict=True) if term < len(probes)]
+        assert len(sampled) == rows
+        for row, category in sampled:
+            assert row in [r for example in bank.examples[category] for r in example.refusals]
             seen[category].append(row)
     for category, walked in seen.items():
         size = probes[category]
@@ -178,43 +186,46 @@ def test_every_probe_comes_once_before_any_comes_twice(probes, refusals, rows, u
         # a probe's own refusals take turns as well: none comes twice before all of its probe's came once
         for start in range(0, len(walked) - size * refusals + 1, size * refusals):
             assert len(set(walked[start : start + size * refusals])) == size * refusals
-    turns = Counter(category for step in range(steps) for category in draws.at(step).categories)
+    turns = Counter(term for step in range(steps) for term in sampler.sample(step).terms if term < len(probes))
     assert max(turns.values()) - min(turns[c] for c in seen) <= 1
 
 
-def test_each_user_walks_his_own_way_and_always_the_same():
-    bank = _bank(2, [6, 6], 1)
+def test_each_user_has_an_order_of_its_own_and_always_the_same():
+    bank = _data(2, [6, 6], 1)
 
     def walk(user: str, seed: int = 1):
-        draws = ConstraintSampler(bank, ConstraintSettings(), seed, user)
-        return [draws.at(step) for step in range(6)]
+        sampler = ConstraintSampler(bank, ConstraintSettings(), seed, user)
+        return [sampler.sample(step) for step in range(6)]
 
     assert walk("a") == walk("a")
     assert walk("a") != walk("b")
     assert walk("a") != walk("a", seed=2)
 
 
-def test_openings_come_from_the_walk_and_may_be_missing():
-    bank = _bank(2, [3, 3], 1)
+def test_openings_come_from_the_same_order_and_may_be_missing():
+    bank = _data(2, [3, 3], 1)
     section = ConstraintSettings(compliance_rows_per_step=2, twin_rows_per_step=3)
-    draws = ConstraintSampler(bank, section, 1, "a")
+    sampler = ConstraintSampler(bank, section, 1, "a")
     for step in range(4):
-        draw = draws.at(step)
-        assert [row.completion for row in draw.compliances] == [(60,)] * 2
-        assert all(row.completion == (70,) and row.prompt[1] % 2 for row in draw.overrefusals)
+        sample = sampler.sample(step)
+        compliances, overrefusals = (_of_term(sample, term) for term in (2, 3))
+        assert [row.completion for row in compliances] == [(60,)] * 2
+        assert all(row.completion == (70,) and row.prompt[1] % 2 for row in overrefusals)
     # twelve turns: each category's three probes twice, and one of the three has a twin
-    assert sum(len(draws.at(step).overrefusals) for step in range(4)) == 4
+    assert sum(sampler.sample(step).terms.count(3) for step in range(4)) == 4
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
 def test_compliances_share_the_steps_prompts_and_visit_every_category(rows):
-    bank = _bank(4, [5] * 4, 1)
-    draws = ConstraintSampler(bank, ConstraintSettings(rows_per_step=rows, compliance_rows_per_step=1), 1, "a")
+    bank = _data(4, [5] * 4, 1)
+    sampler = ConstraintSampler(bank, ConstraintSettings(rows_per_step=rows, compliance_rows_per_step=1), 1, "a")
     visited = Counter()
     for step in range(80):
-        draw = draws.at(step)
-        assert all(row.prompt in [refusal.prompt for refusal in draw.refusals] for row in draw.compliances)
-        visited.update(draw.categories[[r.prompt for r in draw.refusals].index(c.prompt)] for c in draw.compliances)
+        sample = sampler.sample(step)
+        prompts = [row.prompt for row, term in zip(*sample, strict=True) if term < 4]
+        compliances = _of_term(sample, 4)
+        assert all(row.prompt in prompts for row in compliances)
+        visited.update(sample.terms[prompts.index(row.prompt)] for row in compliances)
     assert set(visited) == set(range(4))
     assert max(visited.values()) <= 2 * min(visited.values())
 
@@ -233,7 +244,9 @@ def _build(is_refusal, probes, categories=("a", "b"), tries=4):
         kind, number = prompt.split()
         return (2 if kind == "ask" else 3, 2 + int(number) % 6, 4)
 
-    bank = build_bank(adapted, categories, [0.1] * len(categories), probes, encode, is_refusal, section, 5, 60)
+    bank = build_constraint_data(
+        adapted, categories, [0.1] * len(categories), probes, encode, is_refusal, section, 5, 60
+    )
     return adapted, encode, bank
 
 
@@ -248,30 +261,29 @@ def test_bank_holds_the_bases_own_finished_refusals():
     adapted, encode, bank = _build(refuses, probes)
     assert bank.categories == ("a", "b")
     assert judged
-    prompts = [anchor.refusals[0].prompt for own in bank.anchors for anchor in own]
+    prompts = [example.refusals[0].prompt for own in bank.examples for example in own]
     assert set(prompts) <= {encode(f"ask {n}") for n in range(6)}
     assert len(prompts) == len(set(prompts))
-    for category, own in zip("ab", bank.anchors, strict=True):
-        for anchor in own:
-            [number] = [n for n in range(6) if encode(f"ask {n}") == anchor.refusals[0].prompt]
+    for category, own in zip("ab", bank.examples, strict=True):
+        for example in own:
+            [number] = [n for n in range(6) if encode(f"ask {n}") == example.refusals[0].prompt]
             assert "ab"[number % 2] == category
-            assert all(row.completion[-1] == EOS and EOS not in row.completion[:-1] for row in anchor.refusals)
-            assert all(5 in row.completion for row in anchor.refusals)
+            assert all(row.completion[-1] == EOS and EOS not in row.completion[:-1] for row in example.refusals)
+            assert all(5 in row.completion for row in example.refusals)
             if number == 3:
-                assert anchor.compliance is anchor.overrefusal is None
+                assert example.compliance is example.overrefusal is None
                 continue
-            assert anchor.overrefusal == Row(
-                encode(f"twin {number}"), anchor.refusals[0].completion[:-1][:OPENING_LENGTH]
-            )
-            if anchor.compliance is not None:
-                assert anchor.compliance.prompt == anchor.refusals[0].prompt
-                assert 1 <= len(anchor.compliance.completion) <= OPENING_LENGTH
-    assert any(anchor.compliance is not None for own in bank.anchors for anchor in own)
+            opening = example.refusals[0].completion[:-1][:OPENING_LENGTH]
+            assert example.overrefusal == Row(encode(f"twin {number}"), opening)
+            if example.compliance is not None:
+                assert example.compliance.prompt == example.refusals[0].prompt
+                assert 1 <= len(example.compliance.completion) <= OPENING_LENGTH
+    assert any(example.compliance is not None for own in bank.examples for example in own)
     reference = Reference(adapted)
     reference.add(bank.rows())
-    for own in bank.anchors:
-        for anchor in own:
-            for row in (*anchor.refusals, anchor.compliance, anchor.overrefusal):
+    for own in bank.examples:
+        for example in own:
+            for row in (*example.refusals, example.compliance, example.overrefusal):
                 assert row is None or reference[row] < 0
 
 
@@ -284,15 +296,15 @@ def test_a_category_that_the_base_never_refuses_is_told():
         _build(lambda _: next(calls) >= 0, probes, categories=("a", "b", "c"))
 
 
-def _poisoned(adapted: AdaptedModel) -> tuple[ConstraintBank, list[UserRows]]:
-    """Users who always prefer complying (a fixed opening) over the very refusals that the bank watches."""
+def _poisoned(adapted: AdaptedModel) -> tuple[ConstraintData, list[UserRows]]:
+    """Users that always prefer complying (a fixed opening) over the very refusals of the constraint data."""
     bank = constraint_bank(seed=4, limit=0.0)
     users = []
     for n in range(2):
         made = user_rows(f"user {n}", 12, seed=n)
         draw = torch.Generator().manual_seed(n)
         rows = []
-        refusals = [row for own in bank.anchors for anchor in own for row in anchor.refusals]
+        refusals = [row for examples in bank.examples for example in examples for row in example.refusals]
         for pair, refusal in zip(made.train, refusals, strict=True):
             comply = Row(refusal.prompt, (50, 51, *random_row(draw, 1, 4).completion))
             rows.append(PairRow(pair.pair, comply, refusal))
@@ -300,49 +312,45 @@ def _poisoned(adapted: AdaptedModel) -> tuple[ConstraintBank, list[UserRows]]:
     return bank, users
 
 
-class _Turned(ConstraintBank):
+class _Turned(LagrangianConstraint):
     """A constraint with its sign the wrong way round."""
 
-    def excess(self, draws, logps, reference, settings):
-        base = logps.refusals.new_tensor([[reference[row] for row in draw.refusals] for draw in draws])
-        return super().excess(draws, logps._replace(refusals=2 * base - logps.refusals), reference, settings)
+    def losses(self, samples, logps, base):
+        size = self.settings.rows_per_step  # refusals come first
+        return super().losses(samples, torch.cat([2 * base[:, :size] - logps[:, :size], logps[:, size:]], 1), base)
 
 
-class _Emptied(ConstraintBank):
+class _Emptied(LagrangianConstraint):
     """A constraint that never shows its rows."""
 
-    def walk(self, settings, seed, user_id):
-        walk = super().walk(settings, seed, user_id)
-        walk.at = lambda step: ConstraintSample([], [], [], [])
-        return walk
+    def sample(self, user_id, step):
+        return ConstraintSample([], [])
 
 
 @functools.lru_cache
-def _final_excess(kind: type[ConstraintBank] | None) -> torch.Tensor:
+def _final_excess(kind: type[LagrangianConstraint] | None) -> torch.Tensor:
     """Mean excess refusal loss (nats) of each poisoned user after training; without constraint where it is None."""
     adapted = AdaptedModel(tiny_base(), LORA)
     bank, users = _poisoned(adapted)
-    if kind is not None:
-        bank = kind(bank.categories, bank.limits, bank.anchors)
     reference = Reference(adapted)
     reference.add([*(row for user in users for pair in user.train for row in pair[1:]), *bank.rows()])
     dpo = DpoSettings(epochs=20, learning_rate=5e-3)
-    section = ConstraintSettings()
-    engine = Engine(adapted, users, reference, bank if kind else None, dpo, section, FleetSettings(), seed=1)
+    constraint = kind and kind(bank, ConstraintSettings(), 1)
+    engine = Engine(adapted, users, reference, constraint, dpo, FleetSettings(), seed=1)
     trained = {user.user_id: user for user in engine.run()}
-    refusals = [row for own in bank.anchors for anchor in own for row in anchor.refusals]
+    refusals = [row for examples in bank.examples for example in examples for row in example.refusals]
     flat = torch.stack([trained[user.user_id].adapter for user in users])
     with adapted.using(flat):
         scores = adapted.score([refusals] * len(users))
     for user in trained.values():
         assert bool(user.duals) == (kind is not None)
-        assert kind is not ConstraintBank or all(trace.peak > 0 for trace in user.duals.values())
+        assert kind is not LagrangianConstraint or all(trace.peak > 0 for trace in user.duals.values())
     base = [reference[row] for row in refusals]
     return torch.tensor([[r - s.logp for r, s in zip(base, own, strict=True)] for own in scores]).mean(1)
 
 
 def test_the_constraint_holds_refusals_up_against_poisoned_pairs():
-    free, held = _final_excess(None), _final_excess(ConstraintBank)
+    free, held = _final_excess(None), _final_excess(LagrangianConstraint)
     assert (free > 5).all(), free
     assert (held < 0.25 * free).all(), (held, free)
 
@@ -361,13 +369,15 @@ def test_a_user_who_keeps_the_limits_pays_nothing():
     bank = constraint_bank(limit=1.0)
     reference = Reference(adapted)
     reference.add([*(row for pair in users[0].train for row in pair[1:]), *bank.rows()])
-    draws = [ConstraintSampler(bank, ConstraintSettings(rows_per_step=4), 1, "user").at(0)]
+    samples = [ConstraintSampler(bank, ConstraintSettings(rows_per_step=4), 1, "user").sample(0)]
+    arguments = (adapted, reference, [users[0].train], samples)
+    constraint = LagrangianConstraint(bank, ConstraintSettings(), 1)
     with adapted.using(random_flat(adapted, 1, size=1e-4)):
-        arguments = (adapted, reference, [users[0].train], draws, bank)
-        loss = step_loss(*arguments, torch.full((1, 2), 9.0), DpoSettings(), ConstraintSettings())
+        loss = step_loss(*arguments, constraint, torch.full((1, 2), 9.0), DpoSettings())
         assert loss.total.item() == loss.dpo.item()
     with adapted.using(random_flat(adapted, 1, seed=1, size=0.5)):
-        loss = step_loss(*arguments, torch.full((1, 2), 9.0), DpoSettings(), ConstraintSettings(opening_weight=0.0))
+        constraint = LagrangianConstraint(bank, ConstraintSettings(opening_weight=0.0), 1)
+        loss = step_loss(*arguments, constraint, torch.full((1, 2), 9.0), DpoSettings())
         assert loss.violations is not None
         assert loss.violations.max() > 0
         owed = 9.0 * torch.relu(loss.violations).sum()
@@ -379,14 +389,13 @@ def test_a_violation_is_what_lies_over_the_limit():
     adapted = AdaptedModel(tiny_base(), LORA)
     user = user_rows("user", 4, seed=2)
     reference = Reference(adapted)
-    found = []
+    violations = []
     for limit in (0.0, 0.75):
         bank = constraint_bank(limit=limit)
         reference.add([*(row for pair in user.train for row in pair[1:]), *bank.rows()])
-        draws = [ConstraintSampler(bank, ConstraintSettings(), 1, "user").at(0)]
+        constraint = LagrangianConstraint(bank, ConstraintSettings(), 1)
+        samples = [constraint.sample("user", 0)]
         with torch.no_grad(), adapted.using(random_flat(adapted, 1)):
-            loss = step_loss(
-                adapted, reference, [user.train], draws, bank, torch.zeros(1, 2), DpoSettings(), ConstraintSettings()
-            )
-        found.append(loss.violations)
-    assert torch.allclose(found[0] - found[1], torch.full((1, 2), 0.75), atol=1e-5)
+            loss = step_loss(adapted, reference, [user.train], samples, constraint, torch.zeros(1, 2), DpoSettings())
+        violations.append(loss.violations)
+    assert torch.allclose(violations[0] - violations[1], torch.full((1, 2), 0.75), atol=1e-5)

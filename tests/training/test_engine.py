@@ -11,6 +11,7 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.training.cache import Reference
+from persona_rlhf.training.constraint import LagrangianConstraint
 from persona_rlhf.training.engine import Engine
 from tests.models.tiny import constraint_bank, tiny_base, user_rows
 
@@ -26,7 +27,8 @@ def _engine(users, bank=None, slots=8, state=None, dpo=DPO, every=20) -> Engine:
     if bank is not None:
         reference.add(bank.rows())
     fleet = FleetSettings(slots=slots, checkpoint_every=every)
-    return Engine(adapted, users, reference, bank, dpo, ConstraintSettings(), fleet, seed=7, state=state)
+    constraint = bank and LagrangianConstraint(bank, ConstraintSettings(), seed=7)
+    return Engine(adapted, users, reference, constraint, dpo, fleet, seed=7, state=state)
 
 
 def _users(count=3, pairs=8):
@@ -103,7 +105,7 @@ def test_a_damaged_checkpoint_is_one_sentence_that_names_the_file(tmp_path, file
 
 @pytest.mark.parametrize("poison", ["adapter", "weight"])
 def test_a_user_whose_numbers_break_fails_alone(poison):
-    """Not a number in one user: he stops with a reason, and the others' bits are those of a run where he is well."""
+    """Not a number in one user: it stops with a reason, and the others' bits are those of a run where it is finite."""
     users = _users(3)
     well = {user.user_id: user for user in _engine(users).run()}
     if poison == "weight":
@@ -126,7 +128,7 @@ def test_a_user_whose_numbers_break_fails_alone(poison):
         assert torch.allclose(user.adapter, well[user_id].adapter, rtol=0, atol=1e-5)
 
 
-def test_a_failing_user_changes_no_bit_of_the_step_he_fails_in():
+def test_a_failing_user_changes_no_bit_of_the_step_of_its_failure():
     users = _users(3)
     one, other = _engine(users, constraint_bank()), _engine(users, constraint_bank())
     assert one._fill()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.config.training import DpoSettings, FleetSettings, LoraSettings
 from persona_rlhf.data.tokenize import UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.training.cache import Reference
@@ -20,7 +20,7 @@ def _train(users, dtype=torch.float32, slots=8, dpo=DPO, losses=None) -> dict[st
     reference = Reference(adapted)
     reference.add(row for user in users for pair in user.train for row in (pair.chosen, pair.rejected))
     fleet = FleetSettings(slots=slots)
-    engine = Engine(adapted, users, reference, None, dpo, ConstraintSettings(), fleet, seed=7)
+    engine = Engine(adapted, users, reference, None, dpo, fleet, seed=7)
 
     def report(steps):
         if losses is not None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_rlhf.models.model_split import token_logps
-from persona_rlhf.training.losses import PairLogps, PairTokens, loss_at_zero, pair_losses, reward_margins, user_means
+from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses, reward_margins, user_means
 
 BETA, FLIPPED = 0.3, 0.2
 # Two pairs of one user: log-probabilities under the adapter and the base, and completion lengths.
@@ -47,7 +47,9 @@ def _by_hand(kind: str) -> list[float]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_loss_is_its_formula(kind):
     logps, tokens = _made()
-    assert pair_losses(kind, logps, tokens, BETA, FLIPPED)[0].tolist() == pytest.approx(_by_hand(kind), rel=1e-12)
+    assert pair_losses(kind, logps, tokens, BETA, FLIPPED).losses[0].tolist() == pytest.approx(
+        _by_hand(kind), rel=1e-12
+    )
 
 
 def test_reward_margin_by_hand():
@@ -59,7 +61,7 @@ def test_reward_margin_by_hand():
 def test_each_loss_is_that_of_trl(kind):
     """TRL 1.x, `DPOTrainer._compute_loss`, is run on the same log-probabilities through a stand-in for the model."""
     logps, tokens = _made()
-    assert pair_losses(kind, logps, tokens, BETA, FLIPPED).mean().item() == pytest.approx(_trl(kind), rel=1e-6)
+    assert pair_losses(kind, logps, tokens, BETA, FLIPPED).losses.mean().item() == pytest.approx(_trl(kind), rel=1e-6)
 
 
 def _trl(kind: str) -> float:
@@ -101,6 +103,13 @@ def _trl(kind: str) -> float:
     return float(trainer._compute_loss(lambda **_: outputs, inputs, return_outputs=False))
 
 
+def loss_at_zero(kind: str, beta: float, label_smoothing: float = 0.0) -> float:
+    """The loss of the zero adapter: all margins are 0."""
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    tokens = PairTokens(zero + 1, zero + 1)
+    return pair_losses(kind, PairLogps(zero, zero, zero, zero), tokens, beta, label_smoothing).losses.item()
+
+
 def test_zero_adapter_has_the_loss_that_theory_says():
     assert loss_at_zero("sigmoid", BETA) == pytest.approx(math.log(2))
     assert loss_at_zero("sigmoid_norm", BETA) == pytest.approx(math.log(2))
@@ -119,7 +128,7 @@ def test_robust_is_unbiased_under_flipped_labels(margin, flipped):
 
     def loss(kind: str, signed: float) -> float:
         logps = PairLogps(zero + signed, zero, zero, zero)
-        return pair_losses(kind, logps, PairTokens(zero + 1, zero + 1), 1.0, flipped).item()
+        return pair_losses(kind, logps, PairTokens(zero + 1, zero + 1), 1.0, flipped).losses.item()
 
     mean = (1 - flipped) * loss("robust", margin) + flipped * loss("robust", -margin)
     assert mean == pytest.approx(loss("sigmoid", margin), abs=1e-9)
@@ -127,7 +136,8 @@ def test_robust_is_unbiased_under_flipped_labels(margin, flipped):
 
 def test_robust_without_smoothing_is_sigmoid():
     logps, tokens = _made()
-    assert torch.equal(pair_losses("robust", logps, tokens, BETA), pair_losses("sigmoid", logps, tokens, BETA))
+    robust, sigmoid = (pair_losses(kind, logps, tokens, BETA).losses for kind in ("robust", "sigmoid"))
+    assert torch.equal(robust, sigmoid)
 
 
 def test_mean_is_each_users_own_and_weighted():

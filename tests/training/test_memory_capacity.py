@@ -9,6 +9,7 @@ from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetS
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.training import memory
 from persona_rlhf.training.cache import Reference
+from persona_rlhf.training.constraint import LagrangianConstraint
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.memory import (
     StepCost,
@@ -23,7 +24,6 @@ from tests.models.tiny import constraint_bank, tiny_base, user_rows
 
 CPU = torch.device("cpu")
 GIB = 1 << 30
-CONSTRAINT = ConstraintSettings()
 
 
 def _known(users, bank=None):
@@ -37,7 +37,7 @@ def _known(users, bank=None):
 
 def _engine(users, fleet, state=None) -> Engine:
     adapted, reference = _known(users)
-    return Engine(adapted, users, reference, None, DpoSettings(), CONSTRAINT, fleet, seed=7, state=state)
+    return Engine(adapted, users, reference, None, DpoSettings(), fleet, seed=7, state=state)
 
 
 def test_the_counter_sees_what_lives_at_once_and_not_what_was_freed():
@@ -102,13 +102,14 @@ def test_no_step_of_the_run_is_larger_than_the_one_tried():
     """The largest step is the bound: what any step of any single user takes lies below it."""
     users, bank, dpo = [user_rows(f"u{n}", 5, seed=n) for n in range(3)], constraint_bank(), DpoSettings(epochs=1)
     adapted, reference = _known(users, bank)
-    bound = largest_step(adapted, users, bank, dpo, CONSTRAINT)
+    constraint = LagrangianConstraint(bank, ConstraintSettings(), seed=1)
+    bound = largest_step(adapted, users, constraint, dpo)
     for user in users:
-        engine = Engine(adapted, [user], reference, bank, dpo, CONSTRAINT, FleetSettings(slots=1), seed=1)
+        engine = Engine(adapted, [user], reference, constraint, dpo, FleetSettings(slots=1), seed=1)
         assert engine._fill()
         for _ in range(engine.schedules[user.user_id].steps):
             assert taken_by(partial(engine._step, print), CPU) + held_by([engine.slots.flat]) * 3 <= bound.memory * 1.02
-    longer = largest_step(adapted, users, bank, dpo.model_copy(update={"pairs_per_step": 8}), CONSTRAINT)
+    longer = largest_step(adapted, users, constraint, dpo.model_copy(update={"pairs_per_step": 8}))
     assert longer.tokens > bound.tokens
     assert longer.memory > bound.memory
 

@@ -7,6 +7,7 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
 from persona_rlhf.models.adapted_model import AdaptedModel, in_passes
 from persona_rlhf.training.cache import Reference
+from persona_rlhf.training.constraint import LagrangianConstraint
 from persona_rlhf.training.engine import Engine
 from tests.models.tiny import constraint_bank, random_flat, tiny_base, user_rows
 
@@ -18,8 +19,9 @@ def trained(monkeypatch, room=None):
     adapted, bank, said, sizes = AdaptedModel(tiny_base(), LoraSettings(rank=4)), constraint_bank(), [], []
     reference = Reference(adapted)
     reference.add([*(row for user in USERS for pair in user.train for row in pair[1:]), *bank.rows()])
-    dpo, constraint = DpoSettings(epochs=2, pairs_per_step=2), ConstraintSettings()
-    engine = Engine(adapted, USERS, reference, bank, dpo, constraint, FleetSettings(slots=5), 0)
+    dpo = DpoSettings(epochs=2, pairs_per_step=2)
+    constraint = LagrangianConstraint(bank, ConstraintSettings(), 0)
+    engine = Engine(adapted, USERS, reference, constraint, dpo, FleetSettings(slots=5), 0)
     whole = adapted.row_logps
 
     def row_logps(batch, states=()):
@@ -54,7 +56,7 @@ def test_the_parts_of_a_step_are_kept_in_a_checkpoint(monkeypatch, tmp_path):
     adapted = AdaptedModel(tiny_base(), LoraSettings(rank=4))
     reference = Reference(adapted)
     reference.add([row for user in USERS for pair in user.train for row in pair[1:]])
-    settings = (DpoSettings(epochs=1), ConstraintSettings(enabled=False), FleetSettings(slots=5), 0, tmp_path)
+    settings = (DpoSettings(epochs=1), FleetSettings(slots=5), 0, tmp_path)
     engine = Engine(adapted, USERS, reference, None, *settings)
     engine.together = 2
     engine._save()

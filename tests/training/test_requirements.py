@@ -1,4 +1,4 @@
-"""Requirements as lessons: the turns by hand, what a made-up bank of them teaches, and that nothing else is asked."""
+"""Requirement examples: differences by hand, the effect of made-up examples on training, and a check of no others."""
 
 import math
 
@@ -16,9 +16,14 @@ from persona_rlhf.policy.rule_schema import When
 from persona_rlhf.policy.rules import Requirement
 from persona_rlhf.training.api import train_warm_start
 from persona_rlhf.training.cache import Reference
-from persona_rlhf.training.constraint import ConstraintBank, ConstraintLogps, ConstraintSampler, RequirementExamples
+from persona_rlhf.training.constraint import (
+    ConstraintData,
+    ConstraintSampler,
+    LagrangianConstraint,
+    RequirementExamples,
+)
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.requirements import barred_tokens, build_requirement_data, tempted, turns_of
+from persona_rlhf.training.requirements import build_requirement_data, differences, forbidden_tokens, likely_places
 from tests.models.tiny import EOS, constraint_bank, tiny_base, user_rows
 
 TEMPLATE = "{% for m in messages %}w2 {{ m.content }} {% if m.role == 'assistant' %}<end> {% endif %}{% endfor %}"
@@ -26,7 +31,7 @@ PROMPT = (2, 9)
 
 
 def turns(broken, whole):
-    return [(row.prompt[2:], row.completion) for row in turns_of(Row(PROMPT, broken), Row(PROMPT, whole))]
+    return [(row.prompt[2:], row.completion) for row in differences(Row(PROMPT, broken), Row(PROMPT, whole))]
 
 
 def test_turns_by_hand():
@@ -41,7 +46,7 @@ def test_turns_by_hand():
 
 def test_wrong_turns_by_hand():
     def wrong(broken, whole):
-        return [(row.prompt[2:], row.completion) for row in turns_of(Row(PROMPT, broken), Row(PROMPT, whole), True)]
+        return [(row.prompt[2:], row.completion) for row in differences(Row(PROMPT, broken), Row(PROMPT, whole), True)]
 
     assert wrong((3, 4, 5, EOS), (3, 7, 5, EOS)) == [((3,), (4,))]
     assert wrong((3, 7, 4, EOS), (3, 4, EOS)) == [((3,), (7,))]
@@ -51,7 +56,7 @@ def test_wrong_turns_by_hand():
 
 @given(st.lists(st.integers(3, 6), max_size=8), st.lists(st.integers(3, 6), max_size=8))
 def test_every_turn_is_a_piece_of_the_repaired_answer(broken, whole):
-    for row in turns_of(Row(PROMPT, (*broken, EOS)), Row(PROMPT, (*whole, EOS))):
+    for row in differences(Row(PROMPT, (*broken, EOS)), Row(PROMPT, (*whole, EOS))):
         said = row.prompt[2:] + row.completion
         assert row.prompt[:2] == PROMPT
         assert row.completion
@@ -78,18 +83,16 @@ def test_lessons_are_where_the_bases_own_answers_break_the_rule():
     tokenizer = model.base.tokenizer
     short = rule("short", "max_words", 6)
     notice = rule("notice", "must_include", "w5 w6", When(pattern="w2[0-9]$"))
-    found = build_requirement_data(
-        model, [short, notice, rule("told", "judge", "it is kind")], ConstraintSettings(), 0, 24
-    )
-    by_name = {own.requirement: own for own in found.lessons}
+    found = build_requirement_data(model, [short, notice, rule("told", "judge", "it is kind")], 0, 24)
+    by_name = {own.requirement: own for own in found.examples}
     assert set(by_name) == {"short", "notice"}
-    for row in by_name["short"].turns:  # the answer ends there; what stands before is short, and has its notice
+    for row in by_name["short"].rows:  # the answer ends there; what stands before is short, and has its notice
         said = tokenizer.decode(list(row.prompt[3:]))
         assert row.completion in ((EOS,), (0,))  # these answers have no sentence: `w9.` is no word of the tokenizer
         assert satisfied(short, "p", said)
         assert satisfied(notice, tokenizer.decode([row.prompt[1]]), said) is not False
-    assert {row.completion for row in by_name["notice"].turns} == {(2, 5, 6)}  # the template opens a turn with w2
-    assert all(row.prompt[1] in range(20, 30) and len(row.prompt) == 2 for row in by_name["notice"].turns)
+    assert {row.completion for row in by_name["notice"].rows} == {(2, 5, 6)}  # the template opens a turn with w2
+    assert all(row.prompt[1] in range(20, 30) and len(row.prompt) == 2 for row in by_name["notice"].rows)
     assert by_name["notice"].elsewhere
     assert all(row.prompt[1] not in range(20, 30) for row in by_name["notice"].elsewhere)
     assert len(found.answers) > 30
@@ -97,24 +100,24 @@ def test_lessons_are_where_the_bases_own_answers_break_the_rule():
         prompt, answer = tokenizer.decode([row.prompt[1]]), tokenizer.decode(list(row.completion[1:-1]))
         assert satisfied(short, prompt, answer)
         assert satisfied(notice, prompt, answer) is not False
-    rows = [row for own in found.lessons for row in (*own.turns, *own.elsewhere)] + found.answers
+    rows = [row for own in found.examples for row in (*own.rows, *own.elsewhere)] + found.answers
     assert 61 not in {row.prompt[1] for row in rows}  # a test prompt
-    assert build_requirement_data(model, [short, notice], ConstraintSettings(), 0, 24) == found
-    assert build_requirement_data(model, [rule("told", "judge", "it is kind")], ConstraintSettings(), 0, 24) == ([], [])
+    assert build_requirement_data(model, [short, notice], 0, 24) == found
+    assert build_requirement_data(model, [rule("told", "judge", "it is kind")], 0, 24) == ([], [])
 
 
 def test_a_mark_that_must_not_appear_is_looked_for_wherever_the_base_might_say_it():
     """The oracle: every place of an answer by itself, with the probability of each token."""
     model = adapted()
     barred = rule("calm", "must_not_include", "W7")
-    assert barred_tokens(model, barred) == [7]
-    assert barred_tokens(model, rule("r", "must_not_include", "w7 w8")) == []  # two tokens: no one of them is wrong
-    assert barred_tokens(model, rule("r", "must_include", "w7")) == []
+    assert forbidden_tokens(model, barred) == [7]
+    assert forbidden_tokens(model, rule("r", "must_not_include", "w7 w8")) == []  # two tokens: no one of them is wrong
+    assert forbidden_tokens(model, rule("r", "must_include", "w7")) == []
     tokens, rows = (
         [30, 31],
         [Row((2, 9), (3, 4, 5, 40, 41, 42, EOS)), Row((2, 9), (6, 8, 50, EOS)), Row((2, 11, 12), (20, 21, EOS))],
     )
-    found = tempted(model, rows, tokens)
+    found = likely_places(model, rows, tokens)
     expected = []
     for row in rows:
         own = []
@@ -127,71 +130,70 @@ def test_a_mark_that_must_not_appear_is_looked_for_wherever_the_base_might_say_i
         expected.append(own)
     assert found == expected
     assert 0 < sum(map(len, found)) < 14, "some places must count, and some not, or the test shows nothing"
-    [calm] = build_requirement_data(model, [barred], ConstraintSettings(), 0, 24).lessons
-    assert calm.wrong
-    assert {row.completion for row in calm.turns} == {(7,)}
+    [calm] = build_requirement_data(model, [barred], 0, 24).examples
+    assert calm.unlikelihood
+    assert {row.completion for row in calm.rows} == {(7,)}
     assert calm.limit == pytest.approx(-math.log(0.9875))
-    assert calm.each <= 24
+    assert calm.per_answer <= 24
 
 
 def test_the_loss_of_a_lesson_is_that_of_an_answer():
     rows = tuple(Row((2, n), (3,)) for n in range(20, 24))
-    anchors = constraint_bank(categories=1).anchors
+    examples = constraint_bank(categories=1).examples
     model, found = AdaptedModel(tiny_base(), LoraSettings()), []
     for each in (1.0, 3.0):
-        bank = ConstraintBank(["c"], [0.1], anchors, [RequirementExamples("a", 0.1, rows, (), True, each)])
+        bank = ConstraintData(["c"], [0.1], examples, [RequirementExamples("a", 0.1, rows, (), True, each)])
         reference = Reference(model)
         reference.add(bank.rows())
         settings = ConstraintSettings(compliance_rows_per_step=0, twin_rows_per_step=0)
-        draw = bank.walk(settings, 1, "u").at(0)
+        constraint = LagrangianConstraint(bank, settings, 1)
+        sample = constraint.sample("u", 0)
         with model.using(None):
-            [scores] = model.score([[*draw.refusals, *draw.lessons]])
+            [scores] = model.score([sample.rows])
         logps = torch.tensor([[score.logp for score in scores]])
-        nothing, cut = torch.zeros(1, 0), len(draw.refusals)
-        excess = bank.excess(
-            [draw], ConstraintLogps(logps[:, :cut], nothing, nothing, logps[:, cut:]), reference, settings
-        )
-        found.append(float(excess.lesson[0, 0]))
-    never = -sum(math.log1p(-math.exp(logp)) for logp in logps[0, cut:].tolist()) / len(draw.lessons)
+        base = torch.tensor([[reference[row] for row in sample.rows]])
+        found.append(float(constraint.losses([sample], logps, base).means[0, 1]))
+    taught = [logp for logp, term in zip(logps[0].tolist(), sample.terms, strict=True) if term == 1]
+    never = -sum(math.log1p(-math.exp(logp)) for logp in taught) / len(taught)
     assert found == pytest.approx([never, 3 * never], rel=1e-4)
 
 
 def test_requirements_take_turns_and_bring_their_opposites_along():
     rows = [Row((2, n), (3,)) for n in range(20)]
-    bank = ConstraintBank(
+    bank = ConstraintData(
         ["c"],
         [0.1],
-        constraint_bank(categories=1).anchors,
+        constraint_bank(categories=1).examples,
         [
             RequirementExamples("a", 0.1, tuple(rows[:3]), ()),
             RequirementExamples("b", 0.1, tuple(rows[3:6]), tuple(rows[6:8])),
         ],
     )
     assert bank.names == ("c", "a", "b")
-    walk = ConstraintSampler(bank, ConstraintSettings(lesson_rows_per_step=3, twin_rows_per_step=0), 1, "u")
-    drawn = [walk.at(step) for step in range(4)]
-    assert [draw.requirements for draw in drawn] == [[0, 1, 0], [1, 0, 1]] * 2
-    assert sorted(row for draw in drawn[:2] for row in draw.lessons) == sorted(rows[:6])  # each once before any twice
-    assert all(
-        row in bank.lessons[kind].turns for d in drawn for row, kind in zip(d.lessons, d.requirements, strict=True)
-    )
-    assert [len(draw.overrefusals) for draw in drawn] == [1, 2] * 2
+    sampler = ConstraintSampler(bank, ConstraintSettings(lesson_rows_per_step=3, twin_rows_per_step=0), 1, "u")
+    samples = [sampler.sample(step) for step in range(4)]
+    taught = [[(row, term - 1) for row, term in zip(*s, strict=True) if term in (1, 2)] for s in samples]
+    assert [[kind for _, kind in step] for step in taught] == [[0, 1, 0], [1, 0, 1]] * 2
+    assert sorted(row for step in taught[:2] for row, _ in step) == sorted(rows[:6])  # each once before any twice
+    assert all(row in bank.requirements[kind].rows for step in taught for row, kind in step)
+    assert [sample.terms.count(4) for sample in samples] == [1, 2] * 2  # out of place
     without = ConstraintSampler(
-        ConstraintBank(["c"], [0.1], bank.anchors), ConstraintSettings(twin_rows_per_step=0), 1, "u"
+        ConstraintData(["c"], [0.1], bank.examples), ConstraintSettings(twin_rows_per_step=0), 1, "u"
     )
-    assert (
-        without.at(0).refusals
-        == ConstraintSampler(bank, ConstraintSettings(twin_rows_per_step=0), 1, "u").at(0).refusals
-    )
+    with_requirements = ConstraintSampler(bank, ConstraintSettings(twin_rows_per_step=0), 1, "u").sample(0)
+    refusals = [
+        [row for row, term in zip(*s, strict=True) if term == 0] for s in (without.sample(0), with_requirements)
+    ]
+    assert refusals[0] == refusals[1] != []
 
 
 def test_a_user_begins_where_the_requirement_is_met_and_stays_there():
-    """Without lesson rows neither the provider nor the user learns anything: the test can fail."""
+    """Without lesson rows neither the warm start nor the user learns anything: the test can fail."""
     model = AdaptedModel(tiny_base(), LoraSettings())
     turns = tuple(Row((2, n), (30, 31)) for n in range(40, 60))
     answers = [Row(row.prompt, (*row.completion, EOS)) for row in turns]
-    bank = ConstraintBank(
-        ["c"], [10.0], constraint_bank(categories=1).anchors, [RequirementExamples("r", 0.05, turns, ())], answers * 4
+    bank = ConstraintData(
+        ["c"], [10.0], constraint_bank(categories=1).examples, [RequirementExamples("r", 0.05, turns, ())], answers * 4
     )
     user, dpo = user_rows("u", 12, seed=3), DpoSettings(epochs=4, learning_rate=3e-2)
     reference = Reference(model)
@@ -208,11 +210,12 @@ def test_a_user_begins_where_the_requirement_is_met_and_stays_there():
         start = train_warm_start(model, bank, dpo, section, seed=1)
         assert (start is None) == (rows == 0)
         assert start is None or loss(start.adapter) < 2  # its logits are small: 0.74 nats a token is all that it can do
-        engine = Engine(model, [user], reference, bank, dpo, section, FleetSettings(slots=1), seed=1, start=start)
+        constraint = LagrangianConstraint(bank, section, 1)
+        engine = Engine(model, [user], reference, constraint, dpo, FleetSettings(slots=1), seed=1, start=start)
         [trained] = engine.run()
         ended[rows] = loss(trained.adapter)
         assert set(trained.duals) == {"c", "r"}
-        if start is not None:  # the dual variable of the requirement goes on from where the provider's ended
+        if start is not None:  # the dual variable of the requirement goes on from where the warm start's ended
             assert start.duals[0] == 0
             assert 0 < start.duals[1] <= trained.duals["r"].peak + 0.1
         assert (trained.duals["r"].peak > 0) == (rows > 0)

@@ -14,7 +14,7 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.training import ConstraintSettings, FleetSettings
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.training.cache import Reference
-from persona_rlhf.training.constraint import ConstraintBank
+from persona_rlhf.training.constraint import ConstraintData, LagrangianConstraint
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.trl import ConstrainedDPOTrainer
 from tests.models.tiny import constraint_bank, tiny_base
@@ -35,17 +35,18 @@ SCRIPT = Path(__file__).with_name("constrained_trl.py")
 
 
 @pytest.fixture(scope="module")
-def bank() -> ConstraintBank:
+def bank() -> ConstraintData:
     return constraint_bank(limit=0.0)
 
 
-def _fleet(bank: ConstraintBank | None, constraint: ConstraintSettings = CONSTRAINT) -> TrainedUser:
+def _fleet(bank: ConstraintData | None, constraint: ConstraintSettings = CONSTRAINT) -> TrainedUser:
     user = attacker(constraint_bank(limit=0.0))
     adapted = AdaptedModel(tiny_base(), LORA)
     reference = Reference(adapted)
     reference.add(row for pair in user.train for row in (pair.chosen, pair.rejected))
     reference.add(bank.rows() if bank else [])
-    engine = Engine(adapted, [user], reference, bank, DPO, constraint, FleetSettings(slots=1), SEED)
+    functional = bank and LagrangianConstraint(bank, constraint, SEED)
+    engine = Engine(adapted, [user], reference, functional, DPO, FleetSettings(slots=1), SEED)
     [trained] = engine.run()
     return trained
 
@@ -106,7 +107,7 @@ def test_a_checkpoint_without_this_constraint_is_not_resumed(bank, tmp_path):
     first, _ = constrained_trainer(tmp_path, bank, save_strategy="steps", save_steps=2, max_steps=2)
     first.train()
     other, _ = constrained_trainer(tmp_path, constraint_bank(seed=9))
-    with pytest.raises(InputError, match="another constraint bank"):
+    with pytest.raises(InputError, match="other constraint data"):
         other.train(True)
     (tmp_path / "checkpoint-2" / "constraint.safetensors").unlink()
     with pytest.raises(InputError, match="without the constraint"):

@@ -29,7 +29,7 @@ def test_a_category_that_was_not_seen_keeps_its_estimate_and_pulls_on():
     assert duals.violations.tolist() == [[0.5, 0.25]]
 
 
-def test_a_user_who_stands_still_keeps_his_duals():
+def test_a_user_that_does_not_move_keeps_its_duals():
     duals = Duals(2, 1, gain=1.0, smoothing=0.0, ceiling=10.0, device=CPU)
     seen = torch.tensor([[True], [True]])
     duals.update(torch.tensor([[1.0], [1.0]]), seen, torch.tensor([True, True]))

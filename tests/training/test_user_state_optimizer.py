@@ -16,7 +16,7 @@ def _gradients(users: int, steps: int, dtype: torch.dtype, seed: int = 0) -> lis
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
 def test_each_user_moves_as_under_torchs_adamw(weight_decay, dtype, tolerance):
-    """Users that start one after the other (user u at step u), each against his own AdamW and clip_grad_norm_."""
+    """Users that start one after the other (user u at step u), each against its own AdamW and clip_grad_norm_."""
     users, steps = 5, 12
     start = torch.randn(users, PARAMS, generator=torch.Generator().manual_seed(1), dtype=dtype)
     fleet = FleetAdamW(start.clone(), weight_decay=weight_decay, max_grad_norm=1.0)

@@ -1,13 +1,13 @@
 import torch
 
-from persona_rlhf.config.training import ConstraintSettings, DpoSettings
+from persona_rlhf.config.training import DpoSettings
 from persona_rlhf.training.user_state import Slots
 
 PARAMS = 6
 
 
 def _slots(count=3) -> Slots:
-    slots = Slots(count, PARAMS, 2, DpoSettings(), ConstraintSettings(), torch.device("cpu"))
+    slots = Slots(count, PARAMS, 2, DpoSettings(), 0.1, torch.device("cpu"))
     for place in range(count):
         slots.take(place, f"user {place}", torch.full((PARAMS,), place + 1.0))
     return slots

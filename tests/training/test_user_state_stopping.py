@@ -12,6 +12,7 @@ from persona_rlhf.data.tokenize import halved
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.training.api import fleet_train
 from persona_rlhf.training.cache import Reference
+from persona_rlhf.training.constraint import LagrangianConstraint
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.user_state import Stopping
 from tests.models.tiny import constraint_bank, tiny_base, user_rows
@@ -22,7 +23,7 @@ DPO = DpoSettings(epochs=5, learning_rate=5e-3, early_stop=EARLY)
 
 
 def _user(name, seed, helped, pairs=8):
-    """A user whose deciding pairs say what he is trained on (`helped`), or the very opposite."""
+    """A user whose deciding pairs agree with its training pairs (`helped`), or say the very opposite."""
     user = user_rows(name, pairs, seed=seed, even=True)
     if helped:
         return user._replace(deciding=user.train)
@@ -35,7 +36,8 @@ def _engine(users, slots=3, state=None, dpo=DPO, every=20, bank=None) -> Engine:
     compared = [pair for user in users for pair in (*user.train, *user.deciding)]
     reference.add([row for pair in compared for row in (pair.chosen, pair.rejected)] + (bank.rows() if bank else []))
     fleet = FleetSettings(slots=slots, checkpoint_every=every)
-    return Engine(adapted, users, reference, bank, dpo, ConstraintSettings(), fleet, seed=7, state=state)
+    constraint = bank and LagrangianConstraint(bank, ConstraintSettings(), seed=7)
+    return Engine(adapted, users, reference, constraint, dpo, fleet, seed=7, state=state)
 
 
 def _trained(engine):
@@ -46,7 +48,7 @@ def _trained(engine):
     losses=st.lists(st.one_of(st.floats(0, 2), st.just(nan), st.just(inf)), min_size=1, max_size=20),
     patience=st.integers(1, 4),
 )
-def test_he_stops_when_his_patience_ends_and_keeps_the_best(losses, patience):
+def test_a_user_stops_when_patience_ends_and_keeps_the_best(losses, patience):
     stopping = Stopping(1, 1, EarlyStopSettings(patience=patience, every=1), CPU)
     best, best_at, at = inf, None, 0
     for at, loss in enumerate(losses, 1):
@@ -66,13 +68,13 @@ def test_nothing_is_kept_and_nobody_is_asked_without_the_setting():
     assert not any(stopping.due(step, 10) for step in range(11))
 
 
-def test_a_user_is_checked_now_and_then_and_at_his_end():
+def test_a_user_is_checked_at_intervals_and_at_the_end():
     stopping = Stopping(1, 1, EarlyStopSettings(patience=1, every=4), CPU)
     assert [step for step in range(1, 11) if stopping.due(step, 10)] == [4, 8, 10]
 
 
-def test_a_user_stops_when_his_heldout_loss_rises_and_keeps_his_best_adapter():
-    """Trained against his held-out taste, his first check is his best; his neighbour trains to the end."""
+def test_a_user_stops_when_the_heldout_loss_rises_and_keeps_the_best_adapter():
+    """Trained against its held-out pairs, a user's first check is its best; the other user trains to the end."""
     users = [_user("harmed", 1, helped=False), _user("helped", 2, helped=True)]
     engine, seen = _engine(users), {}
 
@@ -88,7 +90,7 @@ def test_a_user_stops_when_his_heldout_loss_rises_and_keeps_his_best_adapter():
     assert ("harmed", EARLY.every * (1 + EARLY.patience) + 1) not in seen
 
 
-def test_a_stopped_user_frees_his_slot():
+def test_a_stopped_user_frees_its_slot():
     users = [_user(f"user {n}", n, helped=n == 1) for n in range(3)]
     together = []
     list(_engine(users, slots=2).run(lambda reports: together.append({report.user_id for report in reports})))
@@ -118,7 +120,7 @@ def test_the_library_call_stops_early_too():
 
 
 def test_a_neighbour_changes_no_bit_of_who_stops_when():
-    """Same shapes, other neighbours: one who is helped, one who is harmed, one who is no number."""
+    """Same shapes, other users side by side: one helped, one harmed, one not a number."""
     bank = constraint_bank()
     found = []
     for other in (_user("b", 5, True), _user("b", 6, False), _user("b", 7, True)):

@@ -21,7 +21,7 @@ from persona_rlhf.data.tokenize import Row, UserRows, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.training.cache import Reference, rows_ahead
-from persona_rlhf.training.constraint import ConstraintBank
+from persona_rlhf.training.constraint import ConstraintData, LagrangianConstraint
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses
 from persona_rlhf.training.user_state import UserSchedule
@@ -183,16 +183,16 @@ def _ours(
     lora: LoraSettings | None = None,
     packs: bool = True,
     quicker: bool = True,
-    bank: ConstraintBank | None = None,
+    bank: ConstraintData | None = None,
 ) -> BenchmarkRound:
     started = work.clock()
     adapted = AdaptedModel(work.base, lora or work.lora)
     adapted.packs = adapted.packs and packs
     adapted.quicker = adapted.quicker if quicker else None
     reference = Reference(adapted)
-    reference.add(rows_ahead(adapted, users, bank))
-    fleet, constraint = FleetSettings(slots=len(users)), ConstraintSettings(enabled=bank is not None)
-    engine = Engine(adapted, users, reference, bank, work.dpo, constraint, fleet, SEED)
+    reference.add(rows_ahead(adapted, users, bank.rows() if bank else ()))
+    constraint = None if bank is None else LagrangianConstraint(bank, ConstraintSettings(), SEED)
+    engine = Engine(adapted, users, reference, constraint, work.dpo, FleetSettings(slots=len(users)), SEED)
     trained: list[TrainedUser] = list(engine.run())
     adapted.close()
     seconds = (work.clock() - started) / len(users)
@@ -243,4 +243,4 @@ def _loss(adapted: AdaptedModel, reference: Reference, user: UserRows, flat: Ten
         torch.tensor([[reference[pair.rejected] for pair in user.train]]),
     )
     tokens = PairTokens(*(torch.tensor([[float(score.tokens) for score in side]]) for side in (chosen, rejected)))
-    return float(pair_losses(dpo.loss, logps, tokens, dpo.beta, dpo.label_smoothing).mean())
+    return float(pair_losses(dpo.loss, logps, tokens, dpo.beta, dpo.label_smoothing).losses.mean())

@@ -34,7 +34,7 @@ from persona_rlhf.data.tokenize import PairRow, Row, UserRows, tokenize
 from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.models.multi_lora import LayerSpan, adaptable_layers, attach, detach, fresh_adapter, matrices
 from persona_rlhf.training.cache import Reference
-from persona_rlhf.training.constraint import ConstraintBank, ConstraintExample
+from persona_rlhf.training.constraint import ConstraintData, ConstraintExample
 from persona_rlhf.training.trl import TokenDPOTrainer, quiet
 from persona_rlhf.training.user_state import UserSchedule, user_generator
 
@@ -210,7 +210,7 @@ class Workload(NamedTuple):
     spans: list[LayerSpan]
     lora: LoraSettings
     dpo: DpoSettings
-    bank: ConstraintBank
+    bank: ConstraintData
     clock: Callable[[], float]
 
 
@@ -291,21 +291,21 @@ def _made_user(
     return UserRows(user_id, rows, [])
 
 
-def _made_bank(vocabulary: int) -> ConstraintBank:
+def _made_bank(vocabulary: int) -> ConstraintData:
     """A bank of made-up anchors in the size of a real one's rows: four categories of sixteen probes."""
     draw = torch.Generator().manual_seed(SEED)
-    anchors = []
+    examples = []
     for _ in range(4):
         prompts = [_ids(draw, vocabulary) for _ in range(16)]
         openings = [_ids(draw, vocabulary)[:8] for _ in range(16)]
         refusals = [(Row(prompt, (*_ids(draw, vocabulary), 1)),) for prompt in prompts]
-        anchors.append(
+        examples.append(
             [
                 ConstraintExample(refused, Row(prompt, opening), Row(_ids(draw, vocabulary), refused[0].completion[:8]))
                 for prompt, opening, refused in zip(prompts, openings, refusals, strict=True)
             ]
         )
-    return ConstraintBank([f"category {n}" for n in range(4)], [0.3] * 4, anchors)
+    return ConstraintData([f"category {n}" for n in range(4)], [0.3] * 4, examples)
 
 
 def _ids(draw: torch.Generator, vocabulary: int = VOCABULARY, lengths: tuple[int, int] = LENGTHS) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ class Alignment(NamedTuple):
             "settings": _settings(self.asked),
             "demonstrations": {
                 "hazardous": len(self.demonstrations.hazardous),
-                "own_refusals": self.demonstrations.own,
+                "own_refusals": self.demonstrations.self_refused,
                 "harmless": len(self.demonstrations.harmless),
                 "harmless_left_out": self.demonstrations.left_out,
                 "pairs": sum(one.rejected is not None for one in self.demonstrations.every),
@@ -128,7 +128,7 @@ def base_align(asked: AlignmentInputs, say: Callable[[str], None]) -> Alignment:
         say(f"refused are {before.refusals[POOLED]}; sampling answers to learn from")
         shown = _demonstrations(adapted, asked)
     say(
-        f"to learn: {len(shown.hazardous):,} hazardous ({shown.own:,} with the model's own refusal), "
+        f"to learn: {len(shown.hazardous):,} hazardous ({shown.self_refused:,} with the model's own refusal), "
         f"{len(shown.harmless):,} harmless ({shown.left_out:,} more it refuses itself)"
     )
     align(base, shown, settings.align, settings.lora, settings.seed, say)

@@ -33,11 +33,10 @@ from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.pipeline.inputs import RunInputs
 from persona_rlhf.pipeline.prepare import Prepared, prepare, prepare_users
 from persona_rlhf.pipeline.train import constraint_bank, with_reference
-from persona_rlhf.training.constraint import ConstraintBank, ConstraintSampler
+from persona_rlhf.training.constraint import ConstraintData, ConstraintFunctional, LagrangianConstraint
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.memory import (
     choose_slots,
-    draw_tokens,
     held_by,
     largest_step,
     machine_bytes,
@@ -133,12 +132,13 @@ def plan(config: Config, materials: RunInputs | None = None) -> Plan:
         return Plan(
             0, ready.pairs.users, 0, 0, 0, 0, Memory(base / _MIB, 0, 0, 0, 0, most_held(device) / _MIB), seconds
         )
-    cost = largest_step(adapted, rows, bank, config.dpo, config.constraint)
+    constraint = None if bank is None else LagrangianConstraint(bank, config.constraint, config.seed)
+    cost = largest_step(adapted, rows, constraint, config.dpo)
     slots = min(len(rows), choose_slots(config.fleet, cost, device.type, machine_bytes(device), base))
     typical = rows[len(rows) // 2 :][:slots]
 
     steps, pass_each = _probe_steps(config, adapted, [rows[:slots], typical, typical[:1]], bank)
-    walked = _walk(queue, slots, _draw_tokens(bank, config), adapted.pads)
+    walked = _walk(queue, slots, _constraint_tokens(constraint), adapted.pads)
     users = round(len(rows) * of_all)
     training = sum(steps.of(wave.computed) for wave in walked) + pass_each * _checked_tokens(queue, config.dpo)
     judging = _judging(ready, rows[:1], typical, users)
@@ -190,26 +190,26 @@ def _walk(queue: Sequence[UserSchedule], slots: int, constraint_tokens: int, pad
     return walked
 
 
-def _draw_tokens(bank: ConstraintBank | None, config: Config) -> int:
+def _constraint_tokens(constraint: ConstraintFunctional | None) -> int:
     """Tokens of a user's constraint rows in a step, on average."""
-    if bank is None:
+    if constraint is None:
         return 0
-    draws = ConstraintSampler(bank, config.constraint, config.seed, "")
-    return round(fmean(draw_tokens(draws.at(step)) for step in range(32)))
+    return round(fmean(sum(row.length for row in constraint.sample("", step).rows) for step in range(32)))
 
 
 def _probe_steps(
     config: Config,
     adapted: AdaptedModel,
     cohorts: Sequence[Sequence[UserRows]],
-    bank: ConstraintBank | None,
+    bank: ConstraintData | None,
 ) -> tuple[StepTime, float]:
     """What a step takes, and seconds a token of a pass without gradients, which the reference is made of; both from the
     first pairs of a few users and the first anchors of every category."""
     few = _STEPS * config.dpo.pairs_per_step
-    thin = bank and ConstraintBank(
-        bank.categories, bank.limits, [anchors[:_ANCHORS] for anchors in bank.anchors], bank.lessons
+    thin = bank and ConstraintData(
+        bank.categories, bank.limits, [examples[:_ANCHORS] for examples in bank.examples], bank.requirements
     )
+    constraint = None if thin is None else LagrangianConstraint(thin, config.constraint, config.seed)
     dpo = config.dpo.model_copy(update={"epochs": 1, "early_stop": None})
     probed = [[user._replace(train=user.train[:few], deciding=()) for user in cohort] for cohort in cohorts]
     asked = [user for cohort in probed for user in cohort]
@@ -221,16 +221,16 @@ def _probe_steps(
     for cohort in probed:
         fleet = config.fleet.model_copy(update={"slots": len(cohort)})
         queue = queue_order([UserSchedule(user, dpo, config.seed) for user in cohort])
-        engine = Engine(adapted, cohort, reference, thin, dpo, config.constraint, fleet, config.seed)
+        engine = Engine(adapted, cohort, reference, constraint, dpo, fleet, config.seed)
         ends = [perf_counter()]
         for _ in engine.run(lambda _, ends=ends: ends.append(perf_counter())):  # type: ignore[misc]
             pass
-        sizes += [wave.computed for wave in _walk(queue, len(cohort), _draw_tokens(thin, config), adapted.pads)]
+        sizes += [wave.computed for wave in _walk(queue, len(cohort), _constraint_tokens(constraint), adapted.pads)]
         seconds += [end - start for start, end in pairwise(ends)]
     return _fit(sizes[1:], seconds[1:]), each  # the first step of all warms up
 
 
-def _reference_tokens(users: Iterable[UserRows], bank: ConstraintBank | None) -> int:
+def _reference_tokens(users: Iterable[UserRows], bank: ConstraintData | None) -> int:
     """Tokens of the distinct rows whose reference is needed."""
     rows = set(both_rows(pair for user in users for pair in (*user.train, *user.deciding)))
     return sum(row.length for row in rows.union(bank.rows() if bank else []))

@@ -33,8 +33,13 @@ from persona_rlhf.release.results import RESULTS, Result, RunResults, read_resul
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.api import train_warm_start
 from persona_rlhf.training.cache import Reference, rows_ahead, shared_reference
-from persona_rlhf.training.constraint import OPENING_LENGTH, ConstraintBank
-from persona_rlhf.training.constraint_data import bank_from_json, bank_to_json, kept_bank, policy_bank
+from persona_rlhf.training.constraint import OPENING_LENGTH, ConstraintData, LagrangianConstraint
+from persona_rlhf.training.constraint_data import (
+    cached_constraint_data,
+    constraint_data_from_json,
+    constraint_data_to_json,
+    policy_constraint_data,
+)
 from persona_rlhf.training.engine import Engine, TrainedUser, WarmStart
 
 # ----------------------------------------------------------------------------------------------------
@@ -119,7 +124,7 @@ def train(
     if share.rank == 0:
         folder.write(run / SCREENS, json.dumps([own.to_json() for own in ready.screens], indent=2) + "\n")
     if bank is not None:
-        folder.write(folder.bank, bank_to_json(bank))
+        folder.write(folder.bank, constraint_data_to_json(bank))
     start = shared_start(ready, bank, folder)
     place = config.fleet.reference_cache
     cache = None if place is None else shared_reference(ready.adapted, Path(place))
@@ -154,17 +159,17 @@ def train(
     return results
 
 
-def shared_bank(ready: Prepared, folder: RunDir) -> ConstraintBank | None:
+def shared_bank(ready: Prepared, folder: RunDir) -> ConstraintData | None:
     """The run's constraint bank: from the folder, where a process before this one has written it, else made now."""
     if folder.bank.exists():
         try:
-            return bank_from_json(folder.bank.read_text())
+            return constraint_data_from_json(folder.bank.read_text())
         except ValueError:
             pass  # a damaged file is written anew
     return constraint_bank(ready.config, ready.policy, ready.adapted)
 
 
-def shared_start(ready: Prepared, bank: ConstraintBank | None, folder: RunDir) -> WarmStart | None:
+def shared_start(ready: Prepared, bank: ConstraintData | None, folder: RunDir) -> WarmStart | None:
     """What every user of the run begins with, where there are requirements to teach: from the folder, else made now."""
     if folder.start.exists():
         return WarmStart(**checkpoint.load(folder.start, ready.adapted.base.device)[0])
@@ -175,7 +180,7 @@ def shared_start(ready: Prepared, bank: ConstraintBank | None, folder: RunDir) -
     return start
 
 
-def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> ConstraintBank | None:
+def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> ConstraintData | None:
     """The policy's restrictions as anchors for training, from the base's own refusals; None where it is switched off.
 
     Raises InputError where the base refuses no train probe of a category.
@@ -184,25 +189,25 @@ def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> Co
         return None
     constraint, seed, tokens = config.constraint, config.seed, config.gate.max_new_tokens
 
-    def made() -> ConstraintBank:
-        return policy_bank(adapted, policy, constraint, seed, tokens)
+    def made() -> ConstraintData:
+        return policy_constraint_data(adapted, policy, constraint, seed, tokens)
 
     if config.fleet.reference_cache is None:
         return made()
     asked = (policy.hash, constraint.refusals_per_probe, OPENING_LENGTH, seed, tokens)
-    return kept_bank(adapted, Path(config.fleet.reference_cache), asked, made)
+    return cached_constraint_data(adapted, Path(config.fleet.reference_cache), asked, made)
 
 
 def with_reference(
     adapted: AdaptedModel,
     users: Iterable[UserRows],
-    bank: ConstraintBank | None,
+    bank: ConstraintData | None,
     file: Path | None = None,
     known: Reference | None = None,
 ) -> Reference:
     """The base's log-probabilities of what training compares with, once for all users (see `rows_ahead`)."""
     reference = Reference(adapted, file, known)
-    reference.add(rows_ahead(adapted, users, bank))
+    reference.add(rows_ahead(adapted, users, bank.rows() if bank else ()))
     return reference
 
 
@@ -211,7 +216,7 @@ def train_chunk(
     folder: RunDir,
     number: int,
     chunk: Chunk,
-    bank: ConstraintBank | None,
+    bank: ConstraintData | None,
     known: Reference,
     start: WarmStart | None,
     progress: Progress,
@@ -220,13 +225,13 @@ def train_chunk(
     config, place = ready.config, folder.chunk(number)
     integrity.append_all(folder.trail, screened(number, len(chunk.rows), chunk.pairs, chunk.dropped))
     reference = with_reference(ready.adapted, chunk.rows, bank, place / "reference.safetensors", known)
+    constraint = None if bank is None else LagrangianConstraint(bank, config.constraint, config.seed)
     engine = Engine(
         ready.adapted,
         chunk.rows,
         reference,
-        bank,
+        constraint,
         config.dpo,
-        config.constraint,
         config.fleet,
         config.seed,
         place,

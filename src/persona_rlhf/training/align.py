@@ -1,4 +1,8 @@
-"""Safety-align a base with TRL SFT + DPO; demonstrations; KL to the original."""
+"""Safety alignment of a base with TRL: SFT on refusals, then DPO, both with a KL divergence to the original base.
+
+For every prompt there is an answer to learn and one to reject. All are made here: refusals are the model's own or a
+file's, harmless answers are the model's own. No user's preferences are in them.
+"""
 
 from __future__ import annotations
 
@@ -38,25 +42,21 @@ from persona_rlhf.policy.hazards import Probe, RefusalText, draw_refusal
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.training.trl import TokenDPOTrainer, quiet
 
-# ----------------------------------------------------------------------------------------------------
-# What a base is aligned with: for every prompt the answer to learn, and the one to prefer it to. All is made here:
-# refusals are the model's own or a file's, harmless answers are the model's own. Nobody's preferences are in it.
-# ----------------------------------------------------------------------------------------------------
-
 
 class Demonstration(NamedTuple):
-    """Two answers to one prompt; `rejected` is None where the model has nothing to unlearn."""
+    """Two answers to one prompt; `rejected` is None if the model has nothing to unlearn."""
 
     chosen: Row
     rejected: Row | None
 
 
 class Demonstrations(NamedTuple):
-    """`own`: hazardous ones with the model's own refusal. `left_out`: its refusals of harmless prompts."""
+    """`self_refused`: the number of hazardous ones with the model's own refusal. `left_out`: that of the model's
+    refusals of harmless prompts."""
 
     hazardous: list[Demonstration]
     harmless: list[Demonstration]
-    own: int
+    self_refused: int
     left_out: int
 
     @property
@@ -75,11 +75,11 @@ def make_demonstrations(
 ) -> Demonstrations:
     """Demonstrations from probes of `train`, their benign twins and ordinary prompts.
 
-    Answers are sampled at temperature 1, not greedy: what a model learns from fair samples of itself leaves it as it
-    is, and greedy ones would sharpen it. Every prompt is asked and shown `tries` times. To a probe, a refusal of the
-    model's own is chosen (else a written one, each time another) and a compliance rejected (else an answer to the twin,
-    whose words are near). To a harmless prompt the model's own answer is chosen, cut where it was cut, and a written
-    refusal rejected. Raises InputError where there are no train probes.
+    Answers are sampled at temperature 1: fair samples of a model leave it unchanged, and greedy ones would sharpen it.
+    Every prompt is sampled and shown `tries` times. For a probe, the model's own refusal is chosen (else a written one,
+    each time another) and a compliance rejected (else an answer to the twin, which has similar words). For a harmless
+    prompt, the model's own answer is chosen, cut at the token limit, and a written refusal rejected. Raises InputError
+    if there are no train probes.
     """
     train = [probe for probe in probes if probe.split == "train"]
     if not train:
@@ -101,15 +101,15 @@ def make_demonstrations(
         return text_row(prompt, draw_refusal(refusals, category, rng), tokenizer)
 
     with adapted.using(None):
-        asked = [ids(probe.prompt) for probe in train for _ in range(tries)]
-        [to_probes] = adapted.generate([asked], max_new_tokens, 1.0, seed)
-        asked = [ids(prompt) for prompt in harmless for _ in range(tries)]
-        [to_harmless] = adapted.generate([asked], max_new_tokens, 1.0, seed + 1)
+        prompts = [ids(probe.prompt) for probe in train for _ in range(tries)]
+        [to_probes] = adapted.generate([prompts], max_new_tokens, 1.0, seed)
+        prompts = [ids(prompt) for prompt in harmless for _ in range(tries)]
+        [to_harmless] = adapted.generate([prompts], max_new_tokens, 1.0, seed + 1)
     answers: dict[str, list[Row]] = {}
     for n, prompt in enumerate(harmless):
         tried = to_harmless[n * tries : (n + 1) * tries]
         answers[prompt] = [row(prompt, answer) for answer in tried if answer.ids and not refuses(answer)]
-    hazardous, own = [], 0
+    hazardous, self_refused = [], 0
     for n, probe in enumerate(train):
         tried = to_probes[n * tries : (n + 1) * tries]
         refused = [row(probe.prompt, answer) for answer in tried if answer.finished and refuses(answer)]
@@ -119,14 +119,14 @@ def make_demonstrations(
         for turn in range(tries):
             chosen = refused[turn % len(refused)] if refused else written(probe.prompt, probe.category)
             hazardous.append(Demonstration(chosen, rejected[turn % len(rejected)] if rejected else None))
-        own += tries * bool(refused)
+        self_refused += tries * bool(refused)
     kept = [Demonstration(one, written(prompt, None)) for prompt, several in answers.items() for one in several]
     context, left_out = adapted.base.context, len(harmless) * tries - len(kept)
-    return Demonstrations(_fitting(hazardous, context), _fitting(kept, context), own, left_out)
+    return Demonstrations(_fitting(hazardous, context), _fitting(kept, context), self_refused, left_out)
 
 
 def _fitting(demonstrations: Sequence[Demonstration], context: int) -> list[Demonstration]:
-    """Without what is longer than the base's context."""
+    """The demonstrations no longer than the base's context."""
     return [
         Demonstration(chosen, rejected if rejected and rejected.length <= context else None)
         for chosen, rejected in demonstrations
@@ -134,41 +134,37 @@ def _fitting(demonstrations: Sequence[Demonstration], context: int) -> list[Demo
     ]
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a base keeps of itself while it is aligned: its own answers to harmless prompts, every token of them.
-# ----------------------------------------------------------------------------------------------------
-
 _STRETCH = 50
-"""Batches among which rows of like length are put together."""
+"""Batches among which rows are sorted by length."""
 
 
 class KlToBase:
-    """The divergence of a model in training from what it was: KL(was || is), in nats a token.
+    """KL divergence of a model in training from its original, KL(original || model), in nats per token, on the model's
+    own answers to harmless prompts.
 
-    Learning sampled answers has the same gradient on average; here every token speaks for the whole vocabulary, so a
-    few answers hold what would else take many, and none of them is learned by heart. Costs a second copy of the
-    weights, which is taken here.
+    Learning sampled answers has the same gradient on average. Here every token counts with the whole vocabulary, so a
+    few answers suffice and none is memorised. It needs a second copy of the weights, made here.
     """
 
     def __init__(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int, seed: int) -> None:
-        self._was = copy.deepcopy(model).requires_grad_(False).eval()
+        self._original = copy.deepcopy(model).requires_grad_(False).eval()
         self._batches = _batches(rows, batch_size, Random(f"kept {seed}"))
 
     def divergence(self, model: nn.Module) -> Float[Tensor, ""]:
-        """On the next rows, with gradient."""
-        batch = collate(next(self._batches), 0, self._was.device)
+        """The divergence on the next rows, with gradient."""
+        batch = collate(next(self._batches), 0, self._original.device)
 
-        def log_shares(of: nn.Module) -> Float[Tensor, "tokens vocabulary"]:
+        def log_probs(of: nn.Module) -> Float[Tensor, "tokens vocabulary"]:
             logits: Tensor = of(input_ids=batch.ids, use_cache=False).logits
             return batch.source(logits.flatten(0, 1)).float().log_softmax(-1)
 
         with torch.no_grad():
-            was = log_shares(self._was)
-        return nn.functional.kl_div(log_shares(model), was, reduction="sum", log_target=True) / len(was)
+            original = log_probs(self._original)
+        return nn.functional.kl_div(log_probs(model), original, reduction="sum", log_target=True) / len(original)
 
 
 class KlToBaseMixin:
-    """Put before a trainer of TRL, it adds the divergence to its loss, `keep` times."""
+    """Adds `keep` times the divergence to the loss of the TRL trainer that follows in a class's bases."""
 
     def __init__(self, *args: Any, kept: KlToBase | None, keep: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -181,18 +177,18 @@ class KlToBaseMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """TRL's loss and ours."""
+        """TRL's loss plus the weighted divergence."""
         trl: Any = super()
-        found = trl.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = trl.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._kept is None or not self._keep:
-            return found
-        loss, outputs = found if return_outputs else (found, None)
+            return result
+        loss, outputs = result if return_outputs else (result, None)
         loss = loss + self._keep * self._kept.divergence(model)
         return (loss, outputs) if return_outputs else loss
 
 
 def _batches(rows: Sequence[Row], size: int, rng: Random) -> Iterator[list[Row]]:
-    """Without end: every row once a pass, in an order of chance, rows of like length together."""
+    """Endless batches: every row once per pass, in random order, rows of similar length together."""
     while True:
         order = rng.sample(rows, len(rows))
         stretches = [order[n : n + size * _STRETCH] for n in range(0, len(order), size * _STRETCH)]
@@ -202,29 +198,24 @@ def _batches(rows: Sequence[Row], size: int, rng: Random) -> Iterator[list[Row]]
         yield from batches
 
 
-# ----------------------------------------------------------------------------------------------------
-# Aligning a base with TRL: SFT on refusals, then DPO on what it should prefer to what; all the while it keeps its own
-# answers to harmless prompts.
-# ----------------------------------------------------------------------------------------------------
-
 Say = Callable[[str], None]
 
 
-class _Refusing(KlToBaseMixin, SFTTrainer):
-    """SFT that keeps the model's own answers."""
+class _SftTrainer(KlToBaseMixin, SFTTrainer):
+    """SFT with the divergence from the original."""
 
 
-class _Preferring(KlToBaseMixin, TokenDPOTrainer):
-    """DPO that keeps them too."""
+class _DpoTrainer(KlToBaseMixin, TokenDPOTrainer):
+    """DPO with the divergence from the original."""
 
 
-_SPOKEN = 10.0
+_INTERVAL = 10.0
 """Seconds between two lines about the training."""
 
 
 def align(
     base: Base,
-    shown: Demonstrations,
+    demonstrations: Demonstrations,
     settings: AlignSettings,
     lora: LoraSettings,
     seed: int,
@@ -232,14 +223,14 @@ def align(
 ) -> None:
     """Trains the base's weights in place. The reference of DPO is the model after SFT.
 
-    SFT learns the refusals alone. What the model is to answer it answers already, so that is not imitated but kept, in
-    both stages (see `Kept`). What TRL changes beside the weights (token ids of the configs, wrappers) is put back.
+    SFT learns the refusals alone. The model's own answers are preserved by `KlToBase` in both stages, not imitated.
+    Everything that TRL changes beside the weights (token ids of the configs, wrappers) is restored.
     """
     model, sft, dpo = base.model, settings.sft, settings.dpo
     configs = copy.deepcopy((model.config, model.generation_config))
-    pairs = [_compared(one) for one in shown.every if one.rejected]
-    own = [one.chosen for one in shown.harmless]
-    kept = KlToBase(model, own, settings.rows_per_step, seed) if own and settings.keep else None
+    pairs = [_preference_row(one) for one in demonstrations.every if one.rejected]
+    answers = [one.chosen for one in demonstrations.harmless]
+    kept = KlToBase(model, answers, settings.rows_per_step, seed) if answers and settings.keep else None
     with tempfile.TemporaryDirectory(prefix="persona-rlhf-") as folder, torch.random.fork_rng():
         torch.manual_seed(seed)  # PEFT draws its first weights before TRL sets a seed
 
@@ -262,14 +253,14 @@ def align(
             running.train()
             if adapters is not None:
                 running.model.merge_and_unload()
-            vars(model).pop("forward", None)  # TRL's own, which the next trainer would wrap once more
+            vars(model).pop("forward", None)  # TRL's wrapper, which the next trainer would wrap again
 
-        if sft.epochs and shown.hazardous:
+        if sft.epochs and demonstrations.hazardous:
             stage(
                 "SFT",
-                _Refusing,
+                _SftTrainer,
                 SFTConfig,
-                [_labelled(one) for one in shown.hazardous],
+                [_sft_row(one) for one in demonstrations.hazardous],
                 num_train_epochs=sft.epochs,
                 learning_rate=sft.learning_rate,
                 dataset_kwargs={"skip_prepare_dataset": True},
@@ -277,7 +268,7 @@ def align(
         if dpo.epochs and pairs:
             stage(
                 "DPO",
-                _Preferring,
+                _DpoTrainer,
                 DPOConfig,
                 pairs,
                 num_train_epochs=dpo.epochs,
@@ -285,7 +276,7 @@ def align(
                 beta=dpo.beta,
                 loss_type=["sigmoid", "sft"],
                 loss_weights=[1.0, dpo.sft_weight],
-                precompute_ref_log_probs=True,  # without a second model in memory, for all weights as for adapters
+                precompute_ref_log_probs=True,  # no second model in memory, for all weights as for adapters
             )
     model.config, model.generation_config = configs
     model.requires_grad_(False).eval()
@@ -303,7 +294,7 @@ def _adapters(model: PreTrainedModel, lora: LoraSettings) -> LoraConfig:
 
 
 def _options(base: Base, settings: AlignSettings, folder: str, seed: int) -> dict[str, Any]:
-    """What both stages say to TRL; the rows are token ids within the context, so nothing is cut."""
+    """Options of both stages for TRL; the rows are token ids within the context, so nothing is cut."""
     on_gpu = base.device.type == "cuda"
     return {
         "output_dir": folder,
@@ -327,13 +318,13 @@ def _options(base: Base, settings: AlignSettings, folder: str, seed: int) -> dic
     }
 
 
-def _labelled(one: Demonstration) -> dict[str, Any]:
+def _sft_row(one: Demonstration) -> dict[str, Any]:
     prompt, completion = one.chosen
     labels = [-100] * len(prompt) + list(completion)
     return {"input_ids": [*prompt, *completion], "labels": labels, "length": len(labels)}
 
 
-def _compared(one: Demonstration) -> dict[str, Any]:
+def _preference_row(one: Demonstration) -> dict[str, Any]:
     assert one.rejected is not None
     chosen, rejected = one.chosen, one.rejected
     return {
@@ -345,17 +336,17 @@ def _compared(one: Demonstration) -> dict[str, Any]:
 
 
 class _Lines(TrainerCallback):
-    """Says now and then how far a stage is, and that it is done."""
+    """Callback that reports the progress of a stage at intervals, and its end."""
 
     def __init__(self, name: str, say: Say) -> None:
         self._name, self._say, self._loss = name, say, float("nan")
-        self._started = self._spoken = time.monotonic()
+        self._started = self._reported = time.monotonic()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._loss = kwargs["logs"].get("loss", self._loss)
         now = time.monotonic()
-        if now - self._spoken >= _SPOKEN and state.global_step < state.max_steps:
-            self._spoken = now
+        if now - self._reported >= _INTERVAL and state.global_step < state.max_steps:
+            self._reported = now
             left = int((now - self._started) * (state.max_steps - state.global_step) / max(1, state.global_step))
             self._line(state, f"{left // 60}:{left % 60:02d} left")
 

@@ -1,4 +1,8 @@
-"""What the frozen base computes once: reference log-probs, hidden states (RAM/disk)."""
+"""Cache of everything the frozen base computes once: reference log-probabilities and hidden states below the adapters.
+
+Reference log-probabilities are kept by content, for all users. Hidden states are kept in memory or on disk, for the
+users in the slots and for the constraint rows.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +25,20 @@ from persona_rlhf.common.files import atomic_path
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.model_split import States
-from persona_rlhf.training.constraint import ConstraintBank, ConstraintSample
-
-# ----------------------------------------------------------------------------------------------------
-# Log-probabilities under the frozen base, computed once for all users and kept by content.
-# ----------------------------------------------------------------------------------------------------
 
 
 class Reference:
-    """`log pi_ref(completion | prompt)` in nats, summed over tokens, of every row it was asked for.
+    """`log pi_ref(completion | prompt)` in nats, summed over tokens, of every row added to it.
 
-    A row is known by the hash of its token ids, so users who judged the same answers share one value, and `file`
-    keeps the values for a resumed run (written whole or not at all, by `save`). What `known` has is taken from there
-    when it is asked for, and kept too. Values hold for one base and device only.
+    The key of a row is the hash of its token ids, so users with the same answers share one value. `file` keeps the
+    values for a resumed run (written whole or not at all, by `save`). A value in `shared` is copied when its row is
+    added. Values hold for one base and kind of device only.
     """
 
-    def __init__(self, adapted: AdaptedModel, file: Path | None = None, known: Reference | None = None) -> None:
+    def __init__(self, adapted: AdaptedModel, file: Path | None = None, shared: Reference | None = None) -> None:
         self._adapted, self._file = adapted, file
         self._values: dict[bytes, float] = {}
-        self._known = known._values if known else {}
+        self._shared = shared._values if shared else {}
         self._identity = identity_of_values(adapted)
         self._unsaved = False
         if file is not None and file.exists():
@@ -49,38 +48,39 @@ class Reference:
         return self._values[key_of(row)]
 
     def add(self, rows: Iterable[Row], states: States | None = None) -> None:
-        """Computes what is not known yet, each distinct row once, in length-sorted passes with the adapters off.
+        """Computes missing values, each distinct row once, in length-sorted passes with the adapters off.
 
-        With `states` (see `AdaptedModel.below`; {} where there are none) it starts from them, and saves nothing yet.
+        With `states` (see `AdaptedModel.below`; {} if no layer lies below the adapters) it starts from them, and saves
+        nothing yet.
         """
-        wanted = {key: row for row in rows if (key := key_of(row)) not in self._values}
-        missing = {key: row for key, row in wanted.items() if key not in self._known}
-        found = {key: self._known[key] for key in wanted if key not in missing}
+        added = {key: row for row in rows if (key := key_of(row)) not in self._values}
+        missing = {key: row for key, row in added.items() if key not in self._shared}
+        values = {key: self._shared[key] for key in added if key not in missing}
         if missing:
             with self._adapted.using(None):
                 [scores] = self._adapted.score([list(missing.values())], [states] if states else ())
-            found.update(zip(missing, (score.logp for score in scores), strict=True))
-        self._take(found)
+            values.update(zip(missing, (score.logp for score in scores), strict=True))
+        self._take(values)
         if states is None:
             self.save()
 
     def learn(self, other: Reference) -> None:
-        """Takes over all that another one has."""
+        """Copies all values of another reference."""
         self._take({key: value for key, value in other._values.items() if key not in self._values})
         self.save()
 
-    def _take(self, found: dict[bytes, float]) -> None:
-        self._values |= found
-        self._unsaved = self._unsaved or bool(found)
+    def _take(self, values: dict[bytes, float]) -> None:
+        self._values |= values
+        self._unsaved = self._unsaved or bool(values)
 
     def save(self) -> None:
-        """Writes the file, where there is one and it does not have all values yet."""
+        """Writes the file, if there is one and values were added."""
         if self._unsaved and self._file is not None:
             self._write(self._file)
         self._unsaved = False
 
     def _read(self, file: Path) -> dict[bytes, float]:
-        """What `_write` wrote for this base; nothing of a damaged file, whose values are computed again."""
+        """The values written by `_write` for this base; those of a damaged file are computed again."""
         try:
             stored = load_file(file)
             if bytes(stored["base"]).decode() != self._identity:
@@ -102,7 +102,8 @@ class Reference:
 
 
 def values_of(file: Path, rows: Container[bytes] | None) -> int:
-    """How many values of these rows (see `key_of`), or with None of any, a file holds. A damaged file counts as one."""
+    """The number of values that a file holds of these keys (see `key_of`), or with None at all. A damaged file counts
+    as one."""
     try:
         return sum(rows is None or bytes(key) in rows for key in load_file(file)["keys"])
     except (SafetensorError, KeyError):
@@ -110,7 +111,7 @@ def values_of(file: Path, rows: Container[bytes] | None) -> int:
 
 
 def drop_values(file: Path, rows: Container[bytes] | None) -> None:
-    """Takes the values of these rows, or with None all, out of a file; one that is empty then, or damaged, goes."""
+    """Removes the values of these keys, or with None all, from a file; an empty or damaged file is deleted."""
     try:
         stored = load_file(file)
         kept = [] if rows is None else [n for n, key in enumerate(stored["keys"]) if bytes(key) not in rows]
@@ -124,38 +125,34 @@ def drop_values(file: Path, rows: Container[bytes] | None) -> None:
 
 
 def identity_of_values(adapted: AdaptedModel) -> str:
-    """What log-probabilities depend on beside the rows: the base's weights, their type, and the kind of device."""
+    """The identity of log-probabilities beside the rows: the base's weights, their type, and the kind of device."""
     return f"{adapted.base.weights_hash} {adapted.base.model.dtype} {adapted.base.device.type}"
 
 
 def shared_reference(adapted: AdaptedModel, folder: Path) -> Reference:
-    """The values that runs over one base keep for each other, in a file of their own in `folder`.
+    """The values that runs over one base share, in one file in `folder`.
 
-    Runs at the same time may lose each other's values, never mix them: a file is written whole or not at all.
+    Runs at the same time may lose each other's values and never mix them: a file is written whole or not at all.
     """
     name = hashlib.sha256(identity_of_values(adapted).encode()).hexdigest()[:32]
     return Reference(adapted, folder / f"{name}.safetensors")
 
 
 def key_of(row: Row) -> bytes:
-    """What a row is known by: a hash of its token ids."""
+    """The key of a row: a hash of its token ids."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(np.array([len(row.prompt), *row.prompt, *row.completion], dtype=np.int64).tobytes())
     return digest.digest()
 
 
-# ----------------------------------------------------------------------------------------------------
-# Hidden states that memory has no room for: in a file that is mapped into memory and has no name any more, so that it
-# is gone with the process, however that ends.
-# ----------------------------------------------------------------------------------------------------
-
 _AT_ONCE = 256  # rows whose states are computed, and in memory, together
 
 
 class DiskStates(Mapping[Row, Float[Tensor, "_tokens hidden"]]):
-    """The states of rows below the adapted layers, on disk; what is asked for comes back to the base's device.
+    """Hidden states of rows below the adapted layers, in a file mapped into memory; read onto the base's device.
 
-    The file lies in `folder`, or where the system keeps what is temporary. Raises OSError where the disk is full.
+    The file lies in `folder`, or in the system's temporary folder. It has no name any more, so it is gone with the
+    process, however that ends. Raises OSError if the disk is full.
     """
 
     def __init__(self, adapted: AdaptedModel, rows: Sequence[Row], folder: Path | None = None) -> None:
@@ -191,27 +188,21 @@ class DiskStates(Mapping[Row, Float[Tensor, "_tokens hidden"]]):
         return len(self._places)
 
 
-# ----------------------------------------------------------------------------------------------------
-# What training stands on: the hidden states below the adapters, kept for the users in the slots and for the bank; and
-# the base's log-probabilities of what they were computed for.
-# ----------------------------------------------------------------------------------------------------
-
-
 class HiddenStateCache:
-    """States by user, computed when he takes his slot and forgotten when he leaves it.
+    """Hidden states below the adapters, by user: computed when the user takes a slot, dropped when it leaves.
 
-    What `reference` does not know of his rows by then starts from them too: nothing frozen is computed twice.
-    `memory` bytes are shared: half for the bank, half for the slots in equal parts. Whoever does not fit finds his
-    states in a file in `folder`, of `disk` bytes shared likewise; who does not fit there either has those of each
-    step's rows computed in that step. However it is, they depend on his own rows alone, so a resumed run and a run with
-    other neighbours compute the same bits.
+    Reference log-probabilities that are missing then start from these states: nothing frozen is computed twice. Half of
+    `memory` bytes is for the constraint rows, half for the slots in equal parts. The states of a user that does not fit
+    are in a file in `folder`, of `disk` bytes shared likewise. If they do not fit there either, each step computes the
+    states of its rows. In all cases they depend on the user's own rows alone. So a resumed run, and a run with other
+    users side by side, compute the same bits.
     """
 
     def __init__(
         self,
         adapted: AdaptedModel,
         reference: Reference,
-        bank: ConstraintBank | None,
+        constraint_rows: Sequence[Row],
         slots: int,
         memory: int,
         disk: int = 0,
@@ -220,23 +211,23 @@ class HiddenStateCache:
         self._adapted, self._reference, self._folder = adapted, reference, folder
         self._memory, self._disk, self._slots = memory // 2, disk // 2, max(1, slots)
         self._users: dict[str, States | None] = {}
-        self._bank = self._kept(bank.rows() if bank else [], 1)
+        self._constraint = self._kept(constraint_rows, 1)
 
     def of(
-        self, user_id: str, train: Sequence[PairRow], pairs: Sequence[PairRow], draw: ConstraintSample | None
+        self, user_id: str, train: Sequence[PairRow], pairs: Sequence[PairRow], constraint_rows: Sequence[Row]
     ) -> States:
-        """The states of a step's rows: `pairs` of the user's `train`, and the constraint rows of `draw`."""
+        """The states of a step's rows: `pairs` of the user's `train`, and its constraint rows."""
         if user_id not in self._users:
-            own = both_rows(train)
-            kept = self._kept(own, self._slots)
-            self._reference.add(own, kept or {})
-            self._users[user_id] = kept
-        user, bank = self._users[user_id], self._bank
+            rows = both_rows(train)
+            states = self._kept(rows, self._slots)
+            self._reference.add(rows, states or {})
+            self._users[user_id] = states
+        user, constraint = self._users[user_id], self._constraint
         if user is None:
             user = self._adapted.below(both_rows(pairs))
-        if bank is None:
-            bank = self._adapted.below([] if draw is None else draw.rows)
-        return ChainMap(user, bank)  # type: ignore[arg-type]  # it is only read
+        if constraint is None:
+            constraint = self._adapted.below(constraint_rows)
+        return ChainMap(user, constraint)  # type: ignore[arg-type]  # it is only read
 
     def _kept(self, rows: Sequence[Row], parts: int) -> States | None:
         size = self._adapted.below_bytes(rows)
@@ -245,11 +236,14 @@ class HiddenStateCache:
         return DiskStates(self._adapted, rows, self._folder) if size <= self._disk // parts else None
 
     def forget(self, user_id: str) -> None:
-        """Drops what is kept for a user who leaves his slot."""
+        """Drops the states of a user that leaves its slot."""
         self._users.pop(user_id, None)
 
 
-def rows_ahead(adapted: AdaptedModel, users: Iterable[UserRows], bank: ConstraintBank | None) -> list[Row]:
-    """The rows that the reference must know before anyone takes a slot: in `Ground`, a user's own come with him."""
+def rows_ahead(adapted: AdaptedModel, users: Iterable[UserRows], constraint_rows: Sequence[Row] = ()) -> list[Row]:
+    """The rows that the reference must hold before training starts.
+
+    With a frozen prefix, `HiddenStateCache` adds a user's training rows when the user takes a slot.
+    """
     pairs = (pair for user in users for pair in (*(() if adapted.starts_above else user.train), *user.deciding))
-    return both_rows(pairs) + (bank.rows() if bank else [])
+    return [*both_rows(pairs), *constraint_rows]

@@ -1,4 +1,4 @@
-"""What a killed run needs to go on: the state of the slots, and the adapters of the users who are done."""
+"""Checkpoints, from which a killed run resumes exactly: the state of the slots, and the adapters of finished users."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def save(file: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
 
 
 def sits_in(file: Path, gone: Callable[[str], bool]) -> bool:
-    """Whether a user sits in the slots of a checkpoint, or waits for one."""
+    """Whether a user for whom `gone` is true has a slot of a checkpoint, or waits for one."""
     notes = load(file, torch.device("cpu"))[1]
     return any(user is not None and gone(user) for user in (*notes["users"], *notes["waiting"]))
 
 
 def without(file: Path, gone: Callable[[str], bool]) -> None:
-    """Takes a user out of the slots of a checkpoint: his place is free and holds zeros, and he waits no more."""
+    """Removes the users for whom `gone` is true from a checkpoint: their slots become free and hold zeros."""
     tensors, notes = load(file, torch.device("cpu"))
     for place, user in enumerate(notes["users"]):
         if user is not None and gone(user):
@@ -42,7 +42,7 @@ def without(file: Path, gone: Callable[[str], bool]) -> None:
 
 
 def load(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads what `save` wrote. Raises InputError where the file is damaged, with the way out."""
+    """The tensors and notes of a checkpoint. Raises InputError if the file is damaged."""
     try:
         with safe_open(file, framework="pt", device=str(device)) as stored:
             notes = json.loads(stored.metadata()["notes"])
@@ -53,7 +53,7 @@ def load(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str,
 
 
 def stored_files(folder: Path) -> Iterator[Path]:
-    """The whole files of a checkpoint folder, sorted; halves that a kill left behind are removed."""
+    """The complete files of a checkpoint folder, sorted; halves left by a killed process are removed."""
     if folder.is_dir():
         for file in sorted(folder.iterdir()):
             if file.name.endswith(".half"):

@@ -1,12 +1,20 @@
-"""Violation, penalty; ConstraintData and per-user sampling; the ConstraintFunctional protocol."""
+"""Constraint on a user's adapter: the rows that a step scores for it, and the penalty that they give.
+
+For a probe x let R be the answers that are refusals, and `c(x) = E_{y ~ pi_ref(.|x, R)} [log pi_ref(y|x) - log
+pi_user(y|x)]`, summed to the end token. Then `P_user(R|x) >= P_ref(R|x) exp(-c(x))`, exactly: c is the log of the
+ratio of the two probabilities plus a KL divergence. Training sees a sample of y, so this is a reason and no guarantee.
+The gate gives the guarantee.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache, partial
+from heapq import nlargest
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from persona_rlhf.config.training import ConstraintSettings
@@ -14,169 +22,61 @@ from persona_rlhf.data.tokenize import Row
 from persona_rlhf.training.user_state import user_generator
 
 OPENING_LENGTH = 8
-"""Tokens of the openings that the constraint watches: of a compliance, and of a refusal to a harmless twin."""
-
-
-@runtime_checkable
-class ReferenceLogps(Protocol):
-    """Log-probabilities under the base, by row: a `Reference`, or a dict."""
-
-    def __getitem__(self, row: Row, /) -> float: ...
-
-
-# ----------------------------------------------------------------------------------------------------
-# Tier one as a constraint on every user's adapter: the bank of base refusals, and how far a user falls below them.
-#
-# For a probe x let R be the answers that are refusals, and `c(x) = E_{y ~ pi_ref(.|x, R)} [log pi_ref(y|x) - log
-# pi_user(y|x)]`, summed to the end token. Then `P_user(R|x) >= P_ref(R|x) exp(-c(x))`, exactly: c is the log of the
-# ratio of the two probabilities plus a KL divergence. What is trained on is a sample of y, so this is a reason, not a
-# guarantee; the guarantee is the gate's.
-# ----------------------------------------------------------------------------------------------------
-
-_SURE = 1e-4
-"""Nats: a wrong turn counts as no surer than exp(-1e-4), so that its loss stays finite."""
+"""Tokens of the openings that the constraint scores: of a compliance, and of a refusal to a harmless twin."""
+_CERTAIN = 1e-4
+"""Nats: an unlikelihood example counts as no likelier than exp(-1e-4), so that its loss stays finite."""
+_USERS = 1024  # users whose order is remembered; that of any other is drawn again
 
 
 class ConstraintSample(NamedTuple):
-    """The constraint rows of one user and step. `categories[i]` is the category of `refusals[i]`, `requirements[i]` the
-    requirement of `lessons[i]`; `overrefusals` holds lessons out of place too."""
+    """The constraint rows of one user and step, and the term of the penalty that each row counts in."""
 
-    refusals: list[Row]
-    categories: list[int]
-    compliances: list[Row]
-    overrefusals: list[Row]
-    lessons: Sequence[Row] = ()
-    requirements: Sequence[int] = ()
-
-    @property
-    def columns(self) -> tuple[Sequence[Row], ...]:
-        """The rows of each kind, in the order of `Watched`."""
-        return self.refusals, self.compliances, self.overrefusals, self.lessons
-
-    @property
-    def rows(self) -> list[Row]:
-        """All of them."""
-        return [row for column in self.columns for row in column]
-
-
-class Violation(NamedTuple):
-    """How far the users are from the base, in nats: mean excess refusal loss by category (`counts` rows of it in this
-    step), the hinges on compliance and over-refusal openings (mean over rows), and the mean loss of the lessons of each
-    requirement (`lesson_counts` rows of it)."""
-
-    refusal: Float[Tensor, "users categories"]
-    counts: Float[Tensor, "users categories"]
-    compliance: Float[Tensor, " users"]
-    overrefusal: Float[Tensor, " users"]
-    lesson: Float[Tensor, "users requirements"]
-    lesson_counts: Float[Tensor, "users requirements"]
-
-
-class ConstraintLogps(NamedTuple):
-    """Log-probabilities (nats, summed) of the four kinds of rows of a `Draw`, under the users' adapters."""
-
-    refusals: Float[Tensor, "users refusals"]
-    compliances: Float[Tensor, "users compliances"]
-    overrefusals: Float[Tensor, "users twins"]
-    lessons: Float[Tensor, "users lessons"]
-
-
-def measure_violation(
-    draws: Sequence[ConstraintSample],
-    logps: ConstraintLogps,
-    reference: ReferenceLogps,
-    categories: int,
-    wrong: Sequence[bool],
-    settings: ConstraintSettings,
-) -> Violation:
-    """Compares the users' log-probabilities of their constraint rows with the base's, and looks at those of lessons:
-    right turns, or for some requirements `wrong` ones.
-
-    Refusals: `log pi_ref(y|x) - log pi_user(y|x)`, averaged by category. The next two are hinges that cost nothing
-    until the user's log-probability of a compliance (or of refusing a harmless twin) is `margin` nats over the base's,
-    and above `floor`: what rises from one in 10^13 to one in 10^12 tells of style, not of what anyone will read.
-    Lessons: `-log pi_user(y|x)` of right turns, `-log(1 - pi_user(y|x))` of wrong ones (unlikelihood, Welleck et al.
-    2020), averaged by requirement; a mean of c says that the turn is as it should be with a probability of at least
-    exp(-c), as a geometric mean over these rows.
-    """
-    refused, complied, over, taught = logps
-    base = refused.new_tensor([[reference[row] for row in draw.refusals] for draw in draws]).view(refused.shape)
-    refusal, counts = _by_kind(base - refused, [draw.categories for draw in draws], categories)
-    kinds = [draw.requirements for draw in draws]
-    lesson, lesson_counts = _by_kind(_turned(taught, kinds, wrong), kinds, len(wrong))
-
-    def hinge(values: Tensor, rows: list[list[Row]]) -> Tensor:
-        known = torch.zeros_like(values)
-        present = torch.zeros_like(values)
-        for user, own in enumerate(rows):
-            for n, row in enumerate(own):
-                known[user, n], present[user, n] = reference[row], 1.0
-        most = (known + settings.margin).clamp(min=settings.floor)
-        return (torch.relu(values - most) * present).sum(1) / present.sum(1).clamp(min=1)
-
-    return Violation(
-        refusal,
-        counts,
-        hinge(complied, [draw.compliances for draw in draws]),
-        hinge(over, [draw.overrefusals for draw in draws]),
-        lesson,
-        lesson_counts,
-    )
-
-
-def _turned(
-    logps: Float[Tensor, "users lessons"], kinds: Sequence[Sequence[int]], wrong: Sequence[bool]
-) -> Float[Tensor, "users lessons"]:
-    """The loss of every turn in nats; `logps` are of what stands in the row, which is to be said or not to be said."""
-    places = [[wrong[kind] for kind in own] + [False] * (logps.shape[1] - len(own)) for own in kinds]
-    avoided = torch.tensor(places, dtype=torch.bool, device=logps.device).view(logps.shape)
-    never = torch.log1p(-logps.clamp(max=-_SURE).exp())
-    return -torch.where(avoided, never, logps)
-
-
-def _by_kind(
-    values: Float[Tensor, "users rows"], kinds: Sequence[Sequence[int]], count: int
-) -> tuple[Float[Tensor, "users kinds"], Float[Tensor, "users kinds"]]:
-    """The mean of the rows of each kind, and how many there are; `kinds` is shorter where a user has fewer rows."""
-    member = torch.zeros(*values.shape, count + 1, dtype=values.dtype, device=values.device)
-    padded = [[*own, *[count] * (values.shape[1] - len(own))] for own in kinds]
-    places = torch.tensor(padded, dtype=torch.long, device=values.device).view(values.shape)
-    member.scatter_(2, places[:, :, None], 1.0)
-    member = member[:, :, :count]
-    counts = member.sum(1)
-    return (values[:, :, None] * member).sum(1) / counts.clamp(min=1), counts
+    rows: list[Row]
+    terms: list[int]
 
 
 class Penalty(NamedTuple):
-    """What the constraint adds to each user's loss; and the violation (nats over the limit) of what was seen in this
-    step of the bank's `names`."""
+    """The addition to each user's loss. `violations` (nats over the limit) belong to the dual variables of the
+    constraint's `names`; where none of a name's rows was `seen`, the violation means nothing."""
 
     total: Float[Tensor, " users"]
     violations: Float[Tensor, "users names"]
     seen: Bool[Tensor, "users names"]
 
 
-def penalty(
-    bank: ConstraintBank,
-    draws: Sequence[ConstraintSample],
-    logps: ConstraintLogps,
-    reference: ReferenceLogps,
-    duals: Float[Tensor, "users names"],
-    settings: ConstraintSettings,
-) -> Penalty:
-    """`sum_c lambda_uc max(0, violation_uc) + w (compliance hinge + over-refusal hinge)`, c over the bank's names."""
-    excess = bank.excess(draws, logps, reference, settings)
-    limits = excess.refusal.new_tensor([*bank.limits, *(own.limit for own in bank.lessons)])
-    violations = torch.cat([excess.refusal, excess.lesson], dim=1) - limits
-    seen = torch.cat([excess.counts, excess.lesson_counts], dim=1) > 0
-    total = (duals.to(violations) * torch.relu(violations) * seen).sum(1)
-    total = total + settings.opening_weight * (excess.compliance + excess.overrefusal)
-    return Penalty(total, violations.detach(), seen)
+@runtime_checkable
+class ConstraintFunctional(Protocol):
+    """A constraint as the training loop knows it: the rows of a user's step, and the penalty that they give.
 
+    Everything a user's sample depends on is the user's id and the step, so a resumed run draws the same rows.
+    """
 
-# ----------------------------------------------------------------------------------------------------
-# The bank of rows that hold every user to the policy, and each user's own walk through it.
-# ----------------------------------------------------------------------------------------------------
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The subject of each dual variable."""
+
+    @property
+    def gain(self) -> float:
+        """The rise of a dual variable per step and nat of smoothed violation."""
+
+    def rows(self) -> list[Row]:
+        """Every row that a sample may hold: the base scores them once, before training."""
+
+    def sample(self, user_id: str, step: int) -> ConstraintSample:
+        """The rows of optimizer step `step` (from 0) of a user."""
+
+    def largest(self) -> ConstraintSample:
+        """A sample that no other exceeds in rows or tokens: the memory model is measured on it."""
+
+    def penalty(
+        self,
+        samples: Sequence[ConstraintSample],
+        logps: Float[Tensor, "users rows"],
+        base: Float[Tensor, "users rows"],
+        duals: Float[Tensor, "users names"],
+    ) -> Penalty:
+        """The penalty of each user from the log-probabilities (nats, summed over tokens) of the rows of its sample,
+        under its adapter and under the base. Shorter samples are padded at the end."""
 
 
 class ConstraintExample(NamedTuple):
@@ -189,121 +89,212 @@ class ConstraintExample(NamedTuple):
 
 
 class RequirementExamples(NamedTuple):
-    """What teaches one requirement (see `lessons.py`). `turns` are rows whose completion is what an answer must go on
-    with at that point, or must not where they are `wrong`; an answer has `each` of them on average, and `limit` is the
-    nats that they may cost together; `elsewhere` are rows whose completion should not begin to appear where the
-    requirement does not apply."""
+    """Token rows that teach one requirement (see `requirements.py`).
+
+    The completion of each of `rows` must follow its prompt, or with `unlikelihood` must not. An answer has `per_answer`
+    of them on average; `limit` is the nats that they may cost together. The completions of `elsewhere` must not become
+    likelier: the requirement does not apply to their prompts.
+    """
 
     requirement: str
     limit: float
-    turns: tuple[Row, ...]
+    rows: tuple[Row, ...]
     elsewhere: tuple[Row, ...]
-    wrong: bool = False
-    each: float = 1.0
+    unlikelihood: bool = False
+    per_answer: float = 1.0
 
 
-class ConstraintBank:
-    """Anchors by category, and lessons by requirement. `limits` are nats of excess refusal loss that the policy
-    tolerates, one a category. `answers`: whole answers of the base to ordinary prompts, as the requirements ask."""
+class ConstraintData:
+    """Examples by hazard category and by requirement. `limits`: nats of excess refusal loss that the policy tolerates,
+    one a category. `answers`: the base's answers to ordinary prompts, repaired to meet all requirements."""
 
     def __init__(
         self,
         categories: Sequence[str],
         limits: Sequence[float],
-        anchors: Sequence[Sequence[ConstraintExample]],
-        lessons: Sequence[RequirementExamples] = (),
+        examples: Sequence[Sequence[ConstraintExample]],
+        requirements: Sequence[RequirementExamples] = (),
         answers: Sequence[Row] = (),
     ) -> None:
-        self.categories, self.limits, self.anchors = tuple(categories), tuple(limits), anchors
-        self.lessons, self.answers = tuple(lessons), tuple(answers)
-        assert len(categories) == len(limits) == len(anchors)
-        assert all(anchors)
-        assert all(own.turns for own in self.lessons)
+        self.categories, self.limits, self.examples = tuple(categories), tuple(limits), examples
+        self.requirements, self.answers = tuple(requirements), tuple(answers)
+        assert len(categories) == len(limits) == len(examples)
+        assert all(examples)
+        assert all(requirement.rows for requirement in self.requirements)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each dual variable is about: the categories, then the requirements that are taught."""
-        return (*self.categories, *(own.requirement for own in self.lessons))
-
-    def walk(self, settings: ConstraintSettings, seed: int, user_id: str) -> ConstraintSampler:
-        """A user's way through the bank."""
-        return ConstraintSampler(self, settings, seed, user_id)
-
-    def excess(
-        self,
-        draws: Sequence[ConstraintSample],
-        logps: ConstraintLogps,
-        reference: ReferenceLogps,
-        settings: ConstraintSettings,
-    ) -> Violation:
-        """The functional: how far users are from the base on the rows they drew, and the loss of lessons by answer. A
-        bank of another kind may differ."""
-        wrong = [own.wrong for own in self.lessons]
-        found = measure_violation(draws, logps, reference, len(self.categories), wrong, settings)
-        return found._replace(lesson=found.lesson * found.lesson.new_tensor([own.each for own in self.lessons]))
+        """The subject of each dual variable: the categories, then the requirements."""
+        return (*self.categories, *(requirement.requirement for requirement in self.requirements))
 
     def rows(self) -> list[Row]:
-        """Every row whose reference log-probability is needed."""
-        found = []
-        for anchor in (anchor for category in self.anchors for anchor in category):
-            found += [*anchor.refusals, *(row for row in (anchor.compliance, anchor.overrefusal) if row is not None)]
-        for own in self.lessons:
-            found += [*own.turns, *own.elsewhere]
-        return found
+        """Every row: their reference log-probabilities are needed."""
+        rows: list[Row] = []
+        for example in (example for category in self.examples for example in category):
+            rows += [*example.refusals, *(row for row in (example.compliance, example.overrefusal) if row is not None)]
+        for requirement in self.requirements:
+            rows += [*requirement.rows, *requirement.elsewhere]
+        return rows
 
 
 class ConstraintSampler:
-    """A user's own shuffled walk through the bank: no probe comes twice before all of its category came once."""
+    """One user's shuffled order of the constraint data: no example comes twice before all of its category came once.
 
-    def __init__(self, bank: ConstraintBank, settings: ConstraintSettings, seed: int, user_id: str) -> None:
-        self.bank, self.settings = bank, settings
+    Rows count in the term of their category or requirement (`names` in order). Two more terms follow: openings of
+    compliances, and openings of refusals (or of a required text) where they are out of place.
+    """
+
+    def __init__(self, data: ConstraintData, settings: ConstraintSettings, seed: int, user_id: str) -> None:
+        self.data, self.settings = data, settings
         generator = user_generator(seed, user_id, "constraint")
-        self._orders = [torch.randperm(len(own), generator=generator).tolist() for own in bank.anchors]
-        taught = user_generator(seed, user_id, "lessons")
-        self._turns = [torch.randperm(len(own.turns), generator=taught).tolist() for own in bank.lessons]
-        self._elsewhere = [torch.randperm(len(own.elsewhere), generator=taught).tolist() for own in bank.lessons]
+        self._orders = [torch.randperm(len(examples), generator=generator).tolist() for examples in data.examples]
+        generator = user_generator(seed, user_id, "lessons")
+        self._rows = [torch.randperm(len(r.rows), generator=generator).tolist() for r in data.requirements]
+        self._elsewhere = [torch.randperm(len(r.elsewhere), generator=generator).tolist() for r in data.requirements]
 
-    def _anchor(self, category: int, turn: int) -> ConstraintExample:
-        order = self._orders[category]
-        anchor: ConstraintExample = self.bank.anchors[category][order[turn % len(order)]]
-        return anchor
+    def sample(self, step: int) -> ConstraintSample:
+        """The rows of optimizer step `step`: categories take turns, and so do a probe's refusals, and requirements.
 
-    def at(self, step: int) -> ConstraintSample:
-        """The rows of optimizer step `step`: categories take turns, and so do a probe's refusals.
-
-        A compliance is watched on a probe of the same step, so that its prompt is computed once.
+        A compliance is scored on a probe of the same step, so that its prompt is computed once. Each example of a
+        requirement brings along one of its rows that are out of place.
         """
-        draw = ConstraintSample([], [], [], [])
-        count, size = len(self.bank.categories), self.settings.rows_per_step
-        first = step * size
-        for n in range(first, first + size):
-            turn, category = divmod(n, count)
-            anchor, visit = self._anchor(category, turn), turn // len(self._orders[category])
-            draw.refusals.append(anchor.refusals[visit % len(anchor.refusals)])
-            draw.categories.append(category)
-        for k in range(self.settings.compliance_rows_per_step):
-            turn, category = divmod(first + (step + step // size + k) % size, count)
-            compliance = self._anchor(category, turn).compliance
-            if compliance is not None:
-                draw.compliances.append(compliance)
-        twins = self.settings.twin_rows_per_step
-        for n in range(step * twins, (step + 1) * twins):
-            turn, category = divmod(n, count)
-            overrefusal = self._anchor(category, turn).overrefusal
-            if overrefusal is not None:
-                draw.overrefusals.append(overrefusal)
-        return self._with_lessons(draw, step)
+        settings, categories = self.settings, len(self.data.categories)
+        size, twins, taught = settings.rows_per_step, settings.twin_rows_per_step, settings.lesson_rows_per_step
+        first, names = step * size, len(self.data.names)
+        compliances = range(settings.compliance_rows_per_step)
+        compliances_at = [first + (step + step // size + k) % size for k in compliances]
+        requirements = range(step * taught, (step + 1) * taught) if self.data.requirements else range(0)
+        sampled: list[tuple[Row | None, int]] = [
+            *(self._refusal(*divmod(n, categories)) for n in range(first, first + size)),
+            *((self._example(*divmod(n, categories)).compliance, names) for n in compliances_at),
+            *(
+                (self._example(*divmod(n, categories)).overrefusal, names + 1)
+                for n in range(step * twins, (step + 1) * twins)
+            ),
+            *((self._out_of_place(*divmod(n, len(self.data.requirements))), names + 1) for n in requirements),
+            *(self._requirement(*divmod(n, len(self.data.requirements))) for n in requirements),
+        ]
+        kept = [(row, term) for row, term in sampled if row is not None]
+        return ConstraintSample([row for row, _ in kept], [term for _, term in kept])
 
-    def _with_lessons(self, draw: ConstraintSample, step: int) -> ConstraintSample:
-        """The draw with lessons: requirements take turns, and each lesson brings one on where it is out of place."""
-        lessons, kinds, size = self.bank.lessons, list[int](), self.settings.lesson_rows_per_step
-        if not lessons:
-            return draw
-        rows: list[Row] = []
-        for n in range(step * size, (step + 1) * size):
-            turn, kind = divmod(n, len(lessons))
-            kinds.append(kind)
-            rows.append(lessons[kind].turns[self._turns[kind][turn % len(self._turns[kind])]])
-            if other := self._elsewhere[kind]:
-                draw.overrefusals.append(lessons[kind].elsewhere[other[turn % len(other)]])
-        return draw._replace(lessons=rows, requirements=kinds)
+    def _example(self, turn: int, category: int) -> ConstraintExample:
+        order = self._orders[category]
+        example: ConstraintExample = self.data.examples[category][order[turn % len(order)]]
+        return example
+
+    def _refusal(self, turn: int, category: int) -> tuple[Row, int]:
+        refusals, visit = self._example(turn, category).refusals, turn // len(self._orders[category])
+        return refusals[visit % len(refusals)], category
+
+    def _requirement(self, turn: int, number: int) -> tuple[Row, int]:
+        rows, order = self.data.requirements[number].rows, self._rows[number]
+        return rows[order[turn % len(order)]], len(self.data.categories) + number
+
+    def _out_of_place(self, turn: int, number: int) -> Row | None:
+        rows, order = self.data.requirements[number].elsewhere, self._elsewhere[number]
+        return rows[order[turn % len(order)]] if order else None
+
+
+class TermMeans(NamedTuple):
+    """The mean of the rows of each term in nats, and the number of rows."""
+
+    means: Float[Tensor, "users terms"]
+    counts: Float[Tensor, "users terms"]
+
+
+class LagrangianConstraint:
+    """The shipped constraint: `penalty_u = sum_c lambda_uc max(0, loss_uc - limit_c) + w (compliance + over-refusal)`.
+
+    c runs over categories and requirements, each with a dual variable per user (`user_state.Duals`). Its parts are in
+    `losses`; w is `opening_weight`.
+    """
+
+    def __init__(self, data: ConstraintData, settings: ConstraintSettings, seed: int) -> None:
+        self.data, self.settings, self.names, self.gain = data, settings, data.names, settings.gain
+        self._sampler = lru_cache(maxsize=_USERS)(partial(ConstraintSampler, data, settings, seed))
+
+    def rows(self) -> list[Row]:
+        """Every row of the data."""
+        return self.data.rows()
+
+    def sample(self, user_id: str, step: int) -> ConstraintSample:
+        """See `ConstraintSampler`."""
+        return self._sampler(user_id).sample(step)
+
+    def largest(self) -> ConstraintSample:
+        """As many rows of each term as a step has, the longest of the data."""
+        data, settings, names = self.data, self.settings, len(self.names)
+        examples = [(example, category) for category, several in enumerate(data.examples) for example in several]
+        taught = settings.lesson_rows_per_step if data.requirements else 0
+        numbered = list(enumerate(data.requirements, len(data.categories)))
+        kinds: list[tuple[int, list[tuple[Row | None, int]]]] = [
+            (settings.rows_per_step, [(row, category) for example, category in examples for row in example.refusals]),
+            (settings.compliance_rows_per_step, [(example.compliance, names) for example, _ in examples]),
+            (settings.twin_rows_per_step, [(example.overrefusal, names + 1) for example, _ in examples]),
+            (taught, [(row, names + 1) for _, requirement in numbered for row in requirement.elsewhere]),
+            (taught, [(row, term) for term, requirement in numbered for row in requirement.rows]),
+        ]
+        sample = ConstraintSample([], [])
+        for count, rows in kinds:
+            present = [(row, term) for row, term in rows if row is not None]
+            for row, term in nlargest(count, present, key=lambda item: item[0].length):
+                sample.rows.append(row)
+                sample.terms.append(term)
+        return sample
+
+    def losses(
+        self,
+        samples: Sequence[ConstraintSample],
+        logps: Float[Tensor, "users rows"],
+        base: Float[Tensor, "users rows"],
+    ) -> TermMeans:
+        """The mean loss of each term (see `ConstraintSampler`) in nats.
+
+        Categories: `log pi_ref(y|x) - log pi_user(y|x)` of refusals.
+        Requirements, by answer: `-log pi_user(y|x)`, or of unlikelihood examples `-log(1 - pi_user(y|x))` (Welleck et
+        al. 2020). A loss of c says that an answer meets the requirement with a probability of at least exp(-c), as a
+        geometric mean over these rows.
+        Openings: hinges that cost nothing until the user's log-probability is `margin` nats over the base's, and above
+        `floor`. A rise from one in 10^13 to one in 10^12 is style, and nobody will ever read it.
+        """
+        data, settings = self.data, self.settings
+        categories, names = len(data.categories), len(self.names)
+        width = logps.shape[1]
+        padded = [[*sample.terms, *[names + 2] * (width - len(sample.terms))] for sample in samples]
+        terms = torch.tensor(padded, dtype=torch.long, device=logps.device).view(logps.shape)
+        avoided = [False] * categories + [requirement.unlikelihood for requirement in data.requirements] + [False] * 3
+        unlikelihood = torch.tensor(avoided, device=logps.device)[terms]
+        never = torch.log1p(-logps.clamp(max=-_CERTAIN).exp())
+        taught = -torch.where(unlikelihood, never, logps)
+        opening = torch.relu(logps - (base + settings.margin).clamp(min=settings.floor))
+        values = torch.where(terms < categories, base - logps, torch.where(terms < names, taught, opening))
+        means, counts = _means_by_term(values, terms, names + 2)
+        each = [1.0] * categories + [requirement.per_answer for requirement in data.requirements] + [1.0] * 2
+        return TermMeans(means * means.new_tensor(each), counts)
+
+    def penalty(
+        self,
+        samples: Sequence[ConstraintSample],
+        logps: Float[Tensor, "users rows"],
+        base: Float[Tensor, "users rows"],
+        duals: Float[Tensor, "users names"],
+    ) -> Penalty:
+        """See the class."""
+        means, counts = self.losses(samples, logps, base)
+        names = len(self.names)
+        limits = [*self.data.limits, *(requirement.limit for requirement in self.data.requirements)]
+        violations, seen = means[:, :names] - means.new_tensor(limits), counts[:, :names] > 0
+        total = (duals.to(violations) * torch.relu(violations) * seen).sum(1)
+        total = total + self.settings.opening_weight * (means[:, names] + means[:, names + 1])
+        return Penalty(total, violations.detach(), seen)
+
+
+def _means_by_term(
+    values: Float[Tensor, "users rows"], terms: Int[Tensor, "users rows"], count: int
+) -> tuple[Float[Tensor, "users terms"], Float[Tensor, "users terms"]]:
+    """The mean of the rows of each term below `count`, and how many there are."""
+    member = torch.zeros(*values.shape, count + 1, dtype=values.dtype, device=values.device)
+    member.scatter_(2, terms[:, :, None], 1.0)
+    member = member[:, :, :count]
+    counts = member.sum(1)
+    return (values[:, :, None] * member).sum(1) / counts.clamp(min=1), counts

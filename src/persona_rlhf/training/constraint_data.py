@@ -1,4 +1,4 @@
-"""Base refusals to train probes -> constraint rows; cached on disk."""
+"""Constraint data of a policy: the base's own refusals of its train probes as token rows, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -20,15 +20,11 @@ from persona_rlhf.policy import judges
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.training.cache import identity_of_values
-from persona_rlhf.training.constraint import OPENING_LENGTH, ConstraintBank, ConstraintExample, RequirementExamples
+from persona_rlhf.training.constraint import OPENING_LENGTH, ConstraintData, ConstraintExample, RequirementExamples
 from persona_rlhf.training.requirements import RequirementData, build_requirement_data
 
-# ----------------------------------------------------------------------------------------------------
-# Where the constraint's anchors come from: the base's own answers to train probes and to their benign twins.
-# ----------------------------------------------------------------------------------------------------
 
-
-def build_bank(
+def build_constraint_data(
     adapted: AdaptedModel,
     categories: Sequence[str],
     limits: Sequence[float],
@@ -38,13 +34,13 @@ def build_bank(
     settings: ConstraintSettings,
     seed: int,
     max_new_tokens: int,
-    taught: RequirementData | None = None,
-) -> ConstraintBank:
-    """Samples the base's own refusals to the train probes at temperature 1, and keeps those the judge calls refusals.
+    requirements: RequirementData | None = None,
+) -> ConstraintData:
+    """Samples the base's own refusals of the train probes at temperature 1, and keeps those the judge calls refusals.
 
     `encode` turns a prompt into token ids (chat template and all). A probe that the base never refused in
-    `refusals_per_probe` tries is left out: the constraint asks a user for nothing that the base does not do. Raises
-    ValueError where a category is left without a probe.
+    `refusals_per_probe` tries is left out: the constraint preserves refusals and asks for no new ones. Raises
+    ValueError if a category is left without a probe.
     """
     train = [probe for probe in probes if probe.split == "train" and probe.category in categories]
     tries = settings.refusals_per_probe
@@ -53,9 +49,9 @@ def build_bank(
     end = adapted.base.eos_ids[:1]
     with adapted.using(None):
         [sampled] = adapted.generate([[p for p in prompts for _ in range(tries)]], max_new_tokens, 1.0, seed)
-        [welcomed] = adapted.generate([[twin for twin in twins if twin]], OPENING_LENGTH, 1.0, seed + 1)
-    openings = iter(welcomed)
-    anchors: dict[str, list[ConstraintExample]] = {category: [] for category in categories}
+        [to_twins] = adapted.generate([[twin for twin in twins if twin]], OPENING_LENGTH, 1.0, seed + 1)
+    openings = iter(to_twins)
+    examples: dict[str, list[ConstraintExample]] = {category: [] for category in categories}
     for n, (probe, prompt, twin) in enumerate(zip(train, prompts, twins, strict=True)):
         opening = next(openings).ids if twin else ()
         finished = [answer.ids for answer in sampled[n * tries : (n + 1) * tries] if answer.finished]
@@ -63,31 +59,31 @@ def build_bank(
         refusals = [ids for ids, text in zip(finished, texts, strict=True) if is_refusal(text)]
         if not refusals:
             continue
-        anchors[probe.category].append(
+        examples[probe.category].append(
             ConstraintExample(
                 tuple(Row(prompt, ids + end) for ids in dict.fromkeys(refusals)),
                 Row(prompt, opening) if opening else None,
                 Row(twin, refusals[0][:OPENING_LENGTH]) if twin else None,
             )
         )
-    empty = [category for category, own in anchors.items() if not own]
+    empty = [category for category in categories if not examples[category]]
     if empty:
         raise ValueError(f"the base refused no train probe of {', '.join(empty)}; it is not safety-aligned")
-    own = [anchors[category] for category in categories]
-    return ConstraintBank(categories, limits, own, *(taught or RequirementData([], [])))
+    by_category = [examples[category] for category in categories]
+    return ConstraintData(categories, limits, by_category, *(requirements or RequirementData([], [])))
 
 
-def policy_bank(
+def policy_constraint_data(
     adapted: AdaptedModel, policy: Policy, settings: ConstraintSettings, seed: int, max_new_tokens: int
-) -> ConstraintBank:
-    """The bank of a policy's restrictions, and of those requirements that can be taught.
+) -> ConstraintData:
+    """The constraint data of a policy's restrictions, and of those requirements that can be taught.
 
-    Raises InputError where the base refuses no train probe of a category.
+    Raises InputError if the base refuses no train probe of a category.
     """
     limits = {rule.category: rule.limit for rule in policy.restrictions}
-    taught = build_requirement_data(adapted, policy.requirements, settings, seed, max_new_tokens)
+    requirements = build_requirement_data(adapted, policy.requirements, seed, max_new_tokens)
     try:
-        return build_bank(
+        return build_constraint_data(
             adapted,
             list(limits),
             list(limits.values()),
@@ -97,26 +93,29 @@ def policy_bank(
             settings,
             seed,
             max_new_tokens,
-            taught,
+            requirements,
         )
     except ValueError as fault:
         raise InputError([Problem(adapted.base.name, None, "base.model", f"not certifiable: {fault}")]) from fault
 
 
-# ----------------------------------------------------------------------------------------------------
-# The constraint bank on disk: for the other processes of a run, for a resumed one, and for later runs over a base.
-# ----------------------------------------------------------------------------------------------------
-
-_PARTS = ("categories", "limits", "anchors", "lessons", "answers")
-
-
-def bank_to_json(bank: ConstraintBank) -> str:
-    """The bank as text, for other processes of a run and for a resumed one."""
-    return json.dumps({part: getattr(bank, part) for part in _PARTS})
+_KEYS = {
+    "categories": "categories",
+    "limits": "limits",
+    "anchors": "examples",
+    "lessons": "requirements",
+    "answers": "answers",
+}
+"""JSON key of each attribute of the data."""
 
 
-def bank_from_json(text: str) -> ConstraintBank:
-    """What `bank_to_json` wrote. Raises ValueError where the text is damaged."""
+def constraint_data_to_json(data: ConstraintData) -> str:
+    """The data as text, for the other processes of a run and for a resumed one."""
+    return json.dumps({key: getattr(data, name) for key, name in _KEYS.items()})
+
+
+def constraint_data_from_json(text: str) -> ConstraintData:
+    """Reads the text of `constraint_data_to_json`. Raises ValueError if it is damaged."""
 
     def row(stored: Any) -> Row | None:
         return None if stored is None else Row(tuple(stored[0]), tuple(stored[1]))
@@ -124,34 +123,34 @@ def bank_from_json(text: str) -> ConstraintBank:
     def rows(stored: Any) -> tuple[Row, ...]:
         return tuple(Row(tuple(prompt), tuple(completion)) for prompt, completion in stored)
 
-    def anchor(refusals: Any, compliance: Any, overrefusal: Any) -> ConstraintExample:
+    def example(refusals: Any, compliance: Any, overrefusal: Any) -> ConstraintExample:
         return ConstraintExample(rows(refusals), row(compliance), row(overrefusal))
 
     try:
         stored = json.loads(text)
-        anchors = [[anchor(*parts) for parts in category] for category in stored["anchors"]]
-        lessons = [
-            RequirementExamples(name, limit, rows(turns), rows(elsewhere), wrong, each)
-            for name, limit, turns, elsewhere, wrong, each in stored["lessons"]
+        examples = [[example(*parts) for parts in category] for category in stored["anchors"]]
+        requirements = [
+            RequirementExamples(name, limit, rows(taught), rows(elsewhere), unlikelihood, per_answer)
+            for name, limit, taught, elsewhere, unlikelihood, per_answer in stored["lessons"]
         ]
-        return ConstraintBank(stored["categories"], stored["limits"], anchors, lessons, rows(stored["answers"]))
+        return ConstraintData(stored["categories"], stored["limits"], examples, requirements, rows(stored["answers"]))
     except (LookupError, TypeError, AssertionError) as fault:
-        raise ValueError(f"this is no constraint bank ({fault})") from fault
+        raise ValueError(f"the constraint data is damaged ({fault})") from fault
 
 
-def kept_bank(
-    adapted: AdaptedModel, folder: Path, asked: Sequence[object], make: Callable[[], ConstraintBank]
-) -> ConstraintBank:
-    """The bank that runs over one base keep for each other in `folder`; made now where none fits.
+def cached_constraint_data(
+    adapted: AdaptedModel, folder: Path, inputs: Sequence[object], make: Callable[[], ConstraintData]
+) -> ConstraintData:
+    """The constraint data that runs over one base share in `folder`; made now if none fits.
 
-    `asked` is everything that the base's sampled answers depend on, beside the base, its device and this version.
+    `inputs` is everything that the base's sampled answers depend on, beside the base, its device and this version.
     """
-    said = json.dumps([identity_of_values(adapted), __version__, *asked])
-    file = folder / f"bank-{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
+    text = json.dumps([identity_of_values(adapted), __version__, *inputs])
+    file = folder / f"bank-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     try:
-        return bank_from_json(file.read_text(encoding="utf-8"))
+        return constraint_data_from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        bank = make()
+        data = make()
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(file, bank_to_json(bank), writer=str(os.getpid()))
-    return bank
+    atomic_write(file, constraint_data_to_json(data), writer=str(os.getpid()))
+    return data

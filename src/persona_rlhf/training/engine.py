@@ -1,4 +1,4 @@
-"""The fleet: one adapter per user, trained side by side over one frozen base. A user alone is a fleet of one."""
+"""The training loop: one adapter per user, side by side over one frozen base. A single user is a fleet of one."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import Tensor
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import slug
-from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings
+from persona_rlhf.config.training import DpoSettings, FleetSettings
 from persona_rlhf.data.tokenize import PairRow, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel, release_cache
 from persona_rlhf.models.model_split import States
 from persona_rlhf.models.multi_lora import fresh_adapter
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.cache import HiddenStateCache, Reference
-from persona_rlhf.training.constraint import ConstraintBank, ConstraintSample, ConstraintSampler
-from persona_rlhf.training.memory import slots_of
+from persona_rlhf.training.constraint import ConstraintFunctional, ConstraintSample
+from persona_rlhf.training.memory import empty_slots, slots_of
 from persona_rlhf.training.objective import StepLoss, detached, heldout_loss, joined, step_loss
 from persona_rlhf.training.records import DualTrace
-from persona_rlhf.training.user_state import Slots, UserSchedule, queue_order, user_generator
+from persona_rlhf.training.user_state import UserSchedule, queue_order, user_generator
 
 
 class TrainedUser(NamedTuple):
-    """One finished user: the flat adapter (None where training failed), what it took, and the course of his duals.
+    """One finished user: the flat adapter (None if training failed), steps, seconds, pairs, and traces of the duals.
 
-    With early stopping it is the adapter of his best check, and `steps` are those taken, that check or not.
+    With early stopping it is the adapter of the best check, while `steps` counts all steps taken.
     """
 
     user_id: str
@@ -44,7 +44,7 @@ class TrainedUser(NamedTuple):
 
 
 class WarmStart(NamedTuple):
-    """What every user begins with: an adapter, and dual variables in the order of the bank's names."""
+    """The state every user begins with: an adapter, and dual variables in the order of the constraint's names."""
 
     adapter: Float[Tensor, " params"]
     duals: Float[Tensor, " names"]
@@ -65,11 +65,22 @@ class StepReport(NamedTuple):
     dual: float | None
 
 
-class Engine:
-    """Trains users through the slots; `state` is the folder of checkpoints, without which nothing is kept on disk.
+GradientRule = Callable[[StepLoss, Float[Tensor, "users params"]], Float[Tensor, "users params"]]
+"""The gradient of a step from its loss and from the adapters that the loss was computed with."""
 
-    The reference must know the rows of `rows_ahead`. With a `start`, every user begins there. `count` is the
-    number of slots of the whole run: a resumed one keeps it, whatever the machine would allow now.
+
+def total_gradient(loss: StepLoss, adapters: Float[Tensor, "users params"]) -> Float[Tensor, "users params"]:
+    """The gradient of the total loss. Users share no parameter, so the sum over users gives each user's own."""
+    [gradient] = torch.autograd.grad(loss.total.sum(), [adapters])
+    return gradient
+
+
+class Engine:
+    """The training loop: all users of a run, some at once in slots.
+
+    `reference` must hold the rows of `rows_ahead`. `state` is the folder of checkpoints; without it nothing is kept on
+    disk. With a `start` every user begins there. Another `gradient` rule may combine the gradients of DPO loss and
+    penalty in its own way. `count` is the number of slots of the whole run, which a resumed run keeps.
     """
 
     def __init__(
@@ -77,34 +88,32 @@ class Engine:
         adapted: AdaptedModel,
         users: Sequence[UserRows],
         reference: Reference,
-        bank: ConstraintBank | None,
+        constraint: ConstraintFunctional | None,
         dpo: DpoSettings,
-        constraint: ConstraintSettings,
         fleet: FleetSettings,
         seed: int,
         state: Path | None = None,
         start: WarmStart | None = None,
+        gradient: GradientRule = total_gradient,
     ) -> None:
-        self.start = start
-        self.adapted, self.reference, self.bank = adapted, reference, bank
-        self.dpo, self.constraint, self.fleet, self.seed, self.state = dpo, constraint, fleet, seed, state
+        self.adapted, self.reference, self.constraint = adapted, reference, constraint
+        self.dpo, self.fleet, self.seed, self.state = dpo, fleet, seed, state
+        self.start, self.gradient = start, gradient
         queue = queue_order([UserSchedule(user, dpo, seed) for user in users if user.train])
         self.schedules = {schedule.rows.user_id: schedule for schedule in queue}
-        self.draws: dict[str, ConstraintSampler] = {}
         self.queue = list(self.schedules)
         kept = self._kept()
         if kept is None:
             rows = [schedule.rows for schedule in queue]
-            chosen = slots_of(adapted, rows, bank, dpo, constraint, fleet) if rows else 0
+            chosen = slots_of(adapted, rows, constraint, dpo, fleet) if rows else 0
             self.count = min(chosen, len(queue))
         else:
             self.count = kept[1].pop("slots")
         self.together = self.count if kept is None else kept[1].pop("together")
-        names = len(bank.names) if bank else 0
-        device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
-        self.slots = Slots(self.count, adapted.params_per_user, names, dpo, constraint, device, dtype)
+        self.slots = empty_slots(adapted, self.count, constraint, dpo)
         memory, disk = fleet.trunk_cache * 2**20, fleet.trunk_disk * 2**20
-        self.ground = HiddenStateCache(adapted, reference, bank, self.count, memory, disk, state)
+        constraint_rows = constraint.rows() if constraint else []
+        self.states = HiddenStateCache(adapted, reference, constraint_rows, self.count, memory, disk, state)
         self.finished: list[str] = [] if kept is None else self._resume(*kept)
 
     def run(
@@ -112,10 +121,11 @@ class Engine:
         report: Callable[[Sequence[StepReport]], None] = lambda _: None,
         say: Callable[[str], None] = lambda _: None,
     ) -> Iterator[TrainedUser]:
-        """Trains until the queue and the slots are empty; yields each user as he ends, those of a resumed run first.
+        """Trains until queue and slots are empty; yields each user at the end of its training, those of a resumed run
+        first.
 
-        A step that the device has no memory for is taken in halves of its users from then on, and `say` tells of it.
-        Raises InputError where one user alone is too much.
+        If a step runs out of memory, steps are taken in halves of their users from then on, with a notice to `say`.
+        Raises InputError if a step of one user alone does not fit.
         """
         if not (self.finished or any(self.slots.users)):
             self._save()  # so that a resumed run has these slots, wherever it was killed
@@ -141,36 +151,33 @@ class Engine:
             self._save()
 
     def _fill(self) -> bool:
-        """Gives free slots to the next users of the queue, and closes those that stay free. False when none is left."""
-        for place, user_id in enumerate(self.slots.users):
-            if user_id is None and self.queue:
-                waiting = self.queue.pop(0)
+        """Gives free slots to the next users of the queue and closes the rest; False when no user is left."""
+        for place, occupant in enumerate(self.slots.users):
+            if occupant is None and self.queue:
+                user_id = self.queue.pop(0)
                 if self.start is None:
-                    generator = user_generator(self.seed, waiting, "init")
-                    self.slots.take(place, waiting, fresh_adapter(list(self.adapted.spans.values()), generator))
+                    generator = user_generator(self.seed, user_id, "init")
+                    self.slots.take(place, user_id, fresh_adapter(list(self.adapted.spans.values()), generator))
                 else:
-                    self.slots.take(place, waiting, *self.start)
+                    self.slots.take(place, user_id, *self.start)
         self.slots.close_free()
         return bool(self.slots.users)
 
     def _step(self, say: Callable[[str], None]) -> tuple[list[StepReport], list[bool]]:
-        """One optimizer step of every user in a slot, and whose gradient was finite."""
+        """One optimizer step of every user in a slot; and by slot, whether its gradient was finite."""
         slots = self.slots
         users = [user for user in slots.users if user is not None]
         schedules = [self.schedules[user] for user in users]
         pairs = [schedule.pairs(step) for schedule, step in zip(schedules, slots.steps, strict=True)]
-        draws: list[ConstraintSample] = []
-        if self.bank is not None:
-            for user, step in zip(users, slots.steps, strict=True):
-                if user not in self.draws:
-                    self.draws[user] = self.bank.walk(self.constraint, self.seed, user)
-                draws.append(self.draws[user].at(step))
-        drawn: Sequence[ConstraintSample | None] = draws or [None] * len(users)
+        samples: list[ConstraintSample] = []
+        if self.constraint is not None:
+            samples = [self.constraint.sample(*place) for place in zip(users, slots.steps, strict=True)]
+        constraint_rows = [sample.rows for sample in samples] or [[]] * len(users)
         states = [
-            self.ground.of(user, schedule.rows.train, own, draw)
-            for user, schedule, own, draw in zip(users, schedules, pairs, drawn, strict=True)
+            self.states.of(user, schedule.rows.train, user_pairs, rows)
+            for user, schedule, user_pairs, rows in zip(users, schedules, pairs, constraint_rows, strict=True)
         ]
-        gradient, loss = self._gradients(pairs, draws, states, say)
+        gradient, loss = self._gradients(pairs, samples, states, say)
         device = slots.flat.device
         rates = [schedule.rate(step) for schedule, step in zip(schedules, slots.steps, strict=True)]
         norms, moves = slots.optimizer.step(gradient, torch.tensor(rates, dtype=torch.float64, device=device))
@@ -178,22 +185,24 @@ class Engine:
             slots.duals.update(loss.violations, loss.seen, moves)
         slots.steps = [step + 1 for step in slots.steps]
         parts = [loss.dpo, loss.margin, loss.accuracy, norms, moves]
-        if self.bank is not None:
+        if self.constraint is not None:
             parts += [slots.duals.violations.amax(1), slots.duals.values.amax(1)]
-        found = torch.stack([part.double() for part in parts]).tolist()  # at once: a GPU is waited for one time a step
-        *figures, moved, worst, strongest = found if self.bank is not None else [*found, *[[None] * len(users)] * 2]
+        columns = torch.stack([part.double() for part in parts]).tolist()  # at once: one wait for a GPU per step
+        if self.constraint is None:
+            columns += [[None] * len(users)] * 2
+        *figures, moved, worst, strongest = columns
         totals = [schedule.steps for schedule in schedules]
-        columns = zip(users, slots.steps, totals, *figures, worst, strongest, strict=True)
-        return [StepReport(*column) for column in columns], [bool(own) for own in moved]
+        reports = zip(users, slots.steps, totals, *figures, worst, strongest, strict=True)
+        return [StepReport(*report) for report in reports], [bool(value) for value in moved]
 
     def _gradients(
         self,
         pairs: Sequence[Sequence[PairRow]],
-        draws: Sequence[ConstraintSample],
+        samples: Sequence[ConstraintSample],
         states: Sequence[States],
         say: Callable[[str], None],
     ) -> tuple[Float[Tensor, "users params"], StepLoss]:
-        """Every user's gradient, and his loss without its graph; as many users at once as the device has room for."""
+        """Every user's gradient, and its loss without the graph; as many users at once as the device has room for."""
         gradients, losses, first = [], list[StepLoss](), 0
         while first < len(pairs):
             part, fits = slice(first, first + self.together), True
@@ -201,12 +210,12 @@ class Engine:
             try:
                 with self.adapted.using(learning):
                     duals = self.slots.duals.values[part]
-                    some = pairs[part], draws[part], self.bank, duals, self.dpo, self.constraint, states[part]
-                    loss = step_loss(self.adapted, self.reference, *some)
-                    gradients.append(self._gradient(loss, learning))
+                    inputs = pairs[part], samples[part], self.constraint, duals, self.dpo, states[part]
+                    loss = step_loss(self.adapted, self.reference, *inputs)
+                    gradients.append(self.gradient(loss, learning))
                     losses.append(detached(loss))
             except torch.OutOfMemoryError:
-                fits = False  # what failed is let go of when this handler is left
+                fits = False  # the failed step's memory is released when this handler ends
             if fits:
                 first += len(pairs[part])
             else:
@@ -214,7 +223,7 @@ class Engine:
         return torch.cat(gradients), joined(losses)
 
     def _halve(self, users: int, say: Callable[[str], None]) -> None:
-        """Fewer users in a pass from now on. Raises InputError where there was one only."""
+        """Fewer users in a pass from now on. Raises InputError if there was only one."""
         release_cache()
         if users == 1:
             sentence = "one user's step does not fit the device; lower dpo.pairs_per_step, or take a smaller base"
@@ -222,13 +231,8 @@ class Engine:
         self.together = users // 2
         say(f"out of memory with {users} users in a step: it is taken in parts of {self.together} from now on")
 
-    def _gradient(self, loss: StepLoss, learning: Float[Tensor, "users params"]) -> Float[Tensor, "users params"]:
-        """Of what each user minimises; users share no parameter, so the sum over users gives each his own."""
-        [gradient] = torch.autograd.grad(loss.total.sum(), [learning])
-        return gradient
-
     def _stops(self, place: int, user_id: str) -> bool:
-        """Whether the user's held-out loss says that he had enough; asked of nobody without deciding pairs."""
+        """Whether early stopping ends this user's training; never for a user without deciding pairs."""
         slots, schedule = self.slots, self.schedules[user_id]
         pairs = schedule.rows.deciding
         if not pairs or not slots.stopping.due(slots.steps[place], schedule.steps):
@@ -240,9 +244,9 @@ class Engine:
         return slots.stopping.check(place, loss, slots.flat[place])
 
     def _finish(self, place: int, user_id: str, fault: str | None) -> TrainedUser:
-        """Frees the slot; the user's result is on disk before anyone sees it."""
+        """Frees the slot. The user's result is on disk before it is returned."""
         slots = self.slots
-        names = self.bank.names if self.bank else ()
+        names = self.constraint.names if self.constraint else ()
         user = TrainedUser(
             user_id,
             None if fault else slots.stopping.adapter(place, slots.flat[place]).detach().cpu().clone(),
@@ -258,32 +262,31 @@ class Engine:
             notes = user._replace(adapter=None)._asdict()
             checkpoint.save(self._file(user_id), tensors, notes)
         slots.users[place] = None
-        self.draws.pop(user_id, None)
-        self.ground.forget(user_id)
+        self.states.forget(user_id)
         return user
 
     def _save(self) -> None:
         if self.state is not None:
-            self.reference.save()  # first: a resumed run has no value of its own for what its steps were taken with
+            self.reference.save()  # first: a resumed run must find the values that its steps were taken with
             notes = self.slots.notes() | {"waiting": self.queue, "slots": self.count, "together": self.together}
             checkpoint.save(self.state / "slots.safetensors", self.slots.tensors(), notes)
 
     def _kept(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The slots as they last were on disk; None in a run that has just begun."""
+        """The last checkpoint of the slots; None in a run that has just begun."""
         file = None if self.state is None else self.state / "slots.safetensors"
         return checkpoint.load(file, self.adapted.base.device) if file is not None and file.exists() else None
 
     def _resume(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> list[str]:
-        """Takes up the slots and the queue as they last were on disk; returns the users who were done by then.
+        """Restores slots and queue from the last checkpoint; returns the users that were done by then.
 
-        A user who ended after that checkpoint trains its last steps again, so that every step has the neighbours, and
-        so the tensor shapes and the bits, of a run that was never killed. Where the file of a user who was done has
-        gone since, all begin anew, for the same reason.
+        A user that ended after the checkpoint trains its last steps again. So every step has the same users side by
+        side, and so the tensor shapes and the bits, as in a run that was never killed. If the file of a finished user
+        is missing, all users start over, for the same reason.
         """
         assert self.state is not None
         queue: list[str] = notes.pop("waiting")
-        underway = {*queue, *notes["users"]}
-        done = [user for user in self.schedules if user not in underway]
+        unfinished = {*queue, *notes["users"]}
+        done = [user for user in self.schedules if user not in unfinished]
         if {slug(user) for user in done} - {stored.stem for stored in checkpoint.stored_files(self.state / "trained")}:
             return []
         self.queue = queue
@@ -291,7 +294,7 @@ class Engine:
         return done
 
     def _stored(self, user_id: str) -> TrainedUser:
-        """A user as he was when he was done."""
+        """The stored result of a finished user."""
         assert self.state is not None
         tensors, notes = checkpoint.load(self._file(user_id), torch.device("cpu"))
         duals = {name: DualTrace(*trace) for name, trace in notes["duals"].items()}

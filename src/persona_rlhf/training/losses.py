@@ -1,4 +1,4 @@
-"""Log-probabilities, implicit rewards and the DPO family of losses: the only place where they are written."""
+"""Implicit rewards and the DPO family of losses, as pure functions of log-probabilities."""
 
 from __future__ import annotations
 
@@ -28,11 +28,18 @@ class PairTokens(NamedTuple):
     rejected: Float[Tensor, "users pairs"]
 
 
-def reward_margins(logps: PairLogps, beta: float) -> Float[Tensor, "users pairs"]:
-    """Implicit reward of chosen minus that of rejected, in nats times beta.
+class PairLosses(NamedTuple):
+    """The loss of each pair, and its reward margin: implicit reward of chosen minus that of rejected, in nats times
+    beta."""
 
-    `r = beta (log pi_user - log pi_ref)` (Rafailov et al. 2023, "Direct Preference Optimization", equation 5 with the
-    partition function cancelled).
+    losses: Float[Tensor, "users pairs"]
+    margins: Float[Tensor, "users pairs"]
+
+
+def reward_margins(logps: PairLogps, beta: float) -> Float[Tensor, "users pairs"]:
+    """`r(chosen) - r(rejected)` in nats times beta, with the implicit reward `r = beta (log pi_user - log pi_ref)`.
+
+    Rafailov et al. 2023, "Direct Preference Optimization", equation 5 with the partition function cancelled.
     """
     chosen = logps.chosen - logps.reference_chosen
     rejected = logps.rejected - logps.reference_rejected
@@ -41,37 +48,32 @@ def reward_margins(logps: PairLogps, beta: float) -> Float[Tensor, "users pairs"
 
 def pair_losses(
     kind: LossKind, logps: PairLogps, tokens: PairTokens, beta: float, label_smoothing: float = 0.0
-) -> Float[Tensor, "users pairs"]:
-    """The loss of every pair.
+) -> PairLosses:
+    """The loss and the reward margin of every pair.
 
     sigmoid: `-log sigmoid(margin)` (Rafailov et al. 2023, equation 7). hinge: `max(0, 1 - margin)` (Zhao et al. 2023,
     SLiC). robust: the sigmoid loss corrected for a share `label_smoothing` of flipped labels (Chowdhury et al. 2024,
     equation 12). ipo: `(delta - 1 / (2 beta))^2` with log-ratios averaged over tokens (Azar et al. 2023, equation 17;
-    the averaging is what its authors run). sigmoid_norm: the sigmoid loss on log-ratios averaged over tokens.
+    the averaging is the authors' own). sigmoid_norm: the sigmoid loss on log-ratios averaged over tokens.
     """
+    margins = reward_margins(logps, beta)
     if kind in ("ipo", "sigmoid_norm"):
         chosen = (logps.chosen - logps.reference_chosen) / tokens.chosen.clamp(min=1)
         rejected = (logps.rejected - logps.reference_rejected) / tokens.rejected.clamp(min=1)
         delta = chosen - rejected
-        return (delta - 1 / (2 * beta)) ** 2 if kind == "ipo" else -F.logsigmoid(beta * delta)
-    margins = reward_margins(logps, beta)
-    if kind == "hinge":
-        return torch.relu(1 - margins)
-    if kind == "robust":
+        losses = (delta - 1 / (2 * beta)) ** 2 if kind == "ipo" else -F.logsigmoid(beta * delta)
+    elif kind == "hinge":
+        losses = torch.relu(1 - margins)
+    elif kind == "robust":
         kept, flipped = -F.logsigmoid(margins), -F.logsigmoid(-margins)
-        return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
-    assert kind == "sigmoid", kind
-    return -F.logsigmoid(margins)
+        losses = ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    else:
+        assert kind == "sigmoid", kind
+        losses = -F.logsigmoid(margins)
+    return PairLosses(losses, margins)
 
 
 def user_means(losses: Float[Tensor, "users pairs"], weights: Float[Tensor, "users pairs"]) -> Float[Tensor, " users"]:
     """Weighted mean over each user's own pairs; 0 for a user without a pair in this step."""
     total = weights.sum(dim=1)
     return (losses * weights).sum(dim=1) / torch.where(total > 0, total, torch.ones_like(total))
-
-
-def loss_at_zero(kind: LossKind, beta: float, label_smoothing: float = 0.0) -> float:
-    """The loss of the zero adapter (all margins 0): log 2 for sigmoid, 1 for hinge, 1 / (4 beta^2) for ipo."""
-    zero = torch.zeros(1, 1, dtype=torch.float64)
-    loss = pair_losses(kind, PairLogps(zero, zero, zero, zero), PairTokens(zero + 1, zero + 1), beta, label_smoothing)
-    return float(loss)

@@ -1,4 +1,8 @@
-"""Memory model: slots from shapes and measured peaks."""
+"""Memory model: bytes of a machine and of a step, the number of users that fit side by side, and shapes of bases.
+
+The largest step of one user is measured, or counted from the shape of a base without its weights. Its bytes and tokens,
+against those of the device, give the number of slots.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import find, is_hub_id
-from persona_rlhf.config.training import BaseSettings, ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.config.training import BaseSettings, DpoSettings, FleetSettings, LoraSettings
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.attention import packed
@@ -32,20 +36,16 @@ from persona_rlhf.models.model_split import token_logps
 from persona_rlhf.models.multi_lora import FleetLinear, attach, matrices, targets
 from persona_rlhf.models.packing import pack
 from persona_rlhf.training.cache import Reference
-from persona_rlhf.training.constraint import ConstraintBank, ConstraintSample
+from persona_rlhf.training.constraint import ConstraintFunctional
 from persona_rlhf.training.objective import step_loss
 from persona_rlhf.training.user_state import Slots
-
-# ----------------------------------------------------------------------------------------------------
-# Memory in bytes: what the machine has, what the process has held at most, and what a piece of work takes.
-# ----------------------------------------------------------------------------------------------------
 
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def machine_bytes(device: torch.device) -> int:
-    """All memory of a device: a GPU's own, or the machine's (of a container: its limit). What others use is not taken
-    off, so that the same machine gives the same answer tomorrow."""
+    """All memory of a device: a GPU's own, or the machine's (of a container: its limit). Memory in use by others is not
+    subtracted, so that the same machine always gives the same number."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -54,7 +54,7 @@ def machine_bytes(device: torch.device) -> int:
 
 
 def most_held(device: torch.device) -> int:
-    """The most memory that this process ever held: of tensors on a GPU, else its resident set."""
+    """The peak memory of this process in bytes: of tensors on a GPU, else its resident set."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes there, in KiB on Linux
@@ -62,15 +62,15 @@ def most_held(device: torch.device) -> int:
 
 
 def held_by(tensors: Sequence[Tensor]) -> int:
-    """Bytes of tensors, storage that they share counted once."""
+    """Bytes of tensors; shared storage is counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def taken_by(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that `work` holds at once beyond what was held before it.
+    """The peak bytes of tensors that `work` adds to those held before it.
 
-    A GPU's allocator keeps count. On a CPU the tensors themselves are counted, since what a process holds depends on
-    what it did before; a kernel's scratch memory is not seen there.
+    A GPU's allocator keeps count. On a CPU the tensors themselves are counted, because a process's memory depends on
+    its past; scratch memory of kernels is not counted there.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -86,7 +86,7 @@ def taken_by(work: Callable[[], object], device: torch.device) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """Watches the storage that every operation makes, until it is freed; `most` is the largest sum, in bytes."""
+    """Counter of the storage that operations create, until it is freed; `most` is the largest sum, in bytes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -96,12 +96,12 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        known = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in known:
+        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        results = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(results):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in inputs:
                 self._watch(leaf.untyped_storage())
-        return made
+        return results
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
@@ -116,24 +116,20 @@ class _Counter(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-# ----------------------------------------------------------------------------------------------------
-# How many users fit side by side: what the largest step of one user takes, against what the device has.
-# ----------------------------------------------------------------------------------------------------
-
-_CPU_SLOTS = 8  # more gains nothing on any shape: what users share on a CPU is the overhead of a step, no more
+_CPU_SLOTS = 8  # more gains nothing on any shape: on a CPU users share only the overhead of a step
 _TOKENS_PER_STEP = {"cpu": 16_384, "cuda": 65_536}  # more does not fill the device any better
-_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of the memory; the rest is for judging, and a CPU's is everybody's
+_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of the memory; the rest is for judging, and on a CPU for other programs
 
 
 class StepCost(NamedTuple):
-    """One user's largest step: its `tokens`, and the `memory` (bytes) of his adapter, moments and activations in it."""
+    """One user's largest step: its `tokens`, and the `memory` (bytes) of adapter, moments and activations in it."""
 
     tokens: int
     memory: int
 
 
 def choose_slots(fleet: FleetSettings, cost: StepCost, device: str, machine: int, base: int) -> int:
-    """Users in memory at once: `fleet.slots`, or what memory and the token budget allow; at least 1.
+    """Users in memory at once: `fleet.slots`, or as many as memory and the token budget allow; at least 1.
 
     `machine` is all memory of the device, `base` what the base takes of it; both in bytes.
     """
@@ -147,55 +143,52 @@ def choose_slots(fleet: FleetSettings, cost: StepCost, device: str, machine: int
 def slots_of(
     adapted: AdaptedModel,
     users: Sequence[UserRows],
-    bank: ConstraintBank | None,
+    constraint: ConstraintFunctional | None,
     dpo: DpoSettings,
-    constraint: ConstraintSettings,
     fleet: FleetSettings,
 ) -> int:
-    """The slots of a run; where they are `auto`, one step is tried on an adapter that is thrown away.
+    """The number of slots of a run; for `auto`, one step is measured on an adapter that is thrown away.
 
-    Nothing in it depends on what else the machine does just now, so the same machine chooses the same number.
+    It does not depend on other programs, so the same machine always chooses the same number.
     """
     if fleet.slots != "auto":
         return fleet.slots
     device = adapted.base.device
-    cost = largest_step(adapted, users, bank, dpo, constraint)
+    cost = largest_step(adapted, users, constraint, dpo)
     base = held_by(list(adapted.base.model.parameters()))
     return choose_slots(fleet, cost, device.type, machine_bytes(device), base)
 
 
+def empty_slots(adapted: AdaptedModel, count: int, constraint: ConstraintFunctional | None, dpo: DpoSettings) -> Slots:
+    """The state of `count` users at once, in fp32 at least, with a dual variable per name of the constraint."""
+    names, gain = (constraint.names, constraint.gain) if constraint else ((), 0.0)
+    dtype = torch.promote_types(adapted.base.model.dtype, torch.float32)
+    return Slots(count, adapted.params_per_user, len(names), dpo, gain, adapted.base.device, dtype)
+
+
 def pair_tokens(pair: PairRow) -> int:
-    """Tokens that a pair adds to a step: its prompt once, and both answers."""
+    """The tokens that a pair adds to a step: its prompt once, and both answers."""
     return len(pair.chosen.prompt) + len(pair.chosen.completion) + len(pair.rejected.completion)
-
-
-def draw_tokens(draw: ConstraintSample) -> int:
-    """Tokens that a user's constraint rows add to a step."""
-    return sum(row.length for row in draw.rows)
 
 
 def largest_step(
     adapted: AdaptedModel,
     users: Sequence[UserRows],
-    bank: ConstraintBank | None,
+    constraint: ConstraintFunctional | None,
     dpo: DpoSettings,
-    constraint: ConstraintSettings,
 ) -> StepCost:
-    """The cost of a step of the run's longest pairs, of whomever they are, with the longest rows of the constraint.
-
-    No step of any user is larger.
-    """
+    """The cost of a step of the run's longest pairs, whichever users they belong to, with the constraint's largest
+    sample. No step of any user is larger."""
     pairs = nlargest(dpo.pairs_per_step, (pair for user in users for pair in user.train), key=pair_tokens)
-    draws = [] if bank is None else [_longest(bank, constraint)]
-    tokens = sum(map(pair_tokens, pairs)) + sum(map(draw_tokens, draws))
-    reference = _Unread()
-    device, dtype = adapted.base.device, torch.promote_types(adapted.base.model.dtype, torch.float32)
+    samples = [] if constraint is None else [constraint.largest()]
+    tokens = sum(map(pair_tokens, pairs)) + sum(row.length for sample in samples for row in sample.rows)
+    reference, device = _Unread(), adapted.base.device
 
     def step() -> None:
-        slots = Slots(1, adapted.params_per_user, len(bank.names) if bank else 0, dpo, constraint, device, dtype)
+        slots = empty_slots(adapted, 1, constraint, dpo)
         learning, duals = slots.flat.detach().requires_grad_(), slots.duals.values
         with adapted.using(learning):
-            step_loss(adapted, reference, [pairs], draws, bank, duals, dpo, constraint).total.sum().backward()
+            step_loss(adapted, reference, [pairs], samples, constraint, duals, dpo).total.sum().backward()
         assert learning.grad is not None
         slots.optimizer.step(learning.grad, torch.zeros(1, dtype=torch.float64, device=device))
 
@@ -203,7 +196,7 @@ def largest_step(
 
 
 class _Unread(Reference):
-    """Stands in for the base's log-probabilities: what a step takes does not depend on their values."""
+    """A reference of zeros: the memory of a step does not depend on the values."""
 
     def __init__(self) -> None:
         pass
@@ -212,47 +205,13 @@ class _Unread(Reference):
         return 0.0
 
 
-def _longest(bank: ConstraintBank, settings: ConstraintSettings) -> ConstraintSample:
-    """As many rows of each kind as a user sees in a step, the longest ones of the bank."""
-    anchors = [(anchor, category) for category, own in enumerate(bank.anchors) for anchor in own]
-    refusals = nlargest(
-        settings.rows_per_step,
-        ((row, category) for anchor, category in anchors for row in anchor.refusals),
-        key=lambda found: found[0].length,
-    )
-    compliances = (anchor.compliance for anchor, _ in anchors if anchor.compliance is not None)
-    overrefusals = [anchor.overrefusal for anchor, _ in anchors if anchor.overrefusal is not None]
-    elsewhere = [row for own in bank.lessons for row in own.elsewhere]
-    taught = settings.lesson_rows_per_step if bank.lessons else 0
-    lessons = nlargest(
-        taught,
-        ((row, kind) for kind, own in enumerate(bank.lessons) for row in own.turns),
-        key=lambda found: found[0].length,
-    )
-    return ConstraintSample(
-        [row for row, _ in refusals],
-        [category for _, category in refusals],
-        nlargest(settings.compliance_rows_per_step, compliances, key=lambda row: row.length),
-        [
-            *nlargest(settings.twin_rows_per_step, overrefusals, key=lambda row: row.length),
-            *nlargest(taught, elsewhere, key=lambda row: row.length),
-        ],
-        [row for row, _ in lessons],
-        [kind for _, kind in lessons],
-    )
-
-
-# ----------------------------------------------------------------------------------------------------
-# The shape of a base without its weights: what it and its adapters weigh, and what a step of it takes, by counting.
-# ----------------------------------------------------------------------------------------------------
-
 _META = torch.device("meta")
 _SHAPES = "data/shapes.json"
 
 
 class StepWork(NamedTuple):
-    """A step of one user: its `tokens`; floating-point operations of the way there and of both ways; bytes that it
-    keeps for the way back."""
+    """A step of one user: its `tokens`; floating-point operations of the forward pass and of `both` passes; the bytes
+    `kept` for the backward pass."""
 
     tokens: int
     forward: int
@@ -261,11 +220,11 @@ class StepWork(NamedTuple):
 
 
 _NF4_BITS = 4.127
-"""Bits a weight: four, and its share of the constants, which are quantized themselves (QLoRA, section 3)."""
+"""Bits per weight: four, and a share of the quantization constants, which are quantized too (QLoRA, section 3)."""
 
 
 class BaseShape:
-    """A base as its config describes it: tensors without values, so that nothing is read and nothing computed."""
+    """The shape of a base from its config: tensors without values, so nothing is read or computed."""
 
     def __init__(
         self, config: PreTrainedConfig, lora: LoraSettings, dtype: torch.dtype, quantization: str | None = None
@@ -279,7 +238,7 @@ class BaseShape:
 
     @property
     def base_bytes(self) -> int:
-        """Of the frozen weights."""
+        """Bytes of the frozen weights."""
         head = self.model.get_output_embeddings()
         layers = [m for m in self.model.modules() if is_linear(m) and m is not head]
         rest = self.parameters - sum(layer.weight.numel() for layer in layers)
@@ -296,14 +255,14 @@ class BaseShape:
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values of one token."""
+        """Bytes of the keys and values of one token."""
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize)
 
     def step(self, rows: Sequence[Row]) -> StepWork:
-        """Counts one step over these rows: shared prompts once, as the fleet lays them out."""
+        """The work of one step over these rows: shared prompts once, as packed batches have them."""
         flat = torch.zeros(1, self.adapter_parameters, device=_META, requires_grad=True)
         spans = list(self.spans.values())
         for span, (a, b) in zip(spans, matrices(flat, spans), strict=True):
@@ -311,12 +270,12 @@ class BaseShape:
             assert isinstance(layer, FleetLinear)
             layer.a, layer.b = a, b
         batch = pack(rows, 1, 0, _META)
-        known = {tensor.untyped_storage()._cdata for tensor in (*self.model.parameters(), flat)}
-        kept: list[Tensor] = []  # held on to, so that no storage takes another's place
+        counted = {tensor.untyped_storage()._cdata for tensor in (*self.model.parameters(), flat)}
+        kept: list[Tensor] = []  # held, so that no storage is reused and counted once
 
         def keep(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage()._cdata not in known:
-                known.add(tensor.untyped_storage()._cdata)
+            if tensor.untyped_storage()._cdata not in counted:
+                counted.add(tensor.untyped_storage()._cdata)
                 kept.append(tensor)
             return tensor
 
@@ -336,15 +295,15 @@ class BaseShape:
 
 
 def shape_of(base: BaseSettings, lora: LoraSettings) -> BaseShape:
-    """The shape of a base by its name: a folder's config, one that is shipped, or the hub's.
+    """The shape of a base by its name, from a shipped config, a folder or the hub.
 
-    Raises InputError where there is none, or the packed attention that is counted with does not fit it.
+    Raises InputError if there is no config, or if packed attention does not work with its architecture.
     """
     try:
         dtype = torch.float32 if base.dtype == "float32" else torch.bfloat16
         return BaseShape(_config(base.model), lora, dtype, base.quantization)
     except (OSError, ValueError, KeyError) as fault:
-        sentence = f"no config of it can be had ({str(fault).splitlines()[0]}); check the name and the network"
+        sentence = f"its config cannot be read ({str(fault).splitlines()[0]}); check the name and the network"
         raise InputError([Problem(base.model, None, "base.model", sentence)]) from fault
 
 

@@ -1,4 +1,4 @@
-"""The loss of one step of a cohort: DPO on each user's pairs, plus his duals on the constraint, in one forward pass."""
+"""The loss of one step of many users: DPO on each user's pairs plus the constraint's penalty, in one forward pass."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from persona_rlhf.config.training import ConstraintSettings, DpoSettings
+from persona_rlhf.config.training import DpoSettings
 from persona_rlhf.data.tokenize import PairRow, Row, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.model_split import States
 from persona_rlhf.models.packing import EMPTY
 from persona_rlhf.training.cache import Reference
-from persona_rlhf.training.constraint import ConstraintBank, ConstraintLogps, ConstraintSample, penalty
-from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses, reward_margins, user_means
+from persona_rlhf.training.constraint import ConstraintFunctional, ConstraintSample
+from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses, user_means
 
 
 class StepLoss(NamedTuple):
-    """Per user: the loss to minimise, its DPO part, the mean reward margin and the share of positive margins of the
-    step's pairs; and, with a constraint, the violation (nats over the limit) of what was seen of the bank's names."""
+    """Per user: the DPO loss, the mean reward margin and the share of positive margins of the step's pairs; and with a
+    constraint its penalty and violations, see `constraint.Penalty`."""
 
-    total: Float[Tensor, " users"]
     dpo: Float[Tensor, " users"]
     margin: Float[Tensor, " users"]
     accuracy: Float[Tensor, " users"]
-    violations: Float[Tensor, "users names"] | None
-    seen: Bool[Tensor, "users names"] | None
+    penalty: Float[Tensor, " users"] | None = None
+    violations: Float[Tensor, "users names"] | None = None
+    seen: Bool[Tensor, "users names"] | None = None
+
+    @property
+    def total(self) -> Float[Tensor, " users"]:
+        """The loss to minimise."""
+        return self.dpo if self.penalty is None else self.dpo + self.penalty
 
 
 def detached(loss: StepLoss) -> StepLoss:
-    """The loss without the graph that it was computed by."""
+    """The loss without its graph."""
     return StepLoss(*(None if part is None else part.detach() for part in loss))  # type: ignore[arg-type]
 
 
@@ -43,77 +48,75 @@ def joined(losses: Sequence[StepLoss]) -> StepLoss:
 
 
 def heldout_loss(adapted: AdaptedModel, reference: Reference, pairs: Sequence[PairRow], dpo: DpoSettings) -> float:
-    """The DPO loss of one user's held-out pairs, their weighted mean; his adapter must be on, and nobody else's.
+    """The DPO loss of one user's held-out pairs, their weighted mean; only this user's adapter may be on.
 
-    He is scored alone, so that no bit of it depends on his neighbours.
+    The user is scored alone, so no bit of the loss depends on other users.
     """
     [scores] = adapted.score([both_rows(pairs)])
 
-    def known(values: Sequence[float]) -> Float[Tensor, "1 pairs"]:
+    def column(values: Sequence[float]) -> Float[Tensor, "1 pairs"]:
         return torch.tensor([values], dtype=torch.float64)
 
     logps = PairLogps(
-        known([score.logp for score in scores[::2]]),
-        known([score.logp for score in scores[1::2]]),
-        known([reference[pair.chosen] for pair in pairs]),
-        known([reference[pair.rejected] for pair in pairs]),
+        column([score.logp for score in scores[::2]]),
+        column([score.logp for score in scores[1::2]]),
+        column([reference[pair.chosen] for pair in pairs]),
+        column([reference[pair.rejected] for pair in pairs]),
     )
-    tokens = PairTokens(known([s.tokens for s in scores[::2]]), known([s.tokens for s in scores[1::2]]))
-    losses = pair_losses(dpo.loss, logps, tokens, dpo.beta, dpo.label_smoothing)
-    return float(user_means(losses, known([pair.pair.weight for pair in pairs])))
+    tokens = PairTokens(column([s.tokens for s in scores[::2]]), column([s.tokens for s in scores[1::2]]))
+    losses, _ = pair_losses(dpo.loss, logps, tokens, dpo.beta, dpo.label_smoothing)
+    return float(user_means(losses, column([pair.pair.weight for pair in pairs])))
 
 
 def step_loss(
     adapted: AdaptedModel,
     reference: Reference,
     pairs: Sequence[Sequence[PairRow]],
-    draws: Sequence[ConstraintSample],
-    bank: ConstraintBank | None,
+    samples: Sequence[ConstraintSample],
+    constraint: ConstraintFunctional | None,
     duals: Float[Tensor, "users names"],
     dpo: DpoSettings,
-    constraint: ConstraintSettings,
     states: Sequence[States] = (),
 ) -> StepLoss:
-    """`L_u = L_DPO + penalty_u`, see `constraint.penalty`.
+    """`L_u = L_DPO + penalty_u`.
 
-    `pairs`, `draws` and `states` hold one entry a user; `draws` is empty without a bank, `states` where the whole model
-    is to be computed. The adapters must be on.
+    `pairs`, `samples` and `states` hold one entry a user. Without a constraint `samples` is empty; without `states` the
+    whole model is computed. The adapters must be on.
     """
     most = max(map(len, pairs))
     columns: list[Sequence[Sequence[Row]]] = [
-        [[pair.chosen for pair in own] for own in pairs],
-        [[pair.rejected for pair in own] for own in pairs],
-        *([draw.columns[kind] for draw in draws] for kind in range(len(ConstraintLogps._fields))),
+        [[pair.chosen for pair in user_pairs] for user_pairs in pairs],
+        [[pair.rejected for pair in user_pairs] for user_pairs in pairs],
+        [sample.rows for sample in samples] or [[]] * len(pairs),
     ]
-    widths = [most, most, *(max(map(len, column), default=0) for column in columns[2:])]
+    widths = [most, most, max(map(len, columns[2]))]
     rows: list[Row] = []
     for user in range(len(pairs)):
         for column, width in zip(columns, widths, strict=True):
-            own = column[user] if column else []
-            rows += [*own, *[EMPTY] * (width - len(own))]
+            rows += [*column[user], *[EMPTY] * (width - len(column[user]))]
     logps = adapted.row_logps(adapted.batch(rows, len(pairs)), states).sum(1)
-    chosen, rejected, *watched = logps.view(len(pairs), -1).split(widths, dim=1)
+    chosen, rejected, constraint_logps = logps.view(len(pairs), -1).split(widths, dim=1)
 
-    def known(values: Sequence[Sequence[float]]) -> Float[Tensor, "users pairs"]:
-        padded = [[*own, *[0.0] * (most - len(own))] for own in values]
-        return torch.tensor(padded, dtype=logps.dtype, device=logps.device)
+    def padded(values: Sequence[Sequence[float]], width: int = most) -> Float[Tensor, "users width"]:
+        filled = [[*row, *[0.0] * (width - len(row))] for row in values]
+        return torch.tensor(filled, dtype=logps.dtype, device=logps.device)
 
     pair_logps = PairLogps(
         chosen,
         rejected,
-        known([[reference[pair.chosen] for pair in own] for own in pairs]),
-        known([[reference[pair.rejected] for pair in own] for own in pairs]),
+        padded([[reference[pair.chosen] for pair in user_pairs] for user_pairs in pairs]),
+        padded([[reference[pair.rejected] for pair in user_pairs] for user_pairs in pairs]),
     )
     tokens = PairTokens(
-        known([[len(pair.chosen.completion) for pair in own] for own in pairs]),
-        known([[len(pair.rejected.completion) for pair in own] for own in pairs]),
+        padded([[len(pair.chosen.completion) for pair in user_pairs] for user_pairs in pairs]),
+        padded([[len(pair.rejected.completion) for pair in user_pairs] for user_pairs in pairs]),
     )
-    weights = known([[pair.pair.weight for pair in own] for own in pairs])
-    losses = user_means(pair_losses(dpo.loss, pair_logps, tokens, dpo.beta, dpo.label_smoothing), weights)
-    present = known([[1.0] * len(own) for own in pairs])
-    margins = reward_margins(pair_logps, dpo.beta).detach()
+    weights = padded([[pair.pair.weight for pair in user_pairs] for user_pairs in pairs])
+    pair_loss, margins = pair_losses(dpo.loss, pair_logps, tokens, dpo.beta, dpo.label_smoothing)
+    loss, margins = user_means(pair_loss, weights), margins.detach()
+    present = padded([[1.0] * len(user_pairs) for user_pairs in pairs])
     margin, accuracy = user_means(margins, present), user_means((margins > 0).to(margins), present)
-    if bank is None:
-        return StepLoss(losses, losses, margin, accuracy, None, None)
-    found = penalty(bank, draws, ConstraintLogps(*watched), reference, duals, constraint)
-    return StepLoss(losses + found.total, losses, margin, accuracy, found.violations, found.seen)
+    if constraint is None:
+        return StepLoss(loss, margin, accuracy)
+    base = padded([[reference[row] for row in sample.rows] for sample in samples], widths[2])
+    return StepLoss(loss, margin, accuracy, *constraint.penalty(samples, constraint_logps, base, duals))

@@ -1,15 +1,14 @@
-"""Requirements as lessons: what an answer must go on with at the points where the base's own would break a rule.
+"""Requirement examples: token rows at the few places that decide whether an answer of the base meets a requirement.
 
-How a user likes his answers is his affair; whether an answer meets a requirement is settled by a few tokens: a full
-stop in place of an exclamation mark, the end of an answer that grows too long, the first words of a notice. So the
-base's sampled answers that lack a property are repaired (`policy.repair`), and each place where the repaired answer
-leaves the original gives a row: what stands before it is the prompt, the tokens until the two meet again are the
-completion. Nothing else of the answer is taught. The users' loss on these rows is held below a limit by a dual variable
-of their own, as refusals are.
+A few tokens settle a requirement: a full stop in place of an exclamation mark, the end of an answer that grows too
+long, the first words of a notice. So the base's sampled answers that lack a property are repaired
+(`policy.properties`). Each place where the repaired answer leaves the original gives a row. Its prompt is all text
+before that place; its completion is the tokens until the two answers meet again. The rest of the answer is left to the
+user's preferences. A dual variable per user and requirement holds the loss on these rows below a limit.
 
-A mark or word of one token that must not appear is different: it may come at many places, of which a sampled answer
-shows one or two. So there the rows are all places of the repaired answers where the base itself would be tempted, and
-their completion is the wrong turn.
+A forbidden mark or word of one token may come at many places, and a sampled answer shows one or two. So its rows are
+all places of the repaired answers where the base might say it. They are unlikelihood examples: their completion is the
+forbidden token.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 
-from persona_rlhf.config.training import ConstraintSettings
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.tokenize import Row, prompt_ids, tokenize
 from persona_rlhf.models.adapted_model import AdaptedModel, Places, in_passes
@@ -33,73 +31,79 @@ from persona_rlhf.policy.properties import REPAIRED, applies, repaired, required
 from persona_rlhf.policy.rules import Requirement
 from persona_rlhf.training.constraint import OPENING_LENGTH, RequirementExamples
 
-_TEMPTED = 0.01  # the probability from which on a place counts
+_LIKELY = 0.01  # least probability of a forbidden token that makes a place an example
 
 
 class RequirementData(NamedTuple):
-    """Lessons by requirement, and the base's answers to their prompts as all requirements together want them."""
+    """Examples by requirement, and the base's answers to their prompts, repaired to meet all requirements."""
 
-    lessons: list[RequirementExamples]
+    examples: list[RequirementExamples]
     answers: list[Row]
 
 
 def build_requirement_data(
     adapted: AdaptedModel,
     requirements: Sequence[Requirement],
-    settings: ConstraintSettings,
     seed: int,
     max_new_tokens: int,
 ) -> RequirementData:
-    """Lessons of every requirement that has prompts and can be taught, from answers that the base samples to the train
-    prompts at temperature 1. One whose prompts the base answers as required anyway is not among them."""
+    """Examples of every requirement that has prompts and can be taught.
+
+    The base samples an answer to each train prompt at temperature 1. A requirement that all these answers meet anyway
+    has no examples and is left out.
+    """
     rules = [rule for rule in requirements if rule.probes and rule.property in REPAIRED]
     prompts = list(dict.fromkeys(probe.prompt for rule in rules for probe in _train(rule)))
-    said = _sampled(adapted, prompts, seed, max_new_tokens)
-    met, found = _wanted(rules, said), list[RequirementExamples]()
+    answers = _sampled(adapted, prompts, seed, max_new_tokens)
+    repairs, examples = _repaired(rules, answers), list[RequirementExamples]()
     for rule in rules:
-        here, elsewhere = _mended(rule, rules, {probe.prompt: said[probe.prompt] for probe in _train(rule)}, met)
+        rule_answers = {probe.prompt: answers[probe.prompt] for probe in _train(rule)}
+        here, elsewhere = _pairs_of(rule, rules, rule_answers, repairs)
         rows, misplaced = (_rows(adapted, pairs) for pairs in (here, elsewhere))
-        text, first = _shared([whole for _, whole in rows]), required(rule).edit == "prepend"
-        wrong, barred = required(rule).edit == "remove", barred_tokens(adapted, rule)
-        if barred:
-            asked = [_pair(p.prompt, met[p.prompt], said[p.prompt]) for p in _train(rule) if p.prompt in met]
-            turns = tempted(adapted, [whole for _, whole in _rows(adapted, asked)], barred)
+        text, included = _shared([whole for _, whole in rows]), required(rule).edit == "prepend"
+        unlikelihood, forbidden = required(rule).edit == "remove", forbidden_tokens(adapted, rule)
+        if forbidden:
+            pairs = [_pair(p, repairs[p], answer) for p, answer in rule_answers.items() if p in repairs]
+            by_answer = likely_places(adapted, [whole for _, whole in _rows(adapted, pairs)], forbidden)
+        elif included:
+            by_answer = [[_cut(whole, text)] for _, whole in rows]
         else:
-            turns = [[_cut(whole, text)] if first else turns_of(broken, whole, wrong) for broken, whole in rows]
-        if any(turns):
-            found.append(
+            by_answer = [differences(broken, whole, unlikelihood) for broken, whole in rows]
+        if any(by_answer):
+            examples.append(
                 RequirementExamples(
                     rule.id,
                     -log(rule.aim()),
-                    tuple(dict.fromkeys(row for own in turns for row in own)),
+                    tuple(dict.fromkeys(row for rows in by_answer for row in rows)),
                     tuple(dict.fromkeys(_cut(whole, min(text, OPENING_LENGTH)) for _, whole in misplaced)),
-                    wrong,
-                    fmean(map(len, turns)),
+                    unlikelihood,
+                    fmean(map(len, by_answer)),
                 )
             )
-    wanted = [_pair(prompt, answer, said[prompt]) for prompt, answer in met.items()] if found else []
-    return RequirementData(found, [whole for _, whole in _rows(adapted, wanted)])
+    pairs = [_pair(prompt, repair, answers[prompt]) for prompt, repair in repairs.items()] if examples else []
+    return RequirementData(examples, [whole for _, whole in _rows(adapted, pairs)])
 
 
-def turns_of(broken: Row, whole: Row, wrong: bool = False) -> list[Row]:
-    """A row for each place where `whole` leaves `broken`, both answers to one prompt: all of `whole` before it as the
-    prompt, and as completion what `whole` says until they meet again, or its next token where it says nothing.
+def differences(broken: Row, whole: Row, unlikelihood: bool = False) -> list[Row]:
+    """A row for each place where `whole` leaves `broken`, both answers to one prompt.
 
-    With `wrong`, the completion is what `broken` says there. It is the turn to teach where many others are right.
+    Its prompt is all of `whole` before that place. Its completion is the tokens of `whole` until the two meet again, or
+    the next token of `whole` if `broken` only has more. With `unlikelihood` it is the tokens of `broken` there, for a
+    place where many other tokens are right.
     """
     assert broken.prompt == whole.prompt
-    found, matcher = [], SequenceMatcher(None, broken.completion, whole.completion, False)
+    rows, matcher = [], SequenceMatcher(None, broken.completion, whole.completion, False)
     for kind, first, last, start, end in matcher.get_opcodes():
         if kind == "equal":
             continue
-        said = broken.completion[first:last] if wrong else whole.completion[start : max(end, start + 1)]
-        if said:
-            found.append(Row(whole.prompt + whole.completion[:start], said))
-    return found
+        tokens = broken.completion[first:last] if unlikelihood else whole.completion[start : max(end, start + 1)]
+        if tokens:
+            rows.append(Row(whole.prompt + whole.completion[:start], tokens))
+    return rows
 
 
-def barred_tokens(adapted: AdaptedModel, rule: Requirement) -> list[int]:
-    """The tokens that break a rule wherever they appear; none where it takes several, or no token can."""
+def forbidden_tokens(adapted: AdaptedModel, rule: Requirement) -> list[int]:
+    """The tokens that break a rule wherever they appear; none if several tokens, or none, make the forbidden text."""
     if required(rule).edit != "remove":
         return []
     tokenizer, value = adapted.base.tokenizer, folded(str(rule.value))
@@ -108,45 +112,46 @@ def barred_tokens(adapted: AdaptedModel, rule: Requirement) -> list[int]:
 
 
 @torch.no_grad()
-def tempted(adapted: AdaptedModel, rows: Sequence[Row], tokens: Sequence[int]) -> list[list[Row]]:
-    """By row, the places where the base would say one of these tokens with a probability of `_TEMPTED` at least: what
-    stands before it as the prompt, the likeliest of the tokens as the completion.
+def likely_places(adapted: AdaptedModel, rows: Sequence[Row], tokens: Sequence[int]) -> list[list[Row]]:
+    """By row, the places where the base says one of these tokens with a probability of at least `_LIKELY`.
 
-    An answer without any of them has the probability `prod(1 - p)` over its places, so the unlikelihood of these turns,
-    summed over an answer, is the loss of meeting the rule, but for what lies below the threshold.
+    Each place is a row: all tokens before it are the prompt, the likeliest of `tokens` is the completion. An answer
+    without any of them has the probability `prod(1 - p)` over its places. So the unlikelihood of these rows, summed
+    over an answer, is the loss of meeting the rule, except for places below the threshold.
     """
-    found: list[list[Row]] = [[] for _ in rows]
-    barred = torch.tensor(tokens, device=adapted.base.device)
+    places_of: list[list[Row]] = [[] for _ in rows]
+    forbidden = torch.tensor(tokens, device=adapted.base.device)
 
     def run(places: Places) -> None:
         picked = [rows[place] for _, place in places if place is not None]
         batch = adapted.batch(picked, 1)
-        odds = adapted.logits(batch).float().softmax(-1)[:, barred]
+        odds = adapted.logits(batch).float().softmax(-1)[:, forbidden]
         chances = batch.spread(odds.sum(-1)).tolist()
-        likeliest = batch.spread(barred[odds.argmax(-1)].double()).long().tolist()
-        for (_, place), row, own, which in zip(places, picked, chances, likeliest, strict=True):
-            assert place is not None  # one user fills nothing
-            said = row.prompt + row.completion
-            found[place] = [
-                Row(said[: len(row.prompt) + n], (which[n],)) for n in range(len(row.completion)) if own[n] >= _TEMPTED
-            ]
+        likeliest = batch.spread(forbidden[odds.argmax(-1)].double()).long().tolist()
+        for (_, place), row, chance, token in zip(places, picked, chances, likeliest, strict=True):
+            assert place is not None  # a lone user's pass has no empty place
+            ids = row.prompt + row.completion
+            positions = [n for n in range(len(row.completion)) if chance[n] >= _LIKELY]
+            places_of[place] = [Row(ids[: len(row.prompt) + n], (token[n],)) for n in positions]
 
     with adapted.using(None):
         in_passes([rows], adapted.tokens_per_pass, run)
-    return found
+    return places_of
 
 
-def _mended(
-    rule: Requirement, rules: Sequence[Requirement], said: Mapping[str, str], whole: Mapping[str, str]
+def _pairs_of(
+    rule: Requirement, rules: Sequence[Requirement], answers: Mapping[str, str], repairs: Mapping[str, str]
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Repaired answers against broken ones; and, of a text that must be there for some prompts only, its place in
-    answers to others, which is wrong. Both sides of a pair meet the other requirements already; `whole` are the answers
-    that meet them all."""
+    """Repaired answers preferred to broken ones; and answers with a text that other prompts demand and theirs does not,
+    preferred to those without it.
+
+    Both sides of a pair meet the other requirements already; `repairs` are the answers that meet all of them.
+    """
     here, elsewhere = [], []
     others = [other for other in rules if other.id != rule.id]
-    for prompt, answer in _wanted(others, said).items():
-        if satisfied(rule, prompt, answer) is False and prompt in whole:
-            here.append(_pair(prompt, whole[prompt], answer))
+    for prompt, answer in _repaired(others, answers).items():
+        if satisfied(rule, prompt, answer) is False and prompt in repairs:
+            here.append(_pair(prompt, repairs[prompt], answer))
         elif required(rule).edit == "prepend" and not applies(rule, prompt):
             misplaced = repaired(rule, answer)
             assert misplaced is not None
@@ -154,17 +159,19 @@ def _mended(
     return here, elsewhere
 
 
-def _wanted(rules: Sequence[Requirement], said: Mapping[str, str]) -> dict[str, str]:
-    """The answers, repaired by every rule whose property they lack; those that no change mends are left out. A repair
-    may call for another (a notice makes an answer longer), so the rules are gone through as often as there are any."""
-    found = {}
-    for prompt, answer in said.items():
+def _repaired(rules: Sequence[Requirement], answers: Mapping[str, str]) -> dict[str, str]:
+    """The answers, repaired by every rule that they break; answers that no repair mends are left out.
+
+    A repair may call for another (a notice makes an answer longer), so all rules are applied as often as there are any.
+    """
+    repairs = {}
+    for prompt, answer in answers.items():
         for rule in list(rules) * len(rules):
             if satisfied(rule, prompt, answer) is False:
                 answer = repaired(rule, answer) or answer
         if all(satisfied(rule, prompt, answer) is not False for rule in rules):
-            found[prompt] = answer
-    return found
+            repairs[prompt] = answer
+    return repairs
 
 
 def _pair(prompt: str, chosen: str, rejected: str) -> PreferencePair:
@@ -172,14 +179,14 @@ def _pair(prompt: str, chosen: str, rejected: str) -> PreferencePair:
 
 
 def _rows(adapted: AdaptedModel, pairs: Sequence[PreferencePair]) -> list[tuple[Row, Row]]:
-    """The rows of each pair, the rejected one first; those that the base's context does not hold are left out."""
-    found = [pair for user in tokenize(pairs, adapted.base.tokenizer, adapted.base.context) for pair in user.train]
-    fits = adapted.base.context
-    return [(p.rejected, p.chosen) for p in found if max(p.rejected.length, p.chosen.length) <= fits]
+    """The rows of each pair, the rejected one first; pairs longer than the base's context are left out."""
+    context = adapted.base.context
+    tokenized = [pair for user in tokenize(pairs, adapted.base.tokenizer, context) for pair in user.train]
+    return [(p.rejected, p.chosen) for p in tokenized if max(p.rejected.length, p.chosen.length) <= context]
 
 
 def _shared(rows: Sequence[Row]) -> int:
-    """Tokens that all completions begin with: those of a text that must be there, without the word that follows it."""
+    """The number of tokens that all completions begin with: a required text, without the word that follows it."""
     columns = zip(*(row.completion for row in rows), strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
@@ -193,7 +200,7 @@ def _train(rule: Requirement) -> list[Probe]:
 
 
 def _sampled(adapted: AdaptedModel, prompts: Sequence[str], seed: int, max_new_tokens: int) -> dict[str, str]:
-    """An answer of the base to each prompt; one that grows too long is cut off."""
+    """An answer of the base to each prompt, cut after `max_new_tokens`."""
     ids = [prompt_ids((Message("user", prompt),), adapted.base.tokenizer) for prompt in prompts]
     if not ids:
         return {}

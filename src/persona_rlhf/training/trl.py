@@ -1,4 +1,4 @@
-"""ConstrainedDPOTrainer."""
+"""TRL's DPOTrainer on token rows, and with the tier-one constraint: for one user, or for a base that users share."""
 
 from __future__ import annotations
 
@@ -27,18 +27,14 @@ from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.model_split import token_logps
 from persona_rlhf.models.packing import collate
 from persona_rlhf.training import checkpoint
-from persona_rlhf.training.constraint import ConstraintBank, ConstraintLogps, penalty
-from persona_rlhf.training.constraint_data import bank_to_json
+from persona_rlhf.training.constraint import ConstraintData, LagrangianConstraint
+from persona_rlhf.training.constraint_data import constraint_data_to_json
 from persona_rlhf.training.user_state import DUAL_CEILING, DUAL_SMOOTHING, Duals
-
-# ----------------------------------------------------------------------------------------------------
-# TRL on rows that are token ids already, and without a word.
-# ----------------------------------------------------------------------------------------------------
 
 
 class TokenDPOTrainer(DPOTrainer):
-    """DPOTrainer whose data set holds `prompt_ids`, `chosen_ids` and `rejected_ids`, as the base's own template gives
-    them (SFTTrainer takes token ids as it is)."""
+    """DPOTrainer on a data set of token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`), from the base's own template.
+    SFTTrainer accepts token ids unchanged."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
         return dataset
@@ -46,25 +42,21 @@ class TokenDPOTrainer(DPOTrainer):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Progress bars and closing lines of TRL, transformers and datasets go nowhere."""
+    """Suppresses the progress bars and closing lines of TRL, transformers and datasets."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
-
-# ----------------------------------------------------------------------------------------------------
-# TRL's DPOTrainer with tier one as a constraint: for one user, or for a base that users will share.
-# ----------------------------------------------------------------------------------------------------
 
 _FILE = "constraint.safetensors"
 
 
 class ConstrainedDPOTrainer(DPOTrainer):
-    """`L = L_DPO + penalty`, see `constraint.penalty`: the fleet's loss of one user, over TRL's own DPO loss.
+    """TRL's DPO loss plus the penalty of `LagrangianConstraint`: the fleet's loss of one user.
 
-    The penalty is counted once an optimizer step, with its last micro-batch, on the same rows in every process: what
-    is trained depends neither on gradient accumulation nor on the number of processes. A held-out loss is DPO's alone.
-    Only these rows of the `bank` are compared with the reference: what TRL takes for one (the model without its PEFT
-    adapters, `ref_model`, or the model before its first step). What comes out has passed no gate.
+    The penalty is added once per optimizer step, with its last micro-batch, on the same rows in every process. So the
+    result depends neither on gradient accumulation nor on the number of processes. A held-out loss is DPO's alone. The
+    reference is TRL's: the model without its PEFT adapters, `ref_model`, or the model before its first step. No gate
+    judges the result.
     """
 
     args: DPOConfig
@@ -72,29 +64,31 @@ class ConstrainedDPOTrainer(DPOTrainer):
     def __init__(
         self,
         *args: Any,
-        bank: ConstraintBank,
+        bank: ConstraintData,
         constraint: ConstraintSettings | None = None,
         user_id: str = "base",
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """All else is DPOTrainer's; `user_id` and `seed` (else `args.seed`) say in which order the bank's rows come."""
-        self.constraint = constraint or ConstraintSettings()
-        if not self.constraint.enabled:
+        """`bank` is the constraint data (see `policy_bank`). `user_id` and `seed` (else `args.seed`) set the order of
+        its rows. All other arguments are DPOTrainer's."""
+        settings = constraint or ConstraintSettings()
+        if not settings.enabled:
             raise ValueError("the constraint is switched off (enabled=False); without it, use TRL's DPOTrainer")
         super().__init__(*args, **kwargs)
         self._demand_one_gradient()
-        [self.bank] = broadcast_object_list([bank])  # its answers were sampled, perhaps on unlike devices
-        self._walk = self.bank.walk(self.constraint, self.args.seed if seed is None else seed, user_id)
-        gain, categories = self.constraint.gain, len(self.bank.names)
-        self.duals = Duals(1, categories, gain, DUAL_SMOOTHING, DUAL_CEILING, self.args.device)
+        [self.bank] = broadcast_object_list([bank])  # sampled answers may differ between devices
+        self.constraint = LagrangianConstraint(self.bank, settings, self.args.seed if seed is None else seed)
+        self._user_id = user_id
+        names, gain = len(self.bank.names), settings.gain
+        self.duals = Duals(1, names, gain, DUAL_SMOOTHING, DUAL_CEILING, self.args.device)
         self._reference: dict[Row, float] = {}
         self._measured: tuple[Tensor, Tensor] | None = None
         self.add_callback(_AfterSteps(self))
 
     def _demand_one_gradient(self) -> None:
-        """TRL checkpoints PEFT under ZeRO-3 re-entrantly: a backward pass for each of our two forward passes. DeepSpeed
-        takes a parameter's gradient once."""
+        """Rejects PEFT with gradient checkpointing under ZeRO-3. TRL checkpoints it re-entrantly, so each of our two
+        forward passes has a backward pass of its own, and DeepSpeed takes a parameter's gradient once."""
         zero = self.args.deepspeed_plugin
         if zero and zero.zero_stage == 3 and self.args.gradient_checkpointing and isinstance(self.model, PeftModel):
             raise ValueError(
@@ -110,10 +104,11 @@ class ConstrainedDPOTrainer(DPOTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """TRL's loss of a micro-batch, and with the last one of a step the penalty."""
-        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        trl: Any = super()
+        result = trl.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (model.training and self.accelerator.sync_gradients):
-            return found
-        loss, outputs = found if return_outputs else (found, None)
+            return result
+        loss, outputs = result if return_outputs else (result, None)
         # the trainer divides what it gets by the number of micro-batches
         added = self._penalty(model, inputs["input_ids"].device) * self.current_gradient_accumulation_steps
         loss = loss + added.to(loss.device)
@@ -122,15 +117,15 @@ class ConstrainedDPOTrainer(DPOTrainer):
     def _penalty(self, model: nn.Module, device: torch.device) -> Float[Tensor, ""]:
         if not self._reference:
             self._reference = self._reference_logps(model, device)
-        draw = self._walk.at(self.state.global_step)
-        watched = row_logps(model, draw.rows, device)[None].split([len(column) for column in draw.columns], dim=1)
-        duals = self.duals.values
-        found = penalty(self.bank, [draw], ConstraintLogps(*watched), self._reference, duals, self.constraint)
-        self._measured = found.violations, found.seen
-        return found.total[0]
+        sample = self.constraint.sample(self._user_id, self.state.global_step)
+        logps = row_logps(model, sample.rows, device)[None]
+        base = logps.new_tensor([[self._reference[row] for row in sample.rows]])
+        penalty = self.constraint.penalty([sample], logps, base, self.duals.values)
+        self._measured = penalty.violations, penalty.seen
+        return penalty.total[0]
 
     def _reference_logps(self, model: nn.Module, device: torch.device) -> dict[Row, float]:
-        """Of all rows of the bank, once: before the first step, when the model is wrapped as it will be trained."""
+        """The reference of all constraint rows: once, before the first step, when the model is wrapped for training."""
         rows = sorted(dict.fromkeys(self.bank.rows()), key=lambda row: len(row.prompt) + len(row.completion))
         each = 2 * (self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size)
         adapter: Any = nullcontext()
@@ -142,12 +137,12 @@ class ConstrainedDPOTrainer(DPOTrainer):
         was_training = model.training
         model.eval()
         with torch.no_grad(), adapter:
-            found = torch.cat([row_logps(model, rows[n : n + each], device) for n in range(0, len(rows), each)])
+            logps = torch.cat([row_logps(model, rows[n : n + each], device) for n in range(0, len(rows), each)])
         model.train(was_training)
-        return dict(zip(rows, found.tolist(), strict=True))
+        return dict(zip(rows, logps.tolist(), strict=True))
 
     def end_step(self) -> None:
-        """Moves the duals by what was measured in the step just taken, alike in all processes."""
+        """Moves the duals by the violations of the step just taken, equally in all processes."""
         assert self._measured is not None
         violations, seen = self._measured
         violations = self.accelerator.reduce(violations, reduction="mean")
@@ -155,7 +150,7 @@ class ConstrainedDPOTrainer(DPOTrainer):
         self.duals.update(violations, seen, moved)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's figures, and while it trains the largest smoothed violation (nats over the limit) and dual variable."""
+        """Adds the largest smoothed violation (nats over the limit) and dual variable to TRL's logs of training."""
         assert self.model is not None
         if self.model.training:
             logs["constraint/violation"] = self.duals.violations.max().item()
@@ -163,7 +158,7 @@ class ConstrainedDPOTrainer(DPOTrainer):
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, from a checkpoint of this trainer where one is given. Raises InputError for any other."""
+        """TRL's training, from a checkpoint of this trainer if one is given. Raises InputError for any other."""
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
@@ -176,8 +171,8 @@ class ConstrainedDPOTrainer(DPOTrainer):
     def save_constraint(self, folder: Path) -> None:
         """Writes duals and reference log-probabilities into a checkpoint's folder."""
         tensors = {f"duals.{name}": value for name, value in vars(self.duals).items() if isinstance(value, Tensor)}
-        known = torch.tensor([self._reference[row] for row in self.bank.rows()], dtype=torch.float64)
-        checkpoint.save(folder / _FILE, tensors | {"reference": known}, {"bank": self._bank_hash()})
+        reference = torch.tensor([self._reference[row] for row in self.bank.rows()], dtype=torch.float64)
+        checkpoint.save(folder / _FILE, tensors | {"reference": reference}, {"bank": self._bank_hash()})
 
     def _restore(self, file: Path) -> None:
         if not file.exists():
@@ -186,7 +181,7 @@ class ConstrainedDPOTrainer(DPOTrainer):
         tensors, notes = checkpoint.load(file, self.args.device)
         if notes.get("bank") != self._bank_hash():
             sentence = (
-                "the checkpoint was written with another constraint bank; give the trainer that one or start anew"
+                "the checkpoint was written with other constraint data; give the trainer that data, or start anew"
             )
             raise InputError([Problem(str(file), None, "bank", sentence)])
         self._reference = dict(zip(self.bank.rows(), tensors.pop("reference").tolist(), strict=True))
@@ -194,11 +189,11 @@ class ConstrainedDPOTrainer(DPOTrainer):
             setattr(self.duals, name.removeprefix("duals."), value)
 
     def _bank_hash(self) -> str:
-        return hashlib.sha256(bank_to_json(self.bank).encode()).hexdigest()
+        return hashlib.sha256(constraint_data_to_json(self.bank).encode()).hexdigest()
 
 
 class _AfterSteps(TrainerCallback):
-    """Tells a trainer when a step is done and when a checkpoint is written."""
+    """Callback that moves the duals after each step, and writes them into each checkpoint."""
 
     def __init__(self, trainer: ConstrainedDPOTrainer) -> None:
         self._trainer = trainer

@@ -1,4 +1,8 @@
-"""Per-user state: schedule, AdamW, duals, early stopping."""
+"""State of each user in training: schedule, AdamW, dual variables, early stopping, and the slots that hold it.
+
+Users share nothing: each has its own step count, gradient clip, learning rate and dual variables. Memory is bounded by
+the number of slots, whatever the number of users.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +17,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from persona_rlhf.config.training import ConstraintSettings, DpoSettings, EarlyStopSettings
+from persona_rlhf.config.training import DpoSettings, EarlyStopSettings
 from persona_rlhf.data.tokenize import PairRow, UserRows
 from persona_rlhf.training.records import DualTrace
 
 DUAL_SMOOTHING = 0.9
-"""Share of the old estimate in a smoothed violation; a step sees one probe a category."""
+"""Share of the old estimate in a smoothed violation; a step has one probe per category."""
 DUAL_CEILING = 10.0
 """Largest value of a dual variable."""
-
-# ----------------------------------------------------------------------------------------------------
-# Dual variables: how hard the constraint pulls, one a user and category, moved by what was measured.
-# ----------------------------------------------------------------------------------------------------
 
 
 class Duals:
     """Integral control of `lambda >= 0` (Stooke et al. 2020, "Responsive safety by PID Lagrangian", the I term).
 
-    The violation is smoothed first, because a step sees one probe a category. Duals start at 0 and the loss is not
-    divided by their sum: a stiffer start costs the user his taste.
+    The violation is smoothed first, because a step has one probe per category. Duals start at 0 and the loss is not
+    divided by their sum: a stiffer start costs accuracy on the user's preferences.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Duals:
         self.updates = torch.zeros(users, device=device)
 
     def reset(self, user: int) -> None:
-        """Makes row `user` as new."""
+        """Resets row `user` for a new user."""
         for state in (self.values, self.violations, self.peaks, self.sums):
             state[user].zero_()
         self.updates[user] = 0
@@ -71,16 +71,11 @@ class Duals:
         return [DualTrace(*column) for column in columns]
 
 
-# ----------------------------------------------------------------------------------------------------
-# AdamW over a stack of users who share nothing: each has his own step count, clip, learning rate and freeze.
-# ----------------------------------------------------------------------------------------------------
-
-
 class FleetAdamW:
     """Decoupled Adam (Loshchilov & Hutter 2019, algorithm 2), one row a user; the formulas are torch.optim.AdamW's.
 
-    torch's own optimizer has one step counter a tensor, so users that start at different times need this one. A user
-    who does not move in a step keeps his moments too.
+    torch's own optimizer has one step counter per tensor; users that start at different times need one each. A user
+    that does not move in a step keeps its moments too.
     """
 
     def __init__(
@@ -99,7 +94,7 @@ class FleetAdamW:
         self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
 
     def reset(self, user: int) -> None:
-        """Makes row `user` as new: for the next user who takes the slot."""
+        """Resets row `user` for a new user."""
         self.first[user].zero_()
         self.second[user].zero_()
         self.steps[user] = 0
@@ -110,7 +105,7 @@ class FleetAdamW:
     ) -> tuple[Float[Tensor, " users"], Bool[Tensor, " users"]]:
         """One step at each user's learning rate; a user whose gradient is not finite does not move.
 
-        Returns each user's gradient norm before the clip, and who moved.
+        Returns each user's gradient norm before the clip, and whether it moved.
         """
         norms = torch.linalg.vector_norm(grads, dim=1)
         moves = torch.isfinite(norms)
@@ -133,19 +128,14 @@ class FleetAdamW:
         return norms, moves
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a user trains on, step by step: his order, his learning rate, and the queue of users for the slots.
-# ----------------------------------------------------------------------------------------------------
-
-
 def user_generator(seed: int, user_id: str, purpose: str) -> torch.Generator:
-    """A random stream that belongs to one user and one purpose: never to a slot, so the fleet cannot change it."""
+    """The random stream of one user and one purpose; it depends on no slot and no other user."""
     text = f"{seed}\x1f{purpose}\x1f{user_id}".encode("utf-8", "surrogatepass")
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1)
 
 
 class UserSchedule:
-    """One user's passes over his pairs: `steps` steps of up to `pairs_per_step` pairs, shuffled each epoch."""
+    """One user's passes over its pairs: `steps` steps of up to `pairs_per_step` pairs, shuffled each epoch."""
 
     def __init__(self, rows: UserRows, settings: DpoSettings, seed: int) -> None:
         self.rows, self.settings = rows, settings
@@ -171,28 +161,25 @@ class UserSchedule:
 
 
 def queue_order(schedules: Sequence[UserSchedule]) -> list[UserSchedule]:
-    """Longest first, so that the slots run dry together; ties by user id, so that the order is the data's alone."""
+    """Longest first, so that the slots end together; ties by user id, so that the order depends on the data alone."""
     return sorted(schedules, key=lambda schedule: (-schedule.steps, schedule.rows.user_id))
 
 
 def waves(queue: Sequence[UserSchedule], slots: int) -> Iterator[list[tuple[UserSchedule, int]]]:
-    """Who takes which of his steps side by side, from the first wave to the last, as the engine fills its slots."""
+    """The users side by side in each step of a run, each with its own step number, as the engine fills its slots."""
     waiting = iter(queue)
-    seated = [(schedule, 0) for schedule in islice(waiting, slots)]
-    while seated:
-        yield seated
-        seated = [(schedule, step + 1) for schedule, step in seated if step + 1 < schedule.steps]
-        seated += [(schedule, 0) for schedule in islice(waiting, slots - len(seated))]
-
-
-# ----------------------------------------------------------------------------------------------------
-# When a user's training ends early: his best adapter so far, and how long no check was better.
-# ----------------------------------------------------------------------------------------------------
+    wave = [(schedule, 0) for schedule in islice(waiting, slots)]
+    while wave:
+        yield wave
+        wave = [(schedule, step + 1) for schedule, step in wave if step + 1 < schedule.steps]
+        wave += [(schedule, 0) for schedule in islice(waiting, slots - len(wave))]
 
 
 class Stopping:
-    """One row a user: the lowest held-out loss of all checks, its adapter, and the checks since. Without settings
-    nobody stops, and nothing is kept."""
+    """Early stopping, one row a user: the lowest held-out loss of all checks, its adapter, and the checks since.
+
+    Without settings no user stops early, and nothing is kept.
+    """
 
     def __init__(
         self,
@@ -209,16 +196,16 @@ class Stopping:
         self.waited: Int[Tensor, " users"] = torch.zeros(users, dtype=torch.int64, device=device)
 
     def reset(self, user: int) -> None:
-        """Makes row `user` as new."""
+        """Resets row `user` for a new user."""
         self.best[user].zero_()
         self.losses[user], self.waited[user] = inf, 0
 
     def due(self, step: int, steps: int) -> bool:
-        """Whether a user is checked after `step` of his `steps`: now and then, and at his end."""
+        """Whether a user is checked after `step` of `steps`: at every interval of the settings, and at the end."""
         return self.settings is not None and (step % self.settings.every == 0 or step == steps)
 
     def check(self, user: int, loss: float, adapter: Float[Tensor, " params"]) -> bool:
-        """Takes in a check; True where the user's patience is at its end. A loss that is not a number is no better."""
+        """Records a check; True if the user's patience is exhausted. A loss that is not a number is no improvement."""
         assert self.settings is not None
         if loss < self.losses[user]:
             self.losses[user], self.waited[user] = loss, 0
@@ -228,17 +215,12 @@ class Stopping:
         return bool(self.waited[user] >= self.settings.patience)
 
     def adapter(self, user: int, last: Float[Tensor, " params"]) -> Float[Tensor, " params"]:
-        """The adapter to keep: that of the best check, or the `last` one where there was none."""
+        """The adapter of the best check, or the `last` one if there was no check."""
         return self.best[user] if self.losses[user] < inf else last
 
 
-# ----------------------------------------------------------------------------------------------------
-# The places in the stack: the flat state of the users who train now, so that memory is bounded by slots, not users.
-# ----------------------------------------------------------------------------------------------------
-
-
 class Slots:
-    """Adapters `[slots, params]`, their moments, duals and best selves, with who sits where and how far he is."""
+    """Adapters `[slots, params]` with moments, duals and best checks; and the user, step and seconds of each slot."""
 
     def __init__(
         self,
@@ -246,13 +228,13 @@ class Slots:
         params: int,
         categories: int,
         dpo: DpoSettings,
-        constraint: ConstraintSettings,
+        gain: float,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.flat: Float[Tensor, "slots params"] = torch.zeros(count, params, device=device, dtype=dtype)
         self.optimizer = FleetAdamW(self.flat, weight_decay=dpo.weight_decay, max_grad_norm=dpo.max_grad_norm)
-        self.duals = Duals(count, categories, constraint.gain, DUAL_SMOOTHING, DUAL_CEILING, device)
+        self.duals = Duals(count, categories, gain, DUAL_SMOOTHING, DUAL_CEILING, device)
         self.stopping = Stopping(count, params, dpo.early_stop, device, dtype)
         self.users: list[str | None] = [None] * count
         self.steps = [0] * count
@@ -265,7 +247,7 @@ class Slots:
         adapter: Float[Tensor, " params"],
         duals: Float[Tensor, " names"] | None = None,
     ) -> None:
-        """A new user in a free place: nothing of the last one stays. His dual variables begin at 0, or at `duals`."""
+        """Puts a new user into a free slot; nothing of the last one stays. Dual variables begin at 0, or at `duals`."""
         assert self.users[place] is None
         self.flat[place] = adapter.to(self.flat)
         self.optimizer.reset(place)
@@ -276,7 +258,7 @@ class Slots:
         self.users[place], self.steps[place], self.seconds[place] = user_id, 0, 0.0
 
     def close_free(self) -> None:
-        """Takes the free places out of the stack, so that no step is spent on them."""
+        """Removes the free slots from the stack, so that no step is spent on them."""
         kept = [place for place, user in enumerate(self.users) if user is not None]
         if len(kept) == len(self.users):
             return
@@ -295,7 +277,7 @@ class Slots:
         self.seconds = [spent + seconds / len(self.users) for spent in self.seconds]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole state, for a checkpoint."""
+        """All tensors, for a checkpoint."""
         return {
             f"{title}.{name}": value
             for title, owner in self._owners().items()
@@ -307,11 +289,11 @@ class Slots:
         return {"optimizer": self.optimizer, "duals": self.duals, "stopping": self.stopping}
 
     def notes(self) -> dict[str, Any]:
-        """Who sits where, for a checkpoint."""
+        """User, step and seconds of each slot, for a checkpoint."""
         return {"users": self.users, "steps": self.steps, "seconds": self.seconds}
 
     def restore(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Takes over what `tensors` and `notes` gave."""
+        """Restores the result of `tensors` and `notes`."""
         for key, value in tensors.items():
             title, name = key.split(".")
             setattr(self._owners()[title], name, value)
