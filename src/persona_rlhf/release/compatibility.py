@@ -23,38 +23,12 @@ _FLOATS = ("F32", "F16", "BF16")
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
 _EXTRAS = ("lora_bias", "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "target_parameters")
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings", "embed_in")
-_VLLM_LAYERS = frozenset(
-    # The linear layers of the families that vLLM serves with adapters.
-    [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-        "qkv_proj",
-        "gate_up_proj",
-        "out_proj",
-        "fc1",
-        "fc2",
-        "c_attn",
-        "c_proj",
-        "c_fc",
-        "query_key_value",
-        "dense",
-        "dense_h_to_4h",
-        "dense_4h_to_h",
-        "fc_in",
-        "fc_out",
-        "Wqkv",
-        "Wo",
-        "Wi",
-        "w1",
-        "w2",
-        "w3",
-    ]
-)
+_VLLM_LAYERS = frozenset((
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj",
+    "out_proj", "fc1", "fc2", "c_attn", "c_proj", "c_fc", "query_key_value", "dense", "dense_h_to_4h",
+    "dense_4h_to_h", "fc_in", "fc_out", "Wqkv", "Wo", "Wi", "w1", "w2", "w3",
+))  # fmt: skip
+"""The linear layers of the model families that vLLM serves with adapters."""
 
 
 class Finding(NamedTuple):
