@@ -138,7 +138,7 @@ class NullEngine(Engine):
             self._away = tier_one_directions(self.adapted, self.bank)
         done = super()._step(say)
         for span in self.adapted.spans.values():
-            a = self.slots.flat[:, span.start : span.middle].view(-1, span.rank, span.inputs)
+            a = self.slots.flat[:, span.start : span.b_start].view(-1, span.rank, span.inputs)
             a -= a @ self._away[span.name]
         return done
 

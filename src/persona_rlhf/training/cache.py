@@ -20,7 +20,7 @@ from torch import Tensor
 from persona_rlhf.common.files import atomic_path
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.model_split import States
+from persona_rlhf.models.model_split import HiddenStates
 from persona_rlhf.training.constraint import ConstraintBank, ConstraintSample
 
 # ----------------------------------------------------------------------------------------------------
@@ -48,10 +48,10 @@ class Reference:
     def __getitem__(self, row: Row) -> float:
         return self._values[key_of(row)]
 
-    def add(self, rows: Iterable[Row], states: States | None = None) -> None:
+    def add(self, rows: Iterable[Row], states: HiddenStates | None = None) -> None:
         """Computes what is not known yet, each distinct row once, in length-sorted passes with the adapters off.
 
-        With `states` (see `AdaptedModel.below`; {} where there are none) it starts from them, and saves nothing yet.
+        With `states` (of `AdaptedModel.prefix_states`; {} where there are none) it starts from them and saves nothing.
         """
         wanted = {key: row for row in rows if (key := key_of(row)) not in self._values}
         missing = {key: row for key, row in wanted.items() if key not in self._known}
@@ -167,7 +167,7 @@ class DiskStates(Mapping[Row, Float[Tensor, "_tokens hidden"]]):
             self._places[row] = slice(start, end)
         self._states = self._mapped(adapted, end, folder)
         for at in range(0, len(distinct), _AT_ONCE):
-            for row, states in adapted.below(distinct[at : at + _AT_ONCE]).items():
+            for row, states in adapted.prefix_states(distinct[at : at + _AT_ONCE]).items():
                 self._states[self._places[row]] = states.to("cpu")
 
     @staticmethod
@@ -198,7 +198,7 @@ class DiskStates(Mapping[Row, Float[Tensor, "_tokens hidden"]]):
 
 
 class HiddenStateCache:
-    """States by user, computed when he takes his slot and forgotten when he leaves it.
+    """Hidden states by user, computed when he takes his slot and forgotten when he leaves it.
 
     What `reference` does not know of his rows by then starts from them too: nothing frozen is computed twice.
     `memory` bytes are shared: half for the bank, half for the slots in equal parts. Whoever does not fit finds his
@@ -219,12 +219,12 @@ class HiddenStateCache:
     ) -> None:
         self._adapted, self._reference, self._folder = adapted, reference, folder
         self._memory, self._disk, self._slots = memory // 2, disk // 2, max(1, slots)
-        self._users: dict[str, States | None] = {}
+        self._users: dict[str, HiddenStates | None] = {}
         self._bank = self._kept(bank.rows() if bank else [], 1)
 
     def of(
         self, user_id: str, train: Sequence[PairRow], pairs: Sequence[PairRow], draw: ConstraintSample | None
-    ) -> States:
+    ) -> HiddenStates:
         """The states of a step's rows: `pairs` of the user's `train`, and the constraint rows of `draw`."""
         if user_id not in self._users:
             own = both_rows(train)
@@ -233,15 +233,15 @@ class HiddenStateCache:
             self._users[user_id] = kept
         user, bank = self._users[user_id], self._bank
         if user is None:
-            user = self._adapted.below(both_rows(pairs))
+            user = self._adapted.prefix_states(both_rows(pairs))
         if bank is None:
-            bank = self._adapted.below([] if draw is None else draw.rows)
+            bank = self._adapted.prefix_states([] if draw is None else draw.rows)
         return ChainMap(user, bank)  # type: ignore[arg-type]  # it is only read
 
-    def _kept(self, rows: Sequence[Row], parts: int) -> States | None:
-        size = self._adapted.below_bytes(rows)
+    def _kept(self, rows: Sequence[Row], parts: int) -> HiddenStates | None:
+        size = self._adapted.prefix_bytes(rows)
         if size <= self._memory // parts:
-            return self._adapted.below(rows)
+            return self._adapted.prefix_states(rows)
         return DiskStates(self._adapted, rows, self._folder) if size <= self._disk // parts else None
 
     def forget(self, user_id: str) -> None:
@@ -251,5 +251,5 @@ class HiddenStateCache:
 
 def rows_ahead(adapted: AdaptedModel, users: Iterable[UserRows], bank: ConstraintBank | None) -> list[Row]:
     """The rows that the reference must know before anyone takes a slot: in `Ground`, a user's own come with him."""
-    pairs = (pair for user in users for pair in (*(() if adapted.starts_above else user.train), *user.deciding))
+    pairs = (pair for user in users for pair in (*(() if adapted.has_frozen_prefix else user.train), *user.deciding))
     return both_rows(pairs) + (bank.rows() if bank else [])

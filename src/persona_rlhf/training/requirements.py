@@ -26,7 +26,7 @@ import torch
 from persona_rlhf.config.training import ConstraintSettings
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.tokenize import Row, prompt_ids, tokenize
-from persona_rlhf.models.adapted_model import AdaptedModel, Places, in_passes
+from persona_rlhf.models.adapted_model import AdaptedModel, PassRows, run_in_passes
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.judges import folded
 from persona_rlhf.policy.properties import REPAIRED, applies, repaired, required, satisfied
@@ -118,12 +118,12 @@ def tempted(adapted: AdaptedModel, rows: Sequence[Row], tokens: Sequence[int]) -
     found: list[list[Row]] = [[] for _ in rows]
     barred = torch.tensor(tokens, device=adapted.base.device)
 
-    def run(places: Places) -> None:
+    def run(places: PassRows) -> None:
         picked = [rows[place] for _, place in places if place is not None]
         batch = adapted.batch(picked, 1)
         odds = adapted.logits(batch).float().softmax(-1)[:, barred]
-        chances = batch.spread(odds.sum(-1)).tolist()
-        likeliest = batch.spread(barred[odds.argmax(-1)].double()).long().tolist()
+        chances = batch.to_grid(odds.sum(-1)).tolist()
+        likeliest = batch.to_grid(barred[odds.argmax(-1)].double()).long().tolist()
         for (_, place), row, own, which in zip(places, picked, chances, likeliest, strict=True):
             assert place is not None  # one user fills nothing
             said = row.prompt + row.completion
@@ -132,7 +132,7 @@ def tempted(adapted: AdaptedModel, rows: Sequence[Row], tokens: Sequence[int]) -
             ]
 
     with adapted.using(None):
-        in_passes([rows], adapted.tokens_per_pass, run)
+        run_in_passes([rows], adapted.tokens_per_pass, run)
     return found
 
 
