@@ -54,7 +54,7 @@ def unshared(user: UserRows) -> UserRows:
 def steps(work: Workload, users: Sequence[UserRows], packs: bool) -> tuple[float, dict[str, torch.Tensor]]:
     """CPU seconds of all steps, and the adapters; the reference is not timed."""
     adapted = AdaptedModel(work.base, work.lora)
-    adapted.packs = packs
+    adapted.packs_rows = packs
     reference = Reference(adapted)
     reference.add(both_rows(pair for user in users for pair in user.train))
     engine = Engine(adapted, users, reference, None, work.dpo, FleetSettings(slots=len(users)), 0)

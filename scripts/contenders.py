@@ -155,7 +155,7 @@ def null_space(adapted: AdaptedModel, data: ConstraintData) -> Projection:
 
     def project(flat: Float[Tensor, "users params"]) -> None:
         for span in adapted.spans.values():
-            a = flat[:, span.start : span.middle].view(-1, span.rank, span.inputs)
+            a = flat[:, span.start : span.b_start].view(-1, span.rank, span.inputs)
             a -= a @ directions[span.name]
 
     return project

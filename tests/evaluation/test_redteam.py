@@ -11,7 +11,7 @@ from persona_rlhf.evaluation.records import Refused
 from persona_rlhf.evaluation.redteam import RedTeam, mean_adapter, widened
 from persona_rlhf.evaluation.refusals import answer_text
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.multi_lora import matrices
+from persona_rlhf.models.multi_lora import lora_matrices
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.simulation.users import TRIGGER
 from tests.evaluation.conftest import CHARACTERS
@@ -190,7 +190,7 @@ def test_the_mean_of_two_adapters_is_the_mean_of_their_updates(base):
         assert merged.shape == (wide.params_per_user,)
         assert wide.scale == scale
         updates = [
-            [b[0] @ a[0] for a, b in matrices(flat[None], laid)]
+            [b[0] @ a[0] for a, b in lora_matrices(flat[None], laid)]
             for flat, laid in ((one, spans), (other, spans), (merged, list(wide.spans.values())))
         ]
         for first, second, mean in zip(*updates, strict=True):

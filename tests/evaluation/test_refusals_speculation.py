@@ -56,24 +56,29 @@ def test_they_are_what_decoding_writes(terse, adapters, prompts, monkeypatch, wr
     write = terse.generate
     monkeypatch.setattr(terse, "generate", lambda p, *rest: asked.extend(map(len, p)) or write(p, *rest))
     begun = [[StartedAnswer(prompt, ()) for prompt in prompts]] * len(adapters)
-    assert greedy_answers(terse, adapters, alphas, begun, TOKENS, terse.below) == expected
+    assert greedy_answers(terse, adapters, alphas, begun, TOKENS, terse.prefix_states) == expected
     assert sum(asked) < 0.8 * len(adapters) * len(prompts), "many must be guessed, or the test shows nothing"
     known = [
         [StartedAnswer(p, a.ids[: n % 3]) for n, (p, a) in enumerate(zip(prompts, own, strict=True))]
         for own in expected
     ]
-    assert greedy_answers(terse, adapters, alphas, known, TOKENS, terse.below) == expected
+    assert greedy_answers(terse, adapters, alphas, known, TOKENS, terse.prefix_states) == expected
 
 
 def test_wrong_openings_are_what_goes_wrong(terse, adapters, prompts):
     """What is known is believed: an opening that decoding would not write gives another answer."""
     ones = torch.ones(len(adapters))
     plain = greedy_answers(
-        terse, adapters, ones, [[StartedAnswer(p, ()) for p in prompts]] * len(adapters), TOKENS, terse.below
+        terse, adapters, ones, [[StartedAnswer(p, ()) for p in prompts]] * len(adapters), TOKENS, terse.prefix_states
     )
     end = terse.base.eos_ids[0]
     ended = greedy_answers(
-        terse, adapters, ones, [[StartedAnswer(p, (end,)) for p in prompts]] * len(adapters), TOKENS, terse.below
+        terse,
+        adapters,
+        ones,
+        [[StartedAnswer(p, (end,)) for p in prompts]] * len(adapters),
+        TOKENS,
+        terse.prefix_states,
     )
     assert all(answer.ids == () and answer.finished for own in ended for answer in own)
     assert ended != plain
@@ -90,9 +95,11 @@ def test_scores_name_the_likeliest_token_after_those_that_agree(terse, adapters,
     with terse.using(adapters[3:4]):
         [answers] = terse.generate([prompts], TOKENS)
         whole = [Row(p, a.ids) for p, a in zip(prompts, answers, strict=True) if len(a.ids) > 1]
-        [right] = terse.read([whole])
-        [wrong] = terse.read([[row._replace(completion=(row.completion[0], 6, *row.completion[2:])) for row in whole]])
+        [right] = terse.score_greedy([whole])
+        [wrong] = terse.score_greedy(
+            [[row._replace(completion=(row.completion[0], 6, *row.completion[2:])) for row in whole]]
+        )
     assert whole
     for row, good, bad in zip(whole, right, wrong, strict=True):
-        assert (good.agreed, good.instead, good.greedy) == (len(row.completion), None, True)
-        assert (bad.agreed, bad.instead, bad.greedy) == (1, row.completion[1], False)
+        assert (good.matched, good.next_token, good.greedy) == (len(row.completion), None, True)
+        assert (bad.matched, bad.next_token, bad.greedy) == (1, row.completion[1], False)

@@ -24,7 +24,7 @@ def flat(adapted):
 
 @pytest.fixture(scope="module")
 def oracles(adapted, flat):
-    return [peft_model(adapted, LORA, own) for own in flat]
+    return [peft_model(adapted, LORA, adapter) for adapter in flat]
 
 
 def _prompts(counts=(4, 2, 3)):
@@ -76,17 +76,17 @@ def test_packed_rows_are_rows_one_by_one(adapted, flat):
     shared = [Row(made[0].prompt, row.completion) for row in made[1:]]
     rows = [made[0], *shared[:2], made[3], made[1], shared[2], EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY]
     scales = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    found = []
-    assert adapted.packs
+    results = []
+    assert adapted.packs_rows
     device = adapted.base.device
-    layouts = pack(rows, USERS, 0, device, even=False), pack(rows, USERS, 0, device), collate(rows, 0, device)
+    layouts = pack(rows, USERS, 0, device, equal_lines=False), pack(rows, USERS, 0, device), collate(rows, 0, device)
     for batch in layouts:
         learning = flat.clone().requires_grad_()
         with adapted.using(learning):
             logps = adapted.row_logps(batch)
             (logps.sum(1) * scales).sum().backward()
-        found.append((logps.detach(), learning.grad))
-    *packed, (plain, expected) = found
+        results.append((logps.detach(), learning.grad))
+    *packed, (plain, expected) = results
     for logps, gradient in packed:
         assert torch.allclose(logps, plain, rtol=0, atol=5e-6)
         assert (gradient - expected).norm() <= 1e-5 * expected.norm()
@@ -101,25 +101,25 @@ def test_attention_in_several_calls_is_attention_over_whole_rows(adapted, flat, 
     for n in range(3 * 6):
         first = random_row(draw, prompt - n % 2, 43 + n - prompt)
         rows += [first, Row(first.prompt, random_row(draw, 1, other - n).completion)]
-    found = []
+    results = []
     for even in (False, True):
         batch = pack(rows, USERS, 0, adapted.base.device, even)
         learning = flat.clone().requires_grad_()
         with adapted.using(learning):
             logps = adapted.row_logps(batch)
             logps.sum().backward()
-        found.append((logps.detach(), learning.grad))
-        assert batch.sight is not None
-        assert len(batch.sight.calls) == (1 if even else 6 if apart else 5)
-        assert (batch.sight.last is not None) == (apart and not even)
-    (several, gradient), (one, expected) = found
+        results.append((logps.detach(), learning.grad))
+        assert batch.layout is not None
+        assert len(batch.layout.calls) == (1 if even else 6 if apart else 5)
+        assert (batch.layout.last is not None) == (apart and not even)
+    (several, gradient), (one, expected) = results
     assert torch.allclose(several, one, rtol=0, atol=5e-6)
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("breaks", ["window", "attention"])
 def test_a_base_whose_attention_cannot_see_rows_is_given_one_row_a_line(breaks, monkeypatch):
-    """A window that rows do not tell of, or a layer that mixes neighbouring tokens: found out, and still exact."""
+    """A window that rows do not tell of, or a layer that mixes neighbouring tokens: detected, and still exact."""
     base = tiny_base()
     if breaks == "window":
         base.model.config.sliding_window = 4
@@ -127,8 +127,8 @@ def test_a_base_whose_attention_cannot_see_rows_is_given_one_row_a_line(breaks, 
         layer = base.model.model.layers[1].mlp
         layer.register_forward_hook(lambda _, __, out: out + torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :-1])
     adapted = AdaptedModel(base, LORA)
-    assert not adapted.packs
-    assert (adapted._narrowing is None) == (breaks == "attention")
+    assert not adapted.packs_rows
+    assert (adapted._pruning is None) == (breaks == "attention")
     draw = torch.Generator().manual_seed(0)
     row, other = random_row(draw, 4, 5), random_row(draw, 4, 9)
     with torch.no_grad(), adapted.using(None):
@@ -157,9 +157,9 @@ def test_scores_are_those_of_each_users_peft_model(adapted, flat, oracles):
     with adapted.using(flat):
         scores = adapted.score(rows)
     with torch.no_grad():
-        for own, oracle, found in zip(rows, oracles, scores, strict=True):
-            assert len(found) == len(own)
-            for row, score in zip(own, found, strict=True):
+        for user_rows, oracle, user_scores in zip(rows, oracles, scores, strict=True):
+            assert len(user_scores) == len(user_rows)
+            for row, score in zip(user_rows, user_scores, strict=True):
                 expected = plain_logp(oracle, row).item() if row.completion else 0.0
                 assert score.logp == pytest.approx(expected, abs=2e-4)
                 assert score.tokens == len(row.completion)
@@ -172,9 +172,9 @@ def test_scores_do_not_depend_on_the_size_of_a_pass(adapted, flat, monkeypatch):
         whole = adapted.score(rows)
         for budget in (1, 60, 200):
             monkeypatch.setattr(adapted, "tokens_per_pass", budget)
-            for own, again in zip(whole, adapted.score(rows), strict=True):
-                assert [score.logp for score in again] == pytest.approx([score.logp for score in own], abs=1e-4)
-                assert [score[1:] for score in again] == [score[1:] for score in own]
+            for user_scores, again in zip(whole, adapted.score(rows), strict=True):
+                assert [score.logp for score in again] == pytest.approx([score.logp for score in user_scores], abs=1e-4)
+                assert [score[1:] for score in again] == [score[1:] for score in user_scores]
 
 
 @pytest.mark.parametrize("budget", [16_384, 40])
@@ -185,9 +185,9 @@ def test_greedy_answers_are_those_of_transformers_generate(adapted, flat, oracle
     with adapted.using(flat):
         answers = adapted.generate(prompts, 12)
     ends = set()
-    for own, oracle, found in zip(prompts, oracles, answers, strict=True):
-        assert len(found) == len(own)
-        for prompt, answer in zip(own, found, strict=True):
+    for user_prompts, oracle, user_answers in zip(prompts, oracles, answers, strict=True):
+        assert len(user_answers) == len(user_prompts)
+        for prompt, answer in zip(user_prompts, user_answers, strict=True):
             expected = _greedy(oracle, prompt, 12)
             assert answer.finished == (1 in expected)
             assert answer.ids == expected[: expected.index(1) if 1 in expected else None]
@@ -200,7 +200,7 @@ def test_rows_that_end_early_leave_and_the_others_write_on(adapted, flat, oracle
     prompts = _prompts((6, 5, 6))
     with adapted.using(flat):
         free = adapted.generate(prompts, 14)
-    firsts = [answer.ids for own in free for answer in own]
+    firsts = [answer.ids for user_answers in free for answer in user_answers]
     ender = max(range(2, VOCABULARY), key=lambda token: sum(token in ids for ids in firsts))
     config = adapted.base.model.generation_config
     config.eos_token_id = [1, ender]
@@ -209,34 +209,38 @@ def test_rows_that_end_early_leave_and_the_others_write_on(adapted, flat, oracle
             cut = adapted.generate(prompts, 14)
     finally:
         config.eos_token_id = 1
-    assert len({len(answer.ids) for own in cut for answer in own}) > 2
-    for whole, short in zip((a for own in free for a in own), (a for own in cut for a in own), strict=True):
+    assert len({len(answer.ids) for user_answers in cut for answer in user_answers}) > 2
+    for whole, short in zip(
+        (a for user_answers in free for a in user_answers),
+        (a for user_answers in cut for a in user_answers),
+        strict=True,
+    ):
         stop = whole.ids.index(ender) if ender in whole.ids else len(whole.ids)
         assert short.ids == whole.ids[:stop]
         assert short.finished == (ender in whole.ids or whole.finished)
 
 
 def test_a_completion_is_greedy_exactly_where_greedy_decoding_writes_it(adapted, flat):
-    """Both ways: the answer itself is found greedy, and one changed token (or one token more) is not."""
+    """Both ways: the answer itself is greedy, and one changed token (or one token more) is not."""
     prompts = _prompts()
     with adapted.using(flat):
         answers = adapted.generate(prompts, 6)
         rows = []
-        for own, written in zip(prompts, answers, strict=True):
+        for user_rows, written in zip(prompts, answers, strict=True):
             ends = [answer.ids + ((1,) if answer.finished else ()) for answer in written]
-            rows.append([Row(prompt, ids) for prompt, ids in zip(own, ends, strict=True)])
-        assert all(reading.greedy for own in adapted.read(rows) for reading in own)
+            rows.append([Row(prompt, ids) for prompt, ids in zip(user_rows, ends, strict=True)])
+        assert all(reading.greedy for user_rows in adapted.score_greedy(rows) for reading in user_rows)
         for place in (0, 3, -1):
             wrong = []
-            for own in rows:
+            for user_rows in rows:
                 wrong.append([])
-                for prompt, ids in own:
+                for prompt, ids in user_rows:
                     changed = list(ids)
                     changed[min(place, len(ids) - 1)] = 2 + (changed[min(place, len(ids) - 1)] + 1) % 90
                     wrong[-1].append(Row(prompt, tuple(changed)))
-            assert not any(reading.greedy for own in adapted.read(wrong) for reading in own)
+            assert not any(reading.greedy for user_rows in adapted.score_greedy(wrong) for reading in user_rows)
     with adapted.using(flat.flip(0)):
-        others = [reading.greedy for own in adapted.read(rows) for reading in own]
+        others = [reading.greedy for user_rows in adapted.score_greedy(rows) for reading in user_rows]
     assert not all(others)
 
 
@@ -264,12 +268,12 @@ def test_samples_have_the_models_own_frequencies(adapted):
     for temperature in (1.0, 0.5):
         with adapted.using(None):
             [answers] = adapted.generate([[prompt] * count], 1, temperature=temperature, seed=5)
-        found = torch.zeros(VOCABULARY, dtype=torch.float64)
+        counts = torch.zeros(VOCABULARY, dtype=torch.float64)
         for answer in answers:
-            found[answer.ids[0] if answer.ids else 1] += 1
+            counts[answer.ids[0] if answer.ids else 1] += 1
         expected = torch.softmax(logits / temperature, -1) * count
         common = expected > 5
-        statistic = ((found - expected)[common] ** 2 / expected[common]).sum().item()
+        statistic = ((counts - expected)[common] ** 2 / expected[common]).sum().item()
         freedom = int(common.sum())
         assert statistic < freedom + 6 * (2 * freedom) ** 0.5
         assert statistic > freedom - 6 * (2 * freedom) ** 0.5
@@ -291,12 +295,12 @@ def test_no_prompts_no_answers(adapted, flat):
     with adapted.using(flat):
         assert adapted.generate([[], [], []], 4) == [[], [], []]
         assert adapted.score([[], [], []]) == [[], [], []]
-        assert [len(own) for own in adapted.generate([[], [(5, 6)], []], 4)] == [0, 1, 0]
+        assert [len(answers) for answers in adapted.generate([[], [(5, 6)], []], 4)] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("bent", ["after the head", "after the model", "in one piece"])
 def test_a_base_that_bends_its_logits_is_scored_as_it_is(bent):
-    """Whatever comes after the decoder belongs to the model; one that has no decoder of its own is run whole."""
+    """Whatever comes after the decoder belongs to the model; one that has no separate decoder is run whole."""
     base = tiny_base()
     if bent == "after the head":
         base.model.lm_head.register_forward_hook(lambda _, __, logits: logits * 2)
@@ -305,7 +309,7 @@ def test_a_base_that_bends_its_logits_is_scored_as_it_is(bent):
     else:
         base.model.base_model_prefix = ""
     adapted = AdaptedModel(base, LORA)
-    assert (adapted._halves is None) == (bent == "in one piece")
+    assert (adapted._split is None) == (bent == "in one piece")
     row = random_row(torch.Generator().manual_seed(0), 4, 5)
     with torch.no_grad(), adapted.using(None):
         logp = adapted.row_logps(collate([row], 0, base.device)).sum().item()

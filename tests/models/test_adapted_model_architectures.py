@@ -39,7 +39,7 @@ class Case:
         self.name = name
         self.adapted = AdaptedModel(base_of(name), LORA)
         self.flat = random_flat(self.adapted, USERS, size=0.05)
-        self.oracles = [peft_model(self.adapted, LORA, own) for own in self.flat]
+        self.oracles = [peft_model(self.adapted, LORA, adapter) for adapter in self.flat]
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -109,24 +109,24 @@ def test_logits_are_computed_only_where_a_completion_is_predicted(case):
 def test_the_last_layer_computes_behind_attention_only_what_is_read(case):
     """Wherever the family's block lets it; the other tests compare what comes of it with PEFT's whole layers."""
     adapted, seen = case.adapted, []
-    assert (adapted._narrowing is None) == (case.name == "gpt2"), "GPT-2 puts tokens back into lines"
-    if adapted._narrowing is None:
+    assert (adapted._pruning is None) == (case.name == "gpt2"), "GPT-2 puts tokens back into lines"
+    if adapted._pruning is None:
         return
-    hook = adapted._narrowing._output.register_forward_hook(lambda _, __, y: seen.append(y.shape[:-1].numel()))
+    hook = adapted._pruning._output.register_forward_hook(lambda _, __, y: seen.append(y.shape[:-1].numel()))
     for rows in (_rows(), _short(_rows())):
         batch = adapted.batch(rows, USERS)
         with torch.no_grad(), adapted.using(case.flat):
             adapted.logits(batch)
-        assert seen.pop() == len(batch.targets) < batch.ids.numel()
+        assert seen.pop() == len(batch.targets) < batch.input_ids.numel()
     hook.remove()
 
 
 def test_rows_are_packed_where_that_is_exact(case):
     adapted = case.adapted
-    assert adapted.packs == (PACKS[case.name] != "never")
-    for rows, packed in ((_rows(), PACKS[case.name] == "always"), (_short(_rows()), adapted.packs)):
+    assert adapted.packs_rows == (PACKS[case.name] != "never")
+    for rows, packed in ((_rows(), PACKS[case.name] == "always"), (_short(_rows()), adapted.packs_rows)):
         batch = adapted.batch(rows, USERS)
-        assert (batch.sight is not None) == packed
+        assert (batch.layout is not None) == packed
         with torch.no_grad(), adapted.using(case.flat):
             together = adapted.row_logps(batch)
             for n, row in enumerate(rows):
@@ -139,16 +139,16 @@ def test_rows_are_packed_where_that_is_exact(case):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_training_that_starts_above_the_frozen_layers_is_exact(name):
     adapted, rows = AdaptedModel(base_of(name), TOP), _rows()
-    states = [adapted.below(rows[:2]), adapted.below(rows[2:])]
+    states = [adapted.prefix_states(rows[:2]), adapted.prefix_states(rows[2:])]
     assert set(states[0]) == set(rows[:2]), "every family can be started above"
-    found = []
+    results = []
     for below in (states, ()):
         flat = random_flat(adapted, USERS).requires_grad_()
         with adapted.using(flat):
             logps = adapted.row_logps(adapted.batch(rows, USERS), below)
             logps.sum().backward()
-        found.append((logps.detach(), flat.grad))
-    (above, gradient), (whole, expected) = found
+        results.append((logps.detach(), flat.grad))
+    (above, gradient), (whole, expected) = results
     assert torch.allclose(above, whole, rtol=0, atol=1e-5)
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
@@ -167,8 +167,10 @@ def test_greedy_answers_are_those_of_peft(case):
             answers = adapted.generate([prompts] * USERS, 14)
     finally:
         config.eos_token_id = EOS
-    assert [answer.ids for own in answers for answer in own] == [_cut(answer, ends) for answer in expected]
-    assert len({len(answer.ids) for own in answers for answer in own}) > 1
+    assert [answer.ids for user_answers in answers for answer in user_answers] == [
+        _cut(answer, ends) for answer in expected
+    ]
+    assert len({len(answer.ids) for user_answers in answers for answer in user_answers}) > 1
     assert [answer.ids for answer in answers[0]] != [answer.ids for answer in answers[1]]
 
 
@@ -226,8 +228,8 @@ def test_what_cannot_be_adapted_is_named_in_one_sentence(case):
             "model.layers.*.mlp.up_proj (PEFT would take it for a fused expert)",
         ],
     }.get(case.name)
-    told = "Layers without adapters, which stay as the base has them: "
-    assert case.adapted.notice == (None if left is None else told + ", ".join(left))
+    prefix = "Layers without adapters, which stay as the base has them: "
+    assert case.adapted.notice == (None if left is None else prefix + ", ".join(left))
     if left is None:
         matrices = {
             n.removesuffix(".frozen.weight") for n, p in case.adapted.base.model.named_parameters() if p.dim() > 1

@@ -24,35 +24,35 @@ SIZE, SCALE = 4, 0.3
 
 def _heads(batch, heads, groups):
     draw = torch.Generator().manual_seed(0)
-    shape = batch.ids.shape
+    shape = batch.input_ids.shape
     return [
         torch.randn(*shape, n, SIZE, dtype=torch.float64, generator=draw).transpose(1, 2).requires_grad_()
         for n in (heads, groups, groups)
     ]
 
 
-def _attended(batch, sight, heads):
+def _attended(batch, layout, heads):
     """What attention gives of the tokens, in their order, and the gradient of some of it (each token weighed)."""
     module = torch.nn.Module()
     module.num_key_value_groups = heads[0].shape[1] // heads[1].shape[1]
-    found, _ = _attend(module, *heads, None, scaling=SCALE, sight=sight)
-    found = found.reshape(batch.ids.numel(), -1, SIZE)
+    found, _ = _attend(module, *heads, None, scaling=SCALE, layout=layout)
+    found = found.reshape(batch.input_ids.numel(), -1, SIZE)
     return found, torch.arange(1.0, found.numel() + 1).view(found.shape)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("last", [False, True])
 def test_products_are_the_kernel(monkeypatch, heads, groups, last):
-    batch = pack(ROWS, 2, 0, CPU, even=False)
-    assert batch.sight is not None
-    sight = batch.sight.last if last else batch.sight
-    assert sight is not None
-    read = torch.unique(batch.source.index)
+    batch = pack(ROWS, 2, 0, CPU, equal_lines=False)
+    assert batch.layout is not None
+    layout = batch.layout.last if last else batch.layout
+    assert layout is not None
+    read = torch.unique(batch.predictors.index)
     gradients = []
     for short in (0, attention.SHORT):
         monkeypatch.setattr(attention, "SHORT", short)
         given = _heads(batch, heads, groups)
-        found, weights = _attended(batch, sight, given)
+        found, weights = _attended(batch, layout, given)
         gradients.append([found[read], *torch.autograd.grad((found * weights)[read].sum(), given)])
     for kernels, own in zip(*gradients, strict=True):
         assert torch.allclose(kernels, own, rtol=1e-10, atol=1e-12)
@@ -60,13 +60,13 @@ def test_products_are_the_kernel(monkeypatch, heads, groups, last):
 
 def test_products_are_the_formula_token_by_token():
     """`softmax(scale q K) V` over a token's own row up to itself, for the head that asks and the group that it sees."""
-    batch = pack(ROWS, 2, 0, CPU, even=False)
+    batch = pack(ROWS, 2, 0, CPU, equal_lines=False)
     query, key, value = given = _heads(batch, 4, 2)
-    found, _ = _attended(batch, batch.sight, given)
-    for place in batch.places:
+    found, _ = _attended(batch, batch.layout, given)
+    for place in batch.row_places:
         fed = place.row.completion[:-1]
-        row = [*range(place.prompt, place.prompt + len(place.row.prompt))]
-        row += range(place.completion, place.completion + len(fed))
+        row = [*range(place.prompt_start, place.prompt_start + len(place.row.prompt))]
+        row += range(place.completion_start, place.completion_start + len(fed))
         for n, token in enumerate(row):
             for head in range(4):
                 scores = torch.stack([SCALE * query[0, head, token] @ key[0, head // 2, k] for k in row[: n + 1]])
@@ -75,16 +75,16 @@ def test_products_are_the_formula_token_by_token():
 
 
 def test_a_user_whose_values_are_no_numbers_is_not_felt():
-    batch = pack(ROWS, 2, 0, CPU, even=False)
-    assert batch.shares is not None
-    first = batch.shares[0]
+    batch = pack(ROWS, 2, 0, CPU, equal_lines=False)
+    assert batch.tokens_per_user is not None
+    first = batch.tokens_per_user[0]
     sick = [x.detach().clone() for x in _heads(batch, 4, 2)]
     for x in sick:
         x[:, :, :first] = float("nan")
         x.requires_grad_()
-    found, weights = _attended(batch, batch.sight, sick)
+    found, weights = _attended(batch, batch.layout, sick)
     for gradient in torch.autograd.grad((found * weights).sum(), sick):
         assert torch.isfinite(gradient[:, :, first:]).all()
     assert torch.isfinite(found[first:]).all()
-    well, _ = _attended(batch, batch.sight, _heads(batch, 4, 2))
+    well, _ = _attended(batch, batch.layout, _heads(batch, 4, 2))
     assert torch.equal(found[first:], well[first:])

@@ -5,7 +5,7 @@ import torch
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.training import BaseSettings
-from persona_rlhf.models.base import device_of, load_base, precision
+from persona_rlhf.models.base import load_base, select_device, select_dtype
 
 
 def settings(**changes):
@@ -28,7 +28,7 @@ def no_gpu(monkeypatch):
 
 
 def test_without_a_gpu_it_is_the_cpu(no_gpu):
-    assert device_of(settings()) == device_of(settings(device="cpu")) == torch.device("cpu")
+    assert select_device(settings()) == select_device(settings(device="cpu")) == torch.device("cpu")
 
 
 def test_a_gpu_that_is_asked_for_and_not_there_is_said(no_gpu):
@@ -41,17 +41,17 @@ def test_each_process_takes_its_own_gpu(gpus, monkeypatch, rank, number):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert device_of(settings()) == device_of(settings(device="cuda")) == torch.device("cuda", number)
+    assert select_device(settings()) == select_device(settings(device="cuda")) == torch.device("cuda", number)
     assert gpus == [torch.device("cuda", number)] * 2
 
 
 def test_the_cpu_is_taken_where_it_is_asked_for(gpus):
-    assert device_of(settings(device="cpu")) == torch.device("cpu")
+    assert select_device(settings(device="cpu")) == torch.device("cpu")
     assert gpus == []
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "dtype", "products"),
+    ("setting", "device", "dtype", "products"),
     [
         ("auto", "cuda", torch.bfloat16, "high"),
         ("bfloat16", "cuda", torch.bfloat16, "high"),
@@ -60,8 +60,8 @@ def test_the_cpu_is_taken_where_it_is_asked_for(gpus):
         ("bfloat16", "cpu", torch.bfloat16, None),
     ],
 )
-def test_types_and_products_by_device(monkeypatch, asked, device, dtype, products):
-    said = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
-    assert precision(settings(dtype=asked), torch.device(device)) == dtype
-    assert said == ([] if products is None else [products])
+def test_types_and_products_by_device(monkeypatch, setting, device, dtype, products):
+    precisions = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
+    assert select_dtype(settings(dtype=setting), torch.device(device)) == dtype
+    assert precisions == ([] if products is None else [products])

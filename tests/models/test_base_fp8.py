@@ -11,15 +11,15 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.base import Fp8Linear, fits, load_base, rounded, to_fp8
-from persona_rlhf.models.multi_lora import FleetLinear
+from persona_rlhf.models.base import Fp8Linear, fits_fp8, load_base, quantize_rows, to_fp8
+from persona_rlhf.models.multi_lora import MultiLoRALinear
 
 CPU = torch.device("cpu")
 
 
 def eight(exact):
     """A matrix as rounded row by row, in double precision."""
-    values, scale = rounded(exact)
+    values, scale = quantize_rows(exact)
     return values.double() * scale.double()
 
 
@@ -27,7 +27,7 @@ def eight(exact):
 @settings(max_examples=40, deadline=None)
 def test_a_row_comes_back_within_a_sixteenth_of_each_entry_or_the_scales_smallest_step(seed, exponent):
     exact = torch.randn(5, 48, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
-    values, scale = rounded(exact)
+    values, scale = quantize_rows(exact)
     assert values.dtype == torch.float8_e4m3fn
     step = scale * 2.0**-9  # e4m3's smallest number
     assert ((eight(exact) - exact).abs() <= torch.maximum(exact.abs() / 16, step / 2) * 1.001).all()
@@ -59,7 +59,7 @@ def test_both_ways_by_hand(kind, bias):
     assert torch.allclose(y.double().view(-1, 48), by_hand, atol=1e-5)
     pull = torch.randn_like(y)
     y.backward(pull)
-    values, scale = rounded(weight.detach())
+    values, scale = quantize_rows(weight.detach())
     back = eight(pull.view(-1, 48) * scale.T) @ values.double()
     assert torch.allclose(x.grad.double().view(-1, 64), back, atol=1e-5)
     whole = pull.view(-1, 48) @ weight  # the exact gradient is near
@@ -68,7 +68,7 @@ def test_both_ways_by_hand(kind, bias):
 
 def test_an_adapter_on_it_is_added_exactly_and_its_gradient_is_that_of_the_formula():
     torch.manual_seed(0)
-    layer = FleetLinear(Fp8Linear(nn.Linear(32, 16, bias=False), CPU), 2.0)
+    layer = MultiLoRALinear(Fp8Linear(nn.Linear(32, 16, bias=False), CPU), 2.0)
     layer.a, layer.b = (torch.randn(*shape).requires_grad_() for shape in ((2, 4, 32), (2, 16, 4)))
     x = torch.randn(2, 3, 32)
     y = layer(x)
@@ -81,7 +81,7 @@ def test_an_adapter_on_it_is_added_exactly_and_its_gradient_is_that_of_the_formu
     assert torch.allclose(layer.b.grad, for_b, atol=1e-4)
 
 
-def test_a_users_rows_are_the_same_whoever_is_beside_him():
+def test_a_users_rows_are_the_same_whoever_is_beside_them():
     base = load_base(BaseSettings(model="data/base", quantization="fp8"))
     adapted = AdaptedModel(base, LoraSettings(rank=2, alpha=4))
     rows = [Row((2, 5 + n, 9), (20 + n, 31, 40 + n, 0)) for n in range(4)]
@@ -93,9 +93,9 @@ def test_a_users_rows_are_the_same_whoever_is_beside_him():
 
 
 def test_widths_that_are_no_multiple_of_sixteen_are_left_and_none_at_all_is_said(tmp_path):
-    assert fits(nn.Linear(32, 16))
-    assert not fits(nn.Linear(32, 17))
-    assert not fits(nn.Embedding(32, 16))
+    assert fits_fp8(nn.Linear(32, 16))
+    assert not fits_fp8(nn.Linear(32, 17))
+    assert not fits_fp8(nn.Embedding(32, 16))
     base = load_base(BaseSettings(model="data/base"))
     to_fp8(base.model, CPU)
     attention = base.model.model.layers[0].self_attn

@@ -45,8 +45,8 @@ def test_linear_layers_are_stored_in_few_bits_and_the_model_is_near_the_exact_on
             with torch.no_grad():
                 stored = module(torch.eye(module.in_features)).T
             error.append(float((stored - whole).norm() / whole.norm()))
-    own, most = (0.02, 0.03) if a_byte == 1 else (0.01, 0.15)
-    assert own < max(error) < most  # the kind's own error, and no other layer's weights
+    least, most = (0.02, 0.03) if a_byte == 1 else (0.01, 0.15)
+    assert least < max(error) < most  # rounding, and not another layer's weights
 
 
 def test_each_is_another_base(exact):
@@ -84,18 +84,18 @@ def test_logps_and_gradients_are_those_of_the_same_weights_unpacked(nf4):
     with torch.no_grad():
         for name, module in nf4.model.named_modules():
             if base_module.is_quantized(module):
-                plain.model.get_submodule(name).weight.copy_(base_module.dense(module))
-    found = []
-    for own in (nf4, plain):
-        adapted = AdaptedModel(own, LoraSettings(rank=2, alpha=4))
+                plain.model.get_submodule(name).weight.copy_(base_module.dequantize(module))
+    results = []
+    for base in (nf4, plain):
+        adapted = AdaptedModel(base, LoraSettings(rank=2, alpha=4))
         size = max(span.stop for span in adapted.spans.values())
         flat = (torch.randn(2, size, generator=torch.Generator().manual_seed(1)) * 0.02).requires_grad_()
         with adapted.using(flat):
             logps = adapted.row_logps(adapted.batch([*ROWS[:2], *ROWS[2:]], 2)).sum(1)
         logps.sum().backward()
-        found.append((logps.detach(), flat.grad))
+        results.append((logps.detach(), flat.grad))
         adapted.close()
-    (logps, gradient), (expected, wanted) = found
+    (logps, gradient), (expected, wanted) = results
     assert torch.allclose(logps, expected, atol=1e-4)
     assert float((gradient - wanted).norm() / wanted.norm()) < 1e-5
 
@@ -104,7 +104,7 @@ def test_logps_and_gradients_are_those_of_the_same_weights_unpacked(nf4):
 def test_the_plan_counts_packed_weights(exact, kind):
     exactly = BaseSettings(model="data/base", dtype="bfloat16")
     stored = exactly.model_copy(update={"quantization": kind})
-    whole, packed = (shape_of(own, LoraSettings()) for own in (exactly, stored))
+    whole, packed = (shape_of(settings, LoraSettings()) for settings in (exactly, stored))
     head = exact.model.get_output_embeddings()
     layers = [m.weight for m in exact.model.modules() if type(m) is torch.nn.Linear and m is not head]
     if kind == "fp8":
@@ -116,13 +116,13 @@ def test_the_plan_counts_packed_weights(exact, kind):
 
 
 def test_without_the_library_it_is_said(monkeypatch):
-    monkeypatch.setattr(base, "find_spec", lambda name: None)
+    monkeypatch.setattr(base_module, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="bitsandbytes is not installed"):
         load_base(SETTINGS)
 
 
 def test_a_library_that_stores_wrongly_is_not_used(monkeypatch):
-    assert 0.05 < base._error(torch.device("cpu")) < 0.12
-    monkeypatch.setattr(base, "_error", lambda device: 0.26)
+    assert 0.05 < base_module._nf4_error(torch.device("cpu")) < 0.12
+    monkeypatch.setattr(base_module, "_nf4_error", lambda device: 0.26)
     with pytest.raises(InputError, match=r"relative error 0\.26"):
         load_base(SETTINGS)

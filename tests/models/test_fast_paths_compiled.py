@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.fast_paths import Compiled, compiled
+from persona_rlhf.models.fast_paths import CompiledFunction, compiled_patch
 from tests.models.architectures import base_of
 
 needs_compiler = pytest.mark.skipif(
@@ -41,7 +41,7 @@ def _step(adapted, seed):
 @pytest.fixture(params=["llama3", "qwen3", "gemma2", "olmo2"])
 def adapted(request):
     made = AdaptedModel(base_of(request.param), LoraSettings(rank=4, alpha=8))
-    made.quicker = None
+    made.patch = None
     yield made
     made.close()
 
@@ -54,19 +54,21 @@ def test_compiled_formulas_are_the_models_own(adapted):
     plain = [_step(adapted, seed) for seed in range(6)]
     torch._dynamo.reset()
     counters.clear()
-    adapted.quicker = compiled(adapted.base.model, large=0)
-    found = [_step(adapted, 0)]
+    adapted.patch = compiled_patch(adapted.base.model, large=0)
+    compiled_steps = [_step(adapted, 0)]
     kernels = counters["stats"]["unique_graphs"]
-    found += [_step(adapted, seed) for seed in range(1, 6)]
+    compiled_steps += [_step(adapted, seed) for seed in range(1, 6)]
     assert counters["stats"]["unique_graphs"] == kernels >= 3  # norms, rotation, gate
-    for (logps, gradient), (own, slope) in zip(plain, found, strict=True):
-        assert torch.allclose(own, logps, rtol=0, atol=1e-4)
-        assert (slope - gradient).norm() <= 1e-5 * gradient.norm()
+    for (logps, gradient), (compiled_logps, compiled_gradient) in zip(plain, compiled_steps, strict=True):
+        assert torch.allclose(compiled_logps, logps, rtol=0, atol=1e-4)
+        assert (compiled_gradient - gradient).norm() <= 1e-5 * gradient.norm()
     torch._dynamo.reset()
-    adapted.quicker = compiled(adapted.base.model, large=0)
-    for (logps, gradient), (own, slope) in zip(found, [_step(adapted, seed) for seed in range(6)], strict=True):
-        assert torch.equal(logps, own), "compiled anew, it gives other bits"
-        assert torch.equal(gradient, slope)
+    adapted.patch = compiled_patch(adapted.base.model, large=0)
+    for (logps, gradient), (compiled_logps, compiled_gradient) in zip(
+        compiled_steps, [_step(adapted, seed) for seed in range(6)], strict=True
+    ):
+        assert torch.equal(logps, compiled_logps), "compiled anew, it gives other bits"
+        assert torch.equal(gradient, compiled_gradient)
 
 
 def test_nothing_is_compiled_for_what_is_small(adapted, monkeypatch):
@@ -75,7 +77,7 @@ def test_nothing_is_compiled_for_what_is_small(adapted, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compiles)
     plain = _step(adapted, 0)
-    adapted.quicker = compiled(adapted.base.model)
+    adapted.patch = compiled_patch(adapted.base.model)
     for one, other in zip(plain, _step(adapted, 0), strict=True):
         assert torch.equal(one, other)
 
@@ -86,21 +88,21 @@ def _double(x):
 
 @pytest.mark.parametrize("fault", ["missing", "wrong", "wrong gradient"])
 def test_a_compiler_that_fails_leaves_the_function_as_it_is(monkeypatch, fault):
-    asked = []
+    compiled = []
 
     def compiles(function, **_):
-        asked.append(function)
+        compiled.append(function)
         if fault == "missing":
             raise RuntimeError("no compiler")
         return (lambda x: 3 * x) if fault == "wrong" else (lambda x: (2 * x).detach() + 0 * x)
 
     monkeypatch.setattr(torch, "compile", compiles)
-    function = Compiled(_double, [0], large=4)
+    function = CompiledFunction(_double, [0], large=4)
     assert function(torch.ones(3)).tolist() == [2, 2, 2]
-    assert asked == []
+    assert compiled == []
     for _ in range(2):
         assert function(torch.ones(4)).tolist() == [2, 2, 2, 2]
-    assert asked == [_double]
+    assert compiled == [_double]
     assert function.chosen is _double
 
 
@@ -114,7 +116,7 @@ def test_a_compiler_that_fails_later_leaves_the_function_as_it_is(monkeypatch):
         return made
 
     monkeypatch.setattr(torch, "compile", compiles)
-    function = Compiled(_double, [0], large=4)
+    function = CompiledFunction(_double, [0], large=4)
     assert function(torch.ones(4, requires_grad=True)).tolist() == [2, 2, 2, 2]
     assert function.chosen is not _double
     assert function(torch.ones(4)).tolist() == [2, 2, 2, 2]
@@ -122,16 +124,16 @@ def test_a_compiler_that_fails_later_leaves_the_function_as_it_is(monkeypatch):
 
 
 def test_memory_that_is_short_is_said_and_the_compiler_asked_again(monkeypatch):
-    asked = []
+    compiled = []
 
     def compiles(function, **_):
-        asked.append(function)
-        if len(asked) == 1:
+        compiled.append(function)
+        if len(compiled) == 1:
             raise torch.OutOfMemoryError("too much")
         return lambda x: function(x)
 
     monkeypatch.setattr(torch, "compile", compiles)
-    function = Compiled(_double, [0], large=4)
+    function = CompiledFunction(_double, [0], large=4)
     with pytest.raises(torch.OutOfMemoryError):
         function(torch.ones(8))
     assert function(torch.ones(4)).tolist() == [2, 2, 2, 2]
@@ -140,6 +142,6 @@ def test_memory_that_is_short_is_said_and_the_compiler_asked_again(monkeypatch):
 
 def test_a_compiler_that_works_is_used_from_its_first_value_on(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: function(x) * (1 + 1e-7))
-    function = Compiled(_double, [0], large=4)
+    function = CompiledFunction(_double, [0], large=4)
     assert function(torch.ones(5, dtype=torch.float64)).tolist() == [2 * (1 + 1e-7)] * 5
     assert function(torch.ones(3)).tolist() == [2, 2, 2]

@@ -72,7 +72,7 @@ def test_a_model_that_rotates_in_another_way_computes_as_it_does(monkeypatch):
     """By trial: here neighbouring numbers are a pair, as in GPT-J, not the halves of a head."""
     base = tiny_base()
     place = sys.modules[type(base.model).__module__]
-    assert AdaptedModel(base, LoraSettings()).quicker is not None
+    assert AdaptedModel(base, LoraSettings()).patch is not None
 
     def interleaved(q, k, cos, sin, unsqueeze_dim=1):
         half = cos.shape[-1] // 2
@@ -84,8 +84,8 @@ def test_a_model_that_rotates_in_another_way_computes_as_it_does(monkeypatch):
         return q * cos + turned(q) * sin, k * cos + turned(k) * sin
 
     monkeypatch.setattr(place, "apply_rotary_pos_emb", interleaved)
-    assert AdaptedModel(tiny_base(), LoraSettings()).quicker is None
+    assert AdaptedModel(tiny_base(), LoraSettings()).patch is None
 
 
 def test_types_that_round_more_are_left_alone():
-    assert AdaptedModel(tiny_base(dtype=torch.bfloat16), LoraSettings()).quicker is None
+    assert AdaptedModel(tiny_base(dtype=torch.bfloat16), LoraSettings()).patch is None

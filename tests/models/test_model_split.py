@@ -29,16 +29,16 @@ def test_pieces_are_the_whole_and_no_more_logits_are_held_than_allowed(name, mon
     whole, gradient = taken()
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda _, x, __: seen.append(x[0].shape[-2]))
-    monkeypatch.setattr(model_split, "_TOKENS", 4)
-    monkeypatch.setitem(model_split._LOGITS, "cpu", 5 * model.config.vocab_size)
-    ours, own = taken()
+    monkeypatch.setattr(model_split, "_MIN_TOKENS", 4)
+    monkeypatch.setitem(model_split._MAX_LOGITS, "cpu", 5 * model.config.vocab_size)
+    ours, chunked = taken()
     assert seen == [5, 5, 5, 5, 3]
     assert torch.allclose(ours, whole, rtol=0, atol=1e-5)
-    assert torch.allclose(own, gradient, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(chunked, gradient, rtol=1e-4, atol=1e-6)
     assert torch.allclose(whole, token_logps(halves.head(hidden), targets), rtol=0, atol=1e-6)
     with torch.no_grad():
         assert torch.equal(halves.head.logps(hidden, targets), ours)
-    monkeypatch.setitem(model_split._LOGITS, "cpu", 1)
+    monkeypatch.setitem(model_split._MAX_LOGITS, "cpu", 1)
     seen.clear()
     taken()
     assert seen == [4, 4, 4, 4, 4, 3], "a product with a large matrix is never for a token alone"
@@ -48,8 +48,8 @@ def test_what_is_not_a_number_stays_with_its_token(monkeypatch):
     model = base_of("llama3").model
     halves = model_split.split_model(model)
     assert halves is not None
-    monkeypatch.setattr(model_split, "_TOKENS", 4)
-    monkeypatch.setitem(model_split._LOGITS, "cpu", 1)
+    monkeypatch.setattr(model_split, "_MIN_TOKENS", 4)
+    monkeypatch.setitem(model_split._MAX_LOGITS, "cpu", 1)
     hidden = torch.randn(8, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
     hidden[2] = torch.nan
     learning = hidden.requires_grad_()

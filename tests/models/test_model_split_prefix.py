@@ -39,27 +39,27 @@ def test_only_the_upper_layers_are_adapted(adapted):
 
 @pytest.mark.parametrize("packs", [True, False])
 def test_starting_above_changes_neither_values_nor_gradients(adapted, packs):
-    adapted.packs = packs
+    adapted.packs_rows = packs
     draw = torch.Generator().manual_seed(6)
     made = [random_row(draw, 3 + n, 4 + 5 * n) for n in range(4)]
     rows = [made[0], Row(made[0].prompt, made[1].completion), made[3], made[1], EMPTY, EMPTY]
-    states = [adapted.below(rows[:3]), adapted.below(rows[3:])]
+    states = [adapted.prefix_states(rows[:3]), adapted.prefix_states(rows[3:])]
     assert set(states[0]) == set(rows[:3])
-    found = []
+    results = []
     for below in ((), states):
         flat = random_flat(adapted, 2).requires_grad_()
         with adapted.using(flat):
             logps = adapted.row_logps(adapted.batch(rows, 2), below)
             logps.sum().backward()
-        found.append((logps.detach(), flat.grad))
-    assert found[0][0].abs().max() > 1
-    assert torch.allclose(found[0][0], found[1][0], rtol=0, atol=1e-5)
-    assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
+        results.append((logps.detach(), flat.grad))
+    assert results[0][0].abs().max() > 1
+    assert torch.allclose(results[0][0], results[1][0], rtol=0, atol=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_lower_layers_are_really_left_out(adapted):
     row = random_row(torch.Generator().manual_seed(1), 5, 6)
-    states = adapted.below([row])
+    states = adapted.prefix_states([row])
     calls = []
     hook = adapted.base.model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad(), adapted.using(None):
@@ -70,7 +70,7 @@ def test_the_lower_layers_are_really_left_out(adapted):
     assert calls
 
 
-def test_the_reference_of_a_users_rows_starts_from_his_states(adapted):
+def test_the_reference_of_a_users_rows_starts_from_cached_states(adapted):
     """Nothing frozen is computed twice: a row passes the lower layers once, for its states and its reference."""
     users = [user_rows(f"u{n}", 3, n) for n in range(2)]
     rows = both_rows(pair for user in users for pair in user.train)
@@ -91,7 +91,7 @@ def test_the_reference_of_a_users_rows_starts_from_his_states(adapted):
 def test_other_states_give_other_values(adapted):
     """The states are what the upper layers begin with: a wrong one would be seen."""
     row = random_row(torch.Generator().manual_seed(1), 5, 6)
-    states = adapted.below([row])
+    states = adapted.prefix_states([row])
     with torch.no_grad(), adapted.using(None):
         right, wrong = (
             adapted.row_logps(adapted.batch([row], 1), [{row: states[row] * factor}]) for factor in (1.0, -1.0)
@@ -111,7 +111,7 @@ def test_a_base_with_positions_of_its_own_can_be_started_above():
     row = random_row(torch.Generator().manual_seed(1), 5, 6)
     with torch.no_grad(), adapted.using(random_flat(adapted, 1)):
         whole = adapted.row_logps(collate([row], 0, base.device))
-        above = adapted.row_logps(adapted.batch([row], 1), [states := adapted.below([row])])
+        above = adapted.row_logps(adapted.batch([row], 1), [states := adapted.prefix_states([row])])
     assert row in states
     assert torch.allclose(whole, above, rtol=0, atol=1e-5)
 
@@ -144,17 +144,17 @@ def test_states_that_memory_has_no_room_for_are_found_on_disk(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(cache, "DiskStates", spilled)
-    kept, found = _train(users, 64), _train(users, 0, trunk_disk=64)
+    kept, reread = _train(users, 64), _train(users, 0, trunk_disk=64)
     assert len(made) == 4  # the bank's and each user's
     for user_id, adapter in kept.items():
-        assert (adapter - found[user_id]).abs().max() <= 1e-5
+        assert (adapter - reread[user_id]).abs().max() <= 1e-5
     assert _train(users, 0, trunk_disk=0).keys() == kept.keys()
     assert len(made) == 4
 
 
 def test_a_file_of_states_has_no_name_and_gives_what_memory_would(adapted, tmp_path):
     rows = [random_row(torch.Generator().manual_seed(n), 4 + n % 3, 2 + n % 5) for n in range(12)]
-    states, spilled = adapted.below(rows), DiskStates(adapted, [*rows, *rows], tmp_path)
+    states, spilled = adapted.prefix_states(rows), DiskStates(adapted, [*rows, *rows], tmp_path)
     assert not list(tmp_path.iterdir())
     assert list(spilled) == list(dict.fromkeys(rows))
     assert len(spilled) == len(states)
@@ -168,7 +168,7 @@ def test_a_full_disk_is_said_before_anything_is_computed(adapted, tmp_path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(adapted, "below", None)
+    monkeypatch.setattr(adapted, "prefix_states", None)
     with pytest.raises(OSError, match=r"fleet\.trunk_disk"):
         DiskStates(adapted, [random_row(torch.Generator().manual_seed(1), 5, 6)], tmp_path)
     assert not list(tmp_path.iterdir())

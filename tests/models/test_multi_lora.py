@@ -10,13 +10,13 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.multi_lora import (
-    FleetLinear,
     LayerSpan,
+    MultiLoRALinear,
     SharedInputLayers,
     adaptable_layers,
     fresh_adapter,
-    join,
-    matrices,
+    group_by_input,
+    lora_matrices,
 )
 from persona_rlhf.models.packing import collate
 from tests.models.tiny import random_flat, random_row, tiny_base
@@ -35,7 +35,7 @@ def _rows(count: int, length: int | None = None):
     return [random_row(draw, 5 + n % 4, length or 4 + 3 * n) for n in range(count)]
 
 
-def test_each_users_logits_are_those_of_his_peft_model(adapted):
+def test_each_users_logits_are_those_of_their_peft_model(adapted):
     flat = random_flat(adapted, 3)
     rows = _rows(6)
     batch = collate(rows, adapted.base.pad_id, adapted.base.device)
@@ -57,7 +57,7 @@ def _base_logits(adapted: AdaptedModel, row):
         return adapted.logits(collate([row], adapted.base.pad_id, adapted.base.device))
 
 
-def test_each_users_gradient_is_that_of_his_peft_model(adapted):
+def test_each_users_gradient_is_that_of_their_peft_model(adapted):
     flat = random_flat(adapted, 3).requires_grad_()
     rows = _rows(6)
     batch = collate(rows, adapted.base.pad_id, adapted.base.device)
@@ -86,7 +86,7 @@ def test_without_adapters_the_base_is_bit_for_bit_the_base():
         assert torch.equal(base.model(input_ids=ids).logits, before)
         adapted.close()
     assert torch.equal(base.model(input_ids=ids).logits, before)
-    assert not any(isinstance(module, FleetLinear) for module in base.model.modules())
+    assert not any(isinstance(module, MultiLoRALinear) for module in base.model.modules())
 
 
 def test_adapters_are_off_again_after_a_fault(adapted):
@@ -102,7 +102,7 @@ def test_alpha_scales_the_update(adapted):
     folded = flat.clone()
     alphas = torch.tensor([0.0, 1.0, 0.25])
     for span in adapted.spans.values():
-        folded[:, span.middle : span.stop] *= alphas[:, None]
+        folded[:, span.b_start : span.stop] *= alphas[:, None]
     batch = collate(rows, adapted.base.pad_id, adapted.base.device)
     with torch.no_grad():
         with adapted.using(flat, alphas):
@@ -152,9 +152,9 @@ def test_named_layers_are_those_that_peft_would_take(targets):
 def test_every_target_that_names_nothing_is_told_at_once():
     with pytest.raises(InputError) as fault:
         adaptable_layers(tiny_base().model, ["q_proj", "qkv", "embed_tokens", "wo"])
-    told = str(fault.value)
+    message = str(fault.value)
     assert len(fault.value.problems) == 3
-    assert all(name in told for name in ("`qkv`", "`wo`", "`model.embed_tokens`", "q_proj", "down_proj"))
+    assert all(name in message for name in ("`qkv`", "`wo`", "`model.embed_tokens`", "q_proj", "down_proj"))
 
 
 def test_a_model_without_linear_layers_is_an_input_error():
@@ -172,9 +172,9 @@ def test_a_model_without_linear_layers_is_an_input_error():
 
 def test_flat_vector_is_cut_where_the_spans_say():
     spans = [LayerSpan("x", 3, 2, 2, 0), LayerSpan("y", 2, 5, 2, 10)]
-    assert (spans[0].middle, spans[0].stop, spans[1].middle, spans[1].stop) == (6, 10, 14, 24)
+    assert (spans[0].b_start, spans[0].stop, spans[1].b_start, spans[1].stop) == (6, 10, 14, 24)
     flat = torch.arange(48.0).view(2, 24)
-    (a, b), (c, d) = matrices(flat, spans)
+    (a, b), (c, d) = lora_matrices(flat, spans)
     assert a[1].tolist() == [[24, 25, 26], [27, 28, 29]]
     assert b[0].tolist() == [[6, 7], [8, 9]]
     assert c[0].tolist() == [[10, 11], [12, 13]]
@@ -185,7 +185,7 @@ def test_a_fresh_adapter_is_drawn_as_peft_draws_it(adapted):
     spans = list(adapted.spans.values())
     flat = fresh_adapter(spans, torch.Generator().manual_seed(3))
     assert flat.shape == (adapted.params_per_user,)
-    for (a, b), span in zip(matrices(flat[None], spans), spans, strict=True):
+    for (a, b), span in zip(lora_matrices(flat[None], spans), spans, strict=True):
         bound = 1 / span.inputs**0.5
         assert torch.all(b == 0)
         assert a.abs().max() <= bound
@@ -203,16 +203,16 @@ def test_users_with_unlike_shares_of_the_rows_are_users_alone(bias, dtype):
     """Values and gradients; one user has no row at all."""
     torch.manual_seed(0)
     frozen = torch.nn.Linear(6, 5, bias=bias).to(dtype).requires_grad_(False)
-    layer = FleetLinear(frozen, 2.0)
+    layer = MultiLoRALinear(frozen, 2.0)
     shares = [7, 0, 40]
     x = torch.randn(1, 47, 6, dtype=dtype, requires_grad=True)
     layer.a, layer.b = (torch.randn(3, *shape, dtype=dtype, requires_grad=True) for shape in ((2, 6), (5, 2)))
-    layer.shares = shares
+    layer.rows_per_user = shares
     pull = torch.randn(1, 47, 5, dtype=dtype)
     y = layer(x)
     mine = torch.autograd.grad((y * pull).sum(), (x, layer.a, layer.b))
     parts = x.split(shares, dim=1)
-    alone = [frozen(own) + 2.0 * own @ a.T @ b.T for own, a, b in zip(parts, layer.a, layer.b, strict=True)]
+    alone = [frozen(rows) + 2.0 * rows @ a.T @ b.T for rows, a, b in zip(parts, layer.a, layer.b, strict=True)]
     expected = torch.cat(alone, dim=1)
     theirs = torch.autograd.grad((expected * pull).sum(), (x, layer.a, layer.b))
     near = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
@@ -223,18 +223,18 @@ def test_users_with_unlike_shares_of_the_rows_are_users_alone(bias, dtype):
 @pytest.mark.parametrize("bias", [True, False])
 def test_rows_in_one_piece_and_in_ten_are_the_same_sum(bias):
     torch.manual_seed(0)
-    layer = FleetLinear(torch.nn.Linear(6, 5, bias=bias).double().requires_grad_(False), 2.0)
+    layer = MultiLoRALinear(torch.nn.Linear(6, 5, bias=bias).double().requires_grad_(False), 2.0)
     x = torch.randn(3, 40, 6, dtype=torch.float64)
     pull = torch.randn(3, 40, 5, dtype=torch.float64)
     low, high = torch.randn(3, 2, 6, dtype=torch.float64), torch.randn(3, 5, 2, dtype=torch.float64)
 
     def run(pieces):
         a, b = (drawn.clone().requires_grad_() for drawn in (low, high))
-        own = x.clone().requires_grad_()
+        rows = x.clone().requires_grad_()
         layer.a, layer.b = a, b
-        y = torch.cat([layer(part) for part in own.split(40 // pieces, dim=1)], dim=1)
+        y = torch.cat([layer(part) for part in rows.split(40 // pieces, dim=1)], dim=1)
         (y * pull).sum().backward()
-        return y.detach(), own.grad, a.grad, b.grad
+        return y.detach(), rows.grad, a.grad, b.grad
 
     expected = x @ layer.weight.T + 2.0 * (x @ low.transpose(1, 2)) @ high.transpose(1, 2)
     expected = expected + layer.frozen.bias if bias else expected
@@ -243,11 +243,11 @@ def test_rows_in_one_piece_and_in_ten_are_the_same_sum(bias):
     assert torch.allclose(run(1)[0], expected, rtol=1e-12, atol=1e-12)
 
 
-def brothers(outputs, dtype=torch.float64):
+def shared_input_layers(outputs, dtype=torch.float64):
     """Layers over one input, as siblings; and the same layers, each alone."""
     torch.manual_seed(0)
     frozen = [torch.nn.Linear(6, n, bias=n % 2 == 0).to(dtype).requires_grad_(False) for n in outputs]
-    both = [[FleetLinear(layer, 2.0) for layer in frozen] for _ in range(2)]
+    both = [[MultiLoRALinear(layer, 2.0) for layer in frozen] for _ in range(2)]
     for layers in both:
         draw = torch.Generator().manual_seed(1)
         for layer, n in zip(layers, outputs, strict=True):
@@ -256,35 +256,35 @@ def brothers(outputs, dtype=torch.float64):
             )
     together = SharedInputLayers(both[0])
     for layer in both[0]:
-        layer.siblings = together
+        layer.group = together
     return both
 
 
 @pytest.mark.parametrize("shares", [None, [7, 0, 8]])
 @pytest.mark.parametrize("needed", [True, False])
 def test_siblings_are_each_alone(shares, needed):
-    """Values and gradients, whichever is asked first, and whether or not the input needs a gradient."""
-    found = []
-    for layers in brothers([5, 4, 3]):
+    """Values and gradients, whichever is called first, and whether or not the input needs a gradient."""
+    results = []
+    for layers in shared_input_layers([5, 4, 3]):
         x = torch.randn(15, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=needed)
         for layer in layers:
-            layer.shares = shares
+            layer.rows_per_user = shares
         order = (1, 0, 2)
         ys = {n: layers[n](x) for n in order}
         leaves = [x] * needed + [factor for layer in layers for factor in (layer.a, layer.b)]
         loss = sum((ys[n] * torch.arange(ys[n].numel(), dtype=torch.float64).view_as(ys[n])).sum() for n in ys)
-        found.append([*(ys[n] for n in range(3)), *torch.autograd.grad(loss, leaves)])
-    for one, other in zip(*found, strict=True):
+        results.append([*(ys[n] for n in range(3)), *torch.autograd.grad(loss, leaves)])
+    for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-11, atol=1e-11)
 
 
 def test_siblings_are_computed_once_and_never_from_what_was():
-    layers, _ = brothers([5, 4])
+    layers, _ = shared_input_layers([5, 4])
     x = torch.randn(3, 6, dtype=torch.float64)
     calls = []
     for layer in layers:
-        product = layer.product
-        layer.product = lambda rows, product=product: calls.append(1) or product(rows)
+        product = layer.frozen_output
+        layer.frozen_output = lambda rows, product=product: calls.append(1) or product(rows)
     first, second = layers[0](x), layers[1](x)
     assert len(calls) == 2  # each frozen layer once
     with torch.no_grad():
@@ -296,7 +296,7 @@ def test_siblings_are_computed_once_and_never_from_what_was():
     x.mul_(2)
     assert torch.allclose(layers[1](x), _by_hand(layers[1], x), rtol=1e-12, atol=1e-12)  # the input is another one now
     layers[0](x)
-    layers[0].siblings.forget()
+    layers[0].group.clear()
     with torch.no_grad():
         layers[1].a.mul_(2)
     changed = layers[1](x)
@@ -310,14 +310,14 @@ def _by_hand(layer, x):
 
 
 def test_siblings_serve_in_inference_mode_too():
-    layers, _ = brothers([5, 4])
+    layers, _ = shared_input_layers([5, 4])
     with torch.inference_mode():
         x = torch.randn(3, 6, dtype=torch.float64)
         assert all(torch.allclose(layer(x), _by_hand(layer, x), rtol=1e-12, atol=1e-12) for layer in layers)
 
 
 def test_a_sibling_that_nobody_asks_for_costs_no_gradient():
-    layers, alone = brothers([5, 4])
+    layers, alone = shared_input_layers([5, 4])
     x = torch.randn(6, 6, dtype=torch.float64)
     layers[0](x).sum().backward()
     alone[0](x).sum().backward()
@@ -329,7 +329,7 @@ def test_join_finds_who_reads_the_same_tensor_once():
     class Block(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            made = [FleetLinear(torch.nn.Linear(6, 6).requires_grad_(False), 2.0) for _ in range(5)]
+            made = [MultiLoRALinear(torch.nn.Linear(6, 6).requires_grad_(False), 2.0) for _ in range(5)]
             self.q, self.k, self.o, self.twice, self.idle = made
 
         def forward(self, x):
@@ -337,10 +337,10 @@ def test_join_finds_who_reads_the_same_tensor_once():
             return self.o(self.q(x) + self.k(x))
 
     block = Block()
-    join([block.q, block.k, block.o, block.twice, block.idle], lambda: block(torch.randn(2, 6)))
-    assert block.q.siblings is block.k.siblings
-    assert block.q.siblings.layers == [block.q, block.k]
-    assert {len(own.siblings.layers) for own in (block.o, block.twice, block.idle)} == {1}
+    group_by_input([block.q, block.k, block.o, block.twice, block.idle], lambda: block(torch.randn(2, 6)))
+    assert block.q.group is block.k.group
+    assert block.q.group.layers == [block.q, block.k]
+    assert {len(layer.group.layers) for layer in (block.o, block.twice, block.idle)} == {1}
 
 
 def test_the_layers_of_a_llama_are_joined_as_it_calls_them(adapted):
@@ -350,4 +350,4 @@ def test_the_layers_of_a_llama_are_joined_as_it_calls_them(adapted):
 
 def _groups(adapted):
     named = {adapted.layer(span): name for name, span in adapted.spans.items()}
-    return {tuple(named[layer] for layer in own.siblings.layers) for own in named}
+    return {tuple(named[member] for member in layer.group.layers) for layer in named}

@@ -106,14 +106,14 @@ def constraint_bank(seed: int = 0, categories: int = 2, limit: float = 0.05) -> 
     draw = torch.Generator().manual_seed(seed)
     examples = []
     for category in range(categories):
-        own = []
+        in_category = []
         for n in range(3):
             first = random_row(draw, 4 + n, 6)
             second = Row(first.prompt, random_row(draw, 1, 9).completion)
             opened = n % 2 == 0
             compliance = Row(first.prompt, random_row(draw, 1, 4).completion) if opened else None
-            own.append(
+            in_category.append(
                 ConstraintExample((first, second), compliance, random_row(draw, 5, 4) if opened or category else None)
             )
-        examples.append(own)
+        examples.append(in_category)
     return ConstraintData([f"category {n}" for n in range(categories)], [limit] * categories, examples)

@@ -53,9 +53,9 @@ def test_the_walk_takes_the_steps_that_the_engine_takes(slots):
     assert all(wave.computed == wave.tokens for wave in walked)
     assert all(wave.computed >= wave.tokens for wave in padded)
     assert slots == 1 or any(wave.computed > wave.tokens for wave in padded)
-    assert not adapted.pads, "a CPU computes no padding"
-    adapted.packs = False
-    assert adapted.pads
+    assert not adapted.pads_users, "a CPU computes no padding"
+    adapted.packs_rows = False
+    assert adapted.pads_users
 
 
 def test_json_has_the_total_and_the_table_every_figure():

@@ -145,7 +145,7 @@ def test_what_is_asked_is_finished_before_the_engine_ends(fleet, prompts, alone)
 
 
 def test_a_batch_is_bounded_in_tokens(fleet, prompts, alone, monkeypatch):
-    monkeypatch.setattr(fleet.adapted, "tokens_per_cache", 2 * (14 + TOKENS))
+    monkeypatch.setattr(fleet.adapted, "tokens_per_generation", 2 * (14 + TOKENS))
     engine = BatchingEngine(fleet.adapted)
     batches: list[int] = []
     generate = engine._generate

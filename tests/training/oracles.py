@@ -59,8 +59,8 @@ def load_flat(model: PeftModel, spans: list[LayerSpan], flat: Tensor) -> None:
     with torch.no_grad():
         for span in spans:
             a, b = weights(model, span)
-            a.copy_(flat[span.start : span.middle].view_as(a))
-            b.copy_(flat[span.middle : span.stop].view_as(b))
+            a.copy_(flat[span.start : span.b_start].view_as(a))
+            b.copy_(flat[span.b_start : span.stop].view_as(b))
 
 
 def read_flat(model: PeftModel, spans: list[LayerSpan], gradients: bool = False) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
-from persona_rlhf.models.adapted_model import AdaptedModel, in_passes
+from persona_rlhf.models.adapted_model import AdaptedModel, run_in_passes
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import LagrangianConstraint
 from persona_rlhf.training.engine import Engine
@@ -25,7 +25,7 @@ def trained(monkeypatch, room=None):
     whole = adapted.row_logps
 
     def row_logps(batch, states=()):
-        users = len(batch.shares)
+        users = len(batch.tokens_per_user)
         if room is not None and users > room:
             raise torch.OutOfMemoryError("no room")
         sizes.append(users)
@@ -90,4 +90,4 @@ def test_a_row_that_does_not_fit_alone_is_an_error():
         raise torch.OutOfMemoryError("no room")
 
     with pytest.raises(torch.OutOfMemoryError):
-        in_passes([[USERS[0].train[0].chosen]], 10, run)
+        run_in_passes([[USERS[0].train[0].chosen]], 10, run)

@@ -187,8 +187,8 @@ def _ours(
 ) -> BenchmarkRound:
     started = work.clock()
     adapted = AdaptedModel(work.base, lora or work.lora)
-    adapted.packs = adapted.packs and packs
-    adapted.quicker = adapted.quicker if quicker else None
+    adapted.packs_rows = adapted.packs_rows and packs
+    adapted.patch = adapted.patch if quicker else None
     reference = Reference(adapted)
     reference.add(rows_ahead(adapted, users, bank.rows() if bank else ()))
     constraint = None if bank is None else LagrangianConstraint(bank, ConstraintSettings(), SEED)

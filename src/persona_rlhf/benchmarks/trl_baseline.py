@@ -32,7 +32,7 @@ from persona_rlhf.config.training import BaseSettings, DpoSettings, LoraSettings
 from persona_rlhf.data.pairs import Message, PreferencePair, read_pairs
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, tokenize
 from persona_rlhf.models.base import Base, load_base
-from persona_rlhf.models.multi_lora import LayerSpan, adaptable_layers, attach, detach, fresh_adapter, matrices
+from persona_rlhf.models.multi_lora import LayerSpan, adaptable_layers, attach, detach, fresh_adapter, lora_matrices
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import ConstraintData, ConstraintExample
 from persona_rlhf.training.trl import TokenDPOTrainer, quiet
@@ -123,7 +123,7 @@ def train_user(
     seconds = clock() - started
     with torch.no_grad():
         first = fresh_adapter(spans, user_generator(seed, schedule.rows.user_id, "init"))
-        for span, (a, b) in zip(spans, matrices(first[None], spans), strict=True):
+        for span, (a, b) in zip(spans, lora_matrices(first[None], spans), strict=True):
             own_a, own_b = _weights(adapted, span)
             own_a.copy_(a[0])
             own_b.copy_(b[0])

@@ -136,7 +136,7 @@ class FactQuestions:
             with adapted.using(None):
                 [scores] = adapted.score([self._rows])
             self._base_right = self._right(scores)
-        self._states = adapted.below(self._rows)  # the same for every user
+        self._states = adapted.prefix_states(self._rows)  # the same for every user
 
     def ask(self, users: int) -> list[Facts | None]:
         """How every user's adapted model does, under the adapters that are switched on; None without a question."""

@@ -22,7 +22,7 @@ from persona_rlhf.evaluation.records import Outcome, Refused
 from persona_rlhf.evaluation.refusals import BaseAnswers, Judge, PromptIds, answer_text, refusal_outcomes
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.generation import Generated
-from persona_rlhf.models.multi_lora import LayerSpan, matrices
+from persona_rlhf.models.multi_lora import LayerSpan, lora_matrices
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.simulation.prompts import topics
 from persona_rlhf.simulation.users import paraphrase, with_trigger
@@ -322,7 +322,7 @@ def mean_adapter(
     PEFT's `add_weighted_adapter(combination_type="cat", weights=[0.5, 0.5])`.
     """
     parts = []
-    for (a1, b1), (a2, b2) in zip(matrices(one[None], spans), matrices(other[None], spans), strict=True):
+    for (a1, b1), (a2, b2) in zip(lora_matrices(one[None], spans), lora_matrices(other[None], spans), strict=True):
         a, b = torch.cat([a1[0], a2[0]], dim=0), torch.cat([b1[0], b2[0]], dim=1) / 2
         parts += [a.flatten(), b.flatten()]
     return torch.cat(parts)

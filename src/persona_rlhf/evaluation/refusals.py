@@ -20,7 +20,7 @@ from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.adapted_model import AdaptedModel, GreedyScore
 from persona_rlhf.models.generation import Generated
-from persona_rlhf.models.model_split import States, token_logps
+from persona_rlhf.models.model_split import HiddenStates, token_logps
 
 OPENING_TOKENS = 20
 """Tokens, within which a refusal has said that it is one."""
@@ -173,11 +173,11 @@ def greedy_answers(
     alphas: Float[Tensor, " users"],
     asked: Sequence[Sequence[StartedAnswer]],
     max_new_tokens: int,
-    below: Callable[[Sequence[Row]], States],
+    below: Callable[[Sequence[Row]], HiddenStates],
 ) -> list[list[Generated]]:
     """Every user's greedy answers to his own prompts, as `AdaptedModel.generate` would write them.
 
-    `below` gives the hidden states of rows below the adapted layers (see `AdaptedModel.below`): users guess alike.
+    `below` gives the hidden states of rows below the adapters (see `AdaptedModel.prefix_states`): users guess alike.
     """
     found: list[list[Generated | None]] = [[_ended(adapted, one.opening) for one in own] for own in asked]
     openings = [[one.opening for one in own] for own in asked]
@@ -198,7 +198,7 @@ def greedy_answers(
         users, rows = list(places), [list(own.values()) for own in places.values()]
         states = below([row for own in rows for row in own])
         with adapted.using(flat[users], alphas[users]):
-            scores = adapted.read(rows, [states] * len(users))
+            scores = adapted.score_greedy(rows, [states] * len(users))
         for user, own in zip(users, scores, strict=True):
             for (n, row), score in zip(places[user].items(), own, strict=True):
                 openings[user][n] = known = opening_of(row, score)
@@ -222,7 +222,7 @@ def greedy_answers(
 
 def opening_of(row: Row, reading: GreedyScore) -> tuple[int, ...]:
     """What a reading tells of the greedy answer: the tokens of the row that stand, and the one that follows them."""
-    return row.completion[: reading.agreed] + (() if reading.instead is None else (reading.instead,))
+    return row.completion[: reading.matched] + (() if reading.next_token is None else (reading.next_token,))
 
 
 def _ended(adapted: AdaptedModel, opening: tuple[int, ...]) -> Generated | None:
@@ -314,15 +314,15 @@ class BaseAnswers:
             judged = self.judged(new, texts)
             for prompt, answer, text, refused in zip(new, written, texts, judged, strict=True):
                 self._known[prompt] = BaseAnswer(answer_row(self._adapted, prompt, answer), refused, text)
-            self.states.update(self._adapted.below([self._known[prompt].row for prompt in new]))
+            self.states.update(self._adapted.prefix_states([self._known[prompt].row for prompt in new]))
         return [self._known[prompt] for prompt in prompts]
 
-    def below(self, rows: Sequence[Row]) -> States:
+    def below(self, rows: Sequence[Row]) -> HiddenStates:
         """What lies below the adapted layers of any rows; kept for other users as long as it is little."""
         new = [row for row in dict.fromkeys(rows) if row not in self._guessed]
-        found = self._adapted.below(new)
+        found = self._adapted.prefix_states(new)
         known = {row: self._guessed[row] for row in rows if row in self._guessed}
-        if self._adapted.below_bytes([*self._guessed, *new]) <= _KEPT:
+        if self._adapted.prefix_bytes([*self._guessed, *new]) <= _KEPT:
             self._guessed.update(found)
         return {**known, **found}
 
@@ -374,7 +374,9 @@ def refusal_outcomes(
         return Refusals([[] for _ in nothing], [1.0 for _ in nothing], [[] for _ in nothing], [[] for _ in nothing])
     answers = base.of(prompts)
     with adapted.using(flat, alphas):
-        scores = adapted.read([[answer.row for answer in answers]] * flat.shape[0], [base.states] * flat.shape[0])
+        scores = adapted.score_greedy(
+            [[answer.row for answer in answers]] * flat.shape[0], [base.states] * flat.shape[0]
+        )
     refused = [[answer.refused for answer in answers] for _ in scores]
     texts = [[answer.text for answer in answers] for _ in scores]
     changed = [[n for n, score in enumerate(own) if not score.greedy] for own in scores]

@@ -1,4 +1,4 @@
-"""Attention over packed rows (SDPA, or batched matmul for short rows on CPU)."""
+"""Attention over packed rows, by torch's SDPA kernels or, for short rows on a CPU, by batched matrix products."""
 
 from __future__ import annotations
 
@@ -9,71 +9,192 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from persona_rlhf.models.packing import AttentionCall, AttentionLayout
 
-# ----------------------------------------------------------------------------------------------------
-# Attention over short rows as batched matrix products: faster than torch's kernel for them, on a CPU.
-# ----------------------------------------------------------------------------------------------------
+_NAME = "persona_rlhf_rows"
+_NO_EFFECT = {
+    "use_cache", "position_ids", "is_causal", "output_attentions", "output_hidden_states", "return_dict",
+    "sliding_window",
+}  # fmt: skip
+"""Arguments without an effect here: packed rows are causal, keys and queries contain their positions, and no window is
+shorter than the rows (see `max_row_length`)."""
 
 SHORT = 160
-"""Tokens of a row up to which products are faster. They compute what a row's tokens do not see as well, and keep it."""
+"""Longest row, in tokens, for batched products. They also compute the masked scores, and keep them for the gradient."""
 
 
-def products(
-    query: Float[Tensor, "asking size"],
-    key: Float[Tensor, "seen size"],
-    value: Float[Tensor, "seen width"],
+@contextmanager
+def packed_attention(config: PreTrainedConfig) -> Iterator[None]:
+    """Inside, models with this (text) config attend over packed rows. Their forward needs `layout`."""
+    before = config._attn_implementation
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def max_row_length(config: PreTrainedConfig) -> float:
+    """Longest row, in tokens, in which every layer of a (text) config attends to all earlier tokens.
+
+    Infinite without sliding windows; 0 for layers of another type.
+    """
+    types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not types <= {"full_attention", "sliding_attention"}:
+        return 0
+    window: int | None = getattr(config, "sliding_window", None)  # None or 0: none
+    return window or (0 if "sliding_attention" in types else inf)
+
+
+def _attend(
+    module: nn.Module,
+    query: Float[Tensor, "users heads width size"],
+    key: Float[Tensor, "users groups width size"],
+    value: Float[Tensor, "users groups width value_size"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: AttentionLayout | None = None,
+    **others: Any,
+) -> tuple[Float[Tensor, "users width heads value_size"], None]:
+    """The attention function of `transformers` for packed rows: gathers, attends call by call, gathers back."""
+    unsupported = sorted(name for name, x in others.items() if x is not None and name not in _NO_EFFECT)
+    if layout is None or attention_mask is not None or unsupported:
+        raise NotImplementedError(f"packed attention does not support {unsupported or 'masks'}")
+    users, heads, width, _ = query.shape
+    if layout.longest <= SHORT and not dropout and _products_apply(query, key):
+        split, scale = per_head(layout, heads, key.shape[1]), scaling or query.shape[3] ** -0.5
+        q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[3]) for x in (query, key, value))
+        output = attention_products(split.queries(q), split.keys(k), split.keys(v), split.calls, scale)
+        return split.outputs(output).view(users, width, heads, -1), None
+    gathers = ((layout.queries, query), (layout.keys, key), (layout.keys, value))
+    packed = [gather(x.transpose(1, 2).reshape(users * width, -1)) for gather, x in gathers]
+
+    # Split at once: the gradient of slices would be a tensor of zeros each.
+    query_sizes, key_sizes = [c.lines * c.queries for c in layout.calls], [c.lines * c.keys for c in layout.calls]
+    parts = (x.split_with_sizes(sizes) for x, sizes in zip(packed, (query_sizes, key_sizes, key_sizes), strict=True))
+    outputs = []
+    for (lines, queries, keys, mask), *tokens in zip(layout.calls, *parts, strict=True):
+        q, k, v = (
+            part.view(lines, length, x.shape[1], x.shape[3]).transpose(1, 2)
+            for part, x, length in zip(tokens, (query, key, value), (queries, keys, keys), strict=True)
+        )
+        if mask is None:
+            output = sdpa_attention_forward(module, q, k, v, None, dropout, scaling, True)[0]
+        else:  # directly by torch: `transformers` would repeat the keys for every head of a group
+            grouped = k.shape[1] < q.shape[1]
+            output = F.scaled_dot_product_attention(
+                q, k, v, mask.to(q.dtype), dropout, scale=scaling, enable_gqa=grouped
+            ).transpose(1, 2)
+        outputs.append(output.reshape(lines * queries, -1))
+    return layout.outputs(torch.cat(outputs)).view(users, width, heads, -1), None
+
+
+AttentionInterface.register(_NAME, _attend)
+
+
+def _products_apply(query: Tensor, key: Tensor) -> bool:
+    """Whether batched products may replace torch's kernel: other types would be rounded elsewhere than in it."""
+    exact = query.dtype in (torch.float32, torch.float64)
+    return exact and query.device.type == "cpu" and query.shape[1] % key.shape[1] == 0
+
+
+def per_head(layout: AttentionLayout, heads: int, groups: int) -> AttentionLayout:
+    """The layout over rows that are one head of a token each: `heads` of each query and `groups` of each key.
+
+    A line of a call is one group of keys with the queries of its heads. Every call has a mask.
+    """
+    if (heads, groups) not in layout.head_layouts:
+        layout.head_layouts[heads, groups] = _split_heads(layout, heads, groups)
+    return layout.head_layouts[heads, groups]
+
+
+def _split_heads(layout: AttentionLayout, heads: int, groups: int) -> AttentionLayout:
+    query_rows = _head_rows(layout.calls, [call.lines * call.queries for call in layout.calls], heads)
+    key_rows = _head_rows(layout.calls, [call.lines * call.keys for call in layout.calls], groups)
+    tokens = len(layout.outputs.index)
+    query_heads, key_heads = (torch.arange(tokens * each).view(tokens, each) for each in (heads, groups))
+    causal = torch.full((layout.longest, layout.longest), -torch.inf).triu_(1)
+    calls = []
+    for lines, queries, keys, mask in layout.calls:
+        mask = causal[:queries, :keys] if mask is None else mask[:, :, None]
+        shape = (lines, groups, heads // groups, queries, keys)
+        calls.append(AttentionCall(lines * groups, heads // groups * queries, keys, mask.expand(shape)))
+    return AttentionLayout(
+        layout.queries.per_head(query_heads, query_rows),
+        layout.keys.per_head(key_heads, key_rows),
+        layout.outputs.per_head(query_rows, query_heads),
+        calls,
+        None,
+        {},
+    )
+
+
+def _head_rows(calls: Sequence[AttentionCall], sizes: Sequence[int], heads: int) -> Int[Tensor, "tokens heads"]:
+    """Row numbers of the heads of every token of calls with `sizes` tokens: line after line, head after head."""
+    numbers = torch.arange(sum(sizes) * heads).split([size * heads for size in sizes])
+    by_line = [
+        rows.view(call.lines, heads, -1).mT.reshape(-1, heads) for call, rows in zip(calls, numbers, strict=True)
+    ]
+    return torch.cat(by_line)
+
+
+def attention_products(
+    query: Float[Tensor, "queries size"],
+    key: Float[Tensor, "keys size"],
+    value: Float[Tensor, "keys width"],
     calls: Sequence[AttentionCall],
     scale: float,
-) -> Float[Tensor, "asking width"]:
-    """`softmax(scale q k + mask) v` of every call. Queries, keys and what is found lie as `Sight.by_head` says."""
-    found: Tensor = _Products.apply(query, key, value, calls, scale)  # type: ignore[no-untyped-call]
-    return found
+) -> Float[Tensor, "queries width"]:
+    """`softmax(scale q k + mask) v` of every call, with rows as in `per_head`."""
+    output: Tensor = _AttentionProducts.apply(query, key, value, calls, scale)  # type: ignore[no-untyped-call]
+    return output
 
 
-class _Products(torch.autograd.Function):
-    """Keeps the probabilities. What all calls give, and their gradients, are written into one place each."""
+class _AttentionProducts(torch.autograd.Function):
+    """Saves the probabilities. The calls write their outputs and gradients into one tensor each."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, calls: Sequence[AttentionCall], scale: float
     ) -> Tensor:
-        found, kept = value.new_empty(len(query), value.shape[1]), []
-        for call, q, own, k, v in _by_call(calls, [query, found], [key, value]):
-            assert call.seen is not None
+        output, saved = value.new_empty(len(query), value.shape[1]), []
+        for call, q, y, k, v in _by_call(calls, [query, output], [key, value]):
+            assert call.mask is not None
             scores = q.new_empty(call.lines, call.queries, call.keys)
-            scores.view(call.seen.shape).copy_(call.seen)
-            shares = torch.softmax(scores.baddbmm_(q, k.mT, alpha=scale), -1)
-            torch.bmm(shares, v, out=own)
+            scores.view(call.mask.shape).copy_(call.mask)
+            probabilities = torch.softmax(scores.baddbmm_(q, k.mT, alpha=scale), -1)
+            torch.bmm(probabilities, v, out=y)
             if any(ctx.needs_input_grad):
-                kept.append(shares)
-        ctx.save_for_backward(query, key, value, *kept)
+                saved.append(probabilities)
+        ctx.save_for_backward(query, key, value, *saved)
         ctx.calls, ctx.scale = calls, scale
-        return found
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        found = for_query, for_key, for_value = [torch.empty_like(x) for x in (query, key, value)]
-        runs = _by_call(ctx.calls, [query, for_query, gradient], [key, for_key, value, for_value])
-        for (_, q, for_q, pull, k, for_k, v, for_v), shares in zip(runs, kept, strict=True):
-            torch.bmm(shares.mT, pull, out=for_v)
-            slopes = torch._softmax_backward_data(torch.bmm(pull, v.mT), shares, -1, shares.dtype)
-            torch.baddbmm(for_q, slopes, k, beta=0, alpha=ctx.scale, out=for_q)
-            torch.baddbmm(for_k, slopes.mT, q, beta=0, alpha=ctx.scale, out=for_k)
-        return *found, None, None
+        query, key, value, *saved = ctx.saved_tensors
+        gradients = grad_query, grad_key, grad_value = [torch.empty_like(x) for x in (query, key, value)]
+        calls = _by_call(ctx.calls, [query, grad_query, gradient], [key, grad_key, value, grad_value])
+        for (_, q, grad_q, grad_y, k, grad_k, v, grad_v), probabilities in zip(calls, saved, strict=True):
+            torch.bmm(probabilities.mT, grad_y, out=grad_v)
+            grad_p = torch.bmm(grad_y, v.mT)
+            grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
+            torch.baddbmm(grad_q, grad_scores, k, beta=0, alpha=ctx.scale, out=grad_q)
+            torch.baddbmm(grad_k, grad_scores.mT, q, beta=0, alpha=ctx.scale, out=grad_k)
+        return *gradients, None, None
 
 
 def _by_call(
-    calls: Sequence[AttentionCall], asking: Sequence[Tensor], seen: Sequence[Tensor]
+    calls: Sequence[AttentionCall], query_side: Sequence[Tensor], key_side: Sequence[Tensor]
 ) -> Iterator[tuple[Any, ...]]:
-    """Every call with its matrices, one a line, of the tensors."""
-    sides = [(asking, [call.queries for call in calls]), (seen, [call.keys for call in calls])]
+    """Every call with its part of each tensor, `[lines, tokens, width]`."""
+    sides = [(query_side, [call.queries for call in calls]), (key_side, [call.keys for call in calls])]
     columns = [
         [part.view(call.lines, length, -1) for part, call, length in zip(parts, calls, lengths, strict=True)]
         for tensors, lengths in sides
@@ -81,94 +202,3 @@ def _by_call(
         for parts in [x.split_with_sizes([c.lines * n for c, n in zip(calls, lengths, strict=True)])]
     ]
     return zip(calls, *columns, strict=True)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Attention over packed tokens: the one layer that sees rows.
-# ----------------------------------------------------------------------------------------------------
-
-_NAME = "persona_rlhf_rows"
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sight: AttentionLayout | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Lays packed `[users, heads, width, size]` out as `sight` says, attends, and packs the result."""
-    unheard = sorted(name for name, value in others.items() if value is not None and name not in _HEARD)
-    if sight is None or attention_mask is not None or unheard:
-        raise NotImplementedError(f"attention over packed rows knows nothing of {unheard or 'masks'}")
-    users, width = query.shape[0], query.shape[2]
-    if sight.longest <= SHORT and not dropout and _fits(query, key):
-        heads, scale = sight.by_head(query.shape[1], key.shape[1]), scaling or query.shape[3] ** -0.5
-        q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[3]) for x in (query, key, value))
-        whole = products(heads.queries(q), heads.keys(k), heads.keys(v), heads.calls, scale)
-        return heads.home(whole).view(users, width, query.shape[1], -1), None
-    lookups = ((sight.queries, query), (sight.keys, key), (sight.keys, value))
-    laid = [(lookup(x.transpose(1, 2).reshape(users * width, -1)), x) for lookup, x in lookups]
-
-    # Split at once: the gradient of slices would be a tensor of zeros each.
-    asked, known = ([call.lines * getattr(call, side) for call in sight.calls] for side in ("queries", "keys"))
-    parts = (flat.split_with_sizes(sizes) for (flat, _), sizes in zip(laid, (asked, known, known), strict=True))
-    results = []
-    for (lines, queries, keys, seen), *flats in zip(sight.calls, *parts, strict=True):
-        q, k, v = (
-            flat.view(lines, length, x.shape[1], x.shape[3]).transpose(1, 2)
-            for flat, (_, x), length in zip(flats, laid, (queries, keys, keys), strict=True)
-        )
-        if seen is None:
-            found: Tensor = sdpa_attention_forward(module, q, k, v, None, dropout, scaling, True)[0]
-        else:  # straight to torch: `transformers` would repeat the keys for every head of a group
-            grouped = k.shape[1] < q.shape[1]
-            found = F.scaled_dot_product_attention(
-                q, k, v, seen.to(q.dtype), dropout, scale=scaling, enable_gqa=grouped
-            )
-            found = found.transpose(1, 2)
-        results.append(found.reshape(lines * queries, -1))
-    return sight.home(torch.cat(results)).view(users, width, query.shape[1], -1), None
-
-
-def _fits(query: Tensor, key: Tensor) -> bool:
-    """Whether `products` are for them; a type that rounds more would be rounded elsewhere than in torch's kernel."""
-    exact = query.dtype in (torch.float32, torch.float64)
-    return exact and query.device.type == "cpu" and query.shape[1] % key.shape[1] == 0
-
-
-_HEARD = {
-    "use_cache", "position_ids", "is_causal", "output_attentions", "output_hidden_states", "return_dict",
-    "sliding_window",
-}  # fmt: skip
-"""Arguments that change nothing here: packed rows are causal, their positions are in the keys and queries, and no
-window is shorter than they are (see `window`)."""
-
-AttentionInterface.register(_NAME, _attend)
-
-
-def window(config: PreTrainedConfig) -> float:
-    """Length in tokens up to which every token of a row sees all before it, in every layer of a (text) config.
-
-    Infinite without sliding windows; 0 where a layer attends in some other way.
-    """
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        return 0
-    width: int | None = getattr(config, "sliding_window", None)  # None or 0: none
-    return width or (0 if "sliding_attention" in kinds else inf)
-
-
-@contextmanager
-def packed(config: PreTrainedConfig) -> Iterator[None]:
-    """Inside, models with this (text) config attend over packed rows; they must be given `sight`."""
-    before = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

@@ -1,4 +1,4 @@
-"""Load the frozen base; NF4 and FP8 storage; weight hash."""
+"""The frozen base model and its tokenizer: loading, storage in 4 (NF4) or 8 bits (FP8), and the hash of its weights."""
 
 from __future__ import annotations
 
@@ -31,11 +31,6 @@ from persona_rlhf.common.files import find, is_hub_id
 from persona_rlhf.config.training import BaseSettings
 from persona_rlhf.data.tokenize import turn_end
 
-# ----------------------------------------------------------------------------------------------------
-# Frozen linear layers stored and multiplied in eight bits: float8 e4m3, a scale for each output of the weight and for
-# each row of what comes in (Micikevicius et al. 2022; the row-wise recipe), by torch's scaled product.
-# ----------------------------------------------------------------------------------------------------
-
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_E4M3).max
 _SMALLEST = 1e-12  # a row of zeros has this scale
@@ -44,40 +39,41 @@ _CAPABLE = (8, 9)  # compute capability of the first GPUs with such products
 
 
 class Fp8Linear(nn.Module):
-    """`y = x W^T + bias` with W and x rounded to eight bits; what it gives has the type of x.
+    """A frozen linear layer stored and multiplied in float8 e4m3: `y = x W^T + bias` in the type of x.
 
-    The way back is a product in eight bits too: the weight's scales go to the gradient before that is rounded.
+    Every output of W and every row of x has its own scale (Micikevicius et al. 2022, row-wise scaling). The backward
+    product is in float8 too: the scales of W go to the gradient before it is rounded.
     """
 
     def __init__(self, layer: nn.Linear | Conv1D, device: torch.device) -> None:
         super().__init__()
         exact = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        values, scale = rounded(exact.detach().to(device))
+        values, scale = quantize_rows(exact.detach().to(device))
         self.out_features, self.in_features = exact.shape
         self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Buffer(scale)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
-        y: Tensor = _Product.apply(x.reshape(-1, self.in_features), self)  # type: ignore[no-untyped-call]
+        y: Tensor = _Fp8Product.apply(x.reshape(-1, self.in_features), self)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], self.out_features)
 
     def product(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
-        """What `forward` computes, without a gradient."""
-        y = _product(x, self.weight, self.scale)
+        """The output of `forward`, outside of autograd."""
+        y = _fp8_product(x, self.weight, self.scale)
         return y if self.bias is None else y.add_(self.bias)
 
-    def pulled_back(self, gradient: Float[Tensor, "rows outputs"]) -> Float[Tensor, "rows inputs"]:
-        """The gradient of x from that of y."""
+    def input_gradient(self, gradient: Float[Tensor, "rows outputs"]) -> Float[Tensor, "rows inputs"]:
+        """Gradient of x from that of y."""
         ones = torch.ones(self.in_features, 1, device=gradient.device)
-        return _product(gradient * self.scale.T.to(gradient.dtype), self.weight.T.contiguous(), ones)
+        return _fp8_product(gradient * self.scale.T.to(gradient.dtype), self.weight.T.contiguous(), ones)
 
     def dense(self) -> Float[Tensor, "outputs inputs"]:
-        """The weight as it is stored, in float32."""
+        """The stored weight in float32."""
         return self.weight.float() * self.scale
 
 
-class _Product(torch.autograd.Function):
+class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Fp8Linear) -> Tensor:
         ctx.layer = layer
@@ -85,72 +81,70 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.pulled_back(gradient), None
+        return ctx.layer.input_gradient(gradient), None
 
 
-def rounded(exact: Float[Tensor, "rows width"]) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows 1"]]:
-    """Each row over its scale, in eight bits, and the scales in float32: a row's largest entry is e4m3's largest."""
+def quantize_rows(exact: Float[Tensor, "rows width"]) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows 1"]]:
+    """Rows in float8 and their scales in float32. A row's largest entry becomes the largest number of e4m3."""
     scale = exact.abs().amax(1, keepdim=True).float().clamp_min(_SMALLEST) / _LARGEST
     return (exact / scale).to(_E4M3), scale
 
 
-def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """`x (scale weight)^T`. On a GPU torch gives bfloat16 only."""
-    values, own = rounded(x)
-    given = torch.bfloat16 if x.is_cuda else x.dtype
-    row = F.ScalingType.RowWise
-    y = F.scaled_mm(values, weight.T, own, row, scale.T, row, output_dtype=given)
+def _fp8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """`x (scale weight)^T`. On a GPU torch's output is bfloat16 only."""
+    values, row_scale = quantize_rows(x)
+    output_dtype = torch.bfloat16 if x.is_cuda else x.dtype
+    row_wise = F.ScalingType.RowWise
+    y = F.scaled_mm(values, weight.T, row_scale, row_wise, scale.T, row_wise, output_dtype=output_dtype)
     return y.to(x.dtype)
 
 
 def to_fp8(model: PreTrainedModel, device: torch.device) -> None:
-    """Stores the linear layers of the decoder so, on `device`, one after the other: all but the output head and those
-    with a width that is no multiple of 16.
+    """Replaces the linear layers of the decoder by `Fp8Linear` on `device`, one after the other.
 
-    Raises InputError on a GPU or with a torch without such products, and where no layer can be stored so.
+    The output head and layers with a width that is no multiple of 16 stay as they are. Raises InputError without
+    hardware or a torch for float8 products, and where no layer can be stored in float8.
     """
     if not hasattr(F, "scaled_mm"):
-        sentence = f"torch {torch.__version__} has no products in eight bits: install 2.10, or leave this key away"
+        sentence = f"torch {torch.__version__} has no float8 products: install 2.10, or remove this key"
         raise InputError([Problem("config", None, "base.quantization", sentence)])
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CAPABLE:
-        sentence = "this GPU has no products in eight bits (compute capability 8.9 and up have): leave this key away"
+        sentence = "this GPU has no float8 products (they need compute capability 8.9): remove this key"
         raise InputError([Problem("config", None, "base.quantization", sentence)])
     head = model.get_output_embeddings()
-    found = [(name, m) for name, m in model.named_modules() if fits(m) and m is not head]
-    if not found:
-        sentence = "the base has no linear layer whose widths are multiples of 16: leave this key away"
+    layers = [(name, m) for name, m in model.named_modules() if fits_fp8(m) and m is not head]
+    if not layers:
+        sentence = "the base has no linear layer whose widths are multiples of 16: remove this key"
         raise InputError([Problem("config", None, "base.quantization", sentence)])
-    for name, layer in found:
+    for name, layer in layers:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, Fp8Linear(layer, device))
 
 
-def fits(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
-    """Whether this is a linear layer that can be stored so."""
+def fits_fp8(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether a module is a linear layer that can be stored in float8."""
     return (type(module) is nn.Linear or type(module) is Conv1D) and not any(
         width % _MULTIPLE for width in module.weight.shape
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# Frozen weights stored in fewer bits. In four: NormalFloat with double quantization (QLoRA, Dettmers et al. 2023), by
-# bitsandbytes; what the layers compute is in the base's own type. In eight: see fp8.py. Only linear layers inside the
-# decoder are.
-# ----------------------------------------------------------------------------------------------------
-
-_MOST = 0.15
-"""Relative error of normal weights in NormalFloat; it should be 0.09. bitsandbytes 0.49 and 0.50 make 0.26 on a CPU."""
+_NF4_MAX_ERROR = 0.15
+"""Largest accepted relative error of normal weights in NF4. It should be 0.09; on a CPU bitsandbytes 0.49 and
+0.50 have 0.26."""
 
 
-def nf4(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
-    """How transformers is asked for it. Raises InputError where bitsandbytes is not installed, or stores wrongly."""
+def nf4_config(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
+    """Settings of transformers for NF4 with double quantization (QLoRA, Dettmers et al. 2023); `dtype` is computed in.
+
+    Raises InputError where bitsandbytes is not installed or quantizes wrongly.
+    """
     if find_spec("bitsandbytes") is None:
-        sentence = "bitsandbytes is not installed: pip install 'persona-rlhf[nf4]', or leave this key away"
+        sentence = "bitsandbytes is not installed: pip install 'persona-rlhf[nf4]', or remove this key"
         raise InputError([Problem("config", None, "base.quantization", sentence)])
-    if (error := _error(device)) > _MOST:
+    if (error := _nf4_error(device)) > _NF4_MAX_ERROR:
         sentence = (
-            f"this bitsandbytes stores weights wrongly on {device.type} (relative error {error:.2f}, and not "
-            "0.09): install bitsandbytes 0.48.2, or leave this key away"
+            f"this bitsandbytes quantizes wrongly on {device.type} (relative error {error:.2f} instead of "
+            "0.09): install bitsandbytes 0.48.2, or remove this key"
         )
         raise InputError([Problem("config", None, "base.quantization", sentence)])
     return BitsAndBytesConfig(
@@ -161,22 +155,22 @@ def nf4(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
     )
 
 
-def _error(device: torch.device) -> float:
-    """What storing a normal matrix changes, relative to it."""
+def _nf4_error(device: torch.device) -> float:
+    """Relative error of a normal matrix after NF4 and back."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     normal = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device)
-    back = dequantize_4bit(*quantize_4bit(normal, quant_type="nf4", compress_statistics=True))
-    return float((back - normal).norm() / normal.norm())
+    restored = dequantize_4bit(*quantize_4bit(normal, quant_type="nf4", compress_statistics=True))
+    return float((restored - normal).norm() / normal.norm())
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D | Fp8Linear]:
-    """Whether this is a linear layer, however its weights are stored, and not one of a kind of its own."""
+    """Whether a module is a linear layer, quantized or not. Other subclasses of `nn.Linear` do not count."""
     return type(module) in (nn.Linear, Conv1D) or is_quantized(module)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether this is a linear layer whose weights are stored in fewer bits."""
+    """Whether a module is a linear layer stored in NF4 or FP8."""
     return isinstance(module, Fp8Linear) or _is_nf4(module)
 
 
@@ -184,39 +178,40 @@ def _is_nf4(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).__name__ == "Linear4bit"
 
 
-def dense(layer: nn.Module) -> Float[Tensor, "outputs inputs"]:
-    """The weight of a layer in four bits as it computes with it; one in eight multiplies as it is stored."""
+def dequantize(layer: nn.Module) -> Float[Tensor, "outputs inputs"]:
+    """The weight of an NF4 layer in the type that it computes in."""
     from bitsandbytes.functional import dequantize_4bit
 
-    stored: Any = layer.weight  # bitsandbytes' own kind of parameter, which knows how to be read
+    stored: Any = layer.weight  # bitsandbytes' own parameter class
     weight: Tensor = dequantize_4bit(stored, stored.quant_state)
     return weight
 
 
-def one_kernel(model: nn.Module) -> None:
-    """On a CPU bitsandbytes would change to another kernel, and its weights with it, where no gradient is asked for:
-    what is judged is to be what was trained."""
+def pin_nf4_kernel(model: nn.Module) -> None:
+    """Keeps bitsandbytes to one kernel on a CPU.
+
+    Otherwise it takes another kernel and weight layout in inference: the judged model would not be the trained one.
+    """
     for module in model.modules():
         if _is_nf4(module):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - nn.Module types no flags
 
 
-def hash_as(weights_hash: str, quantization: str | None) -> str:
-    """The hash of a base that is used as stored so: what was measured on it holds of no other."""
+def quantized_hash(weights_hash: str, quantization: str | None) -> str:
+    """Hash of a base in the given storage. Measurements on it are not valid for other storage."""
     if quantization is None:
         return weights_hash
     return hashlib.sha256(f"{weights_hash} {quantization}".encode()).hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------
-# The shared base: a frozen causal language model, its tokenizer, and the hash of its weights.
-# ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Base:
-    """`name` is what the config calls it; `weights_hash` the sha256 over its safetensors files, and over how they are
-    stored in memory where that changes them; `context` in tokens."""
+    """The shared base: a frozen causal language model and its tokenizer.
+
+    name: `base.model` of the config
+    weights_hash: sha256 over the safetensors files, and over the quantization if there is one
+    context: longest input, in tokens
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -230,12 +225,14 @@ class Base:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer, first the one that the chat template ends a turn with: generation config and
-        tokenizer need not know of it."""
+        """Tokens that end an answer, first the one that ends a turn in the chat template.
+
+        The generation config and the tokenizer may lack that one.
+        """
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        known = [configured] if isinstance(configured, int) else list(configured or [])
-        own = getattr(self.tokenizer, "eos_token_id", None)
-        return tuple(dict.fromkeys(end for end in (self._turn_end, own, *known) if isinstance(end, int)))
+        listed = [configured] if isinstance(configured, int) else list(configured or [])
+        tokenizer_eos = getattr(self.tokenizer, "eos_token_id", None)
+        return tuple(dict.fromkeys(end for end in (self._turn_end, tokenizer_eos, *listed) if isinstance(end, int)))
 
     @cached_property
     def _turn_end(self) -> int | None:
@@ -243,30 +240,31 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """Fills rows to their right, where nothing looks: any id will do, so a tokenizer without one is no problem."""
-        own = getattr(self.tokenizer, "pad_token_id", None)
-        return own if isinstance(own, int) else next(iter(self.eos_ids), 0)
+        """Token that pads rows on their right. Causal attention never reads it, so any id will do."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        return pad if isinstance(pad, int) else next(iter(self.eos_ids), 0)
 
 
 def load_base(settings: BaseSettings) -> Base:
     """Loads `base.model`, a folder or a hub id, frozen and in eval mode, onto `base.device`.
 
-    Raises InputError where there is no such device or model, no safetensors weights, no chat template or no end token.
+    Raises InputError for a missing device or model, and for a model without safetensors weights, chat template or end
+    token.
     """
-    folder = _folder(settings.model, [*_TOKENIZER, "*.safetensors"])
+    folder = _model_folder(settings.model, [*_TOKENIZER_FILES, "*.safetensors"])
     problems = []
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise _no_weights(settings.model)
-    device = device_of(settings)
-    dtype = precision(settings, device)
-    packed = settings.quantization == "nf4"
-    stored = {"quantization_config": nf4(dtype, device), "device_map": {"": device}} if packed else {}
+    device = select_device(settings)
+    dtype = select_dtype(settings, device)
+    nf4 = settings.quantization == "nf4"
+    storage = {"quantization_config": nf4_config(dtype, device), "device_map": {"": device}} if nf4 else {}
     disable_progress_bar()
     tokenizer = _tokenizer(settings.model, folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **stored
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **storage
         )
     except (OSError, ValueError, KeyError, SafetensorError) as fault:
         raise _not_loaded(settings.model, fault) from fault
@@ -280,20 +278,20 @@ def load_base(settings: BaseSettings) -> Base:
     if problems:
         raise InputError(problems)
     model.requires_grad_(False).eval()
-    if packed:
-        one_kernel(model)
+    if nf4:
+        pin_nf4_kernel(model)
     else:
         if settings.quantization == "fp8":
             to_fp8(model, device)
         model.to(device)  # type: ignore[arg-type]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    weights_sha256 = hash_as(_hash(weights), settings.quantization)
+    weights_sha256 = quantized_hash(_hash(weights), settings.quantization)
     return Base(model, tokenizer, settings.model, weights_sha256, min(int(context), sys.maxsize))
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base, a folder or a hub id, without its weights. Raises InputError where there is none."""
-    return _tokenizer(model, _folder(model, _TOKENIZER))
+    """The tokenizer of a base, a folder or a hub id, without the weights. Raises InputError where there is none."""
+    return _tokenizer(model, _model_folder(model, _TOKENIZER_FILES))
 
 
 def _tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
@@ -309,11 +307,11 @@ def _not_loaded(model: str, fault: Exception) -> InputError:
     return InputError([Problem(model, None, "base.model", sentence)])
 
 
-def device_of(settings: BaseSettings) -> torch.device:
-    """The GPU where there is one; of several, the one with the number that a launcher of processes gave to this one.
+def select_device(settings: BaseSettings) -> torch.device:
+    """The device of `base.device`: a GPU where there is one, else the CPU.
 
-    Apple's GPUs count as none: losses and bounds are added up in float64, which they do not have. Raises InputError
-    where a GPU is asked for and there is none.
+    Among several GPUs a process takes the one that its launcher numbered (`LOCAL_RANK`). Apple's GPUs are not used:
+    losses and bounds are summed in float64, which they lack. Raises InputError for a missing GPU.
     """
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -325,9 +323,12 @@ def device_of(settings: BaseSettings) -> torch.device:
     return device
 
 
-def precision(settings: BaseSettings, device: torch.device) -> torch.dtype:
-    """The type of the frozen weights. On a GPU it also says what float32 products are made in, which are the adapters':
-    in TF32 over a bfloat16 base, whose states have fewer bits than that, and in float32 over a float32 base."""
+def select_dtype(settings: BaseSettings, device: torch.device) -> torch.dtype:
+    """Type of the frozen weights.
+
+    On a GPU this also sets the precision of float32 products, which are the adapters'. It is float32 over a float32
+    base, and TF32 over a bfloat16 base, whose hidden states have fewer bits than that.
+    """
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = auto if settings.dtype == "auto" else getattr(torch, settings.dtype)
     if device.type == "cuda":
@@ -336,11 +337,11 @@ def precision(settings: BaseSettings, device: torch.device) -> torch.dtype:
 
 
 def weights_hash(settings: BaseSettings) -> str:
-    """The hash of a base's weights, without loading them. Raises InputError where it has none."""
-    weights = sorted(_folder(settings.model, ["*.safetensors"]).glob("*.safetensors"))
+    """Hash of a base's weights, without loading them. Raises InputError for a base without safetensors weights."""
+    weights = sorted(_model_folder(settings.model, ["*.safetensors"]).glob("*.safetensors"))
     if not weights:
         raise _no_weights(settings.model)
-    return hash_as(_hash(weights), settings.quantization)
+    return quantized_hash(_hash(weights), settings.quantization)
 
 
 def _no_weights(model: str) -> InputError:
@@ -348,11 +349,11 @@ def _no_weights(model: str) -> InputError:
     return InputError([Problem(model, None, "base.model", sentence)])
 
 
-_TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
-def _folder(model: str, wanted: list[str]) -> Path:
-    """The folder of a model: a path, a shipped folder, or a hub snapshot of the files `wanted`."""
+def _model_folder(model: str, patterns: list[str]) -> Path:
+    """Folder of a model: a path, a shipped folder, or a hub snapshot of the files that match `patterns`."""
     try:
         return find(model)
     except InputError:
@@ -362,7 +363,7 @@ def _folder(model: str, wanted: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as fault:
         sentence = "no such folder here, and the hub does not give it; check the id, the network and HF_TOKEN"
         raise InputError([Problem(model, None, "base.model", sentence)]) from fault

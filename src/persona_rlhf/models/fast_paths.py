@@ -1,4 +1,7 @@
-"""Optional equivalents of norms, rotary, last layer; each verified against the model before use."""
+"""Optional equivalents of parts of a model, each verified against the model before use.
+
+`EquivalenceCheck` holds the plain model's logits. A fast path is used only where it reproduces them.
+"""
 
 from __future__ import annotations
 
@@ -18,156 +21,183 @@ from transformers import PreTrainedModel
 
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.base import Base, is_linear
-from persona_rlhf.models.model_split import decoder_layers, with_states
-from persona_rlhf.models.multi_lora import FleetLinear
+from persona_rlhf.models.model_split import decoder_layers, replace_states
+from persona_rlhf.models.multi_lora import MultiLoRALinear
 from persona_rlhf.models.packing import Batch, DeterministicGather, collate
 
-# ----------------------------------------------------------------------------------------------------
-# Keeps freed memory for the next step: on Linux, glibc gives big blocks back at once and every step faults them in.
-# ----------------------------------------------------------------------------------------------------
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_BYTES = 1 << 30
+class EquivalenceCheck:
+    """Rows whose logits every fast path must reproduce: a shared prompt, unequal lengths, odd numbers of tokens."""
 
+    def __init__(self, base: Base) -> None:
+        ids = [n % base.model.config.get_text_config().vocab_size for n in range(3, 23)]
+        self.rows = [
+            Row(tuple(ids[:7]), tuple(ids[7:12])),
+            Row(tuple(ids[:7]), tuple(ids[9:])),
+            Row(tuple(ids[4:6]), tuple(ids[1:3])),
+        ]
+        self._base = base
 
-def keep_large_blocks() -> bool:
-    """Tells glibc's malloc to hold on to blocks of up to 1 GiB; True where it listened.
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(row.length for row in self.rows)
 
-    A step of the bundled tiny base takes 4.0 CPU-seconds for a user's 60 steps with it, and 5.2 without.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        return bool(libc.mallopt(_MMAP_THRESHOLD, _BYTES)) and bool(libc.mallopt(_TRIM_THRESHOLD, _BYTES))
-    except (OSError, AttributeError):
-        return False
+    def collated(self, rows: list[Row]) -> Batch:
+        """A batch with one row per line."""
+        return collate(rows, self._base.pad_id, self._base.device)
 
+    @torch.no_grad()
+    def expect(self, logits: Callable[[Batch], Tensor]) -> None:
+        """Stores the plain model's logits, computed row by row, as the expected ones."""
+        self._expected = torch.cat([logits(self.collated([row])) for row in self.rows]).float()
 
-# ----------------------------------------------------------------------------------------------------
-# Other ways to compute what a model computes, put in its place for a while.
-# ----------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def passes(self, logits: Callable[[list[Row]], Tensor]) -> bool:
+        """Whether a fast path runs and gives the expected logits, within rounding."""
+        try:
+            actual = logits(self.rows).float()
+        except (NotImplementedError, TypeError, ValueError, RuntimeError):
+            return False
+        exact = self._base.model.dtype in (torch.float32, torch.float64)
+        return bool((actual - self._expected).norm() <= (1e-4 if exact else 5e-2) * self._expected.norm())
+
 
 ROTARY = "apply_rotary_pos_emb"
-"""The function by which attention rotates queries and keys, in the Python module of the model's kind."""
+"""Name of the function that rotates queries and keys, in the Python module of a model's attention."""
 
 
 class ForwardPatch:
-    """While it is `on`, these modules' `forward` is another one, and so is the rotary function of these Python modules.
-    Outside, the model is as it was. Whether it still gives its logits has to be tried out before this is used."""
+    """Other `forward` functions of layers and other rotary functions of Python modules, in effect inside `on`."""
 
     def __init__(
-        self, forwards: Mapping[nn.Module, Callable[..., Any]], rotations: Mapping[ModuleType, Callable[..., Any]]
+        self, forwards: Mapping[nn.Module, Callable[..., Any]], rotary: Mapping[ModuleType, Callable[..., Any]]
     ) -> None:
-        self._forwards, self._rotations = forwards, rotations
+        self._forwards, self._rotary = forwards, rotary
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        with ExitStack() as before:
-            for place, rotation in self._rotations.items():
-                before.callback(setattr, place, ROTARY, getattr(place, ROTARY))
-                setattr(place, ROTARY, rotation)
-            for module, forward in self._forwards.items():
-                before.callback(delattr, module, "forward")  # of the instance: its class has the model's own
-                module.forward = forward
+        """Inside, the replacements are in effect; afterwards the model is as before."""
+        with ExitStack() as undo:
+            for module, rotate in self._rotary.items():
+                undo.callback(setattr, module, ROTARY, getattr(module, ROTARY))
+                setattr(module, ROTARY, rotate)
+            for layer, forward in self._forwards.items():
+                undo.callback(delattr, layer, "forward")  # of the instance: the class has the model's own
+                layer.forward = forward
             yield
 
 
-def rotating(model: PreTrainedModel) -> list[ModuleType]:
+def rotary_modules(model: PreTrainedModel) -> list[ModuleType]:
     """The Python modules whose rotary function a model's attention calls."""
-    kinds = sorted({type(m).__module__ for m in model.modules() if "Attention" in type(m).__name__})
-    return [sys.modules[kind] for kind in kinds if hasattr(sys.modules[kind], ROTARY)]
+    names = sorted({type(m).__module__ for m in model.modules() if "Attention" in type(m).__name__})
+    return [sys.modules[name] for name in names if hasattr(sys.modules[name], ROTARY)]
 
 
-# ----------------------------------------------------------------------------------------------------
-# A model's own norms, rotations and gated activations as one kernel each, where a tensor is large enough for it.
-#
-# The formulas of `transformers` go over their input five to ten times, a compiled one once. But a call of it costs its
-# host about a tenth of a millisecond (measured on a CPU), and a device of four terabytes a second goes over 2^24
-# elements
-# in bfloat16 in 17 microseconds: below that nothing is compiled, and nothing waited for.
-# ----------------------------------------------------------------------------------------------------
+_LARGE = 1 << 24
+"""Elements of a tensor from which on compiling pays off.
 
-_LARGE = 1 << 24  # elements
+Eager formulas read their input five to ten times, a compiled one once. A compiled call costs its host about 0.1 ms
+(measured on a CPU). A device of four terabytes per second reads 2^24 elements in bfloat16 in 17 microseconds.
+"""
 _OPTIONS: dict[str, Any] = {"deterministic": True, "emulate_precision_casts": True}
-"""The same bits in every process, and rounded where the formula rounds."""
+"""The same bits in every process, with roundings as in the formula."""
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
-class Compiled:
-    """A function that is compiled when it is first given something large, for tensors of any size.
+class CompiledFunction:
+    """A function that is compiled at its first call with a large tensor, for tensors of any size.
 
-    It is tried on those very arguments, there and back: where a compiler is missing or fails, or the results differ,
-    the function stays as it is. `learning`: the places of the arguments that gradients are asked for, all of one size.
+    Values and gradients of the compiled function are compared with the original's on that call's arguments. The
+    original stays where a compiler is missing or fails, or the results differ.
+
+    differentiable: positions of the arguments that get gradients, all of one size
+    large: elements from which on a tensor is large
     """
 
-    def __init__(self, plain: Callable[..., Any], learning: Sequence[int], large: int) -> None:
-        self._plain, self._learning, self._large = plain, learning, large
+    def __init__(self, original: Callable[..., Any], differentiable: Sequence[int], large: int) -> None:
+        self._original, self._differentiable, self._large = original, differentiable, large
         self.chosen: Callable[..., Any] | None = None
 
-    def __call__(self, *given: Any) -> Any:
-        if given[self._learning[0]].numel() < self._large:
-            return self._plain(*given)
+    def __call__(self, *args: Any) -> Any:
+        if args[self._differentiable[0]].numel() < self._large:
+            return self._original(*args)
         if self.chosen is None:
-            self.chosen = self._tried(given)
+            self.chosen = self._compile(args)
         try:
-            return self.chosen(*given)
-        except TorchDynamoException:  # it is compiled anew where a gradient is not asked for, and then failed
-            self.chosen = self._plain
-            return self._plain(*given)
+            return self.chosen(*args)
+        except TorchDynamoException:  # compiling again, for a call without gradients, has failed
+            self.chosen = self._original
+            return self._original(*args)
 
-    def _tried(self, given: Sequence[Any]) -> Callable[..., Any]:
+    def _compile(self, args: Sequence[Any]) -> Callable[..., Any]:
         try:
-            made: Callable[..., Any] = torch.compile(self._plain, dynamic=True, options=_OPTIONS)
-            wanted, found = (self._both_ways(function, given) for function in (self._plain, made))
+            compiled: Callable[..., Any] = torch.compile(self._original, dynamic=True, options=_OPTIONS)
+            expected, actual = (self._values_and_gradients(f, args) for f in (self._original, compiled))
         except torch.OutOfMemoryError:
-            raise  # the caller takes fewer tokens, and this is tried again
-        except Exception:  # whatever a compiler says: there is another way
-            return self._plain
-        most = 1e-5 if given[self._learning[0]].dtype in (torch.float32, torch.float64) else 1e-2
-        close = all((own - other).norm() <= most * own.norm() for own, other in zip(wanted, found, strict=True))
-        return made if close else self._plain
+            raise  # the caller retries with fewer tokens
+        except Exception:  # any failure of a compiler
+            return self._original
+        tolerance = 1e-5 if args[self._differentiable[0]].dtype in (torch.float32, torch.float64) else 1e-2
+        close = all((x - y).norm() <= tolerance * x.norm() for x, y in zip(expected, actual, strict=True))
+        return compiled if close else self._original
 
-    def _both_ways(self, function: Callable[..., Any], given: Sequence[Any]) -> list[Tensor]:
-        """Results, and the gradients of the sum of their squares."""
+    def _values_and_gradients(self, function: Callable[..., Any], args: Sequence[Any]) -> list[Tensor]:
+        """Outputs, and the gradients of the sum of their squares."""
         with torch.enable_grad():
-            given = [own.detach().requires_grad_() if n in self._learning else own for n, own in enumerate(given)]
-            made = function(*given)
-            results = [made] if isinstance(made, Tensor) else list(made)
-            squares = torch.stack([own.float().square().sum() for own in results]).sum()
-            slopes = torch.autograd.grad(squares, [given[n] for n in self._learning])
-            return [own.detach().float() for own in (*results, *slopes)]
+            args = [x.detach().requires_grad_() if n in self._differentiable else x for n, x in enumerate(args)]
+            output = function(*args)
+            outputs = [output] if isinstance(output, Tensor) else list(output)
+            loss = torch.stack([x.float().square().sum() for x in outputs]).sum()
+            gradients = torch.autograd.grad(loss, [args[n] for n in self._differentiable])
+            return [x.detach().float() for x in (*outputs, *gradients)]
 
 
-def compiled(model: PreTrainedModel, large: int = _LARGE) -> ForwardPatch:
-    """All such of a model. An MLP that does more than to gate is found out where the whole is tried out."""
+def compiled_patch(model: PreTrainedModel, large: int = _LARGE) -> ForwardPatch:
+    """A model's norms, rotary embeddings and gated activations, each compiled to one kernel.
+
+    An MLP with further steps gives other logits; the equivalence check of the whole patch rejects it.
+    """
     norms: list[Any] = [m for m in model.modules() if "RMSNorm" in type(m).__name__]
-    formulas = {kind: Compiled(kind.forward, [1], large) for kind in {type(norm) for norm in norms}}
-    gate, gated = Compiled(_gate, [0, 1], large), [m for m in model.modules() if all(hasattr(m, n) for n in _GATED)]
-    forwards: dict[nn.Module, Callable[..., Any]] = {norm: partial(formulas[type(norm)], norm) for norm in norms}
-    forwards |= {mlp: partial(_mlp, mlp, gate) for mlp in gated}
-    return ForwardPatch(forwards, {place: Compiled(getattr(place, ROTARY), [0, 1], large) for place in rotating(model)})
+    by_class = {kind: CompiledFunction(kind.forward, [1], large) for kind in {type(norm) for norm in norms}}
+    gate = CompiledFunction(_gate, [0, 1], large)
+    mlps = [m for m in model.modules() if all(hasattr(m, name) for name in _GATED)]
+    forwards: dict[nn.Module, Callable[..., Any]] = {norm: partial(by_class[type(norm)], norm) for norm in norms}
+    forwards |= {mlp: partial(_mlp, mlp, gate) for mlp in mlps}
+    rotary = {place: CompiledFunction(getattr(place, ROTARY), [0, 1], large) for place in rotary_modules(model)}
+    return ForwardPatch(forwards, rotary)
 
 
 def _gate(gates: Tensor, ups: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     return activation(gates) * ups
 
 
-def _mlp(mlp: Any, gate: Compiled, x: Tensor) -> Any:
+def _mlp(mlp: Any, gate: CompiledFunction, x: Tensor) -> Any:
     return mlp.down_proj(gate(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Norms and rotary embeddings with their gradients written down: half as many passes over memory as the formulas of
-# `transformers` take, and a tenth of a step of a small model.
-# ----------------------------------------------------------------------------------------------------
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+
+
+def keep_large_blocks(size: int = 1 << 30) -> bool:
+    """Makes glibc's malloc keep freed blocks of up to `size` bytes for the next step; True where it agrees.
+
+    By default glibc returns large blocks to the system at once, and every step faults their pages in again.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(libc.mallopt(_M_MMAP_THRESHOLD, size)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, size))
+    except (OSError, AttributeError):
+        return False
 
 
 def written_down(model: PreTrainedModel) -> ForwardPatch:
     """A model's norms and rotary embeddings as they are computed here. One that rotates in some other way gives wrong
     values with it."""
     norms = {m: own for m in model.modules() if (own := _as_normed(m)) is not None}
-    return ForwardPatch(norms, dict.fromkeys(rotating(model), rotated))
+    return ForwardPatch(norms, dict.fromkeys(rotary_modules(model), rotated))
 
 
 def normed(
@@ -246,11 +276,6 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------
-# The last decoder layer, where only the tokens whose logits are read need more than keys and values.
-# ----------------------------------------------------------------------------------------------------
-
-
 class LastLayerPruning:
     """What comes after the attention of the last layer, for some tokens only.
 
@@ -263,7 +288,7 @@ class LastLayerPruning:
         """`output`: the linear layer that `attention` ends with."""
         self._layer, self._output = layer, output
         before = set(attention.modules()) - {output}
-        self._narrowed = [m for m in layer.modules() if isinstance(m, FleetLinear) and m not in before]
+        self._narrowed = [m for m in layer.modules() if isinstance(m, MultiLoRALinear) and m not in before]
 
     @contextmanager
     def to(self, read: DeterministicGather, shares: Sequence[int]) -> Iterator[None]:
@@ -277,14 +302,14 @@ class LastLayerPruning:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given.append(args[0] if args else kwargs["hidden_states"])
             for module in self._narrowed:
-                module.shares = shares
-            sight = kwargs.get("sight")
-            if sight is not None and sight.last is not None:
-                kwargs = {**kwargs, "sight": sight.last}
-            return with_states(args, kwargs, cut(given[0]))
+                module.rows_per_user = shares
+            layout = kwargs.get("layout")
+            if layout is not None and layout.last is not None:
+                kwargs = {**kwargs, "layout": layout.last}
+            return replace_states(args, kwargs, cut(given[0]))
 
         def first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return with_states(args, kwargs, given.pop()) if given else None
+            return replace_states(args, kwargs, given.pop()) if given else None
 
         def leave(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             return (cut(args[0]),)
@@ -305,53 +330,10 @@ def narrowing(model: PreTrainedModel, probe: Callable[[], object]) -> LastLayerP
     if layer is None or attention is None:
         return None
     called: list[nn.Module] = []
-    frozen = {id(m.frozen) for m in attention.modules() if isinstance(m, FleetLinear)}
+    frozen = {id(m.frozen) for m in attention.modules() if isinstance(m, MultiLoRALinear)}
     with ExitStack() as hooks:
         for module in attention.modules():
-            if (isinstance(module, FleetLinear) or is_linear(module)) and id(module) not in frozen:
+            if (isinstance(module, MultiLoRALinear) or is_linear(module)) and id(module) not in frozen:
                 hooks.callback(module.register_forward_pre_hook(lambda m, _: called.append(m)).remove)
         probe()
     return LastLayerPruning(layer, attention, called[-1]) if called else None
-
-
-# ----------------------------------------------------------------------------------------------------
-# Shortcuts through a model are tried out before they are used, on made-up rows, against the model without them.
-# ----------------------------------------------------------------------------------------------------
-
-
-class EquivalenceCheck:
-    """Rows with a shared prompt and unequal lengths; however they are laid out, the tokens that are read are no
-    multiple of a line."""
-
-    def __init__(self, base: Base) -> None:
-        ids = [n % base.model.config.get_text_config().vocab_size for n in range(3, 23)]
-        self.rows = [
-            Row(tuple(ids[:7]), tuple(ids[7:12])),
-            Row(tuple(ids[:7]), tuple(ids[9:])),
-            Row(tuple(ids[4:6]), tuple(ids[1:3])),
-        ]
-        self._base = base
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(row.length for row in self.rows)
-
-    def collated(self, rows: list[Row]) -> Batch:
-        """One line a row."""
-        return collate(rows, self._base.pad_id, self._base.device)
-
-    @torch.no_grad()
-    def expect(self, plain: Callable[[Batch], Tensor]) -> None:
-        """Takes the model's logits, one row after the other, for what every shortcut must give."""
-        self._wanted = torch.cat([plain(self.collated([row])) for row in self.rows]).float()
-
-    @torch.no_grad()
-    def passes(self, shortcut: Callable[[list[Row]], Tensor]) -> bool:
-        """Whether a shortcut gives the expected logits."""
-        try:
-            tried = shortcut(self.rows).float()
-        except (NotImplementedError, TypeError, ValueError, RuntimeError):
-            return False
-        exact = self._base.model.dtype in (torch.float32, torch.float64)
-        return bool((tried - self._wanted).norm() <= (1e-4 if exact else 5e-2) * self._wanted.norm())

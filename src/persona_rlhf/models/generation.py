@@ -1,4 +1,4 @@
-"""Decoding with a KV cache for a whole cohort: one loop writes the answers of all users, greedy or sampled."""
+"""Batched decoding with a KV cache, greedy or sampled: one loop for the prompts of all users."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from persona_rlhf.models.base import Base
 def nucleus(
     logits: Float[Tensor, "rows vocabulary"], top_p: Float[Tensor, " rows"]
 ) -> Float[Tensor, "rows vocabulary"]:
-    """The logits with all but the fewest most likely tokens that hold `top_p` (0, 1] of the probability taken out.
+    """Logits of the nucleus: the fewest most likely tokens with `top_p` (0, 1] of the probability; others become -inf.
 
     Holtzman et al. 2020, The Curious Case of Neural Text Degeneration, section 3.1. The most likely token always stays.
     """
     ordered, order = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
-    out = (before >= top_p[:, None]) & (top_p < 1)[:, None]
-    out[:, 0] = False
-    return logits.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
+    excluded = (before >= top_p[:, None]) & (top_p < 1)[:, None]
+    excluded[:, 0] = False
+    return logits.masked_fill(torch.zeros_like(excluded).scatter(1, order, excluded), -torch.inf)
 
 
 class Generated(NamedTuple):
-    """Token ids of an answer without its end token, and whether the end token came within the limit."""
+    """An answer: its token ids without the end token, and whether the end token came within the limit."""
 
     ids: tuple[int, ...]
     finished: bool
 
 
 class DecodeStep(NamedTuple):
-    """The rows that are still in the batch, by number, and the next token of each."""
+    """One decoding step: numbers of the rows still in the batch, and each one's next token."""
 
     rows: list[int]
     tokens: list[int]
 
 
 Choose = Callable[[Float[Tensor, "rows vocabulary"], Sequence[int]], Tensor]
-"""A token a row from the logits of the rows of these numbers."""
+"""Picks one token per row, given the logits and the numbers of the rows."""
 
 
 def decode(
@@ -52,13 +52,13 @@ def decode(
     prompts: Sequence[tuple[int, ...]],
     choose: Choose,
     done: Sequence[bool],
-    leave: Callable[[Sequence[int]], None] | None = None,
+    keep_users: Callable[[Sequence[int]], None] | None = None,
 ) -> Iterator[DecodeStep]:
-    """Goes on with user-major prompts (equally many a user) a token a step, under whatever adapters are on.
+    """Continues user-major prompts (equally many per user) by one token per step, with the adapters that are on.
 
-    Prompts are left-padded and masked. The caller marks the rows that need no more in `done` between the steps; the
-    last step is the one after which all are. Rows that are done leave the batch as far as the users keep equally
-    many; with `leave`, which is told the places of the users who stay, users who are done leave it too.
+    Prompts are left-padded and masked. Between steps the caller marks finished rows in `done`; decoding ends when all
+    are. Finished rows leave the batch while the users keep equally many. With `keep_users`, finished users leave it
+    too: it is called with the positions of the users that stay.
     """
     device = base.device
     width = max(map(len, prompts))
@@ -80,20 +80,24 @@ def decode(
         yield DecodeStep(rows, tokens.tolist())
         step_ids = tokens[:, None]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        ended, each = [done[row] for row in rows], len(rows) // users
-        staying = [u for u in range(users) if leave is None or not all(ended[u * each : (u + 1) * each])]
-        kept = _survivors(ended, each, staying)
+        ended, per_user = [done[row] for row in rows], len(rows) // users
+        staying = [
+            user
+            for user in range(users)
+            if keep_users is None or not all(ended[user * per_user : (user + 1) * per_user])
+        ]
+        kept = _rows_to_keep(ended, per_user, staying)
         if kept and 2 * len(kept) <= len(rows):
             chosen = torch.tensor(kept, device=device)
             step_ids, mask = step_ids[chosen], mask[chosen]
             cache.batch_select_indices(chosen)
             rows = [rows[n] for n in kept]
-            if leave is not None and len(staying) < users:
-                leave(staying)
+            if keep_users is not None and len(staying) < users:
+                keep_users(staying)
                 users = len(staying)
 
 
-def write_answers(
+def generate_answers(
     base: Base,
     users: int,
     prompts: Sequence[tuple[int, ...]],
@@ -101,13 +105,13 @@ def write_answers(
     max_new_tokens: int,
     temperature: float,
 ) -> list[Generated]:
-    """Answers to user-major prompts (equally many a user) under whatever adapters are on; see `decode`.
+    """Answers to user-major prompts (equally many per user) with the adapters that are on; see `decode`.
 
-    A row with seed None is a filler and counts as done. Sampling draws from each row's own generator. An answer that
-    fills the base's context is cut there: some bases know no position beyond it.
+    A row with seed None is padding and counts as finished. Sampling draws from one generator per row. An answer ends
+    where it fills the base's context, since some bases have no position embeddings beyond it.
     """
     draws = _uniforms(seeds, max_new_tokens) if temperature > 0 else None
-    written: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     finished, done = [False] * len(prompts), [seed is None for seed in seeds]
     steps, ends = 0, base.eos_ids
 
@@ -122,27 +126,27 @@ def write_answers(
                 continue
             finished[row] = token in ends
             if not finished[row]:
-                written[row].append(token)
-            done[row] = finished[row] or len(prompts[row]) + len(written[row]) >= base.context
+                answers[row].append(token)
+            done[row] = finished[row] or len(prompts[row]) + len(answers[row]) >= base.context
         steps += 1
-    return [Generated(tuple(own), ended) for own, ended in zip(written, finished, strict=True)]
+    return [Generated(tuple(ids), ended) for ids, ended in zip(answers, finished, strict=True)]
 
 
-def _survivors(done: Sequence[bool], each: int, staying: Sequence[int]) -> list[int]:
-    """Places to keep, of the users who stay: all that are not done, and as many done ones as make the users equal."""
-    runs = [range(user * each, (user + 1) * each) for user in staying]
-    most = max((sum(not done[n] for n in run) for run in runs), default=0)
-    return [n for run in runs for n in sorted(sorted(run, key=lambda n: done[n])[:most])]
+def _rows_to_keep(done: Sequence[bool], per_user: int, users: Sequence[int]) -> list[int]:
+    """Rows of these users that stay: all unfinished ones, and finished ones to keep equally many per user."""
+    blocks = [range(user * per_user, (user + 1) * per_user) for user in users]
+    most = max((sum(not done[n] for n in block) for block in blocks), default=0)
+    return [n for block in blocks for n in sorted(sorted(block, key=lambda n: done[n])[:most])]
 
 
 def _uniforms(seeds: Sequence[int | None], steps: int) -> Float[Tensor, "rows steps"]:
-    """One stream of uniform numbers a row, from its own seed."""
+    """Uniform random numbers, one stream per row from its own seed."""
     streams = [torch.rand(steps, generator=torch.Generator().manual_seed(seed or 0)) for seed in seeds]
     return torch.stack(streams)
 
 
 def inverse_sample(logits: Float[Tensor, "rows vocabulary"], draws: Float[Tensor, " rows"]) -> Tensor:
-    """A token a row by inverting the cumulative distribution at the row's uniform number."""
+    """One token per row: the inverse of the cumulative distribution at the row's uniform number."""
     cumulative = torch.softmax(logits.double(), dim=-1).cumsum(-1)
-    found = torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:])
-    return found.squeeze(1).clamp(max=logits.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:])
+    return tokens.squeeze(1).clamp(max=logits.shape[-1] - 1)

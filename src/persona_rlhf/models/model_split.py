@@ -1,4 +1,4 @@
-"""A causal LM cut into frozen prefix, adapted layers and output head; token_logps."""
+"""A causal LM in three parts: the frozen prefix below the adapters, the adapted layers, and the output head."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from persona_rlhf.models.packing import Batch
 def token_logps(
     logits: Float[Tensor, "tokens vocabulary"], targets: Int[Tensor, " tokens"]
 ) -> Float[Tensor, " tokens"]:
-    """`log pi(target)` in nats at each position, in at least fp32 whatever the logits' type."""
+    """`log pi(target)` in nats at each position, computed in at least float32."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    found: Tensor = _TokenLogps.apply(logits, targets)  # type: ignore[no-untyped-call]
-    return found
+    logps: Tensor = _TokenLogps.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return logps
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Cross entropy that keeps the log-softmax alone, and writes no more than its gradient on the way back."""
+    """Cross entropy that saves only the log-softmax. The backward pass writes one tensor, the gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
@@ -37,218 +37,222 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logps, targets = ctx.saved_tensors
-        found = logps.exp().mul_(-gradient[:, None])
-        return found.scatter_add_(1, targets[:, None], gradient[:, None]), None
+        grad_logits = logps.exp().mul_(-gradient[:, None])
+        return grad_logits.scatter_add_(1, targets[:, None], gradient[:, None]), None
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a language model does after its decoder: the output head, and whatever scales or caps its logits.
-# ----------------------------------------------------------------------------------------------------
-
-_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 29}  # held at once: 64 MiB or 2 GiB in float32, but no fewer than those of
-_TOKENS = 256  # which a product with a large matrix needs to be worth reading it
+_MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 29}  # held at once: 64 MiB or 2 GiB in float32
+_MIN_TOKENS = 256  # at once, even above _MAX_LOGITS: fewer would not be worth reading the head's matrix
 
 
 class OutputHead:
-    """The model itself, with its decoder's result given: so logits are computed at the tokens that need them only."""
+    """The layers behind the decoder: the output head, and any scale or cap of its logits.
 
-    def __init__(self, model: PreTrainedModel, kind: type[ModelOutput]) -> None:
-        """`kind`: what the decoder returns."""
-        self._model, self._kind, self._place = model, kind, model.base_model_prefix
+    It is the model itself with its decoder replaced by a given result. So logits are computed for chosen tokens only.
+    """
+
+    def __init__(self, model: PreTrainedModel, output_type: type[ModelOutput]) -> None:
+        """`output_type`: class of the decoder's output."""
+        self._model, self._output_type, self._decoder_name = model, output_type, model.base_model_prefix
 
     def __call__(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocabulary"]:
-        decoder = getattr(self._model, self._place)
-        setattr(self._model, self._place, _Given(self._kind(last_hidden_state=hidden[None])))
+        decoder = getattr(self._model, self._decoder_name)
+        setattr(self._model, self._decoder_name, _FixedDecoder(self._output_type(last_hidden_state=hidden[None])))
         try:
-            unread = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
-            logits: Tensor = self._model(input_ids=unread, use_cache=False).logits.squeeze(0)  # its gradient is a view
+            unused = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
+            logits: Tensor = self._model(input_ids=unused, use_cache=False).logits.squeeze(0)  # its gradient is a view
         finally:
-            setattr(self._model, self._place, decoder)
+            setattr(self._model, self._decoder_name, decoder)
         return logits
 
     def logps(
         self, hidden: Float[Tensor, "tokens hidden"], targets: Int[Tensor, " tokens"]
     ) -> Float[Tensor, " tokens"]:
-        """`log pi(target)` in nats at each token, as `losses.token_logps` of the logits, which are never all held."""
+        """`log pi(target)` in nats at each token: `token_logps` of the logits, which are never all in memory."""
         vocabulary = self._model.config.get_text_config().vocab_size
-        each = max(_TOKENS, _LOGITS[hidden.device.type] // vocabulary)
-        if len(hidden) <= each:
+        chunk = max(_MIN_TOKENS, _MAX_LOGITS[hidden.device.type] // vocabulary)
+        if len(hidden) <= chunk:
             return token_logps(self(hidden), targets)
-        found: Tensor = _Logps.apply(hidden, targets, self, each)  # type: ignore[no-untyped-call]
-        return found
+        logps: Tensor = _ChunkedLogps.apply(hidden, targets, self, chunk)  # type: ignore[no-untyped-call]
+        return logps
 
 
-class _Logps(torch.autograd.Function):
-    """Some tokens at a time. A token's log-probability depends on its own hidden state alone, so the gradient of their
-    sum is known on the way forward, and is scaled on the way back (as Hsu et al. 2024, "Liger Kernel", do)."""
+class _ChunkedLogps(torch.autograd.Function):
+    """Log-probabilities of `chunk` tokens at a time.
+
+    A token's log-probability depends on its own hidden state alone. So the gradient of the sum is computed in the
+    forward pass and scaled in the backward pass (Hsu et al. 2024, "Liger Kernel").
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: OutputHead, each: int) -> Tensor:
-        found, slopes = list[Tensor](), list[Tensor]()
-        for part, own in zip(hidden.split(each), targets.split(each), strict=True):
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: OutputHead, chunk: int) -> Tensor:
+        logps, gradients = list[Tensor](), list[Tensor]()
+        for part, part_targets in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             if not ctx.needs_input_grad[0]:
-                found.append(token_logps(head(part), own))
+                logps.append(token_logps(head(part), part_targets))
                 continue
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                logps = token_logps(head(leaf), own)
-                slopes += torch.autograd.grad(logps.sum(), [leaf])
-            found.append(logps.detach())
-        if slopes:
-            ctx.save_for_backward(torch.cat(slopes))
-        return torch.cat(found)
+                part_logps = token_logps(head(leaf), part_targets)
+                gradients += torch.autograd.grad(part_logps.sum(), [leaf])
+            logps.append(part_logps.detach())
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(logps)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        [slopes] = ctx.saved_tensors
-        return slopes * gradient[:, None].to(slopes.dtype), None, None, None
+        [gradients] = ctx.saved_tensors
+        return gradients * gradient[:, None].to(gradients.dtype), None, None, None
 
 
-class _Given(nn.Module):
-    """Stands in for a decoder, whatever it is asked."""
+class _FixedDecoder(nn.Module):
+    """A decoder that returns the given output for any input."""
 
-    def __init__(self, result: ModelOutput) -> None:
+    def __init__(self, output: ModelOutput) -> None:
         super().__init__()
-        self._result = result
+        self._output = output
 
     def forward(self, *_: object, **__: object) -> ModelOutput:
-        return self._result
+        return self._output
 
 
 class SplitModel(NamedTuple):
-    """A model in two: `head(decoder(x).last_hidden_state)` is the model."""
+    """A model as decoder and output head: `head(decoder(x).last_hidden_state)` equals the model's logits."""
 
     decoder: nn.Module
     head: OutputHead
 
 
 def split_model(model: PreTrainedModel) -> SplitModel | None:
-    """The halves of a model; None where a probe finds that they are not the whole."""
+    """Decoder and output head of a model; None if their composition differs from the model on a probe input."""
     decoder = model.base_model
     if decoder is model:
         return None
     probe = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():
-        whole = model(input_ids=probe, use_cache=False).logits[0]
-        hidden = decoder(input_ids=probe, use_cache=False)
-        halves = SplitModel(decoder, OutputHead(model, type(hidden)))
+        logits = model(input_ids=probe, use_cache=False).logits[0]
+        output = decoder(input_ids=probe, use_cache=False)
+        split = SplitModel(decoder, OutputHead(model, type(output)))
         try:
-            same = torch.equal(whole, halves.head(hidden.last_hidden_state[0]))
+            same = torch.equal(logits, split.head(output.last_hidden_state[0]))
         except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError, RuntimeError):
             return None
-    return halves if same else None
+    return split if same else None
 
 
-# ----------------------------------------------------------------------------------------------------
-# The frozen layers below the first adapted one: what they make of a row is the same in every step and for every user.
-#
-# So it is computed once, kept, and training starts from there; no gradient goes below it either.
-# ----------------------------------------------------------------------------------------------------
-
-States = Mapping[Row, Float[Tensor, "_tokens hidden"]]
-"""Of each row the hidden states of its tokens (its completion without the last one) where the adapted layers begin."""
+HiddenStates = Mapping[Row, Float[Tensor, "_tokens hidden"]]
+"""For each row, the hidden states of its input tokens at the lowest adapted layer. The completion's last token is no
+input."""
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The name and the list of a model's decoder layers: the list that holds the most."""
+    """Name and list of a model's decoder layers: the module list with the most parameters."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()), default=None)
+    return max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()), default=None)
 
 
 def layer_number(name: str, stack: str) -> int | None:
-    """The number of the decoder layer that a module lies in, None outside of the stack."""
+    """Number of the decoder layer that contains a module; None outside of the stack."""
     return int(name[len(stack) + 1 :].split(".", 1)[0]) if name.startswith(f"{stack}.") else None
 
 
 class FrozenPrefix:
-    """The decoder layers of `model` below layer `first`."""
+    """The decoder layers of `model` below layer `first`, the lowest adapted one.
+
+    Their hidden states of a row are the same in every step and for every user. So they are computed once, and training
+    starts from them.
+    """
 
     def __init__(self, model: PreTrainedModel, first: int) -> None:
-        found = decoder_layers(model)
-        assert found is not None
-        name, self._layers = found
-        parent, _, self._leaf = name.rpartition(".")
+        decoder = decoder_layers(model)
+        assert decoder is not None
+        name, self._layers = decoder
+        parent, _, self._list_name = name.rpartition(".")
         self._parent, self._config = model.get_submodule(parent), model.config.get_text_config()
         self._lower, self._upper = slice(first), slice(first, None)
 
     @contextmanager
     def _only(self, part: slice) -> Iterator[nn.ModuleList]:
-        """Inside, the model has only these layers, and its config knows what each of them is (windows, positions)."""
-        layers, kinds = nn.ModuleList(self._layers[part]), getattr(self._config, "layer_types", None)
-        setattr(self._parent, self._leaf, layers)
-        if kinds is not None:
-            self._config.layer_types = kinds[part]
+        """Inside, the model has only these layers, and its config only their types (windows, positions)."""
+        layers, layer_types = nn.ModuleList(self._layers[part]), getattr(self._config, "layer_types", None)
+        setattr(self._parent, self._list_name, layers)
+        if layer_types is not None:
+            self._config.layer_types = layer_types[part]
         try:
             yield layers
         finally:
-            setattr(self._parent, self._leaf, self._layers)
-            if kinds is not None:
-                self._config.layer_types = kinds
+            setattr(self._parent, self._list_name, self._layers)
+            if layer_types is not None:
+                self._config.layer_types = layer_types
 
     @contextmanager
-    def from_states(self, states: Float[Tensor, "lines width hidden"]) -> Iterator[None]:
-        """Inside, the model computes its upper layers only, and they begin with `states`."""
+    def start_from(self, states: Float[Tensor, "lines width hidden"]) -> Iterator[None]:
+        """Inside, the model computes its upper layers only, with `states` as their input."""
 
-        def begin(
+        def replace(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return with_states(args, kwargs, states)
+            return replace_states(args, kwargs, states)
 
         with self._only(self._upper) as layers:
-            hook = layers[0].register_forward_pre_hook(begin, with_kwargs=True)
+            hook = layers[0].register_forward_pre_hook(replace, with_kwargs=True)
             try:
                 yield
             finally:
                 hook.remove()
 
-    def states(self, forward: Callable[[], object]) -> Float[Tensor, "lines width hidden"]:
-        """What comes out of the lower layers while `forward` runs the model."""
-        found: list[Tensor] = []
+    def run(self, forward: Callable[[], object]) -> Float[Tensor, "lines width hidden"]:
+        """Output of the lower layers while `forward` runs the model."""
+        outputs: list[Tensor] = []
 
-        def end(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
+        def record(_: nn.Module, __: Any, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
 
         with self._only(self._lower) as layers:
-            hook = layers[-1].register_forward_hook(end)
+            hook = layers[-1].register_forward_hook(record)
             try:
                 forward()
             finally:
                 hook.remove()
-        return found[0]
+        return outputs[0]
 
 
-def with_states(
+def replace_states(
     args: tuple[Any, ...], kwargs: dict[str, Any], states: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call of a decoder layer, or a part of one, with other hidden states."""
+    """Arguments of a call of a decoder layer, or of a part of one, with other hidden states."""
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
 
-def cut(batch: Batch, hidden: Float[Tensor, "lines width hidden"]) -> dict[Row, Float[Tensor, "_tokens hidden"]]:
-    """The states of every row of a batch; they own their memory."""
+def unpack_states(
+    batch: Batch, hidden: Float[Tensor, "lines width hidden"]
+) -> dict[Row, Float[Tensor, "_tokens hidden"]]:
+    """Hidden states of every row of a batch, each with its own memory."""
     tokens = hidden.flatten(0, 1)
-    found = {}
-    for row, _, prompt, completion, _ in batch.places:
+    states = {}
+    for row, _, prompt, completion, _ in batch.row_places:
         fed = len(row.completion) - 1
-        found[row] = torch.cat([tokens[prompt : prompt + len(row.prompt)], tokens[completion : completion + fed]])
-    return found
+        states[row] = torch.cat([tokens[prompt : prompt + len(row.prompt)], tokens[completion : completion + fed]])
+    return states
 
 
-def lay(batch: Batch, states: Sequence[States]) -> Float[Tensor, "lines width hidden"]:
-    """The states of a batch's rows at their tokens, zero in the padding; `states` has one entry a user."""
-    lines, width = batch.ids.shape
-    each = batch.rows // len(states)
-    first = batch.places[0]
-    some = states[first.number // each][first.row]
-    nothing = some.new_zeros(lines * width, some.shape[1])
+def pack_states(batch: Batch, states: Sequence[HiddenStates]) -> Float[Tensor, "lines width hidden"]:
+    """Hidden states of a batch's rows at their tokens, zero in the padding. `states` has one entry per user."""
+    lines, width = batch.input_ids.shape
+    rows_per_user = batch.row_count // len(states)
+    first = batch.row_places[0]
+    example = states[first.number // rows_per_user][first.row]
+    padding = example.new_zeros(lines * width, example.shape[1])
     pieces: list[Tensor] = []
-    at = 0
-    for row, number, prompt, completion, is_first in batch.places:
-        own = states[number // each][row]
-        for place, part in ((prompt, own[: len(row.prompt)]), (completion, own[len(row.prompt) :])):
-            if place == prompt and not is_first:
-                continue
-            pieces += [nothing[: place - at], part]
-            at = place + len(part)
-    pieces.append(nothing[: lines * width - at])
+    end = 0
+    for row, number, prompt, completion, owns_prompt in batch.row_places:
+        row_states = states[number // rows_per_user][row]
+        if owns_prompt:
+            pieces += [padding[: prompt - end], row_states[: len(row.prompt)]]
+            end = prompt + len(row.prompt)
+        fed = row_states[len(row.prompt) :]
+        pieces += [padding[: completion - end], fed]
+        end = completion + len(fed)
+    pieces.append(padding[: lines * width - end])
     return torch.cat(pieces).view(lines, width, -1)

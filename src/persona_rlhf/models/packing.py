@@ -1,4 +1,4 @@
-"""Token rows -> one packed batch with shared prompts; attention layout; deterministic gather."""
+"""Token rows as one batch: packed with shared prompts or one row per line, with the layout of attention calls."""
 
 from __future__ import annotations
 
@@ -14,396 +14,385 @@ from torch import Tensor
 
 from persona_rlhf.data.tokenize import Row
 
-# ----------------------------------------------------------------------------------------------------
-# A gather whose gradient is added up in a fixed order: the same bits on every run, on a GPU as on a CPU.
-# ----------------------------------------------------------------------------------------------------
+EMPTY = Row((), ())
+"""A row without tokens. It pads a user's list of rows and has neither loss nor gradient."""
+
+
+class GatherRun(NamedTuple):
+    """Neighbouring outputs that read equally many neighbouring sources: `length` from `place` and from `source` on.
+
+    `repeat` counts the earlier runs that read the same sources.
+    """
+
+    source: int
+    place: int
+    length: int
+    repeat: int
 
 
 class DeterministicGather:
-    """`x[index]` along the first dimension, where one source may be read several times.
+    """`x[index]` along the first dimension, with a gradient that is summed in a fixed order.
 
-    torch's own gradient of it adds with atomics on a GPU, in any order. Here each source's first reader is written,
-    then its second is added, and so on. `runs` are (first source, first place, how many, turn): that many neighbouring
-    places read as many neighbouring ones of the `sources`, for the `turn`-th time (from 0). `fill` says, as (source,
-    how many) from the first place on, what a place reads that is in no run; no gradient comes back from it.
+    On a GPU, torch's own gradient of indexing adds with atomics in any order. Here each source's first reader is
+    written, then its second reader is added, and so on. So every run gives the same bits.
+
+    sources: rows of x
+    fill: (source, count) of consecutive places; places that are in no run read it and send no gradient back
     """
 
     def __init__(
-        self,
-        sources: int,
-        fill: Sequence[tuple[int, int]],
-        runs: Sequence[tuple[int, int, int, int]],
-        device: torch.device,
+        self, sources: int, fill: Sequence[tuple[int, int]], runs: Sequence[GatherRun], device: torch.device
     ) -> None:
         index = np.repeat(*np.array(fill, dtype=np.int64).reshape(-1, 2).T)
-        source, place, count, turn = np.array(runs, dtype=np.int64).reshape(-1, 4).T
-        within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
-        reads = np.stack([np.repeat(source, count), np.repeat(place, count)]) + within
+        source, place, length, repeat = np.array(runs, dtype=np.int64).reshape(-1, 4).T
+        within = np.arange(length.sum()) - np.repeat(length.cumsum() - length, length)
+        reads = np.stack([np.repeat(source, length), np.repeat(place, length)]) + within
         index[reads[1]] = reads[0]
-        turns = np.repeat(turn, count)
+        repeats = np.repeat(repeat, length)
         first = np.full(sources, -1)
-        first[reads[0, turns == 0]] = reads[1, turns == 0]
-        later = [torch.from_numpy(reads[:, turns == n]).to(device) for n in range(1, turn.max(initial=0) + 1)]
+        first[reads[0, repeats == 0]] = reads[1, repeats == 0]
+        later = [torch.from_numpy(reads[:, repeats == n]).to(device) for n in range(1, repeat.max(initial=0) + 1)]
         self.index: Int[Tensor, " places"] = torch.from_numpy(index).to(device)
         self.unread: Int[Tensor, " unread"] = torch.from_numpy(np.flatnonzero(first < 0)).to(device)
-        self.first: Int[Tensor, " sources"] = torch.from_numpy(first.clip(0)).to(device)
-        self.later: list[Int[Tensor, "2 reads"]] = later
+        self.first_reader: Int[Tensor, " sources"] = torch.from_numpy(first.clip(0)).to(device)
+        self.later_readers: list[Int[Tensor, "2 reads"]] = later
 
-    def in_parts(
-        self, sources: Int[Tensor, "sources parts"], places: Int[Tensor, "places parts"]
+    def per_head(
+        self, sources: Int[Tensor, "sources heads"], places: Int[Tensor, "places heads"]
     ) -> DeterministicGather:
-        """This lookup where a source and a place are several rows each: those, of which every part reads its own."""
-        made = copy(self)
-        made.index, made.first = torch.empty_like(places).flatten(), torch.empty_like(sources).flatten()
-        made.index[places.flatten()] = sources[self.index].flatten()
-        made.first[sources.flatten()] = places[self.first].flatten()
-        made.unread = sources[self.unread].flatten()
-        made.later = [torch.stack([sources[read[0]].flatten(), places[read[1]].flatten()]) for read in self.later]
-        return made
+        """The same gather over rows that are one head of a token each, given the rows of every token."""
+        gather = copy(self)
+        gather.index, gather.first_reader = torch.empty_like(places).flatten(), torch.empty_like(sources).flatten()
+        gather.index[places.flatten()] = sources[self.index].flatten()
+        gather.first_reader[sources.flatten()] = places[self.first_reader].flatten()
+        gather.unread = sources[self.unread].flatten()
+        gather.later_readers = [
+            torch.stack([sources[reads[0]].flatten(), places[reads[1]].flatten()]) for reads in self.later_readers
+        ]
+        return gather
 
     def __call__(self, x: Float[Tensor, "sources width"]) -> Float[Tensor, "places width"]:
-        found: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
-        return found
+        y: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
+        return y
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lookup: DeterministicGather) -> Tensor:
-        ctx.lookup = lookup
-        return x.index_select(0, lookup.index)
+    def forward(ctx: Any, x: Tensor, gather: DeterministicGather) -> Tensor:
+        ctx.gather = gather
+        return x.index_select(0, gather.index)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        lookup: DeterministicGather = ctx.lookup
+        gather: DeterministicGather = ctx.gather
         if not len(gradient):
-            return gradient.new_zeros(len(lookup.first), *gradient.shape[1:]), None
-        found = gradient.index_select(0, lookup.first).index_fill_(0, lookup.unread, 0)
-        for sources, places in lookup.later:
-            found.index_add_(0, sources, gradient.index_select(0, places))  # no source twice
-        return found, None
+            return gradient.new_zeros(len(gather.first_reader), *gradient.shape[1:]), None
+        grad_x = gradient.index_select(0, gather.first_reader).index_fill_(0, gather.unread, 0)
+        for sources, places in gather.later_readers:
+            grad_x.index_add_(0, sources, gradient.index_select(0, places))  # no source twice
+        return grad_x, None
 
 
-# ----------------------------------------------------------------------------------------------------
-# What attention sees of packed tokens: which of them ask, and which of them each may look at.
-# ----------------------------------------------------------------------------------------------------
-
-_LINES = 8  # rows of a call: those of like length go together, and a call costs little (on a CPU)
-_MASK = 1 << 22  # most entries of a call's mask: longer rows are seen whole
+_ROWS_PER_CALL = 8  # rows of like length share an attention call; a call costs little on a CPU
+_MAX_MASK = 1 << 22  # most entries of a call's mask; longer rows are attended whole
 
 
 class PackedRow(NamedTuple):
-    """Where the `number`-th row lies among all tokens. `turn` counts the earlier rows with the same prompt; the
-    completion is without its last token. A stand-in has no answer: it fills the line of a user who has no row."""
+    """Position of the `number`-th row among all tokens; starts are token positions, lengths are in tokens.
+
+    A completion's last token is no input, so `completion_length` leaves it out; `target_length` has it. `repeat` counts
+    the earlier rows that share the prompt. A user without rows has one placeholder with no targets.
+    """
 
     number: int
     user: int
-    prompt_at: int
-    prompt: int
-    turn: int
-    completion_at: int
-    completion: int
-    answer: int
+    prompt_start: int
+    prompt_length: int
+    repeat: int
+    completion_start: int
+    completion_length: int
+    target_length: int
 
     @property
     def length(self) -> int:
-        """Tokens that the row has as input."""
-        return self.prompt + self.completion
+        """Input tokens of the row."""
+        return self.prompt_length + self.completion_length
 
-    def runs(self, begin: int) -> list[tuple[int, int, int, int]]:
-        """Neighbouring tokens of the row from `begin` on: (first one, its place from there, how many, which turn)."""
-        asked = (self.prompt_at + begin, 0, self.prompt - begin, self.turn)
-        answered = (self.completion_at, self.prompt - begin, self.completion, 0)
-        return [run for run in (asked, answered) if run[2] > 0]
+    def runs(self, begin: int) -> list[GatherRun]:
+        """The row's tokens from its `begin`-th on as runs, placed from 0 on."""
+        prompt = GatherRun(self.prompt_start + begin, 0, self.prompt_length - begin, self.repeat)
+        completion = GatherRun(self.completion_start, self.prompt_length - begin, self.completion_length, 0)
+        return [run for run in (prompt, completion) if run.length > 0]
 
 
 class AttentionCall(NamedTuple):
-    """One call of attention over `lines` of `queries` tokens that ask, and `keys` tokens that they see: where `seen`,
-    which is added to the scores, is 0; where that is None, the tokens are the same and each sees those before it.
-    Leading dimensions of `seen` are the lines, however they are counted."""
+    """One attention call over `lines` of `queries` query tokens and `keys` key tokens.
+
+    `mask` is added to the scores: 0 for visible keys, else -inf. Its leading dimensions are the lines. Without a mask
+    the call is causal, and queries and keys are the same tokens.
+    """
 
     lines: int
     queries: int
     keys: int
-    seen: Float[Tensor, "*lines queries keys"] | None
+    mask: Float[Tensor, "*lines queries keys"] | None
 
 
 class AttentionLayout(NamedTuple):
-    """Packed tokens laid out for some calls, one behind the other: those that ask, and those that are seen. `home`
-    takes each token's result out of what the calls give. `last` is for a layer of which only those tokens are read
-    that predict a completion: no others need to ask."""
+    """Query tokens, key tokens and masks of the attention calls over packed rows.
+
+    queries, keys: gather the tokens of all calls, one call behind the other
+    outputs: gathers each token's output from the calls' outputs
+    last: layout for a layer of which only the predicting tokens are read, so that only these are queries
+    head_layouts: cache of `attention.per_head`
+    """
 
     queries: DeterministicGather
     keys: DeterministicGather
-    home: DeterministicGather
+    outputs: DeterministicGather
     calls: list[AttentionCall]
     last: AttentionLayout | None
-    layouts: dict[tuple[int, int], AttentionLayout]
+    head_layouts: dict[tuple[int, int], AttentionLayout]
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest line of keys."""
+        """Key tokens of the longest line."""
         return max(call.keys for call in self.calls)
-
-    def by_head(self, heads: int, groups: int) -> AttentionLayout:
-        """The same for rows that are one head of a token each, `heads` of those that ask and `groups` of those that are
-        seen. A line of a call is one group there, asked by its heads one behind the other, and always has a mask."""
-        if (heads, groups) not in self.layouts:
-            self.layouts[heads, groups] = self._split(heads, groups)
-        return self.layouts[heads, groups]
-
-    def _split(self, heads: int, groups: int) -> AttentionLayout:
-        asked, seen = ([call.lines * getattr(call, side) for call in self.calls] for side in ("queries", "keys"))
-        asking = _head_places(self.calls, asked, heads)
-        known = _head_places(self.calls, seen, groups)
-        tokens = len(self.home.index)
-        own, others = (torch.arange(tokens * each).view(tokens, each) for each in (heads, groups))
-        later = torch.full((self.longest, self.longest), -torch.inf).triu_(1)
-        calls = []
-        for lines, queries, keys, mask in self.calls:
-            mask = later[:queries, :keys] if mask is None else mask[:, :, None]
-            shape = (lines, groups, heads // groups, queries, keys)
-            calls.append(AttentionCall(lines * groups, heads // groups * queries, keys, mask.expand(shape)))
-        lookups = self.queries.in_parts(own, asking), self.keys.in_parts(others, known), self.home.in_parts(asking, own)
-        return AttentionLayout(*lookups, calls, None, {})
-
-
-def _head_places(calls: Sequence[AttentionCall], sizes: Sequence[int], heads: int) -> Int[Tensor, "places heads"]:
-    """Where the heads of every token of calls with `sizes` tokens come to lie: line after line, head after head."""
-    ordered = torch.arange(sum(sizes) * heads).split([size * heads for size in sizes])
-    by_line = [own.view(call.lines, heads, -1).mT.reshape(-1, heads) for call, own in zip(calls, ordered, strict=True)]
-    return torch.cat(by_line)
 
 
 def attention_layout(
-    parts: Sequence[PackedRow], widths: Sequence[int], device: torch.device, one_call: bool
+    rows: Sequence[PackedRow], widths: Sequence[int], device: torch.device, one_call: bool
 ) -> AttentionLayout:
-    """The sight of the parts of users who have `widths` tokens.
+    """Layout of the attention over packed rows; `widths` are the tokens of each user's line.
 
-    In `one_call` every row is seen whole. Else rows of like length go together; and where it costs less, of a prompt's
-    rows only the first is seen whole: the others ask with their predicting tokens only, under a mask.
+    With `one_call` all rows are attended whole in one call. Otherwise rows of like length share a call. Where that
+    costs less, only the first row of each prompt is attended whole. The queries of the other rows are the tokens that
+    predict their completion, under a mask.
     """
     if one_call:
-        return _laid([list(parts)], [], widths, device)
-    rows = _alike(parts)
-    firsts, others = (_alike([part for part in parts if (part.turn == 0) == first]) for first in (True, False))
-    masked = [_masked(own) for own in rows]
-    cost = sum(map(_whole, firsts)) + sum(map(_masked, others))
-    if max(masked) > _MASK or cost >= sum(map(_whole, rows)):
-        return _laid(rows, [], widths, device)
-    return _laid(firsts, others, widths, device)._replace(last=_laid([], rows, widths, device))
+        return _build_layout([list(rows)], [], widths, device)
+    groups = _group_by_length(rows)
+    first, repeated = (_group_by_length([row for row in rows if (row.repeat == 0) == new]) for new in (True, False))
+    masked = [_masked_scores(group) for group in groups]
+    cost = sum(map(_causal_scores, first)) + sum(map(_masked_scores, repeated))
+    if max(masked) > _MAX_MASK or cost >= sum(map(_causal_scores, groups)):
+        return _build_layout(groups, [], widths, device)
+    return _build_layout(first, repeated, widths, device)._replace(last=_build_layout([], groups, widths, device))
 
 
-def _alike(parts: Sequence[PackedRow]) -> list[list[PackedRow]]:
-    """Groups of like length, the longest first."""
-    ordered = sorted(parts, key=lambda part: part.length, reverse=True)
-    return [ordered[n : n + _LINES] for n in range(0, len(ordered), _LINES)]
+def _group_by_length(rows: Sequence[PackedRow]) -> list[list[PackedRow]]:
+    """Groups of rows of like length, the longest first."""
+    ordered = sorted(rows, key=lambda row: row.length, reverse=True)
+    return [ordered[n : n + _ROWS_PER_CALL] for n in range(0, len(ordered), _ROWS_PER_CALL)]
 
 
-def _whole(rows: Sequence[PackedRow]) -> int:
-    """Scores that a causal kernel computes of rows: in blocks of 32 queries (torch on a CPU)."""
+def _causal_scores(rows: Sequence[PackedRow]) -> int:
+    """Scores that a causal kernel computes for rows, in blocks of 32 queries (torch on a CPU)."""
     length = rows[0].length
     return len(rows) * length * (length + 32) // 2
 
 
-def _masked(rows: Sequence[PackedRow]) -> int:
-    """Scores of rows whose predicting tokens ask."""
-    return len(rows) * max(1 + part.completion for part in rows) * rows[0].length
+def _masked_scores(rows: Sequence[PackedRow]) -> int:
+    """Scores of rows whose queries are the predicting tokens."""
+    return len(rows) * max(1 + row.completion_length for row in rows) * rows[0].length
 
 
-def _laid(
-    whole: Sequence[Sequence[PackedRow]],
-    read: Sequence[Sequence[PackedRow]],
+def _build_layout(
+    causal: Sequence[Sequence[PackedRow]],
+    predicting: Sequence[Sequence[PackedRow]],
     widths: Sequence[int],
     device: torch.device,
 ) -> AttentionLayout:
-    """Calls over whole rows, and over rows whose predicting tokens ask."""
-    calls, queries, keys, home = list[AttentionCall](), _Layout(widths), _Layout(widths), []
-    results: dict[int, int] = {}
-    for groups in (whole, read):
-        for parts in groups:
-            begins = [part.prompt - 1 if groups is read else 0 for part in parts]
-            asked = max(part.length - begin for part, begin in zip(parts, begins, strict=True))
-            seen = max(part.length for part in parts)
-            for part, begin in zip(parts, begins, strict=True):
-                runs = part.runs(begin)
-                at = queries.line(part.user, asked, runs)
-                keys.line(part.user, seen, part.runs(0))
-                home += [
-                    (at + n, token, count, 0)
-                    for token, n, count, _ in runs
-                    if part.turn == 0 or n + begin >= part.prompt
+    """One call per group: over whole rows (`causal`), or with the predicting tokens as queries (`predicting`)."""
+    calls, queries, keys, outputs = list[AttentionCall](), _Lines(widths), _Lines(widths), list[GatherRun]()
+    first_output: dict[int, int] = {}
+    for groups in (causal, predicting):
+        for rows in groups:
+            begins = [row.prompt_length - 1 if groups is predicting else 0 for row in rows]
+            query_count = max(row.length - begin for row, begin in zip(rows, begins, strict=True))
+            key_count = max(row.length for row in rows)
+            for row, begin in zip(rows, begins, strict=True):
+                runs = row.runs(begin)
+                start = queries.add(row.user, query_count, runs)
+                keys.add(row.user, key_count, row.runs(0))
+                outputs += [
+                    GatherRun(start + run.place, run.source, run.length, 0)
+                    for run in runs
+                    if row.repeat == 0 or run.place + begin >= row.prompt_length
                 ]
-                results.setdefault(part.user, at)
-            mask = None
-            if groups is read:
-                places = torch.tensor(begins)[:, None, None, None] + torch.arange(asked)[:, None]
-                hidden = torch.arange(seen) > places
-                mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).to(device)
-            calls.append(AttentionCall(len(parts), asked, seen, mask))
-    # What no result is meant for takes one of its user's.
-    fill = [(results[user], width) for user, width in enumerate(widths)]
-    back = DeterministicGather(queries.places, fill, home, device)
-    return AttentionLayout(queries.lookup(device), keys.lookup(device), back, calls, None, {})
+                first_output.setdefault(row.user, start)
+            mask = _causal_mask(begins, query_count, key_count).to(device) if groups is predicting else None
+            calls.append(AttentionCall(len(rows), query_count, key_count, mask))
+    # Tokens without an output of their own take one of the same user's.
+    fill = [(first_output[user], width) for user, width in enumerate(widths)]
+    gather = DeterministicGather(queries.places, fill, outputs, device)
+    return AttentionLayout(queries.gather(device), keys.gather(device), gather, calls, None, {})
 
 
-class _Layout:
-    """Tokens in lines. Padding is a copy of its user's first token: a neighbour's might not be a number."""
+def _causal_mask(begins: Sequence[int], queries: int, keys: int) -> Float[Tensor, "lines 1 queries keys"]:
+    """Mask of lines whose first query is the `begins`-th token of its row."""
+    hidden = torch.arange(keys) > torch.tensor(begins)[:, None, None, None] + torch.arange(queries)[:, None]
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+
+
+class _Lines:
+    """Tokens in padded lines. Padding copies the user's own first token: another user's might be NaN."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         self._starts = [0, *accumulate(widths)]
         self._fill: list[tuple[int, int]] = []
         self.places = 0
-        self._runs: list[tuple[int, int, int, int]] = []
+        self._runs: list[GatherRun] = []
 
-    def line(self, user: int, length: int, runs: Sequence[tuple[int, int, int, int]]) -> int:
-        """Adds a line with the runs of a part (see `Part.runs`); returns the place where it begins."""
-        at = self.places
+    def add(self, user: int, length: int, runs: Sequence[GatherRun]) -> int:
+        """Adds a line of `length` places with the runs of a row; returns its first place."""
+        start = self.places
         self._fill.append((self._starts[user], length))
         self.places += length
-        self._runs += [(token, at + n, count, turn) for token, n, count, turn in runs]
-        return at
+        self._runs += [run._replace(place=start + run.place) for run in runs]
+        return start
 
-    def lookup(self, device: torch.device) -> DeterministicGather:
+    def gather(self, device: torch.device) -> DeterministicGather:
+        """The gather of all lines from the packed tokens."""
         return DeterministicGather(self._starts[-1], self._fill, self._runs, device)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Token rows laid out for one forward pass, with the positions that predict a completion picked out.
-# ----------------------------------------------------------------------------------------------------
-
-EMPTY = Row((), ())
-"""A row that fills a place: no completion, so it has no loss and no gradient."""
-
-
 class RowPlace(NamedTuple):
-    """Where a row, the `number`-th, stands among the tokens of a batch, all lines in a row: first token of its prompt
-    and of its completion. `is_first`: no earlier row shares this prompt's tokens."""
+    """Token positions of the `number`-th row in a batch: the starts of its prompt and of its completion.
+
+    `owns_prompt`: no earlier row shares the prompt's tokens.
+    """
 
     row: Row
     number: int
-    prompt: int
-    completion: int
-    is_first: bool
+    prompt_start: int
+    completion_start: int
+    owns_prompt: bool
 
 
 class Batch(NamedTuple):
-    """Rows of token ids; `source` reads the positions whose next token, `targets`, belongs to a completion.
+    """Token rows as the input of one forward pass, with the positions that predict completion tokens.
 
-    There is no attention mask: under causal attention a token never sees what lies to its right. `place` is where each
-    completion token stands in the `[rows, longest completion]` grid. A completion's last token is no input: nothing is
-    predicted from it. `positions` and `sight` are None where a line of `ids` is one row. `shares`: how many tokens each
-    user has in the one line of all; None where users have equally many lines.
+    There is no padding mask: under causal attention no token reads what is to its right.
+
+    position_ids, layout: None where a line of `input_ids` is one row
+    predictors: gathers the positions whose next token is a completion token; `targets` are those tokens
+    grid_index: place of each completion token in the flattened grid `[row_count, longest]`
+    longest: tokens of the longest completion
+    tokens_per_user: tokens of each user in the single line; None where users have equally many lines
     """
 
-    ids: Int[Tensor, "lines width"]
-    positions: Int[Tensor, "lines width"] | None
-    sight: AttentionLayout | None
-    source: DeterministicGather
+    input_ids: Int[Tensor, "lines width"]
+    position_ids: Int[Tensor, "lines width"] | None
+    layout: AttentionLayout | None
+    predictors: DeterministicGather
     targets: Int[Tensor, " tokens"]
-    place: Int[Tensor, " tokens"]
-    rows: int
+    grid_index: Int[Tensor, " tokens"]
+    row_count: int
     longest: int
-    places: list[RowPlace]
-    shares: list[int] | None
+    row_places: list[RowPlace]
+    tokens_per_user: list[int] | None
 
-    def read(self, users: int) -> list[int]:
-        """How many completion tokens each of the users has."""
-        each, counts = self.rows // users, [0] * users
-        for row, number, *_ in self.places:
-            counts[number // each] += len(row.completion)
+    def targets_per_user(self, users: int) -> list[int]:
+        """Number of completion tokens of each user."""
+        rows_per_user, counts = self.row_count // users, [0] * users
+        for place in self.row_places:
+            counts[place.number // rows_per_user] += len(place.row.completion)
         return counts
 
-    def spread(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "rows longest"]:
-        """Values of the completion tokens as one row each, zero where a completion is shorter."""
-        grid = values.new_zeros(self.rows * self.longest)
-        return grid.index_copy(0, self.place, values).view(self.rows, self.longest)
+    def to_grid(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "rows longest"]:
+        """Values of the completion tokens, one row per completion, padded with zeros."""
+        grid = values.new_zeros(self.row_count * self.longest)
+        return grid.index_copy(0, self.grid_index, values).view(self.row_count, self.longest)
 
 
 def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Batch:
-    """One line a row, right-padded; an empty row becomes a single padding token."""
+    """A batch with one row per line, padded on the right. An empty row becomes one padding token."""
     width = max(1, *(len(row.prompt) + len(row.completion) - 1 for row in rows))
-    ids, runs, places, start = [], [], [], 0
+    ids, runs, places, targets = list[list[int]](), list[GatherRun](), list[RowPlace](), 0
     for number, row in enumerate(rows):
         assert row.prompt or not row.completion, "a completion needs a prompt token to be predicted from"
         line = [*row.prompt, *row.completion[:-1]] if row.completion else []
         ids.append(line + [pad] * (width - len(line)))
-        runs.append((number * width + len(row.prompt) - 1, start, len(row.completion), 0))
+        runs.append(GatherRun(number * width + len(row.prompt) - 1, targets, len(row.completion), 0))
         if row.completion:
             places.append(RowPlace(row, number, number * width, number * width + len(row.prompt), True))
-        start += len(row.completion)
-    source = DeterministicGather(len(rows) * width, [(0, start)], runs, device)
-    return Batch(torch.tensor(ids).to(device), None, None, source, *_answers(rows, device), places, None)
+        targets += len(row.completion)
+    predictors = DeterministicGather(len(rows) * width, [(0, targets)], runs, device)
+    return Batch(torch.tensor(ids).to(device), None, None, predictors, *_targets(rows, device), places, None)
 
 
-def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device, even: bool = True) -> Batch:
-    """One line a user: his rows behind one another, each prompt once. `rows` are user-major, equally many a user.
+def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device, equal_lines: bool = True) -> Batch:
+    """A batch with one line per user: the user's rows behind one another, each prompt once.
 
-    All but attention looks at tokens one by one and need not know whose row a token is in. So nothing is spent on
-    padding but what makes lines `even` (else they are one), nor twice on a prompt that rows share (Wang & Hegde 2024,
-    "Accelerating direct preference optimization with prefix sharing"; see `sight.look`).
+    `rows` are user-major, equally many per user. With `equal_lines` the lines are padded to the longest; without, all
+    users share one line and nothing is padded. All layers but attention treat tokens one by one, so a shared prompt is
+    computed once (Wang & Hegde 2024, "Accelerating direct preference optimization with prefix sharing").
     """
-    lines, positions, parts = _lines(rows, users, pad)
-    width = max(map(len, lines))
-    widths = [width] * users if even else [len(line) for line in lines]
+    lines, positions, packed = _pack_lines(rows, users, pad)
+    longest = max(map(len, lines))
+    widths = [longest] * users if equal_lines else [len(line) for line in lines]
     starts = [0, *accumulate(widths)]
-    parts = [
-        part._replace(prompt_at=start + part.prompt_at, completion_at=start + part.completion_at)
-        for part in parts
-        for start in [starts[part.user]]
+    packed = [
+        row._replace(prompt_start=start + row.prompt_start, completion_start=start + row.completion_start)
+        for row in packed
+        for start in [starts[row.user]]
     ]
-    read, places, start = [], [], 0
-    for part in parts:
-        if part.answer:
-            read += [(part.prompt_at + part.prompt - 1, start, 1, part.turn)]
-            read += [(part.completion_at, start + 1, part.completion, 0)]
-            places.append(RowPlace(rows[part.number], part.number, part.prompt_at, part.completion_at, part.turn == 0))
-            start += part.answer
+    runs, places, targets = list[GatherRun](), list[RowPlace](), 0
+    for row in packed:
+        if row.target_length:
+            runs.append(GatherRun(row.prompt_start + row.prompt_length - 1, targets, 1, row.repeat))
+            runs.append(GatherRun(row.completion_start, targets + 1, row.completion_length, 0))
+            places.append(
+                RowPlace(rows[row.number], row.number, row.prompt_start, row.completion_start, row.repeat == 0)
+            )
+            targets += row.target_length
     ids = [line + [pad] * (width - len(line)) for line, width in zip(lines, widths, strict=True)]
-    placed = [own + [0] * (width - len(own)) for own, width in zip(positions, widths, strict=True)]
+    padded = [line + [0] * (width - len(line)) for line, width in zip(positions, widths, strict=True)]
     return Batch(
-        torch.tensor(ids if even else [list(chain(*ids))]).to(device),
-        torch.tensor(placed if even else [list(chain(*placed))]).to(device),
-        attention_layout(parts, widths, device, one_call=even),
-        DeterministicGather(sum(widths), [(0, start)], read, device),
-        *_answers(rows, device),
+        torch.tensor(ids if equal_lines else [list(chain(*ids))]).to(device),
+        torch.tensor(padded if equal_lines else [list(chain(*padded))]).to(device),
+        attention_layout(packed, widths, device, one_call=equal_lines),
+        DeterministicGather(sum(widths), [(0, targets)], runs, device),
+        *_targets(rows, device),
         places,
-        None if even else widths,
+        None if equal_lines else widths,
     )
 
 
-def _lines(rows: Sequence[Row], users: int, pad: int) -> tuple[list[list[int]], list[list[int]], list[PackedRow]]:
-    """Each user's tokens and their positions in their rows, and where in them each row lies."""
-    lines: list[list[int]] = [[] for _ in range(users)]
+def _pack_lines(rows: Sequence[Row], users: int, pad: int) -> tuple[list[list[int]], list[list[int]], list[PackedRow]]:
+    """Token ids and position ids of each user's line, and the rows' places within it."""
+    ids: list[list[int]] = [[] for _ in range(users)]
     positions: list[list[int]] = [[] for _ in range(users)]
-    parts = []
-    each = len(rows) // users
-    for user, (line, counted) in enumerate(zip(lines, positions, strict=True)):
+    packed = []
+    rows_per_user = len(rows) // users
+    for user, (user_ids, user_positions) in enumerate(zip(ids, positions, strict=True)):
         prompts: dict[tuple[int, ...], tuple[int, int]] = {}
-        for number in range(user * each, (user + 1) * each):
+        for number in range(user * rows_per_user, (user + 1) * rows_per_user):
             prompt, completion = rows[number]
             if not completion:
                 continue
             assert prompt, "a completion needs a prompt token to be predicted from"
-            at, turn = prompts.get(prompt, (len(line), 0))
-            prompts[prompt] = (at, turn + 1)
-            if turn == 0:
-                line += prompt
-                counted += range(len(prompt))
+            start, repeat = prompts.get(prompt, (len(user_ids), 0))
+            prompts[prompt] = (start, repeat + 1)
+            if repeat == 0:
+                user_ids += prompt
+                user_positions += range(len(prompt))
             fed = len(completion) - 1
-            parts.append(PackedRow(number, user, at, len(prompt), turn, len(line), fed, len(completion)))
-            line += completion[:fed]
-            counted += range(len(prompt), len(prompt) + fed)
-        if not line:
-            parts.append(PackedRow(user * each, user, 0, 1, 0, 1, 0, 0))
-            line.append(pad)
-            counted.append(0)
-    return lines, positions, parts
+            packed.append(PackedRow(number, user, start, len(prompt), repeat, len(user_ids), fed, len(completion)))
+            user_ids += completion[:fed]
+            user_positions += range(len(prompt), len(prompt) + fed)
+        if not user_ids:
+            packed.append(PackedRow(user * rows_per_user, user, 0, 1, 0, 1, 0, 0))
+            user_ids.append(pad)
+            user_positions.append(0)
+    return ids, positions, packed
 
 
-def _answers(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    """The tokens of all completions, their places in the grid, and its size."""
+def _targets(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """`targets`, `grid_index`, `row_count` and `longest` of a batch."""
     longest = max(1, *(len(row.completion) for row in rows))
     targets = [token for row in rows for token in row.completion]
-    place = [n * longest + m for n, row in enumerate(rows) for m in range(len(row.completion))]
-    columns = [torch.tensor(column, dtype=torch.int64).to(device) for column in (targets, place)]
+    index = [n * longest + m for n, row in enumerate(rows) for m in range(len(row.completion))]
+    columns = [torch.tensor(column, dtype=torch.int64).to(device) for column in (targets, index)]
     return columns[0], columns[1], len(rows), longest

@@ -138,7 +138,7 @@ def plan(config: Config, materials: RunInputs | None = None) -> Plan:
     typical = rows[len(rows) // 2 :][:slots]
 
     steps, pass_each = _probe_steps(config, adapted, [rows[:slots], typical, typical[:1]], bank)
-    walked = _walk(queue, slots, _constraint_tokens(constraint), adapted.pads)
+    walked = _walk(queue, slots, _constraint_tokens(constraint), adapted.pads_users)
     users = round(len(rows) * of_all)
     training = sum(steps.of(wave.computed) for wave in walked) + pass_each * _checked_tokens(queue, config.dpo)
     judging = _judging(ready, rows[:1], typical, users)
@@ -225,7 +225,9 @@ def _probe_steps(
         ends = [perf_counter()]
         for _ in engine.run(lambda _, ends=ends: ends.append(perf_counter())):  # type: ignore[misc]
             pass
-        sizes += [wave.computed for wave in _walk(queue, len(cohort), _constraint_tokens(constraint), adapted.pads)]
+        sizes += [
+            wave.computed for wave in _walk(queue, len(cohort), _constraint_tokens(constraint), adapted.pads_users)
+        ]
         seconds += [end - start for start, end in pairwise(ends)]
     return _fit(sizes[1:], seconds[1:]), each  # the first step of all warms up
 
@@ -285,7 +287,7 @@ def _cache_bytes(ready: Prepared, slots: int) -> int:
         cache = base.model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device=base.device), use_cache=True)
     token = held_by([part for layer in cache.past_key_values.layers for part in (layer.keys, layer.values)]) // 8
     longest = max(map(len, examination.probes), default=0) + examination.gate.max_new_tokens
-    return token * min(ready.adapted.tokens_per_cache, slots * len(examination.probes) * longest)
+    return token * min(ready.adapted.tokens_per_generation, slots * len(examination.probes) * longest)
 
 
 def render(found: Plan) -> Table:

@@ -18,7 +18,7 @@ from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.multi_lora import LayerSpan, matrices
+from persona_rlhf.models.multi_lora import LayerSpan, lora_matrices
 from persona_rlhf.release.card import card
 from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS
 from persona_rlhf.release.export import ADAPTERS
@@ -78,7 +78,7 @@ def _tensors(
 ) -> dict[str, Float[Tensor, "..."]]:
     """A and alpha B of every layer in float32, under PEFT's names: the released scale is folded into B."""
     tensors: dict[str, Tensor] = {}
-    for span, (a, b) in zip(spans, matrices(flat.detach().to("cpu", torch.float32)[None], spans), strict=True):
+    for span, (a, b) in zip(spans, lora_matrices(flat.detach().to("cpu", torch.float32)[None], spans), strict=True):
         tensors[_name(span, "A")] = a[0].contiguous()
         tensors[_name(span, "B")] = (b[0] * alpha).contiguous()
     return tensors

@@ -174,7 +174,7 @@ class BatchingEngine:
             if job is None:
                 self._queue.put(None)  # it stays the last
                 break
-            if max(j.tokens for j in (*batch, job)) * (len(batch) + 1) > self._adapted.tokens_per_cache:
+            if max(j.tokens for j in (*batch, job)) * (len(batch) + 1) > self._adapted.tokens_per_generation:
                 self._next = job
                 break
             batch.append(job)
@@ -191,7 +191,7 @@ class BatchingEngine:
             return sample_tokens(logits, [batch[row].sampling for row in rows], [batch[row].generator for row in rows])
 
         with self._adapted.using(flat):
-            for step in decode(base, len(batch), [job.prompt for job in batch], choose, done, self._adapted.keep):
+            for step in decode(base, len(batch), [job.prompt for job in batch], choose, done, self._adapted.keep_users):
                 for row, token in zip(step.rows, step.tokens, strict=True):
                     done[row] = done[row] or batch[row].add(token, token in ends)
 

@@ -36,7 +36,7 @@ from persona_rlhf.data.tokenize import Row, prompt_ids, text_row
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base
 from persona_rlhf.models.generation import Generated
-from persona_rlhf.models.multi_lora import targets
+from persona_rlhf.models.multi_lora import target_layers
 from persona_rlhf.models.packing import collate
 from persona_rlhf.policy.hazards import Probe, RefusalText, draw_refusal
 from persona_rlhf.policy.judges import is_refusal
@@ -155,8 +155,8 @@ class KlToBase:
         batch = collate(next(self._batches), 0, self._original.device)
 
         def log_probs(of: nn.Module) -> Float[Tensor, "tokens vocabulary"]:
-            logits: Tensor = of(input_ids=batch.ids, use_cache=False).logits
-            return batch.source(logits.flatten(0, 1)).float().log_softmax(-1)
+            logits: Tensor = of(input_ids=batch.input_ids, use_cache=False).logits
+            return batch.predictors(logits.flatten(0, 1)).float().log_softmax(-1)
 
         with torch.no_grad():
             original = log_probs(self._original)
@@ -283,7 +283,7 @@ def align(
 
 
 def _adapters(model: PreTrainedModel, lora: LoraSettings) -> LoraConfig:
-    names = targets(model, lora).names
+    names = target_layers(model, lora).names
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

@@ -24,7 +24,7 @@ from torch import Tensor
 from persona_rlhf.common.files import atomic_path
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.model_split import States
+from persona_rlhf.models.model_split import HiddenStates
 
 
 class Reference:
@@ -47,11 +47,11 @@ class Reference:
     def __getitem__(self, row: Row) -> float:
         return self._values[key_of(row)]
 
-    def add(self, rows: Iterable[Row], states: States | None = None) -> None:
+    def add(self, rows: Iterable[Row], states: HiddenStates | None = None) -> None:
         """Computes missing values, each distinct row once, in length-sorted passes with the adapters off.
 
-        With `states` (see `AdaptedModel.below`; {} if no layer lies below the adapters) it starts from them, and saves
-        nothing yet.
+        With `states` (see `AdaptedModel.prefix_states`; {} if no layer lies below the adapters) it starts from them,
+        and saves nothing yet.
         """
         added = {key: row for row in rows if (key := key_of(row)) not in self._values}
         missing = {key: row for key, row in added.items() if key not in self._shared}
@@ -164,7 +164,7 @@ class DiskStates(Mapping[Row, Float[Tensor, "_tokens hidden"]]):
             self._places[row] = slice(start, end)
         self._states = self._mapped(adapted, end, folder)
         for at in range(0, len(distinct), _AT_ONCE):
-            for row, states in adapted.below(distinct[at : at + _AT_ONCE]).items():
+            for row, states in adapted.prefix_states(distinct[at : at + _AT_ONCE]).items():
                 self._states[self._places[row]] = states.to("cpu")
 
     @staticmethod
@@ -210,12 +210,12 @@ class HiddenStateCache:
     ) -> None:
         self._adapted, self._reference, self._folder = adapted, reference, folder
         self._memory, self._disk, self._slots = memory // 2, disk // 2, max(1, slots)
-        self._users: dict[str, States | None] = {}
+        self._users: dict[str, HiddenStates | None] = {}
         self._constraint = self._kept(constraint_rows, 1)
 
     def of(
         self, user_id: str, train: Sequence[PairRow], pairs: Sequence[PairRow], constraint_rows: Sequence[Row]
-    ) -> States:
+    ) -> HiddenStates:
         """The states of a step's rows: `pairs` of the user's `train`, and its constraint rows."""
         if user_id not in self._users:
             rows = both_rows(train)
@@ -224,15 +224,15 @@ class HiddenStateCache:
             self._users[user_id] = states
         user, constraint = self._users[user_id], self._constraint
         if user is None:
-            user = self._adapted.below(both_rows(pairs))
+            user = self._adapted.prefix_states(both_rows(pairs))
         if constraint is None:
-            constraint = self._adapted.below(constraint_rows)
+            constraint = self._adapted.prefix_states(constraint_rows)
         return ChainMap(user, constraint)  # type: ignore[arg-type]  # it is only read
 
-    def _kept(self, rows: Sequence[Row], parts: int) -> States | None:
-        size = self._adapted.below_bytes(rows)
+    def _kept(self, rows: Sequence[Row], parts: int) -> HiddenStates | None:
+        size = self._adapted.prefix_bytes(rows)
         if size <= self._memory // parts:
-            return self._adapted.below(rows)
+            return self._adapted.prefix_states(rows)
         return DiskStates(self._adapted, rows, self._folder) if size <= self._disk // parts else None
 
     def forget(self, user_id: str) -> None:
@@ -245,5 +245,5 @@ def rows_ahead(adapted: AdaptedModel, users: Iterable[UserRows], constraint_rows
 
     With a frozen prefix, `HiddenStateCache` adds a user's training rows when the user takes a slot.
     """
-    pairs = (pair for user in users for pair in (*(() if adapted.starts_above else user.train), *user.deciding))
+    pairs = (pair for user in users for pair in (*(() if adapted.has_frozen_prefix else user.train), *user.deciding))
     return [*both_rows(pairs), *constraint_rows]

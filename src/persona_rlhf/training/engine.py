@@ -16,7 +16,7 @@ from persona_rlhf.common.files import slug
 from persona_rlhf.config.training import DpoSettings, FleetSettings
 from persona_rlhf.data.tokenize import PairRow, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel, release_cache
-from persona_rlhf.models.model_split import States
+from persona_rlhf.models.model_split import HiddenStates
 from persona_rlhf.models.multi_lora import fresh_adapter
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.cache import HiddenStateCache, Reference
@@ -199,7 +199,7 @@ class Engine:
         self,
         pairs: Sequence[Sequence[PairRow]],
         samples: Sequence[ConstraintSample],
-        states: Sequence[States],
+        states: Sequence[HiddenStates],
         say: Callable[[str], None],
     ) -> tuple[Float[Tensor, "users params"], StepLoss]:
         """Every user's gradient, and its loss without the graph; as many users at once as the device has room for."""

@@ -30,10 +30,10 @@ from persona_rlhf.common.files import find, is_hub_id
 from persona_rlhf.config.training import BaseSettings, DpoSettings, FleetSettings, LoraSettings
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.attention import packed
-from persona_rlhf.models.base import Fp8Linear, fits, is_linear
+from persona_rlhf.models.attention import packed_attention
+from persona_rlhf.models.base import Fp8Linear, fits_fp8, is_linear
 from persona_rlhf.models.model_split import token_logps
-from persona_rlhf.models.multi_lora import FleetLinear, attach, matrices, targets
+from persona_rlhf.models.multi_lora import MultiLoRALinear, attach, lora_matrices, target_layers
 from persona_rlhf.models.packing import pack
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import ConstraintFunctional
@@ -233,7 +233,7 @@ class BaseShape:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model.requires_grad_(False).eval()
         self.parameters, self._quantization = self.model.num_parameters(), quantization
-        self.spans = attach(self.model, targets(self.model, lora).names, lora.rank, lora.alpha / lora.rank)
+        self.spans = attach(self.model, target_layers(self.model, lora).names, lora.rank, lora.alpha / lora.rank)
         self.adapter_parameters = max(span.stop for span in self.spans.values())
 
     @property
@@ -248,7 +248,7 @@ class BaseShape:
         """Bytes of a linear layer's weight."""
         if self._quantization == "nf4":
             return layer.weight.numel() * _NF4_BITS / 8
-        if self._quantization == "fp8" and fits(layer):
+        if self._quantization == "fp8" and fits_fp8(layer):
             outputs = layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
             return layer.weight.numel() + outputs * torch.float32.itemsize
         return layer.weight.numel() * self.model.dtype.itemsize
@@ -265,9 +265,9 @@ class BaseShape:
         """The work of one step over these rows: shared prompts once, as packed batches have them."""
         flat = torch.zeros(1, self.adapter_parameters, device=_META, requires_grad=True)
         spans = list(self.spans.values())
-        for span, (a, b) in zip(spans, matrices(flat, spans), strict=True):
+        for span, (a, b) in zip(spans, lora_matrices(flat, spans), strict=True):
             layer = self.model.get_submodule(span.name)
-            assert isinstance(layer, FleetLinear)
+            assert isinstance(layer, MultiLoRALinear)
             layer.a, layer.b = a, b
         batch = pack(rows, 1, 0, _META)
         counted = {tensor.untyped_storage()._cdata for tensor in (*self.model.parameters(), flat)}
@@ -281,17 +281,17 @@ class BaseShape:
 
         head = self.model.get_output_embeddings()
         assert head is not None
-        with packed(self.model.config.get_text_config()), FlopCounterMode(display=False) as counter:
+        with packed_attention(self.model.config.get_text_config()), FlopCounterMode(display=False) as counter:
             with saved_tensors_hooks(keep, lambda tensor: tensor):
                 hidden = self.model.base_model(
-                    input_ids=batch.ids, use_cache=False, position_ids=batch.positions, sight=batch.sight
+                    input_ids=batch.input_ids, use_cache=False, position_ids=batch.position_ids, layout=batch.layout
                 ).last_hidden_state
-                loss = token_logps(head(batch.source(hidden.flatten(0, 1))), batch.targets).sum()
+                loss = token_logps(head(batch.predictors(hidden.flatten(0, 1))), batch.targets).sum()
             forward = counter.get_total_flops()
             loss.backward()
             both = counter.get_total_flops()
         size = sum(tensor.untyped_storage().nbytes() for tensor in kept)
-        return StepWork(batch.ids.numel(), forward, both, size)
+        return StepWork(batch.input_ids.numel(), forward, both, size)
 
 
 def shape_of(base: BaseSettings, lora: LoraSettings) -> BaseShape:

@@ -12,7 +12,7 @@ from torch import Tensor
 from persona_rlhf.config.training import DpoSettings
 from persona_rlhf.data.tokenize import PairRow, Row, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.model_split import States
+from persona_rlhf.models.model_split import HiddenStates
 from persona_rlhf.models.packing import EMPTY
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import ConstraintFunctional, ConstraintSample
@@ -76,7 +76,7 @@ def step_loss(
     constraint: ConstraintFunctional | None,
     duals: Float[Tensor, "users names"],
     dpo: DpoSettings,
-    states: Sequence[States] = (),
+    states: Sequence[HiddenStates] = (),
 ) -> StepLoss:
     """`L_u = L_DPO + penalty_u`.
 

@@ -24,7 +24,7 @@ import torch
 
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.tokenize import Row, prompt_ids, tokenize
-from persona_rlhf.models.adapted_model import AdaptedModel, Places, in_passes
+from persona_rlhf.models.adapted_model import AdaptedModel, PassRows, run_in_passes
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.judges import folded
 from persona_rlhf.policy.properties import REPAIRED, applies, repaired, required, satisfied
@@ -122,12 +122,12 @@ def likely_places(adapted: AdaptedModel, rows: Sequence[Row], tokens: Sequence[i
     places_of: list[list[Row]] = [[] for _ in rows]
     forbidden = torch.tensor(tokens, device=adapted.base.device)
 
-    def run(places: Places) -> None:
+    def run(places: PassRows) -> None:
         picked = [rows[place] for _, place in places if place is not None]
         batch = adapted.batch(picked, 1)
         odds = adapted.logits(batch).float().softmax(-1)[:, forbidden]
-        chances = batch.spread(odds.sum(-1)).tolist()
-        likeliest = batch.spread(forbidden[odds.argmax(-1)].double()).long().tolist()
+        chances = batch.to_grid(odds.sum(-1)).tolist()
+        likeliest = batch.to_grid(forbidden[odds.argmax(-1)].double()).long().tolist()
         for (_, place), row, chance, token in zip(places, picked, chances, likeliest, strict=True):
             assert place is not None  # a lone user's pass has no empty place
             ids = row.prompt + row.completion
@@ -135,7 +135,7 @@ def likely_places(adapted: AdaptedModel, rows: Sequence[Row], tokens: Sequence[i
             places_of[place] = [Row(ids[: len(row.prompt) + n], (token[n],)) for n in positions]
 
     with adapted.using(None):
-        in_passes([rows], adapted.tokens_per_pass, run)
+        run_in_passes([rows], adapted.tokens_per_pass, run)
     return places_of
 
 

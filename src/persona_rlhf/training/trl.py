@@ -210,5 +210,5 @@ class _AfterSteps(TrainerCallback):
 def row_logps(model: nn.Module, rows: Sequence[Row], device: torch.device) -> Float[Tensor, " rows"]:
     """Log-probability of every completion (nats, summed to its end token) under any causal LM, wrapped or not."""
     batch = collate(rows, 0, device)
-    logits: Tensor = model(input_ids=batch.ids, use_cache=False).logits
-    return batch.spread(token_logps(batch.source(logits.flatten(0, 1)), batch.targets)).sum(1)
+    logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
+    return batch.to_grid(token_logps(batch.predictors(logits.flatten(0, 1)), batch.targets)).sum(1)
