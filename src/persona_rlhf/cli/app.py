@@ -290,7 +290,7 @@ def bench(
     from persona_rlhf.benchmarks.fleet_vs_trl import bench as measure
     from persona_rlhf.benchmarks.fleet_vs_trl import render
 
-    result = measure(shape, say=say)
+    result = measure(shape, log=say)
     print_json(result) if as_json else print_table(render(result))
 
 
