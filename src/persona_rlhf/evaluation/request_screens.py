@@ -140,7 +140,7 @@ class SafetyModelScreen:
         odds = self._words.logp(ids, self._settings.unsafe) - self._words.logp(ids, self._settings.safe)
         if odds < _MIN_LOG_ODDS:
             return RequestScore(-inf)
-        codes = _CODE.findall(self._words.going_on(ids, self._settings.unsafe, _CODES))
+        codes = _CODE.findall(self._words.continuation(ids, self._settings.unsafe, _CODES))
         return RequestScore(odds, frozenset(category for code in codes for category in of_llama_guard(code)))
 
 
