@@ -73,7 +73,7 @@ class CalibratedScreen(NamedTuple):
         }
 
 
-def measured(screen: RequestScreen, probes: Sequence[Probe], categories: Collection[str]) -> CalibratedScreen:
+def measure_screen(screen: RequestScreen, probes: Sequence[Probe], categories: Collection[str]) -> CalibratedScreen:
     """A screen with its detection rates on the probes and their twins."""
     detected = [finding is not None for finding in screen.findings(_requests(probes), categories)]
     places = {name: [n for n, probe in enumerate(probes) if probe.category == name] for name in sorted(set(categories))}
@@ -86,7 +86,7 @@ def measured(screen: RequestScreen, probes: Sequence[Probe], categories: Collect
     )
 
 
-def calibrated(
+def calibrate_screen(
     classifier: RequestClassifier, probes: Sequence[Probe], categories: Collection[str], false_alarms: float
 ) -> CalibratedScreen:
     """A screen with the lowest threshold that flags at most a share `false_alarms` of harmless twins.
@@ -102,7 +102,7 @@ def calibrated(
         raise ValueError("a threshold needs `dev` probes with benign twins of several topics; the banks have too few")
     values = sorted((score.value for score in classifier(_twins(setting))), reverse=True)
     first_too_many = values[floor(false_alarms * len(values))]
-    return measured(RequestScreen(classifier, nextafter(first_too_many, inf)), other, categories)
+    return measure_screen(RequestScreen(classifier, nextafter(first_too_many, inf)), other, categories)
 
 
 def _requests(probes: Sequence[Probe]) -> list[Prompt]:
@@ -156,7 +156,7 @@ Ids = tuple[int, ...]
 _OPENINGS = 8  # refusal openings whose probabilities are added up
 
 
-class Refuses:
+class BaseRefusal:
     """The base as a classifier of requests: 1 where the opening of its greedy answer refuses, else 0."""
 
     finding = "refused: the base refuses the prompt"
@@ -169,7 +169,7 @@ class Refuses:
         return [RequestScore(float(no)) for no in refused]
 
 
-class Likelihood:
+class RefusalLikelihood:
     """The log-probability, in nats, that the base opens its answer with one of its eight commonest refusals.
 
     These are taken from answers sampled at temperature 1 to `probes`, each cut where the judge first calls it a
@@ -225,19 +225,19 @@ def screens_of(
 
     def add_binary(classifier: RequestClassifier) -> None:
         """A classifier that scores 1 or 0."""
-        screens.append(measured(RequestScreen(classifier, 1.0), dev if measure else [], policy.categories))
+        screens.append(measure_screen(RequestScreen(classifier, 1.0), dev if measure else [], policy.categories))
 
     def add_scored(classifier: RequestClassifier) -> None:
         """A classifier whose score needs a threshold."""
         try:
-            screens.append(calibrated(classifier, dev, policy.categories, FALSE_ALARMS))
+            screens.append(calibrate_screen(classifier, dev, policy.categories, FALSE_ALARMS))
         except ValueError as fault:
             raise InputError([Problem(str(config.policy.documents[0]), None, "screening", str(fault))]) from fault
 
     if rules is not None:
         add_binary(rules)
     if settings.base == "answer":
-        add_binary(Refuses(adapted, examination.base_refuses))
+        add_binary(BaseRefusal(adapted, examination.base_refuses))
     elif settings.base == "likelihood":
         add_scored(_likelihood(adapted, policy, config.seed))
     if settings.classifier is not None:
@@ -260,10 +260,10 @@ def screens_table(screens: Sequence[CalibratedScreen]) -> Table:
     return table
 
 
-def _likelihood(adapted: AdaptedModel, policy: Policy, seed: int) -> Likelihood:
+def _likelihood(adapted: AdaptedModel, policy: Policy, seed: int) -> RefusalLikelihood:
     requests = [(Message("user", probe.prompt),) for probe in _some(policy, "train")]
     try:
-        return Likelihood(adapted, is_refusal, requests, seed)
+        return RefusalLikelihood(adapted, is_refusal, requests, seed)
     except ValueError as fault:
         raise InputError([Problem(adapted.base.name, None, "base.model", str(fault))]) from fault
 
