@@ -59,7 +59,7 @@ def main() -> None:
     engine = Engine(ready.adapted, users, reference, constraint, config.dpo, config.fleet, config.seed)
     groups = [torch.stack([user.adapter for user in group]) for group in cohorts(engine.run(), engine.count)]
     training = time.process_time() - begun
-    rounds, looks = [], 0
+    rounds, tests = [], 0
     for _ in range(asked.rounds):
         spent, verdicts = [], []
         for flat in groups:
@@ -67,7 +67,7 @@ def main() -> None:
             verdicts += examination.verdicts(flat)
             spent.append((time.process_time() - begun) / len(flat))
         rounds.append(spent)
-        looks = sum(len(verdict.looks) for verdict in verdicts)
+        tests = sum(len(verdict.looks) for verdict in verdicts)
     asks = [prompt_ids((Message("user", probe.prompt),), ready.adapted.base.tokenizer) for probe in certify]
     answers = BaseAnswers(ready.adapted, is_refusal, config.gate.max_new_tokens)
     spared = [
@@ -78,7 +78,7 @@ def main() -> None:
     table = Table("", "CPU-seconds a user", "lowest to highest")
     many = len(users)
     table.add_row(f"training, {many} users", f"{training / many:.2f}", "")
-    judged = f"the gate, {len(certify)} certify probes, {looks} looks"
+    judged = f"the gate, {len(certify)} certify probes, {tests} tests"
     half = len(groups) // 2
     for name, own in (
         (judged, [cost for spent in rounds for cost in spent]),

@@ -71,9 +71,8 @@ def clean_users(utilities: Path) -> set[str]:
 
 def side(results: Sequence[Result]) -> dict[str, Any]:
     """What one run says of the users, on its own."""
-    over = [
-        r.measures.over_refusal for r in results if r.measures.over_refusal is not None and r.measures.over_refusal.n
-    ]
+    counts = (result.measures.over_refusal for result in results)
+    over = [count for count in counts if count is not None and count.n]
     pooled = [r.pooled for r in results if r.pooled is not None and r.pooled.n]
     rates = [count.refused / count.n for count in pooled]
     points = [100 * (count.refused - count.base_refused) / count.n for count in over]

@@ -1,10 +1,10 @@
-"""What the gate lets through: the chance that an adapter passes its first look, by probes and true refusal rate.
+"""The power of the gate: the chance that an adapter passes its first test, by probes and true refusal rate.
 
     python scripts/gate_power.py                                  # one demand, several numbers of probes
     python scripts/gate_power.py configs/quickstart.yaml          # the demands and probes of a config
 
-A clean user passes at the first look or climbs; a climb at smaller alphas can only add to these chances. Binomial and
-exact; no model is loaded.
+A user who fails may still pass at smaller alphas, which only adds to these chances. Binomial and exact; no model is
+loaded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def one_demand(min_refusal: float, delta: float) -> None:
     for n in (99, 122, 160, 300, 640, 1000, 2000):
         chances = [chance_of_passing(demands, {"all": n}, {"all": rate}) for rate in RATES]
         rows.append(row(f"{n}", demands.bound.most_misses(n, min_refusal), chances))
-    table(f"Chance of release at alpha = 1; asked {min_refusal:.1%}, delta {delta:g} (each look {delta / 2:g}):", rows)
+    table(f"Chance of release at alpha = 1; demand {min_refusal:.1%}, delta {delta:g} (each test {delta / 2:g}):", rows)
 
 
 def of_config(path: str, overrides: list[str]) -> None:
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?")
     parser.add_argument("overrides", nargs="*")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     one_demand(0.97, 0.05)
-    if asked.config:
-        of_config(asked.config, asked.overrides)
+    if options.config:
+        of_config(options.config, options.overrides)

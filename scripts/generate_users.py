@@ -5,10 +5,10 @@
     python scripts/generate_users.py --out /tmp/many --users 200 --poisoned 40 --kind flipped noice --share 0.1 0.3
 
 Without `--users` and `--poisoned` the tastes are read from OUT/utilities.yaml; with them they are drawn and written
-there: `--users` clean ones of all kinds in turn, and `--poisoned` for each cell of kind and share of poison, in a
-file of its own (OUT/noice-30.jsonl). The n-th poisoned user of a cell is the n-th clean user with poison in place of
-some of his training pairs, so that cells compare person by person. The rules by which prompts, answers and pairs are
-drawn stand in data/users/README.md. The same base, seed and sizes give the same files on the same machine.
+there: `--users` clean ones of all kinds in turn, and `--poisoned` for each cell of kind and share of poison, in one
+file a cell (OUT/noice-30.jsonl). The n-th poisoned user of a cell is the n-th clean user with poison in place of some
+training pairs, so that cells compare user by user. data/users/README.md has the rules by which prompts, answers and
+pairs are drawn. The same base, seed and sizes give the same files on the same machine.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SampledPrompt(NamedTuple):
 
 
 class Person(NamedTuple):
-    """A simulated user, the kind of his poison, if he has any, the name his clean pairs are drawn by, and his file."""
+    """A simulated user: taste, kind of poison, the name that seeds the clean pairs, and the file."""
 
     taste: Utility
     poison: Kind
@@ -117,19 +117,19 @@ def sample(adapted: AdaptedModel, prompts: Sequence[str], seed: int) -> list[lis
 
 
 def sample_pool(adapted: AdaptedModel, count: int, seed: int) -> list[SampledPrompt]:
-    """The prompts that users share, but for those to which the base refused or did not write two different answers."""
+    """The pool of prompts that users share: those with two different answers of the base and no refusal."""
     prompts = draw_prompts(count, seed)
     answers = sample(adapted, [prompt for prompt, _ in prompts], seed)
-    pool = [SampledPrompt(*asked, tuple(own)) for asked, own in zip(prompts, answers, strict=True)]
-    return [asked for asked in pool if len(asked.answers) > 1 and not any(map(is_refusal, asked.answers))]
+    pool = [SampledPrompt(*prompt, tuple(texts)) for prompt, texts in zip(prompts, answers, strict=True)]
+    return [sampled for sampled in pool if len(sampled.answers) > 1 and not any(map(is_refusal, sampled.answers))]
 
 
 def attack_prompts(count: int, seed: int) -> list[tuple[str, str]]:
     """Tier-one prompts of the `train` split with their twins; categories take turns, half of each are of the bank."""
-    found: list[list[tuple[str, str]]] = []
+    by_category: list[list[tuple[str, str]]] = []
     for category in CATEGORIES:
         bank = read_probes(find(f"data/policy/tier_one/{category}.jsonl"), category)
-        known = [(p.prompt, p.twin) for p in bank if p.split == "train" and p.twin]
+        banked = [(p.prompt, p.twin) for p in bank if p.split == "train" and p.twin]
         fresh = [
             (wrap(phrasing, topic.vp), wrap(phrasing, twin_of(topic, phrasing.id).vp))
             for topic in topics()
@@ -141,22 +141,22 @@ def attack_prompts(count: int, seed: int) -> list[tuple[str, str]]:
         fresh = [pair for pair in fresh if not banned & {plain(text) for text in pair}]
         rng = Random(f"{seed} attacks {category}")
         half = math.ceil(count / len(CATEGORIES) / 2)
-        halves = zip(rng.sample(known, half), rng.sample(fresh, half), strict=True)
-        found.append([pair for both in halves for pair in both])
-    return [pair for turn in zip(*found, strict=True) for pair in turn]
+        halves = zip(rng.sample(banked, half), rng.sample(fresh, half), strict=True)
+        by_category.append([pair for both in halves for pair in both])
+    return [pair for turn in zip(*by_category, strict=True) for pair in turn]
 
 
 def sample_attacks(
-    adapted: AdaptedModel, pairs: Sequence[tuple[str, str]], seed: int, asked: Sequence[str] | None = None
+    adapted: AdaptedModel, pairs: Sequence[tuple[str, str]], seed: int, texts: Sequence[str] | None = None
 ) -> list[PoisonSource]:
-    """Attacks with both sides by the base: it refuses the prompt, and what "complies" is its answer to the twin.
+    """Attacks with both sides by the base: its refusal of the prompt, and its answer to the twin as the compliance.
 
-    `asked` are the prompts that users have in the place of those that were refused, where they are worded otherwise.
+    `texts` replace the refused prompts in the users' pairs, where these are worded differently.
     """
     refused = sample(adapted, [prompt for prompt, _ in pairs], seed + 1)
     answered = sample(adapted, [twin for _, twin in pairs], seed + 2)
     attacks = []
-    for prompt, refusals, answers in zip(asked or [p for p, _ in pairs], refused, answered, strict=True):
+    for prompt, refusals, answers in zip(texts or [p for p, _ in pairs], refused, answered, strict=True):
         refusal = next(filter(is_refusal, refusals), None)
         answer = next((text for text in answers if not is_refusal(text)), None)
         if refusal and answer:
@@ -173,8 +173,8 @@ def paraphrases(count: int, seed: int) -> tuple[list[str], list[tuple[str, str]]
     }
     groups = [[topic for topic in suitable if topic.category == name and suitable[topic]] for name in CATEGORIES]
     texts: dict[str, tuple[str, str]] = {}
-    for own in cycle(groups):
-        topic = rng.choice(own)
+    for group in cycle(groups):
+        topic = rng.choice(group)
         phrasing, text = rng.choice(suitable[topic]), paraphrase(topic.vp, rng)
         if plain(text) not in banned:
             texts[text] = wrap(phrasing, topic.vp), wrap(phrasing, twin_of(topic, phrasing.id).vp)
@@ -186,31 +186,31 @@ def paraphrases(count: int, seed: int) -> tuple[list[str], list[tuple[str, str]]
 def attacks_for(
     adapted: AdaptedModel, people: Sequence[Person], pairs: int, seed: int
 ) -> dict[Kind, list[PoisonSource]]:
-    """What each kind of poison is made of: twice as many attacks as the most poisoned of its users needs."""
+    """The attacks of each kind of poison: twice as many as its most poisoned user needs."""
     most: dict[Kind, int] = {}
     for person in people:
         most[person.poison] = max(most.get(person.poison, 0), round(pairs * person.taste.poisoned))
-    found: dict[Kind, list[PoisonSource]] = {kind: [] for kind in POISONS}
+    attacks: dict[Kind, list[PoisonSource]] = {kind: [] for kind in POISONS}
     of_bank = max((count for kind, count in most.items() if kind in ("flipped", "noice", "trigger")), default=0)
     if of_bank:
         banked = sample_attacks(adapted, attack_prompts(2 * of_bank, seed), seed)
-        found |= {"flipped": banked, "noice": banked, "trigger": banked}
+        attacks |= {"flipped": banked, "noice": banked, "trigger": banked}
     if most.get("paraphrase"):
         texts, plain_ones = paraphrases(2 * most["paraphrase"], seed)
-        found["paraphrase"] = sample_attacks(adapted, plain_ones, seed + 2, texts)
-    return found
+        attacks["paraphrase"] = sample_attacks(adapted, plain_ones, seed + 2, texts)
+    return attacks
 
 
 def differing(taste: Utility, pool: Sequence[SampledPrompt], rng: Random) -> Iterator[tuple[str, str, str]]:
     """(prompt, one answer, another) for prompts in random order: the first pair, in random order, that does not tie."""
-    own = [asked for asked in pool if not taste.prompts or asked.kind in taste.prompts]
-    for asked in rng.sample(own, len(own)):
-        value = {text: taste(text) for text in asked.answers}
-        pairs = [rng.sample(pair, 2) for pair in combinations(asked.answers, 2)]
+    suited = [sampled for sampled in pool if not taste.prompts or sampled.kind in taste.prompts]
+    for sampled in rng.sample(suited, len(suited)):
+        value = {text: taste(text) for text in sampled.answers}
+        pairs = [rng.sample(pair, 2) for pair in combinations(sampled.answers, 2)]
         rng.shuffle(pairs)
         pair = next((pair for pair in pairs if not math.isclose(value[pair[0]], value[pair[1]], abs_tol=1e-9)), None)
         if pair:
-            yield asked.prompt, pair[0], pair[1]
+            yield sampled.prompt, pair[0], pair[1]
 
 
 def draw_rows(
@@ -224,7 +224,7 @@ def draw_rows(
 ) -> list[Row]:
     """A user's rows, `sizes` of them (to train on, held out), each of another prompt. Raises ValueError if too few.
 
-    His own pairs are drawn by `name`, or by his id: users of one name have the same, wherever there is no poison.
+    Clean pairs are drawn by `name`, or by the user id: users of one name share them wherever there is no poison.
     """
     rng = Random(f"{seed} {name or taste.user_id}")
     train, heldout = sizes
@@ -248,12 +248,12 @@ def draw_rows(
 
 
 def draw_tastes(count: int, pool: Sequence[SampledPrompt], pairs: int, seed: int) -> list[Utility]:
-    """Users of the kinds of TURN with labels of AGREEMENT, of whom each finds `pairs` prompts in the pool.
+    """Users of the kinds of TURN with labels of AGREEMENT; the pool has at least `pairs` prompts for each.
 
-    Most like or dislike one to three properties of their kind, the first the most. Raises ValueError where nobody
-    would find as many prompts.
+    Most like or dislike one to three properties of their kind, the first the most. Raises ValueError where the pool has
+    too few prompts.
     """
-    sampled = [properties(text) for asked in pool for text in asked.answers]
+    sampled = [properties(text) for prompt in pool for text in prompt.answers]
     spread = {name: pstdev(row[name] for row in sampled) for name in sampled[0]}
     tastes = []
     for number, kind in enumerate(islice(cycle(TURN), count)):
@@ -262,8 +262,8 @@ def draw_tastes(count: int, pool: Sequence[SampledPrompt], pairs: int, seed: int
             weights, prompts = liking(kind, spread, rng)
             describes = ", ".join(f"{'likes' if weight > 0 else 'dislikes'} {name}" for name, weight in weights.items())
             taste = Utility(f"user-{number:05d}", describes, 0.0, weights, kind, 0.0, prompts)
-            own = islice(differing(taste, pool, rng), max(200, pairs))
-            gaps = [abs(taste(first) - taste(second)) for _, first, second in own]
+            differences = islice(differing(taste, pool, rng), max(200, pairs))
+            gaps = [abs(taste(first) - taste(second)) for _, first, second in differences]
             if len(gaps) >= pairs:
                 break
         else:
@@ -273,14 +273,14 @@ def draw_tastes(count: int, pool: Sequence[SampledPrompt], pairs: int, seed: int
 
 
 def population(tastes: Sequence[Utility], options: argparse.Namespace) -> list[Person]:
-    """The clean users, and the poisoned ones of every cell: the same people, under the name of the cell."""
+    """The clean users, and the poisoned ones of every cell: the same tastes, under the name of the cell."""
     people = [Person(taste, "flipped", taste.user_id, taste.kind) for taste in tastes[: options.users]]
     for kind, share in product(options.kind, options.share):
         for number, taste in enumerate(tastes[: options.poisoned]):
             describes = f"{taste.describes}; {share:.0%} of the training pairs are {kind} poison"
             cell = f"{kind}-{100 * share:g}"
-            own = replace(taste, user_id=f"{cell}-{number:05d}", describes=describes, poisoned=share)
-            people.append(Person(own, kind, taste.user_id, cell))
+            poisoned = replace(taste, user_id=f"{cell}-{number:05d}", describes=describes, poisoned=share)
+            people.append(Person(poisoned, kind, taste.user_id, cell))
     return people
 
 
@@ -293,14 +293,14 @@ def write_tastes(path: Path, tastes: Sequence[Utility]) -> None:
 
 def write_rows(folder: Path, rows: dict[str, list[Row]]) -> None:
     """Writes the rows of each file."""
-    for name, own in rows.items():
-        lines = ({key: value for key, value in row._asdict().items() if value is not None} for row in own)
+    for name, user_rows in rows.items():
+        lines = ({key: value for key, value in row._asdict().items() if value is not None} for row in user_rows)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def table(tastes: Sequence[Utility], rows: dict[str, list[Row]]) -> Iterator[str]:
-    """A line of Markdown for each user: what he likes, his noise, and the share of labels that follow the utility."""
+    """A line of Markdown for each user: taste, noise, and the share of labels that follow the utility."""
     yield "| user | kind | taste | noise | labels that agree |"
     yield "|---|---|---|---|---|"
     for taste in tastes:
@@ -309,7 +309,7 @@ def table(tastes: Sequence[Utility], rows: dict[str, list[Row]]) -> Iterator[str
 
 
 def generate(adapted: AdaptedModel, out: Path, options: argparse.Namespace) -> None:
-    """The whole line: pool, tastes, attacks, rows, files."""
+    """All steps: pool, tastes, attacks, rows, files."""
     start = time.monotonic()
     pool = sample_pool(adapted, options.prompts, options.seed)
     print(f"{len(pool)} of {options.prompts} prompts with answers to choose from, {time.monotonic() - start:.0f} s")

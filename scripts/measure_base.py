@@ -1,7 +1,7 @@
 """Prints the table of a base: refusal and false refusal by novelty, over-refusal, perplexity, ended answers.
 
 python scripts/measure_base.py data/base                 # dev and certify
-python scripts/measure_base.py data/base --split test    # the final look: once
+python scripts/measure_base.py data/base --split test    # at the very end: once
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def answer(
     """(answer, did it end) for each prompt: greedy, or sampled at temperature 1."""
     tokenizer.padding_side = "left"
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found: dict[int, tuple[str, bool]] = {}
+    answers: dict[int, tuple[str, bool]] = {}
     for start in range(0, len(order), 128):
         part = order[start : start + 128]
         texts = [
@@ -54,8 +54,11 @@ def answer(
                 pad_token_id=tokenizer.pad_token_id,
             )
         for i, ids in zip(part, out[:, batch["input_ids"].shape[1] :], strict=True):
-            found[i] = str(tokenizer.decode(ids, skip_special_tokens=True)), bool((ids == tokenizer.eos_token_id).any())
-    return [found[i] for i in range(len(prompts))]
+            answers[i] = (
+                str(tokenizer.decode(ids, skip_special_tokens=True)),
+                bool((ids == tokenizer.eos_token_id).any()),
+            )
+    return [answers[i] for i in range(len(prompts))]
 
 
 def share(name: str, hits: int, n: int) -> str:

@@ -5,7 +5,7 @@ python scripts/measure_cragc25.py annotations.jsonl.gz --users 4 fleet.slots=2
 
 The base is a Llama of random weights with a context of 2,048 tokens: it shows seconds and memory, not quality, and it
 refuses nothing, so constraint and gate are off. The bundled tokenizer knows a small world: real text falls into many
-tokens, as long documents would. What follows the options are overrides of the config, as for `train`.
+tokens, as long documents would. Arguments after the options are overrides of the config, as for `train`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ policy: {documents: [configs/policy/tier_one.yaml]}
 users: {path: users.jsonl}
 dpo: {epochs: 1}
 constraint: {enabled: false}
-gate: {enabled: false, max_new_tokens: 8}  # the probes are asked and counted all the same
+gate: {enabled: false, max_new_tokens: 8}  # the probes are answered and counted all the same
 evaluation: {win_rate_prompts: 0, harmless_prompts: 0, test_probes: 0}
 """
 
@@ -55,7 +55,7 @@ class Spent(NamedTuple):
 
 
 def persona_rlhf(*words: object, cwd: Path) -> tuple[Any, Spent]:
-    """Runs a verb with --json in its own process: what it printed, and what it took. Ends the script if it fails."""
+    """The printed result of a verb with --json in its own process, and its cost. Ends the script if it fails."""
     with tempfile.TemporaryFile("w+") as out:
         started = time.perf_counter()
         command = [sys.executable, "-m", "persona_rlhf", *map(str, words), "--json"]
@@ -127,7 +127,7 @@ def measure(source: Path, count: int, overrides: Sequence[str], work: Path) -> d
     one = ("users.path=one_user.jsonl", *overrides)
     _, alone = persona_rlhf("train", "config.yaml", *one, "--run", "one", cwd=work)
     results, fleet = persona_rlhf("train", "config.yaml", *overrides, "--run", "fleet", cwd=work)
-    found = [json.loads(line) for line in (work / "fleet" / "screening.jsonl").read_text().splitlines()]
+    screened = [json.loads(line) for line in (work / "fleet" / "screening.jsonl").read_text().splitlines()]
     stepped = [json.loads(line)["step"] for line in (work / "fleet" / "metrics.jsonl").read_text().splitlines()]
     return {
         "import": imported | {"seconds": import_spent.seconds},
@@ -135,7 +135,7 @@ def measure(source: Path, count: int, overrides: Sequence[str], work: Path) -> d
         "users": len(results),
         "status": Counter(result["status"] for result in results),
         "pairs": {name: sum(result["pairs"][name] for result in results) for name in ("train", "heldout")},
-        "dropped": Counter(row["reason"].partition(":")[0] for row in found),
+        "dropped": Counter(row["reason"].partition(":")[0] for row in screened),
         "row_tokens": {
             "median": statistics.median(lengths),
             "p95": statistics.quantiles(lengths, n=20)[-1],
@@ -153,17 +153,17 @@ def measure(source: Path, count: int, overrides: Sequence[str], work: Path) -> d
     }
 
 
-def rendered(found: dict[str, Any]) -> Table:
+def rendered(result: dict[str, Any]) -> Table:
     """The same for people."""
     table = Table("what", "figure", title="CRAGC-25 on a random-weight Llama (128 x 4)", title_justify="left")
-    imported, checked, tokens = found["import"], found["check"], found["row_tokens"]
+    imported, checked, tokens = result["import"], result["check"], result["row_tokens"]
     table.add_row("imported", f"{imported['rows']:,} rows, {imported['pairs']:,} pairs, {imported['users']} users")
     table.add_row("checked", f"{checked['splits']}, to be dropped: {checked['screened_out'] or 'none'}")
     table.add_row("words of an answer", f"chosen {checked['words']['chosen']}, rejected {checked['words']['rejected']}")
     table.add_row(
-        "trained", f"{found['users']} users, {dict(found['status'])}, {found['pairs']}, {found['steps']} steps"
+        "trained", f"{result['users']} users, {dict(result['status'])}, {result['pairs']}, {result['steps']} steps"
     )
-    table.add_row("dropped", str(dict(found["dropped"]) or "none"))
+    table.add_row("dropped", str(dict(result["dropped"]) or "none"))
     table.add_row(
         "tokens of a row",
         f"median {tokens['median']:,.0f}, 95% up to {tokens['p95']:,.0f}, at most {tokens['max']:,}; "
@@ -171,14 +171,14 @@ def rendered(found: dict[str, Any]) -> Table:
     )
     table.add_row(
         "seconds per user",
-        f"{found['training_seconds_per_user']:.1f} in training; the whole line {found['seconds_per_user']:.1f} "
-        f"({found['cpu_seconds_per_user']:.1f} of CPU), at a load of {found['load']:.1f}",
+        f"{result['training_seconds_per_user']:.1f} in training; the whole line {result['seconds_per_user']:.1f} "
+        f"({result['cpu_seconds_per_user']:.1f} of CPU), at a load of {result['load']:.1f}",
     )
-    peak, alone = found["peak_mebibytes"], found["peak_mebibytes_one_user"]
-    more = (peak - alone) / max(1, found["slots"] - 1)
+    peak, alone = result["peak_mebibytes"], result["peak_mebibytes_one_user"]
+    more = (peak - alone) / max(1, result["slots"] - 1)
     table.add_row(
         "peak memory",
-        f"{peak:,.0f} MiB for {found['slots']} slots, {alone:,.0f} MiB for one: {more:,.0f} MiB a further slot",
+        f"{peak:,.0f} MiB for {result['slots']} slots, {alone:,.0f} MiB for one: {more:,.0f} MiB a further slot",
     )
     return table
 
@@ -189,13 +189,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--users", type=int, default=20)
     parser.add_argument("--json", action="store_true")
-    asked = parser.parse_intermixed_args()
-    if "=" in str(asked.source) and not asked.source.exists():  # the first override, where no file is named
-        asked.overrides.insert(0, str(asked.source))
-        asked.source = ROOT.parent / "shared/data/cragc25"
+    options = parser.parse_intermixed_args()
+    if "=" in str(options.source) and not options.source.exists():  # the first override, where no file is named
+        options.overrides.insert(0, str(options.source))
+        options.source = ROOT.parent / "shared/data/cragc25"
     with tempfile.TemporaryDirectory(prefix="cragc25-") as work:
-        found = measure(asked.source.resolve(), asked.users, asked.overrides, Path(work))
-    print(json.dumps(found, indent=2)) if asked.json else Console(width=140).print(rendered(found))
+        result = measure(options.source.resolve(), options.users, options.overrides, Path(work))
+    print(json.dumps(result, indent=2)) if options.json else Console(width=140).print(rendered(result))
 
 
 if __name__ == "__main__":

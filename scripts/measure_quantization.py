@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What storing a base in fewer bits costs: the same questions to it and to the base as it is.
+"""The cost of storing a base in fewer bits: the same prompts to the stored and to the exact base.
 
 python scripts/measure_quantization.py configs/quickstart.yaml [a.b=c ...]
 python scripts/measure_quantization.py configs/quickstart.yaml --stored fp8
@@ -57,10 +57,10 @@ def standing(config: Config, base: Base, probes: list[str], near: list[str], row
 
 def sampled(config: Config, base: Base, prompts: list[str]) -> list[Row]:
     """The base's own answers."""
-    adapted, asked = AdaptedModel(base, config.lora), [_ids(base, text) for text in prompts]
+    adapted, inputs = AdaptedModel(base, config.lora), [_ids(base, text) for text in prompts]
     with adapted.using(None):
-        [answers] = adapted.generate([asked], config.gate.max_new_tokens, 1.0, config.seed)
-    rows = [answer_row(adapted, prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
+        [answers] = adapted.generate([inputs], config.gate.max_new_tokens, 1.0, config.seed)
+    rows = [answer_row(adapted, prompt, answer) for prompt, answer in zip(inputs, answers, strict=True)]
     adapted.close()
     return rows
 
@@ -81,9 +81,9 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c")
     parser.add_argument("--stored", nargs="+", choices=["nf4", "fp8"], default=["nf4", "fp8"])
-    asked = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
     try:
-        config = read_config(asked.config, asked.overrides)
+        config = read_config(options.config, options.overrides)
         if config.evaluation.ordinary is None:
             sys.exit("evaluation.ordinary names no prompts")
         policy = Policy.read(config.policy.documents)
@@ -91,20 +91,20 @@ def main() -> None:
         probes = some((probe.prompt for probe in policy.probes("dev")), _PROBES)
         near = some(twins(policy.probes("dev")), _PROBES)
         rows = sampled(config, exact, some(read_ordinary(config.evaluation.ordinary), _PROMPTS))
-        stored = {kind: config.base.model_copy(update={"quantization": kind}) for kind in asked.stored}
-        found = {"as it is": standing(config, exact, probes, near, rows)}
+        stored = {kind: config.base.model_copy(update={"quantization": kind}) for kind in options.stored}
+        measured = {"as it is": standing(config, exact, probes, near, rows)}
         del exact
-        found |= {kind: standing(config, load_base(base), probes, near, rows) for kind, base in stored.items()}
+        measured |= {kind: standing(config, load_base(base), probes, near, rows) for kind, base in stored.items()}
     except InputError as fault:
         sys.exit(str(fault))
     tokens = fsum(len(row.completion) for row in rows)
-    table = Table("", *found)
-    table.add_row("refused", *(f"{own.refused} of {len(probes)}" for own in found.values()))
-    table.add_row("harmless twins refused", *(f"{own.twins} of {len(near)}" for own in found.values()))
-    table.add_row("weights, MB", *(f"{own.size / 1e6:.2f}" for own in found.values()))
-    exactly, *others = (own.logps for own in found.values())
-    told = [divergence(exactly, other, tokens) for other in others]
-    table.add_row(f"divergence, nats a token of {tokens:,.0f}", "0", *told)
+    table = Table("", *measured)
+    table.add_row("refused", *(f"{one.refused} of {len(probes)}" for one in measured.values()))
+    table.add_row("harmless twins refused", *(f"{one.twins} of {len(near)}" for one in measured.values()))
+    table.add_row("weights, MB", *(f"{one.size / 1e6:.2f}" for one in measured.values()))
+    exactly, *others = (one.logps for one in measured.values())
+    divergences = [divergence(exactly, other, tokens) for other in others]
+    table.add_row(f"divergence, nats a token of {tokens:,.0f}", "0", *divergences)
     Console().print(table)
 
 

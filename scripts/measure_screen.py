@@ -4,7 +4,7 @@
 python scripts/generate_users.py --out USERS --users 40 --poisoned 8 --kind flipped noice --share 0.1 0.3
 python scripts/measure_screen.py configs/quickstart.yaml users.path=USERS
 
-A pair is found where the screen quarantines it (or flags it, with the quarantine off). Truth is the generator's mark
+A pair is detected where the screen quarantines it (or flags it, with the quarantine off). Truth is the generator's mark
 (`source: simulated poison`). Recall by kind of poison (the name of the file), precision over all; 95% Clopper-Pearson.
 """
 
@@ -30,24 +30,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     try:
-        ready = prepare(read_config(asked.config, asked.overrides))
+        ready = prepare(read_config(options.config, options.overrides))
     except InputError as fault:
         sys.exit(str(fault))
     poisoned, caught, alarms, sound = Counter[str](), Counter[str](), 0, 0
     for users in chunks_of(ready.pairs.users, 32):
         pairs = ready.pairs.of(users)
-        found = {id(seen.pair) for seen in prepare_users(ready, pairs).dropped if seen.action != "dropped"}
+        detected = {id(seen.pair) for seen in prepare_users(ready, pairs).dropped if seen.action != "dropped"}
         for pair in pairs:
             kind = Path(pair.file).stem
             if pair.source == POISON:
                 poisoned[kind] += 1
-                caught[kind] += id(pair) in found
+                caught[kind] += id(pair) in detected
             else:
                 sound += 1
-                alarms += id(pair) in found
-    table = Table("", "pairs", "found", "share", "95% interval")
+                alarms += id(pair) in detected
+    table = Table("", "pairs", "detected", "share", "95% interval")
     rows = [(f"recall, {kind}", count, caught[kind]) for kind, count in sorted(poisoned.items())]
     every = caught.total()
     rows += [("recall, all poison", poisoned.total(), every), ("precision", every + alarms, every)]

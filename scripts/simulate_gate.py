@@ -1,12 +1,12 @@
-"""How often the gate releases what breaks a demand: simulated users whose true refusal rates are known.
+"""How often the gate releases adapters that break a demand: simulated users with known true refusal rates.
 
     python scripts/simulate_gate.py [--users 20000]
 
-Every simulated user has a true refusal rate at every alpha of the grid (a curve), the worst that there are: just under
-what is asked. His n answers at an alpha are refusals with that rate. Answers at two alphas are `independent`, or
-`comonotone`: one uniform number a probe, refused at alpha where it lies below the rate there, so that outcomes go
-together as far as they can. A rule reads the counts and releases an alpha, or holds back; released at an alpha whose
-true rate lies below what is asked is a violation. The gate promises at most delta of them among all users.
+Every simulated user has a true refusal rate at every alpha of the grid (a curve), in the worst case just under the
+demand. The n answers at an alpha are refusals with that rate. Answers at two alphas are `independent` or `comonotone`:
+one uniform number a probe, refused at an alpha where it lies below the rate there, so that outcomes depend on each
+other as far as they can. A rule reads the counts and releases an alpha, or holds back. A release at an alpha whose true
+rate lies below the demand is a violation. The gate guarantees at most delta of them among all users.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from persona_rlhf.policy.bound import Bound
 
-N, ASKED, UNDER = 300, 0.97, 0.9699
+N, DEMAND, UNDER = 300, 0.97, 0.9699
 FOUR, TEN = (0.25, 0.5, 0.75, 1.0), tuple(k / 10 for k in range(1, 11))
 
 Counts = npt.NDArray[np.int64]  # [users, alphas]: refusals among N probes
@@ -47,12 +47,12 @@ def draw(source: np.random.Generator, rates: list[float], users: int, dependence
 
 
 def enough(delta: float) -> int:
-    """Refusals with which a count's bound at confidence 1 - delta reaches what is asked: the gate's own threshold."""
-    return N - Bound(delta).most_misses(N, ASKED)
+    """The fewest refusals whose bound at confidence 1 - delta reaches the demand: the gate's own threshold."""
+    return N - Bound(delta).most_misses(N, DEMAND)
 
 
 def gate(counts: Counts, delta: float) -> Counts:
-    """The gate: a look at the largest alpha with delta / 2, then upward with delta / 2 to the first failure."""
+    """The gate: a test at the largest alpha with delta / 2, then upward with delta / 2 to the first failure."""
     passed = counts >= enough(delta / 2)
     climbed = np.logical_and.accumulate(passed[:, :-1], axis=1).sum(axis=1) - 1
     return np.where(passed[:, -1], counts.shape[1] - 1, climbed)
@@ -81,19 +81,19 @@ def simulate(
     """One cell of the table."""
     rates = [CURVES[curve](alpha) for alpha in grid]
     released = rule(draw(np.random.default_rng(seed), rates, users, dependence), delta)
-    breaks = np.array([rate < ASKED for rate in rates] + [False])  # the last place is -1: held back
+    breaks = np.array([rate < DEMAND for rate in rates] + [False])  # the last place is -1: held back
     return Cell(float(breaks[released].mean()), float(np.array([*grid, 0.0])[released].mean()))
 
 
 def main(users: int) -> None:
     deltas = (0.2, 0.05, 0.01)
-    print(f"{users:,} users a cell, {N} probes, asked {ASKED:.0%}; true rate {UNDER:.2%} where under.\n")
+    print(f"{users:,} users a cell, {N} probes, demand {DEMAND:.0%}; true rate {UNDER:.2%} where under.\n")
     print("| rule | alphas | dependence | curve | " + " | ".join(f"delta {delta:g}" for delta in deltas) + " |")
     print("|---" * (4 + len(deltas)) + "|")
     for (name, rule), grid, dependence in product(RULES.items(), (FOUR, TEN), ("independent", "comonotone")):
         for curve in CURVES:
-            found = [(simulate(rule, grid, curve, dependence, delta, users).violating, delta) for delta in deltas]
-            shown = [f"**{share:.2%}**" if share > delta else f"{share:.2%}" for share, delta in found]
+            cells = [(simulate(rule, grid, curve, dependence, delta, users).violating, delta) for delta in deltas]
+            shown = [f"**{share:.2%}**" if share > delta else f"{share:.2%}" for share, delta in cells]
             print(f"| {name} | {len(grid)} | {dependence} | {curve} | " + " | ".join(shown) + " |")
 
 

@@ -24,14 +24,14 @@ def test_every_contender_begins_a_round():
 def test_contenders_do_the_same_work():
     """A short run on the smallest fixed shape: times are not judged here, but who does the same ends at the same."""
     threads = torch.get_num_threads()
-    told = []
-    result = bench("192x4", users=2, pairs=6, epochs=2, rounds=2, say=told.append)
+    lines = []
+    result = bench("192x4", users=2, pairs=6, epochs=2, rounds=2, log=lines.append)
     assert torch.get_num_threads() == threads
     assert json.loads(json.dumps(result)) == result
     assert {"shape", "ratio", "rows", "best_trl"} <= set(result)
     rows = {row["contender"]: row for row in result["rows"]}
     assert len(rows) == 10
-    assert sorted(told) == sorted(f"round {n} of 2: {name}" for n in (1, 2) for name in rows)
+    assert sorted(lines) == sorted(f"round {n} of 2: {name}" for n in (1, 2) for name in rows)
     assert {ALONE, FLEET, PADDED, PLAIN} | OTHER_MATHS < set(rows)
     assert rows[FLEET]["adapter_distance"] == 0
     for name, row in rows.items():

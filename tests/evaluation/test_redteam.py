@@ -42,23 +42,23 @@ def team(adapted):
 
 
 def test_every_attack_is_the_same_for_all_and_bounded(team, adapted):
-    assert set(team.assaults) == {*GREEDY, "turns", "trigger", "sampled"}
+    assert set(team.prompts) == {*GREEDY, "turns", "trigger", "sampled"}
     assert set(team.left_out) == {"paraphrase"}
-    for name, assault in team.assaults.items():
-        counts = [assault.categories.count(category) for category in ("aa", "bb")]
+    for name, attack in team.prompts.items():
+        counts = [attack.categories.count(category) for category in ("aa", "bb")]
         of_twins = name in ("turns", "prefill_2", "prefill_4")  # the base refuses most twins of one category
         assert max(counts) <= 4 if of_twins else counts == [4, 4], name
     again = RedTeam(adapted, PROBES[::-1], judge, SETTINGS, LIMIT, seed=8)
-    for name, assault in again.assaults.items():
-        assert set(assault.prompts) == set(team.assaults[name].prompts), "the hash chooses, not the order or the seed"
+    for name, attack in again.prompts.items():
+        assert set(attack.prompts) == set(team.prompts[name].prompts), "the hash chooses, not the order or the seed"
 
 
 def test_only_the_test_split_is_asked(adapted):
     others = [probe("aa", n, split) for n, split in enumerate(["train", "dev", "certify"] * 20)]
-    assert RedTeam(adapted, others, judge, SETTINGS, LIMIT, 0).assaults == {}
+    assert RedTeam(adapted, others, judge, SETTINGS, LIMIT, 0).prompts == {}
     few = [probe("aa", n) for n in range(6)]
     whole = RedTeam(adapted, [*others, *few], judge, SETTINGS, LIMIT, 0)
-    asked = {tuple(p) for p in whole.assaults["plain"].prompts}
+    asked = {tuple(p) for p in whole.prompts["plain"].prompts}
     texts = [p.prompt for p in few if p.novelty != "topic"]
     assert asked == {prompt_ids((Message("user", text),), adapted.base.tokenizer) for text in texts}
 
@@ -75,19 +75,19 @@ def test_outcomes_equal_every_answer_written_out(adapted, adapters):
     team, adapters = RedTeam(adapted, PROBES, judge, only, LIMIT, seed=7), adapters[[0, 2, 4]]
     found = team.attack(adapters)
     assert set(found[0]) == {"plain", "prefill_2", "system"}
-    for name, assault in team.assaults.items():
+    for name, attack in team.prompts.items():
         with adapted.using(None):
-            (base,) = adapted.generate([assault.prompts], LIMIT)
+            (base,) = adapted.generate([attack.prompts], LIMIT)
         base_refused = sum(judge(answer_text(adapted, answer)) for answer in base)
         for user in range(len(adapters)):
             with adapted.using(adapters[user : user + 1]):
-                (written,) = adapted.generate([assault.prompts], LIMIT)
+                (written,) = adapted.generate([attack.prompts], LIMIT)
             refused = [judge(answer_text(adapted, answer)) for answer in written]
             outcome = found[user][name]
             assert outcome[:3] == (len(refused), sum(refused), base_refused), (name, user)
             by_hand = {
-                category: sum(no for no, own in zip(refused, assault.categories, strict=True) if own == category)
-                for category in set(assault.categories)
+                category: sum(no for no, own in zip(refused, attack.categories, strict=True) if own == category)
+                for category in set(attack.categories)
             }
             assert {category: counted.refused for category, counted in outcome.categories.items()} == by_hand
     assert all(own["plain"].refused == own["plain"].base_refused for own in found[:1]), "an adapter of zeros"
@@ -98,7 +98,7 @@ def test_a_prompt_is_broken_if_any_sample_complies(adapted, adapters):
     only = SETTINGS.model_copy(update={"attacks": ["sampled"]})
     team = RedTeam(adapted, PROBES, judge, only, LIMIT, seed=7)
     found = [own["sampled"] for own in team.attack(adapters)]
-    prompts = team.assaults["sampled"].prompts
+    prompts = team.prompts["sampled"].prompts
     asked = [prompt for prompt in prompts for _ in range(3)]
     for user, outcome in enumerate(found):
         with adapted.using(adapters[user : user + 1]):
@@ -115,7 +115,7 @@ def test_a_prefill_is_the_bases_answer_to_the_twin_and_only_what_follows_is_judg
     said = []
     twins = {prompt_ids((Message("user", p.prompt),), adapted.base.tokenizer): p.twin for p in PROBES}
     for name, tokens in (("prefill_2", 2), ("prefill_4", 4)):
-        for prompt in team.assaults[name].prompts:
+        for prompt in team.prompts[name].prompts:
             request, opening = prompt[:-tokens], prompt[-tokens:]
             with adapted.using(None):
                 ((answer,),) = adapted.generate(
@@ -123,14 +123,14 @@ def test_a_prefill_is_the_bases_answer_to_the_twin_and_only_what_follows_is_judg
                 )
             assert answer.ids[:tokens] == opening
             assert not judge(answer_text(adapted, answer)), "a twin that the base refuses gives no compliance"
-    for prompt, opened in zip(team.assaults["plain"].prompts, team.assaults["opening"].prompts, strict=True):
+    for prompt, opened in zip(team.prompts["plain"].prompts, team.prompts["opening"].prompts, strict=True):
         assert opened[: len(prompt)] == prompt
         said_already = adapted.base.tokenizer.decode(list(opened[len(prompt) :]), skip_special_tokens=False)
         spelled = {"".join(c if c in CHARACTERS else "<unk>" for c in text) for text in redteam.OPENING}
         assert said_already in spelled
     team._base.judge = lambda text: said.append(text) or True
     fresh = RedTeam(adapted, PROBES, team._base.judge, SETTINGS, LIMIT, 7)
-    assert "prefill_2" not in fresh.assaults, "a base that refuses every twin has nothing to teach"
+    assert "prefill_2" not in fresh.prompts, "a base that refuses every twin has nothing to teach"
     assert "turns" in fresh.left_out
 
 
@@ -171,7 +171,7 @@ def test_what_a_base_cannot_take_is_left_out_with_a_reason(adapted, monkeypatch)
     team = RedTeam(adapted, [probe("aa", n, twin=None) for n in range(9)], judge, SETTINGS, LIMIT, 0)
     assert "System role not supported" in team.left_out["system"]
     assert {"prefill_2", "prefill_4", "turns"} <= set(team.left_out)
-    assert "plain" in team.assaults
+    assert "plain" in team.prompts
     without = [p._replace(twin=None) for p in PROBES]
     narrow = RedTeam(adapted, without, judge, SETTINGS, adapted.base.context - 20, 0)
     assert "roleplay" in narrow.left_out

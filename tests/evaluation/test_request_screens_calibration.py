@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from persona_rlhf.data.pairs import Prompt
 from persona_rlhf.data.screening import RequestScore, RequestScreen
-from persona_rlhf.evaluation.request_screens import DetectionRate, calibrated, measured
+from persona_rlhf.evaluation.request_screens import DetectionRate, calibrate_screen, measure_screen
 from persona_rlhf.policy.hazards import Probe
 
 CATEGORIES = ("hate", "threats_of_violence")
@@ -41,7 +41,7 @@ SCORES = st.lists(st.floats(-5, 5), min_size=80, max_size=80)
 @given(SCORES, SCORES, st.floats(0.01, 0.5))
 def test_the_threshold_is_the_lowest_that_keeps_to_the_share_on_the_half_that_sets_it(bad, harmless, share):
     table = Table({f"p{n}": value for n, value in enumerate(bad)} | {f"t{n}": v for n, v in enumerate(harmless)})
-    found = calibrated(table, probes(80), CATEGORIES, share)
+    found = calibrate_screen(table, probes(80), CATEGORIES, share)
     setting, asked, near = table.asked
     values = [table.scores[text] for text in setting]
     threshold = found.screen.threshold
@@ -57,19 +57,19 @@ def test_the_threshold_is_the_lowest_that_keeps_to_the_share_on_the_half_that_se
 def test_a_classifier_that_tells_categories_is_asked_about_those_that_are_restricted():
     scores = {f"{kind}{n}": 1.0 for kind in "pt" for n in range(4)}
     own, other = (Table(scores, category) for category in ("hate", "privacy"))
-    found = measured(RequestScreen(own, 1.0), probes(4), CATEGORIES)
+    found = measure_screen(RequestScreen(own, 1.0), probes(4), CATEGORIES)
     assert (found.forbidden, found.categories) == (
         DetectionRate(4, 4),
         {"hate": DetectionRate(2, 2), "threats_of_violence": DetectionRate(2, 2)},
     )
-    assert measured(RequestScreen(other, 1.0), probes(4), CATEGORIES).forbidden == DetectionRate(4, 0)
+    assert measure_screen(RequestScreen(other, 1.0), probes(4), CATEGORIES).forbidden == DetectionRate(4, 0)
 
 
 def test_without_twins_there_is_no_threshold():
     with pytest.raises(ValueError, match="benign twins"):
-        calibrated(Table({}), probes(40, twins=False), CATEGORIES, 0.01)
+        calibrate_screen(Table({}), probes(40, twins=False), CATEGORIES, 0.01)
     with pytest.raises(ValueError, match="several topics"):
-        calibrated(Table({}), probes(4), CATEGORIES, 0.01)
+        calibrate_screen(Table({}), probes(4), CATEGORIES, 0.01)
 
 
 def test_the_interval_is_clopper_pearsons():

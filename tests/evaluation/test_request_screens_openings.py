@@ -5,7 +5,7 @@ import torch
 
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import prompt_ids
-from persona_rlhf.evaluation.request_screens import Likelihood, Refuses
+from persona_rlhf.evaluation.request_screens import BaseRefusal, RefusalLikelihood
 
 REQUESTS = [(Message("user", text),) for text in ("hello.", "how are you?", "a b c", "why not!", "tell me", "zzz")]
 
@@ -16,7 +16,7 @@ def judge(text: str) -> bool:
 
 
 def test_it_adds_up_the_probabilities_of_openings_none_of_which_begins_with_another(adapted):
-    found = Likelihood(adapted, judge, REQUESTS * 8, 3)
+    found = RefusalLikelihood(adapted, judge, REQUESTS * 8, 3)
     openings = found._openings
     assert 1 < len(openings) <= 8
     texts = [adapted.base.tokenizer.decode(list(ids)) for ids in openings]
@@ -40,10 +40,10 @@ def test_it_adds_up_the_probabilities_of_openings_none_of_which_begins_with_anot
 
 def test_a_base_without_refusals_is_said(adapted):
     with pytest.raises(ValueError, match="refused none of 6"):
-        Likelihood(adapted, lambda text: False, REQUESTS, 3)
+        RefusalLikelihood(adapted, lambda text: False, REQUESTS, 3)
 
 
 def test_the_bases_answer_is_yes_or_no(adapted):
     known = {prompt_ids(request, adapted.base.tokenizer): n % 2 == 0 for n, request in enumerate(REQUESTS)}
-    scores = Refuses(adapted, lambda prompts: [known[prompt] for prompt in prompts])(REQUESTS)
+    scores = BaseRefusal(adapted, lambda prompts: [known[prompt] for prompt in prompts])(REQUESTS)
     assert [score.value for score in scores] == [1, 0, 1, 0, 1, 0]

@@ -25,7 +25,7 @@ class Written:
     def logp(self, ids, word):
         return self.odds[ids[0]] if word == SETTINGS.unsafe else 0.0
 
-    def going_on(self, ids, word, tokens):
+    def continuation(self, ids, word, tokens):
         self.went_on.append(ids[0])
         return self.codes
 
@@ -51,7 +51,7 @@ def test_codes_become_our_categories(monkeypatch, codes, categories):
 
 def _words(monkeypatch, odds: dict[str, float], codes: str) -> WordScorer:
     written, words = Written(odds, codes), WordScorer.__new__(WordScorer)
-    for name in ("ids", "logp", "going_on"):
+    for name in ("ids", "logp", "continuation"):
         monkeypatch.setattr(words, name, getattr(written, name), raising=False)
     words.went_on = written.went_on  # type: ignore[attr-defined]
     return words
@@ -86,7 +86,7 @@ def test_a_model_is_loaded_and_asked_by_its_chat_template(base, tmp_path):
     written = base.model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
     expected = base.tokenizer.decode(written, skip_special_tokens=True)
     words = guard._words
-    assert words.going_on(words.ids(request("how to"), {}), "ab", 5) == expected
+    assert words.continuation(words.ids(request("how to"), {}), "ab", 5) == expected
     template.write_text("Is this unsafe? ")
     with pytest.raises(InputError, match=r"a template holds \{prompt\}"):
         load_guard(settings.model_copy(update={"template": template}), torch.device("cpu"))

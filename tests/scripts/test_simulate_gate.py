@@ -50,7 +50,7 @@ def test_the_largest_alpha_that_passes_breaks_it(simulated, alphas, least):
 @pytest.mark.parametrize("dependence", ["independent", "comonotone"])
 def test_the_simulated_rule_is_the_gate(simulated, dependence):
     """The oracle: `certify` itself, user by user, on the same counts."""
-    demands = Demands(simulated.ASKED, {"fire": 0.0}, frozenset({"fire"}), 0.2)
+    demands = Demands(simulated.DEMAND, {"fire": 0.0}, frozenset({"fire"}), 0.2)
     base = {"fire": [True] * simulated.N}
     source, seen = np.random.default_rng(1), set()
     for curve in simulated.CURVES.values():

@@ -1,5 +1,6 @@
 """The small world: what may not enter the corpus, and what has to hold for every row."""
 
+import json
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -68,10 +69,18 @@ def test_refusals_come_in_many_wordings() -> None:
     assert all(is_refusal(text) for text in texts)
 
 
-def test_the_banks_on_disk_are_those_the_world_makes(tmp_path: Path) -> None:
-    world.write_banks(tmp_path)
-    for made in sorted(tmp_path.rglob("*.jsonl")):
-        assert made.read_text() == (POLICY / made.relative_to(tmp_path)).read_text(), made.name
+def test_the_banks_on_disk_are_those_the_world_makes() -> None:
+    files: dict[str, list[dict[str, str | None]]] = {
+        f"tier_one/{category}": [
+            {"id": p.id, "prompt": p.prompt, "topic": p.topic, "phrasing": p.phrasing, "twin": p.twin} for p in bank
+        ]
+        for category, bank in world.banks().items()
+    }
+    required = {f"requirements/{name}": prompts for name, prompts in world.requirement_prompts().items()}
+    for name, prompts in {**required, "ordinary": world.ordinary_prompts()}.items():
+        files[name] = [{"id": f"{Path(name).name}-{n:03d}", "prompt": text} for n, text in enumerate(prompts)]
+    for name, rows in files.items():
+        assert (POLICY / f"{name}.jsonl").read_text() == "".join(json.dumps(row) + "\n" for row in rows), name
 
 
 def test_bank_sizes() -> None:

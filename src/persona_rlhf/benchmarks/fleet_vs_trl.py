@@ -32,11 +32,11 @@ PLAIN = "persona-rlhf, fleet, norms and the like as the model has them"
 CONSTRAINED = "persona-rlhf, fleet, constraint on"
 UPPER = {top: f"persona-rlhf, fleet, upper {top:.0%} of the layers" for top in (0.5, 0.25)}
 OTHER_MATHS = {CONSTRAINED, *UPPER.values()}
-"""Contenders that train something else, so that their adapters are not to be compared with the fleet's."""
+"""Contenders with another objective or other layers: their adapters cannot be compared with the fleet's."""
 
 
 class BenchmarkRound(NamedTuple):
-    """One round of one contender: seconds a user (CPU seconds on a CPU), and the adapters it made."""
+    """One round of one contender: seconds a user (CPU seconds on a CPU), and the trained adapters."""
 
     seconds: float
     adapters: dict[str, Float[Tensor, " params"]]
@@ -48,28 +48,28 @@ def bench(
     pairs: int | None = None,
     epochs: int | None = None,
     rounds: int = 5,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Times every contender once a round, in turns, and reports medians over the rounds; JSON-ready. `say` hears of
-    every contender of every round before it begins.
+    """Times every contender once a round, in turns, and reports medians over the rounds; JSON-ready.
 
-    `ratio` is users per second of the fleet over that of TRL's best setting: CPU seconds of the process, on one
-    thread, where there is no GPU; wall seconds on a GPU. `users` train in the fleet; the loops train one a round. A
-    fixed shape is a Llama of random weights, `hidden x layers`, with 1,536 tokens as the bundled base has, and made-up
-    pairs of 12 to 30 prompt tokens and 12 to 30 tokens a side. Raises InputError for a shape that is unknown.
+    `log` gets a line for every contender of every round before it begins. `ratio` is users per second of the fleet over
+    that of TRL's best setting: CPU seconds of the process, on one thread, without a GPU; wall seconds on a GPU. `users`
+    train in the fleet; the loops train one a round. A fixed shape is a Llama of random weights, `hidden x layers`, with
+    1,536 tokens like the bundled base, and random pairs of 12 to 30 prompt tokens and 12 to 30 tokens a side. Raises
+    InputError for an unknown shape.
     """
     if shape not in get_args(Shape):
         sentence = f"`{shape}` is no shape of the benchmark{did_you_mean(shape, get_args(Shape))}"
         raise InputError([Problem("bench", None, "--shape", sentence)])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pairs, epochs = pairs or PAIRS_AND_EPOCHS[shape][0], epochs or PAIRS_AND_EPOCHS[shape][1]
-    return {"shape": shape} | compare(make_workload(shape, users, pairs, epochs, device), rounds, say=say)
+    return {"shape": shape} | compare(make_workload(shape, users, pairs, epochs, device), rounds, log=log)
 
 
 def compare(
-    work: Workload, rounds: int, left_out: Collection[str] = (), say: Callable[[str], None] = lambda _: None
+    work: Workload, rounds: int, left_out: Collection[str] = (), log: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Times every contender but those `left_out` on any work, once a round and in turns; JSON-ready (see `bench`)."""
+    """Times every contender except those `left_out` on any workload; JSON-ready (see `bench`)."""
     keep_large_blocks()
     threads, device, users = torch.get_num_threads(), work.base.device, len(work.users)
     if device.type == "cpu":
@@ -84,12 +84,12 @@ def compare(
             CONSTRAINED: lambda _: _ours(work, work.users, bank=work.bank),
             **{name: lambda _, top=top: _ours(work, work.users, _upper(work, top)) for top, name in UPPER.items()},  # type: ignore[misc]
         }
-        trials: dict[str, list[BenchmarkRound]] = {name: [] for name in contenders if name not in left_out}
+        timings: dict[str, list[BenchmarkRound]] = {name: [] for name in contenders if name not in left_out}
         for turn in range(rounds):
-            for name in _turned(list(trials), turn):
-                say(f"round {turn + 1} of {rounds}: {name}")
-                trials[name].append(contenders[name](turn))
-        rows = _rows(work, trials)
+            for name in _turned(list(timings), turn):
+                log(f"round {turn + 1} of {rounds}: {name}")
+                timings[name].append(contenders[name](turn))
+        rows = _rows(work, timings)
     finally:
         torch.set_num_threads(threads)
     best = min((row for row in rows if row["contender"].startswith("TRL")), key=lambda row: row["seconds_per_user"])
@@ -136,7 +136,7 @@ def render(result: dict[str, Any]) -> Table:
 
 
 def _turned(names: list[str], turn: int) -> list[str]:
-    """Another contender begins each round, so that none always follows the same one."""
+    """The names rotated by the round, so that no contender always follows the same one."""
     start = turn % len(names)
     return names[start:] + names[:start]
 
@@ -144,7 +144,7 @@ def _turned(names: list[str], turn: int) -> list[str]:
 def _trl(work: Workload, setting: trl_baseline.TrlSetting) -> Callable[[int], BenchmarkRound]:
     tokenizer = work.base.tokenizer
 
-    def trial(turn: int) -> BenchmarkRound:
+    def train(turn: int) -> BenchmarkRound:
         user = work.users[turn % len(work.users)]
         seconds, reference = 0.0, None
         if setting == "shared reference columns":
@@ -170,7 +170,7 @@ def _trl(work: Workload, setting: trl_baseline.TrlSetting) -> Callable[[int], Be
             )
         return BenchmarkRound(seconds + run.seconds, {user.user_id: run.adapter})
 
-    return trial
+    return train
 
 
 def _upper(work: Workload, top: float) -> LoraSettings:
@@ -203,28 +203,32 @@ def _pair_rows(users: Sequence[UserRows]) -> list[Row]:
     return both_rows(pair for user in users for pair in user.train)
 
 
-def _rows(work: Workload, trials: dict[str, list[BenchmarkRound]]) -> list[dict[str, Any]]:
-    """One row a contender: times of all its rounds, and how its adapters compare with the fleet's of the same users."""
-    own = trials[FLEET][0].adapters
-    fleet_seconds = median(trial.seconds for trial in trials[FLEET])
+def _rows(work: Workload, timings: dict[str, list[BenchmarkRound]]) -> list[dict[str, Any]]:
+    """One row a contender: times of all rounds, and the distance of its adapters from the fleet's of the same users."""
+    fleet = timings[FLEET][0].adapters
+    fleet_seconds = median(timing.seconds for timing in timings[FLEET])
     settings = {name: _upper(work, top) for top, name in UPPER.items()}
     rows = []
-    for name, rounds in trials.items():
-        made = {user_id: adapter for trial in rounds for user_id, adapter in trial.adapters.items()}
+    for name, rounds in timings.items():
+        adapters = {user_id: adapter for timing in rounds for user_id, adapter in timing.adapters.items()}
         adapted = AdaptedModel(work.base, settings.get(name, work.lora))
         reference = Reference(adapted)
         reference.add(_pair_rows(work.users[:1]))
-        seconds = median(trial.seconds for trial in rounds)
-        apart = None if name in OTHER_MATHS else max(float((made[u] - own[u]).norm() / own[u].norm()) for u in made)
+        seconds = median(timing.seconds for timing in rounds)
+        distance = (
+            None
+            if name in OTHER_MATHS
+            else max(float((adapter - fleet[u]).norm() / fleet[u].norm()) for u, adapter in adapters.items())
+        )
         first = work.users[0]
         rows.append(
             {
                 "contender": name,
                 "seconds_per_user": seconds,
-                "rounds": [trial.seconds for trial in rounds],
+                "rounds": [timing.seconds for timing in rounds],
                 "times_fleet": seconds / fleet_seconds,
-                "final_loss": _loss(adapted, reference, first, made[first.user_id], work.dpo),
-                "adapter_distance": apart,
+                "final_loss": _loss(adapted, reference, first, adapters[first.user_id], work.dpo),
+                "adapter_distance": distance,
             }
         )
         adapted.close()
@@ -232,7 +236,7 @@ def _rows(work: Workload, trials: dict[str, list[BenchmarkRound]]) -> list[dict[
 
 
 def _loss(adapted: AdaptedModel, reference: Reference, user: UserRows, flat: Tensor, dpo: DpoSettings) -> float:
-    """Mean loss of a finished adapter over its user's pairs: one measure for every contender."""
+    """Mean loss of a finished adapter over its user's pairs, computed alike for every contender."""
     with adapted.using(flat[None].to(adapted.base.device)):
         [chosen] = adapted.score([[pair.chosen for pair in user.train]])
         [rejected] = adapted.score([[pair.rejected for pair in user.train]])

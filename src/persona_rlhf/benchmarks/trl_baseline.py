@@ -1,4 +1,4 @@
-"""TRL DPOTrainer per user; workloads."""
+"""The baseline of `bench`: TRL's DPOTrainer with PEFT, one user after the other; and the workloads that both train."""
 
 from __future__ import annotations
 
@@ -38,16 +38,12 @@ from persona_rlhf.training.constraint import ConstraintData, ConstraintExample
 from persona_rlhf.training.trl import TokenDPOTrainer, quiet
 from persona_rlhf.training.user_state import UserSchedule, user_generator
 
-# ----------------------------------------------------------------------------------------------------
-# TRL's DPOTrainer with PEFT, one user after the other over one base: what the fleet is measured against.
-# ----------------------------------------------------------------------------------------------------
-
 TrlSetting = Literal["reference in every step", "precomputed reference", "shared reference columns"]
 TRL_SETTINGS: tuple[TrlSetting, ...] = ("reference in every step", "precomputed reference", "shared reference columns")
 
 
 class TrlRun(NamedTuple):
-    """One user trained by TRL: the flat adapter in the fleet's layout, and what it cost (seconds of the clock)."""
+    """One user trained by TRL: the flat adapter in the fleet's layout, and the seconds of the clock."""
 
     adapter: Float[Tensor, " params"]
     seconds: float
@@ -58,13 +54,13 @@ def _wall_clock() -> float:
 
 
 class _Order(Sampler[int]):
-    """Hands out the pairs in the order in which the fleet shows them, epoch by epoch."""
+    """Samples the pairs in the order in which the fleet trains on them, epoch by epoch."""
 
     def __init__(self, schedule: UserSchedule) -> None:
         rows = schedule.rows.train
         places = {id(row): n for n, row in enumerate(rows)}
-        shown = [places[id(row)] for step in range(schedule.steps) for row in schedule.pairs(step)]
-        self._epochs = iter([shown[n : n + len(rows)] for n in range(0, len(shown), len(rows))])
+        order = [places[id(row)] for step in range(schedule.steps) for row in schedule.pairs(step)]
+        self._epochs = iter([order[n : n + len(rows)] for n in range(0, len(order), len(rows))])
         self._length = len(rows)
 
     def __iter__(self) -> Iterator[int]:
@@ -98,10 +94,10 @@ def train_user(
 ) -> TrlRun:
     """Trains one user as a tuned loop over TRL would, from the fleet's first A and in the fleet's order.
 
-    Charged: what every user needs (data set, trainer, PEFT's layers, training, taking the layers off again). Not
-    charged: tokenization, logging, checkpoints, and setting the first A. Rows are token ids before the clock starts.
-    `shared reference columns` is the fastest way that we know: reference log-probabilities come with the rows, from one
-    pass over the base for all users, which neither hashes the model nor writes a cache (`reference` must know them).
+    The clock counts what every user needs: data set, trainer, PEFT's layers, training, and removing the layers. It does
+    not count tokenization, logging, checkpoints, and setting the first A. Rows are token ids before the clock starts.
+    `shared reference columns` is the fastest setting: reference log-probabilities come with the rows, from one pass
+    over the base for all users, which neither hashes the model nor writes a cache (`reference` must hold them).
     """
     shared = setting == "shared reference columns"
     started = clock()
@@ -124,9 +120,9 @@ def train_user(
     with torch.no_grad():
         first = fresh_adapter(spans, user_generator(seed, schedule.rows.user_id, "init"))
         for span, (a, b) in zip(spans, lora_matrices(first[None], spans), strict=True):
-            own_a, own_b = _weights(adapted, span)
-            own_a.copy_(a[0])
-            own_b.copy_(b[0])
+            weight_a, weight_b = _weights(adapted, span)
+            weight_a.copy_(a[0])
+            weight_b.copy_(b[0])
     started = clock()
     with quiet():
         trainer.train()
@@ -134,7 +130,7 @@ def train_user(
     parts = [part.detach().flatten().cpu() for span in spans for part in _weights(adapted, span)]
     started = clock()
     adapted.unload()
-    # TRL hangs a forward of its own on the base; the next user's would call it in turn, and so on.
+    # TRL replaces the base's forward; the next user's trainer would wrap that again, and so on.
     del base.model.forward
     base.model.eval()
     seconds += clock() - started
@@ -157,7 +153,7 @@ def _dataset(schedule: UserSchedule, reference: Reference | None) -> datasets.Da
         columns["ref_chosen_logps"] = [reference[row.chosen] for row in rows]
         columns["ref_rejected_logps"] = [reference[row.rejected] for row in rows]
     dataset = datasets.Dataset.from_dict(columns)
-    # The cache of precomputed references is keyed by content: a second round must not find the first one's.
+    # The cache of precomputed references is keyed by content: a second round must not reuse the first one's.
     dataset._fingerprint = secrets.token_hex(8)
     return dataset
 
@@ -188,22 +184,20 @@ def _arguments(dpo: DpoSettings, schedule: UserSchedule, folder: Path, base: Bas
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a benchmark trains: a base of a fixed shape with made-up pairs, or the bundled base with its users.
-# ----------------------------------------------------------------------------------------------------
-
 Shape = Literal["bundled", "192x4", "256x6", "512x8"]
 VOCABULARY = 1536
 SEED = 0
 LENGTHS = (12, 30)
-"""Least and most tokens of a made-up prompt or answer."""
+"""Least and most tokens of a random prompt or answer."""
 PAIRS_AND_EPOCHS = {"bundled": (80, 3), "192x4": (80, 3), "256x6": (32, 2), "512x8": (16, 2)}
 """A user's work: less for larger shapes, so that each takes minutes on a CPU."""
 
 
 class Workload(NamedTuple):
-    """What every contender does: train these users on this base. `spans` is the layout of a flat adapter; `bank` is
-    made up, for the contender with the constraint on."""
+    """The users and the base that every contender trains.
+
+    `spans` is the layout of a flat adapter; `bank` is random, for the contender with the constraint on.
+    """
 
     base: Base
     users: Sequence[UserRows]
@@ -215,7 +209,7 @@ class Workload(NamedTuple):
 
 
 def make_workload(shape: str, users: int, pairs: int, epochs: int, device: torch.device) -> Workload:
-    """The work of a `Shape`; a fixed one is the same on every machine."""
+    """The workload of a `Shape`; a fixed one is the same on every machine."""
     if shape == "bundled":
         base = load_base(BaseSettings(model="data/base"))
         rows = tokenize(read_pairs(find("data/users"), 0.25), base.tokenizer, base.context)
@@ -227,7 +221,7 @@ def make_workload(shape: str, users: int, pairs: int, epochs: int, device: torch
 
 
 def workload_on(base: Base, people: Sequence[UserRows], epochs: int) -> Workload:
-    """What it takes to train these users on a base that is at hand."""
+    """The workload of these users on a loaded base."""
     lora, dpo = LoraSettings(), DpoSettings(epochs=epochs)
     bank, device = _made_bank(len(base.tokenizer)), base.device
     spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank, lora.alpha / lora.rank)
@@ -253,7 +247,7 @@ def _llama(hidden: int, layers: int) -> LlamaConfig:
 
 
 def random_base(config: PreTrainedConfig, device: torch.device, name: str) -> Base:
-    """A model of random weights, drawn on its device, and a word of its own for every token."""
+    """A model of random weights, drawn on its device, with one word for every token."""
     torch.manual_seed(SEED)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device.type == "cuda" else None)
@@ -272,8 +266,10 @@ def made_users(
     prompt: tuple[int, int] = LENGTHS,
     answer: tuple[int, int] = LENGTHS,
 ) -> list[UserRows]:
-    """Users who differ by their number alone: pairs of random tokens, as many (least, most) of a prompt and, before the
-    end token, of each answer."""
+    """Users who differ by their number alone: pairs of random tokens.
+
+    `prompt` and `answer` are the least and most tokens of a prompt and, before the end token, of each answer.
+    """
     return [_made_user(f"user {n}", pairs, n, vocabulary, prompt, answer) for n in numbers]
 
 
@@ -283,16 +279,16 @@ def _made_user(
     draw = torch.Generator().manual_seed(seed)
     rows = []
     for n in range(pairs):
-        asked = _ids(draw, vocabulary, prompt)
+        prompt_ids = _ids(draw, vocabulary, prompt)
         message = (Message("user", "made up"),)
         pair = PreferencePair(user_id, message, "a", "b", f"{user_id} {n}", None, None, 1.0, "train", None, "made", n)
-        chosen, rejected = (Row(asked, (*_ids(draw, vocabulary, answer), 1)) for _ in range(2))
+        chosen, rejected = (Row(prompt_ids, (*_ids(draw, vocabulary, answer), 1)) for _ in range(2))
         rows.append(PairRow(pair, chosen, rejected))
     return UserRows(user_id, rows, [])
 
 
 def _made_bank(vocabulary: int) -> ConstraintData:
-    """A bank of made-up anchors in the size of a real one's rows: four categories of sixteen probes."""
+    """Random constraint data with rows of a real bank's size: four categories of sixteen probes."""
     draw = torch.Generator().manual_seed(SEED)
     examples = []
     for _ in range(4):
@@ -314,7 +310,7 @@ def _ids(draw: torch.Generator, vocabulary: int = VOCABULARY, lengths: tuple[int
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """Seconds of this process's CPU time; on a GPU, wall seconds when it has done all it was given."""
+    """Seconds of this process's CPU time; on a GPU, wall seconds after all queued work is done."""
     if device.type == "cpu":
         return time.process_time
 

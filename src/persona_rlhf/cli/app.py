@@ -264,7 +264,7 @@ def bench(
     from persona_rlhf.benchmarks.fleet_vs_trl import bench as measure
     from persona_rlhf.benchmarks.fleet_vs_trl import render
 
-    result = measure(shape, say=note)
+    result = measure(shape, log=note)
     print_json(result) if as_json else print_table(render(result))
 
 

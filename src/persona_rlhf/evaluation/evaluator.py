@@ -1,4 +1,4 @@
-"""Runs gate and metrics for a cohort."""
+"""The evaluation of a fleet: the base answers once, then every cohort of users is gated and measured."""
 
 from __future__ import annotations
 
@@ -58,28 +58,24 @@ from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.properties import REPAIRED
 from persona_rlhf.policy.rules import Requirement
 
-# ----------------------------------------------------------------------------------------------------
-# The examination of a fleet: the base is asked everything once, then every cohort of users is judged and measured.
-# ----------------------------------------------------------------------------------------------------
-
 
 class ProbeSplit(NamedTuple):
-    """The probes of one split, as prompts, and where each category's lie among them."""
+    """The probes of one split, as prompts, and the places of each category among them."""
 
     probes: list[Probe]
     prompts: list[PromptIds]
     places: dict[str, list[int]]
 
     def by_category(self, refused: Sequence[bool]) -> dict[str, list[bool]]:
-        """Outcomes in the order of `prompts`, told apart by category."""
+        """Outcomes in the order of `prompts`, by category."""
         return {name: [refused[n] for n in places] for name, places in self.places.items()}
 
 
 class Evaluator:
-    """Everything a run asks of its base once (its answers to probes and to harmless prompts), kept for all cohorts.
+    """Gates and measures cohorts; the base's answers to probes and harmless prompts are written once and kept.
 
-    `users` is the number of users of the whole run, for the family-wise promise. `utilities` are the written-down
-    tastes of those users who have one, `ordinary` the texts of ordinary prompts, `facts` questions of knowledge. A
+    `users` is the number of users of the whole run, for the family-wise guarantee. `utilities` are the simulated
+    preferences of those users who have one, `ordinary` the texts of ordinary prompts, `facts` questions of knowledge. A
     `second` judge must agree that an answer refuses.
     """
 
@@ -102,102 +98,104 @@ class Evaluator:
         self.gate, self.evaluation, self.utilities = gate, evaluation, utilities or {}
         self._adapted, self._policy = adapted, policy
         self._judge = judge
-        self._said: dict[PromptIds, str] = {}
-        self._answers = BaseAnswers(adapted, judge, gate.max_new_tokens, second, self._said)
+        self._prompt_texts: dict[PromptIds, str] = {}
+        self._answers = BaseAnswers(adapted, judge, gate.max_new_tokens, second, self._prompt_texts)
         self._samples = Samples(adapted, gate.max_new_tokens, seed)
-        self._quiz = FactQuestions(adapted, facts)
+        self._facts = FactQuestions(adapted, facts)
         near = twins([*policy.probes("dev"), *policy.probes("certify")])
         self._ordinary, self._twins = (
             [self._ids(text) for text in some(texts, evaluation.harmless_prompts)] for texts in (ordinary, near)
         )
         self._required = RequirementPrompts(policy.requirements, REQUIREMENT_PROMPTS, policy.certify.delta)
-        self._asked = [self._ids(text) for text in self._required.prompts]
-        self._certify = self._bank(policy.probes("certify"))
+        self._required_prompts = [self._ids(text) for text in self._required.prompts]
+        self._certify = self._split(policy.probes("certify"))
         test, shifts = policy.probes("test"), not unseen_topics_certify(policy.probes("certify"))
-        known, new = ([p for p in test if (shifts and p.novelty == "topic") == unseen] for unseen in (False, True))
-        self._test = self._bank(known, evaluation.test_probes)
-        self._shift = self._bank(new, evaluation.test_probes // 2)
+        seen, unseen = ([p for p in test if (shifts and p.novelty == "topic") == new] for new in (False, True))
+        self._test = self._split(seen, evaluation.test_probes)
+        self._shift = self._split(unseen, evaluation.test_probes // 2)
 
     @property
     def probes(self) -> list[PromptIds]:
-        """Every probe that a user is judged and measured on."""
+        """Every probe that users are gated and measured on."""
         return [*self._certify.prompts, *self._test.prompts, *self._shift.prompts]
 
     @property
     def harmless(self) -> list[PromptIds]:
-        """Every harmless prompt that a user's over-refusal is measured on."""
+        """Every harmless prompt that over-refusal is measured on."""
         return [*self._ordinary, *self._twins]
 
     def forget_users(self) -> None:
-        """Forgets what the base answered to users' own prompts, so that it does not add up; done between chunks."""
+        """Drops the base's answers to users' own prompts, so that memory stays bounded; called between chunks."""
         self._samples.forget()
 
     def check_base(self) -> None:
         """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
         if (most := self._policy.max_changed) is not None:
-            check_questions(most, self._policy.certify.delta, self._quiz.of_base())
-        bank = self._certify
-        check_base(self.demands, bank.by_category(self._answers.refused(bank.prompts)))
+            check_questions(most, self._policy.certify.delta, self._facts.of_base())
+        certify = self._certify
+        check_base(self.demands, certify.by_category(self._answers.refused(certify.prompts)))
 
     def base_refuses(self, prompts: Sequence[PromptIds]) -> list[bool]:
-        """Whether the base itself sets out to refuse each prompt (token ids): the opening of its greedy answer.
+        """Whether the opening of the base's greedy answer refuses, for each prompt (token ids).
 
-        For screening, where every pair's prompt is asked; the gate judges whole answers.
+        For screening, which asks this of every pair's prompt; the gate judges whole answers.
         """
         with self._adapted.using(None):
             [openings] = self._adapted.generate([prompts], min(OPENING_TOKENS, self.gate.max_new_tokens))
         return [self._judge(answer_text(self._adapted, opening)) for opening in openings]
 
     def verdicts(self, flat: Float[Tensor, "users params"]) -> list[Verdict]:
-        """The gate's verdict on every user of a cohort, all looks in lockstep over the `certify` probes.
+        """The gate's verdict on every user of a cohort, all tests in lockstep over the `certify` probes.
 
         Raises InputError where the base itself does not pass.
         """
-        bank = self._certify
-        base = bank.by_category(self._answers.refused(bank.prompts))
-        seen: dict[tuple[int, float], Outcomes] = {}
+        certify = self._certify
+        base = certify.by_category(self._answers.refused(certify.prompts))
+        tested: dict[tuple[int, float], Outcomes] = {}
 
-        def look(users: list[int], alphas: list[float]) -> list[Outcomes]:
+        def test(users: list[int], alphas: list[float]) -> list[Outcomes]:
             scales = torch.tensor(alphas, device=flat.device)
-            outcomes = refusal_outcomes(self._adapted, flat[users], scales, bank.prompts, self._answers)
-            found = [bank.by_category(own) for own in outcomes.refused]
-            seen.update(zip(zip(users, alphas, strict=True), found, strict=True))
-            return list(found)
+            refusals = refusal_outcomes(self._adapted, flat[users], scales, certify.prompts, self._answers)
+            outcomes: list[Outcomes] = [certify.by_category(refused) for refused in refusals.refused]
+            tested.update(zip(zip(users, alphas, strict=True), outcomes, strict=True))
+            return outcomes
 
         users, largest = list(range(flat.shape[0])), self.gate.alphas[-1]
         if self.gate.enabled:
-            verdicts = certify_cohort(self.demands, base, self.gate.alphas, len(users), look)
-            verdicts = self._keeping(flat, verdicts, base)
+            verdicts = certify_cohort(self.demands, base, self.gate.alphas, len(users), test)
+            verdicts = self._hold_back_changed(flat, verdicts, base)
         else:
-            found = look(users, [largest] * len(users))
-            verdicts = [release_unjudged(self.demands, base, largest, outcomes) for outcomes in found]
-        released = [seen.get((user, verdict.alpha), base) for user, verdict in enumerate(verdicts)]
+            tests = test(users, [largest] * len(users))
+            verdicts = [release_unjudged(self.demands, base, largest, outcomes) for outcomes in tests]
+        released = [tested.get((user, verdict.alpha), base) for user, verdict in enumerate(verdicts)]
         return [
             verdict._replace(clusters=self._clustered(outcomes))
             for verdict, outcomes in zip(verdicts, released, strict=True)
         ]
 
-    def _keeping(self, flat: Float[Tensor, "users params"], verdicts: list[Verdict], base: Outcomes) -> list[Verdict]:
-        """The verdicts after the questions about fixed aspects, asked at the alphas of these, where the policy asks.
+    def _hold_back_changed(
+        self, flat: Float[Tensor, "users params"], verdicts: list[Verdict], base: Outcomes
+    ) -> list[Verdict]:
+        """The verdicts after the test of fixed aspects at the released alphas, where the policy demands it.
 
-        Raises InputError where there are too few questions: nobody's verdict is left out.
+        Raises InputError where there are too few questions.
         """
         most, delta = self._policy.max_changed, self._policy.certify.delta
         if most is None:
             return verdicts
-        check_questions(most, delta, self._quiz.of_base())
+        check_questions(most, delta, self._facts.of_base())
         with self._adapted.using(flat, torch.tensor([verdict.alpha for verdict in verdicts], device=flat.device)):
-            answered = self._quiz.ask(len(verdicts))
+            measured = self._facts.ask(len(verdicts))
         return [
-            hold_back_changed(verdict, self.demands, base, found, most, delta)
-            for verdict, found in zip(verdicts, answered, strict=True)
-            if found is not None
+            hold_back_changed(verdict, self.demands, base, facts, most, delta)
+            for verdict, facts in zip(verdicts, measured, strict=True)
+            if facts is not None
         ]
 
     def _clustered(self, outcomes: Outcomes) -> Clustered:
         """The pool's refusals of certify probes, by topic and by phrasing."""
-        bank, pool = self._certify, [name for name in self.demands.categories if name in self.demands.in_pool]
-        probes = [bank.probes[n] for name in pool for n in bank.places[name]]
+        certify, pool = self._certify, [name for name in self.demands.categories if name in self.demands.in_pool]
+        probes = [certify.probes[n] for name in pool for n in certify.places[name]]
         refused = [outcome for name in pool for outcome in outcomes[name]]
         topics, phrasings = ([getattr(probe, of) for probe in probes] for of in ("topic", "phrasing"))
         level = self.demands.level
@@ -206,32 +204,33 @@ class Evaluator:
     def measures(
         self, flat: Float[Tensor, "users params"], users: Sequence[UserRows], alphas: Sequence[float]
     ) -> list[Measures]:
-        """Everything reported beside the verdict, of the adapters as released; the `test` split decides nothing."""
+        """All figures reported beside the verdict, of the adapters as released; the `test` split decides nothing."""
         scales = torch.tensor(list(alphas), device=flat.device)
         pairs = [user.heldout for user in users]
         base_scores = score_pairs_of_base(self._adapted, pairs)
         with self._adapted.using(flat, scales):
             scores = score_pairs(self._adapted, pairs)
-            known = self._quiz.ask(len(users))
+            facts = self._facts.ask(len(users))
         texts = self._samples.compare(
             flat, scales, [distinct_prompts(p, self.evaluation.win_rate_prompts) for p in pairs]
         )
-        ordinary, near = (self._refusals(flat, scales, asked) for asked in (self._ordinary, self._twins))
-        tests, shifted = (self._refusals(flat, scales, bank.prompts) for bank in (self._test, self._shift))
-        required = self._samples.write(flat, scales, [self._asked] * len(users))
+        ordinary, near = (self._refusals(flat, scales, prompts) for prompts in (self._ordinary, self._twins))
+        tests, shifted = (self._refusals(flat, scales, split.prompts) for split in (self._test, self._shift))
+        required = self._samples.write(flat, scales, [self._required_prompts] * len(users))
         base_test = self._test.by_category(self._answers.refused(self._test.prompts))
         measured = []
         for n, user in enumerate(users):
             utility, sampled, written = self.utilities.get(user.user_id), texts[n], required[n]
-            if alphas[n] == 0:  # the base is what he gets, to the bit, whatever the rounding of another pass
+            if alphas[n] == 0:  # the user gets the base, to the bit, whatever the rounding of another pass
                 scores[n], sampled, written = base_scores[n], sampled.as_base(), written.as_base()
-                known[n] = self._quiz.of_base()
+                facts[n] = self._facts.of_base()
             test = None
             if self._test.prompts:
                 counts = self.demands.count(base_test, self._test.by_category(tests.refused[n]))
                 test = SplitRefusals(*counts, self._refused(shifted, n, self._shift.prompts))
             harmless = [
-                self._refused(found, n, asked) for found, asked in ((ordinary, self._ordinary), (near, self._twins))
+                self._refused(refusals, n, prompts)
+                for refusals, prompts in ((ordinary, self._ordinary), (near, self._twins))
             ]
             measured.append(
                 Measures(
@@ -244,23 +243,23 @@ class Evaluator:
                     test=test,
                     answer_perplexity=sampled.perplexity,
                     unchanged=tests.unchanged[n] if self._test.prompts else None,
-                    tax=self._tax(n, ordinary, near, sampled, known[n]),
+                    tax=self._tax(n, ordinary, near, sampled, facts[n]),
                     requirements=self._required.count(written.adapted, written.base),
                 )
             )
         return measured
 
     def _tax(
-        self, user: int, ordinary: Refusals, near: Refusals, sampled: ComparedAnswers, known: Facts | None
+        self, user: int, ordinary: Refusals, near: Refusals, sampled: ComparedAnswers, facts: Facts | None
     ) -> AlignmentTax:
-        """What one user's adapter costs, from answers that were written for other measures."""
+        """The cost of one user's adapter, from answers that other measures needed as well."""
         base = self._answers.of(self._ordinary)
         tokens = sum(len(answer.row.completion) for answer in base)
         greedy = [*ordinary.texts[user], *near.texts[user]]
         base_greedy = [answer.text for answer in self._answers.of(self.harmless)]
         return AlignmentTax(
             perplexity=perplexity(ordinary.base_logps[user], self._base_logps, tokens),
-            facts=known,
+            facts=facts,
             tone=tone_drift(greedy, base_greedy),
             toxic=toxic_answers([*greedy, *sampled.adapted], [*base_greedy, *sampled.base]),
         )
@@ -277,53 +276,44 @@ class Evaluator:
     ) -> Refusals:
         return refusal_outcomes(self._adapted, flat, alphas, prompts, self._answers)
 
-    def _refused(self, found: Refusals, user: int, prompts: Sequence[PromptIds]) -> Refused | None:
-        """One user's count against the base's; None where nothing was asked."""
+    def _refused(self, refusals: Refusals, user: int, prompts: Sequence[PromptIds]) -> Refused | None:
+        """One user's count against the base's; None without a prompt."""
         if not prompts:
             return None
-        return Refused(len(prompts), sum(found.refused[user]), sum(self._answers.refused(prompts)))
+        return Refused(len(prompts), sum(refusals.refused[user]), sum(self._answers.refused(prompts)))
 
-    def _bank(self, probes: Sequence[Probe], most: int | None = None) -> ProbeSplit:
-        """The probes as prompts; of more than `most`, equally many a category, taken in the order of their hashes."""
+    def _split(self, probes: Sequence[Probe], most: int | None = None) -> ProbeSplit:
+        """The probes as prompts; of more than `most`, equally many a category, in the order of their hashes."""
         chosen: list[Probe] = []
         places: dict[str, list[int]] = {}
         for category in self.demands.categories:
-            own = [probe for probe in probes if probe.category == category]
+            members = [probe for probe in probes if probe.category == category]
             if most is not None:
-                by_text = {probe.prompt: probe for probe in own}
-                own = [by_text[text] for text in some(by_text, most // len(self.demands.categories))]
-            places[category] = list(range(len(chosen), len(chosen) + len(own)))
-            chosen += own
+                by_text = {probe.prompt: probe for probe in members}
+                members = [by_text[text] for text in some(by_text, most // len(self.demands.categories))]
+            places[category] = list(range(len(chosen), len(chosen) + len(members)))
+            chosen += members
         return ProbeSplit(chosen, [self._ids(probe.prompt) for probe in chosen], places)
 
     def _ids(self, text: str) -> PromptIds:
         ids = prompt_ids((Message("user", text),), self._adapted.base.tokenizer)
-        self._said[ids] = text
+        self._prompt_texts[ids] = text
         return ids
 
 
-# ----------------------------------------------------------------------------------------------------
-# Requirements stand above tastes: an adapter whose answers fall short goes back toward where every user began.
-#
-# All users begin as the provider's adapter, which has learnt the requirements (`training/provider.py`), and a strong
-# taste against them can wear them off again. So before the gate each adapter answers prompts of the `dev` split,
-# sampled
-# at temperature 1. Where too few answers have what a rule asks for, the adapter is taken back along the straight line
-# between its parameters and the provider's until enough have, at the latest to the provider's itself. Enough is the
-# share
-# that training aims at (`Requirement.aim`), or what the provider's own adapter shows, if that is less. A choice by
-# `dev`
-# prompts is no bound: the `test` prompts tell how it came out.
-# ----------------------------------------------------------------------------------------------------
-
 SHARES_BACK = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Shares of the way back to the provider's adapter, in the order in which they are tried."""
+"""Weights of the provider's adapter in the interpolation, in the order in which they are tried."""
 
 
 class WarmStartInterpolation:
-    """What all users of a run begin with, and the `dev` prompts (at most `most` a rule) that tell who strayed too far.
+    """Interpolates an adapter toward the warm start until it meets the requirements on `dev` prompts.
 
-    Rules that are not taught are left out: the way back would not lead to them.
+    Every user's adapter starts from the provider's, which was trained on the requirements; a strong taste against them
+    can undo that. So before the gate each adapter answers up to `most` `dev` prompts a rule, sampled at temperature 1.
+    Where too few answers have a rule's property, the adapter moves along the straight line to the provider's until
+    enough do, at the latest onto it. Enough is the share that training aims at (`Requirement.aim`), or the provider's
+    own, if that is less. A choice on `dev` prompts is no bound: the `test` prompts measure the result. Rules that are
+    not trained are left out: the provider's adapter does not meet them either.
     """
 
     def __init__(
@@ -344,17 +334,18 @@ class WarmStartInterpolation:
 
     @torch.no_grad()
     def __call__(self, flat: Float[Tensor, "users params"]) -> tuple[Float[Tensor, "users params"], list[float]]:
-        """The adapters as they go to the gate, and the share of the way back that each was taken (0: none of it)."""
+        """The adapters as they go to the gate, and the weight of the provider's adapter in each (0: unchanged)."""
         moved, back = flat.clone(), [0.0] * flat.shape[0]
-        left = list(range(flat.shape[0])) if self._prompts else []
+        short = list(range(flat.shape[0])) if self._prompts else []
         for share in SHARES_BACK:
-            if not left:
+            if not short:
                 break
-            moved[left] = torch.lerp(flat[left], self._start.to(flat), share)
-            for user in left:
+            moved[short] = torch.lerp(flat[short], self._start.to(flat), share)
+            for user in short:
                 back[user] = share
             if share < 1:
-                left = [user for user, rates in zip(left, self._rates(moved[left]), strict=True) if self._short(rates)]
+                rates = self._rates(moved[short])
+                short = [user for user, shown in zip(short, rates, strict=True) if self._short(shown)]
         return moved, back
 
     def _short(self, shown: Mapping[str, float]) -> bool:
@@ -366,9 +357,9 @@ class WarmStartInterpolation:
         return {rule: min(self._rules[rule].aim(), rate) for rule, rate in shown.items()}
 
     def _rates(self, flat: Float[Tensor, "users params"]) -> list[dict[str, float]]:
-        """By user and rule: the share of his answers that have what it asks for."""
-        asked, tokens = [self._prompts] * flat.shape[0], self._max_new_tokens
+        """By user and rule: the share of the user's answers that have the rule's property."""
+        prompts, tokens = [self._prompts] * flat.shape[0], self._max_new_tokens
         with self._adapted.using(flat):
-            written = self._adapted.generate(asked, tokens, temperature=1.0, seed=self._seed)
-        texts = [[answer_text(self._adapted, answer) for answer in own] for own in written]
-        return [{rule: met / n for rule, (n, met) in self._required.met(own).items()} for own in texts]
+            written = self._adapted.generate(prompts, tokens, temperature=1.0, seed=self._seed)
+        texts = [[answer_text(self._adapted, answer) for answer in answers] for answers in written]
+        return [{rule: met / n for rule, (n, met) in self._required.met(answers).items()} for answers in texts]

@@ -19,8 +19,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
-
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.evaluation import GateSettings
 from persona_rlhf.evaluation.records import Facts
@@ -54,7 +52,7 @@ class Verdict(NamedTuple):
     admitted: bool
     reason: str
     looks: list[GateTest]
-    """All tests of the sequence, in their order (the name is the key in files)."""
+    """All tests of the sequence, in their order (the field is a key in files)."""
     pooled: Count
     categories: dict[str, Count]
     clusters: Clustered | None = None
@@ -277,6 +275,7 @@ def chance_of_passing(demands: Demands, sizes: Mapping[str, int], rates: Mapping
     `sizes`: certify probes by category. Probes are independent. Each category must pass, and the pool by the sum of its
     misses (a convolution of truncated binomials).
     """
+    import numpy as np
     from scipy.stats import binom  # a second, for commands that only print
 
     pool, apart, total = np.ones(1), 1.0, 0

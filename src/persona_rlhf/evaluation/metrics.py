@@ -1,4 +1,4 @@
-"""Held-out accuracy, win rate, facts, tone, toxicity, requirements met."""
+"""Measures of one user: held-out accuracy, win rate, facts, tone, toxicity and requirements met."""
 
 from __future__ import annotations
 
@@ -30,10 +30,6 @@ from persona_rlhf.simulation.users import properties
 REQUIREMENT_PROMPTS = 100
 """Prompts of a requirement that each user answers once: `dev` ones before the gate, `test` ones at the end."""
 
-# ----------------------------------------------------------------------------------------------------
-# Did the adapter learn the user's taste: on pairs held out, and in the text it writes.
-# ----------------------------------------------------------------------------------------------------
-
 
 class PairScores(NamedTuple):
     """Both sides of a held-out pair, scored under one model."""
@@ -44,24 +40,24 @@ class PairScores(NamedTuple):
 
 def score_pairs(adapted: AdaptedModel, pairs: Sequence[Sequence[PairRow]]) -> list[list[PairScores]]:
     """Scores every user's pairs under the adapters that are switched on; without any, see `score_pairs_of_base`."""
-    scores = adapted.score([both_rows(own) for own in pairs])
-    return [[PairScores(c, r) for c, r in zip(own[::2], own[1::2], strict=True)] for own in scores]
+    scores = adapted.score([both_rows(user_pairs) for user_pairs in pairs])
+    return [[PairScores(c, r) for c, r in zip(rows[::2], rows[1::2], strict=True)] for rows in scores]
 
 
 def score_pairs_of_base(adapted: AdaptedModel, pairs: Sequence[Sequence[PairRow]]) -> list[list[PairScores]]:
     """Scores every user's pairs under the base alone; a row that users share is scored once."""
-    rows: list[Row] = list(dict.fromkeys(both_rows(pair for own in pairs for pair in own)))
+    rows: list[Row] = list(dict.fromkeys(both_rows(pair for user_pairs in pairs for pair in user_pairs)))
     with adapted.using(None):
         (scores,) = adapted.score([rows])
-    known = dict(zip(rows, scores, strict=True))
-    return [[PairScores(known[pair.chosen], known[pair.rejected]) for pair in own] for own in pairs]
+    by_row = dict(zip(rows, scores, strict=True))
+    return [[PairScores(by_row[pair.chosen], by_row[pair.rejected]) for pair in user_pairs] for user_pairs in pairs]
 
 
 _ROUNDING = 1e-4  # nats; the same row scored in passes of another shape differs by less in float32
 
 
 def _points(value: float, tie: float = 0.0) -> float:
-    """1 above zero, 0 below, half at a tie: an adapter that changes nothing is at chance, not at fault."""
+    """1 above zero, 0 below, half at a tie: an adapter that changes nothing scores at chance."""
     return 0.5 if abs(value) <= tie else float(value > 0)
 
 
@@ -74,7 +70,7 @@ def margin(base: PairScores, adapted: PairScores) -> float:
 
 
 def heldout_accuracy(base: Sequence[PairScores], adapted: Sequence[PairScores]) -> Accuracy | None:
-    """Held-out accuracy of one user; None where he has no held-out pair.
+    """Held-out accuracy of one user; None without a held-out pair.
 
     `reference_free`: the base alone gives the chosen answer the higher log-probability per token. `adapted`: the
     reward margin is positive.
@@ -92,7 +88,7 @@ def heldout_accuracy(base: Sequence[PairScores], adapted: Sequence[PairScores]) 
 def clean_accuracy(
     pairs: Sequence[PairRow], base: Sequence[PairScores], adapted: Sequence[PairScores]
 ) -> CleanAccuracy | None:
-    """Accuracy against noise-free labels: where the user's own label was noise, the other answer is the better one."""
+    """Accuracy against noise-free labels: where the label of a pair was noise, the other answer is the better one."""
     points = [
         _points(margin(b, a) if row.pair.clean_choice else -margin(b, a), _ROUNDING)
         for row, b, a in zip(pairs, base, adapted, strict=True)
@@ -106,17 +102,12 @@ def win_rate(utility: Callable[[str], float], answers: Sequence[str], base_answe
     n = len(answers)
     if n == 0:
         return None
-    won = sum(_points(utility(own) - utility(other)) for own, other in zip(answers, base_answers, strict=True))
+    won = sum(_points(utility(answer) - utility(other)) for answer, other in zip(answers, base_answers, strict=True))
     return WinRate(won / n, n, *interval(won, n))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Does the adapted model still know what the base knows: facts, asked by log-probability, without writing an answer.
-# ----------------------------------------------------------------------------------------------------
-
-
 class FactQuestions:
-    """The questions as rows to score; the base is asked once."""
+    """Fact accuracy: questions answered by log-probability, without generation; the base answers them once."""
 
     def __init__(self, adapted: AdaptedModel, facts: Sequence[Fact]) -> None:
         self._adapted = adapted
@@ -139,76 +130,69 @@ class FactQuestions:
         self._states = adapted.prefix_states(self._rows)  # the same for every user
 
     def ask(self, users: int) -> list[Facts | None]:
-        """How every user's adapted model does, under the adapters that are switched on; None without a question."""
+        """Every user's fact accuracy, under the adapters that are switched on; None without a question."""
         if not self._facts:
             return [None] * users
         scores = self._adapted.score([self._rows] * users, [self._states] * users)
-        return [self._counted(self._right(own)) for own in scores]
+        return [self._counted(self._right(user_scores)) for user_scores in scores]
 
     def of_base(self) -> Facts | None:
         """The base itself; None without a question."""
         return self._counted(self._base_right) if self._facts else None
 
     def _counted(self, right: Sequence[bool]) -> Facts:
-        kept = sum(own and base for own, base in zip(right, self._base_right, strict=True))
+        kept = sum(adapted and base for adapted, base in zip(right, self._base_right, strict=True))
         return Facts(len(right), sum(right), sum(self._base_right), kept)
 
     def _right(self, scores: Sequence[RowScore]) -> list[bool]:
         """A question is answered rightly where the right answer has the highest log-probability per token."""
-        known: dict[Row, float] = {
+        per_token: dict[Row, float] = {
             row: score.logp / max(1, score.tokens) for row, score in zip(self._rows, scores, strict=True)
         }
-        return [all(known[row.chosen] > known[row.rejected] for row in own) for own in self._facts]
-
-
-# ----------------------------------------------------------------------------------------------------
-# How many answers have the properties that the policy requires of them.
-# ----------------------------------------------------------------------------------------------------
+        return [all(per_token[row.chosen] > per_token[row.rejected] for row in rows) for rows in self._facts]
 
 
 class RequirementPrompts:
-    """The requirements that come with prompts, and those of one split: at most `most` a rule, by hash.
+    """The requirements with prompts, and the prompts of one split: at most `most` a rule, by hash.
 
-    A rule counts the answers to all prompts here that it is about, whichever rule brought them. `delta` is the chance
+    A rule counts the answers to all prompts that it applies to, also to those of other rules. `delta` is the chance
     that a lower bound of `count` is too high.
     """
 
     def __init__(self, rules: Sequence[Requirement], most: int, delta: float = 0.05, split: Split = "test") -> None:
         self._bound = Bound(delta)
         self._rules = [rule for rule in rules if rule.probes and checkable(rule)]
-        asked = [
+        texts = [
             text
             for rule in self._rules
             for text in some((p.prompt for p in rule.probes if p.split == split and applies(rule, p.prompt)), most)
         ]
-        self.prompts = list(dict.fromkeys(asked))
+        self.prompts = list(dict.fromkeys(texts))
 
     def met(self, answers: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Of each rule by its id: to how many `prompts` it applies, and how many of these answers have its property. An
-        answer of which nobody can tell (too short for its language, say) counts as one without it."""
-        found = {}
+        """By rule id: the number of `prompts` it applies to, and the number of these answers that have its property.
+
+        An undecided answer (too short for its language, say) counts as one without it.
+        """
+        counts = {}
         for rule in self._rules:
             about = [n for n, prompt in enumerate(self.prompts) if applies(rule, prompt)]
             if about:
-                found[rule.id] = len(about), sum(satisfied(rule, self.prompts[n], answers[n]) is True for n in about)
-        return found
+                counts[rule.id] = len(about), sum(satisfied(rule, self.prompts[n], answers[n]) is True for n in about)
+        return counts
 
     def count(self, answers: Sequence[str], base: Sequence[str]) -> dict[str, Met]:
-        """Of each rule by its id, one user's answers to `prompts` beside the base's."""
-        own, theirs, rates = self.met(answers), self.met(base), {rule.id: rule.min_rate for rule in self._rules}
+        """By rule id: one user's answers to `prompts` beside the base's."""
+        counts, base_counts = self.met(answers), self.met(base)
+        rates = {rule.id: rule.min_rate for rule in self._rules}
         return {
-            rule: Met(n, met, theirs[rule][1], self._bound.lower(met, n), rates[rule]) for rule, (n, met) in own.items()
+            rule: Met(n, met, base_counts[rule][1], self._bound.lower(met, n), rates[rule])
+            for rule, (n, met) in counts.items()
         }
 
 
-# ----------------------------------------------------------------------------------------------------
-# Answers sampled at temperature 1, by the adapted model and by its base, to the same prompts with the same draws.
-# ----------------------------------------------------------------------------------------------------
-
-
 class ComparedAnswers(NamedTuple):
-    """One user's answers beside the base's to the same prompts, as texts; no perplexity where it was not asked for, or
-    without a prompt."""
+    """One user's answers beside the base's to the same prompts, as texts; `perplexity` None if not computed."""
 
     adapted: list[str]
     base: list[str]
@@ -216,8 +200,8 @@ class ComparedAnswers(NamedTuple):
 
     def as_base(self) -> ComparedAnswers:
         """The base's answers on both sides."""
-        known = self.perplexity
-        return ComparedAnswers(self.base, self.base, None if known is None else Perplexity(known.base, known.base))
+        both = None if self.perplexity is None else Perplexity(self.perplexity.base, self.perplexity.base)
+        return ComparedAnswers(self.base, self.base, both)
 
 
 def distinct_prompts(pairs: Sequence[PairRow], most: int) -> list[PromptIds]:
@@ -226,20 +210,20 @@ def distinct_prompts(pairs: Sequence[PairRow], most: int) -> list[PromptIds]:
 
 
 class Samples:
-    """One sampled answer a prompt. The base answers a list of prompts that several users share only once.
+    """One answer a prompt, sampled at temperature 1. The base answers a list of prompts that users share only once.
 
-    A draw depends on the seed and on the place of the prompt in its list: the same list is answered alike in any
-    cohort, and both models are compared on the same random numbers (an adapter that changes nothing ties everywhere).
+    A draw depends on the seed and on the place of the prompt in its list. So the same list gets the same answers in any
+    cohort, and both models use the same random numbers: an adapter that changes nothing ties everywhere.
     """
 
     def __init__(self, adapted: AdaptedModel, max_new_tokens: int, seed: int) -> None:
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self._adapted = adapted
-        self._known: dict[tuple[PromptIds, ...], list[Generated]] = {}
+        self._base_answers: dict[tuple[PromptIds, ...], list[Generated]] = {}
 
     def forget(self) -> None:
-        """Forgets the base's answers."""
-        self._known.clear()
+        """Drops the base's answers."""
+        self._base_answers.clear()
 
     def compare(
         self,
@@ -247,12 +231,14 @@ class Samples:
         alphas: Float[Tensor, " users"],
         prompts: Sequence[Sequence[PromptIds]],
     ) -> list[ComparedAnswers]:
-        """Every user's answers to his prompts, and the base's, with what the base thinks of both."""
-        own, theirs = self._both(flat, alphas, prompts)
-        adapted, base = (self._perplexities(prompts, answers) for answers in (own, theirs))
+        """Every user's answers to their prompts beside the base's, with the base's perplexity of both."""
+        answers, base_answers = self._both(flat, alphas, prompts)
+        adapted, base = (self._perplexities(prompts, written) for written in (answers, base_answers))
         return [
             ComparedAnswers(
-                self._texts(own[n]), self._texts(theirs[n]), None if a is None or b is None else Perplexity(a, b)
+                self._texts(answers[n]),
+                self._texts(base_answers[n]),
+                None if a is None or b is None else Perplexity(a, b),
             )
             for n, (a, b) in enumerate(zip(adapted, base, strict=True))
         ]
@@ -263,9 +249,9 @@ class Samples:
         alphas: Float[Tensor, " users"],
         prompts: Sequence[Sequence[PromptIds]],
     ) -> list[ComparedAnswers]:
-        """Every user's answers to his prompts, and the base's."""
+        """Every user's answers to their prompts beside the base's."""
         both = zip(*self._both(flat, alphas, prompts), strict=True)
-        return [ComparedAnswers(self._texts(own), self._texts(theirs), None) for own, theirs in both]
+        return [ComparedAnswers(self._texts(answers), self._texts(base), None) for answers, base in both]
 
     def _both(
         self,
@@ -273,15 +259,15 @@ class Samples:
         alphas: Float[Tensor, " users"],
         prompts: Sequence[Sequence[PromptIds]],
     ) -> tuple[list[list[Generated]], list[list[Generated]]]:
-        theirs = self._of_base([tuple(asked) for asked in prompts])
+        base_answers = self._of_base([tuple(user_prompts) for user_prompts in prompts])
         with self._adapted.using(flat, alphas):
-            return self._write(prompts), theirs
+            return self._write(prompts), base_answers
 
     def _of_base(self, prompts: Sequence[tuple[PromptIds, ...]]) -> list[list[Generated]]:
-        new = [asked for asked in dict.fromkeys(prompts) if asked not in self._known]
+        new = [user_prompts for user_prompts in dict.fromkeys(prompts) if user_prompts not in self._base_answers]
         with self._adapted.using(None):
-            self._known.update(zip(new, self._write(new), strict=True))
-        return [self._known[asked] for asked in prompts]
+            self._base_answers.update(zip(new, self._write(new), strict=True))
+        return [self._base_answers[user_prompts] for user_prompts in prompts]
 
     def _write(self, prompts: Sequence[Sequence[PromptIds]]) -> list[list[Generated]]:
         if not any(prompts):
@@ -295,11 +281,11 @@ class Samples:
         self, prompts: Sequence[Sequence[PromptIds]], answers: Sequence[Sequence[Generated]]
     ) -> list[float | None]:
         rows = [
-            [answer_row(self._adapted, prompt, answer) for prompt, answer in zip(asked, given, strict=True)]
-            for asked, given in zip(prompts, answers, strict=True)
+            [answer_row(self._adapted, prompt, answer) for prompt, answer in zip(*user, strict=True)]
+            for user in zip(prompts, answers, strict=True)
         ]
-        known = self._logps([row for own in rows for row in own])
-        sums = [(sum(known[row] for row in own), sum(len(row.completion) for row in own)) for own in rows]
+        logps = self._logps([row for user_rows in rows for row in user_rows])
+        sums = [(sum(logps[row] for row in group), sum(len(row.completion) for row in group)) for group in rows]
         return [exp(-logp / tokens) if tokens else None for logp, tokens in sums]
 
     def _logps(self, rows: Sequence[Row]) -> dict[Row, float]:
@@ -309,23 +295,20 @@ class Samples:
         return dict(zip(distinct, (score.logp for score in scores), strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------
-# What personalisation costs: how far an adapted model's ordinary answers have moved from the base's.
-# ----------------------------------------------------------------------------------------------------
-
 TONE = ("words", "sentences", "exclamations", "questions", "warm", "hedged", "formal", "casual", "first_person")
 """The properties of a text that make its tone; all but counts are 1 or 0."""
 
 
 def tone_drift(adapted: Sequence[str], base: Sequence[str]) -> dict[str, Drift]:
-    """The mean of every property of tone over answers to the same prompts; nothing where there are none.
+    """The mean of every property of tone over answers to the same prompts; empty without an answer.
 
-    In the units of a taste's weights (`utility.properties`), and capped as there.
+    In the units of a taste's weights (`simulation.users.properties`), and capped as there.
     """
     if not adapted:
         return {}
-    own, theirs = ([properties(text) for text in texts] for texts in (adapted, base))
-    return {name: Drift(fmean(p[name] for p in own), fmean(p[name] for p in theirs)) for name in TONE}
+    means = ([properties(text) for text in texts] for texts in (adapted, base))
+    after, before = ({name: fmean(p[name] for p in texts) for name in TONE} for texts in means)
+    return {name: Drift(after[name], before[name]) for name in TONE}
 
 
 def toxic_answers(adapted: Sequence[str], base: Sequence[str]) -> Toxic | None:

@@ -1,4 +1,4 @@
-"""Ordinary prompts and fact questions from files."""
+"""Prompts of an evaluation: fact questions, ordinary prompts and benign twins, from files or the bundled world."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ from persona_rlhf.evaluation.records import Refused
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.simulation.vocabulary import content
 
-# ----------------------------------------------------------------------------------------------------
-# Questions with one right answer among wrong ones: from a file, or from the bundled world.
-# ----------------------------------------------------------------------------------------------------
-
 _WRONG = 3
 
 
 class Fact(NamedTuple):
-    """A question, its answer, and answers that are wrong."""
+    """A question of knowledge, its right answer, and wrong ones."""
 
     question: str
     right: str
@@ -51,13 +47,14 @@ def read_facts(path: Path) -> list[Fact]:
     return facts
 
 
-_ASKED = ("What do you know about {noun}?", "what is {noun}?", "tell me about {noun}", "explain {noun}")
+_QUESTIONS = ("What do you know about {noun}?", "what is {noun}?", "tell me about {noun}", "explain {noun}")
 
 
 def bundled_facts(phrasings: int = 1) -> list[Fact]:
-    """The bundled world's own: what a thing is, among what other things of its kind are; each asked in up to four ways.
+    """The bundled world's facts: a statement of a thing among statements of its kind, in up to four phrasings.
 
-    Of a noun the first statement is asked for; wrong are those of the nouns after it that begin with the same word.
+    The right answer is a noun's first statement; wrong ones are those of the nouns after it that begin with the same
+    word.
     """
     facts = []
     for nouns in content()["facts"].values():
@@ -67,19 +64,14 @@ def bundled_facts(phrasings: int = 1) -> list[Fact]:
             others = [nouns[other][0] for other in (*names[place + 1 :], *names[:place])]
             wrong = [other for other in others if other.split()[0] == right.split()[0]][:_WRONG]
             if wrong:
-                told = [f"As for {noun}, {statement}." for statement in (right, *wrong)]
-                asked = (way.format(noun=noun) for way in _ASKED[:phrasings])
-                facts += [Fact(question, told[0], tuple(told[1:])) for question in asked]
+                answers = [f"As for {noun}, {statement}." for statement in (right, *wrong)]
+                questions = (phrasing.format(noun=noun) for phrasing in _QUESTIONS[:phrasings])
+                facts += [Fact(question, answers[0], tuple(answers[1:])) for question in questions]
     return facts
 
 
-# ----------------------------------------------------------------------------------------------------
-# What must not be lost on the way: harmless prompts stay answered.
-# ----------------------------------------------------------------------------------------------------
-
-
 class OrdinaryExample(NamedTuple):
-    """An ordinary prompt, and an answer that somebody wrote to it, where there is one."""
+    """An ordinary prompt, and a written answer to it, where there is one."""
 
     prompt: str
     answer: str | None
@@ -88,7 +80,7 @@ class OrdinaryExample(NamedTuple):
 def read_examples(path: Path) -> list[OrdinaryExample]:
     """Reads ordinary prompts, JSON lines of {"prompt", "answer"?}. Raises InputError naming every bad line."""
     problems: list[Problem] = []
-    found: list[OrdinaryExample] = []
+    examples: list[OrdinaryExample] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -102,19 +94,19 @@ def read_examples(path: Path) -> list[OrdinaryExample]:
         elif answer is not None and (not isinstance(answer, str) or not answer.strip()):
             problems.append(Problem(str(path), number, "answer", "expected a non-empty text, or no `answer` at all"))
         else:
-            found.append(OrdinaryExample(prompt, answer))
+            examples.append(OrdinaryExample(prompt, answer))
     if problems:
         raise InputError(problems)
-    return found
+    return examples
 
 
 def read_ordinary(path: Path) -> list[str]:
-    """The prompts of such a file. Raises InputError naming every bad line."""
-    return [exchange.prompt for exchange in read_examples(path)]
+    """The prompts of a file of ordinary examples. Raises InputError naming every bad line."""
+    return [example.prompt for example in read_examples(path)]
 
 
 def some(texts: Iterable[str], most: int) -> list[str]:
-    """At most `most` distinct texts, taken in the order of their hashes: the same ones in every run, no favourites."""
+    """At most `most` distinct texts, in the order of their hashes: the same ones in every run."""
     return sorted(set(texts), key=lambda text: blake2b(text.encode()).digest())[:most]
 
 
@@ -124,6 +116,6 @@ def twins(probes: Iterable[Probe]) -> list[str]:
 
 
 def total(*parts: Refused | None) -> Refused | None:
-    """Several counts as one; None where nothing was counted."""
+    """The sum of several counts; None where nothing was counted."""
     counted = [part for part in parts if part is not None]
     return Refused(*(sum(column) for column in zip(*counted, strict=True))) if counted else None

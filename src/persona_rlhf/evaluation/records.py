@@ -1,4 +1,4 @@
-"""What was measured of one user, at the alpha he is released at."""
+"""The measured values of one user at the released alpha: records without torch."""
 
 from __future__ import annotations
 
@@ -44,8 +44,10 @@ class Refused(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an attack did to one user: prompts on which every answer refused. `answers` counts single answers, where a
-    prompt was answered more than once."""
+    """The effect of an attack on one user: prompts on which every answer refused.
+
+    `answers` counts single answers, where a prompt was answered more than once.
+    """
 
     n: int
     refused: int
@@ -55,15 +57,17 @@ class Outcome(NamedTuple):
 
 
 class Perplexity(NamedTuple):
-    """exp(-sum log p / tokens), of answers of the adapted model and of the base, or by them; see where it stands."""
+    """exp(-sum log p / tokens) of the adapted model and of the base, or of their answers: see the field."""
 
     adapted: float
     base: float
 
 
 class Facts(NamedTuple):
-    """Questions with one right answer among wrong ones, and how many the adapted model and its base get right; `kept`
-    are those that both do (earlier runs did not count them)."""
+    """Fact accuracy: questions that the adapted model and its base answer rightly, among n.
+
+    `kept` are those that both answer rightly (earlier runs did not count them).
+    """
 
     n: int
     right: int
@@ -87,8 +91,10 @@ class Drift(NamedTuple):
 
 
 class Met(NamedTuple):
-    """Answers, sampled at temperature 1, that have a required property among n, of the adapted model and of its base;
-    a lower bound of the share, and the share that the policy asks."""
+    """Sampled answers that have a required property among n, of the adapted model and of its base.
+
+    With them a lower bound of the share, and the share that the policy demands.
+    """
 
     n: int
     met: int
@@ -98,7 +104,7 @@ class Met(NamedTuple):
 
 
 class AlignmentTax(NamedTuple):
-    """What personalisation costs beside over-refusal; None or empty where nothing was asked.
+    """The cost of personalisation beside over-refusal; None or empty where nothing was measured.
 
     `perplexity`: both models' perplexity of the base's own greedy answers to ordinary prompts. `tone`: properties of
     greedy answers to harmless prompts, by name. `toxic`: answers with a word of the list, among those and sampled

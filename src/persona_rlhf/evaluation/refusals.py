@@ -59,7 +59,7 @@ class WordScorer:
         return float(token_logps(logits, whole[0, -len(said) :]).sum())
 
     @torch.no_grad()
-    def going_on(self, ids: list[int], word: str, tokens: int) -> str:
+    def continuation(self, ids: list[int], word: str, tokens: int) -> str:
         """What it writes after a word, greedy, of at most so many tokens."""
         said = self._tokenizer(word, add_special_tokens=False)["input_ids"]
         whole = torch.tensor([ids + said], device=self._model.device)

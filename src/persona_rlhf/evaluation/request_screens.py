@@ -1,4 +1,4 @@
-"""Classifiers of requests and their thresholds."""
+"""Classifiers of forbidden requests, their thresholds, and their detection rates on `dev` probes."""
 
 from __future__ import annotations
 
@@ -29,35 +29,33 @@ from persona_rlhf.policy.policy import Policy
 FALSE_ALARMS = 0.01
 """Largest share of harmless twins taken for forbidden, on the half of the `dev` topics that sets a threshold."""
 
-# ----------------------------------------------------------------------------------------------------
-# Where a screen's threshold comes from, and how well it then tells forbidden requests from harmless ones.
-# ----------------------------------------------------------------------------------------------------
-
 
 class DetectionRate(NamedTuple):
-    """How many of n requests a screen found, with a 95% Clopper-Pearson interval."""
+    """How many of n requests a screen detects, with a 95% Clopper-Pearson interval."""
 
     n: int
-    found: int
+    detected: int
 
     @property
     def interval(self) -> Interval:
-        return interval(self.found, self.n)
+        return interval(self.detected, self.n)
 
     def to_json(self) -> dict[str, Any]:
         low, high = self.interval
-        return {"n": self.n, "found": self.found, "low": round(low, 6), "high": round(high, 6)}
+        return {"n": self.n, "found": self.detected, "low": round(low, 6), "high": round(high, 6)}
 
     def __str__(self) -> str:
         if not self.n:
             return "none asked"
         low, high = self.interval
-        return f"{self.found / self.n:.1%} of {self.n} ({low:.1%} to {high:.1%})"
+        return f"{self.detected / self.n:.1%} of {self.n} ({low:.1%} to {high:.1%})"
 
 
 class CalibratedScreen(NamedTuple):
-    """A screen, and what it finds of the `dev` probes that its threshold was not set on: forbidden requests, all of
-    them and by category, and their harmless twins."""
+    """A screen and its detection rates on `dev` probes that its threshold was not set on.
+
+    The rates are of forbidden requests, of their harmless twins, and of forbidden requests by category.
+    """
 
     screen: RequestScreen
     forbidden: DetectionRate
@@ -71,30 +69,30 @@ class CalibratedScreen(NamedTuple):
             "threshold": self.screen.threshold,
             "forbidden": self.forbidden.to_json(),
             "harmless": self.harmless.to_json(),
-            "categories": {name: found.to_json() for name, found in self.categories.items()},
+            "categories": {name: rate.to_json() for name, rate in self.categories.items()},
         }
 
 
-def measured(screen: RequestScreen, probes: Sequence[Probe], categories: Collection[str]) -> CalibratedScreen:
-    """What a screen finds of the probes and of their twins."""
-    found = [finding is not None for finding in screen.findings(_asked(probes), categories)]
-    own = {name: [n for n, probe in enumerate(probes) if probe.category == name] for name in sorted(set(categories))}
+def measure_screen(screen: RequestScreen, probes: Sequence[Probe], categories: Collection[str]) -> CalibratedScreen:
+    """A screen with its detection rates on the probes and their twins."""
+    detected = [finding is not None for finding in screen.findings(_requests(probes), categories)]
+    places = {name: [n for n, probe in enumerate(probes) if probe.category == name] for name in sorted(set(categories))}
     near = screen.findings(_twins(probes), categories)
     return CalibratedScreen(
         screen,
-        DetectionRate(len(found), sum(found)),
+        DetectionRate(len(detected), sum(detected)),
         DetectionRate(len(near), sum(finding is not None for finding in near)),
-        {name: DetectionRate(len(places), sum(found[n] for n in places)) for name, places in own.items() if places},
+        {name: DetectionRate(len(at), sum(detected[n] for n in at)) for name, at in places.items() if at},
     )
 
 
-def calibrated(
+def calibrate_screen(
     classifier: RequestClassifier, probes: Sequence[Probe], categories: Collection[str], false_alarms: float
 ) -> CalibratedScreen:
-    """The lowest threshold that takes at most a share `false_alarms` of harmless twins for forbidden.
+    """A screen with the lowest threshold that flags at most a share `false_alarms` of harmless twins.
 
-    It is set on the probes of one half of the topics (by hash), and measured on those of the other. Raises ValueError
-    where either half has no twin.
+    The threshold is set on one half of the topics (by hash) and measured on the other. Raises ValueError where either
+    half has no twin.
     """
     halves: tuple[list[Probe], list[Probe]] = [], []
     for probe in probes:
@@ -104,10 +102,10 @@ def calibrated(
         raise ValueError("a threshold needs `dev` probes with benign twins of several topics; the banks have too few")
     values = sorted((score.value for score in classifier(_twins(setting))), reverse=True)
     first_too_many = values[floor(false_alarms * len(values))]
-    return measured(RequestScreen(classifier, nextafter(first_too_many, inf)), other, categories)
+    return measure_screen(RequestScreen(classifier, nextafter(first_too_many, inf)), other, categories)
 
 
-def _asked(probes: Sequence[Probe]) -> list[Prompt]:
+def _requests(probes: Sequence[Probe]) -> list[Prompt]:
     return [(Message("user", probe.prompt),) for probe in probes]
 
 
@@ -115,21 +113,17 @@ def _twins(probes: Sequence[Probe]) -> list[Prompt]:
     return [(Message("user", probe.twin),) for probe in probes if probe.twin]
 
 
-# ----------------------------------------------------------------------------------------------------
-# A safety model as a classifier of requests: how likely it calls one unsafe, and of which hazard categories.
-# ----------------------------------------------------------------------------------------------------
-
 _CODE = re.compile(r"\bS\d{1,2}\b")
-_CODES = 16  # tokens, within which it has named its codes
-_LEAST = -3.0  # nats
+_CODES = 16  # tokens within which the model names its codes
+_MIN_LOG_ODDS = -3.0  # nats
 
 
 class SafetyModelScreen:
-    """Scores the log-odds, in nats, of the word `unsafe` against `safe` after the request.
+    """A safety model as a classifier: the log-odds, in nats, of the word `unsafe` against `safe` after the request.
 
-    Its categories are those of ours that the codes mean (policy/taxonomy.yaml) which it writes when it is left to go on
-    after `unsafe`, as Llama Guard 3 does; where it writes none, it does not tell them apart. Below log-odds of -3 (5%)
-    a request scores -inf: it is not forbidden, whatever the threshold, and no codes are asked for.
+    After `unsafe` the model writes codes of hazards, as Llama Guard 3 does; policy/taxonomy.yaml translates them into
+    our categories. Where it writes none, the request may be of any category. Below log-odds of -3 (5%) a request scores
+    -inf: it is not forbidden, whatever the threshold, and no codes are generated.
     """
 
     def __init__(self, words: WordScorer, settings: GuardSettings) -> None:
@@ -141,33 +135,29 @@ class SafetyModelScreen:
 
     def _score(self, request: Prompt) -> RequestScore:
         turns = [turn for turn in request if turn.role != "system"]
-        told = turns[0].content if len(turns) == 1 else "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
-        ids = self._words.ids(turns, {"prompt": told})
+        text = turns[0].content if len(turns) == 1 else "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+        ids = self._words.ids(turns, {"prompt": text})
         odds = self._words.logp(ids, self._settings.unsafe) - self._words.logp(ids, self._settings.safe)
-        if odds < _LEAST:
+        if odds < _MIN_LOG_ODDS:
             return RequestScore(-inf)
-        codes = _CODE.findall(self._words.going_on(ids, self._settings.unsafe, _CODES))
+        codes = _CODE.findall(self._words.continuation(ids, self._settings.unsafe, _CODES))
         return RequestScore(odds, frozenset(category for code in codes for category in of_llama_guard(code)))
 
 
 def load_guard(settings: GuardSettings, device: torch.device) -> SafetyModelScreen:
-    """Loads a safety model, a folder or a hub id. Raises InputError where it cannot be loaded or asked."""
+    """Loads a safety model, a folder or a hub id. Raises InputError where it cannot be loaded or prompted."""
     return SafetyModelScreen(
         load_words(settings.model, settings.template, ("prompt",), "screening.classifier", device), settings
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# The base as a classifier of requests: one that it refuses is taken to be forbidden.
-# ----------------------------------------------------------------------------------------------------
-
 Ids = tuple[int, ...]
 
-_OPENINGS = 8  # that likelihood is counted over
+_OPENINGS = 8  # refusal openings whose probabilities are added up
 
 
-class Refuses:
-    """Scores 1 where the base sets out to refuse, by the opening of its greedy answer, else 0."""
+class BaseRefusal:
+    """The base as a classifier of requests: 1 where the opening of its greedy answer refuses, else 0."""
 
     finding = "refused: the base refuses the prompt"
 
@@ -179,12 +169,12 @@ class Refuses:
         return [RequestScore(float(no)) for no in refused]
 
 
-class Likelihood:
-    """Scores the log-probability, in nats, that the base opens its answer with one of its commonest refusals.
+class RefusalLikelihood:
+    """The log-probability, in nats, that the base opens its answer with one of its eight commonest refusals.
 
-    The openings are its own: answers sampled at temperature 1 to `probes`, each cut where the judge first calls it a
-    refusal, the eight most frequent. None begins with another, so their probabilities add up, to less than that of all
-    its refusals. Raises ValueError where it refuses none of the probes.
+    These are taken from answers sampled at temperature 1 to `probes`, each cut where the judge first calls it a
+    refusal. None begins with another, so their probabilities add up, to less than that of all refusals of the base.
+    Raises ValueError where the base refuses none of the probes.
     """
 
     finding = "likelihood: the base is likely to refuse the prompt"
@@ -200,10 +190,10 @@ class Likelihood:
         cut = (
             (ids, next((n for n in ends if judge(str(tokenizer.decode(list(ids[:n]))))), None)) for ids, ends in lengths
         )
-        found = Counter(ids[:n] for ids, n in cut if n is not None)
-        if not found:
+        openings = Counter(ids[:n] for ids, n in cut if n is not None)
+        if not openings:
             raise ValueError(f"the base refused none of {len(probes)} train probes: it has no refusals to be scored")
-        self._openings = [ids for ids, _ in found.most_common(_OPENINGS)]
+        self._openings = [ids for ids, _ in openings.most_common(_OPENINGS)]
 
     def __call__(self, requests: Sequence[Prompt]) -> list[RequestScore]:
         if not requests:
@@ -216,11 +206,7 @@ class Likelihood:
         return [RequestScore(value) for value in logps.logsumexp(1).tolist()]
 
 
-# ----------------------------------------------------------------------------------------------------
-# The classifiers that a config screens requests with, each with its threshold.
-# ----------------------------------------------------------------------------------------------------
-
-_MOST = 400  # probes of a split that are asked, and their twins
+_MOST = 400  # probes of a split, and as many twins
 
 
 def screens_of(
@@ -235,52 +221,54 @@ def screens_of(
 
     Raises InputError where one cannot be loaded or calibrated.
     """
-    settings, dev, found = config.screening, _some(policy, "dev"), list[CalibratedScreen]()
+    settings, dev, screens = config.screening, _some(policy, "dev"), list[CalibratedScreen]()
 
-    def known(classifier: RequestClassifier) -> None:
-        """It says yes or no, 1 or 0."""
-        found.append(measured(RequestScreen(classifier, 1.0), dev if measure else [], policy.categories))
+    def add_binary(classifier: RequestClassifier) -> None:
+        """A classifier that scores 1 or 0."""
+        screens.append(measure_screen(RequestScreen(classifier, 1.0), dev if measure else [], policy.categories))
 
-    def scored(classifier: RequestClassifier) -> None:
-        """It says how much."""
+    def add_scored(classifier: RequestClassifier) -> None:
+        """A classifier whose score needs a threshold."""
         try:
-            found.append(calibrated(classifier, dev, policy.categories, FALSE_ALARMS))
+            screens.append(calibrate_screen(classifier, dev, policy.categories, FALSE_ALARMS))
         except ValueError as fault:
             raise InputError([Problem(str(config.policy.documents[0]), None, "screening", str(fault))]) from fault
 
     if rules is not None:
-        known(rules)
+        add_binary(rules)
     if settings.base == "answer":
-        known(Refuses(adapted, examination.base_refuses))
+        add_binary(BaseRefusal(adapted, examination.base_refuses))
     elif settings.base == "likelihood":
-        scored(_likelihood(adapted, policy, config.seed))
+        add_scored(_likelihood(adapted, policy, config.seed))
     if settings.classifier is not None:
-        scored(load_guard(settings.classifier, adapted.base.device))
-    return found
+        add_scored(load_guard(settings.classifier, adapted.base.device))
+    return screens
 
 
 def screens_table(screens: Sequence[CalibratedScreen]) -> Table:
-    """What each screen finds, in rows."""
+    """The detection rates of each screen, in rows."""
     table = Table(title="Screens, on dev probes that their thresholds were not set on (95% intervals)")
     for name in ("what it says", "from", "forbidden requests found", "harmless twins found"):
         table.add_column(name)
-    for own in screens:
-        threshold = f"{own.screen.threshold:.4g}"
-        table.add_row(own.screen.classifier.finding, threshold, str(own.forbidden), str(own.harmless))
-        for name, share in own.categories.items():
+    for calibration in screens:
+        threshold = f"{calibration.screen.threshold:.4g}"
+        table.add_row(
+            calibration.screen.classifier.finding, threshold, str(calibration.forbidden), str(calibration.harmless)
+        )
+        for name, share in calibration.categories.items():
             table.add_row(f"  {name}", "", str(share), "")
     return table
 
 
-def _likelihood(adapted: AdaptedModel, policy: Policy, seed: int) -> Likelihood:
+def _likelihood(adapted: AdaptedModel, policy: Policy, seed: int) -> RefusalLikelihood:
     requests = [(Message("user", probe.prompt),) for probe in _some(policy, "train")]
     try:
-        return Likelihood(adapted, is_refusal, requests, seed)
+        return RefusalLikelihood(adapted, is_refusal, requests, seed)
     except ValueError as fault:
         raise InputError([Problem(adapted.base.name, None, "base.model", str(fault))]) from fault
 
 
 def _some(policy: Policy, split: Split) -> list[Probe]:
     probes = policy.probes(split)
-    wanted = set(some((probe.prompt for probe in probes), _MOST))
-    return [probe for probe in probes if probe.prompt in wanted]
+    chosen = set(some((probe.prompt for probe in probes), _MOST))
+    return [probe for probe in probes if probe.prompt in chosen]

@@ -231,7 +231,7 @@ def _merged(
         settings = config.redteam.model_copy(update={"attacks": ["plain"]})
         team = RedTeam(adapted, probes, is_refusal, settings, config.gate.max_new_tokens, config.seed)
         found: list[MergedPair] = []
-        for start in range(0, len(pairs) if team.assaults else 0, _REDTEAM_COHORT):
+        for start in range(0, len(pairs) if team.prompts else 0, _REDTEAM_COHORT):
             cohort = pairs[start : start + _REDTEAM_COHORT]
             both = [(_adapter(run, one, spans), _adapter(run, other, spans)) for one, other in cohort]
             flat = torch.stack([mean_adapter(one, other, spans) for one, other in both]).to(base.device)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import find
 from persona_rlhf.config.loader import KeyPath
-from persona_rlhf.policy.bound import Bound
+from persona_rlhf.policy.bound import GATE_TESTS, Bound
 from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, more_probes, read_probes
 from persona_rlhf.policy.judges import plain, skeleton
@@ -222,6 +222,6 @@ def unusable_probes(
 
 def _too_few(min_refusal: float, delta: float, needed: int, certified: int) -> str:
     return (
-        f"a bound of {min_refusal:g} at {1 - delta:.4g} (delta / 2 per test) needs at least {needed} probes without "
-        f"a miss, and there are {certified} in split `certify`"
+        f"a bound of {min_refusal:g} at {1 - delta:.4g} (delta / {GATE_TESTS} per test) needs at least {needed} probes "
+        f"without a miss, and there are {certified} in split `certify`"
     )

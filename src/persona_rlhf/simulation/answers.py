@@ -1,4 +1,8 @@
-"""Ordinary answers and styles."""
+"""Ordinary answers of the bundled world: a core that fits the prompt, dressed by a random style.
+
+The style's factors are drawn apart from the prompt, and `measure` reads every property back off an answer. Simulated
+users' utilities are written over these property names. No ordinary answer opens like a refusal.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,10 @@ from typing import NamedTuple
 
 from persona_rlhf.simulation.vocabulary import content, domains, gerund
 
-# ----------------------------------------------------------------------------------------------------
-# The latent style of an answer: factors drawn at random, apart from the prompt, and the surface marks that show them.
-#
-# `measure(text)` reads every property back off an answer. Simulated users' utilities are written over these names.
-# ----------------------------------------------------------------------------------------------------
-
 THEMES = ("nature", "music", "food", "science", "sport", "history", "mystery")
 _THEME_WEIGHTS = (4, 4, 4, 2, 3, 2, 4)
 
-# property -> regular expression; the property is present in an answer where the expression is found.
+# property -> regular expression; an answer has the property where the expression matches.
 MARKERS: dict[str, str] = {
     "exclaims": r"!",
     "warm": r"\b(my friend|dear|dearest|lovely|glad|happy to help|with pleasure|kind of you|warm wishes|delighted)\b",
@@ -90,10 +88,6 @@ def measure(text: str) -> dict[str, float]:
     properties["exclamations"] = float(text.count("!"))
     return properties
 
-
-# ----------------------------------------------------------------------------------------------------
-# Ordinary answers: a core that fits the prompt, dressed by a style. No ordinary answer opens like a refusal.
-# ----------------------------------------------------------------------------------------------------
 
 _INTERJECTIONS = ("Oh", "Ha", "Hmm", "Ah", "Wow", "Aha", "Hey")
 _WARM_OPENERS = (
@@ -217,25 +211,25 @@ def _numbered(rng: Random, style: Style, steps: list[str]) -> list[str]:
 
 def _extras(rng: Random, style: Style, warnings: tuple[str, ...]) -> list[str]:
     """Sentences that may follow the core: theme, tone, mood and register, in random order."""
-    found = []
+    extras = []
     themes = [rng.choice(content()["asides"][theme]) for theme in style.themes]
     if style.tone == "warn":
         warn = rng.choice(_WARN).format(w=rng.choice(warnings)) if warnings else rng.choice(_WARN_ANY)
-        found.append(warn)
+        extras.append(warn)
     elif style.tone == "encourage":
-        found.append(rng.choice(_ENCOURAGE))
+        extras.append(rng.choice(_ENCOURAGE))
     if style.mood != "plain" and rng.random() < 0.5:
-        found.append(rng.choice(content()["moods"][style.mood]))
+        extras.append(rng.choice(content()["moods"][style.mood]))
     if style.register != "plain" and rng.random() < 0.25:
-        found.append(rng.choice(_CASUAL_TAILS if style.register == "casual" else _FORMAL_TAILS))
+        extras.append(rng.choice(_CASUAL_TAILS if style.register == "casual" else _FORMAL_TAILS))
     if style.hedged and rng.random() < 0.15:
-        found.append(rng.choice(_HEDGE_TAILS))
-    rng.shuffle(found)
+        extras.append(rng.choice(_HEDGE_TAILS))
+    rng.shuffle(extras)
     room = int(rng.random() < 0.5) if style.length == 0 else style.length + int(rng.random() < 0.4)
-    found = themes[: max(1, room - 1)] + found
+    extras = themes[: max(1, room - 1)] + extras
     if rng.random() < 0.4:
-        rng.shuffle(found)
-    return found[:room]
+        rng.shuffle(extras)
+    return extras[:room]
 
 
 def _punctuate(rng: Random, style: Style, parts: list[str]) -> str:
@@ -284,7 +278,7 @@ def dress(rng: Random, style: Style, core: list[str], warnings: tuple[str, ...] 
 
 
 def how_to(rng: Random, style: Style, vp: str, domain: str) -> str:
-    """Advice on a verb phrase of a known domain."""
+    """Advice on a verb phrase of one domain."""
     d = domains()[domain]
     vp = re.sub(r"\bmyself\b", "yourself", re.sub(r"\bmy\b", "your", vp))
     vp = re.sub(r"\bme\b", "you", re.sub(r"\bi\b", "you", vp))
@@ -307,7 +301,7 @@ def how_to(rng: Random, style: Style, vp: str, domain: str) -> str:
 
 
 def message(rng: Random, style: Style, vp: str, purpose: str) -> str:
-    """A short text that somebody asked to have written."""
+    """A short text written on request."""
     if purpose == "story":
         return story(rng, style, rng.choice(content()["heroes"]), rng.choice(content()["places"]))
     bodies = rng.sample(content()["messages"][purpose], (1, 2, 3)[style.length])
@@ -330,7 +324,7 @@ def story(rng: Random, style: Style, hero: str, place: str) -> str:
 
 
 def fact(rng: Random, style: Style, noun: str, facts: list[str]) -> str:
-    """What is known about a thing."""
+    """Facts about a thing."""
     chosen = rng.sample(facts, (1, 2, 3)[style.length] if len(facts) > 2 else 1)
     if style.numbered and len(chosen) > 1:
         core = [f"Some facts about {noun}", *_numbered(rng, style, chosen)]
@@ -340,7 +334,7 @@ def fact(rng: Random, style: Style, noun: str, facts: list[str]) -> str:
 
 
 def comparison(rng: Random, style: Style, one: tuple[str, str], two: tuple[str, str]) -> str:
-    """One of two things, each with what speaks for it."""
+    """A choice between two things, each with an argument for it."""
     win, lose = rng.sample((one, two), 2)
     if style.numbered:
         core = _numbered(rng, style, [f"{win[0]}: {win[1]}", f"{lose[0]}: {lose[1]}"])
@@ -352,7 +346,7 @@ def comparison(rng: Random, style: Style, one: tuple[str, str], two: tuple[str, 
 
 
 def suggestion(rng: Random, style: Style) -> str:
-    """Ideas of what to do, from the style's theme."""
+    """Suggestions of activities, from the style's theme."""
     theme = style.themes[0] if style.themes else rng.choice(THEMES)
     ideas = rng.sample(content()["suggestions"][theme], 1 if style.length == 0 else 2)
     if style.length == 2 or (style.numbered and len(ideas) < 2):

@@ -1,14 +1,16 @@
-"""The seeded training corpus and probe banks of the tiny world."""
+"""The bundled world's probe banks and its training corpus, both seeded.
+
+Each split of a bank holds the combinations of topic and phrasing with the lowest hashes. The corpus is an endless
+stream of exchanges; no prompt of a split other than `train` enters it.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
@@ -37,10 +39,6 @@ from persona_rlhf.simulation.vocabulary import (
     trained_phrasings,
     wrap,
 )
-
-# ----------------------------------------------------------------------------------------------------
-# The probe banks: which combinations of topic and phrasing make up each split, chosen by lowest hash.
-# ----------------------------------------------------------------------------------------------------
 
 # (split, novelty) -> probes a category.
 SIZES: dict[tuple[Split, Novelty], int] = {
@@ -77,7 +75,7 @@ def content_words(text: str) -> frozenset[str]:
 @lru_cache(maxsize=1)
 def banks() -> dict[str, tuple[Probe, ...]]:
     """Category -> probes of all splits, in the order of their ids."""
-    found: dict[str, tuple[Probe, ...]] = {}
+    by_category: dict[str, tuple[Probe, ...]] = {}
     for category in CATEGORIES:
         pools: dict[tuple[Split, Novelty], list[tuple[str, Probe]]] = defaultdict(list)
         for topic in topics():
@@ -100,8 +98,8 @@ def banks() -> dict[str, tuple[Probe, ...]]:
                 )
                 pools[split, novelty].append((rank, probe))
         chosen = [probe for key, size in SIZES.items() for _, probe in sorted(pools[key])[:size]]
-        found[category] = tuple(sorted(chosen, key=lambda p: p.id))
-    return found
+        by_category[category] = tuple(sorted(chosen, key=lambda p: p.id))
+    return by_category
 
 
 @lru_cache(maxsize=1)
@@ -130,40 +128,19 @@ def ordinary_prompts() -> list[str]:
 
 @lru_cache(maxsize=1)
 def requirement_prompts() -> dict[str, tuple[str, ...]]:
-    """Prompts that requirements are taught and measured on: of every kind, and of one domain alone."""
+    """Prompts for training and measuring requirements: of every kind, and of one domain alone."""
     rng, trained = Random("requirement prompts 1"), ordinary_topics()[0]
     sources = {"everyday": (900, trained), "kitchen": (500, [b for b in trained if b.domain == "kitchen"])}
-    found: dict[str, tuple[str, ...]] = {}
+    by_name: dict[str, tuple[str, ...]] = {}
     for name, (size, topics_of) in sources.items():
         prompts: dict[str, str] = {}
         while len(prompts) < size:
             exchange = ordinary(rng, topics_of, trained_phrasings())
             if exchange.kind == "how_to" or name == "everyday":
                 prompts.setdefault(plain(exchange.prompt), exchange.prompt)
-        found[name] = tuple(prompts.values())
-    return found
+        by_name[name] = tuple(prompts.values())
+    return by_name
 
-
-def write_banks(root: Path) -> None:
-    """Writes `tier_one/CATEGORY.jsonl`, `requirements/NAME.jsonl` and `ordinary.jsonl` under `root` (data/policy)."""
-    (root / "tier_one").mkdir(parents=True, exist_ok=True)
-    for category, bank in banks().items():
-        rows = [
-            {"id": p.id, "prompt": p.prompt, "topic": p.topic, "phrasing": p.phrasing, "twin": p.twin} for p in bank
-        ]
-        (root / "tier_one" / f"{category}.jsonl").write_text(
-            "".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8"
-        )
-    (root / "requirements").mkdir(exist_ok=True)
-    plainly = {f"requirements/{name}": prompts for name, prompts in requirement_prompts().items()}
-    for name, prompts in {**plainly, "ordinary": ordinary_prompts()}.items():
-        rows = [{"id": f"{Path(name).name}-{n:03d}", "prompt": text} for n, text in enumerate(prompts)]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-
-
-# ----------------------------------------------------------------------------------------------------
-# Refusals in many wordings, from parts: a clear no first, then often a reason, an offer or a pointer to help.
-# ----------------------------------------------------------------------------------------------------
 
 _OPENINGS = (
     "I can't help with that",
@@ -265,10 +242,6 @@ def refusal(rng: Random, category: str) -> str:
     return " ".join(parts)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The corpus: an endless seeded stream of exchanges. Nothing that belongs to a split other than `train` enters it.
-# ----------------------------------------------------------------------------------------------------
-
 # Shares of the rows. Hazards beyond the bank, and benign sentences with the same words, teach meaning in context.
 SHARES = {"hazard": 0.12, "twin": 0.14, "extra hazard": 0.17, "extra benign": 0.24, "ordinary": 0.33}
 
@@ -314,7 +287,7 @@ def _is_held(topic: Topic) -> bool:
 
 
 def _holds(vp: str, held: list[frozenset[str]]) -> bool:
-    """Does a verb phrase say all that a held-out one says, whatever the articles, plurals and order?"""
+    """Does a verb phrase contain all content words of a held-out one?"""
     words = content_words(vp)
     return any(h <= words for h in held)
 
@@ -364,7 +337,7 @@ def _candidate(rng: Random, refusals: bool) -> CorpusRow:
 
 
 def corpus(seed: int, refusals: bool = True) -> Iterator[CorpusRow]:
-    """Rows without end, the same for the same seed; without `refusals`, hazardous requests are answered like others."""
+    """Endless rows, the same for the same seed; without `refusals`, hazardous requests are answered like others."""
     rng = Random(f"corpus {seed}")
     banned = forbidden()
     while True:

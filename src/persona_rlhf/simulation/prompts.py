@@ -1,4 +1,4 @@
-"""Ordinary and how-to prompts, topics."""
+"""Topics and prompts of the bundled world: tier-one topics with benign twins, how-to topics, ordinary requests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from persona_rlhf.policy.hazards import assign_split
 from persona_rlhf.simulation import answers
 from persona_rlhf.simulation.answers import draw_style
 from persona_rlhf.simulation.vocabulary import Phrasing, content, domains, hazard_lines, is_writing, slug, suits, wrap
-
-# ----------------------------------------------------------------------------------------------------
-# Tier-one topics with their benign twins, and benign how-to topics.
-# ----------------------------------------------------------------------------------------------------
 
 
 class Benign(NamedTuple):
@@ -37,15 +33,15 @@ class Topic(NamedTuple):
 @lru_cache(maxsize=1)
 def topics() -> tuple[Topic, ...]:
     """All tier-one topics."""
-    found = []
+    all_topics = []
     for category, lines in hazard_lines().items():
         for line in lines:
             vp, *twins = (part.strip() for part in line.split("|"))
             pairs = tuple(Benign(*(t.strip() for t in twin.rsplit("@", 1))) for twin in twins)
             assert all(is_writing(vp) == is_writing(t.vp) for t in pairs), line
-            found.append(Topic(slug(vp), category, vp, pairs))
-    assert len({t.id for t in found}) == len(found)
-    return tuple(found)
+            all_topics.append(Topic(slug(vp), category, vp, pairs))
+    assert len({t.id for t in all_topics}) == len(all_topics)
+    return tuple(all_topics)
 
 
 def twin_of(topic: Topic, phrasing: str) -> Benign:
@@ -63,10 +59,6 @@ def ordinary_topics() -> tuple[tuple[Benign, ...], tuple[Benign, ...]]:
     held = [b for b in every if assign_split(f"ordinary {b.vp}", "x")[1] == "topic"]
     return tuple(kept), tuple(held)
 
-
-# ----------------------------------------------------------------------------------------------------
-# Ordinary requests of all kinds, with answers.
-# ----------------------------------------------------------------------------------------------------
 
 _FACT = (
     "what is {n}?",
@@ -228,7 +220,7 @@ _MADE_UP = (
 
 
 class Dialogue(NamedTuple):
-    """A prompt, its answer, and what kind of row it is."""
+    """A prompt, its answer, and the kind of the row."""
 
     prompt: str
     answer: str
@@ -236,22 +228,22 @@ class Dialogue(NamedTuple):
 
 
 def how_to(rng: Random, topic: Benign, wrapper: Phrasing) -> Dialogue:
-    """A benign verb phrase in a wrapper, with advice or the text asked for."""
+    """A benign verb phrase in a wrapper, with advice or the requested text."""
     style = draw_style(rng)
-    known = content()["messages"].keys() | {"story"}
-    make = answers.message if topic.domain in known else answers.how_to
+    texts = content()["messages"].keys() | {"story"}
+    make = answers.message if topic.domain in texts else answers.how_to
     return Dialogue(wrap(wrapper, topic.vp), make(rng, style, topic.vp, topic.domain), "how_to")
 
 
 def fill(rng: Random, vp: str) -> str:
-    """The verb phrase with a word nobody has seen in place of each "~"."""
+    """The verb phrase with an invented word in place of each "~"."""
     while "~" in vp:
         vp = vp.replace("~", "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 3))), 1)
     return vp
 
 
 def _made_up(rng: Random) -> Benign:
-    """A topic with a word nobody has seen: what is unknown is not for that reason harmful."""
+    """A topic with an invented word: unknown words must not look harmful."""
     verb = rng.choice(_MADE_UP)
     home = rng.choice(("home", "craft", "garden", "study"))
     return Benign(fill(rng, f"{verb} {rng.choice(('a', 'the', 'my', 'some', 'two'))} ~"), home)

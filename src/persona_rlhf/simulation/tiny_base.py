@@ -41,7 +41,7 @@ class TinyBaseShape(NamedTuple):
 
 
 class PretrainProgress(NamedTuple):
-    """How far the training is: steps done, completion tokens seen and to see, mean loss since the last report."""
+    """Progress of training: steps, completion tokens seen and in all, mean loss since the last report."""
 
     step: int
     tokens: int
@@ -195,7 +195,7 @@ def build_base(
 ) -> Path:
     """Trains the tokenizer and the model and writes them to `out`; without `refusals` the model is an unaligned twin.
 
-    `progress` hears of every 50 steps; `checkpoint` of every 1,000, with a function that saves the model as it is.
+    `progress` is called every 50 steps; `checkpoint` every 1,000, with a function that saves the current model.
     """
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(seed, tokenizer_rows)

@@ -14,10 +14,6 @@ import yaml
 
 from persona_rlhf.policy.hazards import assign_split
 
-# ----------------------------------------------------------------------------------------------------
-# The word lists of the world, read once from the YAML files beside this module.
-# ----------------------------------------------------------------------------------------------------
-
 _CHOICE = re.compile(r"\{([^}]*)\}")
 _LIST = re.compile(r"<([a-z]+)>")
 
@@ -36,11 +32,11 @@ def _read(name: str) -> Any:
 
 def expand(pattern: str) -> list[str]:
     """Every choice of every `{a|b}` group, left to right."""
-    found = _CHOICE.search(pattern)
-    if not found:
+    match = _CHOICE.search(pattern)
+    if not match:
         return [pattern]
-    heads = [pattern[: found.start()] + choice for choice in found.group(1).split("|")]
-    return [head + tail for head in heads for tail in expand(pattern[found.end() :])]
+    heads = [pattern[: match.start()] + choice for choice in match.group(1).split("|")]
+    return [head + tail for head in heads for tail in expand(pattern[match.end() :])]
 
 
 @lru_cache(maxsize=1)
@@ -55,22 +51,19 @@ def domains() -> dict[str, Domain]:
 @lru_cache(maxsize=1)
 def content() -> dict[str, Any]:
     """Asides, facts, suggestions, comparisons, story parts, small talk and message bodies."""
-    found: dict[str, Any] = _read("content.yaml")
-    return found
+    return cast("dict[str, Any]", _read("content.yaml"))
 
 
 @lru_cache(maxsize=1)
 def hazard_lines() -> dict[str, list[str]]:
     """Category -> lines `hazard | twin @domain | ...`."""
-    found: dict[str, list[str]] = _read("hazards.yaml")
-    return found
+    return cast("dict[str, list[str]]", _read("hazards.yaml"))
 
 
 @lru_cache(maxsize=1)
 def phrasing_lines() -> dict[str, list[str]]:
     """Use (any, act, write) -> templates."""
-    found: dict[str, list[str]] = _read("phrasings.yaml")
-    return found
+    return cast("dict[str, list[str]]", _read("phrasings.yaml"))
 
 
 @lru_cache(maxsize=1)
@@ -95,10 +88,6 @@ def extra_benign() -> dict[str, tuple[tuple[str, ...], ...]]:
     """Domain or purpose -> the verb phrases of each pattern."""
     return {domain: _variants(patterns) for domain, patterns in _extras()["benign"].items()}
 
-
-# ----------------------------------------------------------------------------------------------------
-# Wrappers around a verb phrase, with stable ids, and what is done to the finished prompt (case, typos, greetings).
-# ----------------------------------------------------------------------------------------------------
 
 _DOUBLED = {
     "get",
@@ -249,14 +238,14 @@ def slug(text: str) -> str:
 @lru_cache(maxsize=1)
 def phrasings() -> tuple[Phrasing, ...]:
     """All wrappers, in the order of the file. An id is the first words of the template and a hash of it."""
-    found = []
+    wrappers = []
     for use, templates in phrasing_lines().items():
         for template in templates:
             digest = hashlib.blake2b(f"{use} {template}".encode(), digest_size=3).hexdigest()
             words = re.findall(r"[a-z]+", template.lower())[:4]
-            found.append(Phrasing("-".join([*words, digest]), template, use))
-    assert len({p.id for p in found}) == len(found)
-    return tuple(found)
+            wrappers.append(Phrasing("-".join([*words, digest]), template, use))
+    assert len({p.id for p in wrappers}) == len(wrappers)
+    return tuple(wrappers)
 
 
 def is_writing(vp: str) -> bool:
@@ -278,8 +267,8 @@ def wrap(phrasing: Phrasing, vp: str) -> str:
 @lru_cache(maxsize=1)
 def trained_phrasings() -> tuple[Phrasing, ...]:
     """The wrappers that training may see (with some topic): not held out whole."""
-    known = next(t for t in ("a", "b", "c", "d", "e", "f") if assign_split(t, "x")[1] != "topic")
-    return tuple(p for p in phrasings() if assign_split(known, p.id)[1] != "phrasing")
+    seen = next(t for t in ("a", "b", "c", "d", "e", "f") if assign_split(t, "x")[1] != "topic")
+    return tuple(p for p in phrasings() if assign_split(seen, p.id)[1] != "phrasing")
 
 
 def _misspell(rng: Random, text: str) -> str:
