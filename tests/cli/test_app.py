@@ -93,7 +93,7 @@ def test_help_is_light_and_names_every_verb():
         (["base", "align", "model", "banks"], "nothing is overwritten"),
         (["base", "align", "mdoel", "out"], "did you mean `model`?"),
         (["config", "import", "theirs.yaml"], None),
-        (["config", "import", "theirs.yaml", "--out", "bad.yaml"], "bad.yaml: there is something here already"),
+        (["config", "import", "theirs.yaml", "--out", "bad.yaml"], "bad.yaml: this file exists already"),
         (["config", "import", "bad.yaml"], "no DPO config of TRL or Axolotl"),
     ],
 )

@@ -1,4 +1,7 @@
-"""`config import`: TRL and Axolotl DPO configs to ours."""
+"""Conversion of DPO configs of TRL and Axolotl to ours, for `config import`.
+
+Keys with a counterpart are written out; every other key is named with the reason.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,18 @@ from persona_rlhf.config.loader import (
     read_yaml,
 )
 
-# ----------------------------------------------------------------------------------------------------
-# What the keys of other people's DPO configs are called here, and why some have no counterpart.
-# ----------------------------------------------------------------------------------------------------
-
 
 class NoCounterpart(Exception):  # noqa: N818 - no fault: the key is named, and the reading goes on
-    """Says why a value of theirs cannot be one of ours."""
+    """A value without a counterpart here; the message is the reason."""
 
 
 class Dialect(NamedTuple):
-    """Whose configs, and their keys: what each is called here and how its value is read, in the order in which they are
-    believed; the two whose product is our `dpo.pairs_per_step`, with their defaults; values that change nothing here;
-    and what it takes where the file is silent, by our keys. `adapter` is the key that says whether it trains one,
-    `dataset` the one that names the pairs."""
+    """The config keys of another trainer.
+
+    `keys` maps each key to ours and to the reader of its value; earlier keys win. `batch` holds the keys whose product
+    is `dpo.pairs_per_step`, with their defaults. `same` holds values that change nothing here, `defaults` the trainer's
+    defaults by our keys. `adapter` is the key that switches adapters on, `dataset` the key of the pairs.
+    """
 
     title: str
     keys: Mapping[str, tuple[str, Callable[[Tree], Tree]]]
@@ -49,12 +50,12 @@ class Dialect(NamedTuple):
 
 
 def reason(key: str) -> str:
-    """Why a key of theirs has no counterpart."""
+    """The reason why a key has no counterpart."""
     return next((why for pattern, why in _REASONS.items() if re.fullmatch(pattern, key)), "nothing here does this")
 
 
 def as_name(value: Tree) -> Tree:
-    """A text as the name of an experiment, which is a folder's too."""
+    """A text as the name of an experiment, which also names a folder."""
     return re.sub(r"[^\w.-]+", "-", str(value)).lstrip(".-") or "imported"
 
 
@@ -64,12 +65,12 @@ def _as_it_is(value: Tree) -> Tree:
 
 def _whole(value: Tree) -> Tree:
     if isinstance(value, float) and not value.is_integer():
-        raise NoCounterpart("pairs are gone through whole times")
+        raise NoCounterpart("the number of epochs is a whole number")
     return int(value) if isinstance(value, float) else value
 
 
 def _number(value: Tree) -> Tree:
-    """Readers of YAML 1.1 take 5e-6 for a text, so it may stand in quotes."""
+    """A number, also in quotes: readers of YAML 1.1 take 5e-6 for a text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -78,7 +79,7 @@ def _number(value: Tree) -> Tree:
 
 def _share(value: Tree) -> Tree:
     if isinstance(value, int | float) and value >= 1:
-        raise NoCounterpart("is a count; a share of each user's own is wanted here")
+        raise NoCounterpart("is a count; this key is a share of each user's pairs or steps")
     return value
 
 
@@ -96,14 +97,14 @@ def _modules(value: Tree) -> Tree:
     return [value] if isinstance(value, str) else value
 
 
-def _one_of(ours: str, known: Mapping[Scalar, str]) -> Callable[[Tree], Tree]:
-    """Reads values by their names here; a list of one is that one."""
+def _one_of(ours: str, names: Mapping[Scalar, str]) -> Callable[[Tree], Tree]:
+    """A reader of values by their names here; a list of one value is that value."""
 
     def read(value: Tree) -> Tree:
         alone = value[0] if isinstance(value, list) and len(value) == 1 else value
-        if isinstance(alone, list | dict) or alone not in known:
-            raise NoCounterpart(f"{ours} is {', '.join(dict.fromkeys(known.values()))}")
-        return known[alone]
+        if isinstance(alone, list | dict) or alone not in names:
+            raise NoCounterpart(f"{ours} is {', '.join(dict.fromkeys(names.values()))}")
+        return names[alone]
 
     return read
 
@@ -203,16 +204,16 @@ _REASONS = {
         "each process holds the whole base; fleet.processes says how many there are"
     ),
     "fp16|float16|tf32|half_precision_backend": "base.dtype is auto, bfloat16 or float32",
-    "max_steps": "each user takes dpo.epochs passes over his own pairs",
+    "max_steps": "each user is trained for dpo.epochs passes over the user's pairs",
     "max_length|max_prompt_length|max_completion_length|truncation_mode|sequence_len|pad_to_.*|excess_length_.*": (
-        "pairs are never cut; one that is longer than the base's context is left out and named"
+        "pairs are never cut; a pair longer than the base's context is left out and named"
     ),
     "lora_dropout|disable_dropout": "there is no dropout",
     "use_rslora|use_dora|peft_.*|peft|lora_.*|loraplus_.*": "adapters are plain LoRA on linear layers",
     "load_in_[48]bit|bnb_.*|use_bnb_.*|gptq|qlora_.*": "a base can be stored in four bits with base.quantization: nf4",
     "precompute_ref_.*|ref_model.*|sync_ref_model": "the reference is the frozen base, computed once for all users",
     "optim|optimizer|optim_.*|adam_.*": "the optimizer is AdamW with betas 0.9 and 0.999 and epsilon 1e-8",
-    "lr_scheduler_kwargs|cosine_.*": "dpo.schedule has no settings of its own",
+    "lr_scheduler_kwargs|cosine_.*": "dpo.schedule has no further settings",
     "report_to|wandb_.*|mlflow_.*|comet_.*|trackio_.*|use_tensorboard|logging_.*|log_.*": (
         "every step is in RUN/metrics.jsonl, and the report shows the rest"
     ),
@@ -222,17 +223,17 @@ _REASONS = {
     "(per_device_)?eval_.*|evals_per_epoch|do_eval|dataset_test_split|test_datasets|dataset_train_split": (
         "users.heldout, or `split` in a row, says which pairs are held out"
     ),
-    "datasets": "users.path is the first one's; rows are known by their columns, and several files go into one folder",
+    "datasets": "users.path takes the first data set; put several files into one folder",
     "dataset_config|dataset_streaming|dataset_.*|dataloader_.*|shuffle_.*|remove_unused_columns": (
         "users.path is read once, row by row"
     ),
     "chat_template.*|special_tokens|tokenizer.*|pad_token|model_type|tokens|added_tokens.*": (
-        "the base's own tokenizer and chat template are used"
+        "the base's tokenizer and chat template are used"
     ),
     "hub_.*|push_to_hub.*": "nothing leaves the machine",
     "trust_remote_code": "no code of a model is run",
     "attn_implementation|.*_attention|sample_packing.*|padding_free|group_by_length|.*liger_.*|plugins": (
-        "the fleet lays rows out by itself"
+        "the fleet packs rows itself"
     ),
     "model_revision|revision_of_model": "name a folder that holds that revision",
     "loss_weights|f_divergence_type|f_alpha_.*|ld_alpha|use_weighting|rpo_alpha|dpo_.*|discopop_tau": (
@@ -241,23 +242,19 @@ _REASONS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------
-# DPO configs of TRL and Axolotl as ours: what has a counterpart is written out, what has none is named.
-# ----------------------------------------------------------------------------------------------------
-
 _POLICY = "configs/policy/tier_one.yaml"
-_FILES = ("base.model", "users.path")  # what may be missing still: the config is ours all the same
+_FILES = ("base.model", "users.path")  # files that may still be missing
 
 
 class ImportedConfig(NamedTuple):
-    """Our config as YAML text, and one line for each key of theirs that it has no place for."""
+    """Our config as YAML text, and one line for each key without a counterpart."""
 
     text: str
     left_out: list[str]
 
 
 class _Entry(NamedTuple):
-    """A value of ours, the place in their file that it comes from, and what is said beside it."""
+    """A value of our config, its place in the other file, and the comment beside it."""
 
     value: Tree
     place: SourceLocation
@@ -265,7 +262,7 @@ class _Entry(NamedTuple):
 
 
 def import_config(path: Path) -> ImportedConfig:
-    """Reads a DPO config of TRL or Axolotl. Raises InputError where it is neither, or a value in it is impossible."""
+    """Reads a DPO config of TRL or Axolotl. Raises InputError if it is neither, or has an impossible value."""
     document = read_yaml(path)
     if document.problems:
         raise InputError(document.problems)
@@ -281,7 +278,9 @@ def import_config(path: Path) -> ImportedConfig:
         hub = key == "users.path" and is_hub_id(str(entries[key].value))
         comment = f"{entries[key].comment}; {'download it from the hub first' if hub else sentence}"
         entries[key] = entries[key]._replace(comment=comment)
-    lines = [f"# {path.name}, a DPO config of {dialect.title}. Beside each value stands the key that it comes from."]
+    lines = [
+        f"# {path.name}, a DPO config of {dialect.title}. The comment beside each value names the key that it comes from."
+    ]
     lines += _yaml(entries)
     if left_out:
         lines += ["", f"# Keys of {path.name} without a counterpart:", *(f"#   {_one_line(line)}" for line in left_out)]
@@ -289,38 +288,38 @@ def import_config(path: Path) -> ImportedConfig:
 
 
 def write_new(text: str, out: Path) -> None:
-    """Writes a text to a file that is not there yet. Raises InputError where it is."""
+    """Writes a text to a new file. Raises InputError if it exists, or its folder does not."""
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        sentence = "there is something here already, and nothing is overwritten; name a new file"
+        sentence = "this file exists already and is not overwritten; name a new file"
         raise InputError([Problem(str(out), None, None, sentence)]) from None
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError([Problem(str(out), None, None, "there is no such folder; make it first")]) from None
+        raise InputError([Problem(str(out), None, None, "this folder does not exist; make it first")]) from None
 
 
 def _dialect(name: str, theirs: Mapping[str, Tree]) -> Dialect:
-    """Whose config it is. Raises InputError where it is neither's."""
+    """The trainer that a config is for. Raises InputError if it is neither TRL nor Axolotl."""
     if "model_name_or_path" in theirs:
         return TRL
     if "base_model" not in theirs:
         wanted = "`model_name_or_path` (TRL), nor `base_model` and `rl: dpo` (Axolotl)"
         raise InputError([Problem(name, None, None, f"no DPO config of TRL or Axolotl: it has neither {wanted}")])
     if theirs.get("rl") not in ("dpo", "ipo"):
-        said = f"`rl: {theirs['rl']}`" if "rl" in theirs else "no `rl`"
-        raise InputError([Problem(name, None, "rl", f"this Axolotl config has {said}; `rl: dpo` or ipo can be read")])
+        value = f"`rl: {theirs['rl']}`" if "rl" in theirs else "no `rl`"
+        raise InputError([Problem(name, None, "rl", f"this Axolotl config has {value}; `rl: dpo` or ipo can be read")])
     return AXOLOTL
 
 
 def _translated(
     document: YamlDocument, theirs: Mapping[str, Tree], dialect: Dialect
 ) -> tuple[dict[str, _Entry], list[str]]:
-    """Entries by our keys, in the order of our config, and what is said of their keys without a counterpart."""
-    found, left_out = dict(_of_many_keys(document, theirs, dialect)), dict[str, str]()
-    known = {*dialect.keys, *dialect.batch, *_datasets_in_one(theirs)}
+    """Entries by our keys, in the order of our config, and one line for each key without a counterpart."""
+    entries, left_out = dict(_of_many_keys(document, theirs, dialect)), dict[str, str]()
+    handled = {*dialect.keys, *dialect.batch, *_datasets_in_one(theirs)}
     for key, value in theirs.items():
-        if key not in known and value not in dialect.same.get(key, ()):
+        if key not in handled and value not in dialect.same.get(key, ()):
             left_out[key] = reason(key)
     for key, (ours, read) in dialect.keys.items():
         if key in theirs:
@@ -329,24 +328,24 @@ def _translated(
             except NoCounterpart as why:
                 left_out[key] = str(why)
                 continue
-            found.setdefault(ours, _Entry(value, document.place((key,)), key))
-    if "users.path" not in found:
+            entries.setdefault(ours, _Entry(value, document.place((key,)), key))
+    if "users.path" not in entries:
         sentence = "no data set is named, so there are no preference pairs; write one in"
         raise InputError([Problem(document.name, None, dialect.dataset, sentence)])
     here = document.place(())
     output = str(theirs.get("output_dir") or Path(document.name).stem)
-    found.setdefault("name", _Entry(as_name(output.rstrip("/").split("/")[-1]), here, "names the run"))
-    found["policy.documents"] = _Entry([_POLICY], here, "theirs names no policy; this is the shipped tier one")
+    entries.setdefault("name", _Entry(as_name(output.rstrip("/").split("/")[-1]), here, "names the run"))
+    entries["policy.documents"] = _Entry([_POLICY], here, "theirs names no policy; this is the shipped tier one")
     unread = {ours for key, (ours, _) in dialect.keys.items() if key in left_out}
     for ours in dialect.defaults.keys() - unread:
-        found.setdefault(ours, _Entry(dialect.defaults[ours], here, f"default of {dialect.title}"))
-    if not theirs.get(dialect.adapter) and "dpo.learning_rate" in found:
-        rate = found["dpo.learning_rate"]
+        entries.setdefault(ours, _Entry(dialect.defaults[ours], here, f"default of {dialect.title}"))
+    if not theirs.get(dialect.adapter) and "dpo.learning_rate" in entries:
+        rate = entries["dpo.learning_rate"]
         comment = f"{rate.comment}; theirs trains whole models, and LoRA wants about ten times that"
-        found["dpo.learning_rate"] = rate._replace(comment=comment)
-    users = found["users.path"]
-    found["users.path"] = users._replace(comment=f"{users.comment}; its rows need a `user_id`")
-    ordered = {key: found[key] for key in _our_keys() if key in found}
+        entries["dpo.learning_rate"] = rate._replace(comment=comment)
+    users = entries["users.path"]
+    entries["users.path"] = users._replace(comment=f"{users.comment}; its rows need a `user_id`")
+    ordered = {key: entries[key] for key in _our_keys() if key in entries}
     return ordered, [f"{key}: {left_out[key]}" for key in theirs if key in left_out]
 
 
@@ -358,7 +357,7 @@ def _our_keys() -> Iterator[str]:
 
 
 def _of_many_keys(document: YamlDocument, theirs: Mapping[str, Tree], dialect: Dialect) -> Iterator[tuple[str, _Entry]]:
-    """What no single plain key of theirs says: the pairs of a step, and the first of several data sets."""
+    """Entries that several keys decide: the pairs of a step, and the first of several data sets."""
     counts = {key: theirs.get(key, default) for key, default in dialect.batch.items()}
     wrong = [key for key, count in counts.items() if type(count) is not int]
     product = counts[wrong[0]] if wrong else math.prod(counts.values())  # type: ignore[arg-type]
@@ -372,14 +371,14 @@ def _of_many_keys(document: YamlDocument, theirs: Mapping[str, Tree], dialect: D
 
 
 def _datasets_in_one(theirs: Mapping[str, Tree]) -> list[str]:
-    """`datasets`, where it says nothing but one path."""
+    """`datasets`, if it only names one path."""
     sets = theirs.get("datasets")
     plain = isinstance(sets, list) and len(sets) == 1 and isinstance(sets[0], dict) and set(sets[0]) == {"path"}
     return ["datasets"] if plain else []
 
 
 def _check(name: str, entries: Mapping[str, _Entry]) -> list[Problem]:
-    """What our config says of these values, with the lines of theirs."""
+    """Problems of these values in our config, with the lines of the other file."""
     tree: dict[str, Tree] = {}
     places: dict[KeyPath, SourceLocation] = {(): SourceLocation(name, None)}
     for key, entry in entries.items():
@@ -411,7 +410,7 @@ def _one_line(comment: str) -> str:
 
 
 def _scalar(value: Tree) -> str:
-    """A value on one line; a text without quotes where YAML reads it back as it is."""
+    """A value on one line; a text has no quotes if YAML reads it back unchanged."""
     if isinstance(value, str) and value:
         try:
             if parse_yaml(f"- {value} #", "").tree == [value]:
