@@ -33,6 +33,7 @@ SHOWN_BY = {
     "constraint.twin_rows_per_step": "tests/training/test_constraint.py",
     "constraint.margin": "tests/training/test_constraint.py",
     "constraint.floor": "tests/training/test_constraint.py",
+    "constraint.opening_weight": "tests/training/test_trl.py",
     "constraint.gain": "tests/training/test_trl.py",
     "gate.runs": "tests/evaluation/test_fleet_guarantee.py",
     "gate.judge_calibration.compliances": "tests/evaluation/test_fleet_guarantee.py"

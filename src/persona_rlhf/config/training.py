@@ -176,7 +176,7 @@ class ConstraintSettings(Section):
     floor: float = Field(
         -12.0, le=0, description="Advanced: log-probability in nats; an opening less likely than this costs nothing."
     )
-    opening_weight: float = Field(0.3, ge=0, description="Weight of the opening hinges in the loss.")
+    opening_weight: float = Field(0.3, ge=0, description="Advanced: weight of the opening hinges in the loss.")
     gain: float = Field(
         0.1, gt=0, description="Advanced: rise of a dual variable per step and nat of smoothed violation."
     )
