@@ -278,9 +278,7 @@ def import_config(path: Path) -> ImportedConfig:
         hub = key == "users.path" and is_hub_id(str(entries[key].value))
         comment = f"{entries[key].comment}; {'download it from the hub first' if hub else sentence}"
         entries[key] = entries[key]._replace(comment=comment)
-    lines = [
-        f"# {path.name}, a DPO config of {dialect.title}. The comment beside each value names the key that it comes from."
-    ]
+    lines = [f"# {path.name}, a DPO config of {dialect.title}. A comment names the key that each value comes from."]
     lines += _yaml(entries)
     if left_out:
         lines += ["", f"# Keys of {path.name} without a counterpart:", *(f"#   {_one_line(line)}" for line in left_out)]
