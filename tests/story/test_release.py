@@ -14,7 +14,7 @@ from tests.story.experiment import environment, results
 _ELSEWHERE = """
 import sys
 base, user, folder, place, merged = sys.argv[1:]
-from persona_rlhf.cli import app
+from persona_rlhf.cli.app import app
 def export(*words):
     try:
         app(["export", "run", *words], prog_name="persona-rlhf")
