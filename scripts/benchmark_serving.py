@@ -41,8 +41,8 @@ from persona_rlhf.models.base import load_base
 from persona_rlhf.serving.access import AdapterAccess, Limits, make_tokens, read_tokens
 from persona_rlhf.serving.local_engine import AdapterCache, BatchingEngine, LocalGenerator
 from persona_rlhf.serving.openai_api import SamplingParams
-from persona_rlhf.serving.policy_filter import together
-from persona_rlhf.serving.server import Gateway, listening
+from persona_rlhf.serving.policy_filter import join_chunks
+from persona_rlhf.serving.server import Gateway, bind_socket
 
 BUDGET = 1 << 30  # bytes of adapters
 
@@ -93,43 +93,44 @@ def built_in(
 ) -> Iterator[tuple[LocalGenerator, AdapterAccess, Contender]]:
     """The engine of `serve`, asked from within the process."""
     adapted = AdaptedModel(load_base(config.base), config.lora)
-    admitted = AdapterAccess(run, adapted.base.weights_hash, config.lora, print)
+    access = AdapterAccess(run, adapted.base.weights_hash, config.lora, print)
     engine = BatchingEngine(adapted, most)
-    writer = LocalGenerator(adapted.base, AdapterCache(admitted, list(adapted.spans.values()), BUDGET), engine)
+    generator = LocalGenerator(adapted.base, AdapterCache(access, list(adapted.spans.values()), BUDGET), engine)
 
     def answer(request: Request) -> Answer:
-        piece = together(writer.write(request.slug, (Message("user", request.question),), SamplingParams(tokens)))
-        assert piece.usage is not None
-        return Answer(piece.text, piece.usage.completion)
+        messages = (Message("user", request.question),)
+        answered = join_chunks(generator.generate(access.admit(request.slug), messages, SamplingParams(tokens)))
+        assert answered.usage is not None
+        return Answer(answered.text, answered.usage.completion)
 
-    yield writer, admitted, answer
+    yield generator, access, answer
     engine.close()
 
 
 @contextmanager
-def over_http(writer: LocalGenerator, admitted: AdapterAccess, tokens: int, clients: int) -> Iterator[Contender]:
+def over_http(generator: LocalGenerator, access: AdapterAccess, tokens: int, clients: int) -> Iterator[Contender]:
     """The whole server on loopback, with tokens and limits; the clients' side runs in this process too."""
     with tempfile.TemporaryDirectory() as folder:
-        made = make_tokens(Path(folder) / "tokens.jsonl", admitted.results)
-        known = read_tokens(Path(folder) / "tokens.jsonl")
+        made = make_tokens(Path(folder) / "tokens.jsonl", access.results)
+        hashes = read_tokens(Path(folder) / "tokens.jsonl")
     limits = Limits(tokens=tokens, rate=1_000_000, concurrent=clients, concurrent_each=clients)
-    place = listening("127.0.0.1", 0)
-    app = Gateway(writer, admitted, known, print, limits=limits).app()
+    place = bind_socket("127.0.0.1", 0)
+    app = Gateway(generator, access, hashes, print, limits=limits).app()
     server = uvicorn.Server(uvicorn.Config(app, http="h11", log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    own = threading.local()
+    local = threading.local()
 
     def answer(request: Request) -> Answer:
-        if not hasattr(own, "connection"):
-            own.connection = http.client.HTTPConnection(*place.getsockname())
+        if not hasattr(local, "connection"):
+            local.connection = http.client.HTTPConnection(*place.getsockname())
         messages = [{"role": "user", "content": request.question}]
         body = {"model": request.slug, "messages": messages, "temperature": 0, "max_tokens": tokens}
         headers = {"Authorization": f"Bearer {made[request.slug]}", "Content-Type": "application/json"}
-        own.connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        found = json.loads(own.connection.getresponse().read())
+        local.connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        found = json.loads(local.connection.getresponse().read())
         return Answer(found["choices"][0]["message"]["content"], found["usage"]["completion_tokens"])
 
     yield answer
@@ -168,12 +169,12 @@ def main() -> None:
     draw = random.Random(0)
     questions = read_ordinary(find("data/policy/ordinary.jsonl"))
     with (
-        built_in(chosen.run, config, chosen.tokens, chosen.clients) as (writer, admitted, batched),
+        built_in(chosen.run, config, chosen.tokens, chosen.clients) as (generator, access, batched),
         built_in(chosen.run, config, chosen.tokens, 1) as (_, _, single),
-        over_http(writer, admitted, chosen.tokens, chosen.clients) as served,
+        over_http(generator, access, chosen.tokens, chosen.clients) as served,
     ):
-        slugs = sorted(slug for slug in admitted.results if not admitted.reasons(slug))[: chosen.users]
-        folders = {slug: admitted.folder(slug) for slug in slugs}
+        slugs = sorted(slug for slug in access.results if not access.reasons(slug))[: chosen.users]
+        folders = {slug: access.folder(slug) for slug in slugs}
         requests = [Request(slugs[n % len(slugs)], draw.choice(questions)) for n in range(chosen.requests)]
         draw.shuffle(requests)
         with switching(config, folders, chosen.tokens) as peft:

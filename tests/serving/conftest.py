@@ -70,13 +70,13 @@ def served_run(run: Run, base_folder) -> Run:
 
 
 @pytest.fixture
-def told() -> list[str]:
+def log() -> list[str]:
     return []
 
 
 @pytest.fixture
-def admitted(run: Run, base: Base, told: list[str]) -> AdapterAccess:
-    return AdapterAccess(run.path, base.weights_hash, LORA, told.append)
+def access(run: Run, base: Base, log: list[str]) -> AdapterAccess:
+    return AdapterAccess(run.path, base.weights_hash, LORA, log.append)
 
 
 def slugs() -> list[str]:

@@ -10,8 +10,8 @@ from persona_rlhf.serving.access import make_tokens, read_tokens
 
 def test_a_token_opens_its_own_user_and_no_other(tmp_path):
     made = make_tokens(tmp_path / "tokens", ["ann", "bob"])
-    known = read_tokens(tmp_path / "tokens")
-    assert {slug: known.holder(token) for slug, token in made.items()} == {"ann": "ann", "bob": "bob"}
+    tokens = read_tokens(tmp_path / "tokens")
+    assert {slug: tokens.holder(token) for slug, token in made.items()} == {"ann": "ann", "bob": "bob"}
     prefix, key, secret = made["ann"].split("_", 2)
     other = made["bob"].split("_", 2)
     for wrong in (
@@ -27,7 +27,7 @@ def test_a_token_opens_its_own_user_and_no_other(tmp_path):
         f"{prefix}__{secret}",
         "\udcff_\udcff_\udcff",
     ):
-        assert known.holder(wrong) is None
+        assert tokens.holder(wrong) is None
 
 
 def test_the_file_holds_hashes_only_for_its_owners_eyes(tmp_path):

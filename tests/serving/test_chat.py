@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -13,38 +14,41 @@ from persona_rlhf.data.pairs import Message, read_pairs
 from persona_rlhf.release.results import PairCounts, skipped
 from persona_rlhf.release.verify import verify
 from persona_rlhf.serving.chat import Chat, ChatTerminal
-from persona_rlhf.serving.openai_api import APIError, TextChunk, Usage
+from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, TextChunk, Usage
 from persona_rlhf.serving.policy_filter import PolicyFilter
 
 USER = skipped("Ada", "", PairCounts(0, 0, 0))
+ADAPTER = AdmittedAdapter(USER, Path("adapters"), "")
 
 
 class Counting:
-    """A writer whose answers are numbered; the last words of the question are in them."""
+    """A generator whose answers are numbered; the last words of the question are in them."""
 
     def __init__(self):
-        self.asked = []
+        self.requests = []
 
-    def write(self, model, messages, wish):
-        self.asked.append((model, messages, wish))
+    def generate(self, adapter, messages, sampling):
+        self.requests.append((None if adapter is None else adapter.slug, messages, sampling))
         if messages[-1].content == "too long":
             raise APIError(400, "The messages are too long.", "context_length_exceeded")
-        last = "same" if messages[-1].content == "same" else f"answer {len(self.asked)}"
+        last = "same" if messages[-1].content == "same" else f"answer {len(self.requests)}"
         return iter(
-            [TextChunk(f"{'base' if model is None else 'own'} "), TextChunk(last), TextChunk("", "stop", Usage(1, 1))]
+            [TextChunk(f"{'base' if adapter is None else 'own'} "), TextChunk(last), TextChunk("", "stop", Usage(1, 1))]
         )
 
 
 @pytest.fixture
 def talk(tmp_path):
-    """Types lines; what was written, shown and said."""
+    """Types lines; what was written, shown and noted."""
 
-    def talk(*lines, compare=False, terminal=False, guard=None):
-        writer, shown, said = Counting(), io.StringIO(), []
+    def talk(*lines, compare=False, terminal=False, policy_filter=None):
+        generator, shown, notes = Counting(), io.StringIO(), []
         console = Console(file=shown, force_terminal=terminal, width=80)
-        chat = Chat(tmp_path, USER, writer, guard or PolicyFilter(), ChatTerminal(console), said.append, 9, compare)
+        policy_filter = policy_filter or PolicyFilter()
+        terminal = ChatTerminal(console)
+        chat = Chat(tmp_path, USER, lambda _: ADAPTER, generator, policy_filter, terminal, notes.append, 9, compare)
         chat.run(iter(f"{line}\n" for line in lines))
-        return writer.asked, shown.getvalue(), said
+        return generator.requests, shown.getvalue(), notes
 
     return talk
 
@@ -54,60 +58,66 @@ def saved(folder):
 
 
 def test_a_conversation_goes_on_with_the_users_answers(talk):
-    asked, shown, said = talk("hello", "", "  and now?  ", "/quit", "never asked")
-    assert [model for model, _, _ in asked] == [slug("Ada")] * 2
-    assert asked[1][1] == (Message("user", "hello"), Message("assistant", "own answer 1"), Message("user", "and now?"))
+    requests, shown, notes = talk("hello", "", "  and now?  ", "/quit", "never requests")
+    assert [model for model, _, _ in requests] == [slug("Ada")] * 2
+    assert requests[1][1] == (
+        Message("user", "hello"),
+        Message("assistant", "own answer 1"),
+        Message("user", "and now?"),
+    )
     assert shown == "Ada> own answer 1\nAda> own answer 2\n"
-    assert asked[0][2].temperature == 0
-    assert said == []
+    assert requests[0][2].temperature == 0
+    assert notes == []
 
 
 @pytest.mark.parametrize(("command", "chosen"), [("/pair", 1), ("/pair 2", 1), ("/pair 1", 0)])
 def test_a_second_answer_and_the_better_of_the_two(talk, tmp_path, command, chosen):
-    asked, _, said = talk("hello", "/retry", command, command, "go on")
+    requests, _, notes = talk("hello", "/retry", command, command, "go on")
     answers = ["own answer 1", "own answer 2"]
-    assert asked[1][2].temperature > 0
-    assert asked[1][1] == asked[0][1]
+    assert requests[1][2].temperature > 0
+    assert requests[1][1] == requests[0][1]
     [pair] = saved(tmp_path)
     assert (pair.user_id, pair.prompt, pair.source) == ("Ada", (Message("user", "hello"),), "chat")
     assert (pair.chosen, pair.rejected) == (answers[chosen], answers[1 - chosen])
-    assert asked[2][1][1] == Message("assistant", answers[chosen])
-    assert "Saved" in said[0]
-    assert "no two answers" in said[1]
+    assert requests[2][1][1] == Message("assistant", answers[chosen])
+    assert "Saved" in notes[0]
+    assert "no two answers" in notes[1]
 
 
 def test_seconds_answers_differ_from_each_other(talk):
-    asked, _, _ = talk("hello", "/retry", "/retry")
-    assert asked[1][2].seed != asked[2][2].seed
+    requests, _, _ = talk("hello", "/retry", "/retry")
+    assert requests[1][2].seed != requests[2][2].seed
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_beside_the_base_the_better_one_must_be_named(talk, tmp_path, terminal):
-    asked, shown, said = talk("hello", "/pair", "/pair 3", "/pair 2", compare=True, terminal=terminal)
-    assert [model for model, _, _ in asked] == [slug("Ada"), None]
+    requests, shown, notes = talk("hello", "/pair", "/pair 3", "/pair 2", compare=True, terminal=terminal)
+    assert [model for model, _, _ in requests] == [slug("Ada"), None]
     assert "own answer 1" in shown
     assert "base answer 2" in shown
-    assert said[:2] == ["Say which answer is better: /pair 1 or /pair 2."] * 2
+    assert notes[:2] == ["Say which answer is better: /pair 1 or /pair 2."] * 2
     [pair] = saved(tmp_path)
     assert (pair.chosen, pair.rejected) == ("base answer 2", "own answer 1")
 
 
 def test_what_cannot_be_done_is_said_and_the_chat_goes_on(talk, tmp_path):
-    asked, _, said = talk("/retry", "/pair", "/dance", "too long", "hello", "too long", "same", "/retry", "/pair")
-    assert said[0].startswith("There is no answer yet")
-    assert said[1].startswith("There are no two answers")
-    assert said[2].startswith("There is no command /dance")
-    assert said[3] == said[4] == "The messages are too long."
-    assert said[5] == "The two answers are the same; nothing is saved."
-    assert [message.content for message in asked[-1][1]] == ["hello", "own answer 2", "same"]
+    requests, _, notes = talk("/retry", "/pair", "/dance", "too long", "hello", "too long", "same", "/retry", "/pair")
+    assert notes[0].startswith("There is no answer yet")
+    assert notes[1].startswith("There are no two answers")
+    assert notes[2].startswith("There is no command /dance")
+    assert notes[3] == notes[4] == "The messages are too long."
+    assert notes[5] == "The two answers are the same; nothing is saved."
+    assert [message.content for message in requests[-1][1]] == ["hello", "own answer 2", "same"]
     assert saved(tmp_path) == []
 
 
 def test_the_policy_looks_at_answers_here_too(talk):
-    guard = PolicyFilter(lambda user_id: "Be kind.", None, lambda prompt, answer: ["rule"] * answer.startswith("own"))
-    asked, shown, _ = talk("hello", guard=guard)
+    policy_filter = PolicyFilter(
+        lambda user_id: "Be kind.", None, lambda prompt, answer: ["rule"] * answer.startswith("own")
+    )
+    requests, shown, _ = talk("hello", policy_filter=policy_filter)
     assert shown == "Ada> base answer 2\n"
-    assert asked[0][1][0] == Message("system", "Be kind.")
+    assert requests[0][1][0] == Message("system", "Be kind.")
 
 
 def test_an_answer_does_not_move_the_cursor():

@@ -17,13 +17,13 @@ def streams(count):
 def kept(logits: list[float], top_p: float) -> set[int]:
     """The nucleus token by token: the most likely ones, until they hold `top_p`."""
     shares = torch.softmax(torch.tensor(logits), 0).tolist()
-    found, held = set(), 0.0
+    chosen, held = set(), 0.0
     for place in sorted(range(len(logits)), key=lambda n: -shares[n]):
-        if held >= top_p and found:
+        if held >= top_p and chosen:
             break
-        found.add(place)
+        chosen.add(place)
         held += shares[place]
-    return found
+    return chosen
 
 
 @given(
@@ -44,14 +44,14 @@ def test_a_share_of_one_keeps_everything():
 
 def test_temperature_zero_takes_the_most_likely_token_beside_rows_that_draw():
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
-    wishes = [SamplingParams(1, temperature=float(n % 2)) for n in range(6)]
-    assert sample_tokens(logits, wishes, streams(6))[::2].tolist() == logits.argmax(-1)[::2].tolist()
+    sampling = [SamplingParams(1, temperature=float(n % 2)) for n in range(6)]
+    assert sample_tokens(logits, sampling, streams(6))[::2].tolist() == logits.argmax(-1)[::2].tolist()
 
 
 def test_tokens_come_as_often_as_the_cut_distribution_says():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1)
-    wish = SamplingParams(1, temperature=0.5, top_p=0.95)
-    tokens = sample_tokens(logits, [wish] * 4000, streams(4000))
+    sampling = SamplingParams(1, temperature=0.5, top_p=0.95)
+    tokens = sample_tokens(logits, [sampling] * 4000, streams(4000))
     shares = torch.bincount(tokens, minlength=4) / 4000
     expected = torch.softmax(nucleus(logits[:1] / 0.5, torch.tensor([0.95])), -1)[0]
     assert expected[2] == 0

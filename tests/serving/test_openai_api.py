@@ -17,11 +17,11 @@ def body(**changes) -> bytes:
 
 
 def test_what_is_asked_is_taken():
-    found = parse(body(max_tokens=7, temperature=0, top_p=0.5, stop="x", seed=3, stream=True, n=1, user="me"), 64)
-    assert found.wish == SamplingParams(7, 0.0, 0.5, 3, ("x",), True)
-    assert found.messages == (Message("user", "hi"),)
-    assert parse(body(), 64).wish == SamplingParams(64, 1.0, 1.0, None, (), False)
-    assert parse(body(max_completion_tokens=9, stop=["a", "b"]), 64).wish.max_tokens == 9
+    request = parse(body(max_tokens=7, temperature=0, top_p=0.5, stop="x", seed=3, stream=True, n=1, user="me"), 64)
+    assert request.sampling == SamplingParams(7, 0.0, 0.5, 3, ("x",), True)
+    assert request.messages == (Message("user", "hi"),)
+    assert parse(body(), 64).sampling == SamplingParams(64, 1.0, 1.0, None, (), False)
+    assert parse(body(max_completion_tokens=9, stop=["a", "b"]), 64).sampling.max_tokens == 9
 
 
 @pytest.mark.parametrize(
@@ -61,14 +61,13 @@ def test_what_is_asked_is_taken():
     ],
     ids=lambda value: json.dumps(value)[:40],
 )
-def test_what_cannot_be_is_declined_by_name(param, changes):
-    with pytest.raises(APIError) as declined:
+def test_what_cannot_be_is_error_by_name(param, changes):
+    with pytest.raises(APIError) as error:
         parse(body(**changes), 64)
-    assert declined.value.status == 400
-    assert declined.value.param == param
-    error = declined.value.to_json()["error"]
-    assert error == {
-        "message": declined.value.message,
+    assert error.value.status == 400
+    assert error.value.param == param
+    assert error.value.to_json()["error"] == {
+        "message": error.value.message,
         "type": "invalid_request_error",
         "param": param,
         "code": "invalid_value",
@@ -77,6 +76,6 @@ def test_what_cannot_be_is_declined_by_name(param, changes):
 
 @given(st.binary(max_size=60) | st.sampled_from([b"[" * 5000, b'{"a":' * 5000, b"null", b"3", b"[]", b"\xff", b""]))
 def test_no_body_is_a_fault_of_ours(raw):
-    with pytest.raises(APIError) as declined:
+    with pytest.raises(APIError) as error:
         parse(raw, 64)
-    assert declined.value.status == 400
+    assert error.value.status == 400

@@ -7,7 +7,7 @@ import pytest
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import find
 from persona_rlhf.policy.policy import Policy
-from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of
+from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
 
 ONE = find("configs/policy/tier_one.yaml")
 TWO = """
@@ -27,11 +27,11 @@ def documents(tmp_path):
 
 
 def test_a_policys_rules_are_words_before_and_a_look_after(documents):
-    guard = PolicyFilter.of(Policy.read(documents))
-    assert "at most 3 words" in guard.system_prompt("ann")
-    assert guard.post_check("hi", "one two three") == []
-    assert guard.post_check("hi", "one two three four") == ["t2.short"]
-    assert guard.redirect("hi") is None
+    policy_filter = PolicyFilter.of(Policy.read(documents))
+    assert "at most 3 words" in policy_filter.system_prompt("ann")
+    assert policy_filter.post_check("hi", "one two three") == []
+    assert policy_filter.post_check("hi", "one two three four") == ["t2.short"]
+    assert policy_filter.redirect("hi") is None
 
 
 def test_rules_that_no_program_can_tell_hold_no_answer_back(documents, tmp_path):
@@ -43,9 +43,9 @@ def test_rules_that_no_program_can_tell_hold_no_answer_back(documents, tmp_path)
 
 def test_documents_that_changed_since_the_run_was_judged_are_not_served_by(documents, tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
-        policy_of(tmp_path, documents)
+        policy_of_run(tmp_path, documents)
     (tmp_path / "policy.json").write_text(json.dumps(Policy.read(documents).to_json()))
-    assert policy_of(tmp_path, documents).hash == Policy.read(documents).hash
+    assert policy_of_run(tmp_path, documents).hash == Policy.read(documents).hash
     (tmp_path / "two.yaml").write_text(TWO.replace("max_words: 3", "max_words: 300"))
     with pytest.raises(InputError, match="changed since this run was judged"):
-        policy_of(tmp_path, documents)
+        policy_of_run(tmp_path, documents)

@@ -4,15 +4,23 @@ import asyncio
 import json
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import pytest
 
 from persona_rlhf.common.files import slug
-from persona_rlhf.release.results import PairCounts, skipped
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.release.results import PairCounts, read_results, skipped
+from persona_rlhf.release.revocation import revoke
+from persona_rlhf.serving import access as access_module
 from persona_rlhf.serving.access import AdapterAccess, Limits, make_tokens, read_tokens
-from persona_rlhf.serving.openai_api import APIError, TextChunk, Usage
-from persona_rlhf.serving.policy_filter import INSTEAD, PolicyFilter
+from persona_rlhf.serving.local_engine import AdapterCache, BatchingEngine, LocalGenerator
+from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, SamplingParams, TextChunk, Usage
+from persona_rlhf.serving.policy_filter import FALLBACK, PolicyFilter, join_chunks
 from persona_rlhf.serving.server import Gateway
 from tests.serving.conftest import RELEASED, slugs
 
@@ -20,21 +28,22 @@ ADA, ADA2 = slug("Ada"), slug("ada")
 
 
 class Echo:
-    """A writer that says who was asked what, word by word."""
+    """A generator that repeats the request, word by word."""
 
     def __init__(self):
-        self.asked = []
+        self.requests = []
         self.fault = None
         self.hold = threading.Event()
         self.hold.set()
 
-    def write(self, model, messages, wish):
-        self.asked.append((model, messages))
+    def generate(self, adapter, messages, sampling):
+        model = None if adapter is None else adapter.slug
+        self.requests.append((model, messages))
         if isinstance(self.fault, APIError):
             raise self.fault
-        return self.pieces(model, messages)
+        return self.chunks(model, messages)
 
-    def pieces(self, model, messages):
+    def chunks(self, model, messages):
         self.hold.wait(10)
         if self.fault is not None:
             raise self.fault
@@ -43,16 +52,17 @@ class Echo:
         yield TextChunk("", "stop", Usage(5, 3))
 
 
-class Known(AdapterAccess):
-    """Who is served, without a run on a disk."""
+class FixedAccess(AdapterAccess):
+    """Serves the given users, without a run on a disk."""
 
     def __init__(self, user_ids):
+        self._refusal_hooks = []
         self.results = {slug(one): skipped(one, "", PairCounts(0, 0, 0)) for one in user_ids}
 
-    def check(self, slug, again=False):
+    def admit(self, slug):
         if slug not in self.results:
             raise APIError(403, "not served", "adapter_not_served")
-        return self.results[slug]
+        return AdmittedAdapter(self.results[slug], Path("adapters"), "")
 
 
 @pytest.fixture
@@ -61,8 +71,8 @@ def echo() -> Echo:
 
 
 @pytest.fixture
-def served() -> Known:
-    return Known(RELEASED)
+def fixed_access() -> FixedAccess:
+    return FixedAccess(RELEASED)
 
 
 @pytest.fixture
@@ -72,15 +82,17 @@ def tokens(tmp_path):
 
 
 @pytest.fixture
-def ask(echo, served, tokens, told):
+def ask(echo, fixed_access, tokens, log):
     """Asks the app: `ask(slug, **changes of the body)`; or another path, method or headers."""
-    known, made = tokens
+    hashes, made = tokens
     apps = {}
 
-    def ask(user=ADA, *, path="/v1/chat/completions", guard=None, limits=None, headers=None, content=None, **changes):
-        key = (guard, limits)
+    def ask(
+        user=ADA, *, path="/v1/chat/completions", policy_filter=None, limits=None, headers=None, content=None, **changes
+    ):
+        key = (policy_filter, limits)
         if key not in apps:
-            apps[key] = Gateway(echo, served, known, told.append, guard, limits).app()
+            apps[key] = Gateway(echo, fixed_access, hashes, log.append, policy_filter, limits).app()
         body = {"model": user, "messages": [{"role": "user", "content": "hi"}]} | changes
         sent = {"Authorization": f"Bearer {made[user]}"} if headers is None else headers
 
@@ -97,10 +109,10 @@ def ask(echo, served, tokens, told):
 
 
 def test_an_answer_in_openais_form(ask):
-    found = ask().json()
-    assert found["object"] == "chat.completion"
-    assert found["model"] == ADA
-    assert found["choices"] == [
+    response = ask().json()
+    assert response["object"] == "chat.completion"
+    assert response["model"] == ADA
+    assert response["choices"] == [
         {
             "index": 0,
             "message": {"role": "assistant", "content": f"{ADA} says hi"},
@@ -108,7 +120,7 @@ def test_an_answer_in_openais_form(ask):
             "finish_reason": "stop",
         }
     ]
-    assert found["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert response["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
 
 
 def events(response):
@@ -120,9 +132,9 @@ def events(response):
 def test_a_stream_in_openais_form(ask):
     response = ask(stream=True, stream_options={"include_usage": True})
     assert response.headers["content-type"].startswith("text/event-stream")
-    *found, done = events(response)
+    *response, done = events(response)
     assert done == "[DONE]"
-    chunks = [json.loads(event) for event in found]
+    chunks = [json.loads(event) for event in response]
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk["id"] for chunk in chunks}) == 1
     deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
@@ -133,10 +145,10 @@ def test_a_stream_in_openais_form(ask):
     assert chunks[-1]["usage"]["total_tokens"] == 8
 
 
-def test_everyone_sees_his_own_model_only(ask, served):
+def test_everyone_sees_their_own_model_only(ask, fixed_access):
     assert [model["id"] for model in ask(ADA, path="/v1/models").json()["data"]] == [ADA]
     assert [model["id"] for model in ask(ADA2, path="/v1/models").json()["data"]] == [ADA2]
-    del served.results[slug("../../etc")]
+    del fixed_access.results[slug("../../etc")]
     assert ask(slug("../../etc"), path="/v1/models").json()["data"] == []
 
 
@@ -145,10 +157,10 @@ def test_everyone_sees_his_own_model_only(ask, served):
               f"{ADA}/", f"{ADA} ", ADA.upper(), f"{ADA}\0", "../../../etc/passwd", "%2e%2e%2f" + ADA2, "ä\U0001f480"],
 )  # fmt: skip
 def test_a_foreign_model_an_unknown_one_and_a_path_get_the_same_answer(ask, echo, model):
-    found = ask(ADA, model=model)
-    assert found.status_code == 404
-    assert found.content == ask(ADA, model="no-such-model").content
-    assert echo.asked == []
+    response = ask(ADA, model=model)
+    assert response.status_code == 404
+    assert response.content == ask(ADA, model="no-such-model").content
+    assert echo.requests == []
 
 
 @pytest.mark.parametrize(
@@ -157,18 +169,18 @@ def test_a_foreign_model_an_unknown_one_and_a_path_get_the_same_answer(ask, echo
 )  # fmt: skip
 def test_without_a_token_nobody_comes_in(ask, echo, headers):
     for path in ("/v1/chat/completions", "/v1/models"):
-        found = ask(path=path, headers=headers, content=b"x" * 100)
-        assert found.status_code == 401
-        assert found.headers["www-authenticate"] == "Bearer"
-        assert found.json()["error"]["code"] == "invalid_api_key"
-    assert echo.asked == []
+        response = ask(path=path, headers=headers, content=b"x" * 100)
+        assert response.status_code == 401
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert response.json()["error"]["code"] == "invalid_api_key"
+    assert echo.requests == []
 
 
 def test_the_body_is_limited_whether_it_says_its_length_or_not(ask, tokens, echo):
     small = Limits(body=1_000)
     assert ask(limits=small).status_code == 200
-    found = ask(limits=small, content=b"x" * 1_001)
-    assert found.status_code == 413
+    response = ask(limits=small, content=b"x" * 1_001)
+    assert response.status_code == 413
     read = 0
 
     async def endless():
@@ -198,7 +210,7 @@ def test_places_are_limited_and_given_back(ask, echo, stream):
     first: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: first.append(ask(limits=one, stream=stream)))
     thread.start()
-    while len(echo.asked) < 2:
+    while len(echo.requests) < 2:
         time.sleep(0.001)
     assert ask(ADA2, limits=one).status_code == 429
     echo.hold.set()
@@ -207,62 +219,62 @@ def test_places_are_limited_and_given_back(ask, echo, stream):
     assert ask(ADA2, limits=one).status_code == 200
 
 
-def test_a_fault_shows_no_traceback_and_nothing_of_anybody(ask, echo, told):
+def test_a_fault_shows_no_traceback_and_nothing_of_anybody(ask, echo, log):
     echo.fault = RuntimeError("the private words of bob")
-    found = ask()
-    assert found.status_code == 500
-    assert found.json()["error"] == {
+    response = ask()
+    assert response.status_code == 500
+    assert response.json()["error"] == {
         "message": "The server failed at this request.",
         "type": "server_error",
         "param": None,
         "code": "internal_error",
     }
     streamed = events(ask(stream=True))
-    assert json.loads(streamed[-1]) == found.json()
-    assert len(told) == 2
-    assert not any("private" in line for line in told)
-    assert all("RuntimeError at test_server.py" in line for line in told)
+    assert json.loads(streamed[-1]) == response.json()
+    assert len(log) == 2
+    assert not any("private" in line for line in log)
+    assert all("RuntimeError at test_server.py" in line for line in log)
 
 
 def test_a_declined_request_keeps_its_status_in_a_stream_too(ask, echo):
     echo.fault = APIError(400, "too long", "context_length_exceeded", "messages")
     for stream in (False, True):
-        found = ask(stream=stream)
-        assert (found.status_code, found.json()["error"]["code"]) == (400, "context_length_exceeded")
+        response = ask(stream=stream)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
-def test_an_adapter_that_was_edited_is_not_written_with(run, admitted, echo, tokens, told):
+def test_an_adapter_that_was_edited_is_not_written_with(run, access, echo, tokens, log):
     (run.path / "adapters" / ADA / "adapter_config.json").write_text("{}")
-    app = Gateway(echo, admitted, tokens[0], told.append).app()
-    asked = {"model": ADA, "messages": [{"role": "user", "content": "hi"}]}
+    app = Gateway(echo, access, tokens[0], log.append).app()
+    request = {"model": ADA, "messages": [{"role": "user", "content": "hi"}]}
 
     async def go():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
             headers = {"Authorization": f"Bearer {tokens[1][ADA]}"}
-            return await client.post("/v1/chat/completions", json=asked, headers=headers)
+            return await client.post("/v1/chat/completions", json=request, headers=headers)
 
-    found = asyncio.run(go())
-    assert (found.status_code, found.json()["error"]["code"]) == (403, "adapter_not_served")
-    assert str(run.path) not in found.text
-    assert echo.asked == []
+    response = asyncio.run(go())
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "adapter_not_served")
+    assert str(run.path) not in response.text
+    assert echo.requests == []
 
 
 def test_other_places_hold_nothing(ask):
     for path in ("/", "/docs", "/openapi.json", "/v1/chat/completions/x", "/v1/models/../../etc/passwd"):
-        found = ask(path=path)
-        assert found.status_code == 404
-        assert found.json()["error"]["code"] == "not_found"
+        response = ask(path=path)
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "not_found"
     assert ask(path="/health", headers={}).json() == {"status": "ok"}
 
 
 def test_the_policys_words_stand_first(ask, echo):
-    guard = PolicyFilter(system_prompt=lambda user_id: f"Be kind to {user_id}." if user_id == "Ada" else "")
-    ask(ADA, guard=guard)
-    ask(ADA2, guard=guard)
+    policy_filter = PolicyFilter(system_prompt=lambda user_id: f"Be kind to {user_id}." if user_id == "Ada" else "")
+    ask(ADA, policy_filter=policy_filter)
+    ask(ADA2, policy_filter=policy_filter)
     mine = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-    ask(ADA, guard=guard, messages=mine)
-    said = [[tuple(message) for message in messages] for _, messages in echo.asked]
-    assert said == [
+    ask(ADA, policy_filter=policy_filter, messages=mine)
+    seen = [[tuple(message) for message in messages] for _, messages in echo.requests]
+    assert seen == [
         [("system", "Be kind to Ada."), ("user", "hi")],
         [("user", "hi")],
         [("system", "Be kind to Ada.\n\nBe brief."), ("user", "hi")],
@@ -270,41 +282,106 @@ def test_the_policys_words_stand_first(ask, echo):
 
 
 def test_a_redirected_request_does_not_reach_the_model(ask, echo):
-    guard = PolicyFilter(redirect=lambda prompt: "Ask your doctor." if prompt == "pills?" else None)
-    [choice] = ask(guard=guard, messages=[{"role": "user", "content": "pills?"}]).json()["choices"]
+    policy_filter = PolicyFilter(redirect=lambda prompt: "Ask your doctor." if prompt == "pills?" else None)
+    [choice] = ask(policy_filter=policy_filter, messages=[{"role": "user", "content": "pills?"}]).json()["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Ask your doctor.", "content_filter")
-    assert echo.asked == []
-    assert ask(guard=guard).json()["choices"][0]["message"]["content"] == f"{ADA} says hi"
+    assert echo.requests == []
+    assert ask(policy_filter=policy_filter).json()["choices"][0]["message"]["content"] == f"{ADA} says hi"
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("passes", "asked", "answer", "finish", "written"),
+    ("passes", "models", "answer", "finish", "written"),
     [
         ("both", [ADA], f"{ADA} says hi", "stop", 3),
         ("base", [ADA, None], "the base says hi", "stop", 6),
-        ("none", [ADA, None], INSTEAD, "content_filter", 6),
+        ("none", [ADA, None], FALLBACK, "content_filter", 6),
     ],
 )
 def test_an_answer_that_fails_is_the_bases_or_a_fixed_sentence(
-    ask, echo, passes, asked, answer, finish, written, stream
+    ask, echo, passes, models, answer, finish, written, stream
 ):
-    looked_at = []
+    checked = []
 
     def post_check(prompt, text):
-        looked_at.append((prompt, text))
+        checked.append((prompt, text))
         fine = passes == "both" or (passes == "base" and text.startswith("the base"))
         return [] if fine else ["t2.rule"]
 
-    found = ask(guard=PolicyFilter(post_check=post_check), stream=stream, stream_options={"include_usage": True})
-    assert [model for model, _ in echo.asked] == asked
-    assert looked_at[0] == ("hi", f"{ADA} says hi")
+    response = ask(
+        policy_filter=PolicyFilter(post_check=post_check), stream=stream, stream_options={"include_usage": True}
+    )
+    assert [model for model, _ in echo.requests] == models
+    assert checked[0] == ("hi", f"{ADA} says hi")
     if stream:
-        chunks = [json.loads(event) for event in events(found)[:-1]]
+        chunks = [json.loads(event) for event in events(response)[:-1]]
         choices = [choice for chunk in chunks for choice in chunk["choices"]]
         text = "".join(choice["delta"].get("content", "") for choice in choices)
         ended, usage = choices[-1]["finish_reason"], chunks[-1]["usage"]
     else:
-        [choice] = found.json()["choices"]
-        text, ended, usage = choice["message"]["content"], choice["finish_reason"], found.json()["usage"]
+        [choice] = response.json()["choices"]
+        text, ended, usage = choice["message"]["content"], choice["finish_reason"], response.json()["usage"]
     assert (text, ended, usage["completion_tokens"]) == (answer, finish, written)
+
+
+@pytest.fixture
+def local(run, access, tokens, fleet, log, monkeypatch):
+    """The app over the run's adapters: `post(**changes of the body)`, with the slugs of its admission checks."""
+    checks, admit = [], access.admit
+    monkeypatch.setattr(access, "admit", lambda slug: checks.append(slug) or admit(slug))
+    engine = BatchingEngine(fleet.adapted)
+    cache = AdapterCache(access, list(fleet.adapted.spans.values()), budget=1 << 30)
+    generator = LocalGenerator(fleet.adapted.base, cache, engine)
+
+    def post(policy_filter=None, **changes):
+        app = Gateway(generator, access, tokens[0], log.append, policy_filter).app()
+        body = {"model": ADA, "messages": [{"role": "user", "content": "w5 w6"}], "max_tokens": 4} | changes
+
+        async def go():
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+                headers = {"Authorization": f"Bearer {tokens[1][ADA]}"}
+                return await client.post("/v1/chat/completions", json=body, headers=headers)
+
+        return asyncio.run(go())
+
+    yield Local(post, checks, generator)
+    engine.close()
+
+
+class Local(NamedTuple):
+    post: Callable[..., httpx.Response]
+    checks: list[str]
+    generator: LocalGenerator
+
+
+def test_a_request_is_checked_for_admission_once(local):
+    always_broken = PolicyFilter(post_check=lambda prompt, answer: ["t2.rule"])
+    for number, changes in enumerate([{}, {}, {"stream": True}, {"policy_filter": always_broken}], 1):  # cold, warm
+        assert local.post(**changes).status_code == 200
+        assert local.checks == [ADA] * number
+
+
+def test_an_answer_that_has_begun_ends_and_the_next_request_of_a_revoked_adapter_is_refused(
+    run, access, local, monkeypatch
+):
+    monkeypatch.setattr(access_module, "RECHECK_SECONDS", 0.0)
+    admitted = access.admit(ADA)
+    chunks = local.generator.generate(admitted, (Message("user", "w5 w6"),), SamplingParams(4, stream=True))
+    next(chunks)
+    revoke(run.path, [one for one in read_results(run.path) if one.user_id == "Ada"], "a fault")
+    assert join_chunks(chunks).finish is not None
+    assert local.generator.cache.slugs == [ADA]
+    with ThreadPoolExecutor(8) as clients:
+        refused = list(clients.map(lambda n: local.post(stream=n % 2 == 0), range(16)))
+    assert {response.status_code for response in refused} == {403}
+    assert local.generator.cache.slugs == []
+
+
+def test_an_adapter_that_changed_after_its_admission_is_not_loaded(run, access, local):
+    admitted = access.admit(ADA)
+    weights = run.path / "adapters" / ADA / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(APIError) as error:
+        local.generator.generate(admitted, (Message("user", "w5 w6"),), SamplingParams(4))
+    assert error.value.status == 403
+    assert local.generator.cache.slugs == []

@@ -12,30 +12,34 @@ import pytest
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import slug
 from persona_rlhf.data.pairs import Message
-from persona_rlhf.serving.openai_api import APIError, SamplingParams, TextChunk, Usage
-from persona_rlhf.serving.policy_filter import together
-from persona_rlhf.serving.vllm import VllmGenerator, behind_vllm, command_line, upstream_place, write_layout
+from persona_rlhf.release.results import PairCounts, Result
+from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, SamplingParams, TextChunk, Usage
+from persona_rlhf.serving.policy_filter import join_chunks
+from persona_rlhf.serving.vllm import VllmGenerator, command_line, upstream_address, vllm_run, write_layout
 from tests.serving.conftest import slugs
 from tests.serving.vllm_stand_in import stand_in
 
-ASKED = (Message("system", "Be kind."), Message("user", "hi"))
+MESSAGES = (Message("system", "Be kind."), Message("user", "hi"))
+ANN = AdmittedAdapter(
+    Result(user_id="ann", slug="ann", status="released", reason="", pairs=PairCounts(0, 0, 0)), Path("adapters"), ""
+)
 
 
 @pytest.fixture
 def server():
-    with stand_in() as found:
-        yield found
+    with stand_in() as server:
+        yield server
 
 
 @pytest.fixture
 def upstream(server) -> VllmGenerator:
-    return VllmGenerator(upstream_place(f"http://127.0.0.1:{server.server_port}"), "a key")
+    return VllmGenerator(upstream_address(f"http://127.0.0.1:{server.server_port}"), "a key")
 
 
 def test_a_request_goes_on_as_it_came_and_comes_back_in_pieces(server, upstream):
-    wish = SamplingParams(9, 0.5, 0.9, 3, ("x",))
-    pieces = list(upstream.write("ann", ASKED, wish))
-    assert pieces == [TextChunk("ann "), TextChunk("says "), TextChunk("hi"), TextChunk("", "length", Usage(4, 3))]
+    sampling = SamplingParams(9, 0.5, 0.9, 3, ("x",))
+    chunks = list(upstream.generate(ANN, MESSAGES, sampling))
+    assert chunks == [TextChunk("ann "), TextChunk("says "), TextChunk("hi"), TextChunk("", "length", Usage(4, 3))]
     [(path, key, body)] = server.asked
     assert (path, key) == ("/v1/chat/completions", "Bearer a key")
     assert body == {
@@ -50,35 +54,35 @@ def test_a_request_goes_on_as_it_came_and_comes_back_in_pieces(server, upstream)
         "stream_options": {"include_usage": True},
         "chat_template_kwargs": {"enable_thinking": False},
     }
-    assert together(upstream.write(None, ASKED, wish)).text == "base says hi"
+    assert join_chunks(upstream.generate(None, MESSAGES, sampling)).text == "base says hi"
 
 
 @pytest.mark.parametrize(("fault", "status"), [(400, 400), (401, 502), (404, 502), (500, 502)])
 def test_what_it_says_of_a_fault_stays_behind(server, upstream, fault, status):
     server.fault = fault
-    with pytest.raises(APIError) as declined:
-        upstream.write("ann", ASKED, SamplingParams(9))
-    assert declined.value.status == status
-    assert "bob" not in declined.value.message
+    with pytest.raises(APIError) as error:
+        upstream.generate(ANN, MESSAGES, SamplingParams(9))
+    assert error.value.status == status
+    assert "bob" not in error.value.message
 
 
 @pytest.mark.parametrize("fault", ["half", "nonsense", "error"])
 def test_a_stream_that_goes_wrong_is_no_answer(server, upstream, fault):
     server.fault = fault
-    with pytest.raises(APIError) as declined:
-        together(upstream.write("ann", ASKED, SamplingParams(9)))
-    assert declined.value.status == 502
-    assert "bob" not in declined.value.message
+    with pytest.raises(APIError) as error:
+        join_chunks(upstream.generate(ANN, MESSAGES, SamplingParams(9)))
+    assert error.value.status == 502
+    assert "bob" not in error.value.message
 
 
 def test_nobody_there_is_said_in_one_sentence():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
-        nowhere = VllmGenerator(upstream_place(f"http://127.0.0.1:{taken.getsockname()[1]}"), None)
+        nowhere = VllmGenerator(upstream_address(f"http://127.0.0.1:{taken.getsockname()[1]}"), None)
         with pytest.raises(APIError, match="cannot be reached"):
-            nowhere.write("ann", ASKED, SamplingParams(9))
+            nowhere.generate(ANN, MESSAGES, SamplingParams(9))
     with pytest.raises(InputError, match="is no address"):
-        upstream_place("localhost:8000")
+        upstream_address("localhost:8000")
 
 
 def test_the_layout_holds_the_two_files_of_peft_and_the_command(run, tmp_path):
@@ -122,12 +126,12 @@ def test_nothing_is_written_over_what_is_not_a_layout(run, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a file", "run", "taken"]
 
 
-def test_without_vllm_the_layout_is_written_and_it_says_so(run, admitted, tmp_path, told, monkeypatch):
+def test_without_vllm_the_layout_is_written_and_it_says_so(run, access, tmp_path, log, monkeypatch):
     monkeypatch.setenv("PATH", "")
     (run.path / "adapters" / slug("Ada") / "README.md").write_text("edited")
-    with behind_vllm(admitted, "o/b", 4, tmp_path / "out", 8001, told.append) as served:
+    with vllm_run(access, "o/b", 4, tmp_path / "out", 8001, log.append) as served:
         assert served is None
-    assert "not installed" in told[-1]
+    assert "not installed" in log[-1]
     assert {folder.name for folder in (tmp_path / "out/adapters").iterdir()} == set(slugs()) - {slug("Ada")}
 
 
@@ -144,27 +148,30 @@ def vllm(tmp_path, monkeypatch) -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
-def test_vllm_is_started_with_a_key_of_its_own_and_ended(admitted, tmp_path, told, vllm):
+def test_vllm_is_started_with_a_key_of_its_own_and_ended(access, tmp_path, log, vllm):
     port = free_port()
-    with behind_vllm(admitted, "o/b", 4, tmp_path / "out", port, told.append) as served:
+    with vllm_run(access, "o/b", 4, tmp_path / "out", port, log.append) as served:
         assert served is not None
-        assert together(served.writer.write(slug("Ada"), ASKED, SamplingParams(3))).text == f"{slug('Ada')} says hi"
-    found = json.loads((tmp_path / "out/asked.json").read_text())
-    assert found["command"][:2] == ["serve", "o/b"]
-    assert len(found["key"]) > 30
+        assert (
+            join_chunks(served.generator.generate(access.admit(slug("Ada")), MESSAGES, SamplingParams(3))).text
+            == f"{slug('Ada')} says hi"
+        )
+    started = json.loads((tmp_path / "out/asked.json").read_text())
+    assert started["command"][:2] == ["serve", "o/b"]
+    assert len(started["key"]) > 30
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_a_vllm_that_does_not_come_up_is_said(admitted, tmp_path, told, vllm):
+def test_a_vllm_that_does_not_come_up_is_said(access, tmp_path, log, vllm):
     vllm.write_text("#!/bin/sh\nexit 7\n")
     with (
         pytest.raises(InputError, match="exit code 7"),
-        behind_vllm(admitted, "o/b", 4, tmp_path / "out", free_port(), told.append),
+        vllm_run(access, "o/b", 4, tmp_path / "out", free_port(), log.append),
     ):
         pass

@@ -57,17 +57,18 @@ def serve(
     from persona_rlhf.config.experiment import read_run_config
     from persona_rlhf.models.base import weights_hash
     from persona_rlhf.serving import vllm
-    from persona_rlhf.serving.access import AdapterAccess, Limits
-    from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of
+    from persona_rlhf.serving.access import AdapterAccess, Limits, ServedRun
+    from persona_rlhf.serving.local_engine import local_run
+    from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
 
     open_run(run)
     known, config = read_tokens(tokens), read_run_config(run)
-    base, lora, guard = config.base, config.lora, PolicyFilter.of(policy_of(run, config.policy.documents))
+    base, lora, guard = config.base, config.lora, PolicyFilter.of(policy_of_run(run, config.policy.documents))
     if host not in ("127.0.0.1", "::1", "localhost"):
         say(f"Warning: {host} can be reached from other machines, and this is plain HTTP: put TLS before it.")
-    source: AbstractContextManager[vllm.ServedRun | None]
+    source: AbstractContextManager[ServedRun | None]
     if engine == "builtin":
-        source = vllm.built_in(run, base, lora, int(memory * _GIB), say)
+        source = local_run(run, base, lora, int(memory * _GIB), say)
     else:
         if base.quantization is not None:
             sentence = (
@@ -76,15 +77,15 @@ def serve(
             raise InputError([Problem(str(run), None, "--engine", sentence)])
         admitted = AdapterAccess(run, weights_hash(base), lora, say, known.slugs)
         behind = port + 1 if 0 < port < 65535 else _VLLM_PORT
-        source = vllm.behind_vllm(admitted, base.model, lora.rank, given[0], behind, say)
-    with gateway.listening(host, port) as door, _ended_by_sigterm(), source as served:
+        source = vllm.vllm_run(admitted, base.model, lora.rank, given[0], behind, say)
+    with gateway.bind_socket(host, port) as door, _ended_by_sigterm(), source as served:
         if served is None:
             return
         limits = Limits(tokens=max_tokens, rate=rate, concurrent=concurrent)
-        app = gateway.Gateway(served.writer, served.admitted, known, say, guard, limits).app()
+        app = gateway.Gateway(served.generator, served.access, known, say, guard, limits).app()
         door.listen()
         say(f"Serving {run} at http://{host}:{door.getsockname()[1]}/v1; SIGTERM finishes what runs.")
-        gateway.run_until_stopped(app, door)
+        gateway.serve_until_stopped(app, door)
 
 
 @app_verbs.command()
@@ -104,18 +105,20 @@ def chat(
     result = find_user(run, user)
     from persona_rlhf.config.experiment import read_run_config
     from persona_rlhf.serving.chat import COMMANDS, Chat, ChatTerminal
-    from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of
-    from persona_rlhf.serving.vllm import built_in
+    from persona_rlhf.serving.local_engine import local_run
+    from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
 
     config = read_run_config(run)
-    guard = PolicyFilter.of(policy_of(run, config.policy.documents))
-    with built_in(run, config.base, config.lora, _GIB, say) as served:
-        if reasons := served.admitted.reasons(result.slug):
+    guard = PolicyFilter.of(policy_of_run(run, config.policy.documents))
+    with local_run(run, config.base, config.lora, _GIB, say) as served:
+        if reasons := served.access.reasons(result.slug):
             say(f"Nobody chats with this adapter: {'; '.join(reasons)}")
             raise typer.Exit(HELD_BACK)
         screen = ChatTerminal(console(people=False))
         say(f"Chat with the adapter of {user}. {COMMANDS}")
-        Chat(run, result, served.writer, guard, screen, say, max_tokens, compare is not None).run(_lines())
+        Chat(
+            run, result, served.access.admit, served.generator, guard, screen, say, max_tokens, compare is not None
+        ).run(_lines())
 
 
 @contextmanager

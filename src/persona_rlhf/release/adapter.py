@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from persona_rlhf.common.files import slug, write_folder
@@ -89,12 +89,17 @@ def _name(span: LayerSpan, side: str) -> str:
 
 
 def read_adapter(folder: Path, spans: Sequence[LayerSpan], alpha: float = 1.0) -> Float[Tensor, " params"]:
-    """A folder's adapter as a flat vector for use at alpha 1: it includes the released scale.
+    """The adapter of a folder as a flat vector (see `adapter_vector`)."""
+    return adapter_vector((folder / WEIGHTS).read_bytes(), spans, alpha)
+
+
+def adapter_vector(weights: bytes, spans: Sequence[LayerSpan], alpha: float = 1.0) -> Float[Tensor, " params"]:
+    """The bytes of an adapter's weights file as a flat vector, for use at alpha 1: it includes the released scale.
 
     With the `alpha` of its release, that scale is divided out: the adapter as trained, exact in float32 if alpha is a
     power of two.
     """
-    tensors, scales = load_file(folder / WEIGHTS), {"A": 1.0, "B": alpha}
+    tensors, scales = load(weights), {"A": 1.0, "B": alpha}
     return torch.cat([tensors[_name(span, side)].float().flatten() / scales[side] for span in spans for side in "AB"])
 
 

@@ -1,4 +1,4 @@
-"""Bearer tokens, rate limits, which adapters may be served."""
+"""Admission to a server: which adapters may be served, how much a user may request, and bearer tokens."""
 
 from __future__ import annotations
 
@@ -20,23 +20,21 @@ from pydantic import TypeAdapter, ValidationError
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write
 from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.release.compatibility import WEIGHTS
 from persona_rlhf.release.export import refusals_to_release
-from persona_rlhf.release.manifest import MANIFEST, read_manifest
+from persona_rlhf.release.manifest import MANIFEST, read_manifest, rendered
 from persona_rlhf.release.results import Result, RunResults
-from persona_rlhf.serving.openai_api import APIError
-
-# ----------------------------------------------------------------------------------------------------
-# Which adapters of a run may be served at this moment: asked again and again, since a day may change the answer.
-# ----------------------------------------------------------------------------------------------------
+from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, TextGenerator
 
 RECHECK_SECONDS = 10.0
-"""How old an answer may be: an edited file or a revocation stops an adapter that is in use after this at the latest."""
+"""Age at which an admission is checked again: an edited or revoked adapter is served for this long at most."""
 
 
 class AdapterAccess:
-    """The users of a run, by slug, whose adapters fit a base (by the hash of its weights) and these LoRA settings.
+    """The users of a run, by slug, whose adapters fit one base and these LoRA settings.
 
-    `tell` hears why an adapter is not served, for the people who run the server; its user hears only that it is not.
+    `weights_hash` is the hash of the base's weights. `log` receives the reasons why an adapter is not served; the
+    user is told only that it is not.
     """
 
     def __init__(
@@ -44,66 +42,85 @@ class AdapterAccess:
         run: Path,
         weights_hash: str,
         lora: LoraSettings,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
         only: Collection[str] | None = None,
     ) -> None:
-        """`only` these users are kept, of a run of many. Raises InputError where the run has no results."""
-        self.run, self._base, self._lora, self._tell = run, weights_hash, lora.model_dump(mode="json"), tell
+        """Keeps the users in `only`, or all. Raises InputError if the run has no results."""
+        self.run, self._weights_hash, self._lora, self._log = run, weights_hash, lora.model_dump(mode="json"), log
         self.results = {one.slug: one for one in RunResults(run) if only is None or one.slug in only}
-        self._checked: dict[str, tuple[float, bool]] = {}
+        self._checks: dict[str, tuple[float, AdmittedAdapter | None]] = {}  # time of the check, and its result
+        self._refusal_hooks: list[Callable[[str], None]] = []
         self._lock = threading.Lock()
 
-    def check(self, slug: str, again: bool = False) -> Result:
-        """The line of a user who may be served, looked at anew where the last look is old, or `again` is asked.
+    def admit(self, slug: str) -> AdmittedAdapter:
+        """The one check of a request: its adapter, verified at most RECHECK_SECONDS ago.
 
-        Raises Declined where he may not.
+        Raises APIError (403) if the adapter may not be served.
         """
         with self._lock:
-            moment, fine = self._checked.get(slug, (-RECHECK_SECONDS, False))
-            if again or time.monotonic() - moment >= RECHECK_SECONDS:
-                reasons = self.reasons(slug)
-                fine = not reasons
-                self._checked[slug] = (time.monotonic(), fine)
+            checked_at, adapter = self._checks.get(slug, (-math.inf, None))
+            if time.monotonic() - checked_at >= RECHECK_SECONDS:
+                adapter, reasons = self._verify(slug)
+                self._checks[slug] = (time.monotonic(), adapter)
                 if reasons:
-                    self._tell(f"{slug} is not served: {'; '.join(reasons)}")
-        if not fine:
+                    self._log(f"{slug} is not served: {'; '.join(reasons)}")
+        if adapter is None:
+            for hook in self._refusal_hooks:
+                hook(slug)
             raise APIError(403, "The adapter behind this model may not be served at present.", "adapter_not_served")
-        return self.results[slug]
+        return adapter
+
+    def on_refusal(self, hook: Callable[[str], None]) -> None:
+        """Calls `hook` with the slug of every adapter that is refused, so that caches can drop it."""
+        self._refusal_hooks.append(hook)
 
     def folder(self, slug: str) -> Path:
-        """Where the adapter of a released user lies."""
+        """The folder of a released user's adapter."""
         path = self.results[slug].path
         assert path is not None, f"{slug} is not released"
         return self.run / path
 
     def reasons(self, slug: str) -> list[str]:
-        """Why a user's adapter may not be served; an empty list where it may."""
+        """All reasons why a user's adapter may not be served; empty if it may."""
+        return self._verify(slug)[1]
+
+    def _verify(self, slug: str) -> tuple[AdmittedAdapter | None, list[str]]:
         result = self.results.get(slug)
         if result is None:
-            return ["the run has no such user"]
-        reasons = refusals_to_release(self.run, result)
-        if reasons:
-            return reasons
+            return None, ["the run has no such user"]
+        if reasons := refusals_to_release(self.run, result):
+            return None, reasons
         manifest, faults = read_manifest(self.folder(slug) / MANIFEST)
-        return faults if manifest is None else self._misfits(manifest)
+        if manifest is None:
+            return None, faults
+        if reasons := self._mismatches(manifest, result):
+            return None, reasons
+        return AdmittedAdapter(result, self.folder(slug), manifest["files"][WEIGHTS]["sha256"]), []
 
-    def _misfits(self, manifest: dict[str, Any]) -> list[str]:
+    def _mismatches(self, manifest: dict[str, Any], result: Result) -> list[str]:
         reasons = []
-        if manifest["base"]["weights_sha256"] != self._base:
+        if hashlib.sha256(rendered(manifest)).hexdigest() != result.manifest_sha256:
+            reasons.append("its manifest changed during the check")
+        if manifest["base"]["weights_sha256"] != self._weights_hash:
             reasons.append("it was released for another base: the hash of the weights is not that of this one")
         if manifest["settings"]["lora"] != self._lora:
             reasons.append("it was trained with other LoRA settings than those of this run's config")
         return reasons
 
 
-# ----------------------------------------------------------------------------------------------------
-# How much one user, and all together, may ask of a server.
-# ----------------------------------------------------------------------------------------------------
+class ServedRun(NamedTuple):
+    """A text generator, and the access to the adapters that it may use."""
+
+    generator: TextGenerator
+    access: AdapterAccess
 
 
 class Limits(NamedTuple):
-    """`body` in bytes, `tokens` of an answer, requests of one user a minute (`rate`), and answers written at the same
-    time, of all users (`concurrent`) and of one (`concurrent_each`)."""
+    """What a server accepts.
+
+    `body` is in bytes, `tokens` counts an answer's, and `rate` a user's requests per minute. `concurrent` answers are
+    generated at the same time for all users, `concurrent_each` for one.
+    """
 
     body: int = 1 << 20
     tokens: int = 512
@@ -113,29 +130,29 @@ class Limits(NamedTuple):
 
 
 class RateLimiter:
-    """Lets requests in, as far as the limits go. The rate is a bucket: a minute's worth at once, then as it refills."""
+    """A token bucket of requests per user (one minute's worth at most), and slots for concurrent answers."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits, self._clock = limits, clock
-        self._buckets: dict[str, tuple[float, float]] = {}  # requests left, at this moment
+        self._buckets: dict[str, tuple[float, float]] = {}  # requests left, at this time
         self._running: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def count(self, slug: str) -> None:
-        """One more request of a user. Raises Declined (429), with the seconds to wait, where he asks too often."""
+        """Counts one request of a user. Raises APIError (429), with the seconds to wait, above the rate."""
         with self._lock:
             now, rate = self._clock(), self._limits.rate
-            left, moment = self._buckets.get(slug, (float(rate), now))
-            left = min(float(rate), left + (now - moment) * rate / 60)
-            fine = left >= 1
-            self._buckets[slug] = (left - fine, now)
-        if not fine:
+            left, updated = self._buckets.get(slug, (float(rate), now))
+            left = min(float(rate), left + (now - updated) * rate / 60)
+            accepted = left >= 1
+            self._buckets[slug] = (left - accepted, now)
+        if not accepted:
             wait = math.ceil((1 - left) * 60 / rate)
             raise APIError(429, f"At most {rate} requests a minute.", "rate_limit_exceeded", retry_after=max(1, wait))
 
     @contextmanager
-    def inside(self, slug: str) -> Iterator[None]:
-        """Holds a place while an answer is written. Raises Declined (429) where there is none."""
+    def slot(self, slug: str) -> Iterator[None]:
+        """Holds a slot while an answer is generated. Raises APIError (429) if none is free."""
         with self._lock:
             if self._running[slug] >= self._limits.concurrent_each:
                 sentence = f"At most {self._limits.concurrent_each} requests of one user at a time."
@@ -148,18 +165,14 @@ class RateLimiter:
         finally:
             with self._lock:
                 self._running[slug] -= 1
-                self._running += Counter()  # those who have left are forgotten
+                self._running += Counter()  # removes the users at zero
 
-
-# ----------------------------------------------------------------------------------------------------
-# Bearer tokens, one a user: the file holds hashes only, and a token opens one user's adapter and no other.
-# ----------------------------------------------------------------------------------------------------
 
 _PREFIX = "prlhf"
 
 
 class TokenEntry(NamedTuple):
-    """A line of the file: whose token it is (slug), its name (`key`, 16 hex digits), and the sha256 of all of it."""
+    """A line of the token file: the user's slug, the token's name (`key`, 16 hex digits) and the token's sha256."""
 
     slug: str
     key: str
@@ -167,25 +180,25 @@ class TokenEntry(NamedTuple):
 
 
 class Tokens:
-    """The tokens of a file."""
+    """The bearer tokens of a file, as hashes; each opens one user's adapter."""
 
     def __init__(self, entries: Iterable[TokenEntry]) -> None:
         self._entries = {entry.key: entry for entry in entries}
 
     @property
     def slugs(self) -> set[str]:
-        """The users who have a token."""
+        """The users with a token."""
         return {entry.slug for entry in self._entries.values()}
 
     def holder(self, token: str) -> str | None:
-        """Whose token this is (slug); None where it is nobody's. The time it takes does not depend on the secret."""
+        """The slug of a token's user, or None for an unknown token. The time does not depend on the secret."""
         key = token.split("_")[1] if token.count("_") >= 2 else ""
-        entry = self._entries.get(key, _NOBODY)
+        entry = self._entries.get(key, _NO_USER)
         return entry.slug if hmac.compare_digest(_hash(token), entry.sha256) else None
 
 
 def read_tokens(file: Path) -> Tokens:
-    """The tokens of a file. Raises InputError where there is none, naming every line that is no entry."""
+    """The tokens of a file. Raises InputError if it is missing, or naming every line that is not an entry."""
     try:
         return Tokens(_read(file))
     except OSError as fault:
@@ -196,25 +209,25 @@ def read_tokens(file: Path) -> Tokens:
 
 
 def make_tokens(file: Path, slugs: Iterable[str]) -> dict[str, str]:
-    """Makes tokens for those of these users who have none in the file yet, and adds their hashes to it.
+    """Makes tokens for those users who have none in the file, and adds their hashes to it.
 
-    Returns the new tokens by slug: they are nowhere else. Raises InputError where the file is no file of tokens.
+    Returns the new tokens by slug; they are stored nowhere. Raises InputError if the file is not a token file.
     """
     entries = _read(file) if file.exists() else []
-    known = {entry.slug for entry in entries}
-    made: dict[str, str] = {}
+    holders = {entry.slug for entry in entries}
+    tokens: dict[str, str] = {}
     for slug in dict.fromkeys(slugs):
-        if slug not in known:
+        if slug not in holders:
             key = secrets.token_hex(8)
-            made[slug] = f"{_PREFIX}_{key}_{secrets.token_urlsafe(32)}"
-            entries.append(TokenEntry(slug, key, _hash(made[slug])))
-    if made:
+            tokens[slug] = f"{_PREFIX}_{key}_{secrets.token_urlsafe(32)}"
+            entries.append(TokenEntry(slug, key, _hash(tokens[slug])))
+    if tokens:
         _write(file, entries)
-    return made
+    return tokens
 
 
 def _hash(token: str) -> str:
-    """A token has 256 random bits: a plain hash of it tells nothing."""
+    """A token has 256 random bits, so a plain hash reveals nothing of it."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -224,7 +237,7 @@ def _read(file: Path) -> list[TokenEntry]:
         try:
             entries.append(_ENTRY.validate_json(line))
         except ValidationError:
-            sentence = 'a line reads {"slug": ..., "key": ..., "sha256": ...}; take this one out and make tokens anew'
+            sentence = 'a line reads {"slug": ..., "key": ..., "sha256": ...}; remove this line and make tokens again'
             problems.append(Problem(str(file), number, None, sentence))
     if problems:
         raise InputError(problems)
@@ -235,5 +248,5 @@ def _write(file: Path, entries: Iterable[TokenEntry]) -> None:
     atomic_write(file, (json.dumps(entry._asdict()) + "\n" for entry in entries), private=True)
 
 
-_NOBODY = TokenEntry("", "", _hash(secrets.token_urlsafe(32)))
+_NO_USER = TokenEntry("", "", _hash(secrets.token_urlsafe(32)))
 _ENTRY = TypeAdapter(TokenEntry)

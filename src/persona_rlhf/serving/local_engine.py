@@ -1,12 +1,15 @@
-"""Batching engine, adapter LRU cache, streaming detokenizer."""
+"""The built-in text generator: a batching engine, an LRU cache of adapters and an incremental detokenizer."""
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
@@ -15,313 +18,314 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.pairs import Prompt
 from persona_rlhf.data.tokenize import ChatTokenizer, prompt_ids
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.base import Base
+from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.models.generation import decode, inverse_sample, nucleus
 from persona_rlhf.models.multi_lora import LayerSpan
-from persona_rlhf.release.adapter import read_adapter
-from persona_rlhf.serving.access import AdapterAccess
-from persona_rlhf.serving.openai_api import APIError, Finish, SamplingParams, TextChunk, Usage
-
-# ----------------------------------------------------------------------------------------------------
-# The next token of every answer in a batch, each as its own request wants it.
-# ----------------------------------------------------------------------------------------------------
+from persona_rlhf.release.adapter import WEIGHTS, adapter_vector
+from persona_rlhf.serving.access import AdapterAccess, ServedRun
+from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, Finish, SamplingParams, TextChunk, Usage
 
 
 def sample_tokens(
-    logits: Float[Tensor, "rows vocabulary"], wishes: Sequence[SamplingParams], streams: Sequence[torch.Generator]
+    logits: Float[Tensor, "rows vocabulary"],
+    sampling: Sequence[SamplingParams],
+    generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """A token a row: the most likely one at temperature 0, else one drawn from the row's own stream."""
+    """The next token of every row: the most likely one at temperature 0, else one drawn with the row's generator."""
     tokens = logits.argmax(-1)
-    warm = [row for row, wish in enumerate(wishes) if wish.temperature > 0]
-    if not warm:
+    sampled = [row for row, params in enumerate(sampling) if params.temperature > 0]
+    if not sampled:
         return tokens
-    temperatures = torch.tensor([wishes[row].temperature for row in warm], device=logits.device)
-    shares = torch.tensor([wishes[row].top_p for row in warm], device=logits.device)
-    draws = torch.cat([1 - torch.rand(1, generator=streams[row], dtype=torch.float64) for row in warm])
-    kept = nucleus(logits[warm] / temperatures[:, None], shares)
-    tokens[warm] = inverse_sample(kept, draws.to(logits.device))  # draws lie in (0, 1]: none falls on a zero
+    temperatures = torch.tensor([sampling[row].temperature for row in sampled], device=logits.device)
+    shares = torch.tensor([sampling[row].top_p for row in sampled], device=logits.device)
+    draws = torch.cat([1 - torch.rand(1, generator=generators[row], dtype=torch.float64) for row in sampled])
+    kept = nucleus(logits[sampled] / temperatures[:, None], shares)
+    tokens[sampled] = inverse_sample(kept, draws.to(logits.device))  # draws lie in (0, 1]: none selects a zero
     return tokens
 
 
-# ----------------------------------------------------------------------------------------------------
-# Tokens that become text as they are written: never half a character, and nothing of a stop string.
-# ----------------------------------------------------------------------------------------------------
-
-_HALF = "\ufffd"  # what a tokenizer writes for the first bytes of a character
+_REPLACEMENT = "\ufffd"  # decoded from the first bytes of an incomplete character
 
 
 class StreamDecoder:
-    """The text of one answer. What `add` and `end` return, put together, is the text up to the first stop string.
+    """Incremental detokenizer with stop strings.
 
-    Tokens are decoded with a few before them, since the text of one may depend on its neighbours (a word's space).
+    The results of `add` and `end` together are the text up to the first stop string. A token is decoded with a few
+    tokens before it, since its text may depend on them (the space before a word).
+
+    `tokenizers.decoders.DecodeStream` does the same for tokenizers of that library, but raises "Invalid prefix" when
+    a model with byte-fallback tokens generates bytes that are not UTF-8. This class continues after such bytes.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids: list[int] = []
-        self._from, self._read = 0, 0  # tokens decoded as neighbours, and those whose text is known
-        self._text, self._told = "", 0
+        self._context, self._decoded = 0, 0  # tokens before these: not decoded again, and already in the text
+        self._text, self._emitted = "", 0
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """One more token; the text that can be told now."""
+        """Adds a token; returns the new text that is certain."""
         self._ids.append(token)
-        self._take(final=False)
-        return self._tell(len(self._text) - self._begun())
+        self._decode_new(final=False)
+        return self._emit(len(self._text) - self._possible_stop())
 
     def end(self) -> str:
-        """No more tokens; the rest of the text."""
+        """Ends the answer; returns the rest of the text."""
         if not self.stopped:
-            self._take(final=True)
-        return self._tell(len(self._text))
+            self._decode_new(final=True)
+        return self._emit(len(self._text))
 
-    def _take(self, final: bool) -> None:
-        before = self._decoded(self._ids[self._from : self._read])
-        now = self._decoded(self._ids[self._from :])
-        if len(now) > len(before) and (final or not now.endswith(_HALF)):
-            known = len(self._text)
+    def _decode_new(self, final: bool) -> None:
+        before = self._decode(self._ids[self._context : self._decoded])
+        now = self._decode(self._ids[self._context :])
+        if len(now) > len(before) and (final or not now.endswith(_REPLACEMENT)):
+            length = len(self._text)
             self._text += now[len(before) :]
-            self._from, self._read = self._read, len(self._ids)
-            self._cut(known)
+            self._context, self._decoded = self._decoded, len(self._ids)
+            self._cut_at_stop(length)
 
-    def _cut(self, known: int) -> None:
-        """Ends the text before the stop string that is complete first, of those that end after `known` characters."""
-        found = [(self._text.find(stop, max(0, known - len(stop) + 1)), len(stop)) for stop in self._stop]
-        ends = [(start + length, start) for start, length in found if start >= 0]
+    def _cut_at_stop(self, length: int) -> None:
+        """Cuts the text before the stop string that ends first, of those that end after `length` characters."""
+        starts = [(self._text.find(stop, max(0, length - len(stop) + 1)), len(stop)) for stop in self._stop]
+        ends = [(start + size, start) for start, size in starts if start >= 0]
         if ends:
             self._text, self.stopped = self._text[: min(ends)[1]], True
 
-    def _begun(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
+    def _possible_stop(self) -> int:
+        """Number of characters at the end that may begin a stop string."""
         if self.stopped:
             return 0
         return max((n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0)
 
-    def _tell(self, upto: int) -> str:
-        new = self._text[self._told : upto]
-        self._told = max(self._told, upto)
+    def _emit(self, end: int) -> str:
+        new = self._text[self._emitted : end]
+        self._emitted = max(self._emitted, end)
         return new
 
-    def _decoded(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
-
-# ----------------------------------------------------------------------------------------------------
-# The built-in engine: what waits within a few milliseconds is written together, each answer under its own adapter.
-# ----------------------------------------------------------------------------------------------------
 
 WAIT_SECONDS = 0.004
 """How long the first request of a batch waits for others: less than the base takes for a token or two."""
 
 
 class BatchingEngine:
-    """Writes answers in a thread of its own, a batch at a time; each row of a batch has its own place in the stack.
+    """A thread that generates answers batch by batch, each row of a batch under its own adapter.
 
-    There is no scheduler: what comes while a batch is written waits until its longest answer is done.
+    There is no scheduler: requests wait until the longest answer of the running batch is done.
     """
 
     def __init__(self, adapted: AdaptedModel, most: int = 32) -> None:
-        """`most` answers are written at once."""
+        """At most `most` answers form a batch."""
         self._adapted, self._most = adapted, most
-        self._asked: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._next: _Job | None = None  # it did not fit into the last batch
         self._closing = threading.Lock()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def write(
-        self, adapter: Float[Tensor, " params"] | None, prompt: tuple[int, ...], wish: SamplingParams
+    def generate(
+        self, adapter: Float[Tensor, " params"] | None, prompt: tuple[int, ...], sampling: SamplingParams
     ) -> Iterator[TextChunk]:
-        """The pieces of an answer to `prompt` (token ids, shorter than the context); None is the base."""
-        job = _Job(self._adapted, adapter, prompt, wish)
+        """The chunks of an answer to `prompt` (token ids, shorter than the context); None is the base."""
+        job = _Job(self._adapted, adapter, prompt, sampling)
         with self._closing:
             if self._closed:
                 raise APIError(503, "The server is shutting down.", "shutting_down")
-            self._asked.put(job)
+            self._queue.put(job)
         return job.listen()
 
     def close(self) -> None:
-        """Writes what is asked already, and ends."""
+        """Finishes the requests in the queue, and ends the thread."""
         with self._closing:
             if not self._closed:
                 self._closed = True
-                self._asked.put(None)
+                self._queue.put(None)
         self._thread.join()
 
-    def _work(self) -> None:
-        while batch := self._gathered():
+    def _run(self) -> None:
+        while batch := self._next_batch():
             try:
-                self._write(batch)
-            except Exception as fault:  # it is told to whoever asked, and the next batch is another matter
+                self._generate(batch)
+            except Exception as fault:  # its requests raise it; the engine continues with the next batch
                 for job in batch:
-                    job.pieces.put(fault)
+                    job.chunks.put(fault)
 
-    def _gathered(self) -> list[_Job]:
-        """The next batch, of bounded size; empty where there is none to come."""
-        first = self._next or self._asked.get()
+    def _next_batch(self) -> list[_Job]:
+        """The next batch, of bounded size; empty when the engine is closed."""
+        first = self._next or self._queue.get()
         self._next = None
         if first is None:
             return []
-        batch, until = [first], time.monotonic() + WAIT_SECONDS
+        batch, deadline = [first], time.monotonic() + WAIT_SECONDS
         while len(batch) < self._most:
             try:
-                job = self._asked.get(timeout=max(0.0, until - time.monotonic()))
+                job = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 break
             if job is None:
-                self._asked.put(None)  # it stays the last
+                self._queue.put(None)  # it stays the last
                 break
-            if max(j.room for j in (*batch, job)) * (len(batch) + 1) > self._adapted.tokens_per_generation:
+            if max(j.tokens for j in (*batch, job)) * (len(batch) + 1) > self._adapted.tokens_per_generation:
                 self._next = job
                 break
             batch.append(job)
         return batch
 
     @torch.inference_mode()
-    def _write(self, batch: Sequence[_Job]) -> None:
+    def _generate(self, batch: Sequence[_Job]) -> None:
         base, device = self._adapted.base, self._adapted.base.device
         zero = torch.zeros(self._adapted.params_per_user)  # the base is the adapter that adds nothing
         flat = torch.stack([(zero if job.adapter is None else job.adapter).to(device) for job in batch])
         ends, done = set(base.eos_ids), [False] * len(batch)
 
         def choose(logits: Float[Tensor, "rows vocabulary"], rows: Sequence[int]) -> Tensor:
-            return sample_tokens(logits, [batch[row].wish for row in rows], [batch[row].stream for row in rows])
+            return sample_tokens(logits, [batch[row].sampling for row in rows], [batch[row].generator for row in rows])
 
         with self._adapted.using(flat):
             for step in decode(base, len(batch), [job.prompt for job in batch], choose, done, self._adapted.keep_users):
                 for row, token in zip(step.rows, step.tokens, strict=True):
-                    done[row] = done[row] or batch[row].take(token, token in ends)
+                    done[row] = done[row] or batch[row].add(token, token in ends)
 
 
 class _Job:
-    """One request: what is written of it so far, and the way to whoever asked."""
+    """One request: its answer so far, and the queue through which it is returned."""
 
     def __init__(
-        self, adapted: AdaptedModel, adapter: Tensor | None, prompt: tuple[int, ...], wish: SamplingParams
+        self, adapted: AdaptedModel, adapter: Tensor | None, prompt: tuple[int, ...], sampling: SamplingParams
     ) -> None:
         room = adapted.base.context - len(prompt)
         assert room > 0, "a prompt leaves room for an answer"
-        self.adapter, self.prompt, self.wish = adapter, prompt, wish
-        self.pieces: queue.SimpleQueue[TextChunk | Exception] = queue.SimpleQueue()
-        self.stream = torch.Generator()
-        if wish.seed is None:
-            self.stream.seed()
+        self.adapter, self.prompt, self.sampling = adapter, prompt, sampling
+        self.chunks: queue.SimpleQueue[TextChunk | Exception] = queue.SimpleQueue()
+        self.generator = torch.Generator()
+        if sampling.seed is None:
+            self.generator.seed()
         else:
-            self.stream.manual_seed(wish.seed)
-        self._most = min(wish.max_tokens, room)
-        self._text, self._held = StreamDecoder(adapted.base.tokenizer, wish.stop), ""
-        self._written = 0
-        self._gone = False
+            self.generator.manual_seed(sampling.seed)
+        self._most = min(sampling.max_tokens, room)
+        self._decoder, self._held = StreamDecoder(adapted.base.tokenizer, sampling.stop), ""
+        self._generated = 0
+        self._cancelled = False
 
     @property
-    def room(self) -> int:
-        """Tokens that it may fill."""
+    def tokens(self) -> int:
+        """Tokens of the prompt and of the longest possible answer."""
         return len(self.prompt) + self._most
 
-    def take(self, token: int, ends: bool) -> bool:
-        """One more token, the end of the answer where it `ends` one; whether that was the last."""
-        if self._gone:
+    def add(self, token: int, ends: bool) -> bool:
+        """Adds a token, which `ends` the answer or not; returns whether the answer is done."""
+        if self._cancelled:
             return True
-        self._written += 1
+        self._generated += 1
         if not ends:
-            self._tell(self._text.add(token))
+            self._emit(self._decoder.add(token))
         finish: Finish | None = (
-            "stop" if ends or self._text.stopped else "length" if self._written >= self._most else None
+            "stop" if ends or self._decoder.stopped else "length" if self._generated >= self._most else None
         )
         if finish is None:
             return False
-        usage = Usage(len(self.prompt), self._written)
-        self.pieces.put(TextChunk(self._held + self._text.end(), finish, usage))
+        usage = Usage(len(self.prompt), self._generated)
+        self.chunks.put(TextChunk(self._held + self._decoder.end(), finish, usage))
         return True
 
-    def _tell(self, text: str) -> None:
-        if not self.wish.stream:
+    def _emit(self, text: str) -> None:
+        if not self.sampling.stream:
             self._held += text
         elif text:
-            self.pieces.put(TextChunk(text))
+            self.chunks.put(TextChunk(text))
 
     def listen(self) -> Iterator[TextChunk]:
-        """The pieces as they come; whoever stops before the last takes the request back."""
+        """The chunks as they come; closing the iterator before the last one cancels the request."""
         try:
             while True:
-                piece = self.pieces.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
-                if piece.finish is not None:
+                chunk = self.chunks.get()
+                if isinstance(chunk, Exception):
+                    raise chunk
+                yield chunk
+                if chunk.finish is not None:
                     return
         finally:
-            self._gone = True
+            self._cancelled = True
 
 
-# ----------------------------------------------------------------------------------------------------
-# Adapters in memory: loaded when they are asked for, the least used put away when the room is full.
-# ----------------------------------------------------------------------------------------------------
+class _Loaded(NamedTuple):
+    flat: Float[Tensor, " params"]
+    weights_sha256: str
 
 
 class AdapterCache:
-    """The adapters of the users who are admitted, within a budget in bytes.
+    """LRU cache of adapters in memory, limited in bytes.
 
-    One that is being written with stays alive with its request; the newest is kept, however small the budget.
+    An adapter in use stays alive with its request. The newest one is kept, however small the budget.
     """
 
-    def __init__(self, admitted: AdapterAccess, spans: Sequence[LayerSpan], budget: int) -> None:
-        self._admitted, self._spans, self._budget = admitted, list(spans), budget
-        self._held: OrderedDict[str, Float[Tensor, " params"]] = OrderedDict()
+    def __init__(self, access: AdapterAccess, spans: Sequence[LayerSpan], budget: int) -> None:
+        """`budget` is in bytes; adapters that `access` refuses are dropped."""
+        self._spans, self._budget = list(spans), budget
+        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
         self._lock = threading.Lock()
+        access.on_refusal(self._drop)
 
-    def get(self, slug: str) -> Float[Tensor, " params"]:
-        """The adapter of a user. Raises Declined where it may not be served: one that was loaded goes too."""
+    def get(self, adapter: AdmittedAdapter) -> Float[Tensor, " params"]:
+        """The parameters of an admitted adapter.
+
+        Raises APIError (403) if its file no longer has the admitted hash.
+        """
         with self._lock:
-            try:
-                return self._get(slug)
-            except Exception:
-                self._held.pop(slug, None)
-                raise
+            loaded = self._loaded.get(adapter.slug)
+            if loaded is None or loaded.weights_sha256 != adapter.weights_sha256:
+                self._loaded.pop(adapter.slug, None)
+                loaded = self._loaded[adapter.slug] = _Loaded(self._read(adapter), adapter.weights_sha256)
+            self._loaded.move_to_end(adapter.slug)
+            while self.bytes > self._budget and len(self._loaded) > 1:
+                self._loaded.popitem(last=False)
+            return loaded.flat
 
-    def _get(self, slug: str) -> Float[Tensor, " params"]:
-        if slug in self._held:
-            self._admitted.check(slug)
-        else:
-            self._admitted.check(slug, again=True)
-            self._held[slug] = read_adapter(self._admitted.folder(slug), self._spans)
-            self._admitted.check(slug, again=True)  # what was read is what was checked, before and after
-        self._held.move_to_end(slug)
-        while self.bytes > self._budget and len(self._held) > 1:
-            self._held.popitem(last=False)
-        return self._held[slug]
+    def _read(self, adapter: AdmittedAdapter) -> Float[Tensor, " params"]:
+        try:
+            weights = (adapter.folder / WEIGHTS).read_bytes()
+        except OSError:
+            weights = b""
+        if hashlib.sha256(weights).hexdigest() != adapter.weights_sha256:
+            raise APIError(403, "The adapter behind this model may not be served at present.", "adapter_not_served")
+        return adapter_vector(weights, self._spans)
+
+    def _drop(self, slug: str) -> None:
+        with self._lock:
+            self._loaded.pop(slug, None)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the adapters that are held."""
-        return sum(flat.nbytes for flat in self._held.values())
+        """Bytes of the loaded adapters."""
+        return sum(loaded.flat.nbytes for loaded in self._loaded.values())
 
     @property
     def slugs(self) -> list[str]:
-        """Whose adapters are held, the least lately used first."""
-        return list(self._held)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The built-in engine as a writer: chat messages to tokens, a slug to its adapter.
-# ----------------------------------------------------------------------------------------------------
+        """The users whose adapters are loaded, the least recently used first."""
+        return list(self._loaded)
 
 
 class LocalGenerator(NamedTuple):
-    """Writes with the adapters of a shelf (see `writing.Writer`)."""
+    """The TextGenerator over the built-in engine and a cache of adapters."""
 
     base: Base
-    shelf: AdapterCache
+    cache: AdapterCache
     engine: BatchingEngine
 
-    def write(self, model: str | None, messages: Prompt, wish: SamplingParams) -> Iterator[TextChunk]:
-        """See `Writer.write`."""
-        adapter = None if model is None else self.shelf.get(model)
-        return self.engine.write(adapter, self._prompt(messages), wish)
+    def generate(
+        self, adapter: AdmittedAdapter | None, messages: Prompt, sampling: SamplingParams
+    ) -> Iterator[TextChunk]:
+        """See `TextGenerator.generate`."""
+        flat = None if adapter is None else self.cache.get(adapter)
+        return self.engine.generate(flat, self._prompt(messages), sampling)
 
     def _prompt(self, messages: Prompt) -> tuple[int, ...]:
         try:
@@ -329,9 +333,27 @@ class LocalGenerator(NamedTuple):
         except InputError as fault:
             raise APIError(400, fault.problems[0].sentence, "invalid_value", "messages") from None
         except jinja2.TemplateError:
-            sentence = "The base's chat template does not take these messages; let user and assistant take turns."
+            sentence = "The base's chat template rejects these messages; let user and assistant take turns."
             raise APIError(400, sentence, "invalid_value", "messages") from None
         if len(ids) >= self.base.context:
             sentence = f"The messages have {len(ids)} tokens; the context holds {self.base.context}."
             raise APIError(400, sentence, "context_length_exceeded", "messages")
         return ids
+
+
+@contextmanager
+def local_run(
+    run: Path, base: BaseSettings, lora: LoraSettings, adapter_bytes: int, log: Callable[[str], None]
+) -> Iterator[ServedRun]:
+    """The built-in engine over the adapters of a run, with at most `adapter_bytes` of them in memory.
+
+    Raises InputError if the base cannot be loaded, or the run has no results.
+    """
+    adapted = AdaptedModel(load_base(base), lora)
+    access = AdapterAccess(run, adapted.base.weights_hash, lora, log)
+    cache = AdapterCache(access, list(adapted.spans.values()), adapter_bytes)
+    engine = BatchingEngine(adapted)
+    try:
+        yield ServedRun(LocalGenerator(adapted.base, cache, engine), access)
+    finally:
+        engine.close()

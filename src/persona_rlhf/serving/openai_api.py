@@ -1,4 +1,4 @@
-"""Request/response types of the OpenAI API; the TextGenerator protocol."""
+"""Request and response types of the OpenAI API, and the TextGenerator protocol that every engine implements."""
 
 from __future__ import annotations
 
@@ -6,23 +6,40 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from persona_rlhf.data.pairs import Prompt, prompt_of
-
-# ----------------------------------------------------------------------------------------------------
-# What an engine is asked to write and what comes of it: one form for the built-in engine and for one far away.
-# ----------------------------------------------------------------------------------------------------
+from persona_rlhf.release.results import Result
 
 Finish = Literal["stop", "length", "content_filter"]
-"""Why an answer ended, in OpenAI's words: the model or a stop string; `max_tokens` or the context; the policy."""
+"""The reason why an answer ended: the model or a stop string; `max_tokens` or the context; the policy."""
+
+
+class AdmittedAdapter(NamedTuple):
+    """An adapter that passed its request's admission check (`AdapterAccess.admit`).
+
+    A generator may use the weights with this sha256 without another check, and no others.
+    """
+
+    result: Result
+    folder: Path
+    weights_sha256: str
+
+    @property
+    def slug(self) -> str:
+        """The name of its user's model."""
+        return self.result.slug
 
 
 class SamplingParams(NamedTuple):
-    """How an answer is to be written. `temperature` 0 is greedy; `seed` None draws anew each time; with `stream` the
-    pieces come as they are written, else all at once."""
+    """How an answer is generated.
+
+    `temperature` 0 is greedy; `seed` None draws differently each time. With `stream` the chunks come as they are
+    generated, else all text comes in one.
+    """
 
     max_tokens: int
     temperature: float = 0.0
@@ -33,14 +50,14 @@ class SamplingParams(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Tokens read and written."""
+    """Tokens of the prompt and of the answer."""
 
     prompt: int
     completion: int
 
 
 class TextChunk(NamedTuple):
-    """Some text of an answer; the last piece says why it ended and what it took."""
+    """Part of an answer's text; the last one holds the finish reason and the usage."""
 
     text: str
     finish: Finish | None = None
@@ -49,19 +66,21 @@ class TextChunk(NamedTuple):
 
 @runtime_checkable  # for beartype in the tests
 class TextGenerator(Protocol):
-    """Whatever writes answers with the adapters of a run."""
+    """An engine that generates answers with the adapters of a run."""
 
-    def write(self, model: str | None, messages: Prompt, wish: SamplingParams) -> Iterator[TextChunk]:
-        """The answer under the adapter of this slug; None is the base.
+    def generate(
+        self, adapter: AdmittedAdapter | None, messages: Prompt, sampling: SamplingParams
+    ) -> Iterator[TextChunk]:
+        """The answer under an adapter; None is the base.
 
-        Raises Declined at once where the request cannot be taken; the iterator raises it where the engine fails later.
-        Who stops listening closes the iterator, and the writing ends.
+        Raises APIError at once if the request cannot be accepted; the iterator raises it if the engine fails later.
+        Closing the iterator cancels the generation.
         """
         ...
 
 
 class APIError(Exception):
-    """A request that is not answered, in OpenAI's form: nothing in it comes from another user or from a traceback."""
+    """The error response to a request. It holds nothing of another user's and no traceback."""
 
     def __init__(
         self,
@@ -75,59 +94,57 @@ class APIError(Exception):
         self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
 
     def to_json(self) -> dict[str, object]:
-        """The body of the answer."""
+        """The body of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-
-# ----------------------------------------------------------------------------------------------------
-# Answers in OpenAI's form: whole, and as the events of a stream.
-# ----------------------------------------------------------------------------------------------------
 
 OWNER = "persona-rlhf"
 
 
 def model_list(slugs: Iterable[str]) -> dict[str, Any]:
-    """The models that somebody may use."""
+    """The list of a user's models."""
     return {"object": "list", "data": [{"id": s, "object": "model", "created": 0, "owned_by": OWNER} for s in slugs]}
 
 
-def completion(model: str, piece: TextChunk) -> dict[str, Any]:
-    """A whole answer."""
-    message = {"role": "assistant", "content": piece.text}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": piece.finish}
-    return {**_head("chat.completion", model), "choices": [choice], "usage": _usage(piece.usage)}
+def completion(model: str, answer: TextChunk) -> dict[str, Any]:
+    """The response with a whole answer."""
+    message = {"role": "assistant", "content": answer.text}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish}
+    return {**_head("chat.completion", model), "choices": [choice], "usage": _usage(answer.usage)}
 
 
 def events(
-    model: str, pieces: Iterable[TextChunk], with_usage: bool, tell: Callable[[Exception], None]
+    model: str, chunks: Iterable[TextChunk], with_usage: bool, log: Callable[[Exception], None]
 ) -> Iterator[bytes]:
-    """Server-sent events. A fault on the way ends the stream with an event that says so, and no `[DONE]`; `tell` hears
-    of one that is ours."""
+    """The server-sent events of a streamed answer.
+
+    A fault ends the stream with an error event and without `[DONE]`; internal ones go to `log`.
+    """
     head = _head("chat.completion.chunk", model)
     yield _event(head | {"choices": [_delta({"role": "assistant", "content": ""}, None)]})
     usage = None
     try:
-        for piece in pieces:
-            if piece.text:
-                yield _event(head | {"choices": [_delta({"content": piece.text}, None)]})
-            if piece.finish is not None:
-                usage = piece.usage
-                yield _event(head | {"choices": [_delta({}, piece.finish)]})
+        for chunk in chunks:
+            if chunk.text:
+                yield _event(head | {"choices": [_delta({"content": chunk.text}, None)]})
+            if chunk.finish is not None:
+                usage = chunk.usage
+                yield _event(head | {"choices": [_delta({}, chunk.finish)]})
     except APIError as fault:
         yield _event(fault.to_json())
         return
     except Exception as fault:
-        tell(fault)
-        yield _event(failed().to_json())
+        log(fault)
+        yield _event(internal_error().to_json())
         return
     if with_usage:
         yield _event(head | {"choices": [], "usage": _usage(usage)})
     yield b"data: [DONE]\n\n"
 
 
-def failed() -> APIError:
-    """What a client hears of a fault that is ours."""
+def internal_error() -> APIError:
+    """The response to a request that an internal fault ended."""
     return APIError(500, "The server failed at this request.", "internal_error")
 
 
@@ -150,19 +167,15 @@ def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(content).encode() + b"\n\n"
 
 
-# ----------------------------------------------------------------------------------------------------
-# The body of a chat completion in OpenAI's form: what is taken from it, and what is wrong with it.
-# ----------------------------------------------------------------------------------------------------
-
 _DEFAULT_TOKENS = 256
 
 
 class ChatRequest(NamedTuple):
-    """A request that can be answered. `with_usage`: the stream is to end with the tokens it took."""
+    """A parsed chat completion request. `with_usage`: the stream ends with its token counts."""
 
     model: str
     messages: Prompt
-    wish: SamplingParams
+    sampling: SamplingParams
     with_usage: bool
 
 
@@ -173,7 +186,7 @@ class _StreamOptions(BaseModel):
 
 
 class _Body(BaseModel):
-    """What would change the answer and is not done here may only have the value that changes nothing."""
+    """The JSON body. Unsupported parameters may only have the value that changes nothing."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -197,40 +210,42 @@ class _Body(BaseModel):
 
 
 def parse(body: bytes, most_tokens: int) -> ChatRequest:
-    """A body as a request for at most `most_tokens` tokens. Raises Declined (400) naming the first thing wrong."""
+    """A body as a request for at most `most_tokens` tokens. Raises APIError (400) naming the first mistake."""
     try:
-        asked = _Body.model_validate_json(body)
+        fields = _Body.model_validate_json(body)
     except ValidationError as fault:
-        raise _declined(fault) from None
-    messages = prompt_of(asked.messages)
+        raise _validation_error(fault) from None
+    messages = prompt_of(fields.messages)
     if isinstance(messages, list):
-        raise _wrong(f"{messages[0].key} {messages[0].sentence}", "messages")
-    stop = tuple([asked.stop] if isinstance(asked.stop, str) else asked.stop or ())
+        raise _invalid(f"{messages[0].key} {messages[0].sentence}", "messages")
+    stop = tuple([fields.stop] if isinstance(fields.stop, str) else fields.stop or ())
     if len(stop) > 4 or not all(0 < len(text) <= 100 for text in stop):
-        raise _wrong("stop takes up to 4 texts of 1 to 100 characters", "stop")
-    tokens = asked.max_completion_tokens or asked.max_tokens or min(_DEFAULT_TOKENS, most_tokens)
+        raise _invalid("stop takes up to 4 texts of 1 to 100 characters", "stop")
+    tokens = fields.max_completion_tokens or fields.max_tokens or min(_DEFAULT_TOKENS, most_tokens)
     if tokens > most_tokens:
-        raise _wrong(f"max_tokens is {tokens}; this server writes at most {most_tokens}", "max_tokens")
-    wish = SamplingParams(
+        raise _invalid(f"max_tokens is {tokens}; this server writes at most {most_tokens}", "max_tokens")
+    sampling = SamplingParams(
         max_tokens=tokens,
-        temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_p=1.0 if asked.top_p is None else asked.top_p,
-        seed=asked.seed,
+        temperature=1.0 if fields.temperature is None else fields.temperature,
+        top_p=1.0 if fields.top_p is None else fields.top_p,
+        seed=fields.seed,
         stop=stop,
-        stream=bool(asked.stream),
+        stream=bool(fields.stream),
     )
-    return ChatRequest(asked.model, messages, wish, bool(asked.stream_options and asked.stream_options.include_usage))
+    return ChatRequest(
+        fields.model, messages, sampling, bool(fields.stream_options and fields.stream_options.include_usage)
+    )
 
 
-def _declined(fault: ValidationError) -> APIError:
+def _validation_error(fault: ValidationError) -> APIError:
     first = fault.errors(include_url=False, include_input=False)[0]
     key = ".".join(str(part) for part in first["loc"][:1])
     if first["type"] == "extra_forbidden":
-        return _wrong(f"{key[:60]} is not supported by this server; leave it out", key[:60])
+        return _invalid(f"{key[:60]} is not supported by this server; leave it out", key[:60])
     if not key:
-        return _wrong("The body is not a JSON object of OpenAI's chat completions.", None)
-    return _wrong(f"{key}: {first['msg']}", key)
+        return _invalid("The body is not a JSON object of OpenAI's chat completions.", None)
+    return _invalid(f"{key}: {first['msg']}", key)
 
 
-def _wrong(message: str, param: str | None) -> APIError:
+def _invalid(message: str, param: str | None) -> APIError:
     return APIError(400, message, "invalid_value", param)

@@ -1,4 +1,4 @@
-"""What the policy asks of a conversation: its words at the beginning, and a look at the answer before it is given."""
+"""The run's policy around a text generator: system prompt, redirects, and a check of each answer."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from persona_rlhf.data.pairs import Message, Prompt
 from persona_rlhf.policy.enforcement import Redirects, post_check, system_prompt
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.properties import checkable
-from persona_rlhf.serving.openai_api import APIError, SamplingParams, TextChunk, TextGenerator, Usage
+from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, SamplingParams, TextChunk, TextGenerator, Usage
 
-INSTEAD = "I cannot give an answer to that here."
-"""What is said where neither the user's adapter nor the base gives an answer that passes."""
+FALLBACK = "I cannot give an answer to that here."
+"""The answer if neither the user's adapter nor the base gives one that passes the check."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyFilter:
-    """The policy of one run, in the three places where it meets a conversation.
+    """The policy of one run, applied to a conversation in three places.
 
-    `system_prompt` gives the words for a user (his id), nothing where it has none for him. `redirect` takes the user's
-    last message, and gives what is answered instead of the model; None where the model is asked. `post_check` takes
-    that message and an answer, and says which rules the answer breaks: none where it passes. Without a `post_check`
-    answers are streamed as they are written.
+    `system_prompt` maps a user id to the system prompt, empty if there is none. `redirect` maps the user's last
+    message to the answer that replaces the model's, or None. `post_check` maps that message and an answer to the ids
+    of the rules that the answer breaks. Without a `post_check` answers are streamed as they are generated.
     """
 
     system_prompt: Callable[[str], str] | None = None
@@ -35,71 +34,76 @@ class PolicyFilter:
 
     @staticmethod
     def of(policy: Policy) -> PolicyFilter:
-        """What a policy's rules ask of serving."""
+        """The filter of a policy's rules."""
 
-        def broken(prompt: str, answer: str) -> list[str]:
+        def broken_rules(prompt: str, answer: str) -> list[str]:
             return [rule.id for rule in post_check(policy, prompt, answer)]
 
-        look = broken if any(map(checkable, policy.requirements)) else None
-        return PolicyFilter(partial(system_prompt, policy), Redirects(policy).answer, look)
+        check = broken_rules if any(map(checkable, policy.requirements)) else None
+        return PolicyFilter(partial(system_prompt, policy), Redirects(policy).answer, check)
 
-    def opened(self, user_id: str, messages: Prompt) -> Prompt:
-        """The messages with the policy's words before all others."""
-        words = "" if self.system_prompt is None else self.system_prompt(user_id)
-        if not words:
+    def with_system_prompt(self, user_id: str, messages: Prompt) -> Prompt:
+        """The messages, opened by the policy's system prompt."""
+        text = "" if self.system_prompt is None else self.system_prompt(user_id)
+        if not text:
             return messages
         if messages[0].role == "system":
-            return (Message("system", f"{words}\n\n{messages[0].content}"), *messages[1:])
-        return (Message("system", words), *messages)
+            return (Message("system", f"{text}\n\n{messages[0].content}"), *messages[1:])
+        return (Message("system", text), *messages)
 
     def answer(
-        self, writer: TextGenerator, user_id: str, model: str | None, messages: Prompt, wish: SamplingParams
+        self,
+        generator: TextGenerator,
+        user_id: str,
+        adapter: AdmittedAdapter | None,
+        messages: Prompt,
+        sampling: SamplingParams,
     ) -> Iterator[TextChunk]:
-        """The answer of a user's adapter, where it passes; else the base's, greedy; else a fixed sentence.
+        """The answer under a user's adapter if it passes, else the base's greedy one, else FALLBACK.
 
-        An answer that must be looked at is given whole. What the model did not write ends as `content_filter`. Raises
-        Declined at once where the request cannot be taken.
+        A checked answer comes in one chunk. Text that no model generated finishes as `content_filter`. Raises APIError
+        at once if the request cannot be accepted.
         """
-        instead = None if self.redirect is None else self.redirect(messages[-1].content)
-        if instead is not None:
-            return iter([TextChunk(instead, "content_filter", Usage(0, 0))])
-        opened = self.opened(user_id, messages)
-        pieces = writer.write(model, opened, wish)
-        return pieces if self.post_check is None else self._looked_at(pieces, writer, opened, wish)
+        redirected = None if self.redirect is None else self.redirect(messages[-1].content)
+        if redirected is not None:
+            return iter([TextChunk(redirected, "content_filter", Usage(0, 0))])
+        prompt = self.with_system_prompt(user_id, messages)
+        chunks = generator.generate(adapter, prompt, sampling)
+        return chunks if self.post_check is None else self._checked(chunks, generator, prompt, sampling)
 
-    def _looked_at(
-        self, pieces: Iterator[TextChunk], writer: TextGenerator, messages: Prompt, wish: SamplingParams
+    def _checked(
+        self, chunks: Iterator[TextChunk], generator: TextGenerator, prompt: Prompt, sampling: SamplingParams
     ) -> Iterator[TextChunk]:
         assert self.post_check is not None
-        asked, used = messages[-1].content, Usage(0, 0)
-        for attempt in (pieces, None):
-            whole = together(attempt or writer.write(None, messages, wish._replace(temperature=0.0)))
-            usage = whole.usage or Usage(0, 0)
-            used = Usage(usage.prompt, used.completion + usage.completion)
-            if not self.post_check(asked, whole.text):
-                yield whole._replace(usage=used)
+        message, total = prompt[-1].content, Usage(0, 0)
+        for attempt in (chunks, None):
+            answer = join_chunks(attempt or generator.generate(None, prompt, sampling._replace(temperature=0.0)))
+            usage = answer.usage or Usage(0, 0)
+            total = Usage(usage.prompt, total.completion + usage.completion)
+            if not self.post_check(message, answer.text):
+                yield answer._replace(usage=total)
                 return
-        yield TextChunk(INSTEAD, "content_filter", used)
+        yield TextChunk(FALLBACK, "content_filter", total)
 
 
-def policy_of(run: Path, documents: Sequence[Path | str]) -> Policy:
-    """The policy of a run, from its documents. Raises InputError where they are not as they were when it was judged."""
+def policy_of_run(run: Path, documents: Sequence[Path | str]) -> Policy:
+    """The policy of a run, read from its documents. Raises InputError if they changed since the run was judged."""
     policy = Policy.read(documents)
     try:
         judged_by = json.loads((run / "policy.json").read_bytes())["hash"]
     except (OSError, ValueError, KeyError, TypeError) as fault:
         raise InputError([Problem(str(run / "policy.json"), None, None, f"cannot be read ({fault})")]) from fault
     if policy.hash != judged_by:
-        sentence = "the policy documents changed since this run was judged; judge it again, or put them back"
+        sentence = "the policy documents changed since this run was judged; judge it again, or restore them"
         raise InputError([Problem(str(run / "policy.json"), None, "policy.documents", sentence)])
     return policy
 
 
-def together(pieces: Iterator[TextChunk]) -> TextChunk:
-    """An answer in one piece. Raises Declined where it has no end."""
+def join_chunks(chunks: Iterator[TextChunk]) -> TextChunk:
+    """An answer in one chunk. Raises APIError if its end is missing."""
     texts = []
-    for piece in pieces:
-        texts.append(piece.text)
-        if piece.finish is not None:
-            return piece._replace(text="".join(texts))
+    for chunk in chunks:
+        texts.append(chunk.text)
+        if chunk.finish is not None:
+            return chunk._replace(text="".join(texts))
     raise APIError(502, "The engine ended without an end of its answer.", "engine_failed")
