@@ -1,4 +1,4 @@
-"""Typer app; init, report, version; base and config groups."""
+"""The command-line app: every verb, the groups `base` and `config`, and the main entry point."""
 
 from __future__ import annotations
 
@@ -12,35 +12,32 @@ from persona_rlhf.cli.console import (
     ConfigFile,
     Json,
     Overrides,
-    RunFolder,
+    RunArgument,
+    command_group,
     console,
-    exit_held_back,
-    finish,
+    exit_if_held_back,
+    note,
     open_run,
     print_guarantee,
     print_json,
+    print_results,
     print_table,
-    say,
-    verb_group,
     with_exit_codes,
 )
-from persona_rlhf.cli.data import data_verbs
+from persona_rlhf.cli.data import data_commands
 from persona_rlhf.cli.export import export
-from persona_rlhf.cli.policy import policy_verbs
-from persona_rlhf.cli.runs import add_life_verbs, audit, recertify, verify
-from persona_rlhf.cli.serve import app_verbs
+from persona_rlhf.cli.policy import policy_commands
+from persona_rlhf.cli.runs import add, audit, forget, rebase, recertify, verify
+from persona_rlhf.cli.serve import serving_commands
 from persona_rlhf.common.version import __version__
 
-# ----------------------------------------------------------------------------------------------------
-# The verbs of the command line about the shared base model.
-# ----------------------------------------------------------------------------------------------------
+base_commands = command_group("The shared base model.")
 
-base_verbs = verb_group("The shared base model.")
-
+_ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty folder.")]
 
 
-@base_verbs.command("build")
+@base_commands.command("build")
 @with_exit_codes
 def base_build(
     out: Out, seed: Annotated[int | None, typer.Option(help="Seed of corpus, initial weights and order.")] = None
@@ -49,13 +46,13 @@ def base_build(
     from persona_rlhf.simulation.tiny_base import SEED, PretrainProgress, build_base
 
     def progress(now: PretrainProgress) -> None:
-        say(f"step {now.step}: {now.tokens:,} of {now.of_tokens:,} completion tokens, loss {now.loss:.3f}")
+        note(f"step {now.step}: {now.tokens:,} of {now.of_tokens:,} completion tokens, loss {now.loss:.3f}")
 
     build_base(out, SEED if seed is None else seed, progress=progress)
-    say(f"Base: {out}")
+    note(f"Base: {out}")
 
 
-@base_verbs.command("align")
+@base_commands.command("align")
 @with_exit_codes
 def base_align(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A transformers folder or a hub id.")],
@@ -68,71 +65,47 @@ def base_align(
     """Make any causal LM the safety-aligned base: SFT and DPO by TRL, measured before and after."""
     from persona_rlhf.pipeline.inputs import read_alignment
 
-    asked = read_alignment(model, out, overrides or [])  # what is wrong so far is said before torch is loaded
+    inputs = read_alignment(model, out, overrides or [])  # reports wrong input before torch is imported
     from persona_rlhf.pipeline import align_base as alignment
 
-    found = alignment.base_align(asked, say)
-    print_json(found.to_json()) if as_json else print_table(alignment.render(found))
-    say(f"Base: {out}")
+    result = alignment.base_align(inputs, note)
+    print_json(result.to_json()) if as_json else print_table(alignment.render(result))
+    note(f"Base: {out}")
 
 
-# ----------------------------------------------------------------------------------------------------
-# The verbs of the command line about configs themselves.
-# ----------------------------------------------------------------------------------------------------
-
-config_verbs = verb_group("Configs of experiments.")
+config_commands = command_group("Configs of experiments.")
 
 
-@config_verbs.callback()
+@config_commands.callback()
 def config_group() -> None:
-    """Keeps the group a group while it has one verb."""
+    """Makes typer keep the group although it has one verb."""
 
 
-@config_verbs.command("import")
+@config_commands.command("import")
 @with_exit_codes
 def config_import(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="A DPO config of TRL or Axolotl (YAML).")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="A new file; else it is printed.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="A new file (default: stdout).")] = None,
 ) -> None:
     """Read a DPO config of TRL or Axolotl into ours, naming each key that has no counterpart."""
     from persona_rlhf.config.convert import import_config, write_new
 
-    found = import_config(source)
+    converted = import_config(source)
     if out is None:
-        typer.echo(found.text, nl=False)
+        typer.echo(converted.text, nl=False)
         return
-    write_new(found.text, out)
-    for line in found.left_out:
-        say(line)
-    say(f"Config: {out} (keys of {source} without a counterpart: {len(found.left_out)})")
+    write_new(converted.text, out)
+    for line in converted.left_out:
+        note(line)
+    note(f"Config: {out} (keys of {source} without a counterpart: {len(converted.left_out)})")
 
 
-# ----------------------------------------------------------------------------------------------------
-# Verbs of later releases: they stand in the help, say so and end with exit code 2.
-# ----------------------------------------------------------------------------------------------------
-
-
-def announce(group: typer.Typer, verb: str, does: str) -> None:
-    """Puts a verb into a group; its last word is its name there."""
-    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-    @group.command(verb.split()[-1], help=f"(later) {does}.", context_settings=settings, add_help_option=False)
-    @with_exit_codes
-    def later() -> None:
-        say(f"`persona-rlhf {verb}` comes with a later release.")
-        raise typer.Exit(2)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The command line: a verb is a function of a few lines over the library; what is heavy is imported when it runs.
-# ----------------------------------------------------------------------------------------------------
-
-app = verb_group("Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept.")
-app.add_typer(app_verbs)
-app.add_typer(data_verbs, name="data")
-app.add_typer(policy_verbs, name="policy")
-app.add_typer(base_verbs, name="base")
-app.add_typer(config_verbs, name="config")
+app = command_group("Personalised RLHF within bounds: one DPO adapter per user, tier-one refusals kept.")
+app.add_typer(serving_commands)
+app.add_typer(data_commands, name="data")
+app.add_typer(policy_commands, name="policy")
+app.add_typer(base_commands, name="base")
+app.add_typer(config_commands, name="config")
 
 
 @app.callback(invoke_without_command=True)
@@ -149,8 +122,8 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or em
     from persona_rlhf.config.experiment import scaffold
 
     scaffold(folder)
-    say(f"{folder} holds an experiment; its README.md says how to go on. To run it:")
-    say(f"  cd {folder} && persona-rlhf train experiment.yaml")
+    note(f"{folder} holds an experiment; its README.md gives the next steps. To run it:")
+    note(f"  cd {folder} && persona-rlhf train experiment.yaml")
 
 
 @app.command()
@@ -158,29 +131,29 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or em
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    shape: Annotated[bool, typer.Option("--shape", help="By the base's shape alone: no weights are loaded.")] = False,
+    shape: Annotated[bool, typer.Option("--shape", help="From the base's shape alone: no weights are loaded.")] = False,
     memory: Annotated[float | None, typer.Option(help="With --shape: GiB of the device, for the slots.")] = None,
     tflops: Annotated[float | None, typer.Option(help="With --shape: teraflops a second, for the time.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say users, pairs, steps, slots, memory and time before anything is trained; nothing is written."""
+    """Print users, pairs, steps, slots, memory and time before anything is trained; nothing is written."""
     if not shape and not (memory is tflops is None):
         raise typer.BadParameter("--memory and --tflops go with --shape")
     from persona_rlhf.config.experiment import read_config
     from persona_rlhf.pipeline.inputs import read_inputs
 
     settings = read_config(config, overrides or [])
-    materials = read_inputs(settings)  # what is wrong so far is said before torch is loaded
+    inputs = read_inputs(settings)  # reports wrong input before torch is imported
     if shape:
         from persona_rlhf.pipeline import plan_offline
 
-        sizes = plan_offline.plan_offline(settings, materials, memory, tflops)
+        sizes = plan_offline.plan_offline(settings, inputs, memory, tflops)
         print_json(sizes.to_json()) if as_json else print_table(plan_offline.render(sizes))
         return
     from persona_rlhf.pipeline import plan as planning
 
-    found = planning.plan(settings, materials)
-    print_json(found.to_json()) if as_json else print_table(planning.render(found))
+    estimate = planning.plan(settings, inputs)
+    print_json(estimate.to_json()) if as_json else print_table(planning.render(estimate))
 
 
 @app.command()
@@ -189,22 +162,22 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     run: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the run; else run.dir, else runs/NAME.")
+        Path | None, typer.Option(metavar="DIR", help="Folder of the run (default: run.dir, or runs/NAME).")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     shard: Annotated[str | None, typer.Option(metavar="i/n", help="Train the i-th of n parts of the users.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run the whole line: screen, train one adapter per user, gate, release."""
+    """Run the whole pipeline: screen, train one adapter per user, gate, release."""
     from persona_rlhf.cli.train import start
 
     folder, results = start(config, overrides or [], run, resume, shard, as_json)
     if results is None:
         return
-    finish(results, as_json)
+    print_results(results, as_json)
     print_guarantee(folder)
-    say(f"Report:   {folder / 'report.html'}\nAdapters: {folder / 'adapters'}")
-    exit_held_back(results)
+    note(f"Report:   {folder / 'report.html'}\nAdapters: {folder / 'adapters'}")
+    exit_if_held_back(results)
 
 
 @app.command()
@@ -212,16 +185,16 @@ def train(
 def sweep(
     path: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep (YAML): config, seeds, grid, arms.")],
     overrides: Overrides = None,
-    run: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the sweep; else sweeps/NAME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was interrupted.")] = False,
+    run: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the sweep (default: sweeps/NAME).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted sweep.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train an experiment under many settings and seeds, and compare them in one table."""
     from persona_rlhf.pipeline import sweep as sweeping
     from persona_rlhf.release.comparison import comparison_table, to_json
 
-    found = sweeping.sweep(path, overrides or [], run, resume, console(people=True))
-    print_json(to_json(found)) if as_json else print_table(comparison_table(found))
+    comparison = sweeping.sweep(path, overrides or [], run, resume, console(people=True))
+    print_json(to_json(comparison)) if as_json else print_table(comparison_table(comparison))
 
 
 @app.command()
@@ -229,7 +202,8 @@ def sweep(
 def evaluate(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Folder of a run.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings of the red team, or for the base.")
+        list[str] | None,
+        typer.Argument(metavar="[a.b=c ...]", help="Settings of the red team, or for the base."),
     ] = None,
     redteam: Annotated[
         bool, typer.Option("--redteam", help="Attack every released adapter instead; writes RUN/redteam.json.")
@@ -240,13 +214,13 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a run again, from its released adapters; or attack them; or measure a base before any run."""
-    words = overrides or []
+    arguments = overrides or []
     if model is not None:
         from persona_rlhf.pipeline import evaluate_base
 
         if redteam:
             raise typer.BadParameter("--base and --redteam do not go together")
-        card = evaluate_base.base_card(model, [*([] if run is None else [str(run)]), *words])
+        card = evaluate_base.base_card(model, [*([] if run is None else [str(run)]), *arguments])
         print_json(card.to_json()) if as_json else print_table(evaluate_base.render(card))
     elif run is None:
         raise typer.BadParameter("name a run, or a base with --base")
@@ -255,30 +229,30 @@ def evaluate(
         from persona_rlhf.release.redteam_report import redteam_table
 
         open_run(run)
-        found, file = reevaluate.red_team(run, words, say)
-        print_json(json.loads(file.read_bytes())) if as_json else print_table(redteam_table(found))
-        say(f"Red team: {file}")
-    elif words:
+        report, file = reevaluate.red_team(run, arguments, note)
+        print_json(json.loads(file.read_bytes())) if as_json else print_table(redteam_table(report))
+        note(f"Red team: {file}")
+    elif arguments:
         raise typer.BadParameter("settings go with --redteam or --base")
     else:
         from persona_rlhf.pipeline import train
 
         open_run(run)
         results = train.evaluate(run)
-        finish(results, as_json)
-        exit_held_back(results)
+        print_results(results, as_json)
+        exit_if_held_back(results)
 
 
 @app.command()
 @with_exit_codes
-def report(run: RunFolder) -> None:
+def report(run: RunArgument) -> None:
     """Write RUN/report.html, a page that needs no network."""
     from persona_rlhf.release.report import write_report
 
     open_run(run)
     page = write_report(run)
     print_guarantee(run)
-    say(f"Report: {page}")
+    note(f"Report: {page}")
 
 
 @app.command()
@@ -290,17 +264,24 @@ def bench(
     from persona_rlhf.benchmarks.fleet_vs_trl import bench as measure
     from persona_rlhf.benchmarks.fleet_vs_trl import render
 
-    result = measure(shape, say=say)
+    result = measure(shape, say=note)
     print_json(result) if as_json else print_table(render(result))
 
 
 for verb in (export, verify, audit, recertify):
     app.command()(with_exit_codes(verb))
 
-add_life_verbs(app)
-announce(app, "collect", "Serve a page that collects feedback")
+for verb in (add, forget, rebase):
+    app.command()(verb)
+
+
+@app.command(help="(later) Serve a page that collects feedback.", context_settings=_ANYTHING, add_help_option=False)
+@with_exit_codes
+def collect() -> None:
+    note("`persona-rlhf collect` comes with a later release.")
+    raise typer.Exit(2)
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """The entry point of the console script."""
     app(prog_name="persona-rlhf")

@@ -1,4 +1,4 @@
-"""Errors -> exit codes, JSON/tables, shared argument types."""
+"""Shared parts of all commands: exit codes of errors, JSON and tables, argument types, opening a run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 
     from persona_rlhf.release.results import Result
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
-
-# ----------------------------------------------------------------------------------------------------
-# Where the program meets people: errors become a sentence and an exit code (1 our fault, 2 the input's), output.
-# ----------------------------------------------------------------------------------------------------
 
 P = ParamSpec("P")
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of an experiment (YAML).")]
@@ -37,15 +33,22 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 
 
-def verb_group(what: str) -> typer.Typer:
-    """A group of verbs; `what` stands in its help."""
+def command_group(title: str) -> typer.Typer:
+    """A group of commands with this title in its help."""
     return typer.Typer(
-        help=what, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
+        help=title,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
     )
 
 
 def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
-    """A verb that ends in an exit code whatever happens; PERSONA_RLHF_DEBUG=1 shows the traceback of a fault."""
+    """A command whose exceptions become messages and exit codes: 2 wrong input, 130 Ctrl-C, 1 an internal fault.
+
+    PERSONA_RLHF_DEBUG=1 shows the traceback of a fault.
+    """
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -55,40 +58,40 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
             raise
         except InputError as fault:
             for problem in fault.problems:
-                say(str(problem))
+                note(str(problem))
             count = len(fault.problems)
-            say(f"{count} problem{'' if count == 1 else 's'} found.")
+            note(f"{count} problem{'' if count == 1 else 's'} found.")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            say("Interrupted.")
+            note("Interrupted.")
             raise typer.Exit(130) from None
         except Exception as fault:
             if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
-                say(f"The disk is full ({fault}). What is done is kept: make room, then go on (train has --resume).")
+                note(f"The disk is full ({fault}). Finished work is kept: free space, then continue (train --resume).")
                 raise typer.Exit(1) from None
             if os.environ.get("PERSONA_RLHF_DEBUG") == "1":
                 traceback.print_exc()
             last = traceback.extract_tb(fault.__traceback__)[-1]
-            what = f"{type(fault).__name__} at {Path(last.filename).name}:{last.lineno}: {fault}"
-            say(f"Internal fault, not your input: {what}. PERSONA_RLHF_DEBUG=1 shows the traceback.")
+            fault_text = f"{type(fault).__name__} at {Path(last.filename).name}:{last.lineno}: {fault}"
+            note(f"Internal fault, not your input: {fault_text}. PERSONA_RLHF_DEBUG=1 shows the traceback.")
             raise typer.Exit(1) from None
 
     return run
 
 
-def say(text: str) -> None:
-    """A line for people, on stderr; what their terminal cannot show is escaped."""
+def note(text: str) -> None:
+    """Prints a line for people on stderr; characters that their terminal cannot show are escaped."""
     encoding = sys.stderr.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def print_json(value: object) -> None:
-    """A machine-readable result, on stdout."""
+    """Prints a machine-readable result on stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=True))
 
 
 def print_json_list(values: Iterable[object]) -> None:
-    """A machine-readable list, on stdout, one value at a time."""
+    """Prints a machine-readable list on stdout, one value at a time."""
     before = "[\n"
     for value in values:
         typer.echo(before + json.dumps(value, ensure_ascii=True), nl=False)
@@ -97,25 +100,20 @@ def print_json_list(values: Iterable[object]) -> None:
 
 
 def print_table(table: RenderableType) -> None:
-    """A result for people, on stdout."""
+    """Prints a result for people on stdout."""
     console(people=False).print(table)
 
 
 def console(people: bool) -> Console:
-    """A console on stderr (for people while something runs) or stdout; a pipe gets lines wide enough for a table."""
+    """A console on stderr (for people, while a command runs) or stdout; in a pipe its lines fit a wide table."""
     from rich.console import Console
 
-    found = Console(stderr=people)
-    return found if found.is_terminal else Console(stderr=people, width=160)
+    terminal = Console(stderr=people)
+    return terminal if terminal.is_terminal else Console(stderr=people, width=160)
 
 
-# ----------------------------------------------------------------------------------------------------
-# How a verb over a run ends: the table of its users, what is promised of them together, and the exit code.
-# ----------------------------------------------------------------------------------------------------
-
-
-def finish(results: Iterable[Result], as_json: bool) -> None:
-    """The result table, or the lines of results.jsonl as a list; of many users never all at once."""
+def print_results(results: Iterable[Result], as_json: bool) -> None:
+    """Prints the result table, or the lines of results.jsonl as a JSON list, one user at a time."""
     if as_json:
         print_json_list(result.to_json() for result in results)
         return
@@ -125,41 +123,34 @@ def finish(results: Iterable[Result], as_json: bool) -> None:
 
 
 def print_guarantee(run: Path) -> None:
-    """What the gate promises of all users together, in one sentence."""
+    """Prints what the gate's bounds imply for all users together, in one sentence."""
     from persona_rlhf.release.results import read_sentence
 
     if (sentence := read_sentence(run)) is not None:
-        say(sentence)
+        note(sentence)
 
 
-def exit_held_back(results: Iterable[Result]) -> None:
-    """Exit code 3 where a user was held back: a result, but not the one that was asked for."""
+def exit_if_held_back(results: Iterable[Result]) -> None:
+    """Ends with exit code 3 if the gate held a user back."""
     if any(result.status == "held_back" for result in results):
         raise typer.Exit(HELD_BACK)
 
 
-# ----------------------------------------------------------------------------------------------------
-# How a program opens a run: what another one began to change in it, and was cut short in, is finished first.
-# ----------------------------------------------------------------------------------------------------
-
-
 def open_run(run: Path) -> None:
-    """Finishes the additions, deletions and replacements that were begun.
+    """Finishes the additions, deletions and replacements that were interrupted in a run.
 
-    Raises InputError where one cannot be finished, OSError where the disk is full.
+    Raises InputError if one cannot be finished, OSError if the disk is full.
     """
     from persona_rlhf.pipeline.run_dir import RunDir, finish_replacement
     from persona_rlhf.release.deletion_records import pending
 
     if finish_replacement(run):
-        say(f"A replacement that was cut short is finished: {run}")
+        note(f"Finished an interrupted replacement: {run}")
     if RunDir(run).joining.is_file():
         from persona_rlhf.pipeline.update_run import join
 
         join(run)
-        say(f"An addition that was cut short is finished: {run}")
+        note(f"Finished an interrupted addition: {run}")
     if pending(run):
-        from persona_rlhf.pipeline.forget_user import finish
-
-        for done in finish(run):
-            say(f"A deletion that was cut short is finished: {done.proof}")
+        for done in print_results(run):
+            note(f"Finished an interrupted deletion: {done.proof}")

@@ -1,4 +1,4 @@
-"""The verb of the command line that takes adapters out of a run."""
+"""The command `export`: copy adapters out of a run, to a folder, a file or the hub."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from persona_rlhf.cli.console import say
+from persona_rlhf.cli.console import RunArgument, note, open_run
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
 if TYPE_CHECKING:
     from persona_rlhf.release.hub import RepositoryUpload
     from persona_rlhf.release.hub_repository import UploadDifference
 
-_SHOWN = 50  # paths of a difference; those of a thousand users are told in a screenful
+_SHOWN = 50  # paths printed of a difference
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    run: RunArgument,
     user: Annotated[str | None, typer.Option("--user", help="A user_id.")] = None,
-    everybody: Annotated[bool, typer.Option("--all", help="With --hub: everybody whose adapter may leave.")] = False,
+    all_users: Annotated[bool, typer.Option("--all", help="With --hub: every adapter that may be exported.")] = False,
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="A new or empty folder; for gguf a new file.")
     ] = None,
@@ -35,20 +35,19 @@ def export(
     ] = None,
     revision: Annotated[str, typer.Option(metavar="R", help="With --hub: the branch.")] = "main",
     per_user: Annotated[
-        bool, typer.Option("--per-user", help="With --all: a repository each, called OWNER/NAME-PSEUDONYM.")
+        bool, typer.Option("--per-user", help="With --all: one repository per user, named OWNER/NAME-PSEUDONYM.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --hub: say what would change there; nothing is sent.")
+        bool, typer.Option("--dry-run", help="With --hub: print what would change there; nothing is sent.")
     ] = False,
     public: Annotated[
-        bool, typer.Option("--public", help="With --hub: let everybody read it; asks for its name again.")
+        bool, typer.Option("--public", help="With --hub: make it readable by everybody; asks for its name again.")
     ] = False,
 ) -> None:
     """Copy released adapters out of a run: to a folder, as a model or a GGUF file, or to the hub."""
-    _check_options(user, everybody, to, hub, merge or form != "peft", per_user, dry_run or public or revision != "main")
+    _check_options(user, all_users, to, hub, merge or form != "peft", per_user, dry_run or public or revision != "main")
     if merge and form == "gguf":
         raise typer.BadParameter("--merge and --format gguf do not go together")
-    from persona_rlhf.cli.console import open_run
     from persona_rlhf.release.export import HeldBack
 
     open_run(run)
@@ -58,28 +57,28 @@ def export(
         elif user is not None and to is not None:
             _to_folder(run, user, to, merge, form)
     except HeldBack as reason:
-        say(str(reason))
+        note(str(reason))
         raise typer.Exit(HELD_BACK) from None
 
 
 def _check_options(
     user: str | None,
-    everybody: bool,
+    all_users: bool,
     to: Path | None,
     hub: str | None,
     folder_only: bool,
     per_user: bool,
     hub_only: bool,
 ) -> None:
-    if (user is None) != everybody:
-        raise typer.BadParameter("say whose, with --user USER_ID or, to the hub, --all")
+    if (user is None) != all_users:
+        raise typer.BadParameter("give either --user USER_ID or --all (--all needs --hub)")
     if (to is None) == (hub is None):
-        raise typer.BadParameter("say where to, with --to DIR or --hub OWNER/NAME")
-    if to is not None and (everybody or hub_only):
+        raise typer.BadParameter("give either --to DIR or --hub OWNER/NAME")
+    if to is not None and (all_users or hub_only):
         raise typer.BadParameter("--all, --revision, --dry-run and --public go with --hub")
     if hub is not None and folder_only:
         raise typer.BadParameter("--merge and --format go with --to")
-    if per_user and not everybody:
+    if per_user and not all_users:
         raise typer.BadParameter("--per-user goes with --all")
 
 
@@ -91,8 +90,8 @@ def _to_folder(run: Path, user: str, to: Path, merge: bool, form: str) -> None:
     if not merge and form == "peft":
         write(run, user, to)
         for finding in lint(to):
-            say(str(finding))
-        say(f"Adapter of {user}: {to}")
+            note(str(finding))
+        note(f"Adapter of {user}: {to}")
         return
     adapter = admitted(run, find_user(run, user))
     from persona_rlhf.common.errors import InputError, Problem
@@ -103,7 +102,7 @@ def _to_folder(run: Path, user: str, to: Path, merge: bool, form: str) -> None:
     if form == "gguf":
         from persona_rlhf.release.convert import to_gguf
 
-        say(f"Adapter of {user}: {to_gguf(adapter, base.model, to)}")
+        note(f"Adapter of {user}: {to_gguf(adapter, base.model, to)}")
         return
     if base.quantization is not None:
         sentence = f"its adapters were judged on weights stored as {base.quantization}; a merged model is another model"
@@ -112,7 +111,7 @@ def _to_folder(run: Path, user: str, to: Path, merge: bool, form: str) -> None:
     from persona_rlhf.models.base import load_base
     from persona_rlhf.release.convert import merge as write_merged
 
-    say(f"Model of {user}: {write_merged(load_base(base), adapter, to)}")
+    note(f"Model of {user}: {write_merged(load_base(base), adapter, to)}")
 
 
 def _to_hub(run: Path, user: str | None, hub: str, revision: str, per_user: bool, dry_run: bool, public: bool) -> None:
@@ -122,48 +121,48 @@ def _to_hub(run: Path, user: str | None, hub: str, revision: str, per_user: bool
     if user is not None:
         adapters, held_back = [LocalAdapter(user, admitted(run, find_user(run, user)))], list[str]()
     else:
-        found = exportable(run)
-        adapters, held_back = [LocalAdapter(*item) for item in found.folders.items()], found.held_back
-    to_send = (
+        folders, held_back = exportable(run)
+        adapters = [LocalAdapter(*item) for item in folders.items()]
+    uploads = (
         repository_uploads(hub, adapters, shared=user is None, per_user=per_user, revision=revision) if adapters else []
     )
     if dry_run:
-        for parcel in to_send:
-            _print_difference(parcel, preview(run, parcel, public), public)
+        for repository in uploads:
+            _print_difference(repository, preview(run, repository, public), public)
     else:
-        if public and to_send:
+        if public and uploads:
             _confirm(hub)
-        for parcel in to_send:
-            commit = upload(run, parcel, public, say)
-            count = f"{len(parcel.adapters):,} adapter{'' if len(parcel.adapters) == 1 else 's'}"
-            say(f"{parcel.repository.id}: {count} at commit {commit[:12]}, {'public' if public else 'private'}")
+        for repository in uploads:
+            commit = upload(run, repository, public, note)
+            count = f"{len(repository.adapters):,} adapter{'' if len(repository.adapters) == 1 else 's'}"
+            note(f"{repository.repository.id}: {count} at commit {commit[:12]}, {'public' if public else 'private'}")
     for reason in held_back:
-        say(reason)
+        note(reason)
     if held_back:
         raise typer.Exit(HELD_BACK)
 
 
-def _print_difference(parcel: RepositoryUpload, change: UploadDifference, public: bool) -> None:
-    """What an upload would do to a repository, a path a line on stdout."""
+def _print_difference(upload: RepositoryUpload, change: UploadDifference, public: bool) -> None:
+    """Prints the changes that an upload would make to a repository, one path per line on stdout."""
     rows = [
         (sign, path)
         for sign, paths in zip("+~-", (change.added, change.changed, change.removed), strict=True)
         for path in paths
     ]
     for sign, path in rows[:_SHOWN]:
-        typer.echo(f"{sign} {parcel.repository.id}/{path}")
+        typer.echo(f"{sign} {upload.repository.id}/{path}")
     if len(rows) > _SHOWN:
         typer.echo(f"... and {len(rows) - _SHOWN:,} more")
-    say(f"{parcel.repository.id}: {change}; it would be {'public' if public else 'private'}. Nothing was sent.")
+    note(f"{upload.repository.id}: {change}; it would be {'public' if public else 'private'}. Nothing was sent.")
 
 
 def _confirm(hub: str) -> None:
-    """Has the repository's name typed, before everybody may read a person's adapter. Ends the program otherwise."""
-    say(f"Everybody will be able to read {hub}: adapters of persons, which tell of their preferences.")
+    """Asks for the repository's name before an adapter becomes public; ends the program if it differs."""
+    note(f"Everybody will be able to read {hub}: adapters of persons, which reveal their preferences.")
     try:
-        typed = typer.prompt("Type its name to go on", err=True, default="", show_default=False)
+        typed = typer.prompt("Type its name to continue", err=True, default="", show_default=False)
     except typer.Abort:
         typed = ""
     if typed.strip() != hub:
-        say("That is not its name; nothing was sent.")
+        note("That is not its name; nothing was sent.")
         raise typer.Exit(2)

@@ -1,4 +1,4 @@
-"""The verbs of the command line about policy documents."""
+"""The commands of the group `policy`: show, check, compare, explain, sign and print policy documents."""
 
 from __future__ import annotations
 
@@ -7,26 +7,38 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from persona_rlhf.cli.console import ConfigFile, Json, print_json, print_table, say, verb_group, with_exit_codes
+from persona_rlhf.cli.console import (
+    ConfigFile,
+    Json,
+    RunArgument,
+    command_group,
+    note,
+    open_run,
+    print_json,
+    print_table,
+    with_exit_codes,
+)
 from persona_rlhf.common.errors import InputError, visible
 
 if TYPE_CHECKING:
     from persona_rlhf.policy.documents import PolicyDocument
 
-policy_verbs = verb_group("Policy documents of three tiers.")
+policy_commands = command_group("Policy documents of three tiers.")
 
 User = Annotated[str | None, typer.Option("--user", help="A user_id.")]
 
 
-@policy_verbs.command("show")
+@policy_commands.command("show")
 @with_exit_codes
 def policy_show(
     config: ConfigFile,
     user: User = None,
-    rule: Annotated[str | None, typer.Option("--why", metavar="RULE", help="All about one rule, by its id.")] = None,
+    rule: Annotated[
+        str | None, typer.Option("--why", metavar="RULE", help="Show the rule with this id in full.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print the resolved rules, each with the tier and document it comes from; of a user, his overruled wishes too."""
+    """Print the resolved rules with their tiers and documents; with --user, also the overruled preferences."""
     from persona_rlhf.config.experiment import read_config
     from persona_rlhf.policy import explain
     from persona_rlhf.policy.enforcement import overruled
@@ -37,20 +49,20 @@ def policy_show(
         resolved = resolved.for_user(user)
     if rule is not None:
         entry = explain.entry_of(resolved, rule)
-        found = {**entry.to_json(), "held_by": explain.enforced_by(entry)}
-        print_json(found) if as_json else print_table(explain.why(resolved, entry))
+        row = {**entry.to_json(), "held_by": explain.enforced_by(entry)}
+        print_json(row) if as_json else print_table(explain.why(resolved, entry))
         return
     lost = list(overruled(resolved.preferences, resolved.requirements))
     written = [{**entry.to_json(), "held_by": explain.enforced_by(entry)} for entry in resolved.written]
     if as_json:
-        print_json({**resolved.to_json(), "written": written, "overruled": [found._asdict() for found in lost]})
+        print_json({**resolved.to_json(), "written": written, "overruled": [row._asdict() for row in lost]})
         return
     print_table(explain.listing(resolved))
-    for sentence in [*out_of_force(resolved.written), *(found.sentence for found in lost)]:
-        say(visible(sentence))
+    for sentence in [*out_of_force(resolved.written), *(preference.sentence for preference in lost)]:
+        note(visible(sentence))
 
 
-@policy_verbs.command("check")
+@policy_commands.command("check")
 @with_exit_codes
 def policy_check(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Documents, or folders of them.")],
@@ -60,26 +72,26 @@ def policy_check(
     from persona_rlhf.policy.policy import check_documents
 
     try:
-        found = check_documents(paths)
+        notes = check_documents(paths)
     except InputError as fault:
         if as_json:
             print_json({"problems": [problem._asdict() for problem in fault.problems], "notes": []})
         raise
     if as_json:
-        print_json({"problems": [], "notes": found})
+        print_json({"problems": [], "notes": notes})
         return
-    for line in found:
-        say(visible(line))
+    for line in notes:
+        note(visible(line))
 
 
-@policy_verbs.command("diff")
+@policy_commands.command("diff")
 @with_exit_codes
 def policy_diff(
     before: Annotated[Path, typer.Argument(metavar="A", help="A document, a folder of them, or a config.")],
-    after: Annotated[Path, typer.Argument(metavar="B", help="What would stand in its place.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="The documents that would replace A.")],
     as_json: Json = False,
 ) -> None:
-    """Say what gets stricter and what looser from A to B; exit code 3 where tier one gets looser."""
+    """Print what gets stricter and what looser from A to B; exit code 3 if tier one gets looser."""
     from persona_rlhf.policy.explain import changes_table, differences
 
     changes = differences(_documents(before), _documents(after))
@@ -88,14 +100,14 @@ def policy_diff(
     elif changes:
         print_table(changes_table(changes))
     else:
-        say("Nothing changes.")
+        note("Nothing changes.")
     refused = sum(change.refused for change in changes)
     if refused:
-        say(f"Tier one gets looser in {refused} {'place' if refused == 1 else 'places'}, which is refused.")
+        note(f"Tier one gets looser in {refused} {'place' if refused == 1 else 'places'}, which is refused.")
         raise typer.Exit(3)
 
 
-@policy_verbs.command("explain")
+@policy_commands.command("explain")
 @with_exit_codes
 def policy_explain(
     config: ConfigFile,
@@ -104,24 +116,24 @@ def policy_explain(
     answer: Annotated[str | None, typer.Option("--answer", help="An answer to it, to be checked.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say which rules a text meets, and at which stage."""
+    """Print the rules that apply to a text, and the stage of each."""
     from persona_rlhf.config.experiment import read_config
     from persona_rlhf.policy.explain import explain, matches_table
     from persona_rlhf.policy.policy import Policy
 
-    found = explain(Policy.read(read_config(config).policy.documents), user, text, answer)
+    matches = explain(Policy.read(read_config(config).policy.documents), user, text, answer)
     if as_json:
-        print_json([meeting._asdict() for meeting in found])
-    elif found:
-        print_table(matches_table(found))
+        print_json([match._asdict() for match in matches])
+    elif matches:
+        print_table(matches_table(matches))
     else:
-        say("It meets no rule.")
+        note("No rule applies to it.")
 
 
-@policy_verbs.command("schema")
+@policy_commands.command("schema")
 @with_exit_codes
 def policy_schema(
-    tier: Annotated[int | None, typer.Option("--tier", min=1, max=3, help="1, 2 or 3; else all three.")] = None,
+    tier: Annotated[int | None, typer.Option("--tier", min=1, max=3, help="1, 2 or 3 (default: all three).")] = None,
     as_json: Json = False,
 ) -> None:
     """Print the JSON Schema of policy documents (it is JSON with and without --json)."""
@@ -131,23 +143,23 @@ def policy_schema(
 
 
 def _documents(path: Path) -> list[PolicyDocument]:
-    """The documents of a document, a folder of them or a config. Raises InputError with every problem in them."""
+    """The documents at a path: one, a folder of them, or those of a config. Raises InputError naming every problem."""
     from persona_rlhf.common.files import find
     from persona_rlhf.config.experiment import read_config
     from persona_rlhf.config.loader import in_order, read_yaml
     from persona_rlhf.policy.inheritance import read_all
     from persona_rlhf.policy.policy import document_files
 
-    place = find(path)
-    tree = {} if place.is_dir() else read_yaml(place).tree
+    source = find(path)
+    tree = {} if source.is_dir() else read_yaml(source).tree
     is_config = isinstance(tree, dict) and "policy" in tree
-    documents, problems = read_all(read_config(place).policy.documents if is_config else document_files([place]))
+    documents, problems = read_all(read_config(source).policy.documents if is_config else document_files([source]))
     if problems:
         raise InputError(in_order(problems))
     return documents
 
 
-@policy_verbs.command("keygen")
+@policy_commands.command("keygen")
 @with_exit_codes
 def policy_keygen(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file for the private key.")], as_json: Json = False
@@ -157,10 +169,10 @@ def policy_keygen(
 
     public = make_key(out)
     print_json({"path": str(out), "public_key": public}) if as_json else typer.echo(public)
-    say(f"{out} holds the private key: keep it to yourself. The line on stdout goes into keys.yaml, under its role.")
+    note(f"{out} holds the private key: keep it secret. The line on stdout goes into keys.yaml, under its role.")
 
 
-@policy_verbs.command("sign")
+@policy_commands.command("sign")
 @with_exit_codes
 def policy_sign(
     document: Annotated[Path, typer.Argument(metavar="DOC", help="A policy document, or any file.")],
@@ -173,28 +185,27 @@ def policy_sign(
     signature = sign_file(document, key)
     if as_json:
         print_json({"path": str(signature)})
-    say(f"Signature: {signature}")
+    note(f"Signature: {signature}")
 
 
-@policy_verbs.command("packet")
+@policy_commands.command("packet")
 @with_exit_codes
 def policy_packet(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    run: RunArgument,
     against: Annotated[
         Path | None, typer.Option("--against", metavar="EARLIER", help="The run that was signed off before.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Default: RUN-packet.html beside it.")
     ] = None,
-    approver: Annotated[str | None, typer.Option("--approver", help="Name and role of who is to decide.")] = None,
+    approver: Annotated[str | None, typer.Option("--approver", help="Name and role of the approver.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the sign-off packet of a run: one page with rules, bounds, exceptions, counts and what changed."""
-    from persona_rlhf.cli.console import open_run
+    """Write the sign-off packet of a finished run: one page with rules, bounds, exceptions, counts and what changed."""
     from persona_rlhf.release.approval_packet import write_packet
 
     open_run(run)
     page = out or run.resolve().with_name(f"{run.resolve().name}-packet.html")
     digest = write_packet(run, page, against, approver)
     print_json({"path": str(page), "sha256": digest}) if as_json else typer.echo(digest)
-    say(f"Packet: {page}")
+    note(f"Packet: {page}")

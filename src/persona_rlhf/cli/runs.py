@@ -1,4 +1,4 @@
-"""Add, forget, rebase, verify, audit, recertify."""
+"""The commands over a finished run: add, forget, rebase, verify, audit and recertify."""
 
 from __future__ import annotations
 
@@ -9,32 +9,28 @@ import typer
 
 from persona_rlhf.cli.console import (
     Json,
-    RunFolder,
+    RunArgument,
     console,
-    exit_held_back,
-    finish,
+    exit_if_held_back,
+    note,
     open_run,
     print_guarantee,
     print_json,
     print_json_list,
+    print_results,
     print_table,
-    say,
     with_exit_codes,
 )
 from persona_rlhf.pipeline.distributed import HELD_BACK
 from persona_rlhf.pipeline.run_dir import before, check_replacement, replace_run
 from persona_rlhf.release.deletion_records import FORGOTTEN
 
-# ----------------------------------------------------------------------------------------------------
-# The verbs of the command line about a run's life after it was trained: users come and go, the base changes.
-# ----------------------------------------------------------------------------------------------------
-
 
 @with_exit_codes
 def forget(
-    run: RunFolder,
+    run: RunArgument,
     user: Annotated[str, typer.Option("--user", help="A user_id.")],
-    data: Annotated[bool, typer.Option("--data", help="Take his rows out of the run's source files too.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Remove the user's rows from the source files too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Delete one user everywhere and write a proof."""
@@ -45,91 +41,79 @@ def forget(
 
     open_run(run)
     for sentence in withdraw(run, user):
-        say(sentence)
+        note(sentence)
     done = delete(run, user, data)
     if done is None:
-        say(f"`{user}` was forgotten already; the proof is {proof_file(run, pseudonym(user))}")
+        note(f"`{user}` was forgotten already; the proof is {proof_file(run, pseudonym(user))}")
         return
     if as_json:
         print_json(done.content)
-    removed = sum(piece["count"] for piece in done.content["removed"])
-    say(f"`{user}` is forgotten: {removed:,} pieces in {len(done.content['removed'])} places.")
+    removed = sum(trace["count"] for trace in done.content["removed"])
+    note(f"`{user}` is forgotten: {removed:,} pieces in {len(done.content['removed'])} places.")
     for sentence in done.remains:
-        say(f"Outside the run: {sentence}.")
-    say(f"He stays out, whatever the sources hold; to let him in again, delete the proof.\nProof: {done.proof}")
+        note(f"Outside the run: {sentence}.")
+    note(f"The user stays out, whatever the sources hold; to admit them again, delete the proof.\nProof: {done.proof}")
 
 
 @with_exit_codes
 def add(
-    run: RunFolder,
+    run: RunArgument,
     users: Annotated[
-        str, typer.Option("--users", metavar="PATH", help="New or changed users: each with all of his pairs.")
+        str, typer.Option("--users", metavar="PATH", help="New or changed users, each with all of their pairs.")
     ],
     as_json: Json = False,
 ) -> None:
-    """Train new or changed users into a finished run; nobody else's bytes change."""
+    """Train new or changed users into a finished run; other users' files do not change."""
     open_run(run)
     from persona_rlhf.pipeline.update_run import add as train
 
     done = train(run, users, console(people=True))
     if done.results or as_json:
-        finish(done.results, as_json)
+        print_results(done.results, as_json)
     else:
-        say("Nobody in there is new or changed.")
+        note("No user in it is new or changed.")
     if done.unchanged:
-        say(f"{done.unchanged:,} users are in the run already, with the same pairs.")
+        note(f"{done.unchanged:,} users are in the run already, with the same pairs.")
     if done.forgotten:
-        say(f"{done.forgotten:,} users asked to be forgotten and stay out; their proofs are in {run / FORGOTTEN}.")
+        note(f"{done.forgotten:,} users asked to be forgotten and stay out; their proofs are in {run / FORGOTTEN}.")
     if done.results:
         print_guarantee(run)
-    exit_held_back(done.results)
+    exit_if_held_back(done.results)
 
 
 @with_exit_codes
 def rebase(
-    run: RunFolder,
+    run: RunArgument,
     base: Annotated[str, typer.Option("--base", metavar="NEW", help="The new base: a folder or a hub id.")],
     to: Annotated[
-        Path | None, typer.Option("--run", metavar="NEWRUN", help="Folder of the new run; else RUN.rebased.")
+        Path | None, typer.Option("--run", metavar="NEWRUN", help="Folder of the new run (default: RUN.rebased).")
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Then put the new run in the old one's place, and that to RUN.before.")
+        bool, typer.Option("--replace", help="Move the old run to RUN.before, and the new run to RUN.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train all users of a run again on a new base, and say what that changes for each of them."""
+    """Train all users of a run again on a new base, and print the change for each of them."""
     open_run(run)
     from persona_rlhf.pipeline import update_run
     from persona_rlhf.release.comparison import comparison_table, rebase_table
     from persona_rlhf.release.results import RunResults
 
-    place = to or run.with_name(f"{run.name}.rebased")
+    folder = to or run.with_name(f"{run.name}.rebased")
     if replace:
-        check_replacement(run, place)
-    done = update_run.rebase(run, base, place, console(people=True))
+        check_replacement(run, folder)
+    done = update_run.rebase(run, base, folder, console(people=True))
     if as_json:
         print_json(done.to_json())
     else:
         print_table(rebase_table(done.users))
         print_table(comparison_table(done.figures))
     if replace:
-        replace_run(run, place)
-        place = run
-        say(f"{run} is on the new base now; the old run is {before(run)}.")
-    say(f"Report:   {place / 'report.html'}\nAdapters: {place / 'adapters'}")
-    exit_held_back(RunResults(place))
-
-
-def add_life_verbs(app: typer.Typer) -> None:
-    """Puts the verbs into the command line."""
-    app.command()(add)
-    app.command()(forget)
-    app.command()(rebase)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The verbs of the command line that check what a run released: its papers, its audit trail, a change of the policy.
-# ----------------------------------------------------------------------------------------------------
+        replace_run(run, folder)
+        folder = run
+        note(f"{run} is on the new base now; the old run is {before(run)}.")
+    note(f"Report:   {folder / 'report.html'}\nAdapters: {folder / 'adapters'}")
+    exit_if_held_back(RunResults(folder))
 
 
 def verify(
@@ -138,17 +122,17 @@ def verify(
     ],
     head: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE|HEAD", help="A head of the run's audit trail, kept elsewhere, that it must hold."),
+        typer.Option(metavar="FILE|HEAD", help="A head of the audit trail, kept elsewhere, that the trail must hold."),
     ] = None,
     trust: Annotated[
-        Path | None, typer.Option(metavar="KEYS", help="Trusted keys (YAML): every issuer's signature is demanded.")
+        Path | None, typer.Option(metavar="KEYS", help="Trusted keys (YAML): every issuer's signature is required.")
     ] = None,
     revoked: Annotated[
         Path | None, typer.Option(metavar="LIST", help="A list of revocations beside the run's own.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check hashes, policy, verdict and audit trail again; exit 3 where something is wrong."""
+    """Check hashes, policy, verdict and audit trail again; exit 3 if there is a fault."""
     from persona_rlhf.common.files import is_hub_id
     from persona_rlhf.release.approval_packet import packet_faults
     from persona_rlhf.release.hub import verify_remote
@@ -160,7 +144,7 @@ def verify(
 
     folder = Path(place)
     if folder.is_file():
-        _end(place, packet_faults(folder), [], as_json)
+        _report(place, packet_faults(folder), [], as_json)
         return
     if folder.exists():
         open_run(folder)
@@ -171,27 +155,27 @@ def verify(
     )
     notes = [SELF_DECLARED] if trust is None else []
     remote = is_hub_id(place) and not folder.exists()
-    _end(place, verify_remote(place, witnesses) if remote else faults_of(folder, witnesses), notes, as_json)
+    _report(place, verify_remote(place, witnesses) if remote else faults_of(folder, witnesses), notes, as_json)
 
 
-def _end(place: str, faults: list[str], notes: list[str], as_json: bool) -> None:
-    """What was found, in words or as JSON; exit 3 where something is wrong."""
+def _report(place: str, faults: list[str], notes: list[str], as_json: bool) -> None:
+    """Prints the faults as text or JSON; ends with exit code 3 if there are any."""
     if as_json:
         print_json({"path": place, "faults": faults, "notes": notes})
     for sentence in (*faults, *notes):
-        say(sentence)
+        note(sentence)
     count = f"{len(faults)} fault{'' if len(faults) == 1 else 's'}"
-    say(f"{place}: {count if faults else 'verified'}")
+    note(f"{place}: {count if faults else 'verified'}")
     if faults:
         raise typer.Exit(HELD_BACK)
 
 
 def audit(
-    run: RunFolder,
-    head: Annotated[bool, typer.Option("--head", help="Print the head alone, to be kept elsewhere.")] = False,
+    run: RunArgument,
+    head: Annotated[bool, typer.Option("--head", help="Print only the head, to be kept elsewhere.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the audit trail of a run, or its head; exit 3 where the chain is broken."""
+    """Print the audit trail of a run, or its head; exit 3 if the chain is broken."""
     from persona_rlhf.release import integrity as trail
     from persona_rlhf.release.integrity import audit_table
 
@@ -204,24 +188,25 @@ def audit(
     else:
         print_table(audit_table(trail.read(run)))
     for fault in faults:
-        say(fault)
+        note(fault)
     if faults:
         raise typer.Exit(HELD_BACK)
 
 
 def recertify(
-    run: RunFolder,
+    run: RunArgument,
     policy: Annotated[
-        list[Path], typer.Option("--policy", metavar="DOC", help="A new policy document; give all of them, one by one.")
+        list[Path],
+        typer.Option("--policy", metavar="DOC", help="A new policy document; repeat it for all of them."),
     ],
     as_json: Json = False,
 ) -> None:
-    """Test every released adapter against new policy documents, without retraining; who fails is revoked (exit 3)."""
+    """Test every released adapter against new policy documents, without training; failing ones are revoked (exit 3)."""
     from persona_rlhf.pipeline import reevaluate
     from persona_rlhf.release.revocation import recertified_table
 
     open_run(run)
-    found = reevaluate.recertify(run, policy, say)
-    print_json(found.to_json()) if as_json else print_table(recertified_table(found))
-    if found.failed:
+    outcome = reevaluate.recertify(run, policy, note)
+    print_json(outcome.to_json()) if as_json else print_table(recertified_table(outcome))
+    if outcome.failed:
         raise typer.Exit(HELD_BACK)

@@ -1,100 +1,119 @@
-"""The verbs of the command line with which people use the adapters of a run: serve and chat."""
+"""The commands `serve` and `chat`: use the adapters of a run."""
 
 from __future__ import annotations
 
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from persona_rlhf.cli.console import RunFolder, console, open_run, say, verb_group, with_exit_codes
+from persona_rlhf.cli.console import RunArgument, command_group, console, note, open_run, with_exit_codes
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
-app_verbs = verb_group("The adapters of a run in use.")
+if TYPE_CHECKING:
+    from persona_rlhf.config.experiment import Config
+    from persona_rlhf.serving.access import ServedRun
+
+serving_commands = command_group("Use the adapters of a run.")
 _GIB = 1 << 30
 _VLLM_PORT = 8001
 
 
-@app_verbs.command()
+@serving_commands.command()
 @with_exit_codes
 def serve(
-    run: RunFolder,
+    run: RunArgument,
     tokens: Annotated[Path, typer.Option("--tokens", metavar="FILE", help="Hashes of the users' bearer tokens.")],
     make: Annotated[
-        bool, typer.Option("--make-tokens", help="Make tokens for released users who have none; print them, and end.")
+        bool, typer.Option("--make-tokens", help="Make tokens for released users without one; print them, and end.")
     ] = False,
-    engine: Annotated[Literal["builtin", "vllm"], typer.Option(help="What writes the answers.")] = "builtin",
-    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
-    memory: Annotated[float, typer.Option(min=0, help="Built-in: GiB of adapters held at once.")] = 1.0,
+    engine: Annotated[Literal["builtin", "vllm"], typer.Option(help="The engine that generates answers.")] = "builtin",
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 is any free one.")] = 8000,
+    memory: Annotated[float, typer.Option(min=0, help="builtin: GiB of adapters in memory, at most.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 512,
-    rate: Annotated[int, typer.Option(min=1, help="Requests of a user in a minute, at most.")] = 60,
-    concurrent: Annotated[int, typer.Option(min=1, help="Answers written at the same time, at most.")] = 32,
-    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="vllm: for adapters and command.")] = None,
-    upstream: Annotated[str | None, typer.Option(metavar="URL", help="vllm: one that runs already.")] = None,
+    rate: Annotated[int, typer.Option(min=1, help="Requests of a user per minute, at most.")] = 60,
+    concurrent: Annotated[int, typer.Option(min=1, help="Answers generated at the same time, at most.")] = 32,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="vllm: folder for adapters and script.")
+    ] = None,
+    upstream: Annotated[str | None, typer.Option(metavar="URL", help="vllm: the URL of a running server.")] = None,
 ) -> None:
-    """Serve an OpenAI-style API: with his token, each user reaches his own adapter."""
-    from persona_rlhf.release.results import RunResults
-    from persona_rlhf.serving.access import make_tokens, read_tokens
-
+    """Serve an OpenAI-style API: each user's token opens that user's adapter."""
     if make:
-        released = {one.slug: one.user_id for one in RunResults(run) if one.status == "released"}
-        for slug, token in make_tokens(tokens, released).items():
-            typer.echo(json.dumps({"user_id": released[slug], "model": slug, "token": token}))
-        say(f"Tokens: {tokens} (hashes only: what is printed here is nowhere else)")
+        _print_new_tokens(run, tokens)
         return
-    given = [place for place in (to, upstream) if place is not None]
-    if engine == "vllm" and len(given) != 1:
+    targets = [target for target in (to, upstream) if target is not None]
+    if engine == "vllm" and len(targets) != 1:
         raise typer.BadParameter("--engine vllm takes --to DIR, or --upstream URL of a vLLM that runs already")
-    gateway = _gateway()
+    server = _server_module()
     from persona_rlhf.config.experiment import read_run_config
-    from persona_rlhf.models.base import weights_hash
-    from persona_rlhf.serving import vllm
-    from persona_rlhf.serving.access import AdapterAccess, Limits, ServedRun
-    from persona_rlhf.serving.local_engine import local_run
+    from persona_rlhf.serving.access import Limits, read_tokens
     from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
 
     open_run(run)
-    known, config = read_tokens(tokens), read_run_config(run)
-    base, lora, guard = config.base, config.lora, PolicyFilter.of(policy_of_run(run, config.policy.documents))
+    hashes, config = read_tokens(tokens), read_run_config(run)
+    policy_filter = PolicyFilter.of(policy_of_run(run, config.policy.documents))
+    limits = Limits(tokens=max_tokens, rate=rate, concurrent=concurrent)
     if host not in ("127.0.0.1", "::1", "localhost"):
-        say(f"Warning: {host} can be reached from other machines, and this is plain HTTP: put TLS before it.")
-    source: AbstractContextManager[ServedRun | None]
+        note(f"Warning: {host} can be reached from other machines, and this is plain HTTP: put TLS before it.")
     if engine == "builtin":
-        source = local_run(run, base, lora, int(memory * _GIB), say)
+        source: AbstractContextManager[ServedRun | None] = _local(run, config, memory)
     else:
-        if base.quantization is not None:
-            sentence = (
-                f"its adapters were judged on weights stored as {base.quantization}; --engine builtin serves them"
-            )
-            raise InputError([Problem(str(run), None, "--engine", sentence)])
-        admitted = AdapterAccess(run, weights_hash(base), lora, say, known.slugs)
-        behind = port + 1 if 0 < port < 65535 else _VLLM_PORT
-        source = vllm.vllm_run(admitted, base.model, lora.rank, given[0], behind, say)
-    with gateway.bind_socket(host, port) as door, _ended_by_sigterm(), source as served:
+        source = _vllm(run, config, hashes.slugs, targets[0], port + 1 if 0 < port < 65535 else _VLLM_PORT)
+    with server.bind_socket(host, port) as bound, _exit_at_sigterm(), source as served:
         if served is None:
             return
-        limits = Limits(tokens=max_tokens, rate=rate, concurrent=concurrent)
-        app = gateway.Gateway(served.generator, served.access, known, say, guard, limits).app()
-        door.listen()
-        say(f"Serving {run} at http://{host}:{door.getsockname()[1]}/v1; SIGTERM finishes what runs.")
-        gateway.serve_until_stopped(app, door)
+        app = server.Gateway(served.generator, served.access, hashes, note, policy_filter, limits).app()
+        bound.listen()
+        note(f"Serving {run} at http://{host}:{bound.getsockname()[1]}/v1; SIGTERM finishes running answers.")
+        server.serve_until_stopped(app, bound)
 
 
-@app_verbs.command()
+def _print_new_tokens(run: Path, file: Path) -> None:
+    from persona_rlhf.release.results import RunResults
+    from persona_rlhf.serving.access import make_tokens
+
+    released = {one.slug: one.user_id for one in RunResults(run) if one.status == "released"}
+    for slug, token in make_tokens(file, released).items():
+        typer.echo(json.dumps({"user_id": released[slug], "model": slug, "token": token}))
+    note(f"Tokens: {file} (hashes only: the tokens printed here are stored nowhere)")
+
+
+def _local(run: Path, config: Config, gibibytes: float) -> AbstractContextManager[ServedRun]:
+    from persona_rlhf.serving.local_engine import local_run
+
+    return local_run(run, config.base, config.lora, int(gibibytes * _GIB), note)
+
+
+def _vllm(
+    run: Path, config: Config, slugs: Collection[str], target: Path | str, port: int
+) -> AbstractContextManager[ServedRun | None]:
+    from persona_rlhf.models.base import weights_hash
+    from persona_rlhf.serving.access import AdapterAccess
+    from persona_rlhf.serving.vllm import vllm_run
+
+    if (stored := config.base.quantization) is not None:
+        sentence = f"its adapters were judged on weights stored as {stored}; --engine builtin serves them"
+        raise InputError([Problem(str(run), None, "--engine", sentence)])
+    access = AdapterAccess(run, weights_hash(config.base), config.lora, note, slugs)
+    return vllm_run(access, config.base.model, config.lora.rank, target, port, note)
+
+
+@serving_commands.command()
 @with_exit_codes
 def chat(
-    run: RunFolder,
+    run: RunArgument,
     user: Annotated[str, typer.Option("--user", help="A user_id.")],
     compare: Annotated[
-        Literal["base"] | None, typer.Option(help="Answers of the base beside those of the adapter.")
+        Literal["base"] | None, typer.Option(help="Show the base's answers beside the adapter's.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
 ) -> None:
@@ -109,21 +128,30 @@ def chat(
     from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
 
     config = read_run_config(run)
-    guard = PolicyFilter.of(policy_of_run(run, config.policy.documents))
-    with local_run(run, config.base, config.lora, _GIB, say) as served:
+    policy_filter = PolicyFilter.of(policy_of_run(run, config.policy.documents))
+    with local_run(run, config.base, config.lora, _GIB, note) as served:
         if reasons := served.access.reasons(result.slug):
-            say(f"Nobody chats with this adapter: {'; '.join(reasons)}")
+            note(f"This adapter cannot be used: {'; '.join(reasons)}")
             raise typer.Exit(HELD_BACK)
-        screen = ChatTerminal(console(people=False))
-        say(f"Chat with the adapter of {user}. {COMMANDS}")
+        terminal = ChatTerminal(console(people=False))
+        note(f"Chat with the adapter of {user}. {COMMANDS}")
+        access, generator = served.access, served.generator
         Chat(
-            run, result, served.access.admit, served.generator, guard, screen, say, max_tokens, compare is not None
+            run,
+            result,
+            access.admit,
+            generator,
+            policy_filter,
+            terminal,
+            note,
+            max_tokens,
+            with_base=compare is not None,
         ).run(_lines())
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the program as it would end by itself, and with it whatever it started."""
+def _exit_at_sigterm() -> Iterator[None]:
+    """SIGTERM exits the program in the normal way, so that it also ends what it started."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         yield
@@ -132,7 +160,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _lines() -> Iterator[str]:
-    """What a person types, or a pipe holds."""
+    """The lines of stdin, with a prompt in a terminal."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)  # noqa: T201
@@ -142,8 +170,8 @@ def _lines() -> Iterator[str]:
         yield line
 
 
-def _gateway() -> ModuleType:
-    """The HTTP server. Raises InputError where its libraries are not installed."""
+def _server_module() -> ModuleType:
+    """The HTTP server. Raises InputError if its libraries are not installed."""
     try:
         from persona_rlhf.serving import server
     except ModuleNotFoundError as fault:

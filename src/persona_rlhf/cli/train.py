@@ -1,4 +1,4 @@
-"""How `train` begins: input that is wrong is said before torch is loaded, processes are launched, Ctrl-C is met."""
+"""The command `train`: check the input before torch is imported, launch processes, handle Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from persona_rlhf.cli.console import console, open_run, say
+from persona_rlhf.cli.console import console, note, open_run
 from persona_rlhf.common.errors import visible
 from persona_rlhf.config.experiment import read_config
 from persona_rlhf.pipeline import distributed
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 def start(
     config: Path, overrides: Sequence[str], run: Path | None, resume: bool, shard: str | None, as_json: bool
 ) -> tuple[Path, RunResults | None]:
-    """Trains in this process, or in several that are launched here; the folder, and the results where they are whole.
+    """Trains in this process, or in several that it launches.
 
-    Raises typer.Exit with the code of the launched processes, or with 130 where it was interrupted.
+    Returns the run's folder, and the results if all shards are done. Raises typer.Exit with the exit code of the
+    launched processes, or with 130 after Ctrl-C.
     """
     share = work_share_of(shard)
     settings = read_config(config, overrides)
@@ -35,23 +36,23 @@ def start(
     words = [str(config), *overrides, "--run", str(folder)]
     open_run(folder)
     RunDir(folder, share).check_place(resume)
-    materials = read_inputs(settings, RunDir(folder).roll)
+    inputs = read_inputs(settings, RunDir(folder).roll)
     if share.rank == 0:
-        for sentence in out_of_force(materials.policy.written):
-            say(visible(sentence))
+        for sentence in out_of_force(inputs.policy.written):
+            note(visible(sentence))
     if settings.fleet.processes > 1 and share.world == 1:
         flags = [*["--resume"] * resume, *(["--shard", shard] if shard else []), *["--json"] * as_json]
-        raise typer.Exit(distributed.launch(["train", *words, *flags], settings.fleet.processes, say))
+        raise typer.Exit(distributed.launch(["train", *words, *flags], settings.fleet.processes, note))
     from persona_rlhf.pipeline import train
 
     try:
         with distributed.ended_as_by_ctrl_c():
-            results = train.train(settings, folder, resume, console(people=True), materials, share)
+            results = train.train(settings, folder, resume, console(people=True), inputs, share)
     except KeyboardInterrupt:
         if share.rank == 0:
-            say(f"Interrupted; go on with: persona-rlhf train {shlex.join([*words, '--resume'])}")
+            note(f"Interrupted; continue with: persona-rlhf train {shlex.join([*words, '--resume'])}")
         raise typer.Exit(130) from None
     if results is None and share.rank == 0:
-        together = shlex.join([*words, "--resume"])
-        say(f"Shard {shard} is done. When all are, put them together with: persona-rlhf train {together}")
+        command = shlex.join([*words, "--resume"])
+        note(f"Shard {shard} is done. When all are, merge them with: persona-rlhf train {command}")
     return folder, results

@@ -146,6 +146,11 @@ class ImportSummary(NamedTuple):
             yield f"  {count} rows left out: {reason}"
 
 
+def format_list() -> str:
+    """The names that `import_file` reads: formats of preferences, and public sets of probes."""
+    return f"{', '.join(FORMATS)}; or probes: {', '.join(sorted(public_sets()))}"
+
+
 def import_file(name: str, src: Path, out: Path, train: bool = False) -> ImportSummary | ProbeImport:
     """Converts a file of a known format or set. Raises InputError for an unknown one, and for what is wrong in it."""
     if name in FORMATS and not train:

@@ -81,7 +81,7 @@ _RETRY_TEMPERATURE = 0.8  # a second greedy answer would be the first
 class Chat:
     """One conversation with the adapter of `user`.
 
-    With `compare`, the base answers every message too; the conversation continues with the adapter's answer. `admit`
+    With `with_base`, the base answers every message too; the conversation continues with the adapter's answer. `admit`
     checks the adapter before every answer. `note` prints a line that is not an answer.
     """
 
@@ -95,11 +95,11 @@ class Chat:
         terminal: ChatTerminal,
         note: Callable[[str], None],
         max_tokens: int,
-        compare: bool = False,
+        with_base: bool = False,
     ) -> None:
         self._run, self._user, self._admit = run, user, admit
         self._generator, self._policy_filter = generator, policy_filter
-        self._terminal, self._note, self._compare = terminal, note, compare
+        self._terminal, self._note, self._compare = terminal, note, with_base
         self._greedy = SamplingParams(max_tokens, stream=True)
         self._seeds = count(1)
         self._history: list[Message] = []
