@@ -115,7 +115,7 @@ def test_all_bad_rows_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     told = str(error.value).splitlines()
     assert [line.removeprefix(f"{path}:").split(":")[0] for line in told] == ["2", "3", "3", "5", "6"]
     assert "not JSON" in told[0]
-    assert "`id` stands in it twice" in told[4]
+    assert "the key `id` occurs twice" in told[4]
 
 
 def test_a_file_of_bad_rows_is_told_in_a_screenful(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_file_of_bad_rows_is_told_in_a_screenful(tmp_path: Path) -> None:
             ":2: chosen: the column is missing, but there is `acc",
         ),
         ("p.parquet", b"no", "not Parquet"),
-        ("p.txt", b"", "`.txt` is no kind we read"),
+        ("p.txt", b"", "`.txt` cannot be read"),
     ],
 )
 def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, said: str) -> None:

@@ -1,4 +1,4 @@
-"""`data check` and `--render`."""
+"""`data check`: a summary of preference files, and one pair as a model's chat template renders it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-# ----------------------------------------------------------------------------------------------------
-# What is in preference files, before anything is trained on them.
-# ----------------------------------------------------------------------------------------------------
-
-
 class Spread(NamedTuple):
     """Median, 95th percentile (nearest rank) and extremes of a count."""
 
@@ -37,7 +32,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What `data check` found; lengths are in words, texts are not repeated."""
+    """Counts and shares of preference files; lengths are in words, and no text is in it."""
 
     pairs: int
     users: int
@@ -47,13 +42,15 @@ class DataSummary:
     users_without_heldout: int
     words: dict[str, Spread]  # of prompt, chosen, rejected
     screened_out: dict[str, int]  # by reason
-    on_both_sides: int  # prompts that one user's own `split` puts in train and in heldout
-    chosen_is_longer: float  # share of the pairs of unequal length, in characters: near 0 or 1, length says it all
-    clean_labels: float | None  # share of the labels that agree with the noise-free utility, where that is known
+    on_both_sides: int  # prompts that a user's `split` column puts in train and in heldout
+    chosen_is_longer: (
+        float  # share of the pairs of unequal length, in characters: near 0 or 1, length alone predicts the choice
+    )
+    clean_labels: float | None  # share of labels that agree with the noise-free utility; None without such labels
     unknown_columns: dict[str, int]  # ignored, with the rows that have them
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of plain JSON values."""
+        """Plain JSON values."""
         plain = asdict(self)
         plain["pairs_per_user"] = self.pairs_per_user._asdict()
         plain["words"] = {name: spread._asdict() for name, spread in self.words.items()}
@@ -61,10 +58,10 @@ class DataSummary:
 
 
 def check(paths: Sequence[Path | str], heldout: float = 0.25) -> DataSummary:
-    """Reads everything, as `train` would, and counts it.
+    """The summary of all files, read as `train` reads them.
 
-    `heldout` is the share of prompts held out where rows carry no `split`. Raises InputError naming the bad rows of
-    all the files.
+    `heldout` is the share of prompts held out if rows have no `split`. Raises InputError naming the bad rows of all
+    files.
     """
     readings: list[ReadPairs] = []
     problems = []
@@ -81,17 +78,17 @@ def check(paths: Sequence[Path | str], heldout: float = 0.25) -> DataSummary:
 
 def _summary(pairs: list[PreferencePair], unknown: Counter[str]) -> DataSummary:
     splits: dict[str, Counter[str]] = {}
-    sides: dict[tuple[Any, ...], set[str]] = {}
+    splits_of_prompt: dict[tuple[Any, ...], set[str]] = {}
     for pair in pairs:
         splits.setdefault(pair.user_id, Counter())[pair.split] += 1
-        sides.setdefault((pair.user_id, pair.prompt), set()).add(pair.split)
+        splits_of_prompt.setdefault((pair.user_id, pair.prompt), set()).add(pair.split)
     words = {
         "prompt": [sum(len(message.content.split()) for message in pair.prompt) for pair in pairs],
         "chosen": [len(pair.chosen.split()) for pair in pairs],
         "rejected": [len(pair.rejected.split()) for pair in pairs],
     }
     lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
-    unequal = [ours > theirs for ours, theirs in lengths if ours != theirs]
+    unequal = [chosen > rejected for chosen, rejected in lengths if chosen != rejected]
     labels = [pair.clean_choice for pair in pairs if pair.clean_choice is not None]
     _, dropped = unfit_to_teach(pairs)
     return DataSummary(
@@ -102,8 +99,8 @@ def _summary(pairs: list[PreferencePair], unknown: Counter[str]) -> DataSummary:
         users_without_train=sum(not counts["train"] for counts in splits.values()),
         users_without_heldout=sum(not counts["heldout"] for counts in splits.values()),
         words={name: _spread(counts) for name, counts in words.items()},
-        screened_out=dict(Counter(found.kind for found in dropped)),
-        on_both_sides=sum(len(found) > 1 for found in sides.values()),
+        screened_out=dict(Counter(pair.kind for pair in dropped)),
+        on_both_sides=sum(len(sides) > 1 for sides in splits_of_prompt.values()),
         chosen_is_longer=sum(unequal) / len(unequal) if unequal else 0.5,
         clean_labels=sum(labels) / len(labels) if labels else None,
         unknown_columns=dict(unknown),
@@ -119,7 +116,7 @@ def render(summary: DataSummary) -> Table:
     """The summary as a table for people."""
     from rich.table import Table
 
-    table = Table("what", "figure", title="Preferences", title_justify="left")
+    table = Table("measure", "value", title="Preferences", title_justify="left")
 
     def spread(counts: Spread) -> str:
         return f"median {counts.median:,.0f}, 95% up to {counts.p95:,}, {counts.minimum:,} to {counts.maximum:,}"
@@ -146,14 +143,8 @@ def render(summary: DataSummary) -> Table:
     return table
 
 
-# ----------------------------------------------------------------------------------------------------
-# One pair as the model sees it: what its chat template makes of it, control tokens and all.
-# ----------------------------------------------------------------------------------------------------
-
-
 class RenderedPart(NamedTuple):
-    """Some of a row: what its tokens say, how many they are, and the place of the first (an answer's: where the prompt
-    ends)."""
+    """A part of a row: its decoded text, its number of tokens, and the index of the first one in the row."""
 
     text: str
     tokens: int
@@ -161,31 +152,31 @@ class RenderedPart(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """The pair of a `place` (file and row), as `base` reads it: one prompt, and the two answers that may follow it."""
+    """The pair at a `place` (file and row), rendered for `base`: its prompt and two answers."""
 
     place: str
     user_id: str
     base: str
     parts: dict[str, RenderedPart]  # prompt, chosen, rejected
-    control: re.Pattern[str]  # tokens of the template's own
+    control: re.Pattern[str]  # the template's control tokens
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of plain JSON values."""
+        """Plain JSON values."""
         parts = {name: part._asdict() for name, part in self.parts.items()}
         return {"place": self.place, "user_id": self.user_id, "base": self.base, **parts}
 
     def panel(self) -> Panel:
-        """For people: control tokens stand out, and what a terminal would obey is written out."""
+        """A panel for people: control tokens are highlighted, and other control characters are escaped."""
         from rich.console import Group
         from rich.panel import Panel
         from rich.text import Text
 
         lines = [Text(_harmless(f"{self.place}, user {self.user_id}"), "dim")]
         for name, part in self.parts.items():
-            where = f", from token {part.begins} on" if part.begins else ""
+            position = f", from token {part.begins} on" if part.begins else ""
             text = Text(_harmless(part.text))
             text.highlight_regex(self.control, "bold cyan")
-            lines += [Text(f"{name}: {part.tokens} tokens{where}", "bold"), text]
+            lines += [Text(f"{name}: {part.tokens} tokens{position}", "bold"), text]
         return Panel(Group(*lines), title=Text(f"as {self.base} sees it"), title_align="left")
 
 
@@ -194,15 +185,15 @@ def _harmless(text: str) -> str:
 
 
 def first_pair(path: Path | str) -> PreferencePair:
-    """The first pair of a path. Raises InputError where its first row is none."""
-    found = next(parsed_rows(path))
-    if isinstance(found, Problem):
-        raise InputError([found])
-    return found[0]
+    """The first pair of a path. Raises InputError if its first row is wrong."""
+    row = next(parsed_rows(path))
+    if isinstance(row, Problem):
+        raise InputError([row])
+    return row[0]
 
 
 def rendered(pair: PreferencePair, base: str, tokenizer: ChatTokenizer) -> Rendered:
-    """A pair as the model named `base` sees it. Raises InputError where its chat template does not take it."""
+    """A pair as the model `base` sees it. Raises InputError if its chat template rejects the pair."""
     [user] = tokenize([pair], tokenizer, sys.maxsize)
     [row] = user.train + user.heldout
 

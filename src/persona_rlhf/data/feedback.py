@@ -1,4 +1,4 @@
-"""Ledger.jsonl (feedback) and reviews.jsonl (quarantine decisions)."""
+"""Two append-only files of a run: ledger.jsonl (feedback) and reviews.jsonl (decisions about quarantined pairs)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import flush
 from persona_rlhf.data.pairs import Message, PreferencePair, parse_row
 
-# ----------------------------------------------------------------------------------------------------
-# `ledger.jsonl`: preferences that people gave after a run was trained. Rows are added and never changed.
-# ----------------------------------------------------------------------------------------------------
-
 LEDGER = "ledger.jsonl"
 _BLOCK = 1 << 16  # bytes
 
@@ -26,10 +22,10 @@ _BLOCK = 1 << 16  # bytes
 def append_pair(
     run: Path, user_id: str, prompt: Sequence[Message], chosen: str, rejected: str, source: str
 ) -> PreferencePair:
-    """Adds one preference to the ledger of a run, on the disk when this returns; `users.path` reads the file.
+    """Appends one preference to the ledger of a run and flushes it to the disk; `users.path` can read the file.
 
-    Threads and processes take turns (a lock on the file). What a killed process left of a line is cut off first: nobody
-    was told that it was saved. Raises InputError where the row could not be read back (half a character in a text).
+    A lock on the file orders threads and processes. An incomplete last line, left by a killed process, is removed
+    first. Raises InputError if the row could not be read back (a lone surrogate in a text).
     """
     row = {
         "user_id": user_id,
@@ -51,28 +47,24 @@ def append_pair(
 
 
 def _whole_lines(stream: BinaryIO) -> int:
-    """Bytes up to the end of the last whole line."""
-    place = stream.seek(0, os.SEEK_END)
-    while place > 0:
-        start = max(0, place - _BLOCK)
+    """The number of bytes up to the end of the last complete line."""
+    offset = stream.seek(0, os.SEEK_END)
+    while offset > 0:
+        start = max(0, offset - _BLOCK)
         stream.seek(start)
-        end = stream.read(place - start).rfind(b"\n")
+        end = stream.read(offset - start).rfind(b"\n")
         if end >= 0:
             return start + end + 1
-        place = start
+        offset = start
     return 0
 
-
-# ----------------------------------------------------------------------------------------------------
-# What a person decided about quarantined pairs: a file of decisions, with reasons, that a later run is given.
-# ----------------------------------------------------------------------------------------------------
 
 REVIEWS = "reviews.jsonl"
 Decision = Literal["accept", "reject"]
 
 
 class Review(NamedTuple):
-    """One decision: of whose pair, which one (`mark_of`), what, why, by whom and when (UTC); no text of the pair."""
+    """One decision about a quarantined pair, without its text. `pair` is its `mark_of`; `at` is a time in UTC."""
 
     user_id: str
     pair: str
@@ -83,13 +75,13 @@ class Review(NamedTuple):
 
 
 def mark_of(pair: PreferencePair) -> str:
-    """What a pair is called in reviews: a hash of whose it is and of all its texts, so that no other pair passes."""
-    told = [pair.user_id, pair.prompt, pair.chosen, pair.rejected]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    """The key of a pair in reviews: a hash of its user and all its texts, which no other pair has."""
+    content = [pair.user_id, pair.prompt, pair.chosen, pair.rejected]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def decide(file: Path, pair: PreferencePair, decision: Decision, reason: str, reviewer: str) -> Review:
-    """Adds a decision to the file; on the disk when this returns. A later one about the same pair goes before it."""
+    """Appends a decision to the file and flushes it to the disk; the last decision about a pair counts."""
     at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     review = Review(pair.user_id, mark_of(pair), decision, reason, reviewer, at)
     with file.open("a", encoding="utf-8") as stream:
@@ -99,27 +91,27 @@ def decide(file: Path, pair: PreferencePair, decision: Decision, reason: str, re
 
 
 def read_reviews(file: Path) -> dict[str, Review]:
-    """The last decision about each pair, by its mark. Raises InputError naming every line that is none."""
-    found: dict[str, Review] = {}
+    """The last decision about each pair, by `mark_of`. Raises InputError naming every line that is not a decision."""
+    reviews: dict[str, Review] = {}
     problems: list[Problem] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
             review = Review(**row)
-            sound = all(isinstance(value, str) for value in review) and review.decision in get_args(Decision)
+            valid = all(isinstance(value, str) for value in review) and review.decision in get_args(Decision)
         except (json.JSONDecodeError, TypeError):
-            sound = False
-        if sound:
-            found[review.pair] = review
+            valid = False
+        if valid:
+            reviews[review.pair] = review
         else:
             sentence = f"a line is an object with texts {', '.join(Review._fields)}, `decision` being accept or reject"
             problems.append(Problem(str(file), number, None, sentence))
     if problems:
         raise InputError(problems)
-    return found
+    return reviews
 
 
 def accepted_by(reviews: Mapping[str, Review], pair: PreferencePair) -> Review | None:
-    """The decision that lets a quarantined pair be trained on; None where there is none."""
+    """The decision that accepts a quarantined pair for training, or None."""
     review = reviews.get(mark_of(pair)) if reviews else None
     return review if review is not None and review.decision == "accept" else None

@@ -1,4 +1,4 @@
-"""`data import`: preference sets and public probe sets."""
+"""`data import`: preference files of other formats, and public probe sets, written in our formats."""
 
 from __future__ import annotations
 
@@ -16,15 +16,11 @@ from persona_rlhf.data.readers import converted, read_file, read_rows, shown
 from persona_rlhf.policy.hazards import HARMLESS, ProbeDestination, PublicSet, SplitBy, assign_topic, public_sets
 from persona_rlhf.policy.judges import NearDuplicateIndex, plain
 
-# ----------------------------------------------------------------------------------------------------
-# Public sets of probes written as banks: by category, split by topic, without what is held already.
-# ----------------------------------------------------------------------------------------------------
-
 OUR_BANK = "data/policy/tier_one_real"
 
 
 class ProbeImport(NamedTuple):
-    """What became of a public set: rows read, rows written by file and by split, and the rows left out by reason."""
+    """The outcome of a probe import: rows read, rows written by file and split, rows left out by reason."""
 
     source: PublicSet
     rows: int
@@ -32,13 +28,13 @@ class ProbeImport(NamedTuple):
     left_out: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of plain JSON values."""
+        """Plain JSON values."""
         about = {key: getattr(self.source, key) for key in ("name", "title", "url", "licence")}
         written = {str(path): counts for path, counts in self.written.items()}
         return {**about, "rows": self.rows, "written": written, "left_out": self.left_out}
 
     def sentences(self) -> Iterator[str]:
-        """What to tell people."""
+        """The outcome as sentences."""
         yield f"{self.rows} rows of {self.source.title} read; its texts are under {self.source.licence}."
         for path, counts in self.written.items():
             yield f"  {path}: {', '.join(f'{n} {name}' for name, n in counts.items())}"
@@ -47,33 +43,33 @@ class ProbeImport(NamedTuple):
 
 
 def import_probes(name: str, src: Path | str, out: Path, train: bool = False) -> ProbeImport:
-    """Reads a public set (a file, a folder or a hub id) and writes `out/CATEGORY.NAME.jsonl`, a probe bank each, and
-    `out/over_refusal.NAME.jsonl` where the set has harmless prompts.
+    """Reads a public set (a file, a folder or a hub id) and writes one probe bank per category to `out`.
 
-    A prompt is left out where it, or one nearly alike, stands in the set already, in a bank of another set in `out`, or
-    in our own bank for real models. Unless `train` says so, no probe falls into the `train` split: a public set is
-    worth most where nothing has been trained on it. Raises InputError naming every row that is not of this set.
+    The banks are `CATEGORY.NAME.jsonl`; harmless prompts go to `over_refusal.NAME.jsonl`. A near-duplicate of an
+    earlier prompt of the set, of another set's bank in `out` or of our bank for real models is left out. Only with
+    `train` can probes fall into the `train` split: a public set is worth most if nothing was trained on it. Raises
+    InputError naming every row of another format.
     """
     source = public_sets()[name]
     if out.exists() and not out.is_dir():
         raise InputError([Problem(str(out), None, None, "the banks are several files; name a folder for them")])
-    held = _held(source, out)
+    index = _existing_prompts(source, out)
     problems: list[Problem] = []
     banks: dict[str, list[dict[str, str]]] = {}
     left_out: Counter[str] = Counter()
     rows = 0
-    for found in converted(read_rows(src), partial(_read, source)):
-        if isinstance(found, Problem):
-            problems.append(found)
+    for probe_row in converted(read_rows(src), partial(_read, source)):
+        if isinstance(probe_row, Problem):
+            problems.append(probe_row)
             continue
         rows += 1
-        text, (destination, reason) = found
-        if destination is not None and (twice := held.near(text)):
-            destination, reason = None, f"held already, by {twice}"
+        text, (destination, reason) = probe_row
+        if destination is not None and (duplicate := index.near(text)):
+            destination, reason = None, f"held already, by {duplicate}"
         if destination is None:
             left_out[reason] += 1
             continue
-        held.add(name, text)
+        index.add(name, text)
         probe = {"id": f"{name}-{rows:04d}", "prompt": text}
         split_by: SplitBy = "topic" if train else "held_out"
         placed = {"topic": plain(text), "phrasing": name, "split_by": split_by}
@@ -88,21 +84,21 @@ def _read(source: PublicSet, row: Mapping[str, object]) -> tuple[str, ProbeDesti
     return text, source.destination(row) if plain(text) else ProbeDestination(None, "an empty prompt")
 
 
-def _held(source: PublicSet, out: Path) -> NearDuplicateIndex:
-    """The prompts of the banks of other sets in `out`, and of our own."""
-    held = NearDuplicateIndex()
+def _existing_prompts(source: PublicSet, out: Path) -> NearDuplicateIndex:
+    """The prompts of our bank for real models, and of other sets' banks in `out`."""
+    index = NearDuplicateIndex()
     others = sorted(path for path in out.glob("*.*.jsonl") if path.suffixes[-2] != f".{source.name}")
     for path in (*sorted(find(OUR_BANK).glob("*.jsonl")), *others):
         for item in read_rows(path):
             if isinstance(item, Problem):
                 raise InputError([item])
             if isinstance(item.row, Mapping) and isinstance(item.row.get("prompt"), str):
-                held.add(path.name, item.row["prompt"])
-    return held
+                index.add(path.name, item.row["prompt"])
+    return index
 
 
 def _write(source: PublicSet, banks: Mapping[str, list[dict[str, str]]], out: Path) -> dict[Path, dict[str, int]]:
-    """Writes the files of a set in place of its former ones; what is in each, by split."""
+    """Replaces the banks of a set; returns the number of rows per file and split."""
     out.mkdir(parents=True, exist_ok=True)
     written = {out / f"{name}.{source.name}.jsonl": rows for name, rows in sorted(banks.items())}
     for former in out.glob(f"*.{source.name}.jsonl"):
@@ -118,15 +114,11 @@ def _split(row: Mapping[str, str]) -> str:
     return "harmless" if by is None else assign_topic(row["topic"], held_out=by == "held_out")
 
 
-# ----------------------------------------------------------------------------------------------------
-# Other people's files, written as ours: preferences, and public sets of probes.
-# ----------------------------------------------------------------------------------------------------
-
 Convert = Callable[[Mapping[str, object]], dict[str, str] | str]
 
 
 class ImportSummary(NamedTuple):
-    """What became of a file: rows read, pairs written, their users, and the rows left out by reason."""
+    """The outcome of a preference import: rows read, pairs written, their users, rows left out by reason."""
 
     format: str
     rows: int
@@ -136,11 +128,11 @@ class ImportSummary(NamedTuple):
     path: Path
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of plain JSON values."""
+        """Plain JSON values."""
         return {**self._asdict(), "path": str(self.path)}
 
     def sentences(self) -> Iterator[str]:
-        """What to tell people."""
+        """The outcome as sentences."""
         yield f"{self.rows} rows read, {self.pairs} pairs of {self.users} users written to {self.path}."
         for reason, count in self.left_out.items():
             yield f"  {count} rows left out: {reason}"
@@ -152,13 +144,13 @@ def format_list() -> str:
 
 
 def import_file(name: str, src: Path, out: Path, train: bool = False) -> ImportSummary | ProbeImport:
-    """Converts a file of a known format or set. Raises InputError for an unknown one, and for what is wrong in it."""
+    """Converts a file of a format, or a probe set, by name. Raises InputError for an unknown name or wrong rows."""
     if name in FORMATS and not train:
         return FORMATS[name](src, out)
     if name in public_sets():
         return import_probes(name, src, out, train)
-    known = (*FORMATS, *public_sets())
-    sentence = f"no importer reads `{name}`{did_you_mean(name, known)}; there is {', '.join(known)}"
+    names = (*FORMATS, *public_sets())
+    sentence = f"no importer reads `{name}`{did_you_mean(name, names)}; there is {', '.join(names)}"
     if name in FORMATS:
         sentence = f"`{name}` are preferences, whose split is `users.heldout`; --train goes with sets of probes"
     raise InputError([Problem("data import", None, "FORMAT", sentence)])
@@ -169,14 +161,14 @@ def import_cragc25(src: Path, out: Path) -> ImportSummary:
 
     `src` is its annotations, one judgement per line (.jsonl or .jsonl.gz), or a folder that holds
     `annotations.jsonl.gz`. The label is the forced choice between two answers in overall quality. Sex, age and country
-    of the workers are personal data and are not copied. Raises InputError naming every row that is not of this format.
+    of the workers are personal data and are not copied. Raises InputError naming every row of another format.
     """
     if src.is_dir():
         names = ("annotations.jsonl.gz", "annotations.jsonl")
-        found = next((src / name for name in names if (src / name).exists()), None)
-        if found is None:
+        file = next((src / name for name in names if (src / name).exists()), None)
+        if file is None:
             raise InputError([Problem(str(src), None, None, f"the folder holds no {names[0]}; give the file's path")])
-        src = found
+        src = file
     return _convert("cragc25", _from_cragc25, src, out)
 
 
@@ -207,7 +199,7 @@ def _from_cragc25(row: Mapping[str, object]) -> dict[str, str] | str:
 
 
 def _convert(name: str, convert: Convert, src: Path, out: Path) -> ImportSummary:
-    """Reads `src` row by row and puts `out` in place whole, or not at all."""
+    """Converts `src` row by row and writes `out` whole, or not at all."""
     if not src.is_file():
         raise InputError([Problem(str(src), None, None, "there is no such file; check the path")])
     if out.is_dir() or out.suffix != ".jsonl":

@@ -1,4 +1,4 @@
-"""PreferencePair, chat messages, held-out split."""
+"""The preference pair, its chat messages, and the split into train and held-out pairs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ from typing import Any, Literal, NamedTuple
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.data import readers
 from persona_rlhf.data.readers import ColumnFault, RawRow, missing, read_rows, shown, text_fault
-
-# ----------------------------------------------------------------------------------------------------
-# Prompts and answers as chat messages, however the row wrote them.
-# ----------------------------------------------------------------------------------------------------
 
 ROLES = ("system", "user", "assistant")
 
@@ -38,16 +34,16 @@ def conversation(column: str, value: Sequence[object]) -> Prompt | list[ColumnFa
     faults: list[ColumnFault] = []
     messages: list[Message] = []
     for index, item in enumerate(value):
-        place = f"{column}[{index}]"
+        key = f"{column}[{index}]"
         if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
-            faults.append(ColumnFault(place, f'must be {{"role": ..., "content": ...}}, not {shown(item)}'))
+            faults.append(ColumnFault(key, f'must be {{"role": ..., "content": ...}}, not {shown(item)}'))
             continue
         role, content = item["role"], item["content"]
         if role not in ROLES:
-            faults.append(ColumnFault(f"{place}.role", f"is {shown(role)}; it must be system, user or assistant"))
+            faults.append(ColumnFault(f"{key}.role", f"is {shown(role)}; it must be system, user or assistant"))
         elif role == "system" and index:
-            faults.append(ColumnFault(f"{place}.role", "a system message stands first or not at all"))
-        if (fault := text_fault(f"{place}.content", content)) is not None:
+            faults.append(ColumnFault(f"{key}.role", "a system message must be the first"))
+        if (fault := text_fault(f"{key}.content", content)) is not None:
             faults.append(fault)
         else:
             messages.append(Message(str(role), content))
@@ -68,7 +64,7 @@ def prompt_of(value: object) -> Prompt | list[ColumnFault]:
 
 
 def answer_of(column: str, value: object, prompt: Prompt) -> str | list[ColumnFault]:
-    """An answer: a text, or one assistant message, with the prompt repeated before it or not."""
+    """An answer: a text, or one assistant message, optionally after a copy of the prompt."""
     if isinstance(value, str):
         fault = text_fault(column, value)
         return [fault] if fault is not None else value
@@ -88,70 +84,62 @@ def answer_of(column: str, value: object, prompt: Prompt) -> str | list[ColumnFa
 
 
 def implicit_prompt(chosen: object, rejected: object) -> Prompt | list[ColumnFault]:
-    """TRL's implicit prompt: two whole conversations that differ in the last answer only."""
+    """TRL's implicit prompt: the common turns of two conversations that differ in the last answer only."""
     if not isinstance(chosen, list | tuple) or not isinstance(rejected, list | tuple):
         return [missing("prompt", ())]
-    ours, theirs = conversation("chosen", chosen), conversation("rejected", rejected)
-    if isinstance(ours, list) or isinstance(theirs, list):
-        return [fault for side in (ours, theirs) if isinstance(side, list) for fault in side]
-    if len(ours) != len(theirs) or len(ours) < 2 or ours[:-1] != theirs[:-1]:
+    preferred, other = conversation("chosen", chosen), conversation("rejected", rejected)
+    if isinstance(preferred, list) or isinstance(other, list):
+        return [fault for side in (preferred, other) if isinstance(side, list) for fault in side]
+    if len(preferred) != len(other) or len(preferred) < 2 or preferred[:-1] != other[:-1]:
         remedy = "without `prompt`, `chosen` and `rejected` must be the same conversation up to the last answer"
         return [ColumnFault("prompt", f"the column is missing; {remedy}")]
-    return prompt_of([message._asdict() for message in ours[:-1]])
+    return prompt_of([message._asdict() for message in preferred[:-1]])
 
-
-# ----------------------------------------------------------------------------------------------------
-# Which pairs of a user are held out: by prompt, by a keyed hash, never by chance or by row order.
-# ----------------------------------------------------------------------------------------------------
 
 _KEY = b"persona-rlhf held-out prompts 1"
 _DECIDING_KEY = b"persona-rlhf deciding prompts 1"
-_FEW = 4  # prompts; a user with fewer is not forced to give one up
+_FEW = 4  # prompts; a user with fewer may have none held out
 
 
 def position(user_id: str, prompt: Prompt, key: bytes = _KEY) -> float:
-    """A number in [0, 1) that depends on nothing but the key, the user and the prompt's text."""
+    """A number in [0, 1): a hash of the key, the user and the prompt's text."""
     text = "\x1e".join((user_id, *(f"{role}\x1f{content}" for role, content in prompt)))
     digest = hashlib.blake2b(text.encode(), key=key, digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def held_out(user_id: str, prompts: Iterable[Prompt], share: float) -> set[Prompt]:
-    """The user's prompts that are held out: those whose position is below `share`.
+    """The held-out prompts of a user: those with a position below `share`.
 
-    Two exceptions keep a small user useful: somebody with 4 prompts or more has at least one held out (the first by
-    position), and nobody has all of them held out (the last by position is trained). A share of 0 holds out nothing.
+    Two exceptions hold for users with few prompts. With 4 prompts or more, at least one is held out (the first by
+    position); the last by position is always trained. A share of 0 holds out nothing.
     """
     if share == 0:
         return set()
     ranked = sorted((position(user_id, prompt), prompt) for prompt in set(prompts))
-    count = sum(place < share for place, _ in ranked)
+    count = sum(rank < share for rank, _ in ranked)
     if len(ranked) >= _FEW:
         count = max(count, 1)
     return {prompt for _, prompt in ranked[: min(count, len(ranked) - 1)]}
 
 
 def deciding(user_id: str, prompts: Iterable[Prompt]) -> set[Prompt]:
-    """Half of a user's held-out prompts, rounded down: they may decide when his training stops, and so are no evidence.
+    """Half of a user's held-out prompts, rounded down: they decide early stopping, so they are no evidence.
 
-    The other half is. A user with one held-out prompt has none that decides.
+    The other half is evidence. A user with one held-out prompt has none that decides.
     """
     ranked = sorted((position(user_id, prompt, _DECIDING_KEY), prompt) for prompt in set(prompts))
     return {prompt for _, prompt in ranked[: len(ranked) // 2]}
 
 
-# ----------------------------------------------------------------------------------------------------
-# The preference pair: one object from the file to the gradient.
-# ----------------------------------------------------------------------------------------------------
-
 Split = Literal["train", "heldout"]
 
-SHOWN = 50  # problems printed; a file of a million bad rows is told in a screenful
+SHOWN = 50  # problems printed at most
 
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """One judgement of one person: of two answers to a prompt, which one they would rather have had."""
+    """One person's preference between two answers to a prompt: one object from the file to the gradient."""
 
     user_id: str
     prompt: Prompt
@@ -162,13 +150,13 @@ class PreferencePair:
     source: str | None
     weight: float  # > 0, relative to the user's other pairs
     split: Split
-    clean_choice: bool | None  # does the label agree with the noise-free utility, where that is known
+    clean_choice: bool | None  # whether the label agrees with the noise-free utility; None if unknown
     file: str
     line: int
 
 
 class ReadPairs(NamedTuple):
-    """What a path held: its pairs, and the columns that nobody reads with the number of rows that have them."""
+    """The pairs of a path, and its unknown columns with their numbers of rows."""
 
     pairs: list[PreferencePair]
     unknown: Counter[str]
@@ -177,20 +165,20 @@ class ReadPairs(NamedTuple):
 def read_pairs(path: Path | str, heldout: float) -> list[PreferencePair]:
     """The pairs of a JSONL, Parquet or CSV file, a folder, or a hub data set, in file order.
 
-    `heldout` is the share of a user's prompts held out where rows carry no `split`. Raises InputError naming every
+    `heldout` is the share of a user's prompts held out if rows have no `split`. Raises InputError naming every
     bad row.
     """
     return read(path, heldout).pairs
 
 
 def read(path: Path | str, heldout: float) -> ReadPairs:
-    """As `read_pairs`, with what else was in the files."""
+    """As `read_pairs`, with the unknown columns."""
     if not 0 <= heldout < 1:
         raise ValueError(f"heldout is {heldout}; the share of prompts held out lies in [0, 1)")
     pairs: list[PreferencePair] = []
     problems: list[Problem] = []
     unknown: Counter[str] = Counter()
-    undecided: list[int] = []  # places in `pairs` of rows without a split
+    undecided: list[int] = []  # indices in `pairs` of rows without a split
     for item in parsed_rows(path, unknown):
         if isinstance(item, Problem):
             problems.append(item)
@@ -208,9 +196,9 @@ def read(path: Path | str, heldout: float) -> ReadPairs:
 def parsed_rows(
     path: Path | str, unknown: Counter[str] | None = None
 ) -> Iterator[tuple[PreferencePair, Split | None] | Problem]:
-    """Every row as a pair with the split that it gives itself (None where that is to be decided), or what is wrong.
+    """Every row as a pair with its `split` column (None without one), or as a Problem.
 
-    Counts in `unknown` the columns that nobody reads.
+    Counts the unknown columns in `unknown`.
     """
     empty = True
     for item in read_rows(path):
@@ -229,27 +217,27 @@ def parsed_rows(
 
 
 def parse_row(row: object, file: str, line: int) -> PreferencePair | list[Problem]:
-    """One row as a pair, or everything that is wrong with it. A row without `split` is given `train` for the moment."""
+    """One row as a pair, or all its problems. A row without `split` gets `train` until splits are assigned."""
     try:
-        given: dict[str, Any] = {name: value for name, value in readers.columns_of(row).items() if value is not None}
+        columns: dict[str, Any] = {name: value for name, value in readers.columns_of(row).items() if value is not None}
     except ValueError as fault:
         return [Problem(file, line, None, str(fault))]
-    texts = _texts(given)
-    faults = [*_user_faults(given), *(texts if isinstance(texts, list) else ()), *_optional_faults(given)]
+    texts = _texts(columns)
+    faults = [*_user_faults(columns), *(texts if isinstance(texts, list) else ()), *_optional_faults(columns)]
     if faults or isinstance(texts, list):
         return [Problem(file, line, fault.key, fault.sentence) for fault in faults]
-    user_id = given["user_id"]
+    user_id = columns["user_id"]
     return PreferencePair(
         user_id=user_id,
         prompt=texts.prompt,
         chosen=texts.chosen,
         rejected=texts.rejected,
-        id=str(given["id"]) if "id" in given else content_id(user_id, *texts),
-        created_at=readers.moment(given["created_at"]) if "created_at" in given else None,
-        source=given.get("source"),
-        weight=float(given.get("weight", 1.0)),
-        split=given.get("split", "train"),
-        clean_choice=given.get("clean_choice"),
+        id=str(columns["id"]) if "id" in columns else content_id(user_id, *texts),
+        created_at=readers.moment(columns["created_at"]) if "created_at" in columns else None,
+        source=columns.get("source"),
+        weight=float(columns.get("weight", 1.0)),
+        split=columns.get("split", "train"),
+        clean_choice=columns.get("clean_choice"),
         file=file,
         line=line,
     )
@@ -261,19 +249,19 @@ class _Texts(NamedTuple):
     rejected: str
 
 
-def _texts(given: Mapping[str, Any]) -> _Texts | list[ColumnFault]:
+def _texts(columns: Mapping[str, Any]) -> _Texts | list[ColumnFault]:
     """The prompt and the two answers; a fault in one does not hide those in the others."""
-    if "prompt" not in given and isinstance(given.get("chosen"), list | tuple) and "rejected" in given:
-        prompt = implicit_prompt(given["chosen"], given["rejected"])
+    if "prompt" not in columns and isinstance(columns.get("chosen"), list | tuple) and "rejected" in columns:
+        prompt = implicit_prompt(columns["chosen"], columns["rejected"])
         if isinstance(prompt, list):
             return prompt
-    elif "prompt" in given:
-        prompt = prompt_of(given["prompt"])
+    elif "prompt" in columns:
+        prompt = prompt_of(columns["prompt"])
     else:
-        prompt = [readers.missing("prompt", given)]
-    known = prompt if isinstance(prompt, tuple) else ()
+        prompt = [readers.missing("prompt", columns)]
+    turns = prompt if isinstance(prompt, tuple) else ()
     chosen, rejected = (
-        answer_of(column, given[column], known) if column in given else [readers.missing(column, given)]
+        answer_of(column, columns[column], turns) if column in columns else [readers.missing(column, columns)]
         for column in ("chosen", "rejected")
     )
     if isinstance(prompt, tuple) and isinstance(chosen, str) and isinstance(rejected, str):
@@ -281,42 +269,42 @@ def _texts(given: Mapping[str, Any]) -> _Texts | list[ColumnFault]:
     return [fault for part in (prompt, chosen, rejected) if isinstance(part, list) for fault in part]
 
 
-def _user_faults(given: Mapping[str, Any]) -> list[ColumnFault]:
-    if "user_id" not in given:
-        return [readers.missing("user_id", given)]
-    fault = readers.user_id_fault(given["user_id"])
+def _user_faults(columns: Mapping[str, Any]) -> list[ColumnFault]:
+    if "user_id" not in columns:
+        return [readers.missing("user_id", columns)]
+    fault = readers.user_id_fault(columns["user_id"])
     return [] if fault is None else [fault]
 
 
-def _optional_faults(given: Mapping[str, Any]) -> list[ColumnFault]:
-    found = (check(given[column]) for column, check in readers.CHECKS.items() if column in given)
-    return [fault for fault in found if fault is not None]
+def _optional_faults(columns: Mapping[str, Any]) -> list[ColumnFault]:
+    faults = (check(columns[column]) for column, check in readers.CHECKS.items() if column in columns)
+    return [fault for fault in faults if fault is not None]
 
 
 def content_id(user_id: str, prompt: Prompt, chosen: str, rejected: str) -> str:
-    """The name of a pair that was given none: 16 hex digits of a hash of what it says."""
+    """The id of a pair without one: 16 hex digits of the hash of its user and texts."""
     content = json.dumps([user_id, prompt, chosen, rejected])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def assign_splits(pairs: list[PreferencePair], undecided: list[int], share: float) -> None:
-    """Decides, in place, the split of the rows that have none: as the prompt's other rows, or by hash."""
-    open_places = set(undecided)
-    decided = {(pair.user_id, pair.prompt): pair.split for i, pair in enumerate(pairs) if i not in open_places}
+    """Assigns, in place, the split of rows without one: that of the prompt's other rows, or by hash."""
+    unassigned = set(undecided)
+    decided = {(pair.user_id, pair.prompt): pair.split for i, pair in enumerate(pairs) if i not in unassigned}
     prompts: dict[str, list[Prompt]] = {}
-    for place in undecided:
-        pair = pairs[place]
+    for index in undecided:
+        pair = pairs[index]
         if (pair.user_id, pair.prompt) not in decided:
             prompts.setdefault(pair.user_id, []).append(pair.prompt)
-    held = {user_id: held_out(user_id, mine, share) for user_id, mine in prompts.items()}
-    for place in undecided:
-        pair = pairs[place]
+    held = {user_id: held_out(user_id, user_prompts, share) for user_id, user_prompts in prompts.items()}
+    for index in undecided:
+        pair = pairs[index]
         hashed: Split = "heldout" if pair.prompt in held.get(pair.user_id, ()) else "train"
-        pairs[place] = replace(pair, split=decided.get((pair.user_id, pair.prompt), hashed))
+        pairs[index] = replace(pair, split=decided.get((pair.user_id, pair.prompt), hashed))
 
 
 def first_problems(problems: list[Problem], count: int | None = None) -> list[Problem]:
-    """What fits a screen of them, and a sentence that counts the rest; `count` where the list does not hold all."""
+    """The first SHOWN problems, and one that counts the rest; `count` is their total if the list is shorter."""
     if len(problems) <= SHOWN:
         return problems
     rest = (count or len(problems)) - SHOWN

@@ -1,4 +1,4 @@
-"""JSONL, CSV, Parquet, datasets folders, hub: rows with line numbers."""
+"""Rows with line numbers from JSONL, CSV, Parquet, `datasets` folders and the hub; checks of their columns."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.common.files import find, is_hub_id
 
-# ----------------------------------------------------------------------------------------------------
-# The columns of a preference row: their names, the names other files give them, and what each may hold.
-# ----------------------------------------------------------------------------------------------------
-
 REQUIRED = ("user_id", "prompt", "chosen", "rejected")
 OPTIONAL = ("id", "created_at", "source", "weight", "split", "clean_choice")
 KNOWN = REQUIRED + OPTIONAL
 LONGEST_USER_ID = 128  # characters
 
-_ALIASES: Mapping[str, tuple[str, ...]] = {  # what other files call it; did_you_mean finds plain misspellings
+_ALIASES: Mapping[str, tuple[str, ...]] = {  # names in other files; did_you_mean catches misspellings
     "user_id": ("user", "uid", "annotator", "annotator_id", "worker", "worker_id", "username", "author"),
     "prompt": ("question", "query", "instruction", "input", "messages", "context"),
     "chosen": ("accepted", "accept", "preferred", "winner", "better", "response_chosen", "chosen_response"),
@@ -34,7 +30,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {  # what other files call it; did_you
 
 
 class ColumnFault(NamedTuple):
-    """What is wrong in one column; the row's reader adds the file and the line."""
+    """A mistake in one column; the row's reader adds the file and the line."""
 
     key: str
     sentence: str
@@ -47,14 +43,14 @@ def shown(value: object) -> str:
 
 
 def columns_of(row: object) -> Mapping[str, object]:
-    """A row as named columns. Raises ValueError where it is something else."""
+    """A row as named columns. Raises ValueError if it is something else."""
     if not isinstance(row, Mapping):
         raise ValueError(f"a row is an object with named columns, not {shown(row)}")
     return row
 
 
 def missing(column: str, present: Iterable[str]) -> ColumnFault:
-    """A required column is not there: names the one that is probably meant."""
+    """The fault of a missing required column, with the column that is probably meant."""
     unknown = [name for name in present if name not in KNOWN]
     alias = next((name for name in unknown if name.casefold() in _ALIASES[column]), None)
     if alias is None:
@@ -65,7 +61,7 @@ def missing(column: str, present: Iterable[str]) -> ColumnFault:
 
 
 def text_fault(column: str, value: object) -> ColumnFault | None:
-    """Whether a value is a text that can be stored and tokenized."""
+    """The fault of a value that is no text, or one that cannot be encoded."""
     if not isinstance(value, str):
         return ColumnFault(column, f"must be a text, not {shown(value)}")
     try:
@@ -78,7 +74,7 @@ def text_fault(column: str, value: object) -> ColumnFault | None:
 
 
 def user_id_fault(value: object) -> ColumnFault | None:
-    """A user id is any text of 1 to 128 characters."""
+    """The fault of a user id that is not a text of 1 to 128 characters."""
     if isinstance(value, int) and not isinstance(value, bool):
         return ColumnFault("user_id", f'must be a text, not the number {value}: write "{value}"')
     if (fault := text_fault("user_id", value)) is not None:
@@ -90,18 +86,16 @@ def user_id_fault(value: object) -> ColumnFault | None:
 
 
 def _weight_fault(value: object) -> ColumnFault | None:
-    """A weight is a positive finite number: a pair of weight 0 would teach nothing and divide by nothing."""
+    """The fault of a weight that is not a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ColumnFault("weight", f"must be a number, not {shown(value)}")
     if not 0 < value < math.inf:  # false for NaN too
-        return ColumnFault(
-            "weight", f"is {value}; a weight is a finite number above 0 (leave the row out to give it none)"
-        )
+        return ColumnFault("weight", f"is {value}; a weight is a finite number above 0 (remove the row to ignore it)")
     return None
 
 
 def moment(value: str | date) -> str:
-    """A time as ISO 8601 text; raises ValueError where it is none. Parquet's own time stamps are understood too."""
+    """A time as ISO 8601 text, from a text or a Parquet timestamp. Raises ValueError for anything else."""
     if isinstance(value, str):
         datetime.fromisoformat(value)
         return value
@@ -119,7 +113,7 @@ def _created_at_fault(value: object) -> ColumnFault | None:
 
 
 def _split_fault(value: object) -> ColumnFault | None:
-    """A split is `train` or `heldout`."""
+    """The fault of a split that is not `train` or `heldout`."""
     if value in ("train", "heldout"):
         return None
     hint = " (did you mean `heldout`?)" if value in ("test", "eval", "validation", "held_out", "dev") else ""
@@ -150,17 +144,13 @@ CHECKS: Mapping[str, Callable[[object], ColumnFault | None]] = {  # of the optio
 }
 
 
-# ----------------------------------------------------------------------------------------------------
-# Rows of any supported file, one at a time, with the line each stands on.
-# ----------------------------------------------------------------------------------------------------
-
 _T = TypeVar("_T")
 
-_SAVED = ("dataset_info.json", "dataset_dict.json")  # what `Dataset.save_to_disk` leaves in its folder
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # files that `Dataset.save_to_disk` writes
 
 
 class RawRow(NamedTuple):
-    """A row as it was parsed, not yet looked at; `line` is the row's number in formats without lines (from 1)."""
+    """A parsed row before any check; `line` is the row's number (from 1) in formats without lines."""
 
     file: str
     line: int
@@ -168,28 +158,28 @@ class RawRow(NamedTuple):
 
 
 def read_rows(path: Path | str) -> Iterator[RawRow | Problem]:
-    """All rows of a file, a folder or a hub data set, in order; what cannot be parsed comes as a Problem.
+    """All rows of a file, a folder or a hub data set, in order; a row that cannot be parsed is a Problem.
 
-    A folder is read file by file, sorted by name, or as the `datasets` folder it is. Raises InputError where there is
-    nothing to read.
+    A folder is read file by file, sorted by name, or as a `datasets` folder. Raises InputError if there is nothing to
+    read.
     """
     if is_hub_id(str(path)) and not Path(path).exists() and _reader(Path(path)) is None:
         yield from _hub(str(path))
         return
-    place = find(path)
-    if not place.is_dir():
-        yield from read_file(place)
-    elif any((place / name).exists() for name in _SAVED):
-        yield from _saved(place)
+    source = find(path)
+    if not source.is_dir():
+        yield from read_file(source)
+    elif any((source / name).exists() for name in _SAVED):
+        yield from _saved(source)
     else:
-        for file in files_of(place):
+        for file in files_of(source):
             yield from read_file(file)
 
 
 def converted(
     items: Iterable[RawRow | Problem], convert: Callable[[Mapping[str, object]], _T]
 ) -> Iterator[_T | Problem]:
-    """What `convert` makes of every row; the problem of one that could not be read or that it raises ValueError for."""
+    """Every row converted; a Problem if it could not be read or `convert` raises ValueError."""
     for item in items:
         if isinstance(item, Problem):
             yield item
@@ -201,7 +191,7 @@ def converted(
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a folder that can be read, sorted by name; raises InputError where there are none."""
+    """The readable files of a folder, sorted by name. Raises InputError if there are none."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and _reader(file) is not None)
     if not files:
         raise InputError([Problem(str(folder), None, None, f"the folder holds no preferences; put {_KINDS} here")])
@@ -213,7 +203,7 @@ def read_file(path: Path) -> Iterator[RawRow | Problem]:
     reader = _reader(path)
     if reader is None:
         near = did_you_mean(path.suffix, _READERS)
-        raise InputError([Problem(str(path), None, None, f"`{path.suffix}` is no kind we read{near}; use {_KINDS}")])
+        raise InputError([Problem(str(path), None, None, f"`{path.suffix}` cannot be read{near}; use {_KINDS}")])
     empty = True
     for item in reader(path):
         empty = False
@@ -226,8 +216,8 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"`{twice}` stands in it twice")
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key `{repeated}` occurs twice")
     return row
 
 
@@ -289,7 +279,7 @@ def _csv(path: Path) -> Iterator[RawRow | Problem]:
 
 
 def _cell(name: str, cell: str | None) -> object:
-    """CSV has only texts: an empty optional cell is absent, and the two columns that are no texts are read."""
+    """The value of a CSV cell: an empty optional one is absent; `weight` and `clean_choice` are parsed."""
     if name in ("user_id", "prompt", "chosen", "rejected") or cell is None:
         return cell
     if name == "clean_choice":
@@ -316,7 +306,7 @@ def _parquet(path: Path) -> Iterator[RawRow | Problem]:
         files = glob.escape(str(path.resolve()))  # `datasets` expands patterns
         rows = datasets.load_dataset("parquet", data_files=[files], split="train", streaming=True)
         yield from _numbered(str(path), rows)
-    except Exception as fault:  # whatever the reader raises, the file is the cause
+    except Exception as fault:  # any exception of the reader is caused by the file
         yield Problem(str(path), None, None, f"the file is not Parquet ({_first_line(fault)})")
 
 
@@ -338,7 +328,7 @@ def _hub(name: str) -> Iterator[RawRow | Problem]:
     import huggingface_hub
 
     try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=10)  # says at once what `datasets` says after many retries
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)  # fails at once; `datasets` retries first
         for part, rows in datasets.load_dataset(name, streaming=True).items():
             yield from _numbered(f"{name}:{part}", rows)
     except Exception as fault:  # no network, no such id, no access: one remedy

@@ -1,4 +1,4 @@
-"""Drop, quarantine or flag pairs, each with a reason; request-classifier protocol."""
+"""Screening of pairs: drop, quarantine or flag, each with a reason; the protocol of request classifiers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,11 @@ if TYPE_CHECKING:
     from persona_rlhf.policy.policy import Policy
 
 
-# ----------------------------------------------------------------------------------------------------
-# Is a request one that the policy forbids? What screening asks of classifiers, whatever they are made of.
-# ----------------------------------------------------------------------------------------------------
-
-
 class RequestScore(NamedTuple):
-    """How much a request looks forbidden, more being worse, and the hazard categories that it may be of: none where the
-    classifier does not tell them apart."""
+    """How forbidden a request looks (higher is worse), and its possible hazard categories.
+
+    `categories` is empty if the classifier does not distinguish them.
+    """
 
     value: float
     categories: frozenset[str] = frozenset()
@@ -38,40 +35,35 @@ class RequestScore(NamedTuple):
 
 @runtime_checkable
 class RequestClassifier(Protocol):
-    """Scores requests: a table of patterns, the base itself, a model from the hub."""
+    """A classifier of requests: a table of patterns, the base itself, or a model from the hub."""
 
     @property
     def finding(self) -> str:
-        """What is said of a request that counts as forbidden, "kind: sentence"; reports count by its kind."""
+        """The reason given for a forbidden request, "kind: sentence"; reports count by its kind."""
 
     def __call__(self, requests: Sequence[Prompt]) -> Sequence[RequestScore]:
-        """A score a request, in their order."""
+        """One score per request, in order."""
 
 
 class RequestScreen(NamedTuple):
-    """A classifier, and the value from which on a request counts as forbidden."""
+    """A classifier, and the threshold at or above which a request counts as forbidden."""
 
     classifier: RequestClassifier
     threshold: float
 
     def findings(self, requests: Sequence[Prompt], categories: Collection[str]) -> list[str | None]:
-        """What is found against each request, None where nothing is: of `categories`, where the classifier tells."""
+        """The finding about each request, or None; of these `categories` if the classifier distinguishes them."""
         return [self._finding(score, categories) for score in self.classifier(requests)] if requests else []
 
     def _finding(self, score: RequestScore, categories: Collection[str]) -> str | None:
-        of = score.categories & set(categories)
-        if score.value < self.threshold or (score.categories and not of):
+        matching = score.categories & set(categories)
+        if score.value < self.threshold or (score.categories and not matching):
             return None
-        return f"{self.classifier.finding} ({', '.join(sorted(of))})" if of else self.classifier.finding
-
-
-# ----------------------------------------------------------------------------------------------------
-# Rules of screening: patterns of requests that are forbidden, by hazard category, in a file of the provider's.
-# ----------------------------------------------------------------------------------------------------
+        return f"{self.classifier.finding} ({', '.join(sorted(matching))})" if matching else self.classifier.finding
 
 
 class Pattern(Section):
-    """Requests of one hazard category: one that `any` is found in, and `unless` is not."""
+    """Requests of one hazard category: a text that matches a pattern of `any` and none of `unless`."""
 
     category: str = Field(description="The hazard category, as the policy's documents name it.")
     any: list[str] = Field(min_length=1, description="Regular expressions on the plain text, one of which is found.")
@@ -82,10 +74,10 @@ class Pattern(Section):
     def _compiles(cls, patterns: list[str]) -> list[str]:
         for pattern in patterns:
             try:
-                found = re.compile(pattern).search("")
+                empty_match = re.compile(pattern).search("")
             except re.error as fault:
                 raise ValueError(f"`{pattern}` is no regular expression ({fault})") from fault
-            if found is not None:
+            if empty_match is not None:
                 raise ValueError(f"`{pattern}` is found in every text")
         return patterns
 
@@ -99,10 +91,10 @@ class _File(Section):
 
 
 class Patterns:
-    """Scores 1 where a turn of the user's is found by a pattern, else 0.
+    """The classifier with a table of patterns: 1 if a pattern matches one of the user's turns, else 0.
 
-    Patterns are searched in the plain text (`likeness.plain`): lower case, without accents and punctuation, one space
-    between words. `unless` is about the same turn.
+    Patterns are searched in the plain text (`judges.plain`): lower case, without accents and punctuation, one space
+    between words. `unless` applies to the same turn.
     """
 
     def __init__(self, file: Path, rules: Sequence[Pattern]) -> None:
@@ -111,39 +103,37 @@ class Patterns:
 
     @classmethod
     def read(cls, file: Path, categories: Collection[str]) -> Patterns:
-        """Raises InputError where the file is none, or names a category that the policy does not restrict."""
+        """The patterns of a file. Raises InputError if it is wrong, or names a category without a restriction."""
         document = read_yaml(file)
         rules = read_section(_File, document).rules
         problems = []
         for n, rule in enumerate(rules):
             if rule.category not in categories:
                 hint = did_you_mean(rule.category, categories) or f"; it restricts {', '.join(sorted(categories))}"
-                place = document.place(("rules", n, "category"))
+                source = document.place(("rules", n, "category"))
                 sentence = f"the policy restricts no `{rule.category}`{hint}"
-                problems.append(Problem(place.file, place.line, f"rules[{n}].category", sentence))
+                problems.append(Problem(source.file, source.line, f"rules[{n}].category", sentence))
         if problems:
             raise InputError(problems)
         return cls(file, rules)
 
     def __call__(self, requests: Sequence[Prompt]) -> list[RequestScore]:
-        found = []
+        scores = []
         for request in requests:
             turns = [plain(message.content) for message in request if message.role == "user"]
-            own = frozenset(rule.category for rule in self._rules if any(map(rule.finds, turns)))
-            found.append(RequestScore(float(bool(own)), own))
-        return found
+            categories = frozenset(rule.category for rule in self._rules if any(map(rule.finds, turns)))
+            scores.append(RequestScore(float(bool(categories)), categories))
+        return scores
 
-
-# ----------------------------------------------------------------------------------------------------
-# Which pairs are trained on, and why the others are not.
-# ----------------------------------------------------------------------------------------------------
 
 Action = Literal["dropped", "quarantined", "flagged", "accepted"]
 
 
 class Dropped(NamedTuple):
-    """A pair and what was found: `dropped` cannot teach, `quarantined` must not; `flagged` is trained all the same, and
-    `accepted` because a person looked at it."""
+    """A pair with a finding. `dropped` and `quarantined` pairs are not trained on.
+
+    `flagged` ones are, since the quarantine is off; `accepted` ones are, since a reviewer accepted them.
+    """
 
     pair: PreferencePair
     reason: str  # "kind: what exactly"
@@ -151,22 +141,22 @@ class Dropped(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The reason's first words, by which reports count."""
+        """The reason up to the colon, by which reports count."""
         return self.reason.partition(":")[0]
 
     @property
     def trained(self) -> bool:
-        """Whether the pair goes on in spite of it."""
+        """Whether the pair is trained on in spite of the finding."""
         return self.action in ("flagged", "accepted")
 
     @property
     def alarming(self) -> bool:
-        """Whether it speaks against the user: a pair that teaches against the policy, and that nobody has accepted."""
+        """Whether the pair teaches against the policy and no reviewer accepted it: it counts for the user's alarm."""
         return self.action in ("quarantined", "flagged")
 
 
 class Screened(NamedTuple):
-    """The pairs that go on, in file order, and everything that was found."""
+    """The pairs to train on, in file order, and all findings."""
 
     kept: list[PreferencePair]
     dropped: list[Dropped]
@@ -186,37 +176,36 @@ def screen(
     screens: Sequence[RequestScreen] = (),
     reviews: Mapping[str, Review] | None = None,
 ) -> Screened:
-    """Drops the pairs that cannot or must not teach, and quarantines those that teach against tier one.
+    """Drops pairs that cannot or must not teach, and quarantines those that teach against tier one.
 
-    Dropped: an empty text, identical answers, a repetition of an earlier pair of the user, and both sides of a
-    contradiction (the same user, prompt and texts with the choice turned round: nothing says which of them is meant);
-    and a pair whose rejected answer has what a requirement asks for, and whose chosen one has not.
-    Quarantined: the prompt is a probe of a restriction, or one of the `screens` finds it forbidden while `chosen` is
-    no refusal; of the latter those are kept that `reviews` accept. With `settings.quarantine` off all are kept, and
-    flagged. Every screen is asked once, about distinct prompts that none before it has found.
+    Dropped: an empty text; identical answers; a repetition of an earlier pair of the user; both sides of a
+    contradiction (the same user, prompt and texts with the choice reversed); a pair whose rejected answer meets a
+    requirement that its chosen one breaks.
+    Quarantined: the prompt is a probe of a restriction; or one of the `screens` finds it forbidden while `chosen` is
+    no refusal, and no review in `reviews` accepts the pair. With `settings.quarantine` off these are kept and flagged.
+    Each screen is called once, with the distinct prompts that no earlier screen found.
     """
-    sound, dropped = unfit_to_teach(pairs)
-    sound, unwanted = _against_requirements(sound, policy)
-    dropped += unwanted
-    against = _against_restrictions(sound, policy, screens)
-    out = set()
-    for place, reason in against.items():
-        accepted = None if reason.startswith("probe:") else accepted_by(reviews or {}, sound[place])
+    usable, dropped = unfit_to_teach(pairs)
+    usable, against_requirements = _against_requirements(usable, policy)
+    dropped += against_requirements
+    quarantined = set()
+    for index, reason in _against_restrictions(usable, policy, screens).items():
+        accepted = None if reason.startswith("probe:") else accepted_by(reviews or {}, usable[index])
         if accepted is not None:
-            dropped.append(Dropped(sound[place], f"{reason}; {accepted.reviewer}: {accepted.reason}", "accepted"))
+            dropped.append(Dropped(usable[index], f"{reason}; {accepted.reviewer}: {accepted.reason}", "accepted"))
         elif settings.quarantine:
-            out.add(place)
-            dropped.append(Dropped(sound[place], reason, "quarantined"))
+            quarantined.add(index)
+            dropped.append(Dropped(usable[index], reason, "quarantined"))
         else:
-            dropped.append(Dropped(sound[place], reason, "flagged"))
-    return Screened([pair for place, pair in enumerate(sound) if place not in out], dropped)
+            dropped.append(Dropped(usable[index], reason, "flagged"))
+    return Screened([pair for index, pair in enumerate(usable) if index not in quarantined], dropped)
 
 
 def fit(rows: Sequence[UserRows], tokenizer: ChatTokenizer, context: int) -> Fitted:
-    """Drops the rows that the base cannot read as they are meant; `context` is in tokens.
+    """Drops the rows that do not fit the base; `context` is in tokens.
 
-    A text longer than the context, two answers that are the same to the model, and texts that write out a control
-    token of the base (they could open a turn of their own).
+    These are texts longer than the context, two answers with the same tokens, and texts that contain a control token
+    of the base (they could open another turn).
     """
     control = control_tokens(tokenizer)
     dropped: list[Dropped] = []
@@ -236,24 +225,24 @@ def fit(rows: Sequence[UserRows], tokenizer: ChatTokenizer, context: int) -> Fit
 
 
 def screening_rows(dropped: Sequence[Dropped]) -> Iterator[dict[str, str | int]]:
-    """The lines of `screening.jsonl`; they name a pair and hold none of its text."""
-    for found in dropped:
+    """The lines of `screening.jsonl`, which name a pair and hold none of its text."""
+    for finding in dropped:
         yield {
-            "user_id": found.pair.user_id,
-            "pair_id": found.pair.id,
-            "file": found.pair.file,
-            "line": found.pair.line,
-            "action": found.action,
-            "reason": found.reason,
+            "user_id": finding.pair.user_id,
+            "pair_id": finding.pair.id,
+            "file": finding.pair.file,
+            "line": finding.pair.line,
+            "action": finding.action,
+            "reason": finding.reason,
         }
 
 
 def unfit_to_teach(pairs: Sequence[PreferencePair]) -> tuple[list[PreferencePair], list[Dropped]]:
-    """The pairs that can teach something by their texts alone, and the others."""
+    """The pairs that are usable by their texts alone, and the dropped ones."""
     first: dict[tuple[str, Prompt, str, str], PreferencePair] = {}
     for pair in pairs:
         first.setdefault((pair.user_id, pair.prompt, pair.chosen, pair.rejected), pair)
-    sound: list[PreferencePair] = []
+    usable: list[PreferencePair] = []
     dropped: list[Dropped] = []
     for pair in pairs:
         texts = {"prompt": pair.prompt[-1].content, "chosen": pair.chosen, "rejected": pair.rejected}
@@ -269,22 +258,24 @@ def unfit_to_teach(pairs: Sequence[PreferencePair]) -> tuple[list[PreferencePair
         elif same is not pair:
             reason = f"repetition: the same stands at {same.file}:{same.line}"
         else:
-            sound.append(pair)
+            usable.append(pair)
             continue
         dropped.append(Dropped(pair, reason, "dropped"))
-    return sound, dropped
+    return usable, dropped
 
 
 def _against_requirements(
     pairs: Sequence[PreferencePair], policy: Policy
 ) -> tuple[list[PreferencePair], list[Dropped]]:
-    """The pairs that go on, and those that prefer an answer without what is required to one with it: a taste that the
-    provider rules out. Two answers that both lack it are about something else."""
+    """The pairs that are kept, and those that prefer an answer that breaks a requirement to one that meets it.
+
+    A pair of two answers that both break it is kept: its preference is about something else.
+    """
     kept, dropped = list[PreferencePair](), list[Dropped]()
     for pair in pairs:
-        asked = next((message.content for message in reversed(pair.prompt) if message.role == "user"), "")
+        request = next((message.content for message in reversed(pair.prompt) if message.role == "user"), "")
         verdicts = (
-            (rule.id, satisfied(rule, asked, pair.chosen), satisfied(rule, asked, pair.rejected))
+            (rule.id, satisfied(rule, request, pair.chosen), satisfied(rule, request, pair.rejected))
             for rule in policy.requirements
         )
         against = next((rule for rule, chosen, rejected in verdicts if chosen is False and rejected is True), None)
@@ -297,7 +288,7 @@ def _against_requirements(
 
 
 def normalised(text: str) -> str:
-    """A text without what writing can vary and still say the same: case, width, accents' form, marks and spaces."""
+    """A text in one case, width and Unicode form, with one space for punctuation and spaces."""
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return re.sub(r"[\W_]+", " ", plain).strip()
 
@@ -305,25 +296,25 @@ def normalised(text: str) -> str:
 def _against_restrictions(
     pairs: Sequence[PreferencePair], policy: Policy, screens: Sequence[RequestScreen]
 ) -> dict[int, str]:
-    """Places of the pairs that would teach against a restriction, each with its reason."""
+    """The indices of the pairs that would teach against a restriction, with the reasons."""
     rules = {normalised(probe.prompt): rule.id for rule in policy.restrictions for probe in rule.probes}
     reasons: dict[int, str] = {}
     complying: list[int] = []
-    for place, pair in enumerate(pairs):
-        asked = (normalised(message.content) for message in pair.prompt if message.role == "user")
-        rule = next((rules[text] for text in asked if text in rules), None)
+    for index, pair in enumerate(pairs):
+        turns = (normalised(message.content) for message in pair.prompt if message.role == "user")
+        rule = next((rules[text] for text in turns if text in rules), None)
         if rule is not None:
-            reasons[place] = f"probe: the prompt is one of the restriction `{rule}`"
+            reasons[index] = f"probe: the prompt is one of the restriction `{rule}`"
         elif screens and not is_refusal(pair.chosen):
-            complying.append(place)
-    found: dict[Prompt, str] = {}
+            complying.append(index)
+    findings: dict[Prompt, str] = {}
     for screened in screens:
-        left = list(dict.fromkeys(pairs[place].prompt for place in complying if pairs[place].prompt not in found))
-        findings = zip(left, screened.findings(left, policy.categories), strict=True)
-        found |= {prompt: finding for prompt, finding in findings if finding is not None}
-    for place in complying:
-        if pairs[place].prompt in found:
-            reasons[place] = f"{found[pairs[place].prompt]}, and chosen is no refusal"
+        rest = list(dict.fromkeys(pairs[index].prompt for index in complying if pairs[index].prompt not in findings))
+        results = zip(rest, screened.findings(rest, policy.categories), strict=True)
+        findings |= {prompt: finding for prompt, finding in results if finding is not None}
+    for index in complying:
+        if pairs[index].prompt in findings:
+            reasons[index] = f"{findings[pairs[index].prompt]}, and chosen is no refusal"
     return dict(sorted(reasons.items()))
 
 
@@ -334,5 +325,5 @@ def _unreadable(row: PairRow, control: re.Pattern[str], context: int) -> str | N
     if row.chosen.completion == row.rejected.completion:
         return "identical: chosen and rejected are the same tokens to this base"
     texts = (*(message.content for message in row.pair.prompt), row.pair.chosen, row.pair.rejected)
-    found = next((found for text in texts if (found := control.search(text))), None)
-    return None if found is None else f"control token: a text writes out the base's `{found.group()}`"
+    token = next((match.group() for text in texts if (match := control.search(text))), None)
+    return None if token is None else f"control token: a text writes out the base's `{token}`"
