@@ -71,7 +71,9 @@ def clean_users(utilities: Path) -> set[str]:
 
 def side(results: Sequence[Result]) -> dict[str, Any]:
     """What one run says of the users, on its own."""
-    over = [r.measures.over_refusal for r in results if r.measures.over_refusal is not None and r.measures.over_refusal.n]
+    over = [
+        r.measures.over_refusal for r in results if r.measures.over_refusal is not None and r.measures.over_refusal.n
+    ]
     pooled = [r.pooled for r in results if r.pooled is not None and r.pooled.n]
     rates = [count.refused / count.n for count in pooled]
     points = [100 * (count.refused - count.base_refused) / count.n for count in over]

@@ -67,7 +67,7 @@ def test_the_implicit_prompt_of_trl() -> None:
         ({"prompt": []}, "prompt: holds no message"),
         ({"prompt": TURNS[:2]}, "must end with the user's message"),
         ({"prompt": [turn("x", "tool"), *TURNS]}, "prompt[0].role: is 'tool'"),
-        ({"prompt": [*TURNS, turn("x", "system")]}, "stands first"),
+        ({"prompt": [*TURNS, turn("x", "system")]}, "must be the first"),
         ({"prompt": [{"role": "user"}]}, "prompt[0]: must be"),
         ({"chosen": 5}, "chosen: must be a text or one assistant message, not 5"),
         ({"chosen": [turn("a"), turn("b")]}, "holds 2 messages, but a preference is about one answer: keep the last"),

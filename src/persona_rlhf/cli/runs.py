@@ -22,8 +22,6 @@ from persona_rlhf.cli.console import (
     with_exit_codes,
 )
 from persona_rlhf.pipeline.distributed import HELD_BACK
-from persona_rlhf.pipeline.run_dir import before, check_replacement, replace_run
-from persona_rlhf.release.deletion_records import FORGOTTEN
 
 
 @with_exit_codes
@@ -66,6 +64,7 @@ def add(
     """Train new or changed users into a finished run; other users' files do not change."""
     open_run(run)
     from persona_rlhf.pipeline.update_run import add as train
+    from persona_rlhf.release.deletion_records import FORGOTTEN
 
     done = train(run, users, console(people=True))
     if done.results or as_json:
@@ -96,6 +95,7 @@ def rebase(
     """Train all users of a run again on a new base, and print the change for each of them."""
     open_run(run)
     from persona_rlhf.pipeline import update_run
+    from persona_rlhf.pipeline.run_dir import before, check_replacement, replace_run
     from persona_rlhf.release.comparison import comparison_table, rebase_table
     from persona_rlhf.release.results import RunResults
 
