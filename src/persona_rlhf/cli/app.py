@@ -268,11 +268,8 @@ def bench(
     print_json(result) if as_json else print_table(render(result))
 
 
-for verb in (export, verify, audit, recertify):
+for verb in (export, verify, audit, recertify, add, forget, rebase):
     app.command()(with_exit_codes(verb))
-
-for verb in (add, forget, rebase):
-    app.command()(verb)
 
 
 @app.command(help="(later) Serve a page that collects feedback.", context_settings=_ANYTHING, add_help_option=False)

@@ -152,5 +152,7 @@ def open_run(run: Path) -> None:
         join(run)
         note(f"Finished an interrupted addition: {run}")
     if pending(run):
-        for done in print_results(run):
+        from persona_rlhf.pipeline.forget_user import finish
+
+        for done in finish(run):
             note(f"Finished an interrupted deletion: {done.proof}")

@@ -19,12 +19,10 @@ from persona_rlhf.cli.console import (
     print_json_list,
     print_results,
     print_table,
-    with_exit_codes,
 )
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
 
-@with_exit_codes
 def forget(
     run: RunArgument,
     user: Annotated[str, typer.Option("--user", help="A user_id.")],
@@ -53,7 +51,6 @@ def forget(
     note(f"The user stays out, whatever the sources hold; to admit them again, delete the proof.\nProof: {done.proof}")
 
 
-@with_exit_codes
 def add(
     run: RunArgument,
     users: Annotated[
@@ -80,7 +77,6 @@ def add(
     exit_if_held_back(done.results)
 
 
-@with_exit_codes
 def rebase(
     run: RunArgument,
     base: Annotated[str, typer.Option("--base", metavar="NEW", help="The new base: a folder or a hub id.")],

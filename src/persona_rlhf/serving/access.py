@@ -116,7 +116,7 @@ class ServedRun(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a server accepts.
+    """The limits of a server.
 
     `body` is in bytes, `tokens` counts an answer's, and `rate` a user's requests per minute. `concurrent` answers are
     generated at the same time for all users, `concurrent_each` for one.

@@ -25,7 +25,8 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.models.generation import decode, inverse_sample, nucleus
 from persona_rlhf.models.multi_lora import LayerSpan
-from persona_rlhf.release.adapter import WEIGHTS, adapter_vector
+from persona_rlhf.release.adapter import adapter_vector
+from persona_rlhf.release.compatibility import WEIGHTS
 from persona_rlhf.serving.access import AdapterAccess, ServedRun
 from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, Finish, SamplingParams, TextChunk, Usage
 
