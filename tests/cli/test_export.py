@@ -39,8 +39,8 @@ def test_one_user_goes_to_the_hub(run, hub, type_in):
     assert hub.repos["ada/mine"].private
     checked = type_in("verify", "ada/mine", "--json")
     assert checked.exit_code == 0
-    found = json.loads(checked.stdout)
-    assert (found["path"], found["faults"]) == ("ada/mine", [])
+    report = json.loads(checked.stdout)
+    assert (report["path"], report["faults"]) == ("ada/mine", [])
 
 
 def test_all_go_but_for_the_held_back_and_the_exit_code_says_so(run, hub, type_in):

@@ -51,22 +51,22 @@ def test_show_lists_every_rule_with_tier_issuer_place_and_stages(config):
     shown = run("show", config).stdout
     for word in ("t1.terrorist_content", "t2.threats", "App", "NOT IN FORCE", "screening, training, gate"):
         assert word in " ".join(shown.split())
-    found = json.loads(run("show", config, "--json").stdout)
-    assert [entry["id"] for entry in found["written"]][-4:] == ["t2.threats", "t2.words", "t2.old", "t3.long"]
-    entry = next(entry for entry in found["written"] if entry["id"] == "t2.words")
+    shown = json.loads(run("show", config, "--json").stdout)
+    assert [entry["id"] for entry in shown["written"]][-4:] == ["t2.threats", "t2.words", "t2.old", "t3.long"]
+    entry = next(entry for entry in shown["written"] if entry["id"] == "t2.words")
     place = (entry["tier"], entry["issuer"], entry["document"].rsplit("/", 1)[-1], entry["version"])
     assert place == (2, "App", "two.yaml", "1")
     assert Path(entry["document"]).read_text().splitlines()[entry["line"] - 1] == "- id: t2.words"
     assert entry["held_by"]["serving"]
-    assert [rule["id"] for rule in found["not_in_force"]] == ["t2.old"]
+    assert [rule["id"] for rule in shown["not_in_force"]] == ["t2.old"]
 
 
 def test_show_of_a_user_explains_the_wishes_that_give_way(config):
     done = run("show", config, "--user", "ann")
     assert "You wish for `min_words: 60` (t3.long), but App requires `max_words: 40`" in done.stderr
     assert "rule `t2.old` (until 2001-01-01) is not in force" in done.stderr
-    found = json.loads(run("show", config, "--user", "ann", "--json").stdout)
-    assert [(o["preference"], o["requirement"]) for o in found["overruled"]] == [("t3.long", "t2.words")]
+    shown = json.loads(run("show", config, "--user", "ann", "--json").stdout)
+    assert [(o["preference"], o["requirement"]) for o in shown["overruled"]] == [("t3.long", "t2.words")]
     assert json.loads(run("show", config, "--user", "bob", "--json").stdout)["overruled"] == []
 
 
@@ -74,8 +74,8 @@ def test_why_tells_all_about_one_rule(config):
     shown = run("show", config, "--why", "t2.words").stdout
     for word in ("Small screens.", "a@b.c", "max_words: 40", "every answer is checked"):
         assert word in shown
-    found = json.loads(run("show", config, "--why", "t1.threats_of_violence", "--json").stdout)
-    assert (found["limit"], found["in_force"], found["role"]) == (0.05, True, "model_provider")
+    shown = json.loads(run("show", config, "--why", "t1.threats_of_violence", "--json").stdout)
+    assert (shown["limit"], shown["in_force"], shown["role"]) == (0.05, True, "model_provider")
     assert "Llama Guard S1" in run("show", config, "--why", "t1.threats_of_violence").stdout
     assert "did you mean `t2.words`?" in run("show", config, "--why", "t2.word", code=2).stderr
 
@@ -93,8 +93,8 @@ def test_check_says_all_errors_also_as_json(config, tmp_path):
 def test_explain_names_rules_and_stages(config):
     shown = run("explain", config, "what now", "--user", "ann", "--answer", "Tea.").stdout
     assert "the answer meets it" in " ".join(shown.split())
-    found = json.loads(run("explain", config, "what now", "--user", "ann", "--json").stdout)
-    assert [(meeting["stage"], meeting["rule"]) for meeting in found] == [
+    shown = json.loads(run("explain", config, "what now", "--user", "ann", "--json").stdout)
+    assert [(meeting["stage"], meeting["rule"]) for meeting in shown] == [
         ("serving", "t2.words"),
         ("serving", "t3.long"),
     ]

@@ -43,12 +43,12 @@ class Server:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "persona_rlhf", *words, "--port", "0"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
-        self.said = ""
-        while "Serving" not in self.said:
+        self.log = ""
+        while "Serving" not in self.log:
             line = self.process.stderr.readline()
             assert line, f"the server did not start: {self.said}"
-            self.said += line
-        self.port = int(self.said.split("Serving")[1].split("http://")[1].split(":")[1].split("/")[0])
+            self.log += line
+        self.port = int(self.log.split("Serving")[1].split("http://")[1].split(":")[1].split("/")[0])
 
     def ask(self, token, **changes):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -59,27 +59,27 @@ class Server:
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
         _, rest = self.process.communicate(timeout=60)
-        self.said += rest
+        self.log += rest
         return self.process.returncode
 
 
 def read(answer):
     connection, response = answer
     with response:
-        found = response.status, json.loads(response.read())
+        answered = response.status, json.loads(response.read())
     connection.close()
-    return found
+    return answered
 
 
 @pytest.mark.slow
 def test_a_server_from_its_tokens_to_its_end(served_run, tokens, tmp_path):
     server = Server(cli_words(served_run, tmp_path, "--max-tokens", "200"))
     try:
-        assert "127.0.0.1" in server.said
-        assert "Warning" not in server.said
-        status, found = read(server.ask(tokens[ADA], max_tokens=5))
+        assert "127.0.0.1" in server.log
+        assert "Warning" not in server.log
+        status, answered = read(server.ask(tokens[ADA], max_tokens=5))
         assert status == 200
-        assert found["usage"]["completion_tokens"] == 5
+        assert answered["usage"]["completion_tokens"] == 5
         assert read(server.ask(tokens[slug("ada")]))[0] == 404
         assert read(server.ask(tokens[ADA], max_tokens=-1))[0] == 400
         refuses_a_long_body(server.port, tokens[ADA])
@@ -92,8 +92,8 @@ def test_a_server_from_its_tokens_to_its_end(served_run, tokens, tmp_path):
         assert first.startswith(b"data: ")
         assert rest.endswith(b"data: [DONE]\n\n")
         assert server.stop() == 0
-        assert not any(token in server.said for token in tokens.values())
-        assert "Traceback" not in server.said
+        assert not any(token in server.log for token in tokens.values())
+        assert "Traceback" not in server.log
     finally:
         server.process.kill()
         server.process.wait()
@@ -129,10 +129,10 @@ def test_the_gateway_before_a_vllm_that_runs_already(served_run, tokens, tmp_pat
         url = f"http://127.0.0.1:{vllm.server_port}"
         server = Server(cli_words(served_run, tmp_path, "--engine", "vllm", "--upstream", url))
         try:
-            status, found = read(server.ask(tokens[ADA], max_tokens=5))
-            assert (status, found["choices"][0]["message"]["content"]) == (200, f"{ADA} says w5 w6")
+            status, answered = read(server.ask(tokens[ADA], max_tokens=5))
+            assert (status, answered["choices"][0]["message"]["content"]) == (200, f"{ADA} says w5 w6")
             assert read(server.ask(tokens[slug("ada")]))[0] == 404
-            assert len(vllm.asked) == 1
+            assert len(vllm.requests) == 1
             assert server.stop() == 0
         finally:
             server.process.kill()
@@ -141,19 +141,19 @@ def test_the_gateway_before_a_vllm_that_runs_already(served_run, tokens, tmp_pat
 
 
 def test_mistakes_are_said_before_anything_is_loaded(served_run, tokens, tmp_path):
-    def told(*words):
+    def outcome(*words):
         done = CliRunner().invoke(app.app, cli_words(served_run, tmp_path, *words))
         return done.exit_code, done.stderr
 
-    assert told("--engine", "vllm")[0] == 2
-    assert told("--engine", "vllm", "--to", "x", "--upstream", "http://x")[0] == 2
-    assert told("--tokens", str(tmp_path / "nowhere"))[0] == 2
+    assert outcome("--engine", "vllm")[0] == 2
+    assert outcome("--engine", "vllm", "--to", "x", "--upstream", "http://x")[0] == 2
+    assert outcome("--tokens", str(tmp_path / "nowhere"))[0] == 2
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        code, said = told("--port", str(taken.getsockname()[1]))
+        code, log = outcome("--port", str(taken.getsockname()[1]))
         assert code == 2
-        assert "cannot listen" in said
-    code, said = told("--engine", "vllm", "--to", str(tmp_path / "tokens"))
+        assert "cannot listen" in log
+    code, log = outcome("--engine", "vllm", "--to", str(tmp_path / "tokens"))
     assert code == 2
-    assert "something else stands there" in said
+    assert "something else stands there" in log

@@ -20,32 +20,35 @@ def _file(tmp_path: Path, **row: object) -> Path:
 
 def test_a_pair_is_shown_as_the_model_sees_it(tmp_path: Path) -> None:
     tokenizer = tokenizer_for("qwen3")
-    found = rendered(first_pair(_file(tmp_path)), "Qwen/Qwen3-0.6B", tokenizer)
-    told = found.to_json()
+    view = rendered(first_pair(_file(tmp_path)), "Qwen/Qwen3-0.6B", tokenizer)
+    content = view.to_json()
     prompt = "<|im_start|>user\nthe question<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert told["prompt"]["text"] == prompt
-    assert told["chosen"]["text"] == "yes<|im_end|>"
-    assert told["rejected"]["text"] == "no<|im_end|>"
+    assert content["prompt"]["text"] == prompt
+    assert content["chosen"]["text"] == "yes<|im_end|>"
+    assert content["rejected"]["text"] == "no<|im_end|>"
     begins = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    assert told["prompt"]["tokens"] == told["chosen"]["begins"] == told["rejected"]["begins"] == begins
-    assert (told["chosen"]["tokens"], told["prompt"]["begins"]) == (len(tokenizer.encode("yes")), 0)  # begin for end
-    assert told["place"].endswith("p.jsonl:1")
-    assert json.loads(json.dumps(told)) == told
+    assert content["prompt"]["tokens"] == content["chosen"]["begins"] == content["rejected"]["begins"] == begins
+    assert (content["chosen"]["tokens"], content["prompt"]["begins"]) == (
+        len(tokenizer.encode("yes")),
+        0,
+    )
+    assert content["place"].endswith("p.jsonl:1")
+    assert json.loads(json.dumps(content)) == content
     screen = io.StringIO()
-    Console(file=screen, width=100).print(found.panel())
+    Console(file=screen, width=100).print(view.panel())
     shown = screen.getvalue()
     for words in (
         "as Qwen/Qwen3-0.6B sees it",
         "<|im_start|>assistant",
-        f"chosen: {told['chosen']['tokens']} tokens, from token {begins} on",
+        f"chosen: {content['chosen']['tokens']} tokens, from token {begins} on",
     ):
         assert words in shown
 
 
 def test_a_text_cannot_write_on_the_terminal(tmp_path: Path) -> None:
-    found = rendered(first_pair(_file(tmp_path, chosen="a\x1b[2Jb [bold]c")), "b", tokenizer_for("llama3"))
+    view = rendered(first_pair(_file(tmp_path, chosen="a\x1b[2Jb [bold]c")), "b", tokenizer_for("llama3"))
     screen = io.StringIO()
-    Console(file=screen, width=100).print(found.panel())
+    Console(file=screen, width=100).print(view.panel())
     assert "\x1b[2J" not in screen.getvalue()
     assert "a\\x1b[2Jb [bold]c" in screen.getvalue()
 

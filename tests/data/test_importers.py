@@ -59,7 +59,7 @@ def test_another_format_is_told_by_row_and_nothing_is_written(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("src", "out", "said"),
+    ("src", "out", "sentence"),
     [
         ("nowhere.jsonl", "out.jsonl", "no such file"),
         (".", "out.csv", "name it"),
@@ -68,11 +68,11 @@ def test_another_format_is_told_by_row_and_nothing_is_written(tmp_path: Path) ->
         ("same.jsonl", "same.jsonl", "would replace its source"),
     ],
 )
-def test_paths_that_do_not_go(tmp_path: Path, src: str, out: str, said: str) -> None:
+def test_paths_that_do_not_go(tmp_path: Path, src: str, out: str, sentence: str) -> None:
     source(tmp_path, judgement())
     (tmp_path / "empty").mkdir()
     (tmp_path / "same.jsonl").write_text(json.dumps(judgement()) + "\n")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=sentence):
         import_cragc25(tmp_path / src, tmp_path / out)
 
 
@@ -80,9 +80,9 @@ def test_paths_that_do_not_go(tmp_path: Path, src: str, out: str, said: str) -> 
 def test_the_real_file_gives_its_published_counts(tmp_path: Path) -> None:
     summary = import_cragc25(REAL, tmp_path / "out.jsonl")
     assert (summary.rows, summary.pairs, summary.users, summary.left_out) == (6920, 6920, 420, {})
-    found = check([summary.path])
-    assert found.chosen_is_longer == pytest.approx(0.586, abs=0.001)
-    assert found.words["chosen"].median == pytest.approx(250, abs=5)
-    assert (found.pairs_per_user.minimum, found.pairs_per_user.maximum) == (15, 46)
-    assert found.screened_out == {"contradiction": 4, "repetition": 5}
-    assert found.users_without_train == found.users_without_heldout == 0
+    checked = check([summary.path])
+    assert checked.chosen_is_longer == pytest.approx(0.586, abs=0.001)
+    assert checked.words["chosen"].median == pytest.approx(250, abs=5)
+    assert (checked.pairs_per_user.minimum, checked.pairs_per_user.maximum) == (15, 46)
+    assert checked.screened_out == {"contradiction": 4, "repetition": 5}
+    assert checked.users_without_train == checked.users_without_heldout == 0

@@ -58,7 +58,7 @@ def test_the_implicit_prompt_of_trl() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "sentence"),
     [
         ({"user_id": ""}, "f.jsonl:3: user_id: has 0 characters; an id has 1 to 128"),
         ({"user_id": "x" * 129}, "has 129 characters"),
@@ -84,14 +84,14 @@ def test_the_implicit_prompt_of_trl() -> None:
         ({"source": 4}, "source: must be a text"),
     ],
 )
-def test_a_bad_value_is_named_with_its_place_and_remedy(change: dict[str, Any], said: str) -> None:
-    assert said in faults({**ROW, **change})
+def test_a_bad_value_is_named_with_its_place_and_remedy(change: dict[str, Any], sentence: str) -> None:
+    assert sentence in faults({**ROW, **change})
 
 
 def test_a_column_by_another_name_gets_a_hint() -> None:
-    found = faults({"user": "u", "question": "p", "accepted": "c", "regected": "r"})
+    sentences = faults({"user": "u", "question": "p", "accepted": "c", "regected": "r"})
     for ours, theirs in {"user_id": "user", "prompt": "question", "chosen": "accepted", "rejected": "regected"}.items():
-        assert f"f.jsonl:3: {ours}: the column is missing, but there is `{theirs}`: rename it to `{ours}`" in found
+        assert f"f.jsonl:3: {ours}: the column is missing, but there is `{theirs}`: rename it to `{ours}`" in sentences
     assert "the column is missing; a row needs `user_id`, `prompt`" in faults({**ROW, "chosen": None})
 
 
@@ -112,10 +112,10 @@ def test_all_bad_rows_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError) as error:
         read_pairs(path, 0.25)
-    told = str(error.value).splitlines()
-    assert [line.removeprefix(f"{path}:").split(":")[0] for line in told] == ["2", "3", "3", "5", "6"]
-    assert "not JSON" in told[0]
-    assert "the key `id` occurs twice" in told[4]
+    lines = str(error.value).splitlines()
+    assert [line.removeprefix(f"{path}:").split(":")[0] for line in lines] == ["2", "3", "3", "5", "6"]
+    assert "not JSON" in lines[0]
+    assert "the key `id` occurs twice" in lines[4]
 
 
 def test_a_file_of_bad_rows_is_told_in_a_screenful(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_file_of_bad_rows_is_told_in_a_screenful(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "sentence"),
     [
         ("p.jsonl", b"", "the file is empty"),
         ("p.jsonl", b"\n \n", "the file is empty"),
@@ -145,11 +145,11 @@ def test_a_file_of_bad_rows_is_told_in_a_screenful(tmp_path: Path) -> None:
         ("p.txt", b"", "`.txt` cannot be read"),
     ],
 )
-def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:
         read_pairs(tmp_path / name, 0.25)
-    assert said in str(error.value)
+    assert sentence in str(error.value)
 
 
 def test_a_path_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,15 +197,15 @@ def test_every_format_says_the_same(tmp_path: Path) -> None:
     data.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "saved_dict")
 
-    def said(path: Path) -> list[tuple[object, ...]]:
+    def contents(path: Path) -> list[tuple[object, ...]]:
         return [
             (p.user_id, p.prompt, p.chosen, p.weight, p.split, p.clean_choice, p.id) for p in read_pairs(path, 0.25)
         ]
 
-    expected = said(tmp_path / "a.jsonl")
+    expected = contents(tmp_path / "a.jsonl")
     assert len(expected) == 4
     for place in ("b.jsonl.gz", "c.csv", "[odd] *name/d.parquet", "[odd] *name", "saved", "saved_dict"):
-        assert said(tmp_path / place) == expected, place
+        assert contents(tmp_path / place) == expected, place
     assert [pair.line for pair in read_pairs(tmp_path / "c.csv", 0.25)] == [2, 4, 6, 8]
 
 

@@ -89,10 +89,10 @@ def screened(rows: list[PreferencePair], quarantine: bool = True, refuses: Any =
 def test_what_cannot_teach_is_dropped_with_its_reason(
     rows: list[Any], kept: list[int], reasons: dict[int, str]
 ) -> None:
-    found = screened(pairs(*rows))
-    assert [pair.line for pair in found.kept] == kept
-    assert {one.pair.line: one.action for one in found.dropped} == dict.fromkeys(reasons, "dropped")
-    for one in found.dropped:
+    result = screened(pairs(*rows))
+    assert [pair.line for pair in result.kept] == kept
+    assert {one.pair.line: one.action for one in result.dropped} == dict.fromkeys(reasons, "dropped")
+    for one in result.dropped:
         assert one.reason.startswith(reasons[one.pair.line])
 
 
@@ -100,40 +100,40 @@ def test_what_cannot_teach_is_dropped_with_its_reason(
     "written", [PROBE, "how do i build a BOMB", "  How, do I build\na bomb?!", "Ｈow do I build a bomb"]
 )
 def test_a_probe_is_quarantined_however_it_is_written(written: str) -> None:
-    found = screened(pairs((written, "Gladly.", REFUSAL), ("How do I build a boat?", "Gladly.", "No.")))
-    assert [(one.pair.line, one.action) for one in found.dropped] == [(1, "quarantined")]
-    assert found.dropped[0].reason == "probe: the prompt is one of the restriction `t1.terrorism`"
-    assert found.dropped[0].kind == "probe"
+    result = screened(pairs((written, "Gladly.", REFUSAL), ("How do I build a boat?", "Gladly.", "No.")))
+    assert [(one.pair.line, one.action) for one in result.dropped] == [(1, "quarantined")]
+    assert result.dropped[0].reason == "probe: the prompt is one of the restriction `t1.terrorism`"
+    assert result.dropped[0].kind == "probe"
 
 
 def test_the_base_is_asked_once_about_each_prompt_that_is_answered() -> None:
-    asked: list[Sequence[Prompt]] = []
+    requests_seen: list[Sequence[Prompt]] = []
 
     def refuses(prompts: Sequence[Prompt]) -> list[bool]:
-        asked.append(prompts)
+        requests_seen.append(prompts)
         return [prompt[-1].content == "bad" for prompt in prompts]
 
     rows = pairs(
         ("bad", "Gladly.", REFUSAL), ("bad", "Of course.", "Gladly."), ("bad", REFUSAL, "Why not."),
         ("good", "Yes.", "No."), (PROBE, "Gladly.", REFUSAL), ("refused already", REFUSAL, "Gladly."),
     )  # fmt: skip
-    found = screened(rows, refuses=refuses)
-    assert [[prompt[-1].content for prompt in prompts] for prompts in asked] == [["bad", "good"]]
-    assert [(one.pair.line, one.kind, one.action) for one in found.dropped] == [
+    result = screened(rows, refuses=refuses)
+    assert [[prompt[-1].content for prompt in prompts] for prompts in requests_seen] == [["bad", "good"]]
+    assert [(one.pair.line, one.kind, one.action) for one in result.dropped] == [
         (1, "refused", "quarantined"), (2, "refused", "quarantined"), (5, "probe", "quarantined"),
     ]  # fmt: skip
-    assert [pair.line for pair in found.kept] == [3, 4, 6]
+    assert [pair.line for pair in result.kept] == [3, 4, 6]
 
 
 def test_with_quarantine_off_pairs_are_flagged_and_kept() -> None:
-    found = screened(pairs((PROBE, "Gladly.", REFUSAL)), quarantine=False)
-    assert [pair.line for pair in found.kept] == [1]
-    assert [one.action for one in found.dropped] == ["flagged"]
+    result = screened(pairs((PROBE, "Gladly.", REFUSAL)), quarantine=False)
+    assert [pair.line for pair in result.kept] == [1]
+    assert [one.action for one in result.dropped] == ["flagged"]
 
 
 def test_the_screening_file_holds_no_text() -> None:
-    found = screened(pairs(("secret p", "secret a", "secret a"), (PROBE, "secret", REFUSAL)))
-    rows = list(screening_rows(found.dropped))
+    result = screened(pairs(("secret p", "secret a", "secret a"), (PROBE, "secret", REFUSAL)))
+    rows = list(screening_rows(result.dropped))
     assert [sorted(row) for row in rows] == [["action", "file", "line", "pair_id", "reason", "user_id"]] * 2
     assert "secret" not in json.dumps(rows)
 
@@ -165,12 +165,12 @@ def test_normalising_twice_changes_nothing(text: str) -> None:
 @given(st.lists(st.tuples(st.sampled_from("pq"), st.sampled_from(["a", "b", ""]), st.sampled_from("ab")), max_size=8))
 def test_every_pair_is_kept_or_has_one_reason(rows: list[tuple[str, str, str]]) -> None:
     made = pairs(*rows)
-    found = screened(made)
-    assert sorted([pair.line for pair in found.kept] + [one.pair.line for one in found.dropped]) == list(
+    result = screened(made)
+    assert sorted([pair.line for pair in result.kept] + [one.pair.line for one in result.dropped]) == list(
         range(1, len(made) + 1)
     )
-    kept = {(pair.prompt, pair.chosen, pair.rejected) for pair in found.kept}
-    assert len(kept) == len(found.kept)
+    kept = {(pair.prompt, pair.chosen, pair.rejected) for pair in result.kept}
+    assert len(kept) == len(result.kept)
     assert not kept & {(prompt, rejected, chosen) for prompt, chosen, rejected in kept}
 
 
@@ -182,9 +182,9 @@ def test_a_taste_that_a_requirement_rules_out_is_not_trained() -> None:
         ("tea", "Hot!", "Cold!"),  # both lack it: about something else
         ("coffee", "Yes!", "Yes."),  # the rule is not about coffee
     )
-    found = screen(rows, POLICY._replace(requirements=(calm,)), ScreeningSettings())
-    assert [pair.line for pair in found.kept] == [2, 3, 4]
-    [dropped] = found.dropped
+    result = screen(rows, POLICY._replace(requirements=(calm,)), ScreeningSettings())
+    assert [pair.line for pair in result.kept] == [2, 3, 4]
+    [dropped] = result.dropped
     assert (dropped.pair.line, dropped.action, dropped.kind) == (1, "dropped", "requirement")
     assert "`t2.calm`" in dropped.reason
     assert len(screen(rows, POLICY, ScreeningSettings()).kept) == 4
@@ -198,11 +198,11 @@ def test_what_a_person_accepted_is_trained_and_rings_no_alarm(tmp_path) -> None:
     decide(file, rows[0], "accept", "about computers", "Ann")
     decide(file, rows[1], "reject", "not so", "Bob")
     reviews = read_reviews(file)
-    found = screen(rows, POLICY, ScreeningSettings(), screens(lambda prompts: [True] * len(prompts)), reviews)
-    assert [pair.line for pair in found.kept] == [1]
-    actions = {dropped.pair.line: dropped.action for dropped in found.dropped}
+    result = screen(rows, POLICY, ScreeningSettings(), screens(lambda prompts: [True] * len(prompts)), reviews)
+    assert [pair.line for pair in result.kept] == [1]
+    actions = {dropped.pair.line: dropped.action for dropped in result.dropped}
     assert actions == {1: "accepted", 2: "quarantined", 3: "quarantined"}
-    accepted = next(dropped for dropped in found.dropped if dropped.action == "accepted")
+    accepted = next(dropped for dropped in result.dropped if dropped.action == "accepted")
     assert accepted.reason.endswith("Ann: about computers")
     assert accepted.trained
     assert not accepted.alarming
@@ -213,11 +213,11 @@ def test_what_a_person_accepted_is_trained_and_rings_no_alarm(tmp_path) -> None:
 
 def test_screens_ask_one_after_the_other_and_only_of_categories_that_the_policy_restricts() -> None:
     rows = pairs(*((f"request {n}", "Type kill.", REFUSAL) for n in range(4)))
-    asked: list[list[str]] = []
+    requests_seen: list[list[str]] = []
 
     def classifier(name: str, bad: str, *categories: str) -> RequestScreen:
         def refuses(requests: Sequence[Prompt]) -> list[bool]:
-            asked.append([request[-1].content for request in requests])
+            requests_seen.append([request[-1].content for request in requests])
             return [request[-1].content in bad for request in requests]
 
         return RequestScreen(_Classifier(refuses, name, frozenset(categories)), 1.0)
@@ -225,13 +225,13 @@ def test_screens_ask_one_after_the_other_and_only_of_categories_that_the_policy_
     first = classifier("rules: one", "request 1", "terrorist_content", "hate")
     other = classifier("classifier: two", "request 2", "hate")  # which nobody restricts
     last = classifier("refused: three", "request 1, request 3")
-    found = screen(rows, POLICY, ScreeningSettings(), [first, other, last])
-    assert [len(texts) for texts in asked] == [4, 3, 3]
-    assert {dropped.pair.line: dropped.reason for dropped in found.dropped} == {
+    result = screen(rows, POLICY, ScreeningSettings(), [first, other, last])
+    assert [len(texts) for texts in requests_seen] == [4, 3, 3]
+    assert {dropped.pair.line: dropped.reason for dropped in result.dropped} == {
         2: "rules: one (terrorist_content), and chosen is no refusal",
         4: "refused: three, and chosen is no refusal",
     }
-    assert [pair.line for pair in found.kept] == [1, 3]
+    assert [pair.line for pair in result.kept] == [1, 3]
 
 
 def test_a_file_of_reviews_names_its_bad_lines(tmp_path) -> None:

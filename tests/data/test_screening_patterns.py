@@ -23,13 +23,13 @@ def patterns(tmp_path, text: str = FILE) -> Patterns:
     return Patterns.read(file, CATEGORIES)
 
 
-def asked(*turns: str):
+def request(*turns: str):
     roles = ("user", "assistant")
     return tuple(Message(roles[n % 2], turn) for n, turn in enumerate(turns))
 
 
 @pytest.mark.parametrize(
-    ("turns", "found"),
+    ("turns", "categories"),
     [
         (("How do I threaten my neighbour?",), {"threats_of_violence"}),
         (("How do I THRÉATEN,  my-neighbour?!",), {"threats_of_violence"}),
@@ -41,15 +41,15 @@ def asked(*turns: str):
         (("What is the weather?",), set()),
     ],
 )
-def test_a_turn_of_the_users_is_searched_as_plain_text(tmp_path, turns, found):
-    [score] = patterns(tmp_path)([asked(*turns)])
-    assert score == (float(bool(found)), found)
+def test_a_turn_of_the_users_is_searched_as_plain_text(tmp_path, turns, categories):
+    [score] = patterns(tmp_path)([request(*turns)])
+    assert score == (float(bool(categories)), categories)
 
 
 @given(st.text(max_size=40))
 def test_any_text_is_scored_and_case_makes_no_difference(tmp_path_factory, text):
-    found = patterns(tmp_path_factory.mktemp("p"))
-    [one], [two] = found([asked(text)]), found([asked(text + " attack plan")])
+    classifier = patterns(tmp_path_factory.mktemp("p"))
+    [one], [two] = classifier([request(text)]), classifier([request(text + " attack plan")])
     assert one.value in (0, 1)
     assert two.value == 1
 

@@ -39,8 +39,8 @@ def test_users_come_out_whole_and_in_order(file):
     assert store.of(range(7)) == pairs
     for size in (1, 3):
         for start in range(0, 7, size):
-            own = set(users[start : start + size])
-            assert store.of(range(start, start + size)) == [pair for pair in pairs if pair.user_id in own]
+            wanted = set(users[start : start + size])
+            assert store.of(range(start, start + size)) == [pair for pair in pairs if pair.user_id in wanted]
     assert sorted(store, key=lambda pair: pair.line) == pairs
     assert {pair.split for pair in pairs} == {"train", "heldout"}
 
@@ -65,7 +65,7 @@ def test_a_run_keeps_the_numbers_of_its_users(file, tmp_path):
     more.write_text("".join(json.dumps(row(user, n)) + "\n" for n, user in enumerate(["new", changed, "new"])))
     later = PairStore(file, 0.25, UserSelection(gone, frozenset({names[2], names[6]}), (str(more),)))
     assert (later.users, later.left_out) == (8, 2)
-    assert [pair.chosen for pair in later.of(range(4, 5))] == ["yes 1"]  # the later file has all that he said
+    assert [pair.chosen for pair in later.of(range(4, 5))] == ["yes 1"]  # the later file has all of the user's pairs
     assert [pair.user_id for pair in later.of(range(7, 8))] == ["new", "new"]
     assert later.of(range(2, 3)) == later.of(range(6, 7)) == []
     for number in (0, 1, 3, 5):
@@ -82,10 +82,10 @@ def test_a_run_keeps_the_numbers_of_its_users(file, tmp_path):
 def test_bad_rows_are_all_counted_and_the_first_are_named(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text((json.dumps(row("u", 1)) + "\nnonsense\n") * 200)
-    with pytest.raises(InputError) as found:
+    with pytest.raises(InputError) as error:
         PairStore(path, 0.25)
-    assert len(found.value.problems) == 51
-    assert "and 150 more problems" in found.value.problems[-1].sentence
+    assert len(error.value.problems) == 51
+    assert "and 150 more problems" in error.value.problems[-1].sentence
 
 
 def test_a_file_of_a_folder_that_breaks_off_is_named(tmp_path):

@@ -92,11 +92,11 @@ def test_a_conversation_of_several_turns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "sentence"),
     [(None, "no chat template"), (ENDLESS, "no special token"), (NO_PREFIX, "differently")],
 )
-def test_a_base_whose_template_cannot_be_used(template: str | None, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_a_base_whose_template_cannot_be_used(template: str | None, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
         tokenize([pair()], tokenizer_of(template), 256)
 
 

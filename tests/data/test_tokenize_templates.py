@@ -57,8 +57,8 @@ def test_a_row_is_what_the_template_makes_of_the_conversation_to_the_end_of_its_
         begin = tokenizer.bos_token_id
         assert ours[1] != begin
         assert ours.count(begin) == whole.count(begin) <= (1 if family.begin != family.turn else len(turns) + 2)
-    asked = _theirs(tokenizer, turns, add_generation_prompt=True)
-    assert list(row.chosen.prompt) == asked == list(prompt_ids(pair.prompt, tokenizer))
+    expected = _theirs(tokenizer, turns, add_generation_prompt=True)
+    assert list(row.chosen.prompt) == expected == list(prompt_ids(pair.prompt, tokenizer))
 
 
 def _theirs(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]], **more: Any) -> list[int]:

@@ -40,7 +40,7 @@ def test_a_request_goes_on_as_it_came_and_comes_back_in_pieces(server, upstream)
     sampling = SamplingParams(9, 0.5, 0.9, 3, ("x",))
     chunks = list(upstream.generate(ANN, MESSAGES, sampling))
     assert chunks == [TextChunk("ann "), TextChunk("says "), TextChunk("hi"), TextChunk("", "length", Usage(4, 3))]
-    [(path, key, body)] = server.asked
+    [(path, key, body)] = server.requests
     assert (path, key) == ("/v1/chat/completions", "Bearer a key")
     assert body == {
         "model": "ann",
@@ -107,10 +107,10 @@ def test_the_layout_holds_the_two_files_of_peft_and_the_command(run, tmp_path):
     assert gone not in script.read_text()
 
 
-@pytest.mark.parametrize(("rank", "asked"), [(1, "1"), (8, "8"), (9, "16"), (33, "64"), (512, "512")])
-def test_the_rank_is_one_that_vllm_takes(rank, asked):
+@pytest.mark.parametrize(("rank", "allowed"), [(1, "1"), (8, "8"), (9, "16"), (33, "64"), (512, "512")])
+def test_the_rank_is_one_that_vllm_takes(rank, allowed):
     words = command_line("data/base", rank, ["a"], "127.0.0.1", 1)
-    assert words[words.index("--max-lora-rank") + 1] == asked
+    assert words[words.index("--max-lora-rank") + 1] == allowed
     assert Path(words[2]).is_absolute()
 
 

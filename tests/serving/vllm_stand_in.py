@@ -20,13 +20,13 @@ class StandIn(BaseHTTPRequestHandler):
         self._answer(200 if self.path == "/health" else 404, "application/json", b"{}")
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((self.path, self.headers.get("Authorization"), asked))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, self.headers.get("Authorization"), body))
         fault = self.server.fault
         if isinstance(fault, int):
             self._answer(fault, "application/json", b'{"error": {"message": "a traceback, and the words of bob"}}')
             return
-        words = [f"{asked['model']} ", "says ", asked["messages"][-1]["content"]]
+        words = [f"{body['model']} ", "says ", body["messages"][-1]["content"]]
         events = [{"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]} for word in words]
         if fault == "error":
             events.append({"error": {"message": "the words of bob"}})
@@ -53,7 +53,7 @@ class StandIn(BaseHTTPRequestHandler):
 def stand_in() -> Iterator[ThreadingHTTPServer]:
     """One that runs on a free port."""
     with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as server:
-        server.asked, server.fault = [], None
+        server.requests, server.fault = [], None
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -65,8 +65,8 @@ def stand_in() -> Iterator[ThreadingHTTPServer]:
 
 if __name__ == "__main__":  # as the command `vllm`
     place = sys.argv[sys.argv.index("--port") + 1]
-    told = {"command": sys.argv[1:], "key": os.environ.get("VLLM_API_KEY")}
-    Path("asked.json").write_text(json.dumps(told))
+    seen = {"command": sys.argv[1:], "key": os.environ.get("VLLM_API_KEY")}
+    Path("asked.json").write_text(json.dumps(seen))
     with ThreadingHTTPServer(("127.0.0.1", int(place)), StandIn) as server:
-        server.asked, server.fault = [], None
+        server.requests, server.fault = [], None
         server.serve_forever()
