@@ -112,7 +112,7 @@ def test_the_last_layer_computes_behind_attention_only_what_is_read(case):
     assert (adapted._pruning is None) == (case.name == "gpt2"), "GPT-2 puts tokens back into lines"
     if adapted._pruning is None:
         return
-    hook = adapted._pruning._output.register_forward_hook(lambda _, __, y: seen.append(y.shape[:-1].numel()))
+    hook = adapted._pruning._projection.register_forward_hook(lambda _, __, y: seen.append(y.shape[:-1].numel()))
     for rows in (_rows(), _short(_rows())):
         batch = adapted.batch(rows, USERS)
         with torch.no_grad(), adapted.using(case.flat):

@@ -1,4 +1,4 @@
-"""Attention over short rows as products: the formula, torch's kernel, and who may not be felt."""
+"""Attention over short rows as batched products, against the formula and torch's kernel."""
 
 import pytest
 import torch
@@ -35,9 +35,9 @@ def _attended(batch, layout, heads):
     """What attention gives of the tokens, in their order, and the gradient of some of it (each token weighed)."""
     module = torch.nn.Module()
     module.num_key_value_groups = heads[0].shape[1] // heads[1].shape[1]
-    found, _ = _attend(module, *heads, None, scaling=SCALE, layout=layout)
-    found = found.reshape(batch.input_ids.numel(), -1, SIZE)
-    return found, torch.arange(1.0, found.numel() + 1).view(found.shape)
+    outputs, _ = _attend(module, *heads, None, scaling=SCALE, layout=layout)
+    outputs = outputs.reshape(batch.input_ids.numel(), -1, SIZE)
+    return outputs, torch.arange(1.0, outputs.numel() + 1).view(outputs.shape)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
@@ -52,17 +52,17 @@ def test_products_are_the_kernel(monkeypatch, heads, groups, last):
     for short in (0, attention.SHORT):
         monkeypatch.setattr(attention, "SHORT", short)
         given = _heads(batch, heads, groups)
-        found, weights = _attended(batch, layout, given)
-        gradients.append([found[read], *torch.autograd.grad((found * weights)[read].sum(), given)])
-    for kernels, own in zip(*gradients, strict=True):
-        assert torch.allclose(kernels, own, rtol=1e-10, atol=1e-12)
+        outputs, weights = _attended(batch, layout, given)
+        gradients.append([outputs[read], *torch.autograd.grad((outputs * weights)[read].sum(), given)])
+    for kernels, product in zip(*gradients, strict=True):
+        assert torch.allclose(kernels, product, rtol=1e-10, atol=1e-12)
 
 
 def test_products_are_the_formula_token_by_token():
-    """`softmax(scale q K) V` over a token's own row up to itself, for the head that asks and the group that it sees."""
+    """`softmax(scale q K) V` over a token's row up to itself, for a head and its group of keys."""
     batch = pack(ROWS, 2, 0, CPU, equal_lines=False)
     query, key, value = given = _heads(batch, 4, 2)
-    found, _ = _attended(batch, batch.layout, given)
+    outputs, _ = _attended(batch, batch.layout, given)
     for place in batch.row_places:
         fed = place.row.completion[:-1]
         row = [*range(place.prompt_start, place.prompt_start + len(place.row.prompt))]
@@ -71,7 +71,7 @@ def test_products_are_the_formula_token_by_token():
             for head in range(4):
                 scores = torch.stack([SCALE * query[0, head, token] @ key[0, head // 2, k] for k in row[: n + 1]])
                 wanted = torch.softmax(scores, 0) @ value[0, head // 2, row[: n + 1]]
-                assert torch.allclose(found[token, head], wanted, rtol=1e-10)
+                assert torch.allclose(outputs[token, head], wanted, rtol=1e-10)
 
 
 def test_a_user_whose_values_are_no_numbers_is_not_felt():
@@ -82,9 +82,9 @@ def test_a_user_whose_values_are_no_numbers_is_not_felt():
     for x in sick:
         x[:, :, :first] = float("nan")
         x.requires_grad_()
-    found, weights = _attended(batch, batch.layout, sick)
-    for gradient in torch.autograd.grad((found * weights).sum(), sick):
+    outputs, weights = _attended(batch, batch.layout, sick)
+    for gradient in torch.autograd.grad((outputs * weights).sum(), sick):
         assert torch.isfinite(gradient[:, :, first:]).all()
-    assert torch.isfinite(found[first:]).all()
+    assert torch.isfinite(outputs[first:]).all()
     well, _ = _attended(batch, batch.layout, _heads(batch, 4, 2))
-    assert torch.equal(found[first:], well[first:])
+    assert torch.equal(outputs[first:], well[first:])

@@ -1,4 +1,4 @@
-"""Norms and rotary embeddings with their gradients written down, against those of `transformers`."""
+"""Norms and rotary embeddings with hand-written gradients against those of `transformers`."""
 
 import sys
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 
 from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.fast_paths import normed, rotated, written_down
+from persona_rlhf.models.fast_paths import handwritten_patch, rms_norm, rotate
 from tests.models.architectures import base_of
 from tests.models.tiny import tiny_base
 
@@ -27,28 +27,27 @@ def test_logits_and_gradients_are_the_models_own(name):
     model = base_of(name).model
     embedded = torch.randn(2, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
     logits, gradient = _gradient(model, embedded)
-    elementwise = written_down(model)
-    with elementwise.on():
-        ours, own = _gradient(model, embedded)
-    assert not torch.equal(own, gradient), "nothing was computed in another way"
-    assert torch.allclose(ours, logits, rtol=0, atol=1e-5)
-    assert (own - gradient).norm() <= 1e-5 * gradient.norm()
+    with handwritten_patch(model).on():
+        logits_patched, gradient_patched = _gradient(model, embedded)
+    assert not torch.equal(gradient_patched, gradient), "nothing was computed in another way"
+    assert torch.allclose(logits_patched, logits, rtol=0, atol=1e-5)
+    assert (gradient_patched - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 def test_the_model_is_left_as_it_was_also_when_it_fails():
     model = base_of("llama3").model
     place = sys.modules[type(model).__module__]
-    own, ids = place.apply_rotary_pos_emb, torch.tensor([[3, 4, 5]])
+    original, ids = place.apply_rotary_pos_emb, torch.tensor([[3, 4, 5]])
     before = model(input_ids=ids).logits
 
     def fail():
-        with written_down(model).on():
-            assert place.apply_rotary_pos_emb is rotated
+        with handwritten_patch(model).on():
+            assert place.apply_rotary_pos_emb is rotate
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert place.apply_rotary_pos_emb is own
+    assert place.apply_rotary_pos_emb is original
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(model(input_ids=ids).logits, before)
 
@@ -62,14 +61,14 @@ def test_the_gradients_are_right_in_double_precision():
     weight, angles = some(6), some(1, 5, 3)
     cos, sin = (torch.cat([part, part], -1) for part in (angles.cos(), angles.sin()))
     x, q, k = (part.requires_grad_() for part in (some(2, 4, 6), some(1, 2, 5, 6), some(1, 1, 5, 6)))
-    assert torch.autograd.gradcheck(partial(normed, weight, 1e-5), (x,))
-    assert torch.autograd.gradcheck(lambda q, k: rotated(q, k, cos, sin), (q, k))
-    turned, _ = rotated(q, k, cos, sin)
+    assert torch.autograd.gradcheck(partial(rms_norm, weight, 1e-5), (x,))
+    assert torch.autograd.gradcheck(lambda q, k: rotate(q, k, cos, sin), (q, k))
+    turned, _ = rotate(q, k, cos, sin)
     assert torch.allclose(turned.norm(dim=-1), q.norm(dim=-1)), "a rotation keeps lengths"
 
 
 def test_a_model_that_rotates_in_another_way_computes_as_it_does(monkeypatch):
-    """By trial: here neighbouring numbers are a pair, as in GPT-J, not the halves of a head."""
+    """By the equivalence check: here neighbouring numbers are a pair, as in GPT-J, not the halves of a head."""
     base = tiny_base()
     place = sys.modules[type(base.model).__module__]
     assert AdaptedModel(base, LoraSettings()).patch is not None

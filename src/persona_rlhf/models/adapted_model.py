@@ -19,8 +19,8 @@ from persona_rlhf.models.fast_paths import (
     ForwardPatch,
     LastLayerPruning,
     compiled_patch,
-    narrowing,
-    written_down,
+    handwritten_patch,
+    last_layer_pruning,
 )
 from persona_rlhf.models.generation import Generated, generate_answers
 from persona_rlhf.models.model_split import (
@@ -295,13 +295,13 @@ class AdaptedModel:
         """
         if self.base.device.type == "cuda":
             return compiled_patch(self.base.model)
-        return written_down(self.base.model) if self.base.model.dtype in (torch.float32, torch.float64) else None
+        return handwritten_patch(self.base.model) if self.base.model.dtype in (torch.float32, torch.float64) else None
 
     def _make_pruning(self) -> LastLayerPruning | None:
         """A last layer that computes the predicting tokens only."""
         if self._split is None or self.base.device.type != "cpu":
             return None
-        return narrowing(self.base.model, lambda: self._forward(self._check.collated(self._check.rows)))
+        return last_layer_pruning(self.base.model, lambda: self._forward(self._check.collated(self._check.rows)))
 
     def _if_exact(self, attribute: str, fast_path: _FastPath | None) -> _FastPath | None:
         """The fast path if, as this attribute, it leaves the logits of the model unchanged; else None."""

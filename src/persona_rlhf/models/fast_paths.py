@@ -176,6 +176,160 @@ def _mlp(mlp: Any, gate: CompiledFunction, x: Tensor) -> Any:
     return mlp.down_proj(gate(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn))
 
 
+def handwritten_patch(model: PreTrainedModel) -> ForwardPatch:
+    """A model's norms and rotary embeddings with hand-written gradients: half as many passes over memory.
+
+    A model that rotates in another way gives other logits; the equivalence check rejects the patch.
+    """
+    norms = {m: forward for m in model.modules() if (forward := _rms_norm_of(m)) is not None}
+    return ForwardPatch(norms, dict.fromkeys(rotary_modules(model), rotate))
+
+
+def rms_norm(
+    weight: Float[Tensor, " width"], epsilon: float, hidden_states: Float[Tensor, "*rows width"]
+) -> Float[Tensor, "*rows width"]:
+    """`weight * x / sqrt(mean(x^2) + epsilon)` over the last dimension (Zhang & Sennrich 2019, equation 4).
+
+    The frozen weight gets no gradient.
+    """
+    y: Tensor = _RMSNorm.apply(hidden_states, weight, epsilon)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        mean_square: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        factor = mean_square.add_(epsilon).rsqrt_()
+        normed = x * factor
+        ctx.save_for_backward(normed, factor, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        normed, factor, weight = ctx.saved_tensors
+        grad_x = gradient * weight
+        along = torch.linalg.vecdot(grad_x, normed).unsqueeze(-1).div_(-normed.shape[-1])
+        return grad_x.addcmul_(normed, along).mul_(factor), None, None
+
+
+def _rms_norm_of(norm: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """`rms_norm` with a module's weight, or with 1 + weight as in Gemma, whichever equals the module on random rows.
+
+    None for any other module.
+    """
+    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if "RMSNorm" not in type(norm).__name__ or weight is None or weight.dim() != 1 or epsilon is None:
+        return None
+    rows = 3 * torch.randn(2, 3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    for factor in (weight.detach(), 1 + weight):
+        forward = partial(rms_norm, factor, epsilon)
+        with torch.no_grad():
+            if torch.allclose(forward(rows), norm(rows), rtol=1e-5, atol=1e-6):
+                return forward
+    return None
+
+
+def rotate(
+    q: Float[Tensor, "lines heads width size"],
+    k: Float[Tensor, "lines groups width size"],
+    cos: Float[Tensor, "#lines width size"],
+    sin: Float[Tensor, "#lines width size"],
+    unsqueeze_dim: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of queries and keys, by halves of a head (Su et al. 2021, equation 34).
+
+    It is `x cos + h(x) sin`, where `h` swaps the halves and negates the new first one. Both halves of `cos`, and of
+    `sin`, must be equal.
+    """
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation. Its gradient is rotated back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradient, cos, sin, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    y, half = x * cos, x.shape[-1] // 2
+    (first, second), (y_first, y_second), angle = x.split(half, -1), y.split(half, -1), sin[..., :half]
+    y_first.addcmul_(second, angle, value=-sign)
+    y_second.addcmul_(first, angle, value=sign)
+    return y
+
+
+class LastLayerPruning:
+    """The last decoder layer computed for chosen tokens only, from the output projection of its attention on.
+
+    The layer's input is cut to these tokens, but its first part (a norm or the attention) still gets all of them. The
+    attention's output is cut before its projection. A layer of another structure gives wrong values or none, so the
+    equivalence check comes before use.
+    """
+
+    def __init__(self, layer: nn.Module, attention: nn.Module, projection: nn.Module) -> None:
+        """`projection`: the last linear layer of `attention`."""
+        self._layer, self._projection = layer, projection
+        unpruned = set(attention.modules()) - {projection}
+        self._pruned = [m for m in layer.modules() if isinstance(m, MultiLoRALinear) and m not in unpruned]
+
+    @contextmanager
+    def to(self, tokens: DeterministicGather, tokens_per_user: Sequence[int]) -> Iterator[None]:
+        """Inside, the decoder's hidden states are those of `tokens`, `[1, tokens, hidden]`."""
+        inputs: list[Tensor] = []
+
+        def cut(x: Tensor) -> Tensor:
+            return tokens(x.flatten(0, 1))[None]
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            inputs.append(args[0] if args else kwargs["hidden_states"])
+            for module in self._pruned:
+                module.rows_per_user = tokens_per_user
+            layout = kwargs.get("layout")
+            if layout is not None and layout.last is not None:
+                kwargs = {**kwargs, "layout": layout.last}
+            return replace_states(args, kwargs, cut(inputs[0]))
+
+        def restore(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return replace_states(args, kwargs, inputs.pop()) if inputs else None
+
+        def cut_input(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            return (cut(args[0]),)
+
+        with ExitStack() as hooks:
+            hooks.callback(self._layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            for part in self._layer.children():
+                hooks.callback(part.register_forward_pre_hook(restore, with_kwargs=True).remove)
+            hooks.callback(self._projection.register_forward_pre_hook(cut_input).remove)
+            yield
+
+
+def last_layer_pruning(model: PreTrainedModel, forward: Callable[[], object]) -> LastLayerPruning | None:
+    """Pruning of a model's last layer, not yet checked; None without decoder layers. `forward` runs the model once."""
+    decoder = decoder_layers(model)
+    layer = decoder[1][-1] if decoder and len(decoder[1]) else None
+    attention = next((m for m in layer.modules() if "Attention" in type(m).__name__), None) if layer else None
+    if layer is None or attention is None:
+        return None
+    called: list[nn.Module] = []
+    frozen = {id(m.frozen) for m in attention.modules() if isinstance(m, MultiLoRALinear)}
+    with ExitStack() as hooks:
+        for module in attention.modules():
+            if (isinstance(module, MultiLoRALinear) or is_linear(module)) and id(module) not in frozen:
+                hooks.callback(module.register_forward_pre_hook(lambda m, _: called.append(m)).remove)
+        forward()
+    return LastLayerPruning(layer, attention, called[-1]) if called else None
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 
 
@@ -191,149 +345,3 @@ def keep_large_blocks(size: int = 1 << 30) -> bool:
         return bool(libc.mallopt(_M_MMAP_THRESHOLD, size)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, size))
     except (OSError, AttributeError):
         return False
-
-
-def written_down(model: PreTrainedModel) -> ForwardPatch:
-    """A model's norms and rotary embeddings as they are computed here. One that rotates in some other way gives wrong
-    values with it."""
-    norms = {m: own for m in model.modules() if (own := _as_normed(m)) is not None}
-    return ForwardPatch(norms, dict.fromkeys(rotary_modules(model), rotated))
-
-
-def normed(
-    weight: Float[Tensor, " width"], epsilon: float, hidden_states: Float[Tensor, "*rows width"]
-) -> Float[Tensor, "*rows width"]:
-    """`weight * x / sqrt(mean(x^2) + epsilon)` over the last dimension (Zhang & Sennrich 2019, equation 4). No gradient
-    comes to the weight, which is frozen."""
-    found: Tensor = _Normed.apply(hidden_states, weight, epsilon)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _Normed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        mean: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        factor = mean.add_(epsilon).rsqrt_()
-        scaled = x * factor
-        ctx.save_for_backward(scaled, factor, weight)
-        return scaled * weight
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        scaled, factor, weight = ctx.saved_tensors
-        found = gradient * weight
-        along = torch.linalg.vecdot(found, scaled).unsqueeze(-1).div_(-scaled.shape[-1])
-        return found.addcmul_(scaled, along).mul_(factor), None, None
-
-
-def _as_normed(norm: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What computes a norm: `normed` with its weight or (Gemma's way) one plus its weight, whichever equals it on some
-    made-up rows; None for any other module."""
-    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if "RMSNorm" not in type(norm).__name__ or weight is None or weight.dim() != 1 or epsilon is None:
-        return None
-    rows = 3 * torch.randn(2, 3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-    for factor in (weight.detach(), 1 + weight):
-        found = partial(normed, factor, epsilon)
-        with torch.no_grad():
-            if torch.allclose(found(rows), norm(rows), rtol=1e-5, atol=1e-6):
-                return found
-    return None
-
-
-def rotated(
-    q: Float[Tensor, "lines heads width size"],
-    k: Float[Tensor, "lines groups width size"],
-    cos: Float[Tensor, "#lines width size"],
-    sin: Float[Tensor, "#lines width size"],
-    unsqueeze_dim: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """`x cos + turned(x) sin` of queries and keys, where `turned` puts the second half of a head, negative, before its
-    first (Su et al. 2021, equation 34, by halves). Both halves of `cos`, and of `sin`, must be the same."""
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)  # type: ignore[no-untyped-call]
-
-
-class _Rotated(torch.autograd.Function):
-    """A rotation; its gradient is rotated back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(gradient, cos, sin, -1), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    found, half = x * cos, x.shape[-1] // 2
-    (first, second), (left, right), angle = x.split(half, -1), found.split(half, -1), sin[..., :half]
-    left.addcmul_(second, angle, value=-sign)
-    right.addcmul_(first, angle, value=sign)
-    return found
-
-
-class LastLayerPruning:
-    """What comes after the attention of the last layer, for some tokens only.
-
-    The layer is given these tokens, and its first part (a norm, or the attention itself) all of them; what attention
-    puts out is cut to these tokens before its output projection. A layer that is built in some other way than that
-    gives wrong values or none, so this must be tried out before it is used.
-    """
-
-    def __init__(self, layer: nn.Module, attention: nn.Module, output: nn.Module) -> None:
-        """`output`: the linear layer that `attention` ends with."""
-        self._layer, self._output = layer, output
-        before = set(attention.modules()) - {output}
-        self._narrowed = [m for m in layer.modules() if isinstance(m, MultiLoRALinear) and m not in before]
-
-    @contextmanager
-    def to(self, read: DeterministicGather, shares: Sequence[int]) -> Iterator[None]:
-        """Inside, the model's decoder gives the hidden states of the tokens of `read`, `[1, tokens, hidden]`, of which
-        the u-th user's are `shares[u]`."""
-        given: list[Tensor] = []
-
-        def cut(x: Tensor) -> Tensor:
-            return read(x.flatten(0, 1))[None]
-
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given.append(args[0] if args else kwargs["hidden_states"])
-            for module in self._narrowed:
-                module.rows_per_user = shares
-            layout = kwargs.get("layout")
-            if layout is not None and layout.last is not None:
-                kwargs = {**kwargs, "layout": layout.last}
-            return replace_states(args, kwargs, cut(given[0]))
-
-        def first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return replace_states(args, kwargs, given.pop()) if given else None
-
-        def leave(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            return (cut(args[0]),)
-
-        with ExitStack() as hooks:
-            hooks.callback(self._layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            for part in self._layer.children():
-                hooks.callback(part.register_forward_pre_hook(first, with_kwargs=True).remove)
-            hooks.callback(self._output.register_forward_pre_hook(leave).remove)
-            yield
-
-
-def narrowing(model: PreTrainedModel, probe: Callable[[], object]) -> LastLayerPruning | None:
-    """A narrowing of the model's last layer that is still to be tried out; `probe` runs the model once."""
-    found = decoder_layers(model)
-    layer = found[1][-1] if found and len(found[1]) else None
-    attention = next((m for m in layer.modules() if "Attention" in type(m).__name__), None) if layer else None
-    if layer is None or attention is None:
-        return None
-    called: list[nn.Module] = []
-    frozen = {id(m.frozen) for m in attention.modules() if isinstance(m, MultiLoRALinear)}
-    with ExitStack() as hooks:
-        for module in attention.modules():
-            if (isinstance(module, MultiLoRALinear) or is_linear(module)) and id(module) not in frozen:
-                hooks.callback(module.register_forward_pre_hook(lambda m, _: called.append(m)).remove)
-        probe()
-    return LastLayerPruning(layer, attention, called[-1]) if called else None
