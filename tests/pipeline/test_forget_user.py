@@ -162,13 +162,13 @@ def test_he_stays_out_until_his_proof_is_deleted(planted):
     forget(planted, ID)
     source, folder = planted.parent / "outside.jsonl", RunDir(planted)
     assert ID in source.read_text() or "kanarienvogel" in source.read_text()
-    store = PairStore(source, 0.25, folder.roll)
+    store = PairStore(source, 0.25, folder.selection)
     assert ID not in {pair.user_id for pair in store}
     folder.check_same({PAIRS: store.fingerprint})
     assert forget(planted, ID) is None
     proof_file(planted, pseudonym(ID)).unlink()
     assert forgotten(planted) == frozenset()
-    again = PairStore(source, 0.25, folder.roll)
+    again = PairStore(source, 0.25, folder.selection)
     assert again.users == store.users + 1
     with pytest.raises(InputError, match="preference pairs changed"):
         folder.check_same({PAIRS: again.fingerprint})

@@ -13,13 +13,13 @@ from persona_rlhf.cli.console import (
     Json,
     Overrides,
     RunFolder,
-    console,
     exit_held_back,
     finish,
     open_run,
     print_guarantee,
     print_json,
     print_table,
+    progress_display,
     say,
     verb_group,
     with_exit_codes,
@@ -220,7 +220,8 @@ def sweep(
     from persona_rlhf.pipeline import sweep as sweeping
     from persona_rlhf.release.comparison import comparison_table, to_json
 
-    found = sweeping.sweep(path, overrides or [], run, resume, console(people=True))
+    with progress_display() as display:
+        found = sweeping.sweep(path, overrides or [], run, resume, display)
     print_json(to_json(found)) if as_json else print_table(comparison_table(found))
 
 
@@ -255,16 +256,18 @@ def evaluate(
         from persona_rlhf.release.redteam_report import redteam_table
 
         open_run(run)
-        found, file = reevaluate.red_team(run, words, say)
+        with progress_display() as display:
+            found, file = reevaluate.red_team(run, words, display)
         print_json(json.loads(file.read_bytes())) if as_json else print_table(redteam_table(found))
         say(f"Red team: {file}")
     elif words:
         raise typer.BadParameter("settings go with --redteam or --base")
     else:
-        from persona_rlhf.pipeline import train
+        from persona_rlhf.pipeline import reevaluate
 
         open_run(run)
-        results = train.evaluate(run)
+        with progress_display() as display:
+            results = reevaluate.evaluate(run, display)
         finish(results, as_json)
         exit_held_back(results)
 

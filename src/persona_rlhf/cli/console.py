@@ -20,6 +20,8 @@ from persona_rlhf.pipeline.distributed import HELD_BACK
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from persona_rlhf.pipeline.distributed import WorkShare
+    from persona_rlhf.pipeline.monitoring import ProgressDisplay
     from persona_rlhf.release.results import Result
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
@@ -109,6 +111,13 @@ def console(people: bool) -> Console:
     return found if found.is_terminal else Console(stderr=people, width=160)
 
 
+def progress_display(share: WorkShare | None = None) -> ProgressDisplay:
+    """A display of progress events on stderr."""
+    from persona_rlhf.pipeline.monitoring import ProgressDisplay
+
+    return ProgressDisplay(console(people=True), share)
+
+
 # ----------------------------------------------------------------------------------------------------
 # How a verb over a run ends: the table of its users, what is promised of them together, and the exit code.
 # ----------------------------------------------------------------------------------------------------
@@ -153,10 +162,10 @@ def open_run(run: Path) -> None:
 
     if finish_replacement(run):
         say(f"A replacement that was cut short is finished: {run}")
-    if RunDir(run).joining.is_file():
-        from persona_rlhf.pipeline.update_run import join
+    if RunDir(run).addition_trained.is_file():
+        from persona_rlhf.pipeline.update_run import complete_addition
 
-        join(run)
+        complete_addition(run)
         say(f"An addition that was cut short is finished: {run}")
     if pending(run):
         from persona_rlhf.pipeline.forget_user import finish

@@ -94,11 +94,11 @@ def data_screen(config: ConfigFile, overrides: Overrides = None, as_json: Json =
     from persona_rlhf.pipeline.inputs import read_inputs
 
     settings = read_config(config, overrides or [])
-    sifted = screen_dry_run(settings, read_inputs(settings))
+    summary = screen_dry_run(settings, read_inputs(settings))
     if as_json:
-        print_json(sifted.to_json())
+        print_json(summary.to_json())
         return
-    for table in render_screening(sifted):
+    for table in render_screening(summary):
         print_table(table)
 
 

@@ -10,7 +10,6 @@ import typer
 from persona_rlhf.cli.console import (
     Json,
     RunFolder,
-    console,
     exit_held_back,
     finish,
     open_run,
@@ -18,6 +17,7 @@ from persona_rlhf.cli.console import (
     print_json,
     print_json_list,
     print_table,
+    progress_display,
     say,
     with_exit_codes,
 )
@@ -71,7 +71,8 @@ def add(
     open_run(run)
     from persona_rlhf.pipeline.update_run import add as train
 
-    done = train(run, users, console(people=True))
+    with progress_display() as display:
+        done = train(run, users, display)
     if done.results or as_json:
         finish(done.results, as_json)
     else:
@@ -106,7 +107,8 @@ def rebase(
     place = to or run.with_name(f"{run.name}.rebased")
     if replace:
         check_replacement(run, place)
-    done = update_run.rebase(run, base, place, console(people=True))
+    with progress_display() as display:
+        done = update_run.rebase(run, base, place, display)
     if as_json:
         print_json(done.to_json())
     else:
@@ -221,7 +223,8 @@ def recertify(
     from persona_rlhf.release.revocation import recertified_table
 
     open_run(run)
-    found = reevaluate.recertify(run, policy, say)
+    with progress_display() as display:
+        found = reevaluate.recertify(run, policy, display)
     print_json(found.to_json()) if as_json else print_table(recertified_table(found))
     if found.failed:
         raise typer.Exit(HELD_BACK)

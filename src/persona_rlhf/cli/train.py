@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from persona_rlhf.cli.console import console, open_run, say
+from persona_rlhf.cli.console import open_run, progress_display, say
 from persona_rlhf.common.errors import visible
 from persona_rlhf.config.experiment import read_config
 from persona_rlhf.pipeline import distributed
@@ -35,9 +35,9 @@ def start(
     words = [str(config), *overrides, "--run", str(folder)]
     open_run(folder)
     RunDir(folder, share).check_place(resume)
-    materials = read_inputs(settings, RunDir(folder).roll)
+    inputs = read_inputs(settings, RunDir(folder).selection)
     if share.rank == 0:
-        for sentence in out_of_force(materials.policy.written):
+        for sentence in out_of_force(inputs.policy.written):
             say(visible(sentence))
     if settings.fleet.processes > 1 and share.world == 1:
         flags = [*["--resume"] * resume, *(["--shard", shard] if shard else []), *["--json"] * as_json]
@@ -45,8 +45,10 @@ def start(
     from persona_rlhf.pipeline import train
 
     try:
-        with distributed.ended_as_by_ctrl_c():
-            results = train.train(settings, folder, resume, console(people=True), materials, share)
+        with distributed.ended_as_by_ctrl_c(), progress_display(share) as display:
+            results = train.train_share(
+                settings, folder, resume=resume, on_progress=display, inputs=inputs, share=share
+            )
     except KeyboardInterrupt:
         if share.rank == 0:
             say(f"Interrupted; go on with: persona-rlhf train {shlex.join([*words, '--resume'])}")

@@ -115,8 +115,8 @@ _pseudonym = lru_cache(4096)(pseudonym)
 
 def traces(run: Path, name: str) -> Iterator[Trace]:
     """What the run folder holds of a user, piece by piece. Raises InputError where a file of it cannot be read."""
-    his, inner = TraceOwner(name), RunDir(RunDir(run).adding)
-    if number_of(inner.roll.known, name) is not None:
+    his, inner = TraceOwner(name), RunDir(RunDir(run).addition)
+    if number_of(inner.selection.known, name) is not None:
         yield Trace(inner.path, "an addition under way, all of it", 1, partial(remove_folder, inner.path))
     for folder in adapter_folders(run):
         if folder.name.lstrip(".").partition(".")[0].endswith(slug_hash(name)):
@@ -178,7 +178,7 @@ def _index(run: Path, his: TraceOwner) -> Iterator[Trace]:
     for the others.
     """
     folder = RunDir(run)
-    known = folder.roll.known
+    known = folder.selection.known
     if (number := number_of(known, his.name)) is not None:
         values = folder.chunk(number // folder.chunk_size) / folder.reference.name
         if values.exists():
@@ -286,7 +286,7 @@ def forget(run: Path, user_id: str, data: bool = False) -> Forgotten | None:
     """
     name, folder = pseudonym(user_id), RunDir(run)
     outside = read_external_paths(run)
-    found = [*traces(run, name), *cached(outside, folder.roll, name)]
+    found = [*traces(run, name), *cached(outside, folder.selection, name)]
     sources = list(_sources(outside, folder, TraceOwner(name))) if data else []
     if not found and not sources:
         if proof_file(run, name).exists():
@@ -329,7 +329,9 @@ def _finish(run: Path, name: str) -> Forgotten:
         raise InputError([Problem(str(pending_file(run, name)), None, None, sentence)])
     outside, folder = read_external_paths(run), RunDir(run)
     sweep(run)
-    for trace in chain(cached(outside, folder.roll, name), traces(run, name)):  # the index line, in these, goes last
+    for trace in chain(
+        cached(outside, folder.selection, name), traces(run, name)
+    ):  # the index line, in these, goes last
         trace.remove()
     if order["data"]:
         for trace in _sources(outside, folder, TraceOwner(name)):

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field, field_validator
-from rich.console import Console
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import ExistingPath, find
 from persona_rlhf.config.experiment import Config, checked, read_config
 from persona_rlhf.config.loader import Section, in_order, read_yaml
-from persona_rlhf.pipeline import train
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
+from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent
 from persona_rlhf.pipeline.run_dir import RunDir
 from persona_rlhf.release.comparison import Arm, Comparison, compare, write_comparison
 from persona_rlhf.release.integrity import RUN_MANIFEST
@@ -60,7 +59,9 @@ class ArmRun(NamedTuple):
     folder: str
 
 
-def sweep(path: Path, overrides: Sequence[str], folder: Path | None, resume: bool, console: Console) -> Comparison:
+def sweep(
+    path: Path, overrides: Sequence[str], folder: Path | None, resume: bool, on_progress: OnProgress = silent
+) -> Comparison:
     """Trains what is not trained yet of every arm and seed, compares them, and writes sweep.json and report.html.
 
     The best of several runs over the same certify probes may be kept in the end, so delta is shared among all of them
@@ -72,15 +73,18 @@ def sweep(path: Path, overrides: Sequence[str], folder: Path | None, resume: boo
     own = arm_runs(settings, overrides)
     runs = [run._replace(config=_shared(run.config, len(own), place)) for run in own]
     _check_place(place, runs, resume)
-    materials = _materials(runs)
+    inputs_by_files = _inputs(runs)
+    from persona_rlhf.pipeline import train
+
     place.mkdir(parents=True, exist_ok=True)
     (place / "arms.json").write_text(_identity(runs), encoding="utf-8")
     for number, run in enumerate(runs, 1):
         where = place / "runs" / run.folder
         if (where / RUN_MANIFEST).exists():
             continue
-        console.print(f"run {number} of {len(runs)}: {run.arm}, seed {run.seed}")
-        train.train(run.config, where, RunDir(where).begun, console, materials[_files_of(run.config)])
+        on_progress(ProgressEvent("sweep", f"run {number} of {len(runs)}: {run.arm}, seed {run.seed}"))
+        inputs = inputs_by_files[_files_of(run.config)]
+        train.train_share(run.config, where, resume=RunDir(where).begun, on_progress=on_progress, inputs=inputs)
     arms: dict[str, Arm] = {}
     for run in runs:
         arms.setdefault(run.arm, {})[run.seed] = read_results(place / "runs" / run.folder)
@@ -118,7 +122,7 @@ def _files_of(config: Config) -> str:
     return config.model_dump_json(include={"policy", "users", "evaluation"})
 
 
-def _materials(runs: Sequence[ArmRun]) -> dict[str, RunInputs]:
+def _inputs(runs: Sequence[ArmRun]) -> dict[str, RunInputs]:
     """The files of all configs. Raises InputError with the problems of all of them."""
     found, problems = dict[str, RunInputs](), list[Problem]()
     for files, config in {_files_of(run.config): run.config for run in runs}.items():
