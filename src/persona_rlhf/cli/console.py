@@ -168,7 +168,7 @@ def open_run(run: Path) -> None:
         complete_addition(run)
         say(f"An addition that was cut short is finished: {run}")
     if pending(run):
-        from persona_rlhf.pipeline.forget_user import finish
+        from persona_rlhf.pipeline.forget_user import finish_forgetting
 
-        for done in finish(run):
+        for done in finish_forgetting(run):
             say(f"A deletion that was cut short is finished: {done.proof}")

@@ -39,14 +39,13 @@ def forget(
 ) -> None:
     """Delete one user everywhere and write a proof."""
     from persona_rlhf.common.files import pseudonym
-    from persona_rlhf.pipeline.forget_user import forget as delete
-    from persona_rlhf.pipeline.forget_user import withdraw
+    from persona_rlhf.pipeline import forget_user
     from persona_rlhf.release.deletion_records import proof_file
 
     open_run(run)
-    for sentence in withdraw(run, user):
+    for sentence in forget_user.forget_uploads(run, user):
         say(sentence)
-    done = delete(run, user, data)
+    done = forget_user.forget(run, user, data)
     if done is None:
         say(f"`{user}` was forgotten already; the proof is {proof_file(run, pseudonym(user))}")
         return

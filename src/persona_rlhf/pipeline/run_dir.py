@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_path, atomic_write
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.retired import RETIRED
+from persona_rlhf.data.erasure import DataSubject, Trace, row_traces
 from persona_rlhf.data.screening import Dropped, screening_rows
 from persona_rlhf.data.store import PairStore, UserSelection, fingerprint_of
 from persona_rlhf.pipeline.distributed import WorkShare
@@ -28,6 +30,7 @@ _CHUNK = "users per chunk"
 PAIRS = "preference pairs"
 SOURCES = "sources.json"
 _ALLOWED_BEFORE = (FORGOTTEN, SOURCES)  # files that may lie in the folder of a run before it begins
+_END_USER_RULES = ("preferences", "not_in_force")  # of policy.json
 _CHUNK_RESULTS = ("results.jsonl", "screening.jsonl")  # of a chunk; joined for the run
 
 
@@ -240,6 +243,41 @@ class RunDir:
             sentence = f"the state of this run cannot be read ({fault}); start a new run with --run"
             raise InputError([Problem(str(self._identity), None, "--resume", sentence)]) from fault
         return identity
+
+
+def number_of(users: Sequence[tuple[str, str] | None], user: DataSubject) -> int | None:
+    """The number of a user among those of a run; None for a user who is not there."""
+    return next((number for number, line in enumerate(users) if line is not None and line[0] == user.pseudonym), None)
+
+
+def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+    """The user's screened pairs, tier-three rules and index line, which goes last; the user's number stays free.
+
+    Before the index line, the log-probabilities of the user's chunk go, if it is in training: they are computed again.
+    """
+    yield from row_traces([run / "screening.jsonl", *sorted(run.glob("state/chunks/*/screening.jsonl"))], user)
+    for file in (run / "policy.json", *sorted((run / "state").rglob("policy.json"))):
+        policy = json.loads(file.read_bytes()) if file.is_file() else {}
+        if rules := [rule for key in _END_USER_RULES for rule in policy.get(key, ()) if user(rule["user_id"])]:
+            yield Trace(file, "tier-three rules of the policy", len(rules), partial(_erase_rules, file, policy, rules))
+    run_dir = RunDir(run)
+    users = run_dir.selection.known
+    if (number := number_of(users, user)) is not None:
+        values = run_dir.chunk(number // run_dir.chunk_size) / run_dir.reference.name
+        if values.exists():
+            yield Trace(values, "the base's log-probabilities of a chunk, all", 1, values.unlink)
+        others = [*users[:number], None, *users[number + 1 :]]
+        yield Trace(run_dir.users, "index line", 1, partial(run_dir.change_users, others))
+
+
+def _erase_rules(file: Path, policy: dict[str, Any], rules: list[dict[str, Any]]) -> None:
+    """Writes policy.json without a user's rules and their document; its hash stays that of the run's verdicts."""
+    documents = {rule["document"] for rule in rules}
+    kept = {
+        **{key: [rule for rule in policy[key] if rule not in rules] for key in _END_USER_RULES if key in policy},
+        "documents": [document for document in policy["documents"] if document["path"] not in documents],
+    }
+    atomic_write(file, (json.dumps(policy | kept, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def identity_of(config: Config, policy: Policy, pairs: PairStore, weights_hash: str) -> dict[str, str]:
