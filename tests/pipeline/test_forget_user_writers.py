@@ -13,7 +13,7 @@ from tests.pipeline.test_forget_user import ID, base, planted, run  # noqa: F401
 
 SOURCE = Path(persona_rlhf.__file__).parent
 OUTSIDE_RUN = "training.cache"  # `fleet.reference_cache`, which forget reads from the config
-WRITES = {"write_file", "write_lines", "write_folder", "write_text", "write_bytes", "writelines"}
+WRITES = {"write_folder", "write_text", "write_bytes", "writelines"}
 WRITES |= {"atomic_write", "atomic_path", "atomic_folder", "save_file"}
 
 # Modules that know user ids and write files, yet keep no personal data of a user in a run

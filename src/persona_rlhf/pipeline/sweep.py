@@ -1,4 +1,4 @@
-"""`sweep`: one experiment under many settings and seeds, each arm a run of its own, and one comparison of all."""
+"""`sweep`: one experiment under many settings and seeds, each arm a run, and one comparison of all arms."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SweepSettings(Section):
     grid: dict[str, list[Any]] = Field({}, description="Values by dotted key, such as dpo.beta: [0.05, 0.1].")
     arms: dict[str, dict[str, Any]] = Field(
         {},
-        description="Changes by dotted key, under a name of their own; the first is what others are held against.",
+        description="Changes by dotted key, under a name; others are compared with the first.",
     )
 
     @field_validator("seeds")
@@ -51,7 +51,7 @@ class SweepSettings(Section):
 
 
 class ArmRun(NamedTuple):
-    """One arm under one seed: the name of its arm, the seed, its config, and its folder below the sweep's."""
+    """One arm under one seed: the name of the arm, the seed, the config, and the folder below the sweep's."""
 
     arm: str
     seed: int
@@ -62,16 +62,17 @@ class ArmRun(NamedTuple):
 def sweep(
     path: Path, overrides: Sequence[str], folder: Path | None, resume: bool, on_progress: OnProgress = silent
 ) -> Comparison:
-    """Trains what is not trained yet of every arm and seed, compares them, and writes sweep.json and report.html.
+    """Trains every arm under every seed, compares them, and writes sweep.json and report.html.
 
-    The best of several runs over the same certify probes may be kept in the end, so delta is shared among all of them
-    (`gate.runs`). Arms keep the base's log-probabilities for each other. Raises InputError with every problem of the
-    sweep and of all its configs, before anything is trained.
+    Trained runs are kept. The best of several runs over the same certify probes may be released, so all of them share
+    delta (`gate.runs`). Arms share one cache of the base's log-probabilities.
+
+    Raises InputError with all problems of the sweep and its configs, before anything is trained.
     """
     settings = checked(SweepSettings, read_yaml(find(path)), ())
     place = folder or Path("sweeps") / settings.name
-    own = arm_runs(settings, overrides)
-    runs = [run._replace(config=_shared(run.config, len(own), place)) for run in own]
+    runs = arm_runs(settings, overrides)
+    runs = [run._replace(config=_shared(run.config, len(runs), place)) for run in runs]
     _check_place(place, runs, resume)
     inputs_by_files = _inputs(runs)
     from persona_rlhf.pipeline import train
@@ -88,9 +89,9 @@ def sweep(
     arms: dict[str, Arm] = {}
     for run in runs:
         arms.setdefault(run.arm, {})[run.seed] = read_results(place / "runs" / run.folder)
-    found = compare(arms)
-    write_comparison(place, settings.name, found)
-    return found
+    comparison = compare(arms)
+    write_comparison(place, settings.name, comparison)
+    return comparison
 
 
 def arm_runs(settings: SweepSettings, overrides: Sequence[str]) -> list[ArmRun]:
@@ -118,21 +119,21 @@ def arm_runs(settings: SweepSettings, overrides: Sequence[str]) -> list[ArmRun]:
 
 
 def _files_of(config: Config) -> str:
-    """What of a config says which files are read: arms that agree in it share them."""
+    """The part of a config that names input files: arms that agree in it share the inputs."""
     return config.model_dump_json(include={"policy", "users", "evaluation"})
 
 
 def _inputs(runs: Sequence[ArmRun]) -> dict[str, RunInputs]:
     """The files of all configs. Raises InputError with the problems of all of them."""
-    found, problems = dict[str, RunInputs](), list[Problem]()
+    inputs, problems = dict[str, RunInputs](), list[Problem]()
     for files, config in {_files_of(run.config): run.config for run in runs}.items():
         try:
-            found[files] = read_inputs(config)
+            inputs[files] = read_inputs(config)
         except InputError as fault:
             problems += fault.problems
     if problems:
         raise InputError(in_order(problems))
-    return found
+    return inputs
 
 
 def _shared(config: Config, runs: int, place: Path) -> Config:
@@ -158,12 +159,12 @@ def _check_place(place: Path, runs: Sequence[ArmRun], resume: bool) -> None:
 
 
 def _identity(runs: Sequence[ArmRun]) -> str:
-    """The arms, as they are kept beside their runs."""
-    found = [
+    """The arms, as arms.json keeps them."""
+    arms = [
         {"arm": run.arm, "seed": run.seed, "folder": run.folder, "config": run.config.model_dump(mode="json")}
         for run in runs
     ]
-    return json.dumps(found, indent=1, sort_keys=True) + "\n"
+    return json.dumps(arms, indent=1, sort_keys=True) + "\n"
 
 
 def _word(value: Any) -> str:
