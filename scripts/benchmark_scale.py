@@ -40,7 +40,7 @@ from persona_rlhf.evaluation.gate import demands_of, release_unjudged
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.models.multi_lora import fresh_adapter
-from persona_rlhf.pipeline.release import on_paper
+from persona_rlhf.pipeline.release import manifest_settings
 from persona_rlhf.pipeline.train import with_reference
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.adapter import AdapterFiles, Exporter
@@ -89,7 +89,8 @@ def parts(count: int = 24) -> dict[str, float]:
     demands = demands_of(policy, config.gate)
     outcomes = {category: [True] * 160 for category in demands.categories}
     verdict = release_unjudged(demands, outcomes, 1.0, outcomes)
-    papers = Provenance.of(BaseInfo.of(work.base.name, work.base.weights_hash), policy, demands, on_paper(config))
+    info = BaseInfo.of(work.base.name, work.base.weights_hash)
+    papers = Provenance.of(info, policy, demands, manifest_settings(config))
     found: dict[str, list[float]] = {"tokens": [], "reference, known": [], "slot": [], "export": []}
 
     def timed(name: str, work: Callable[[], Any]) -> None:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from persona_rlhf.models.adapted_model import AdaptedModel
     from persona_rlhf.models.base import Base, load_base
     from persona_rlhf.pipeline.prepare import prepare, prepare_users
+    from persona_rlhf.pipeline.reevaluate import evaluate
     from persona_rlhf.pipeline.release import release
-    from persona_rlhf.pipeline.train import constraint_bank, evaluate, train, with_reference
+    from persona_rlhf.pipeline.train import constraint_bank, train, with_reference
     from persona_rlhf.policy.policy import Policy
     from persona_rlhf.release.results import Result, read_results
     from persona_rlhf.release.verify import verify
@@ -48,7 +49,7 @@ _HOMES = {
     "Result": "release.results.Result",
     "TrainedUser": "training.engine.TrainedUser",
     "constraint_bank": "pipeline.train.constraint_bank",
-    "evaluate": "pipeline.train.evaluate",
+    "evaluate": "pipeline.reevaluate.evaluate",
     "fit": "data.screening.fit",
     "fleet_train": "training.api.fleet_train",
     "load_base": "models.base.load_base",

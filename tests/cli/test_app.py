@@ -219,7 +219,7 @@ class Line:
     def does(self, function):
         import persona_rlhf.pipeline.train
 
-        self.monkeypatch.setattr(persona_rlhf.pipeline.train, "train", function)
+        self.monkeypatch.setattr(persona_rlhf.pipeline.train, "train_share", function)
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def _result(user_id, status):
 def test_a_held_back_user_is_exit_code_3(run, experiment, line, statuses, code):
     calls = []
 
-    def train(config, folder, resume, console, materials, share):
+    def train(config, folder, *, resume, **_):
         calls.append((config.dpo.beta, folder, resume))
         return [_result(f"u{i}", status) for i, status in enumerate(statuses)]
 
@@ -253,7 +253,7 @@ def test_a_held_back_user_is_exit_code_3(run, experiment, line, statuses, code):
 
 
 def test_an_interrupted_run_says_how_to_go_on(run, experiment, line):
-    def train(*_):
+    def train(*_, **__):
         raise KeyboardInterrupt
 
     line.does(train)
@@ -263,7 +263,7 @@ def test_an_interrupted_run_says_how_to_go_on(run, experiment, line):
 
 
 def test_a_full_disk_is_said_in_a_sentence(run, experiment, line):
-    def train(*_):
+    def train(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/state/slots.safetensors")
 
     line.does(train)
@@ -286,7 +286,7 @@ def test_a_shard_that_is_none(run, experiment, shard):
 
 def test_a_shard_tells_how_to_put_all_together(run, experiment, line):
     shares = []
-    line.does(lambda *words: shares.append(words[-1]))
+    line.does(lambda *_, share, **__: shares.append(share))
     result = run("train", experiment, "--shard", "2/4")
     assert result.exit_code == 0
     assert result.stdout == ""
@@ -295,7 +295,7 @@ def test_a_shard_tells_how_to_put_all_together(run, experiment, line):
 
 
 def test_a_fault_of_ours_is_one_sentence(run, experiment, line, monkeypatch):
-    def train(*_):
+    def train(*_, **__):
         raise ZeroDivisionError("by [nothing]")
 
     line.does(train)
@@ -309,7 +309,7 @@ def test_a_fault_of_ours_is_one_sentence(run, experiment, line, monkeypatch):
 
 
 def test_input_errors_of_the_line_are_exit_code_2(run, experiment, line):
-    def train(*_):
+    def train(*_, **__):
         raise InputError([Problem("model", None, "base.model", "not certifiable \ud800 \U0001f600")])
 
     line.does(train)

@@ -17,7 +17,7 @@ from persona_rlhf.common.files import pseudonym, slug
 from persona_rlhf.data.store import PairStore
 from persona_rlhf.evaluation.records import Outcome, Refused
 from persona_rlhf.pipeline import forget_user
-from persona_rlhf.pipeline.forget_user import finish, forget
+from persona_rlhf.pipeline.forget_user import finish_forgetting, forget
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
 from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import forgotten, pending_file, proof_file
@@ -162,13 +162,13 @@ def test_he_stays_out_until_his_proof_is_deleted(planted):
     forget(planted, ID)
     source, folder = planted.parent / "outside.jsonl", RunDir(planted)
     assert ID in source.read_text() or "kanarienvogel" in source.read_text()
-    store = PairStore(source, 0.25, folder.roll)
+    store = PairStore(source, 0.25, folder.selection)
     assert ID not in {pair.user_id for pair in store}
     folder.check_same({PAIRS: store.fingerprint})
     assert forget(planted, ID) is None
     proof_file(planted, pseudonym(ID)).unlink()
     assert forgotten(planted) == frozenset()
-    again = PairStore(source, 0.25, folder.roll)
+    again = PairStore(source, 0.25, folder.selection)
     assert again.users == store.users + 1
     with pytest.raises(InputError, match="preference pairs changed"):
         folder.check_same({PAIRS: again.fingerprint})
@@ -232,11 +232,11 @@ def test_cut_short_anywhere_it_is_finished_by_the_next_start(planted, tmp_path, 
 
 def test_interrupted_twice_it_is_still_finished(planted):
     assert cut_short(lambda: forget(planted, ID), 12) == KILLED
-    assert cut_short(lambda: finish(planted), 9) == KILLED
-    assert len(finish(planted)) == 1
+    assert cut_short(lambda: finish_forgetting(planted), 9) == KILLED
+    assert len(finish_forgetting(planted)) == 1
     assert held(planted) == {}
     assert verify(planted) == []
-    assert finish(planted) == []
+    assert finish_forgetting(planted) == []
 
 
 def test_rows_go_out_of_every_kind_of_file(planted):

@@ -5,7 +5,6 @@ from itertools import product
 from statistics import fmean
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from persona_rlhf.cli import app
@@ -18,8 +17,6 @@ from persona_rlhf.pipeline.sweep import SweepSettings, arm_runs, sweep
 from persona_rlhf.release.comparison import FIGURES, comparison_table
 from persona_rlhf.release.results import read_results
 from tests.story.experiment import OVERRIDES, shrink, write_yaml
-
-QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +67,7 @@ def test_the_shipped_sweep_reads():
 def test_mistakes_of_all_arms_are_said_before_anything_is_written(asked, place):
     file = asked(grid={"dpo.beta": [0.1, -1]}, arms={"a": {"lora.rnak": 3}, "b": {}})
     with pytest.raises(InputError) as caught:
-        sweep(file, [], place / "out-wrong", False, QUIET)
+        sweep(file, [], place / "out-wrong", False)
     said = " ".join(str(problem) for problem in caught.value.problems)
     assert "lora.rnak" in said
     assert "must be more than 0" in said
@@ -87,17 +84,17 @@ def test_a_sweep_is_trained_killed_resumed_and_compared(asked, place, monkeypatc
         trained.append(arguments[1])
         return real(*arguments, **named)
 
-    real = train.train
-    monkeypatch.setattr(train, "train", once)
+    real = train.train_share
+    monkeypatch.setattr(train, "train_share", once)
     with pytest.raises(KeyboardInterrupt):
-        sweep(file, OVERRIDES, out, False, QUIET)
-    monkeypatch.setattr(train, "train", real)
+        sweep(file, OVERRIDES, out, False)
+    monkeypatch.setattr(train, "train_share", real)
     with pytest.raises(InputError, match="not empty"):
-        sweep(file, OVERRIDES, out, False, QUIET)
+        sweep(file, OVERRIDES, out, False)
     with pytest.raises(InputError, match="changed since it began"):
-        sweep(file, [*OVERRIDES, "dpo.loss=ipo"], out, True, QUIET)
+        sweep(file, [*OVERRIDES, "dpo.loss=ipo"], out, True)
     before = (trained[0] / "results.jsonl").stat().st_mtime_ns
-    found = sweep(file, OVERRIDES, out, True, QUIET)
+    found = sweep(file, OVERRIDES, out, True)
     assert (trained[0] / "results.jsonl").stat().st_mtime_ns == before
 
     folders = sorted((out / "runs").iterdir())

@@ -9,7 +9,6 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from persona_rlhf.cli.console import open_run
 from persona_rlhf.common.errors import InputError
@@ -17,7 +16,7 @@ from persona_rlhf.common.files import pseudonym
 from persona_rlhf.config.training import BaseSettings
 from persona_rlhf.models.base import weights_hash
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir, before, check_replacement, finish_replacement, replace_run
-from persona_rlhf.pipeline.update_run import add, begin_joining, join, rebase
+from persona_rlhf.pipeline.update_run import add, complete_addition, mark_trained, rebase
 from persona_rlhf.release import integrity
 from persona_rlhf.release.integrity import write_run_manifest
 from persona_rlhf.release.results import read_results, write_results
@@ -62,7 +61,7 @@ def joining(run, tmp_path) -> tuple[Path, Path]:
         (place / "metrics.jsonl").write_text("".join(json.dumps({"user_id": user}) + "\n" for user in kept * 2))
         write_run_manifest(place)
     assert verify(path) == verify(inner) == []
-    begin_joining(path, "more.jsonl")
+    mark_trained(path, "more.jsonl")
     return path, whole
 
 
@@ -80,7 +79,7 @@ def check(path: Path, whole: Path, others: dict[str, bytes], at: object = None) 
     assert len(own) == len(lines), at
     users = [result.user_id for result in read_results(path)]
     assert users[-1] == NEW, at
-    assert list(RunDir(path).roll.known) == index(users), at
+    assert list(RunDir(path).selection.known) == index(users), at
     assert RunDir(path).sources == ["more.jsonl"], at
     for name, each in (("metrics.jsonl", 2), ("screening.jsonl", 1)):
         told = [json.loads(line)["user_id"] for line in (path / name).read_text().splitlines()]
@@ -93,7 +92,7 @@ def test_users_are_joined_and_nobody_elses_line_changes(joining):
     path, whole = joining
     lines = (path / "results.jsonl").read_bytes().splitlines()
     others = adapters(path)
-    join(path)
+    complete_addition(path)
     check(path, whole, others)
     now = (path / "results.jsonl").read_bytes().splitlines()
     assert [old for old, new in zip(lines, now, strict=False) if old != new] == [
@@ -103,7 +102,7 @@ def test_users_are_joined_and_nobody_elses_line_changes(joining):
 
 def test_a_changed_user_who_is_held_back_loses_his_adapter(joining):
     path, _ = joining
-    join(path)
+    complete_addition(path)
     inner = path / "state/adding"
     shutil.copytree(path, path.with_name("inner"))
     path.with_name("inner").rename(inner)
@@ -112,8 +111,8 @@ def test_a_changed_user_who_is_held_back_loses_his_adapter(joining):
     assert old.path is not None
     shutil.rmtree(inner / old.path)
     write_results(inner, [replace(old, **held)])
-    begin_joining(path, "other.jsonl")
-    join(path)
+    mark_trained(path, "other.jsonl")
+    complete_addition(path)
     assert not (path / old.path).exists()
     assert verify(path) == []
     assert RunDir(path).sources == ["more.jsonl", "other.jsonl"]
@@ -127,7 +126,7 @@ def test_killed_before_any_change_it_is_finished_by_the_next_start(joining, tmp_
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(path, copy)
-        met = cut_short(lambda copy=copy: join(copy), at)
+        met = cut_short(lambda copy=copy: complete_addition(copy), at)
         assert met in (DONE, KILLED)
         open_run(copy)
         shutil.rmtree(copy / "state/.adding.old", ignore_errors=True)  # the next `add` removes it
@@ -174,14 +173,14 @@ def test_a_run_that_is_not_finished_or_shares_delta_takes_nobody(run):
     (run.path / "config.yaml").write_text(json.dumps(config))
     before = listing(run.path)
     with pytest.raises(InputError, match=r"gate\.family: this run shares delta"):
-        add(run.path, "data/users", Console(quiet=True))
+        add(run.path, "data/users")
     identity = {"base": weights_hash(BaseSettings(model="data/base")), "users per chunk": "1"}
     (run.path / "state/identity.json").write_text(json.dumps(identity))
     with pytest.raises(InputError, match="the weights of the base that the run has"):
-        rebase(run.path, "data/base", run.path.with_name("new"), Console(quiet=True))
+        rebase(run.path, "data/base", run.path.with_name("new"))
     (run.path / "state/identity.json").unlink()
     assert listing(run.path) == before
     (run.path / "manifest.json").unlink()
-    for start in (lambda: add(run.path, "x", Console()), lambda: rebase(run.path, "x", run.path, Console())):
+    for start in (lambda: add(run.path, "x"), lambda: rebase(run.path, "x", run.path)):
         with pytest.raises(InputError, match="this run is not finished"):
             start()

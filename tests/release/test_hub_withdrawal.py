@@ -1,7 +1,7 @@
 """`forget` and the hub: what was uploaded of a user is asked to go, and what would not go stays to be said."""
 
 from persona_rlhf.common.files import pseudonym
-from persona_rlhf.pipeline.forget_user import withdraw
+from persona_rlhf.pipeline.forget_user import forget_uploads
 from persona_rlhf.release.export import exportable
 from persona_rlhf.release.hub import LocalAdapter, repository_uploads, upload, uploads_of
 from tests.release.hub_server import Fault
@@ -13,13 +13,13 @@ def test_what_was_uploaded_is_deleted_for_one_user_alone(run, hub):
     upload(run.path, parcel, False, lambda _: None)
     others = [adapter.user_id for adapter in adapters if adapter.user_id != "ada"]
     assert others
-    assert withdraw(run.path, "nobody") == []
+    assert forget_uploads(run.path, "nobody") == []
     hub.faults += [Fault(".", 403)] * 3
-    [refused] = withdraw(run.path, "ada")
+    [refused] = forget_uploads(run.path, "ada")
     assert refused.startswith("Not deleted: ")
     assert uploads_of(run.path, pseudonym("ada"))
     hub.faults.clear()
-    assert withdraw(run.path, "ada") == ["ada/fleet: his adapter is deleted"]
+    assert forget_uploads(run.path, "ada") == ["ada/fleet: the adapter is deleted"]
     assert uploads_of(run.path, pseudonym("ada")) == []
-    assert withdraw(run.path, "ada") == []
+    assert forget_uploads(run.path, "ada") == []
     assert all(uploads_of(run.path, pseudonym(other)) for other in others)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from persona_rlhf.cli.console import console
 from persona_rlhf.config.experiment import read_config
 from persona_rlhf.pipeline import distributed, train
 from tests.story.experiment import OVERRIDES, STRANGE, adapters, command, environment, persona_rlhf, results, rows_of
@@ -131,7 +130,7 @@ def test_a_user_who_makes_preparation_judging_or_writing_raise_fails_alone(folde
 
     monkeypatch.setattr(adapter.Exporter, "write", first_raises)
     config = read_config("experiment.yaml", [*OVERRIDES, "dpo.epochs=1"])
-    found = {result.user_id: result for result in train.train(config, Path("bad"), False, console(people=True))}
+    found = {result.user_id: result for result in train.train(config, Path("bad"))}
     assert list(found) == list(STRANGE)
     assert found["Ann"].status == found["a/b"].status == "failed"
     assert found["Ann"].reason == "could not be prepared (ValueError: Ann)"

@@ -14,7 +14,6 @@ from persona_rlhf.cli.console import (
     Overrides,
     RunArgument,
     command_group,
-    console,
     exit_if_held_back,
     note,
     open_run,
@@ -22,6 +21,7 @@ from persona_rlhf.cli.console import (
     print_json,
     print_results,
     print_table,
+    progress_display,
     with_exit_codes,
 )
 from persona_rlhf.cli.data import data_commands
@@ -193,7 +193,8 @@ def sweep(
     from persona_rlhf.pipeline import sweep as sweeping
     from persona_rlhf.release.comparison import comparison_table, to_json
 
-    comparison = sweeping.sweep(path, overrides or [], run, resume, console(people=True))
+    with progress_display() as display:
+        comparison = sweeping.sweep(path, overrides or [], run, resume, display)
     print_json(to_json(comparison)) if as_json else print_table(comparison_table(comparison))
 
 
@@ -229,16 +230,18 @@ def evaluate(
         from persona_rlhf.release.redteam_report import redteam_table
 
         open_run(run)
-        report, file = reevaluate.red_team(run, arguments, note)
+        with progress_display() as display:
+            report, file = reevaluate.red_team(run, arguments, display)
         print_json(json.loads(file.read_bytes())) if as_json else print_table(redteam_table(report))
         note(f"Red team: {file}")
     elif arguments:
         raise typer.BadParameter("settings go with --redteam or --base")
     else:
-        from persona_rlhf.pipeline import train
+        from persona_rlhf.pipeline import reevaluate
 
         open_run(run)
-        results = train.evaluate(run)
+        with progress_display() as display:
+            results = reevaluate.evaluate(run, display)
         print_results(results, as_json)
         exit_if_held_back(results)
 

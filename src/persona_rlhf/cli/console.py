@@ -20,6 +20,8 @@ from persona_rlhf.pipeline.distributed import HELD_BACK
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from persona_rlhf.pipeline.distributed import WorkShare
+    from persona_rlhf.pipeline.monitoring import ProgressDisplay
     from persona_rlhf.release.results import Result
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
@@ -112,6 +114,13 @@ def console(people: bool) -> Console:
     return terminal if terminal.is_terminal else Console(stderr=people, width=160)
 
 
+def progress_display(share: WorkShare | None = None) -> ProgressDisplay:
+    """A display of progress events on stderr."""
+    from persona_rlhf.pipeline.monitoring import ProgressDisplay
+
+    return ProgressDisplay(console(people=True), share)
+
+
 def print_results(results: Iterable[Result], as_json: bool) -> None:
     """Prints the result table, or the lines of results.jsonl as a JSON list, one user at a time."""
     if as_json:
@@ -146,13 +155,13 @@ def open_run(run: Path) -> None:
 
     if finish_replacement(run):
         note(f"Finished an interrupted replacement: {run}")
-    if RunDir(run).joining.is_file():
-        from persona_rlhf.pipeline.update_run import join
+    if RunDir(run).addition_trained.is_file():
+        from persona_rlhf.pipeline.update_run import complete_addition
 
-        join(run)
+        complete_addition(run)
         note(f"Finished an interrupted addition: {run}")
     if pending(run):
-        from persona_rlhf.pipeline.forget_user import finish
+        from persona_rlhf.pipeline.forget_user import finish_forgetting
 
-        for done in finish(run):
+        for done in finish_forgetting(run):
             note(f"Finished an interrupted deletion: {done.proof}")

@@ -10,7 +10,6 @@ import typer
 from persona_rlhf.cli.console import (
     Json,
     RunArgument,
-    console,
     exit_if_held_back,
     note,
     open_run,
@@ -19,6 +18,7 @@ from persona_rlhf.cli.console import (
     print_json_list,
     print_results,
     print_table,
+    progress_display,
 )
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
@@ -31,14 +31,13 @@ def forget(
 ) -> None:
     """Delete one user everywhere and write a proof."""
     from persona_rlhf.common.files import pseudonym
-    from persona_rlhf.pipeline.forget_user import forget as delete
-    from persona_rlhf.pipeline.forget_user import withdraw
+    from persona_rlhf.pipeline import forget_user
     from persona_rlhf.release.deletion_records import proof_file
 
     open_run(run)
-    for sentence in withdraw(run, user):
+    for sentence in forget_user.forget_uploads(run, user):
         note(sentence)
-    done = delete(run, user, data)
+    done = forget_user.forget(run, user, data)
     if done is None:
         note(f"`{user}` was forgotten already; the proof is {proof_file(run, pseudonym(user))}")
         return
@@ -63,7 +62,8 @@ def add(
     from persona_rlhf.pipeline.update_run import add as train
     from persona_rlhf.release.deletion_records import FORGOTTEN
 
-    done = train(run, users, console(people=True))
+    with progress_display() as display:
+        done = train(run, users, display)
     if done.results or as_json:
         print_results(done.results, as_json)
     else:
@@ -98,7 +98,8 @@ def rebase(
     folder = to or run.with_name(f"{run.name}.rebased")
     if replace:
         check_replacement(run, folder)
-    done = update_run.rebase(run, base, folder, console(people=True))
+    with progress_display() as display:
+        done = update_run.rebase(run, base, folder, display)
     if as_json:
         print_json(done.to_json())
     else:
@@ -202,7 +203,8 @@ def recertify(
     from persona_rlhf.release.revocation import recertified_table
 
     open_run(run)
-    outcome = reevaluate.recertify(run, policy, note)
+    with progress_display() as display:
+        outcome = reevaluate.recertify(run, policy, display)
     print_json(outcome.to_json()) if as_json else print_table(recertified_table(outcome))
     if outcome.failed:
         raise typer.Exit(HELD_BACK)

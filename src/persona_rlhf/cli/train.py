@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from persona_rlhf.cli.console import console, note, open_run
+from persona_rlhf.cli.console import note, open_run, progress_display
 from persona_rlhf.common.errors import visible
 from persona_rlhf.config.experiment import read_config
 from persona_rlhf.pipeline import distributed
@@ -36,7 +36,7 @@ def start(
     words = [str(config), *overrides, "--run", str(folder)]
     open_run(folder)
     RunDir(folder, share).check_place(resume)
-    inputs = read_inputs(settings, RunDir(folder).roll)
+    inputs = read_inputs(settings, RunDir(folder).selection)
     if share.rank == 0:
         for sentence in out_of_force(inputs.policy.written):
             note(visible(sentence))
@@ -46,8 +46,10 @@ def start(
     from persona_rlhf.pipeline import train
 
     try:
-        with distributed.ended_as_by_ctrl_c():
-            results = train.train(settings, folder, resume, console(people=True), inputs, share)
+        with distributed.ended_as_by_ctrl_c(), progress_display(share) as display:
+            results = train.train_share(
+                settings, folder, resume=resume, on_progress=display, inputs=inputs, share=share
+            )
     except KeyboardInterrupt:
         if share.rank == 0:
             note(f"Interrupted; continue with: persona-rlhf train {shlex.join([*words, '--resume'])}")

@@ -1,4 +1,4 @@
-"""`base align`."""
+"""`base align`: safety alignment of any causal LM by SFT and DPO, measured before and after, with a card."""
 
 from __future__ import annotations
 
@@ -27,19 +27,15 @@ from persona_rlhf.release.manifest import BaseInfo
 from persona_rlhf.release.render import templates
 from persona_rlhf.training.align import Demonstrations, align, make_demonstrations
 
-# ----------------------------------------------------------------------------------------------------
-# The card of an aligned base: what was measured, on what, and whose preferences are in it.
-# ----------------------------------------------------------------------------------------------------
-
 
 def base_readme(facts: Mapping[str, Any]) -> str:
-    """README.md of an aligned base, from its `alignment.json`: front matter that the hub reads, and a page."""
+    """README.md of an aligned base from its `alignment.json`: front matter for the hub, measurements, and data used."""
     name = facts["base"]["name"]
     front = ModelCardData(
         model_name=f"{name}, aligned with persona-rlhf",
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=name if is_hub_id(name) else None,  # a local folder would read as somebody's hub id
+        base_model=name if is_hub_id(name) else None,  # a local folder would read as a hub id
         base_model_relation="finetune" if is_hub_id(name) else None,
         tags=["sft", "dpo", "safety", "persona-rlhf"],
     )
@@ -50,13 +46,9 @@ def base_readme(facts: Mapping[str, Any]) -> str:
 def _share(counted: Mapping[str, Any]) -> str:
     n, refused = counted["n"], counted["refused"]
     if not n:
-        return "nothing asked"
+        return "nothing inputs"
     return f"{refused} of {n}: {refused / n:.1%} ({counted['low']:.1%} to {counted['high']:.1%})"
 
-
-# ----------------------------------------------------------------------------------------------------
-# `base align MODEL OUT`: any causal language model becomes a safety-aligned base, measured before and after.
-# ----------------------------------------------------------------------------------------------------
 
 CARD = "alignment.json"
 PREFERENCES = (
@@ -65,9 +57,9 @@ PREFERENCES = (
 
 
 class Alignment(NamedTuple):
-    """What was done and measured; the JSON form is OUT/alignment.json."""
+    """An alignment and its measurements; the JSON form is OUT/alignment.json."""
 
-    asked: AlignmentInputs
+    inputs: AlignmentInputs
     demonstrations: Demonstrations
     weights_before: str
     weights_after: str
@@ -80,7 +72,7 @@ class Alignment(NamedTuple):
         return perplexity_ratio(self.before.texts, self.after.texts)
 
     def to_json(self) -> dict[str, Any]:
-        settings = self.asked.settings
+        settings = self.inputs.settings
         return {
             "format": 1,
             "toolkit": {"name": "persona-rlhf", "version": __version__},
@@ -90,8 +82,8 @@ class Alignment(NamedTuple):
                 "aligned_by": settings.base.aligned_by,
             },
             "aligned": {"sha256": self.weights_after, "preferences": PREFERENCES},
-            "policy_hash": self.asked.policy.hash,
-            "settings": _settings(self.asked),
+            "policy_hash": self.inputs.policy.hash,
+            "settings": _settings(self.inputs),
             "demonstrations": {
                 "hazardous": len(self.demonstrations.hazardous),
                 "own_refusals": self.demonstrations.self_refused,
@@ -101,7 +93,7 @@ class Alignment(NamedTuple):
             },
             "measured_on": {
                 "split": settings.align.split,
-                "ordinary_text": "written" if any(row.answer for row in self.asked.held) else "own",
+                "ordinary_text": "written" if any(row.answer for row in self.inputs.held) else "own",
             },
             "before": self.before.to_json(),
             "after": self.after.to_json(),
@@ -109,57 +101,57 @@ class Alignment(NamedTuple):
         }
 
 
-def base_align(asked: AlignmentInputs, say: Callable[[str], None]) -> Alignment:
+def base_align(inputs: AlignmentInputs, log: Callable[[str], None]) -> Alignment:
     """Measures, aligns with TRL, writes OUT whole or not at all, and measures what was written.
 
     Raises InputError where the model cannot be loaded or has no usable chat template.
     """
-    settings = asked.settings
+    settings = inputs.settings
     dtype = settings.base.dtype
     if settings.align.weights == "full" and dtype == "auto":
-        dtype = "float32"  # a step of all weights is smaller than what bfloat16 can tell apart
+        dtype = "float32"  # updates of full weights are below the precision of bfloat16
     base = load_base(settings.base.model_copy(update={"dtype": dtype}))
     with closing(AdaptedModel(base, settings.lora)) as adapted:
         if adapted.notice and settings.align.weights == "lora":
-            say(adapted.notice)
-        say(f"measuring {base.name} on {len(asked.measured):,} probes of `{settings.align.split}`")
-        texts = ordinary_texts(adapted, asked.held, settings.align.max_new_tokens, settings.seed)
-        before = _standing(adapted, asked, texts)
-        say(f"refused are {before.refusals[POOLED]}; sampling answers to learn from")
-        shown = _demonstrations(adapted, asked)
-    say(
-        f"to learn: {len(shown.hazardous):,} hazardous ({shown.self_refused:,} with the model's own refusal), "
-        f"{len(shown.harmless):,} harmless ({shown.left_out:,} more it refuses itself)"
+            log(adapted.notice)
+        log(f"measuring {base.name} on {len(inputs.measured):,} probes of `{settings.align.split}`")
+        texts = ordinary_texts(adapted, inputs.held, settings.align.max_new_tokens, settings.seed)
+        before = _measured(adapted, inputs, texts)
+        log(f"refused are {before.refusals[POOLED]}; sampling answers to learn from")
+        demonstrations = _demonstrations(adapted, inputs)
+    log(
+        f"to learn: {len(demonstrations.hazardous):,} hazardous "
+        f"({demonstrations.self_refused:,} with the model's own refusal), "
+        f"{len(demonstrations.harmless):,} harmless ({demonstrations.left_out:,} more it refuses itself)"
     )
-    align(base, shown, settings.align, settings.lora, settings.seed, say)
-    with atomic_folder(asked.out, replace=False) as draft:
+    align(base, demonstrations, settings.align, settings.lora, settings.seed, log)
+    with atomic_folder(inputs.out, replace=False) as draft:
         base.model.save_pretrained(draft)
         load_tokenizer(settings.base.model).save_pretrained(draft)
         aligned = load_base(BaseSettings(model=str(draft), dtype=dtype))
-        say("measuring what was written")
+        log("measuring the written base")
         with closing(AdaptedModel(aligned, LoraSettings())) as adapted:
-            after = _standing(adapted, asked, texts)
-        found = Alignment(asked, shown, base.weights_hash, aligned.weights_hash, before, after)
-        (draft / CARD).write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
-        (draft / "README.md").write_text(base_readme(found.to_json()), encoding="utf-8")
-    return found
+            after = _measured(adapted, inputs, texts)
+        alignment = Alignment(inputs, demonstrations, base.weights_hash, aligned.weights_hash, before, after)
+        (draft / CARD).write_text(json.dumps(alignment.to_json(), indent=2) + "\n", encoding="utf-8")
+        (draft / "README.md").write_text(base_readme(alignment.to_json()), encoding="utf-8")
+    return alignment
 
 
-def _demonstrations(adapted: AdaptedModel, asked: AlignmentInputs) -> Demonstrations:
-    given = asked.settings.align
-    probes = asked.policy.probes("train")
-    seed = asked.settings.seed
-    return make_demonstrations(adapted, probes, asked.ordinary, asked.refusals, given.tries, given.max_new_tokens, seed)
+def _demonstrations(adapted: AdaptedModel, inputs: AlignmentInputs) -> Demonstrations:
+    settings, seed = inputs.settings.align, inputs.settings.seed
+    probes, tokens = inputs.policy.probes("train"), settings.max_new_tokens
+    return make_demonstrations(adapted, probes, inputs.ordinary, inputs.refusals, settings.tries, tokens, seed)
 
 
-def _standing(adapted: AdaptedModel, asked: AlignmentInputs, texts: list[Row]) -> BaseEvaluation:
-    prompts = [row.prompt for row in asked.held]
-    return measure_base(adapted, asked.measured, prompts, texts, asked.settings.align.max_new_tokens)
+def _measured(adapted: AdaptedModel, inputs: AlignmentInputs, texts: list[Row]) -> BaseEvaluation:
+    prompts = [row.prompt for row in inputs.held]
+    return measure_base(adapted, inputs.measured, prompts, texts, inputs.settings.align.max_new_tokens)
 
 
-def _settings(asked: AlignmentInputs) -> dict[str, Any]:
-    """What was set; files by their names and hashes, since paths tell of a machine."""
-    settings = asked.settings
+def _settings(inputs: AlignmentInputs) -> dict[str, Any]:
+    """The settings; files by their names and hashes, without their paths."""
+    settings = inputs.settings
     files = {name: getattr(settings.align, name) for name in ("refusals", "ordinary")}
     named = {
         name: {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
@@ -168,18 +160,18 @@ def _settings(asked: AlignmentInputs) -> dict[str, Any]:
     shown = settings.model_dump(mode="json", exclude={"base", "policy"})
     documents = [
         {"tier": document.tier, "issuer": document.issuer, "version": document.version, "sha256": document.sha256}
-        for document in asked.policy.documents
+        for document in inputs.policy.documents
     ]
     return shown | {"align": shown["align"] | named, "documents": documents}
 
 
-def render(found: Alignment) -> Group:
-    """The page for people."""
-    before, after = found.before, found.after
-    table = Table("refused", "before", "after", title=f"{found.asked.settings.base.model}, before and after")
+def render(alignment: Alignment) -> Group:
+    """The measurements before and after as a table."""
+    before, after = alignment.before, alignment.after
+    table = Table("refused", "before", "after", title=f"{alignment.inputs.settings.base.model}, before and after")
     for name, share in after.refusals.items():
-        called = "hazardous prompts, all" if name == POOLED else name
-        table.add_row(called, str(before.refusals[name]), str(share), end_section=name == POOLED)
+        label = "hazardous prompts, all" if name == POOLED else name
+        table.add_row(label, str(before.refusals[name]), str(share), end_section=name == POOLED)
     for kind, share in after.unseen.items():
         table.add_row(f"hazardous, unseen {kind}", str(before.unseen[kind]), str(share))
     table.add_section()
@@ -187,7 +179,7 @@ def render(found: Alignment) -> Group:
     for kind, share in after.unseen_twins.items():
         table.add_row(f"twins, unseen {kind}", str(before.unseen_twins[kind]), str(share))
     table.add_row("ordinary prompts", str(before.ordinary), str(after.ordinary))
-    ratio = found.perplexity
+    ratio = alignment.perplexity
     line = (
         f"Perplexity of held-out ordinary text: {before.perplexity:.3f} before, {after.perplexity:.3f} after, "
         f"ratio {ratio.value:.4f} ({ratio.low:.4f} to {ratio.high:.4f})."

@@ -1,4 +1,4 @@
-"""`data screen`, `data review`, `data draft`."""
+"""Preference pairs before training: `data draft`, `data review` and `data screen`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
@@ -20,12 +20,7 @@ from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.store import PairStore
 from persona_rlhf.data.tokenize import prompt_ids
 from persona_rlhf.evaluation.prompt_sets import read_ordinary, some
-from persona_rlhf.evaluation.refusals import answer_text
-from persona_rlhf.evaluation.request_screens import CalibratedScreen, screens_table
-from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.base import load_base
 from persona_rlhf.pipeline.inputs import RunInputs
-from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
 from persona_rlhf.pipeline.run_dir import RunDir
 from persona_rlhf.policy.enforcement import post_check, readable_tastes
 from persona_rlhf.policy.judges import is_refusal
@@ -35,24 +30,17 @@ from persona_rlhf.policy.rules import Preference
 from persona_rlhf.release import integrity
 from persona_rlhf.release.render import printable
 
-# ----------------------------------------------------------------------------------------------------
-# Pairs for a user who has judged nothing yet: the base answers, and his stated tastes tell which answer he would like.
-#
-# Tier three says in words what pairs say in examples. For each prompt the base is sampled several times; the answer
-# that
-# is nearest to what the user wished for is chosen, the farthest rejected. Answers that break a requirement, and
-# prompts
-# that the base refuses, are left out: tastes stay inside the tiers above them. The pairs are ordinary ones. He can be
-# trained on them, and they can be corrected before; each names the tastes it was drafted from.
-# ----------------------------------------------------------------------------------------------------
+if TYPE_CHECKING:
+    from persona_rlhf.evaluation.request_screens import CalibratedScreen
+    from persona_rlhf.models.adapted_model import AdaptedModel
 
-ANSWERS = 8  # of the base to a prompt
+SAMPLES = 8  # answers of the base to a prompt
 _PROMPTS = 16  # answered in one pass
+_USERS = 256  # screened at a time
 
 
 class Drafted(NamedTuple):
-    """What was drafted: pairs and the prompts tried for them, the tastes they came from, and those that only the user
-    can judge by."""
+    """Drafted pairs of a user: their number, prompts tried, stated preferences used, and those no program can read."""
 
     user_id: str
     pairs: int
@@ -66,26 +54,33 @@ class Drafted(NamedTuple):
         return {**self._asdict(), "path": str(self.path)}
 
     def sentences(self) -> Iterator[str]:
-        """What to tell people."""
+        """The draft in sentences."""
         yield f"{self.pairs} pairs drafted from {', '.join(self.tastes)} on {self.prompts} prompts: {self.path}"
         if self.unread:
             yield f"  Only the user can judge by {', '.join(self.unread)}."
 
 
 def draft(config: Config, user_id: str, out: Path, pairs: int) -> Drafted:
-    """Writes up to `pairs` pairs of a user to `out` (JSON lines), on prompts of `evaluation.ordinary`.
+    """Drafts up to `pairs` preference pairs of a user from the preferences stated in tier three, into `out` (JSONL).
 
-    Raises InputError where no program can read his tastes, where there are no prompts, where no two answers of the base
-    differ by them, and where `out` exists.
+    The base is sampled several times on each prompt of `evaluation.ordinary`. The answer nearest to the stated
+    preferences is chosen, the farthest is rejected. Answers that break a requirement and prompts that the base refuses
+    are left out. Each pair names the preferences it was drafted from; the user can correct it before training.
+
+    Raises InputError where no program can read the stated preferences, there are no prompts, no two answers of the base
+    differ by the preferences, or `out` exists.
     """
     policy = Policy.read(config.policy.documents)
     tastes = readable_tastes(policy, user_id)
     texts = read_ordinary(Path(config.evaluation.ordinary)) if config.evaluation.ordinary else []
-    _check(policy, user_id, tastes, texts, out)
+    _check_draft(policy, user_id, tastes, texts, out)
+    from persona_rlhf.models.adapted_model import AdaptedModel
+    from persona_rlhf.models.base import load_base
+
     adapted = AdaptedModel(load_base(config.base), config.lora)
     unread = [taste.id for taste in policy.for_user(user_id).preferences if taste not in tastes]
-    tried = some(texts, len(texts))[::-1]  # the first ones are asked of every user when he is measured
-    rows = list(islice(_drafts(config, policy, adapted, user_id, tastes, tried), pairs))
+    prompts = some(texts, len(texts))[::-1]  # the first ones are asked of every user at evaluation
+    rows = list(islice(_drafts(config, policy, adapted, user_id, tastes, prompts), pairs))
     if not rows:
         sentence = f"no two answers of the base differ by the tastes of `{user_id}`; state others, or judge pairs"
         raise InputError([Problem(str(out), None, "--user", sentence)])
@@ -94,11 +89,11 @@ def draft(config: Config, user_id: str, out: Path, pairs: int) -> Drafted:
     return Drafted(user_id, len(rows), rows[-1][0] + 1, [taste.id for taste in tastes], unread, out)
 
 
-def _check(policy: Policy, user_id: str, tastes: list[Preference], texts: list[str], out: Path) -> None:
+def _check_draft(policy: Policy, user_id: str, tastes: list[Preference], texts: list[str], out: Path) -> None:
     problems = []
     if not tastes:
-        whose = "states no taste that a program can read and no requirement overrules"
-        sentence = f"`{user_id}` {whose}; state one of {', '.join(READABLE)} in tier three, or judge pairs"
+        why = "states no taste that a program can read and no requirement overrules"
+        sentence = f"`{user_id}` {why}; state one of {', '.join(READABLE)} in tier three, or judge pairs"
         problems.append(Problem(", ".join(document.path for document in policy.documents), None, "--user", sentence))
     if not texts:
         sentence = "there are no prompts to draft on; name a file of them"
@@ -113,39 +108,38 @@ def _drafts(
     config: Config, policy: Policy, adapted: AdaptedModel, user_id: str, tastes: list[Preference], texts: list[str]
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Pairs as rows of a file, each with the number of its prompt among `texts`."""
+    from persona_rlhf.evaluation.refusals import answer_text
+
     wishes = [taste.wish for taste in tastes if taste.wish is not None]
     source = "drafted: " + ", ".join(taste.id for taste in tastes)
     for start in range(0, len(texts), _PROMPTS):
         part = texts[start : start + _PROMPTS]
-        asked = [prompt_ids((Message("user", text),), adapted.base.tokenizer) for text in part for _ in range(ANSWERS)]
+        prompts = [
+            prompt_ids((Message("user", text),), adapted.base.tokenizer) for text in part for _ in range(SAMPLES)
+        ]
         with adapted.using(None):
-            [written] = adapted.generate([asked], config.gate.max_new_tokens, 1.0, config.seed)
-        said = [answer_text(adapted, answer) for answer in written]
+            [sampled] = adapted.generate([prompts], config.gate.max_new_tokens, 1.0, config.seed)
+        samples = [answer_text(adapted, answer) for answer in sampled]
         for n, text in enumerate(part):
-            answers = said[n * ANSWERS : (n + 1) * ANSWERS]
+            answers = samples[n * SAMPLES : (n + 1) * SAMPLES]
             if any(map(is_refusal, answers)):
                 continue
-            sound = [answer for answer in dict.fromkeys(answers) if answer and not post_check(policy, text, answer)]
-            order = sorted(sound, key=lambda answer: distance(wishes, answer))
+            allowed = [answer for answer in dict.fromkeys(answers) if answer and not post_check(policy, text, answer)]
+            order = sorted(allowed, key=lambda answer: distance(wishes, answer))
             if order and distance(wishes, order[0]) < distance(wishes, order[-1]):
                 pair = {"prompt": text, "chosen": order[0], "rejected": order[-1]}
                 yield start + n, {"user_id": user_id, **pair, "id": f"draft-{start + n:05}", "source": source}
 
 
-# ----------------------------------------------------------------------------------------------------
-# `data review`: the quarantine of a run, pair by pair, and what a person decides about it.
-# ----------------------------------------------------------------------------------------------------
-
-
 class QuarantinedPair(NamedTuple):
-    """A pair in quarantine, why it is there, and the last decision about it."""
+    """A pair in quarantine, the reason for it, and the last decision about it."""
 
     pair: PreferencePair
     why: str
     review: Review | None
 
     def to_json(self) -> dict[str, object]:
-        """The pair by its place, its texts, and what was decided."""
+        """The pair by its place, its texts, the reason and the decision."""
         pair = self.pair
         return {
             "user_id": pair.user_id,
@@ -163,7 +157,7 @@ class QuarantinedPair(NamedTuple):
 def quarantine(run: Path, user_id: str | None = None) -> list[QuarantinedPair]:
     """The quarantined pairs of a run, of one user or of all, with their texts from the users' own files.
 
-    Raises InputError where the folder is no run, or its pairs are no longer where they were.
+    Raises InputError where the folder is no run, or its pairs moved since.
     """
     config = read_run_config(run)
     reasons: dict[tuple[str, str, int], str] = {}
@@ -173,14 +167,14 @@ def quarantine(run: Path, user_id: str | None = None) -> list[QuarantinedPair]:
             if row["action"] == "quarantined" and user_id in (None, row["user_id"]):
                 reasons[row["user_id"], row["file"], row["line"]] = row["reason"]
     except (OSError, ValueError, KeyError, TypeError) as fault:
-        sentence = f"what was quarantined cannot be read ({fault}); is this a finished run?"
+        sentence = f"the quarantine cannot be read ({fault}); is this a finished run?"
         raise InputError([Problem(str(run / "screening.jsonl"), None, None, sentence)]) from fault
     reviews = read_reviews(run / REVIEWS) if (run / REVIEWS).exists() else {}
     if not reasons:
         return []
     return [
         QuarantinedPair(pair, why, reviews.get(mark_of(pair)))
-        for pair in PairStore(config.users.path, config.users.heldout, RunDir(run).roll)
+        for pair in PairStore(config.users.path, config.users.heldout, RunDir(run).selection)
         if (why := reasons.get((pair.user_id, pair.file, pair.line))) is not None
     ]
 
@@ -188,85 +182,81 @@ def quarantine(run: Path, user_id: str | None = None) -> list[QuarantinedPair]:
 def review(run: Path, user_id: str, pair_id: str, decision: Decision, reason: str, reviewer: str) -> Review:
     """Decides about one quarantined pair of a user, in RUN/reviews.jsonl and in the audit trail.
 
-    Raises InputError where there is no such pair in quarantine, and where what no review may let through would be
-    accepted: a pair whose prompt is a probe of a restriction.
+    Raises InputError where no such pair is in quarantine, and for the acceptance of a pair whose prompt is a probe of a
+    restriction: no review may let it through.
     """
-    held = quarantine(run, user_id)
-    found = next((own for own in held if own.pair.id == pair_id), None)
-    if found is None:
-        hint = did_you_mean(pair_id, [own.pair.id for own in held])
+    pairs = quarantine(run, user_id)
+    quarantined = next((entry for entry in pairs if entry.pair.id == pair_id), None)
+    if quarantined is None:
+        hint = did_you_mean(pair_id, [entry.pair.id for entry in pairs])
         sentence = f"no pair `{pair_id}` of `{user_id}` is in quarantine{hint}; `data review RUN` lists those that are"
         raise InputError([Problem(str(run), None, "--pair", sentence)])
-    if decision == "accept" and found.why.startswith("probe:"):
-        sentence = f"cannot be accepted; {found.why.removeprefix('probe: ')}, and no review lifts that"
-        raise InputError([Problem(found.pair.file, found.pair.line, "prompt", sentence)])
-    made = decide(run / REVIEWS, found.pair, decision, reason, reviewer)
-    integrity.append(run, "review", **(made._asdict() | {"user_id": pseudonym(user_id)}))
-    return made
+    pair, why = quarantined.pair, quarantined.why
+    if decision == "accept" and why.startswith("probe:"):
+        sentence = f"cannot be accepted; {why.removeprefix('probe: ')}, and no review lifts that"
+        raise InputError([Problem(pair.file, pair.line, "prompt", sentence)])
+    decided = decide(run / REVIEWS, pair, decision, reason, reviewer)
+    integrity.append(run, "review", **(decided._asdict() | {"user_id": pseudonym(user_id)}))
+    return decided
 
 
-def render_reviews(held: list[QuarantinedPair]) -> Table:
-    """The quarantine for a person to read."""
-    table = Table(title=f"{len(held)} pairs in quarantine", title_justify="left", show_lines=True)
+def render_reviews(pairs: list[QuarantinedPair]) -> Table:
+    """The quarantine as a table."""
+    table = Table(title=f"{len(pairs)} pairs in quarantine", title_justify="left", show_lines=True)
     for name in ("user, pair", "prompt", "chosen", "rejected", "why", "decided"):
         table.add_column(name, overflow="fold")
-    for own in held:
-        pair, last = own.pair, own.review
-        table.add_row(
-            *(
-                escape(printable(text))
-                for text in (
-                    f"{pair.user_id}, {pair.id}",
-                    pair.prompt[-1].content,
-                    pair.chosen,
-                    pair.rejected,
-                    own.why,
-                    "" if last is None else f"{last.decision} by {last.reviewer}: {last.reason}",
-                )
-            )
+    for entry in pairs:
+        pair, last = entry.pair, entry.review
+        cells = (
+            f"{pair.user_id}, {pair.id}",
+            pair.prompt[-1].content,
+            pair.chosen,
+            pair.rejected,
+            entry.why,
+            "" if last is None else f"{last.decision} by {last.reviewer}: {last.reason}",
         )
+        table.add_row(*(escape(printable(text)) for text in cells))
     return table
 
 
-# ----------------------------------------------------------------------------------------------------
-# What the screen of a config takes out of its users' pairs, before anything is trained.
-# ----------------------------------------------------------------------------------------------------
-
-_USERS = 256  # at a time
-
-
 class ScreeningSummary(NamedTuple):
-    """How many users and pairs were screened; what was done with how many pairs and why; users with an alarm."""
+    """Users and pairs screened; pairs by action and reason; users with an alarm; the calibrated screens."""
 
     users: int
     pairs: int
-    found: dict[tuple[str, str], int]
+    counts: dict[tuple[str, str], int]
     alarmed: int
     screens: Sequence[CalibratedScreen]
 
     def to_json(self) -> dict[str, Any]:
-        found = [{"action": action, "why": why, "pairs": n} for (action, why), n in self.found.items()]
-        screens = [own.to_json() for own in self.screens]
-        return {"users": self.users, "pairs": self.pairs, "alarmed": self.alarmed, "found": found, "screens": screens}
+        """As an object of plain JSON values."""
+        counts = [{"action": action, "why": why, "pairs": n} for (action, why), n in self.counts.items()]
+        screens = [screen.to_json() for screen in self.screens]
+        return {"users": self.users, "pairs": self.pairs, "alarmed": self.alarmed, "found": counts, "screens": screens}
 
 
-def screen_dry_run(config: Config, materials: RunInputs) -> ScreeningSummary:
-    """Screens all pairs as `train` would. Raises InputError for whatever is wrong."""
-    ready = prepare(config, materials)
-    pairs, alarmed, found = 0, 0, Counter[tuple[str, str]]()
+def screen_dry_run(config: Config, inputs: RunInputs) -> ScreeningSummary:
+    """Screens all pairs as `train` would; nothing is written. Raises InputError for an error in the inputs."""
+    from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
+
+    ready = prepare(config, inputs)
+    pairs, alarmed, counts = 0, 0, Counter[tuple[str, str]]()
     for users in chunks_of(ready.pairs.users, _USERS):
         chunk = prepare_users(ready, ready.pairs.of(users))
         pairs += chunk.pairs
-        found.update((one.action, one.kind) for one in chunk.dropped)
-        alarmed += len({one.pair.user_id for one in chunk.dropped if one.alarming})
-    return ScreeningSummary(ready.pairs.users, pairs, dict(found.most_common()), alarmed, ready.screens)
+        counts.update((dropped.action, dropped.kind) for dropped in chunk.dropped)
+        alarmed += len({dropped.pair.user_id for dropped in chunk.dropped if dropped.alarming})
+    return ScreeningSummary(ready.pairs.users, pairs, dict(counts.most_common()), alarmed, ready.screens)
 
 
-def render_screening(sifted: ScreeningSummary) -> list[Table]:
-    """The tables of `data screen`: what was found, and how well each screen tells."""
-    table = Table(title=f"{sifted.users:,} users, {sifted.pairs:,} pairs; {sifted.alarmed:,} users with an alarm")
-    for name, side in (("action", "left"), ("why", "left"), ("pairs", "right")):
-        table.add_column(name, justify="right" if side == "right" else "left")
-    for (action, why), n in sifted.found.items():
+def render_screening(summary: ScreeningSummary) -> list[Table]:
+    """The tables of `data screen`: pairs by action and reason, and the error rates of each screen."""
+    from persona_rlhf.evaluation.request_screens import screens_table
+
+    table = Table(title=f"{summary.users:,} users, {summary.pairs:,} pairs; {summary.alarmed:,} users with an alarm")
+    table.add_column("action")
+    table.add_column("why")
+    table.add_column("pairs", justify="right")
+    for (action, why), n in summary.counts.items():
         table.add_row(action, why, f"{n:,}")
-    return [table, screens_table(sifted.screens)]
+    return [table, screens_table(summary.screens)]

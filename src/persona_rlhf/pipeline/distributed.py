@@ -1,4 +1,8 @@
-"""Shards and local processes."""
+"""Shards of a run and local processes: which users a process trains, and how processes are launched.
+
+Users are cut into chunks in the order of the data. A chunk is prepared, trained, judged and written on its own, so its
+result does not depend on the process or on other chunks; a process takes every n-th chunk.
+"""
 
 from __future__ import annotations
 
@@ -16,37 +20,33 @@ from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
 
-# ----------------------------------------------------------------------------------------------------
-# Several processes of one run on one host: started, watched and ended together, as `accelerate launch` would.
-# ----------------------------------------------------------------------------------------------------
-
-HELD_BACK = 3  # exit code of a run that was finished, where the gate held somebody back
+HELD_BACK = 3  # exit code of a finished run in which the gate held a user back
 _LIFELINE = "PERSONA_RLHF_LIFELINE"
 
 
-def launch(words: Sequence[str], count: int, say: Callable[[str], None]) -> int:
+def launch(words: Sequence[str], count: int, log: Callable[[str], None]) -> int:
     """Runs `persona-rlhf WORDS` in `count` processes, and returns the exit code of the first to fail, else of rank 0.
 
-    Each has its RANK, its GPU (LOCAL_RANK) and an equal part of the CPU's threads. Where one fails the others are
-    ended: what is done is on disk, and `--resume` goes on with it. They end with this process, however it ends; then
-    the first of them says so. `say` tells people of a process that was killed.
+    Each process has its RANK, its GPU (LOCAL_RANK) and an equal part of the CPU's threads. If one fails, the others are
+    ended; `--resume` goes on from the work on disk. All of them end with this process. `log` gets a line on a killed
+    process.
     """
     with ended_as_by_ctrl_c():
         try:
-            return _launched(words, count, say)
+            return _launched(words, count, log)
         except KeyboardInterrupt:
             return 130
 
 
-def _launched(words: Sequence[str], count: int, say: Callable[[str], None]) -> int:
+def _launched(words: Sequence[str], count: int, log: Callable[[str], None]) -> int:
     each = max(1, _threads() // count)
     workers = []
     try:
         for rank in range(count):
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "OMP_NUM_THREADS": each, _LIFELINE: 1}
-            environment = os.environ | {name: str(value) for name, value in own.items()}
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "OMP_NUM_THREADS": each, _LIFELINE: 1}
+            environment = os.environ | {name: str(value) for name, value in variables.items()}
             command = [sys.executable, "-m", "persona_rlhf", *words]
-            # a session of its own: Ctrl-C is for this process, which passes it on
+            # a new session: Ctrl-C reaches this process only, which passes it on
             workers.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True))
         while all(worker.poll() in (None, 0) for worker in workers) and workers[0].poll() is None:
             time.sleep(0.1)
@@ -56,7 +56,7 @@ def _launched(words: Sequence[str], count: int, say: Callable[[str], None]) -> i
         failed = [worker.returncode for worker in workers if worker.returncode]
         for rank, worker in enumerate(workers):
             if (worker.returncode or 0) < 0:
-                say(f"Process {rank + 1} of {count} was ended by signal {-worker.returncode}; the others were stopped.")
+                log(f"Process {rank + 1} of {count} was ended by signal {-worker.returncode}; the others were stopped.")
         return max(failed[0], 1) if failed else 0
     finally:
         for worker in workers:
@@ -67,16 +67,16 @@ def _launched(words: Sequence[str], count: int, say: Callable[[str], None]) -> i
 
 
 def _threads() -> int:
-    """Threads that a process alone would compute with: as told, else one a core that it may use."""
-    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if told.isdecimal() and int(told) > 0:
-        return int(told)
+    """Threads of one process alone: OMP_NUM_THREADS, else one for each core that it may use."""
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if threads.isdecimal() and int(threads) > 0:
+        return int(threads)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def ended_as_by_ctrl_c() -> Iterator[None]:
-    """SIGTERM is taken as Ctrl-C; and a process that `launch` started ends with the one that started it."""
+    """SIGTERM acts as Ctrl-C, and a process started by `launch` ends with the process that started it."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -91,25 +91,17 @@ def ended_as_by_ctrl_c() -> Iterator[None]:
 
 
 def _watch() -> None:
-    """Waits for the end of stdin, which is the end of the process at its other side."""
+    """Waits for the end of stdin: the launching process has ended."""
     while os.read(0, 4096):  # not sys.stdin: its lock would outlive the main thread
         pass
     signal.raise_signal(signal.SIGTERM)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Which users a process trains, where a run is divided among jobs of a cluster or the devices of a host.
-#
-# The users of a run, in the order they first appear in the data, are cut into chunks. A chunk is prepared, trained,
-# judged and written on its own, so that it comes out the same whoever does it and whatever else is done beside it; a
-# process takes every so-manyth of them.
-# ----------------------------------------------------------------------------------------------------
-
-MOST = 256  # users of a chunk, where `fleet.chunk` is auto
+MOST = 256  # users of a chunk if `fleet.chunk` is auto
 
 
 class WorkShare(NamedTuple):
-    """A process's part of a run: one of `shards` jobs (from 0), and in it one of `world` processes, the `rank`-th."""
+    """The part of a run that one process trains: job `shard` of `shards`, and in it process `rank` of `world`."""
 
     shard: int = 0
     shards: int = 1
@@ -123,7 +115,7 @@ class WorkShare(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What files of this process alone are called after."""
+        """The part of file names that belong to this process alone."""
         return f"{self.shard * self.world + self.rank + 1}-of-{self.workers}"
 
     def mine(self, chunks: int) -> range:
@@ -134,26 +126,26 @@ class WorkShare(NamedTuple):
         """The chunks of all processes of this job."""
         return sorted(n for rank in range(self.world) for n in self._replace(rank=rank).mine(chunks))
 
-    def chunk_size(self, users: int, asked: int | str) -> int:
-        """Users of a chunk: as asked; else so few that no process is idle, so alike that they end together."""
-        if isinstance(asked, int):
-            return asked
+    def chunk_size(self, users: int, setting: int | str) -> int:
+        """Users of a chunk: `fleet.chunk`, or if it is auto, a number that gives all processes equal work."""
+        if isinstance(setting, int):
+            return setting
         rounds = ceil(users / (MOST * self.workers))
         return ceil(users / (rounds * self.workers))
 
 
 def work_share_of(shard: str | None, environment: Mapping[str, str] = os.environ) -> WorkShare:
-    """The share named by `--shard i/n`, and by what `accelerate launch` and its like tell their processes.
+    """The share named by `--shard i/n` and by RANK and WORLD_SIZE, as `accelerate launch` sets them.
 
-    Raises InputError where `shard` is not two whole numbers, 1 <= i <= n.
+    Raises InputError if `shard` is not two whole numbers, 1 <= i <= n.
     """
     share = WorkShare()
     if shard is not None:
-        found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", shard)
-        if found is None or int(found[1]) > int(found[2]):
+        match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", shard)
+        if match is None or int(match[1]) > int(match[2]):
             sentence = f"is `{shard}`; write i/n with 1 <= i <= n, such as 1/8 for the first of eight"
             raise InputError([Problem("train", None, "--shard", sentence)])
-        share = WorkShare(int(found[1]) - 1, int(found[2]))
+        share = WorkShare(int(match[1]) - 1, int(match[2]))
     if "RANK" in environment and "WORLD_SIZE" in environment:
         share = share._replace(rank=int(environment["RANK"]), world=int(environment["WORLD_SIZE"]))
     return share

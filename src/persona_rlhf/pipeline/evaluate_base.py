@@ -1,12 +1,11 @@
-"""`evaluate --base`."""
+"""`evaluate --base`: refusals, over-refusals and perplexity of a base alone, before any run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
 from math import exp, fsum, sqrt
-from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
 from pydantic import Field
@@ -26,13 +25,10 @@ from persona_rlhf.evaluation.refusals import BaseAnswers, PromptIds, answer_row,
 from persona_rlhf.evaluation.statistics import Count, wilson
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
+from persona_rlhf.pipeline.inputs import REAL_POLICY
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
-
-# ----------------------------------------------------------------------------------------------------
-# How a base stands: what it refuses, what it refuses wrongly, and how likely ordinary text is to it.
-# ----------------------------------------------------------------------------------------------------
 
 
 class RefusalShare(NamedTuple):
@@ -60,8 +56,8 @@ class TextScore(NamedTuple):
 
 
 class BaseEvaluation(NamedTuple):
-    """Greedy answers judged whole, by hazard category (all of them first) and by what of a probe training has not seen;
-    harmless prompts refused, twins of probes by the same; and ordinary texts."""
+    """Refusals of a base in greedy answers, by hazard category (pooled first) and by novelty of the probe; refusals of
+    harmless prompts, with twins by novelty; log-probabilities of ordinary texts."""
 
     refusals: dict[str, RefusalShare]
     unseen: dict[str, RefusalShare]
@@ -95,9 +91,9 @@ class BaseEvaluation(NamedTuple):
 def measure_base(
     adapted: AdaptedModel, probes: Sequence[Probe], ordinary: Sequence[str], texts: Sequence[Row], max_new_tokens: int
 ) -> BaseEvaluation:
-    """Asks the base, its adapters off: the probes, their twins and ordinary prompts; and scores ordinary texts."""
+    """Measures the base, adapters off, on probes, their twins, ordinary prompts and ordinary texts."""
     answers = BaseAnswers(adapted, is_refusal, max_new_tokens)
-    asked = dict(zip(probes, answers.refused([_ids(adapted, probe.prompt) for probe in probes]), strict=True))
+    refused = dict(zip(probes, answers.refused([_ids(adapted, probe.prompt) for probe in probes]), strict=True))
 
     def share(of: dict[Probe, bool]) -> RefusalShare:
         return RefusalShare(len(of), sum(of.values()))
@@ -111,9 +107,9 @@ def measure_base(
     with adapted.using(None):
         (scores,) = adapted.score([list(texts)])
     return BaseEvaluation(
-        {POOLED: share(asked)}
-        | {name: share({p: r for p, r in asked.items() if p.category == name}) for name in categories},
-        {name: share({p: r for p, r in asked.items() if p.novelty == name}) for name in kinds},
+        {POOLED: share(refused)}
+        | {name: share({p: r for p, r in refused.items() if p.category == name}) for name in categories},
+        {name: share({p: r for p, r in refused.items() if p.novelty == name}) for name in kinds},
         harmless(twins(probes)),
         {name: harmless(twins(probe for probe in probes if probe.novelty == name)) for name in kinds},
         harmless(ordinary),
@@ -122,16 +118,18 @@ def measure_base(
 
 
 def ordinary_texts(adapted: AdaptedModel, held: Sequence[OrdinaryExample], max_new_tokens: int, seed: int) -> list[Row]:
-    """Ordinary text as rows: the answers that stand beside the prompts, or where none does, the base's own at
-    temperature 1 (then the log of a ratio of perplexities is the divergence from the base, in nats a token)."""
+    """Ordinary text as rows: the written answers of the prompts, or else answers of the base at temperature 1.
+
+    With answers of the base, the log of a ratio of perplexities is the divergence from the base, in nats a token.
+    """
     written = [(row.prompt, row.answer) for row in held if row.answer is not None]
     if written:
         rows = [text_row(prompt, answer, adapted.base.tokenizer) for prompt, answer in written]
     else:
         prompts = [_ids(adapted, row.prompt) for row in held]
         with adapted.using(None):
-            (own,) = adapted.generate([prompts], max_new_tokens, 1.0, seed)
-        rows = [answer_row(adapted, prompt, answer) for prompt, answer in zip(prompts, own, strict=True)]
+            (sampled,) = adapted.generate([prompts], max_new_tokens, 1.0, seed)
+        rows = [answer_row(adapted, prompt, answer) for prompt, answer in zip(prompts, sampled, strict=True)]
     return [row for row in rows if row.completion and row.length <= adapted.base.context]
 
 
@@ -161,28 +159,25 @@ def _ids(adapted: AdaptedModel, text: str) -> PromptIds:
     return prompt_ids((Message("user", text),), adapted.base.tokenizer)
 
 
-# ----------------------------------------------------------------------------------------------------
-# `evaluate --base MODEL`: what a base does before anyone personalises it, from the base and a policy alone.
-# ----------------------------------------------------------------------------------------------------
-
-REAL = Path("configs/policy/real/tier_one.yaml")
-"""What a base is asked where no policy is named: tier one with the bank for real models."""
 UNKNOWN = "unknown (say it with base.aligned_by=...)"
 
 
 class CardSettings(Section):
-    """What can be set of a base's page: the sections of a config that speak of the base alone."""
+    """Settings of `evaluate --base`: the sections of a config that concern the base alone."""
 
     seed: int = Field(0, ge=0, description="Seed of the sampled answers.")
     base: BaseSettings
-    policy: PolicySettings = Field(default_factory=lambda: PolicySettings(documents=[REAL]))
+    policy: PolicySettings = Field(default_factory=lambda: PolicySettings(documents=[REAL_POLICY]))
     gate: GateSettings = GateSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
 
 class BaseCard(NamedTuple):
-    """Greedy answers to `certify` probes with the gate's bounds, answers at temperature 1 to `dev` probes, and refusals
-    of harmless prompts. `chance`: that an adapter which refuses just as the base does passes a look of the gate."""
+    """Measurements of a base: greedy answers to `certify` probes with the gate's bounds, answers at temperature 1 to
+    `dev` probes, refusals of harmless prompts.
+
+    `chance` is the probability that an adapter with the base's refusal rates passes one test of the gate.
+    """
 
     base: Base
     aligned_by: str | None
@@ -210,19 +205,19 @@ class BaseCard(NamedTuple):
 
 
 def base_card(model: str, overrides: Sequence[str]) -> BaseCard:
-    """Asks a base what a run would ask of it, and trains nothing. Raises InputError for whatever is wrong."""
+    """Measures a base as a run would, without training. Raises InputError with the problems of the inputs."""
     settings = checked(CardSettings, parse_yaml("{}", "--base"), [f"base.model={json.dumps(model)}", *overrides])
     policy = Policy.read(settings.policy.documents)
     ordinary = read_ordinary(settings.evaluation.ordinary) if settings.evaluation.ordinary else []
     base = load_base(settings.base)
     adapted = AdaptedModel(base, LoraSettings())
     try:
-        return _asked(adapted, policy, ordinary, settings)
+        return _measured(adapted, policy, ordinary, settings)
     finally:
         adapted.close()
 
 
-def _asked(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], settings: CardSettings) -> BaseCard:
+def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], settings: CardSettings) -> BaseCard:
     def ids(text: str) -> PromptIds:
         return prompt_ids((Message("user", text),), adapted.base.tokenizer)
 
@@ -238,14 +233,14 @@ def _asked(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], setti
 
     outcomes = {name: refused(prompts) for name, prompts in of("certify").items()}
     pooled, counts = demands.count(outcomes, outcomes)
-    sizes = {name: len(own) for name, own in outcomes.items()}
-    rates = {name: sum(own) / len(own) if own else 0.0 for name, own in outcomes.items()}
+    sizes = {name: len(refusals) for name, refusals in outcomes.items()}
+    rates = {name: fmean(refusals) if refusals else 0.0 for name, refusals in outcomes.items()}
     sampled = {}
     with adapted.using(None):
         for name, prompts in of("dev").items():
-            [written] = adapted.generate([[ids(prompt) for prompt in prompts]], tokens, 1.0, settings.seed)
+            [sampled_answers] = adapted.generate([[ids(prompt) for prompt in prompts]], tokens, 1.0, settings.seed)
             sampled[name] = RefusalShare(
-                len(prompts), sum(is_refusal(answer_text(adapted, answer)) for answer in written)
+                len(prompts), sum(is_refusal(answer_text(adapted, answer)) for answer in sampled_answers)
             )
     most = settings.evaluation.harmless_prompts
     near = some(twins([*policy.probes("dev"), *policy.probes("certify")]), most)
@@ -265,7 +260,7 @@ def _asked(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], setti
 
 
 def render(card: BaseCard) -> Group:
-    """The page for people."""
+    """The measurements as tables."""
     heads = ("probes", "refused, greedy", "lower bound", "asked", "refused at temperature 1 (dev)")
     table = Table(*heads, title=f"{card.base.name}, before anyone personalises it")
     for name, count in card.certify.items():

@@ -1,58 +1,66 @@
-"""`forget`: find every trace, erase, prove."""
+"""`forget`: erases every trace of a user from a run and from the files it shares, and writes a proof.
+
+RUN/forgotten/HASH.pending records the request before anything is erased, so that the next program that opens the run
+finishes an interrupted deletion. Every removal is whole or not at all, and can be done again.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
-from persona_rlhf.common.files import atomic_write, pseudonym, remove_folder
+from persona_rlhf.common.files import pseudonym
 from persona_rlhf.config.loader import read_yaml
+from persona_rlhf.data.erasure import DataSubject, Trace, erasable, erase, files_with_rows, row_traces, rows_of
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.store import PairStore, UserSelection
-from persona_rlhf.pipeline.run_dir import RunDir, before
+from persona_rlhf.pipeline.run_dir import RunDir, before, number_of
 from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import (
     FORGOTTEN,
-    adapter_folders,
-    erase,
-    files_with_rows,
     others_adapters,
     pending,
     pending_file,
     proof_file,
-    rows_of,
     slug_hash,
     write_proof,
 )
 from persona_rlhf.release.hub import delete_upload, uploads_of
 from persona_rlhf.release.integrity import REVOKED, RUN_MANIFEST, run_manifest_faults, write_run_manifest
 from persona_rlhf.release.manifest import read_manifest
-from persona_rlhf.release.redteam_report import REDTEAM, without_user
+from persona_rlhf.release.redteam_report import REDTEAM
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import SUMMARY, RunResults
 from persona_rlhf.simulation.users import read_utilities
 
-# ----------------------------------------------------------------------------------------------------
-# Everything in a run folder that is of one user, and how each piece goes; he is known by his pseudonym alone.
-#
-# Each removal is whole or not at all, and can be done again: whatever it is interrupted by, doing all of them once
-# more
-# ends in the same place.
-# ----------------------------------------------------------------------------------------------------
+FORGOTTEN_EVENT = "forgotten"
 
-_NAMELESS = (integrity.AUDIT, REVOKED, "users.jsonl")  # they call users by their pseudonyms; the last goes by itself
 
-_PAPERS = {
+WRITERS = {
+    "pipeline.update_run": "state/adding",
+    "release.deletion_records": "adapters",
+    "release.results": "",
+    "release.redteam_report": REDTEAM,
+    "data.feedback": "",
+    "pipeline.monitoring": "",
+    "training.checkpoint": "state/**/*.safetensors",  # it needs torch
+    "pipeline.run_dir": "",  # last: its index line says which users are left
+}
+"""Every module that writes personal data into RUN and exports its `traces(run, user)`.
+
+A module is imported only where the glob beside it matches in RUN. `_cached` handles `fleet.reference_cache`.
+"""
+
+_PSEUDONYMOUS = {integrity.AUDIT, REVOKED, "users.jsonl"}  # files that name users by pseudonyms
+_WITHOUT_ROWS = {
     RUN_MANIFEST,
     REDTEAM,
     SUMMARY,
@@ -62,32 +70,58 @@ _PAPERS = {
     "persona.json",
     "adapter_config.json",
 }
+_LEFTOVERS = (".half", ".old")  # of interrupted writes
 
 
-_RULES = ("preferences", "not_in_force")  # of policy.json: what end users stated
+def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+    """The user's personal data in the run folder, piece by piece: of each writer, then rows of other files, the index
+    line last.
+
+    Raises InputError where a file of the run cannot be read.
+    """
+    *writers, index = WRITERS
+    claimed = set[Path]()
+    for trace in chain.from_iterable(_traces_of(module, run, user) for module in writers):
+        claimed.add(trace.path)
+        yield trace
+    last = list(_traces_of(index, run, user))
+    yield from row_traces(_other_files(run, claimed.union(trace.path for trace in last)), user)
+    yield from last
 
 
-class Trace(NamedTuple):
-    """A piece: where it lies, what it is in words, how many of these there are, and what takes them away."""
-
-    path: Path
-    what: str
-    pieces: int
-    remove: Callable[[], object]
+def _traces_of(module: str, run: Path, user: DataSubject) -> Iterator[Trace]:
+    if not WRITERS[module] or next(run.glob(WRITERS[module]), None) is not None:
+        yield from import_module(f"persona_rlhf.{module}").traces(run, user)
 
 
-@dataclass(frozen=True, slots=True)
-class TraceOwner:
-    """Whose traces are looked for."""
+def _other_files(run: Path, claimed: set[Path]) -> list[Path]:
+    """Files in the run folder that may hold rows of a user and that no writer claims: sources of pairs, and copies."""
+    return [
+        file
+        for file in sorted(run.rglob("*"))
+        if erasable(file)
+        and file not in claimed
+        and file.name not in _PSEUDONYMOUS | _WITHOUT_ROWS
+        and FORGOTTEN not in file.relative_to(run).parts
+    ]
 
-    name: str
 
-    def __call__(self, user_id: object) -> bool:
-        return isinstance(user_id, str) and _pseudonym(user_id) == self.name
+def remove_leftovers(run: Path) -> None:
+    """Removes halves of files, and of lines, left by interrupted writes; they may hold anybody's data."""
+    for path in sorted(run.rglob("*")):
+        if path.name.endswith(_LEFTOVERS) and not path.is_symlink() and path.exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for file in (*run.rglob("metrics*.jsonl"), *run.rglob("ledger.jsonl")):
+        if rows_of(file, _nobody, torn=True):
+            erase(file, _nobody, torn=True)
+
+
+def _nobody(_: object) -> bool:
+    return False
 
 
 class ExternalPaths(NamedTuple):
-    """What a run's config says of places outside its folder; read leniently, for some may be gone."""
+    """Places outside the run folder that its config names; read leniently, since some may be gone."""
 
     users: str
     heldout: float
@@ -101,177 +135,64 @@ def read_external_paths(run: Path) -> ExternalPaths:
     tree = read_yaml(run / "config.yaml").tree
     try:
         config: Any = tree
-        more, fleet = config.get("evaluation") or {}, config.get("fleet") or {}
+        evaluation, fleet = config.get("evaluation") or {}, config.get("fleet") or {}
         users = config["users"]
-        asked = (users["path"], users.get("heldout", 0.25), more.get("utilities"), fleet.get("reference_cache"))
-        return ExternalPaths(*asked, config["base"]["model"])
+        return ExternalPaths(
+            users["path"],
+            users.get("heldout", 0.25),
+            evaluation.get("utilities"),
+            fleet.get("reference_cache"),
+            config["base"]["model"],
+        )
     except (AttributeError, KeyError, TypeError) as fault:
         sentence = f"the config of this run lacks a part of its form ({fault})"
         raise InputError([Problem(str(run / "config.yaml"), None, None, sentence)]) from fault
 
 
-_pseudonym = lru_cache(4096)(pseudonym)
+def _cached(outside: ExternalPaths, selection: UserSelection, user: DataSubject) -> Iterator[Trace]:
+    """Values of `fleet.reference_cache` that no other user of the run needs.
 
-
-def traces(run: Path, name: str) -> Iterator[Trace]:
-    """What the run folder holds of a user, piece by piece. Raises InputError where a file of it cannot be read."""
-    his, inner = TraceOwner(name), RunDir(RunDir(run).adding)
-    if number_of(inner.roll.known, name) is not None:
-        yield Trace(inner.path, "an addition under way, all of it", 1, partial(remove_folder, inner.path))
-    for folder in adapter_folders(run):
-        if folder.name.lstrip(".").partition(".")[0].endswith(slug_hash(name)):
-            yield Trace(folder, "adapter", 1, partial(shutil.rmtree, folder))
-    yield from _files(run, his)
-    yield from _checkpoints(run, his)
-    yield from _papers(run, his)
-    yield from _index(run, his)
-
-
-def _files(run: Path, his: TraceOwner) -> Iterator[Trace]:
-    """Rows of files with a row or a line a pair, a step or a user; the run's own and sources that lie in it."""
-    for file in files_below(run):
-        if file.name.endswith((".half", ".old")):
-            continue  # swept at the end, whosever it is
-        if file.name in _NAMELESS or FORGOTTEN in file.relative_to(run).parts or not files_with_rows(file):
-            continue
-        if file.suffix == ".json" and file.name in _PAPERS:
-            continue
-        if count := rows_of(file, his):
-            yield Trace(file, "lines", count, partial(erase, file, his))
-
-
-def files_below(folder: Path) -> list[Path]:
-    """All files below a folder, but those behind links."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def sweep(run: Path) -> None:
-    """Removes what interrupted writes left behind: halves of files, and of lines. Anybody's data may be in them."""
-    for path in sorted(run.rglob("*")):
-        if path.name.endswith((".half", ".old")) and not path.is_symlink() and path.exists():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for file in (*run.rglob("metrics*.jsonl"), *run.rglob("ledger.jsonl")):
-        if rows_of(file, _nobody, torn=True):
-            erase(file, _nobody, torn=True)
-
-
-def _nobody(_: object) -> bool:
-    return False
-
-
-def _checkpoints(run: Path, his: TraceOwner) -> Iterator[Trace]:
-    """What an interrupted training keeps."""
-    for file in sorted((run / "state").rglob("*.safetensors")):
-        if file.parent.name == "trained" and file.stem.endswith(slug_hash(his.name)):
-            yield Trace(file, "trained adapter of an unfinished run", 1, file.unlink)
-        elif file.name == "slots.safetensors":
-            from persona_rlhf.training import checkpoint
-
-            if checkpoint.sits_in(file, his):
-                yield Trace(file, "place in a checkpoint", 1, partial(checkpoint.without, file, his))
-
-
-def _index(run: Path, his: TraceOwner) -> Iterator[Trace]:
-    """His line among the users; his number stays free. It goes last.
-
-    Before it goes the base's log-probabilities that his chunk asked for, if it is in training: they are computed anew
-    for the others.
-    """
-    folder = RunDir(run)
-    known = folder.roll.known
-    if (number := number_of(known, his.name)) is not None:
-        values = folder.chunk(number // folder.chunk_size) / folder.reference.name
-        if values.exists():
-            yield Trace(values, "the base's log-probabilities of a chunk, all", 1, values.unlink)
-        rest = [*known[:number], None, *known[number + 1 :]]
-        yield Trace(folder.users, "index line", 1, partial(folder.change_users, rest))
-
-
-def number_of(known: Sequence[tuple[str, str] | None], name: str) -> int | None:
-    """The number of a user; None where he is not among those known."""
-    return next((number for number, user in enumerate(known) if user is not None and user[0] == name), None)
-
-
-def _papers(run: Path, his: TraceOwner) -> Iterator[Trace]:
-    """Pieces of files that are about everybody."""
-    file = run / REDTEAM
-    if file.is_file() and any(his(user["user_id"]) for user in json.loads(file.read_bytes())["users"]):
-        yield Trace(file, "red team's figures", 1, partial(without_user, run, his))
-    for place in sorted(run.rglob("policy.json")):
-        policy = json.loads(place.read_bytes())
-        if own := [rule for key in _RULES for rule in policy.get(key, ()) if his(rule["user_id"])]:
-            yield Trace(place, "tier-three rules of the policy", len(own), partial(_unrule, place, policy, own))
-
-
-def _unrule(file: Path, policy: dict[str, Any], own: list[dict[str, Any]]) -> None:
-    """The policy without a user's own rules and their document; its hash stays that which everybody was judged by."""
-    documents = {rule["document"] for rule in own}
-    kept = {
-        **{key: [rule for rule in policy[key] if rule not in own] for key in _RULES if key in policy},
-        "documents": [document for document in policy["documents"] if document["path"] not in documents],
-    }
-    atomic_write(file, (json.dumps(policy | kept, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def cached(outside: ExternalPaths, roll: UserSelection, name: str) -> Iterator[Trace]:
-    """What `fleet.reference_cache` keeps of the user: values that no other user of the run asked for.
-
-    A value is known by the hash of its tokens, so his pairs are tokenized again to find them. Where his pairs are no
-    longer those that were trained on, nobody can say which values were his, and all go: they are computed anew when
-    they are needed.
+    A value is keyed by the hash of its tokens, so the user's pairs are tokenized again. Where the pairs changed since
+    training, the values of the user are unknown and all are dropped: they are computed again when needed.
     """
     files = sorted(Path(outside.cache).glob("*.safetensors")) if outside.cache is not None else []
-    number = number_of(roll.known, name)
-    if not files or (roll.known and number is None):
+    number = number_of(selection.known, user)
+    if not files or (selection.known and number is None):
         return
-    from persona_rlhf.training.cache import drop_values, values_of
+    from persona_rlhf.training import cache
 
-    keys = None if number is None else _keys(outside, roll._replace(out=roll.out - {name}), number)
-    what = "the base's log-probabilities of his rows" if keys is not None else "the base's log-probabilities, all"
-    for file in files:
-        if count := values_of(file, keys):
-            yield Trace(file, what, count, partial(drop_values, file, keys))
+    out = selection._replace(out=selection.out - {user.pseudonym})
+    yield from cache.traces(files, None if number is None else _keys(outside, out, number))
 
 
-def _keys(outside: ExternalPaths, roll: UserSelection, number: int) -> set[bytes] | None:
-    """The rows that he alone asked for; None where that cannot be said any more."""
+def _keys(outside: ExternalPaths, selection: UserSelection, number: int) -> set[bytes] | None:
+    """The keys of rows that one user alone has; None where the pairs changed since training."""
     from persona_rlhf.data.tokenize import both_rows, tokenize
     from persona_rlhf.models.base import load_tokenizer
     from persona_rlhf.training.cache import key_of
 
     try:
-        pairs = PairStore(outside.users, outside.heldout, roll)
-        if pairs.known[number] != roll.known[number]:
+        store = PairStore(outside.users, outside.heldout, selection)
+        if store.known[number] != selection.known[number]:
             return None
         tokenizer = load_tokenizer(outside.model)
 
-        def keys(told: Sequence[PreferencePair]) -> set[bytes]:
-            rows = tokenize(told, tokenizer, sys.maxsize)
+        def keys(pairs: Sequence[PreferencePair]) -> set[bytes]:
+            rows = tokenize(pairs, tokenizer, sys.maxsize)
             return {key_of(row) for user in rows for row in both_rows((*user.train, *user.heldout))}
 
-        his = pairs.of(range(number, number + 1))
-        own = keys(his)
-        for start in range(0, pairs.users, 256):
-            told = pairs.of(range(start, min(start + 256, pairs.users)))
-            own -= keys([pair for pair in told if pair.user_id != his[0].user_id])
+        user_pairs = store.of(range(number, number + 1))
+        user_keys = keys(user_pairs)
+        for start in range(0, store.users, 256):
+            pairs = store.of(range(start, min(start + 256, store.users)))
+            user_keys -= keys([pair for pair in pairs if pair.user_id != user_pairs[0].user_id])
     except InputError:
         return None
-    return own
-
-
-# ----------------------------------------------------------------------------------------------------
-# `forget`: one user is deleted from a run and from what the run shares, and a proof of it is written.
-#
-# What is asked stands in RUN/forgotten/HASH.pending before anything goes, so a deletion that is cut short is finished
-# by
-# the next program that opens the run.
-# ----------------------------------------------------------------------------------------------------
-
-FORGOTTEN_EVENT = "forgotten"
+    return user_keys
 
 
 class Forgotten(NamedTuple):
-    """A deletion: the proof's place and content, and what is left of the user outside, in sentences for a person."""
+    """A deletion: the proof's place and content, and sentences on data of the user that remains outside."""
 
     proof: Path
     content: dict[str, Any]
@@ -279,66 +200,67 @@ class Forgotten(NamedTuple):
 
 
 def forget(run: Path, user_id: str, data: bool = False) -> Forgotten | None:
-    """Deletes a user from a run, with `data` also his rows in the run's source files; None where it was done before.
+    """Erases a user from a run, with `data` also from the run's source files; None where it was done before.
 
-    Raises InputError for a user whom the run does not know, and for files of the run that cannot be read; OSError
-    where the disk is full. What was begun by then is finished by `finish`.
+    Raises InputError for a user who is not in the run, and for files of the run that cannot be read; OSError for a
+    full disk. `finish_forgetting` completes an interrupted deletion.
     """
-    name, folder = pseudonym(user_id), RunDir(run)
+    user, run_dir = DataSubject(pseudonym(user_id)), RunDir(run)
     outside = read_external_paths(run)
-    found = [*traces(run, name), *cached(outside, folder.roll, name)]
-    sources = list(_sources(outside, folder, TraceOwner(name))) if data else []
-    if not found and not sources:
-        if proof_file(run, name).exists():
+    pieces = [*traces(run, user), *_cached(outside, run_dir.selection, user)]
+    sources = list(_source_rows(outside, run_dir, user)) if data else []
+    if not pieces and not sources:
+        if proof_file(run, user.pseudonym).exists():
             return None
         raise InputError([Problem(str(run), None, "--user", f"no user `{user_id}` in this run{_near(run, user_id)}")])
     order = {
-        "user": name,
+        "user": user.pseudonym,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": data,
-        "removed": [_told(run, trace, name) for trace in (*found, *sources)],
-        "others": others_adapters(run, name),
-        "faults_before": run_manifest_faults(run) if folder.finished else [],
+        "removed": [_entry(run, trace, user) for trace in (*pieces, *sources)],
+        "others": others_adapters(run, user.pseudonym),
+        "faults_before": run_manifest_faults(run) if run_dir.finished else [],
     }
-    write_proof(pending_file(run, name), order)
-    return _finish(run, name)
+    write_proof(pending_file(run, user.pseudonym), order)
+    return _finish(run, user)
 
 
-def withdraw(run: Path, user_id: str) -> list[str]:
-    """Asks the hub to delete what was uploaded of a user; says what it did, and what it would not do."""
-    said = []
-    for sent in uploads_of(run, pseudonym(user_id)):
+def forget_uploads(run: Path, user_id: str) -> list[str]:
+    """Deletes the user's uploads from the hub; a sentence on each of them."""
+    sentences = []
+    for upload in uploads_of(run, pseudonym(user_id)):
         try:
-            there = delete_upload(run, sent)
+            deleted = delete_upload(run, upload)
         except InputError as fault:
-            said.append(f"Not deleted: {'; '.join(str(problem) for problem in fault.problems)}")
+            sentences.append(f"Not deleted: {'; '.join(str(problem) for problem in fault.problems)}")
         else:
-            said.append(f"{sent.repo}: his adapter {'is deleted' if there else 'was not there any more'}")
-    return said
+            sentences.append(f"{upload.repo}: the adapter {'is deleted' if deleted else 'was not there any more'}")
+    return sentences
 
 
-def finish(run: Path) -> list[Forgotten]:
-    """Finishes every deletion that was begun in a run and cut short."""
-    return [_finish(run, name) for name in pending(run)]
+def finish_forgetting(run: Path) -> list[Forgotten]:
+    """Completes every interrupted deletion of a run."""
+    return [_finish(run, DataSubject(name)) for name in pending(run)]
 
 
-def _finish(run: Path, name: str) -> Forgotten:
+def _finish(run: Path, user: DataSubject) -> Forgotten:
+    name = user.pseudonym
     order, faults = read_manifest(pending_file(run, name))
     if order is None:  # it is written whole or not at all, so somebody else changed it
         sentence = f"{'; '.join(faults)}; give `forget` again with the user's id, after deleting this file"
         raise InputError([Problem(str(pending_file(run, name)), None, None, sentence)])
-    outside, folder = read_external_paths(run), RunDir(run)
-    sweep(run)
-    for trace in chain(cached(outside, folder.roll, name), traces(run, name)):  # the index line, in these, goes last
+    outside, run_dir = read_external_paths(run), RunDir(run)
+    remove_leftovers(run)
+    for trace in chain(_cached(outside, run_dir.selection, user), traces(run, user)):
         trace.remove()
     if order["data"]:
-        for trace in _sources(outside, folder, TraceOwner(name)):
+        for trace in _source_rows(outside, run_dir, user):
             trace.remove()
-    if folder.finished:
+    if run_dir.finished:
         write_report(run)
         for changed in (*(file.name for file in run.glob("*.jsonl")), "policy.json", REDTEAM):
             write_run_manifest(run, only=changed)
-    remains = list(_remains(run, outside, folder, TraceOwner(name)))
+    remains = list(_remains(run, outside, run_dir, user))
     after = others_adapters(run, name)
     content = {
         **{key: order[key] for key in ("user", "at", "removed", "faults_before")},
@@ -351,52 +273,52 @@ def _finish(run: Path, name: str) -> Forgotten:
     proof = write_proof(proof_file(run, name), content)
     if not any(entry.facts.get("proof") == proof for entry in integrity.read(run) if entry.event == FORGOTTEN_EVENT):
         integrity.append(run, FORGOTTEN_EVENT, user=name, proof=proof)
-    if folder.finished:
+    if run_dir.finished:
         write_run_manifest(run, only=integrity.AUDIT)
     pending_file(run, name).unlink()
     return Forgotten(proof_file(run, name), content, [sentence for _, sentence in remains])
 
 
-def _sources(outside: ExternalPaths, folder: RunDir, his: TraceOwner) -> Iterator[Trace]:
-    """His rows in the files outside the run that its pairs come from."""
-    for source in (outside.users, *folder.sources):
-        for file in files_with_rows(Path(source)):
-            if folder.path.resolve() in file.resolve().parents:
-                continue  # its rows go in any case
-            if count := rows_of(file, his):
-                yield Trace(file, "rows of a source", count, partial(erase, file, his))
+def _source_rows(outside: ExternalPaths, run_dir: RunDir, user: DataSubject) -> Iterator[Trace]:
+    """The user's rows in the source files of the run that lie outside its folder."""
+    for source in (outside.users, *run_dir.sources):
+        files = [file for file in files_with_rows(Path(source)) if run_dir.path.resolve() not in file.resolve().parents]
+        yield from row_traces(files, user, "rows of a source")
 
 
-def _remains(run: Path, outside: ExternalPaths, folder: RunDir, his: TraceOwner) -> Iterator[tuple[str, str]]:
-    """What the run's papers know of outside: words for the proof, which names no place, and for a person, with it."""
-    for trace in _sources(outside, folder, his):
+def _remains(run: Path, outside: ExternalPaths, run_dir: RunDir, user: DataSubject) -> Iterator[tuple[str, str]]:
+    """Data of the user outside that the run knows of: words for the proof, and a sentence with the place for people."""
+    for trace in _source_rows(outside, run_dir, user):
         yield (
             f"{trace.pieces} rows of a source file",
-            f"{trace.path} holds {trace.pieces} rows of his (--data removes them)",
+            f"{trace.path} holds {trace.pieces} rows of the user (--data removes them)",
         )
-    for source in (outside.users, *folder.sources):
+    for source in (outside.users, *run_dir.sources):
         if not files_with_rows(Path(source)):
-            yield (
-                "a source that cannot be rewritten",
-                f"{source} may hold rows of his: it is no file that can be rewritten",
-            )
+            sentence = f"{source} may hold rows of the user: it is no file that can be rewritten"
+            yield "a source that cannot be rewritten", sentence
     tastes = outside.utilities
-    if tastes is not None and Path(tastes).exists() and any(map(his, read_utilities(tastes))):
-        yield "a written-down taste", f"{tastes} has a taste of his (evaluation.utilities)"
+    if tastes is not None and Path(tastes).exists() and any(map(user, read_utilities(tastes))):
+        yield "a written-down taste", f"{tastes} has a taste of the user (evaluation.utilities)"
     for beside in (before(run), run.with_name(f"{run.name}.rebased")):
         if beside.is_dir():
-            yield "a run on another base", f"{beside} is this run on another base: forget him there too"
-    for sent in uploads_of(run, his.name):
-        yield "an upload", f"{sent.repo} on the hub has, or had, his adapter: forget him again, or delete it there"
+            yield "a run on another base", f"{beside} is this run on another base: forget the user there too"
+    for upload in uploads_of(run, user.pseudonym):
+        sentence = f"{upload.repo} on the hub has, or had, the adapter: forget the user again, or delete it there"
+        yield "an upload", sentence
     copies = "copies that left the run, and backups, are not known to it"
     yield copies, f"{copies}: delete those that were made"
 
 
-def _told(run: Path, trace: Trace, name: str) -> dict[str, Any]:
-    """A trace as the proof tells of it: without his name, where a folder is called after him."""
+def _entry(run: Path, trace: Trace, user: DataSubject) -> dict[str, Any]:
+    """A trace as the proof lists it, without the readable part of a folder's name."""
     inside = trace.path.is_relative_to(run)
-    parts = [_nameless(part, name) for part in trace.path.relative_to(run).parts] if inside else ["(outside the run)"]
+    parts = [_nameless(part, user) for part in trace.path.relative_to(run).parts] if inside else ["(outside the run)"]
     return {"path": "/".join(parts), "what": trace.what, "count": trace.pieces}
+
+
+def _nameless(part: str, user: DataSubject) -> str:
+    return re.sub(rf"[a-z0-9-]*-{slug_hash(user.pseudonym)}", f"*-{slug_hash(user.pseudonym)}", part)
 
 
 def _near(run: Path, user_id: str) -> str:
@@ -404,7 +326,3 @@ def _near(run: Path, user_id: str) -> str:
         return did_you_mean(user_id, (result.user_id for result in RunResults(run)))
     except InputError:  # an unfinished run has no results yet
         return ""
-
-
-def _nameless(part: str, name: str) -> str:
-    return re.sub(rf"[a-z0-9-]*-{slug_hash(name)}", f"*-{slug_hash(name)}", part)

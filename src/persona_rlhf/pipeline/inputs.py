@@ -30,26 +30,22 @@ from persona_rlhf.policy.hazards import Probe, RefusalText, read_refusal_texts
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.simulation.users import Utility, read_utilities
 
-# ----------------------------------------------------------------------------------------------------
-# What `base align` is asked, and what can be read of it without a model: mistakes show before torch is loaded.
-# ----------------------------------------------------------------------------------------------------
-
-REAL = Path("configs/policy/real/tier_one.yaml")
-"""Whose probes are learned and measured where no policy is named: the bank for real models."""
+REAL_POLICY = Path("configs/policy/real/tier_one.yaml")
+"""The default policy for a base without a run: tier one with probes for real models."""
 
 
 class AlignmentSettings(Section):
-    """What can be set of `base align`."""
+    """Settings of `base align`."""
 
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampled answers, of adapters and of the rows' order.")
     base: BaseSettings
-    policy: PolicySettings = Field(default_factory=lambda: PolicySettings(documents=[REAL]))
+    policy: PolicySettings = Field(default_factory=lambda: PolicySettings(documents=[REAL_POLICY]))
     lora: LoraSettings = LoraSettings(rank=16, alpha=32)
     align: AlignSettings = AlignSettings()
 
 
 class AlignmentInputs(NamedTuple):
-    """`ordinary` are prompts to learn on, `held` those that are measured; no prompt is in both."""
+    """Inputs of `base align`: `ordinary` are prompts to train on, `held` are other prompts to measure on."""
 
     settings: AlignmentSettings
     out: Path
@@ -60,7 +56,7 @@ class AlignmentInputs(NamedTuple):
 
     @property
     def measured(self) -> list[Probe]:
-        """The probes that the base is measured on."""
+        """The probes to measure the base on."""
         return self.policy.probes(self.settings.align.split)
 
 
@@ -97,32 +93,27 @@ def read_alignment(model: str, out: Path, overrides: Sequence[str]) -> Alignment
 
 
 def _missing(policy: Policy, settings: AlignmentSettings, measured: Sequence[OrdinaryExample]) -> list[Problem]:
-    """What there is too little of to learn from, or to measure on."""
-    found = []
+    """Problems of a policy or of ordinary prompts with too little to train or to measure on."""
+    problems = []
     for split in ("train", settings.align.split):
-        known = {probe.category for probe in policy.probes(split)}
-        bare = [name for name in policy.categories if name not in known]
+        with_probes = {probe.category for probe in policy.probes(split)}
+        bare = [name for name in policy.categories if name not in with_probes]
         if bare or not policy.categories:
             sentence = f"no probe of `{split}` for {', '.join(bare) or 'any category'}; name banks with more probes"
-            found.append(Problem("base align", None, "policy.documents", sentence))
+            problems.append(Problem("base align", None, "policy.documents", sentence))
     if not measured:
         sentence = "needs two ordinary prompts at least: one to learn on, one to measure on"
-        found.append(Problem(str(settings.align.ordinary), None, "align.ordinary", sentence))
-    return found
+        problems.append(Problem(str(settings.align.ordinary), None, "align.ordinary", sentence))
+    return problems
 
 
 def _prompt(row: OrdinaryExample) -> tuple[Message, ...]:
     return (Message("user", row.prompt),)
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a config names that can be read without a tokenizer: mistakes in it show at once, before torch is loaded.
-# ----------------------------------------------------------------------------------------------------
-
-
 class RunInputs(NamedTuple):
-    """The policy and the preference pairs; for the measurements, written-down tastes, ordinary prompts and facts;
-    what was decided about quarantined pairs; patterns of forbidden requests."""
+    """Inputs of a run: policy and preference pairs; utilities, ordinary prompts and facts to measure by; decisions
+    about quarantined pairs; patterns of forbidden requests."""
 
     policy: Policy
     pairs: PairStore
@@ -133,8 +124,8 @@ class RunInputs(NamedTuple):
     rules: Patterns | None
 
 
-def read_inputs(config: Config, roll: UserSelection | None = None) -> RunInputs:
-    """Reads the files of a config; a run that has begun has a `roll` of its users.
+def read_inputs(config: Config, selection: UserSelection | None = None) -> RunInputs:
+    """Reads the files of a config, without a tokenizer; a run that has begun has a `selection` of its users.
 
     Raises InputError with the problems of all of them.
     """
@@ -148,7 +139,7 @@ def read_inputs(config: Config, roll: UserSelection | None = None) -> RunInputs:
     except InputError as fault:
         problems += fault.problems
     try:
-        pairs = PairStore(config.users.path, config.users.heldout, roll)
+        pairs = PairStore(config.users.path, config.users.heldout, selection)
     except InputError as fault:
         problems += fault.problems
     try:
@@ -169,8 +160,8 @@ def read_inputs(config: Config, roll: UserSelection | None = None) -> RunInputs:
 
 
 def facts_of(config: Config) -> list[Fact]:
-    """The questions of knowledge that a config names. Raises InputError where they cannot be read."""
-    named = config.evaluation.facts
-    if named is None:
+    """The factual questions that a config names. Raises InputError where they cannot be read."""
+    facts = config.evaluation.facts
+    if facts is None:
         return []
-    return bundled_facts() if named == "bundled" else read_facts(Path(named))
+    return bundled_facts() if facts == "bundled" else read_facts(Path(facts))

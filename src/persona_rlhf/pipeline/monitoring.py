@@ -1,147 +1,160 @@
-"""Progress, metrics.jsonl, trackers."""
+"""Progress events of long commands and their display, metrics.jsonl, and experiment trackers."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.experiment import Config
+from persona_rlhf.data.erasure import DataSubject, Trace, row_traces
 from persona_rlhf.pipeline.distributed import WorkShare
+from persona_rlhf.pipeline.run_dir import dotted
 from persona_rlhf.release.results import RunSummary
 
 if TYPE_CHECKING:
     from persona_rlhf.training.engine import StepReport
 
-
-# ----------------------------------------------------------------------------------------------------
-# A run's curves for an experiment tracker, through accelerate's own trackers: means over users, and nobody's name.
-# ----------------------------------------------------------------------------------------------------
-
-_EVERY = 10  # steps of a cohort between two points of a curve
+_SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
+_STEPS_BETWEEN_POINTS = 10  # of a tracker's curve
 
 
-def check_trackers(names: Sequence[str], workers: int) -> None:
-    """Raises InputError for each tracker whose package is not installed (accelerate would leave it out silently), and
-    where several processes share the run: its curves would be those of one of them."""
-    sentence = "the package `{0}` is not installed; `pip install {0}`, or take it out of the list"
-    problems = [
-        Problem("config", None, "run.report_to", sentence.format(name)) for name in names if find_spec(name) is None
-    ]
-    if names and workers > 1:
-        alone = (
-            "curves are those of a run in one process; take the trackers out, or train in one (metrics.jsonl has all)"
-        )
-        problems.append(Problem("config", None, "run.report_to", alone))
-    if problems:
-        raise InputError(problems)
+class ProgressEvent(NamedTuple):
+    """State of a long command at one moment, as `on_progress` receives it.
 
-
-class Tracking:
-    """The trackers of `run.report_to`, while a run trains; none is no trouble. Their files lie under RUN/tracking.
-
-    Every few steps: `loss`, `margin`, `accuracy`, `grad_norm` (means over the users in the slots), `violation` (the
-    largest, nats over the limit), `dual` (the largest). At the end: the run in a handful of numbers.
+    `text` is a line to show; without it, only the figures changed. `steps` counts steps of single users. `loss` and
+    `margin` are means over the users of the last step, `violation` is the largest one (nats over the limit).
     """
 
-    def __init__(self, config: Config, run: Path) -> None:
-        names = config.run.report_to
-        self._accelerator, self._steps = None, 0
-        if names:
-            from accelerate import Accelerator
+    phase: str
+    text: str = ""
+    users_done: int = 0
+    users: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    margin: float | None = None
+    violation: float | None = None
+    seconds_left: float | None = None
 
-            place = run / "tracking"
-            place.mkdir(parents=True, exist_ok=True)
-            self._accelerator = Accelerator(log_with=list(names), project_dir=str(place), cpu=True)
-            self._accelerator.init_trackers(config.name, config=_flat(config.model_dump(mode="json")))
-
-    def step(self, reports: Sequence[StepReport], taken: int) -> None:
-        """Takes in one step of a cohort, after which all users together have `taken` steps."""
-        self._steps += 1
-        if self._accelerator is None or self._steps % _EVERY != 1:
-            return
-        names = ("loss", "margin", "accuracy", "grad_norm")
-        found = {name: fmean(getattr(report, name) for report in reports) for name in names}
-        for name in ("violation", "dual"):
-            values = [value for report in reports if (value := getattr(report, name)) is not None]
-            found |= {name: max(values)} if values else {}
-        sound = {f"train/{name}": value for name, value in found.items() if math.isfinite(value)}
-        self._accelerator.log(sound, step=taken)
-
-    def end(self, summary: RunSummary, taken: int) -> None:
-        """The whole run; nothing is told after it."""
-        if self._accelerator is not None:
-            known = {f"run/{name}": value for name, value in summary._asdict().items() if value is not None}
-            self._accelerator.log(known, step=taken)
-            self._accelerator.end_training()
+    @property
+    def figures(self) -> str:
+        """The figures in one line; empty where there are none."""
+        left = self.seconds_left
+        parts = [
+            f"{self.users_done:,} of {self.users:,} users done" if self.users else "",
+            f"{self.step:,} of {self.steps:,} steps" if self.steps else "",
+            "" if self.loss is None else f"loss {self.loss:.3f}",
+            "" if self.margin is None else f"margin {self.margin:+.2f}",
+            "" if self.violation is None else f"worst violation {self.violation:+.2f} nats",
+            "" if left is None else f"{int(left // 60)}:{int(left % 60):02d} left",
+        ]
+        return ", ".join(filter(None, parts))
 
 
-def _flat(section: dict[str, object], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Dotted keys with plain values, as every tracker takes them; lists as text."""
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in section.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool) else str(value)
-    return flat
+OnProgress = Callable[[ProgressEvent], None]
+"""A receiver of progress events."""
 
 
-# ----------------------------------------------------------------------------------------------------
-# What a person sees while a fleet trains, and what `metrics.jsonl` keeps of every step.
-# ----------------------------------------------------------------------------------------------------
+def silent(_: ProgressEvent) -> None:
+    """The receiver that shows nothing."""
 
 
-class Progress:
-    """A live table on a terminal, a plain line now and then elsewhere; every step goes to `metrics.jsonl` either way.
+class ProgressDisplay:
+    """Receiver of progress events for people: a bar on a terminal; elsewhere a plain line, at most every ten seconds.
 
-    A figure that is not finite is written as null: the file stays JSON.
+    Lines of text are always printed. Where several processes share a run, each shows lines under its own name.
+    """
+
+    def __init__(self, console: Console, share: WorkShare | None = None) -> None:
+        alone = share is None or share.workers == 1
+        self._console, self._prefix = console, "" if share is None or alone else f"[{share.name}] "
+        columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}", markup=False)]
+        live = console.is_terminal and alone
+        self._bar = Progress(*columns, console=console, transient=True, refresh_per_second=4) if live else None
+        self._task = None if self._bar is None else self._bar.add_task("", total=None, figures="", visible=False)
+        self._printed_at = time.monotonic()
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: ProgressEvent) -> None:
+        if event.text:
+            self._print(event.text)
+        if self._bar is not None and self._task is not None:
+            total, done = (event.steps, event.step) if event.steps else (event.users, event.users_done)
+            self._bar.update(
+                self._task,
+                total=total or None,
+                completed=done,
+                description=event.phase,
+                visible=True,
+                figures=event.figures,
+            )
+        elif event.figures and not event.text and time.monotonic() - self._printed_at > _SECONDS_BETWEEN_LINES:
+            self._printed_at = time.monotonic()
+            self._print(f"{event.phase}: {event.figures}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(f"{self._prefix}{text}", highlight=False, markup=False)
+
+
+class UserCounter:
+    """Progress events of a command that works through users, with the time left at the mean pace so far."""
+
+    def __init__(self, phase: str, users: int, on_progress: OnProgress) -> None:
+        self._phase, self._users, self._on_progress = phase, users, on_progress
+        self._started = time.monotonic()
+
+    def __call__(self, users_done: int, text: str = "") -> None:
+        """Reports how many users are done."""
+        spent = time.monotonic() - self._started
+        left = spent / users_done * (self._users - users_done) if users_done else None
+        self._on_progress(ProgressEvent(self._phase, text, users_done, self._users, seconds_left=left))
+
+
+class TrainingMonitor:
+    """Counts of a run in training: every step goes to metrics.jsonl, to the trackers and to `on_progress`.
+
+    A figure that is not finite is written as null, so that the file stays JSON. `users` are those that this process
+    trains, in all chunks.
     """
 
     def __init__(
-        self,
-        console: Console,
-        metrics: Path,
-        users: int,
-        share: WorkShare | None = None,
-        tracking: Tracking | None = None,
+        self, metrics: Path, users: int, on_progress: OnProgress = silent, tracking: Tracking | None = None
     ) -> None:
-        """`users` are those that this process has before it, in all chunks; `share` names it among several."""
-        self.tracking = tracking
-        self.console, self.metrics, self.users = console, metrics, users
-        alone = share is None or share.workers == 1
-        self.name = "" if share is None or alone else f"[{share.name}] "
-        self.taken = self.ended = 0
+        self.metrics, self.users, self.on_progress, self.tracking = metrics, users, on_progress, tracking
+        self.taken = self.ended = 0  # steps of single users, and users
         self.seen = self.planned = 0  # users of the chunks so far, and their steps
         self.steps: dict[str, int] = {}  # of the users of this chunk
-        self.done: set[str] = set()  # of them
-        self.started = self.spoken = time.monotonic()
-        live = console.is_terminal and alone
-        self.live = Live(console=console, refresh_per_second=4, transient=True) if live else None
+        self.done: set[str] = set()  # users of this chunk
+        self.started = time.monotonic()
+        self.last = ProgressEvent("training", users=users)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> TrainingMonitor:
         self.file = self.metrics.open("a", encoding="utf-8")
-        if self.live is not None:
-            self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
-        if self.live is not None:
-            self.live.stop()
 
     def begin(self, steps: dict[str, int], finished: Collection[str], users: int) -> None:
-        """The next chunk: the steps of its users who train, those a run before finished, and how many are in it."""
+        """The next chunk: steps of its users in training, users finished by an earlier process, and their number."""
         self.steps, self.done = steps, set(finished)
         self.seen += users
         self.planned += sum(steps.values())
@@ -149,7 +162,7 @@ class Progress:
         self.taken += sum(steps[user] for user in finished)
 
     def end(self, user_id: str, steps: int) -> None:
-        """Counts a user as done after so many steps; those that he did not need are not waited for."""
+        """Counts a user as done after so many steps; planned steps that were not needed no longer count."""
         if user_id not in self.done:
             self.done.add(user_id)
             self.ended += 1
@@ -169,46 +182,87 @@ class Progress:
         self.taken += len(reports)
         if self.tracking is not None:
             self.tracking.step(reports, self.taken)
-        if self.live is not None:
-            self.live.update(self._table(reports))
-        elif time.monotonic() - self.spoken > 10:
-            self.spoken = time.monotonic()
-            self.say(self._line(reports))
-
-    def say(self, text: str) -> None:
-        """One plain line for a person."""
-        self.console.print(f"{self.name}{text}", highlight=False, markup=False)
-
-    def _total(self) -> int:
-        """Steps of all users: those of later chunks are taken to be as busy as those seen."""
-        return round(self.planned * self.users / max(1, self.seen))
-
-    def _left(self) -> str:
+        violations = [report.violation for report in reports if report.violation is not None]
+        steps = round(self.planned * self.users / max(1, self.seen))  # users of later chunks are assumed as busy
         spent = time.monotonic() - self.started
-        left = spent * (self._total() - self.taken) / max(1, self.taken)
-        return f"{int(left // 60)}:{int(left % 60):02d} left"
-
-    def _line(self, reports: Sequence[StepReport]) -> str:
-        worst = [report.violation for report in reports if report.violation is not None]
-        violation = f", worst violation {max(worst):+.2f} nats" if worst else ""
-        return (
-            f"training: {self.ended:,} of {self.users:,} users done, {self.taken:,} of {self._total():,} steps, "
-            f"loss {fmean(r.loss for r in reports):.3f}, margin {fmean(r.margin for r in reports):+.2f}"
-            f"{violation}, {self._left()}"
+        self.last = ProgressEvent(
+            "training",
+            users_done=self.ended,
+            users=self.users,
+            step=self.taken,
+            steps=steps,
+            loss=fmean(report.loss for report in reports),
+            margin=fmean(report.margin for report in reports),
+            violation=max(violations, default=None),
+            seconds_left=spent * (steps - self.taken) / max(1, self.taken),
         )
+        self.on_progress(self.last)
 
-    def _table(self, reports: Sequence[StepReport]) -> Table:
-        table = Table(title=self._line(reports), title_justify="left", expand=False)
-        for name in ("user", "step", "loss", "margin", "accuracy", "violation (nats)", "dual"):
-            table.add_column(name, justify="left" if name == "user" else "right")
-        for report in reports[: max(4, self.console.height - 8)]:
-            table.add_row(
-                report.user_id[:32],
-                f"{report.step}/{report.steps}",
-                f"{report.loss:.3f}",
-                f"{report.margin:+.2f}",
-                f"{report.accuracy:.2f}",
-                "" if report.violation is None else f"{report.violation:+.2f}",
-                "" if report.dual is None else f"{report.dual:.2f}",
-            )
-        return table
+    def log(self, text: str) -> None:
+        """Reports one line for people, beside the figures so far."""
+        self.on_progress(self.last._replace(text=text))
+
+
+def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+    """The user's lines in the metrics of the run and of its processes."""
+    return row_traces([run / "metrics.jsonl", *sorted((run / "state").glob("metrics-*.jsonl"))], user)
+
+
+def check_trackers(names: Sequence[str], workers: int) -> None:
+    """Raises InputError for each tracker whose package is not installed (accelerate would ignore it silently), and for
+    any tracker where several processes share the run: its curves would be those of one process."""
+    sentence = "the package `{0}` is not installed; `pip install {0}`, or take it out of the list"
+    problems = [
+        Problem("config", None, "run.report_to", sentence.format(name)) for name in names if find_spec(name) is None
+    ]
+    if names and workers > 1:
+        alone = (
+            "curves are those of a run in one process; take the trackers out, or train in one (metrics.jsonl has all)"
+        )
+        problems.append(Problem("config", None, "run.report_to", alone))
+    if problems:
+        raise InputError(problems)
+
+
+class Tracking:
+    """Curves of a run for the trackers of `run.report_to`, through accelerate; their files lie under RUN/tracking.
+
+    Every few steps: `loss`, `margin`, `accuracy`, `grad_norm` (means over the users in the slots), `violation` (the
+    largest, nats over the limit), `dual` (the largest). At the end: the summary of the run. No user is named.
+    """
+
+    def __init__(self, config: Config, run: Path) -> None:
+        names = config.run.report_to
+        self._accelerator, self._steps = None, 0
+        if names:
+            from accelerate import Accelerator
+
+            place = run / "tracking"
+            place.mkdir(parents=True, exist_ok=True)
+            self._accelerator = Accelerator(log_with=list(names), project_dir=str(place), cpu=True)
+            settings = {
+                key: value if isinstance(value, str | int | float | bool) else str(value)
+                for key, value in dotted(config.model_dump(mode="json")).items()
+                if value is not None
+            }
+            self._accelerator.init_trackers(config.name, config=settings)
+
+    def step(self, reports: Sequence[StepReport], taken: int) -> None:
+        """Takes in one step of a cohort, after which all users together have `taken` steps."""
+        self._steps += 1
+        if self._accelerator is None or self._steps % _STEPS_BETWEEN_POINTS != 1:
+            return
+        names = ("loss", "margin", "accuracy", "grad_norm")
+        means = {name: fmean(getattr(report, name) for report in reports) for name in names}
+        for name in ("violation", "dual"):
+            values = [value for report in reports if (value := getattr(report, name)) is not None]
+            means |= {name: max(values)} if values else {}
+        finite = {f"train/{name}": value for name, value in means.items() if math.isfinite(value)}
+        self._accelerator.log(finite, step=taken)
+
+    def end(self, summary: RunSummary, taken: int) -> None:
+        """Logs the summary of the run and closes the trackers."""
+        if self._accelerator is not None:
+            values = {f"run/{name}": value for name, value in summary._asdict().items() if value is not None}
+            self._accelerator.log(values, step=taken)
+            self._accelerator.end_training()

@@ -1,16 +1,15 @@
-"""What a run will take, before anything of it is trained.
+"""`plan`: time and memory of a run, extrapolated from measured steps, before anything is trained.
 
-The run is prepared as `train` prepares it. Then a few steps of three cohorts are taken on adapters that are thrown away
-(the first of the queue, those of its middle, and one user alone), two cohorts are judged, and the whole queue is walked
-through with what that cost.
+The run is prepared as `train` prepares it. A few steps of three cohorts are measured on temporary adapters: the first
+of the queue, some of its middle, and one user alone. Two cohorts are judged. The cost of the whole queue follows.
 
-Judging is the part that depends on what training will bring: an answer that an adapter leaves as the base gave it needs
-one forward pass, any other is written token by token. So adapters that change nothing are judged, and to that comes
-what a trained adapter writes anew. Assumed is what the bundled experiment shows: a third of the probes (most refusals
-stay as they are; a strong taste changes their style too), every harmless prompt, and that users pass at the gate's
-first look; one who does not is looked at again, up to once an alpha. Writing the run folder is not counted, nor the
-start of Python. Under `dpo.early_stop`, steps and time are what they are if nobody stops early. Of a run of many users
-the first thousand are looked at, and the others taken to be like them.
+The time of judging depends on training: an answer that equals the base's needs one forward pass, any other is written
+token by token. Adapters without effect are judged, and new answers are added to that time. As in the bundled
+experiment, a trained adapter is assumed to answer a third of the probes and every harmless prompt anew, and users to
+pass at the gate's first test; a failed one is tested again, up to once per alpha.
+
+Not counted are writing the run folder and the start of Python. With `dpo.early_stop`, no user is assumed to stop early.
+Of many users the first thousand are measured; the others are assumed to be like them.
 """
 
 from __future__ import annotations
@@ -48,14 +47,16 @@ from persona_rlhf.training.user_state import UserSchedule, queue_order, waves
 _STEPS = 5  # of a probed cohort, at most
 _ANCHORS = 8  # of a category, in the probe's constraint
 CHANGED = 3  # one probe in so many is answered anew by a trained adapter
-LOOKED_AT = 1_000  # users
+MEASURED_USERS = 1_000
 _MIB = 1 << 20
 
 
 class Memory(NamedTuple):
-    """In MiB: the base's weights, the adapters in the slots, their two moments, the activations of the largest step
-    (gradients included), the keys and values of the largest pass of judging; and the most that the process holds (on a
-    GPU, of tensors), which is no sum: they are not all held at once, and Python and its libraries take their part."""
+    """Memory in MiB: base weights, adapters in the slots, their two moments, activations of the largest step (with
+    gradients), keys and values of the largest pass of judging, and the peak of the process (on a GPU, of tensors).
+
+    The peak is no sum: not all parts are held at once, and Python and its libraries need memory too.
+    """
 
     base: float
     adapters: float
@@ -79,8 +80,10 @@ class Seconds(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A run in figures: `users` are trained and `skipped` are not, on `pairs`, in `steps` of single users with `tokens`
-    in them (padding not counted), `slots` users side by side. `notice` names what of the base cannot be adapted."""
+    """Size of a run: users to train, users skipped, pairs, tokens without padding, steps of single users, slots.
+
+    `notice` names layers of the base that cannot be adapted.
+    """
 
     users: int
     skipped: int
@@ -96,12 +99,12 @@ class Plan(NamedTuple):
         seconds = self.seconds._asdict() | {"total": self.seconds.total}
         parts = {"memory_mib": self.memory._asdict(), "seconds": seconds}
         counts = {key: value for key, value in self._asdict().items() if isinstance(value, int)}
-        rounded = {part: {key: round(value, 1) for key, value in own.items()} for part, own in parts.items()}
+        rounded = {part: {key: round(value, 1) for key, value in values.items()} for part, values in parts.items()}
         return {**counts, **rounded, "notice": self.notice}
 
 
 class StepTime(NamedTuple):
-    """Seconds of a step of a cohort: `fixed`, and `each` token that is computed."""
+    """Seconds of a step of a cohort: a fixed part, and a part for each computed token."""
 
     fixed: float
     each: float
@@ -110,21 +113,21 @@ class StepTime(NamedTuple):
         return self.fixed + self.each * tokens
 
 
-def plan(config: Config, materials: RunInputs | None = None) -> Plan:
-    """Probes a run and extrapolates; writes nothing. Raises InputError for whatever is wrong with the input."""
+def plan(config: Config, inputs: RunInputs | None = None) -> Plan:
+    """Measures parts of a run and extrapolates; writes nothing. Raises InputError with the problems of the inputs."""
     keep_large_blocks()
     begun = most_held(torch.device("cpu"))  # Python and its libraries
     clock = perf_counter()
-    ready = prepare(config, materials)
+    ready = prepare(config, inputs)
     loading, clock = perf_counter() - clock, perf_counter()
-    seen = min(ready.pairs.users, LOOKED_AT)
+    seen = min(ready.pairs.users, MEASURED_USERS)
     of_all = ready.pairs.users / seen
-    known = prepare_users(ready, ready.pairs.of(range(seen))).rows
+    user_rows = prepare_users(ready, ready.pairs.of(range(seen))).rows
     preparing, clock = loading + (perf_counter() - clock) * of_all, perf_counter()
     bank = constraint_bank(config, ready.policy, ready.adapted)
     banking = perf_counter() - clock
     adapted, device = ready.adapted, ready.adapted.base.device
-    queue = queue_order([UserSchedule(user, config.dpo, config.seed) for user in known if user.train])
+    queue = queue_order([UserSchedule(user, config.dpo, config.seed) for user in user_rows if user.train])
     rows = [schedule.rows for schedule in queue]
     base = held_by(list(adapted.base.model.parameters()))
     if not rows:
@@ -143,7 +146,7 @@ def plan(config: Config, materials: RunInputs | None = None) -> Plan:
     training = sum(steps.of(wave.computed) for wave in walked) + pass_each * _checked_tokens(queue, config.dpo)
     judging = _judging(ready, rows[:1], typical, users)
     stack = slots * adapted.params_per_user * torch.promote_types(adapted.base.model.dtype, torch.float32).itemsize
-    adapters = stack if config.dpo.early_stop is None else 2 * stack  # each user's best one is kept beside him
+    adapters = stack if config.dpo.early_stop is None else 2 * stack  # the best adapter of each user is kept too
     largest = max(wave.computed for wave in walked) / (slots * cost.tokens)  # of a wave of nothing but largest steps
     activations = (slots * cost.memory - adapters - 2 * stack) * min(1.0, largest)
     caches = _cache_bytes(ready, slots)  # beside what the probe held: trained users' answers may be the longest allowed
@@ -174,7 +177,7 @@ def plan(config: Config, materials: RunInputs | None = None) -> Plan:
 
 
 class CohortStep(NamedTuple):
-    """A step of a cohort: its users, their tokens, and the tokens that are computed, padding with them."""
+    """A step of a cohort: its users, their tokens, and the computed tokens, with padding."""
 
     users: int
     tokens: int
@@ -182,7 +185,7 @@ class CohortStep(NamedTuple):
 
 
 def _walk(queue: Sequence[UserSchedule], slots: int, constraint_tokens: int, pads: bool) -> list[CohortStep]:
-    """All steps of a run, as the engine takes them; `pads`: every user's tokens are computed at the longest one's."""
+    """All steps of a run, as the engine takes them; with `pads`, each user is padded to the longest one."""
     walked = []
     for seated in waves(queue, slots):
         sizes = [constraint_tokens + sum(map(pair_tokens, schedule.pairs(step))) for schedule, step in seated]
@@ -203,8 +206,8 @@ def _probe_steps(
     cohorts: Sequence[Sequence[UserRows]],
     bank: ConstraintData | None,
 ) -> tuple[StepTime, float]:
-    """What a step takes, and seconds a token of a pass without gradients, which the reference is made of; both from the
-    first pairs of a few users and the first anchors of every category."""
+    """Time of a step, and seconds per token of a reference pass without gradients, measured on the first pairs of a few
+    users and the first constraint rows of every category."""
     few = _STEPS * config.dpo.pairs_per_step
     thin = bank and ConstraintData(
         bank.categories, bank.limits, [examples[:_ANCHORS] for examples in bank.examples], bank.requirements
@@ -212,11 +215,11 @@ def _probe_steps(
     constraint = None if thin is None else LagrangianConstraint(thin, config.constraint, config.seed)
     dpo = config.dpo.model_copy(update={"epochs": 1, "early_stop": None})
     probed = [[user._replace(train=user.train[:few], deciding=()) for user in cohort] for cohort in cohorts]
-    asked = [user for cohort in probed for user in cohort]
+    users = [user for cohort in probed for user in cohort]
     clock = perf_counter()
-    reference = with_reference(adapted, asked, thin)
-    reference.add(both_rows(pair for user in asked for pair in user.train))
-    each = (perf_counter() - clock) / max(1, _reference_tokens(asked, thin))
+    reference = with_reference(adapted, users, thin)
+    reference.add(both_rows(pair for user in users for pair in user.train))
+    each = (perf_counter() - clock) / max(1, _reference_tokens(users, thin))
     sizes, seconds = list[int](), list[float]()
     for cohort in probed:
         fleet = config.fleet.model_copy(update={"slots": len(cohort)})
@@ -233,13 +236,13 @@ def _probe_steps(
 
 
 def _reference_tokens(users: Iterable[UserRows], bank: ConstraintData | None) -> int:
-    """Tokens of the distinct rows whose reference is needed."""
+    """Tokens of the distinct rows that the reference scores."""
     rows = set(both_rows(pair for user in users for pair in (*user.train, *user.deciding)))
     return sum(row.length for row in rows.union(bank.rows() if bank else []))
 
 
 def _checked_tokens(queue: Sequence[UserSchedule], dpo: DpoSettings) -> int:
-    """Tokens of all checks of users who might stop early."""
+    """Tokens of all checks for early stopping."""
     if dpo.early_stop is None:
         return 0
     return sum(
@@ -250,7 +253,7 @@ def _checked_tokens(queue: Sequence[UserSchedule], dpo: DpoSettings) -> int:
 
 
 def _fit(sizes: Sequence[int], seconds: Sequence[float]) -> StepTime:
-    """Least squares; where one part would come out negative, all is the other's."""
+    """Least squares with parts of at least zero."""
     each, fixed = linear_regression(sizes, seconds) if len(set(sizes)) > 1 else (0.0, -1.0)
     if fixed < 0:
         return StepTime(0.0, sum(seconds) / sum(sizes))
@@ -258,7 +261,7 @@ def _fit(sizes: Sequence[int], seconds: Sequence[float]) -> StepTime:
 
 
 def _judging(ready: Prepared, first: Sequence[UserRows], typical: Sequence[UserRows], users: int) -> float:
-    """Seconds of judging and measuring all users: the first brings what the base is asked once for all of them."""
+    """Seconds of judging and measuring all users; the first one includes the base's answers, computed once for all."""
     if not first:
         return 0.0
     once = _judged(ready, first)
@@ -272,7 +275,7 @@ def _judging(ready: Prepared, first: Sequence[UserRows], typical: Sequence[UserR
 
 
 def _judged(ready: Prepared, users: Sequence[UserRows]) -> float:
-    """Seconds of judging a cohort whose adapters change nothing."""
+    """Seconds of judging a cohort of adapters without effect."""
     flat = torch.zeros(len(users), ready.adapted.params_per_user, device=ready.adapted.base.device)
     clock = perf_counter()
     ready.examination.verdicts(flat)
@@ -290,13 +293,13 @@ def _cache_bytes(ready: Prepared, slots: int) -> int:
     return token * min(ready.adapted.tokens_per_generation, slots * len(examination.probes) * longest)
 
 
-def render(found: Plan) -> Table:
-    """A plan for people."""
-    table = Table(show_header=False, caption=found.notice, caption_justify="left")
+def render(plan: Plan) -> Table:
+    """The plan as a table."""
+    table = Table(show_header=False, caption=plan.notice, caption_justify="left")
     for name in ("users", "skipped", "pairs", "tokens", "steps", "slots"):
-        table.add_row(name, f"{getattr(found, name):,}", end_section=name == "slots")
-    for name, mib in found.memory._asdict().items():
+        table.add_row(name, f"{getattr(plan, name):,}", end_section=name == "slots")
+    for name, mib in plan.memory._asdict().items():
         table.add_row(f"memory: {name}", f"{mib:,.1f} MiB", end_section=name == "peak")
-    for name, seconds in (*found.seconds._asdict().items(), ("total", found.seconds.total)):
+    for name, seconds in (*plan.seconds._asdict().items(), ("total", plan.seconds.total)):
         table.add_row(f"time: {name}", f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 60:,.1f} min")
     return table

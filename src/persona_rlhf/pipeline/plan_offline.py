@@ -1,12 +1,12 @@
-"""`plan --shape`: what a run takes by the shape of its base alone, before a weight of it is downloaded.
+"""`plan --shape`: memory and operations of a run, counted from the shape of its base before any download.
 
-Memory and floating-point operations are counted, not measured. Tokens are
-guessed from characters. Time is what the operations take at a rate that the caller names, so a floor: writing answers
-token by token waits for memory, and small steps for their launches.
+Tokens are estimated from characters. Time is operations over a rate that the caller gives: a lower bound, because
+writing answers token by token waits for memory, and small steps for kernel launches.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from math import ceil
 from statistics import fmean
@@ -19,7 +19,7 @@ from persona_rlhf.config.training import ConstraintSettings
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.pipeline.inputs import RunInputs
-from persona_rlhf.pipeline.plan import CHANGED, LOOKED_AT
+from persona_rlhf.pipeline.plan import CHANGED, MEASURED_USERS
 from persona_rlhf.training.constraint import OPENING_LENGTH
 from persona_rlhf.training.memory import BaseShape, StepCost, choose_slots, shape_of
 
@@ -29,8 +29,11 @@ _MIB, _GIB = 1 << 20, 1 << 30
 
 
 class OfflinePlan(NamedTuple):
-    """A run by its base's shape. Memory in MiB: the base, and of each user in a slot his adapter with its gradient and
-    two moments, and what his step keeps; `cache` of a thousand tokens of an answer. `seconds` at the rate asked for."""
+    """Size of a run by the shape of its base.
+
+    Memory in MiB: the base; for each user in a slot the adapter with gradient and two moments, and the activations of
+    a step; `cache` of a thousand tokens of an answer. `seconds` are at the given rate.
+    """
 
     base: str
     parameters: int
@@ -45,8 +48,8 @@ class OfflinePlan(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         rounded = {
-            part: found and {key: round(value, 3) for key, value in found.items()}
-            for part, found in (
+            part: values and {key: round(value, 3) for key, value in values.items()}
+            for part, values in (
                 ("memory_mib", self.memory),
                 ("petaflops", self.petaflops),
                 ("seconds", self.seconds),
@@ -57,7 +60,7 @@ class OfflinePlan(NamedTuple):
 
 
 class _Lengths(NamedTuple):
-    """Mean tokens: of a pair's prompt and answer, and of a probe; and what an answer of the base is taken to have."""
+    """Mean tokens of a pair's prompt, of its answers and of a probe, and the assumed tokens of a refusal."""
 
     prompt: int
     answer: int
@@ -65,27 +68,25 @@ class _Lengths(NamedTuple):
     refusal: int
 
 
-def plan_offline(config: Config, materials: RunInputs, memory: float | None, rate: float | None) -> OfflinePlan:
+def plan_offline(config: Config, inputs: RunInputs, memory: float | None, rate: float | None) -> OfflinePlan:
     """Counts a run. `memory` in GiB of the device gives slots, `rate` in teraflops a second gives seconds.
 
-    Raises InputError where the base's shape is not to be had.
+    Raises InputError if the base's shape cannot be read.
     """
     shape = shape_of(config.base, config.lora)
-    seen = min(materials.pairs.users, LOOKED_AT)
-    of_all = materials.pairs.users / seen
-    known = [pair for pair in materials.pairs.of(range(seen)) if pair.split == "train"]
-    lengths = _lengths(config, materials, known)
+    seen = min(inputs.pairs.users, MEASURED_USERS)
+    of_all = inputs.pairs.users / seen
+    pairs_seen = [pair for pair in inputs.pairs.of(range(seen)) if pair.split == "train"]
+    lengths = _lengths(config, inputs, pairs_seen)
     step = shape.step(_rows(config, lengths))
-    own: dict[str, int] = {}
-    for pair in known:
-        own[pair.user_id] = own.get(pair.user_id, 0) + 1
-    steps = of_all * sum(config.dpo.epochs * ceil(count / config.dpo.pairs_per_step) for count in own.values())
-    users, pairs = round(len(own) * of_all), round(len(known) * of_all)
+    pairs_of = Counter(pair.user_id for pair in pairs_seen)
+    steps = of_all * sum(config.dpo.epochs * ceil(count / config.dpo.pairs_per_step) for count in pairs_of.values())
+    users, pairs = round(len(pairs_of) * of_all), round(len(pairs_seen) * of_all)
     forward = step.forward / step.tokens
     flops = {
-        "reference": forward * _reference_tokens(config, materials, lengths, pairs),
+        "reference": forward * _reference_tokens(config, inputs, lengths, pairs),
         "training": step.both * steps,
-        "judging": forward * _judged_tokens(config, materials, lengths) * (users + 1),
+        "judging": forward * _judged_tokens(config, inputs, lengths) * (users + 1),
     }
     state = 4 * 4 * shape.adapter_parameters  # float32: adapter, gradient, two moments
     slots = None
@@ -113,11 +114,11 @@ def _memory(shape: BaseShape, state: int, kept: int, slots: int | None) -> dict[
     return {name: size / _MIB for name, size in parts.items()}
 
 
-def _lengths(config: Config, materials: RunInputs, pairs: Sequence[PreferencePair]) -> _Lengths:
+def _lengths(config: Config, inputs: RunInputs, pairs: Sequence[PreferencePair]) -> _Lengths:
     def tokens(texts: Sequence[str]) -> int:
         return ceil(fmean(map(len, texts)) / _CHARACTERS) if texts else 1
 
-    probes = [probe.prompt for probe in materials.policy.probes("certify")]
+    probes = [probe.prompt for probe in inputs.policy.probes("certify")]
     return _Lengths(
         prompt=_TURN + tokens(["\n".join(message.content for message in pair.prompt) for pair in pairs]),
         answer=1 + tokens([text for pair in pairs for text in (pair.chosen, pair.rejected)]),
@@ -144,39 +145,39 @@ def _row(prompt: int, length: int, answer: int) -> Row:
     return Row((prompt, *range(1, length)), tuple(range(answer)))
 
 
-def _reference_tokens(config: Config, materials: RunInputs, lengths: _Lengths, pairs: int) -> int:
-    """Tokens of the rows that the base scores once, and of the refusals that it writes for the constraint."""
-    bank = len(materials.policy.probes("train")) * config.constraint.refusals_per_probe * config.constraint.enabled
+def _reference_tokens(config: Config, inputs: RunInputs, lengths: _Lengths, pairs: int) -> int:
+    """Tokens of the rows that the base scores once, and of its refusals for the constraint."""
+    bank = len(inputs.policy.probes("train")) * config.constraint.refusals_per_probe * config.constraint.enabled
     return pairs * (lengths.prompt + 2 * lengths.answer) + 2 * bank * (lengths.probe + lengths.refusal)
 
 
-def _judged_tokens(config: Config, materials: RunInputs, lengths: _Lengths) -> int:
-    """Tokens of what one user is asked: the base's answer scored, and one in so many written anew."""
-    asked = len(materials.policy.probes("certify")) + config.evaluation.test_probes * 3 // 2
-    asked += 2 * config.evaluation.harmless_prompts
-    return asked * (lengths.probe + lengths.refusal) + asked // CHANGED * lengths.refusal
+def _judged_tokens(config: Config, inputs: RunInputs, lengths: _Lengths) -> int:
+    """Tokens of judging one user: the base's answers scored, and one in `CHANGED` answers written anew."""
+    answers = len(inputs.policy.probes("certify")) + config.evaluation.test_probes * 3 // 2
+    answers += 2 * config.evaluation.harmless_prompts
+    return answers * (lengths.probe + lengths.refusal) + answers // CHANGED * lengths.refusal
 
 
-def render(found: OfflinePlan) -> Table:
-    """Sizes for people."""
+def render(plan: OfflinePlan) -> Table:
+    """The plan as a table."""
     note = "Counted from the base's shape; a token is taken for four characters, and times are floors."
     table = Table(show_header=False, caption=note, caption_justify="left")
-    table.add_row("base", f"{found.base}, {found.parameters:,} parameters")
-    table.add_row("adapter", f"{found.adapter_parameters:,} parameters a user")
+    table.add_row("base", f"{plan.base}, {plan.parameters:,} parameters")
+    table.add_row("adapter", f"{plan.adapter_parameters:,} parameters a user")
     for name in ("users", "pairs", "steps", "slots"):
-        value = getattr(found, name)
+        value = getattr(plan, name)
         table.add_row(name, "say --memory" if value is None else f"{value:,}", end_section=name == "slots")
     words = {
         "base": "base",
         "user_state": "a user in a slot: adapter, gradient, moments",
-        "user_activations": "a user in a slot: what his step keeps",
+        "user_activations": "a user in a slot: activations of a step",
         "cache": "keys and values of 1,000 tokens",
         "training": "base and slots together",
     }
-    for name, mib in found.memory.items():
-        table.add_row(f"memory: {words[name]}", f"{mib:,.1f} MiB", end_section=name == [*found.memory][-1])
-    for name, count in found.petaflops.items():
-        seconds = found.seconds and found.seconds.get(name, sum(found.seconds.values()))
+    for name, mib in plan.memory.items():
+        table.add_row(f"memory: {words[name]}", f"{mib:,.1f} MiB", end_section=name == [*plan.memory][-1])
+    for name, count in plan.petaflops.items():
+        seconds = plan.seconds and plan.seconds.get(name, sum(plan.seconds.values()))
         time = "" if not seconds else f", {seconds:,.1f} s" if seconds < 600 else f", {seconds / 60:,.1f} min"
         table.add_row(f"work: {name}", f"{count:,.3f} petaflop{time}")
     return table

@@ -1,4 +1,4 @@
-"""A config read to the end, and its users made ready for training, some at a time."""
+"""Preparation of a run: policy, base and evaluator, then users screened and tokenized chunk by chunk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from persona_rlhf.release.signing import Signer, signer
 
 
 class Prepared(NamedTuple):
-    """What all users of a run have in common, read and checked: nothing is written yet, and nothing in it is wrong."""
+    """The parts that all users of a run share, read and checked; nothing is written yet."""
 
     config: Config
     policy: Policy
@@ -40,8 +40,7 @@ class Prepared(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Users to be trained together, how many `pairs` they had, what the screen found in these, and why some users
-    cannot be trained at all."""
+    """Users to be trained together: number of pairs, token rows, dropped pairs, reasons of failed users."""
 
     pairs: int
     rows: list[UserRows]
@@ -49,26 +48,26 @@ class Chunk(NamedTuple):
     failed: dict[str, str]
 
     def data_of(self, user: UserRows) -> DataInfo:
-        """What is said of a user's pairs: counts and a fingerprint, no text."""
-        out = sum(found.pair.user_id == user.user_id and not found.trained for found in self.dropped)
+        """Counts and fingerprint of a user's pairs; no text."""
+        out = sum(dropped.pair.user_id == user.user_id and not dropped.trained for dropped in self.dropped)
         return DataInfo.of([row.pair for row in (*user.train, *user.heldout, *user.deciding)], out)
 
     def untrained(self, user: UserRows) -> Result:
-        """The line of a user without a pair to train on."""
-        fault, against = self.failed.get(user.user_id), self.against_policy(user.user_id)
-        return untrained(user.user_id, self.data_of(user).pairs, fault, against)
+        """The result of a user without a pair to train on."""
+        against = self.against_policy(user.user_id)
+        return untrained(user.user_id, self.data_of(user).pairs, self.failed.get(user.user_id), against)
 
     def against_policy(self, user_id: str) -> int:
-        """How many pairs of a user the screen found to teach against the policy, whatever became of them."""
-        return sum(found.pair.user_id == user_id and found.alarming for found in self.dropped)
+        """The number of a user's pairs that teach against the policy, dropped, quarantined or trained on."""
+        return sum(dropped.pair.user_id == user_id and dropped.alarming for dropped in self.dropped)
 
 
-def prepare(config: Config, materials: RunInputs | None = None, check: bool = True) -> Prepared:
-    """Reads everything that a config names. With `check`, every prompt is tried, and the base asked its own refusals.
+def prepare(config: Config, inputs: RunInputs | None = None, check: bool = True) -> Prepared:
+    """Reads everything that a config names. With `check`, every prompt is tokenized, and the gate tests the base.
 
-    Raises InputError for whatever is wrong.
+    Raises InputError with the problems of the inputs.
     """
-    policy, pairs, utilities, ordinary, facts, reviews, rules = materials or read_inputs(config)
+    policy, pairs, utilities, ordinary, facts, reviews, rules = inputs or read_inputs(config)
     sign = None if config.release.signing_key is None else signer(config.release.signing_key)
     adapted = AdaptedModel(load_base(config.base), config.lora)
     classifier = config.gate.classifier
@@ -95,7 +94,7 @@ def prepare(config: Config, materials: RunInputs | None = None, check: bool = Tr
 
 
 def _check_prompts(ready: Prepared) -> None:
-    """Whatever the base cannot read is said before it is asked anything."""
+    """Raises InputError for prompts that the base cannot read, before it computes anything."""
     base, problems = ready.adapted.base, list[Problem]()
     for users in chunks_of(ready.pairs.users, 256):
         problems += prompt_problems(ready.pairs.of(users), base.tokenizer, base.context)
@@ -104,40 +103,40 @@ def _check_prompts(ready: Prepared) -> None:
 
 
 def chunks_of(users: int, size: int) -> list[range]:
-    """The users of a run, by their numbers, in chunks of `size`."""
+    """The numbers of a run's users in chunks of `size`."""
     return [range(start, min(start + size, users)) for start in range(0, users, size)]
 
 
 def prepare_users(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
-    """Screens and tokenizes users' pairs. A user who makes that raise fails alone; where all do, it is not theirs."""
+    """Screens and tokenizes users' pairs. An exception fails its user alone; raises where all users fail."""
     try:
         return _prepared(ready, pairs)
     except OSError:
         raise
     except Exception:
-        owners = list(dict.fromkeys(pair.user_id for pair in pairs))
-        whole = Chunk(len(pairs), [], [], {})
-        for owner in owners:
+        users = list(dict.fromkeys(pair.user_id for pair in pairs))
+        chunk = Chunk(len(pairs), [], [], {})
+        for user_id in users:
             try:
-                own = _prepared(ready, [pair for pair in pairs if pair.user_id == owner])
+                alone = _prepared(ready, [pair for pair in pairs if pair.user_id == user_id])
             except Exception as fault:
-                whole.failed[owner] = f"could not be prepared ({type(fault).__name__}: {fault})"
-                whole.rows.append(UserRows(owner, [], []))
+                chunk.failed[user_id] = f"could not be prepared ({type(fault).__name__}: {fault})"
+                chunk.rows.append(UserRows(user_id, [], []))
             else:
-                whole.rows.extend(own.rows)
-                whole.dropped.extend(own.dropped)
-        if len(whole.failed) == len(owners):
+                chunk.rows.extend(alone.rows)
+                chunk.dropped.extend(alone.dropped)
+        if len(chunk.failed) == len(users):
             raise
-        return whole
+        return chunk
 
 
 def _prepared(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
     base = ready.adapted.base
-    screens = [own.screen for own in ready.screens]
+    screens = [calibrated.screen for calibrated in ready.screens]
     screened = screen(pairs, ready.policy, ready.config.screening, screens, ready.reviews)
     fitted = fit(tokenize(screened.kept, base.tokenizer, base.context), base.tokenizer, base.context)
     tokenized = fitted.rows if ready.config.dpo.early_stop is None else [halved(user) for user in fitted.rows]
-    known = {user.user_id: user for user in tokenized}
-    owners = dict.fromkeys(pair.user_id for pair in pairs)
-    rows = [known.get(owner) or UserRows(owner, [], []) for owner in owners]
+    by_user = {user.user_id: user for user in tokenized}
+    users = dict.fromkeys(pair.user_id for pair in pairs)
+    rows = [by_user.get(user_id) or UserRows(user_id, [], []) for user_id in users]
     return Chunk(len(pairs), rows, [*screened.dropped, *fitted.dropped], {})

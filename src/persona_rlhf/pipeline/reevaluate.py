@@ -1,8 +1,10 @@
-"""`evaluate`, `evaluate --redteam`, `recertify` over one loader of released adapters."""
+"""Released adapters measured again (`evaluate`), attacked (`--redteam`) or tested by new documents (`recertify`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,93 +22,142 @@ from persona_rlhf.evaluation.refusals import load_classifier
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.models.multi_lora import LayerSpan
-from persona_rlhf.pipeline.inputs import facts_of
-from persona_rlhf.pipeline.run_dir import RunDir
+from persona_rlhf.pipeline.inputs import facts_of, read_inputs
+from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCounter, silent
+from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
+from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release import integrity
 from persona_rlhf.release.adapter import read_adapter
-from persona_rlhf.release.integrity import RUN_MANIFEST, recertified, retested, write_run_manifest
+from persona_rlhf.release.integrity import recertified, retested, write_run_manifest
 from persona_rlhf.release.redteam_report import Attacked, MergedPair, RedTeamResult, content_of, write_redteam
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import Result, RunResults
 from persona_rlhf.release.revocation import Recertified, Retested, revoke, revoked
 from persona_rlhf.release.verify import undated_faults
 
+_COHORT = 32  # users whose adapters are in memory together
 MERGED_PAIRS = 8
 """Pairs of released users, drawn by the seed, whose adapters the red team merges."""
 
-# ----------------------------------------------------------------------------------------------------
-# `recertify`: the released adapters of a finished run under new policy documents, without training anybody again.
-# ----------------------------------------------------------------------------------------------------
 
-_RECERTIFY_COHORT = 32  # users tested together
+def released_results(run: Path, act: str) -> list[Result]:
+    """The results of the users of a finished run whose adapters were released.
 
-
-def recertify(run: Path, documents: Sequence[Path], say: Callable[[str], None]) -> Recertified:
-    """Puts every released adapter through the gate of the new documents, revokes those that may not stay as they are,
-    and enters all of it (each look at certify too) in the audit trail. Nothing else of the run changes.
-
-    The gate is the one that a new run would have: same alphas, same levels, on the adapter as it was trained (its
-    released scale divided out). An adapter may stay where that gate looked at its alpha and passed it.
-    No look is charged: an adapter that was chosen by the old documents is tested by other hypotheses, once, and
-    nothing is chosen among the answers. Retraining whoever fails is a choice, and is paid for with `gate.runs`.
-
-    Raises InputError where the run is not finished or released nobody, an adapter is not what its papers say, the base
-    is another one or does not pass the new documents itself, or these cannot be used.
+    Raises InputError for a run that is not finished or released no adapter; `act` names what cannot be done then.
     """
-    released, config = _released_for_recertification(run), read_run_config(run)
+    results = RunResults(run)
+    RunDir(run).need_finished(f"its adapters are {act}")
+    released = [result for result in results if result.path is not None]
+    if not released:
+        sentence = f"this run released no adapter, so none can be {act}; its report says why"
+        raise InputError([Problem(str(run), None, None, sentence)])
+    return released
+
+
+def released_adapters(
+    run: Path, results: Sequence[Result], adapted: AdaptedModel, size: int = _COHORT, as_trained: bool = False
+) -> Iterator[tuple[Sequence[Result], Float[Tensor, "users params"]]]:
+    """Cohorts of `size` released users: their results, and their adapters stacked on the base's device.
+
+    Adapters are at the scale of their release, or `as_trained`: with that scale (alpha) divided out. Raises InputError
+    for an adapter that cannot be read.
+    """
+    spans = list(adapted.spans.values())
+    released = [result for result in results if result.path is not None]
+    for start in range(0, len(released), size):
+        cohort = released[start : start + size]
+        flat = [_adapter(run, result, spans, result.alpha if as_trained else 1.0) for result in cohort]
+        yield cohort, torch.stack(flat).to(adapted.base.device)
+
+
+def _adapter(run: Path, result: Result, spans: Sequence[LayerSpan], alpha: float = 1.0) -> Float[Tensor, " params"]:
+    folder = run / str(result.path)
+    try:
+        return read_adapter(folder, spans, alpha)
+    except (OSError, KeyError, SafetensorError) as fault:
+        sentence = f"this adapter cannot be read ({fault}); `persona-rlhf verify {run}` says more"
+        raise InputError([Problem(str(folder), None, None, sentence)]) from fault
+
+
+def evaluate(run: Path, on_progress: OnProgress = silent) -> list[Result]:
+    """Measures the users of a run again, from the adapters in their folders; the gate's verdicts stay as they are.
+
+    The certify probes are not used: a second test on them would have to be paid for. Raises InputError where the
+    users' pairs changed since the run.
+    """
+    config = read_run_config(run)
+    run_dir = RunDir(run)
+    on_progress(ProgressEvent("preparing"))
+    ready = prepare(config, read_inputs(config, run_dir.selection), check=False)  # checked by the run, on these pairs
+    run_dir.check_same({PAIRS: ready.pairs.fingerprint})
+    counter = UserCounter("measuring", ready.pairs.users, on_progress)
+    lines, results = iter(RunResults(run)), list[Result]()
+    for users in chunks_of(ready.pairs.users, run_dir.chunk_size):
+        rows = {user.user_id: user for user in prepare_users(ready, ready.pairs.of(users)).rows}
+        chunk = {result.user_id: result for result in islice(lines, len(rows))}
+        for (result,), flat in released_adapters(run, list(chunk.values()), ready.adapted, size=1):
+            [measures] = ready.examination.measures(flat, [rows[result.user_id]], [1.0])
+            chunk[result.user_id] = replace(result, measures=measures)
+        results += chunk.values()
+        counter(users.stop)
+        ready.examination.forget_users()
+    return results
+
+
+def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = silent) -> Recertified:
+    """Tests every released adapter by the gate of new documents, and revokes adapters that may not stay as they are.
+
+    All of it, each test on certify probes too, is recorded in the audit trail; nothing else of the run changes. The
+    gate is that of a new run: same alphas, same levels, on the adapter as it was trained. An adapter may stay where
+    that gate tested its alpha and passed it. No test is charged: an adapter that was chosen by the old documents is
+    tested by other hypotheses, once, and nothing is chosen among the answers. Training failed users again is a choice,
+    and is paid for with `gate.runs`.
+
+    Raises InputError where the run is not finished or released no adapter, an adapter does not match its manifest, the
+    base is another one or does not pass the new documents itself, or these cannot be used.
+    """
+    released, config = released_results(run, "tested again"), read_run_config(run)
+    faults = [(result.path, fault) for result in released for fault in undated_faults(run / str(result.path), result)]
+    if faults:
+        raise InputError([Problem(f"{run}/{path}", None, None, fault) for path, fault in faults])
     policy, base = Policy.read(documents), load_base(config.base)
     RunDir(run).check_same({"base": base.weights_hash})
     adapted = AdaptedModel(base, config.lora)
     try:
-        examination = _examination(adapted, policy, config, users=len(RunResults(run)))
-        examination.check_base()
-        fixed = policy.max_changed is not None
-        called_back, spans, users = revoked(run), list(adapted.spans.values()), list[Retested]()
-        for start in range(0, len(released), _RECERTIFY_COHORT):
-            cohort = released[start : start + _RECERTIFY_COHORT]
-            say(f"testing {start + 1} to {start + len(cohort)} of {len(released)} users")
-            flat = torch.stack([read_adapter(run / str(one.path), spans, one.alpha) for one in cohort]).to(base.device)
-            verdicts = examination.verdicts(flat)
-            pairs = list(zip(cohort, verdicts, strict=True))
-            integrity.append_all(run, [retested(one.user_id, verdict, policy.hash) for one, verdict in pairs])
+        evaluator = _recertifying(adapted, policy, config, users=len(RunResults(run)))
+        evaluator.check_base()
+        fixed, revocations, users = policy.max_changed is not None, revoked(run), list[Retested]()
+        counter = UserCounter("testing", len(released), on_progress)
+        for cohort, flat in released_adapters(run, released, adapted, as_trained=True):
+            counter(len(users), _cohort_line("testing", len(users), len(cohort), len(released)))
+            pairs = list(zip(cohort, evaluator.verdicts(flat), strict=True))
+            integrity.append_all(run, [retested(result.user_id, verdict, policy.hash) for result, verdict in pairs])
             users += [
-                Retested(one.user_id, one.slug, one.alpha, verdict, fixed, one.manifest_sha256 in called_back)
-                for one, verdict in pairs
+                Retested(
+                    result.user_id, result.slug, result.alpha, verdict, fixed, result.manifest_sha256 in revocations
+                )
+                for result, verdict in pairs
             ]
     finally:
         adapted.close()
     failed = {user.user_id for user in users if not user.passes}
-    reason = f"it does not pass policy {policy.hash[:16]} ({_named(policy)})"
-    revoke(run, [one for one in released if one.user_id in failed], reason)
-    looks = sum(len(user.verdict.looks) for user in users)
-    head = integrity.append_all(run, [recertified(policy, len(users), len(users) - len(failed), looks)])
+    reason = f"it does not pass policy {policy.hash[:16]} ({_documents(policy)})"
+    revoke(run, [result for result in released if result.user_id in failed], reason)
+    tests = sum(len(user.verdict.looks) for user in users)
+    head = integrity.append_all(run, [recertified(policy, len(users), len(users) - len(failed), tests)])
     write_run_manifest(run, only=integrity.AUDIT)
     return Recertified(policy.hash, users, head)
 
 
-def _released_for_recertification(run: Path) -> list[Result]:
-    """The released users of a finished run, whose adapters are what their papers say."""
-    results = RunResults(run)
-    if not (run / RUN_MANIFEST).is_file():
-        raise _not_so(run, "this run is not finished; go on with it (train has --resume) before it is tested again")
-    released = [result for result in results if result.path is not None]
-    if not released:
-        raise _not_so(run, "this run released no adapter, so there is nothing to test again; its report says why")
-    faults = [(one.path, fault) for one in released for fault in undated_faults(run / str(one.path), one)]
-    if faults:
-        raise InputError([Problem(f"{run}/{path}", None, None, fault) for path, fault in faults])
-    return released
+def _cohort_line(act: str, done: int, cohort: int, users: int) -> str:
+    return f"{act} {done + 1} to {done + cohort} of {users} users"
 
 
-def _not_so(run: Path, sentence: str) -> InputError:
-    return InputError([Problem(str(run), None, None, sentence)])
-
-
-def _examination(adapted: AdaptedModel, policy: Policy, config: Config, users: int) -> Evaluator:
-    """The gate of the run under other documents; on, even where the run had switched it off."""
+def _recertifying(adapted: AdaptedModel, policy: Policy, config: Config, users: int) -> Evaluator:
+    """The run's evaluator under other documents; its gate is on even where the run had switched it off."""
     gate = config.gate.model_copy(update={"enabled": True})
     second = None if gate.classifier is None else load_classifier(gate.classifier, adapted.base.device)
     return Evaluator(
@@ -122,25 +173,18 @@ def _examination(adapted: AdaptedModel, policy: Policy, config: Config, users: i
     )
 
 
-def _named(policy: Policy) -> str:
-    """The documents of tiers one and two, as a reason names them."""
+def _documents(policy: Policy) -> str:
+    """The documents of tiers one and two, as the reason of a revocation names them."""
     return "; ".join(f"tier {d.tier}: {d.issuer}, version {d.version}" for d in policy.documents if d.tier < 3)
 
 
-# ----------------------------------------------------------------------------------------------------
-# `evaluate RUN --redteam`: the released adapters of a finished run in, RUN/redteam.json out.
-# ----------------------------------------------------------------------------------------------------
-
-_REDTEAM_COHORT = 32  # users attacked together
-
-
-def red_team(run: Path, overrides: Sequence[str], say: Callable[[str], None]) -> tuple[RedTeamResult, Path]:
+def red_team(run: Path, overrides: Sequence[str], on_progress: OnProgress = silent) -> tuple[RedTeamResult, Path]:
     """Attacks every released adapter, and the means of some pairs, and writes RUN/redteam.json, sealed with the run.
 
     `overrides` change the section `redteam` of the run's config. Raises InputError where the run is not finished or
-    released nobody, its policy or base is no longer the same, or an adapter cannot be read.
+    released no adapter, its policy or base is no longer the same, or an adapter cannot be read.
     """
-    released, config = _released_for_redteam(run), _settings(run, overrides)
+    released, config = released_results(run, "attacked"), _redteam_config(run, overrides)
     policy, base = Policy.read(config.policy.documents), load_base(config.base)
     RunDir(run).check_same({"policy": policy.hash, "base": base.weights_hash})
     probes = probes_of(run, policy)
@@ -148,48 +192,36 @@ def red_team(run: Path, overrides: Sequence[str], say: Callable[[str], None]) ->
     try:
         team = RedTeam(adapted, probes, is_refusal, config.redteam, config.gate.max_new_tokens, config.seed)
         spans, users = list(adapted.spans.values()), list[Attacked]()
-        for start in range(0, len(released), _REDTEAM_COHORT):
-            cohort = released[start : start + _REDTEAM_COHORT]
-            say(f"attacking {start + 1} to {start + len(cohort)} of {len(released)} users")
-            flat = torch.stack([_adapter(run, result, spans) for result in cohort]).to(base.device)
-            for result, outcomes in zip(cohort, team.attack(flat), strict=True):
-                users.append(Attacked(result.user_id, result.slug, result.alpha, result.manifest_sha256, outcomes))
+        counter = UserCounter("attacking", len(released), on_progress)
+        for cohort, flat in released_adapters(run, released, adapted):
+            counter(len(users), _cohort_line("attacking", len(users), len(cohort), len(released)))
+            users += [
+                Attacked(result.user_id, result.slug, result.alpha, result.manifest_sha256, outcomes)
+                for result, outcomes in zip(cohort, team.attack(flat), strict=True)
+            ]
     finally:
         adapted.close()
-    found = RedTeamResult(users, [], dict(team.left_out))
+    attacked = RedTeamResult(users, [], dict(team.left_out))
     if "merged" in config.redteam.attacks:
         numbers = pairs_of(len(released), MERGED_PAIRS, config.seed)
-        say(f"merging {len(numbers)} pairs of users")
+        on_progress(ProgressEvent("attacking", f"merging {len(numbers)} pairs of users"))
         pairs = [(released[one], released[other]) for one, other in numbers]
-        found.merged.extend(_merged(run, config, base, probes, spans, pairs))
-        if not found.merged:
-            found.left_out["merged"] = "it takes two released users, and plain requests that can be asked"
-    papers: dict[str, Any] = {
+        attacked.merged.extend(_merged(run, config, base, probes, spans, pairs))
+        if not attacked.merged:
+            attacked.left_out["merged"] = "it takes two released users, and plain requests that can be asked"
+    subject: dict[str, Any] = {
         "base": {"name": Path(base.name).name, "weights_sha256": base.weights_hash},
         "policy": {"hash": policy.hash, "tier_one_hash": policy.tier_one_hash},
         "seed": config.seed,
         "settings": config.redteam.model_dump(mode="json"),
     }
-    file = write_redteam(run, content_of(found, papers))
+    file = write_redteam(run, content_of(attacked, subject))
     write_report(run)
-    return found, file
+    return attacked, file
 
 
-def _released_for_redteam(run: Path) -> list[Result]:
-    """The released users of a finished run. Raises InputError where it is not finished, or released nobody."""
-    results = RunResults(run)
-    if not (run / RUN_MANIFEST).is_file():
-        sentence = "this run is not finished; go on with it (train has --resume) before it is attacked"
-        raise InputError([Problem(str(run), None, "--redteam", sentence)])
-    released = [result for result in results if result.path is not None]
-    if not released:
-        sentence = "this run released no adapter, so there is nothing to attack; its report says why"
-        raise InputError([Problem(str(run), None, "--redteam", sentence)])
-    return released
-
-
-def _settings(run: Path, overrides: Sequence[str]) -> Config:
-    """The config of a run; only what turns the red team can be changed. Raises InputError for anything else."""
+def _redteam_config(run: Path, overrides: Sequence[str]) -> Config:
+    """The run's config with changes of the section `redteam`. Raises InputError for a change of another section."""
     foreign = [override for override in overrides if not override.startswith("redteam.")]
     if foreign:
         sentence = "only redteam.* can be changed here: the adapters are trained and judged already"
@@ -225,28 +257,20 @@ def _merged(
     spans: Sequence[LayerSpan],
     pairs: Sequence[tuple[Result, Result]],
 ) -> list[MergedPair]:
-    """The plain requests, asked of the mean of two users' adapters, which has twice their rank."""
+    """The plain attack on the mean of two users' adapters, which has twice their rank."""
     adapted = AdaptedModel(base, widened(config.lora))
     try:
         settings = config.redteam.model_copy(update={"attacks": ["plain"]})
         team = RedTeam(adapted, probes, is_refusal, settings, config.gate.max_new_tokens, config.seed)
-        found: list[MergedPair] = []
-        for start in range(0, len(pairs) if team.prompts else 0, _REDTEAM_COHORT):
-            cohort = pairs[start : start + _REDTEAM_COHORT]
-            both = [(_adapter(run, one, spans), _adapter(run, other, spans)) for one, other in cohort]
-            flat = torch.stack([mean_adapter(one, other, spans) for one, other in both]).to(base.device)
-            for (one, other), outcomes in zip(cohort, team.attack(flat), strict=True):
-                found.append(MergedPair((one.user_id, other.user_id), outcomes["plain"]))
-        return found
+        merged: list[MergedPair] = []
+        for start in range(0, len(pairs) if team.prompts else 0, _COHORT):
+            cohort = pairs[start : start + _COHORT]
+            means = [
+                mean_adapter(_adapter(run, one, spans), _adapter(run, other, spans), spans) for one, other in cohort
+            ]
+            outcomes = team.attack(torch.stack(means).to(base.device))
+            for (one, other), outcome in zip(cohort, outcomes, strict=True):
+                merged.append(MergedPair((one.user_id, other.user_id), outcome["plain"]))
+        return merged
     finally:
         adapted.close()
-
-
-def _adapter(run: Path, result: Result, spans: Sequence[LayerSpan]) -> Float[Tensor, " params"]:
-    """A released adapter, as it lies in its folder."""
-    assert result.path is not None
-    try:
-        return read_adapter(run / result.path, spans)
-    except (OSError, KeyError, SafetensorError) as fault:
-        sentence = f"this adapter cannot be read ({fault}); `persona-rlhf verify {run}` says more"
-        raise InputError([Problem(str(run / result.path), None, None, sentence)]) from fault

@@ -1,4 +1,4 @@
-"""The end of the line: users are judged and measured together, and such of their adapters as may leave are written."""
+"""Release of a cohort: users are judged and measured together, and the adapters that pass the gate are written."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ from persona_rlhf.training.engine import TrainedUser
 
 _WRITERS = 8
 _FEW = 1_000  # users whose folders lie side by side; those of more lie in subfolders by hash
-_ON_PAPER = {"seed", "screening", "lora", "dpo", "constraint", "gate", "release"}  # sections that a manifest repeats
+_IN_MANIFEST = {"seed", "screening", "lora", "dpo", "constraint", "gate", "release"}  # sections that a manifest repeats
 
 
 class JudgedUser(NamedTuple):
-    """A user of whom all is decided: the adapter that was judged (on the CPU), what the gate says of it and what was
-    measured; None where training or judging failed. `retreat` is how far it went back (see `Retreat`)."""
+    """A judged user: the adapter (on the CPU), its verdict and its measures; None where training or judging failed.
+
+    `retreat` is the share of the way that the adapter was interpolated to the warm start (`WarmStartInterpolation`).
+    """
 
     trained: TrainedUser
     adapter: Float[Tensor, " params"] | None = None
@@ -43,13 +45,13 @@ class JudgedUser(NamedTuple):
 
 
 class Cohort(NamedTuple):
-    """Users who were judged together, with all that writing their adapters takes: the base may compute meanwhile."""
+    """Users judged together, with everything needed to write their adapters while the base computes on."""
 
     users: list[JudgedUser]
     chunk: Chunk
     exporter: Exporter
     tier_one: frozenset[str]
-    trail: Path
+    audit_run: Path
 
 
 def release(
@@ -57,11 +59,11 @@ def release(
     run: Path,
     chunk: Chunk,
     users: Sequence[TrainedUser],
-    retreat: WarmStartInterpolation | None = None,
-    trail: Path | None = None,
+    interpolation: WarmStartInterpolation | None = None,
+    audit_run: Path | None = None,
 ) -> list[Result]:
-    """Judges users, and writes the adapters that may leave: `judge` and `write`, one after the other."""
-    return write(judge(ready, run, chunk, users, retreat, trail))
+    """Judges users and writes the adapters that pass: `judge` and `write`, one after the other."""
+    return write(judge(ready, run, chunk, users, interpolation, audit_run))
 
 
 def judge(
@@ -69,39 +71,37 @@ def judge(
     run: Path,
     chunk: Chunk,
     users: Sequence[TrainedUser],
-    retreat: WarmStartInterpolation | None = None,
-    trail: Path | None = None,
+    interpolation: WarmStartInterpolation | None = None,
+    audit_run: Path | None = None,
 ) -> Cohort:
     """Judges users together, and measures them at the alpha that the gate allows.
 
-    Where users begin as the provider's adapter, those who have strayed too far from it go back first (`retreat`).
-    Every verdict, and what became of everybody, goes into the audit trail of `run`, or of another run that is to have
-    these users (`trail`).
+    With a warm start, adapters that miss a requirement are first interpolated toward it. Every verdict is recorded in
+    the audit trail of `run`, or of `audit_run`, the run to which the users are added.
 
-    Where that raises, each user is judged alone, and one who raises again has failed; where all do, it is not theirs.
+    On an exception each user is judged alone, and fails on a second one; raises where all users fail.
     """
-    trail = trail or run
+    audit_run = audit_run or run
     try:
-        found = _judged(ready, chunk, users, retreat)
+        judged_users = _judged(ready, chunk, users, interpolation)
     except (InputError, OSError):
         raise
     except Exception:
-        found = _judged_alone(ready, chunk, users, retreat)
+        judged_users = _judged_alone(ready, chunk, users, interpolation)
     config, base = ready.config, ready.adapted.base
     info = BaseInfo.of(base.name, base.weights_hash, config.base.quantization)
-    papers = Provenance.of(info, ready.policy, ready.examination.demands, on_paper(config))
-    verdicts = [(own.trained.user_id, own.verdict) for own in found if own.verdict is not None]
-    head = integrity.append_all(trail, [judged(user_id, verdict) for user_id, verdict in verdicts])
+    provenance = Provenance.of(info, ready.policy, ready.examination.demands, manifest_settings(config))
+    verdicts = [(user.trained.user_id, user.verdict) for user in judged_users if user.verdict is not None]
+    head = integrity.append_all(audit_run, [judged(user_id, verdict) for user_id, verdict in verdicts])
     stamp, nested = Stamp(head, last_day(config.gate.valid_days)), ready.pairs.users > _FEW
-    exporter = Exporter(run, AdapterFiles(ready.adapted, config.lora, info), papers, nested, stamp, ready.sign)
-    return Cohort(found, chunk, exporter, ready.examination.demands.in_pool, trail)
+    exporter = Exporter(run, AdapterFiles(ready.adapted, config.lora, info), provenance, nested, stamp, ready.sign)
+    return Cohort(judged_users, chunk, exporter, ready.examination.demands.in_pool, audit_run)
 
 
 def write(cohort: Cohort) -> list[Result]:
-    """Writes the adapters that may leave, and says of everybody what became of him.
+    """Writes the adapters that passed the gate; the results of all users of the cohort.
 
-    A user whose adapter cannot be written has failed; where all are such, it is not theirs. Raises OSError where the
-    disk does not take them.
+    A user whose adapter cannot be written fails; raises where that holds for all of them, and OSError for a full disk.
     """
     rows = {user.user_id: user for user in cohort.chunk.rows}
     faults: list[Exception] = []
@@ -125,52 +125,51 @@ def write(cohort: Cohort) -> list[Result]:
         results = list(writers.map(written, cohort.users))
     if len(faults) == len(cohort.users) > 1:
         raise faults[0]
-    integrity.append_all(cohort.trail, map(ended, results))
+    integrity.append_all(cohort.audit_run, map(ended, results))
     return results
 
 
 def _judged(
-    ready: Prepared, chunk: Chunk, users: Sequence[TrainedUser], retreat: WarmStartInterpolation | None
+    ready: Prepared, chunk: Chunk, users: Sequence[TrainedUser], interpolation: WarmStartInterpolation | None
 ) -> list[JudgedUser]:
     rows = {user.user_id: user for user in chunk.rows}
-    sound = [(user, user.adapter) for user in users if user.adapter is not None]
-    if not sound:
+    trained = [(user, user.adapter) for user in users if user.adapter is not None]
+    if not trained:
         return [JudgedUser(user) for user in users]
-    flat, shares = torch.stack([adapter for _, adapter in sound]).to(ready.adapted.base.device), [0.0] * len(sound)
-    if retreat is not None:
-        flat, shares = retreat(flat)
+    flat, shares = torch.stack([adapter for _, adapter in trained]).to(ready.adapted.base.device), [0.0] * len(trained)
+    if interpolation is not None:
+        flat, shares = interpolation(flat)
     verdicts = ready.examination.verdicts(flat)
     alphas = [verdict.alpha for verdict in verdicts]
-    measures = ready.examination.measures(flat, [rows[user.user_id] for user, _ in sound], alphas)
-    columns = zip((user for user, _ in sound), flat.cpu(), verdicts, measures, shares, strict=True)
-    known = {own.trained.user_id: own for own in map(JudgedUser._make, columns)}
-    return [known.get(user.user_id) or JudgedUser(user) for user in users]
+    measures = ready.examination.measures(flat, [rows[user.user_id] for user, _ in trained], alphas)
+    columns = zip((user for user, _ in trained), flat.cpu(), verdicts, measures, shares, strict=True)
+    by_user = {user.trained.user_id: user for user in map(JudgedUser._make, columns)}
+    return [by_user.get(user.user_id) or JudgedUser(user) for user in users]
 
 
 def _judged_alone(
-    ready: Prepared, chunk: Chunk, users: Sequence[TrainedUser], retreat: WarmStartInterpolation | None
+    ready: Prepared, chunk: Chunk, users: Sequence[TrainedUser], interpolation: WarmStartInterpolation | None
 ) -> list[JudgedUser]:
-    """Each user by himself; raises what the last one raised where all do."""
-    found = list[JudgedUser]()
+    """Each user judged alone; raises the exception of the last user where all fail."""
+    judged_users = list[JudgedUser]()
     for user in users:
         try:
-            found += _judged(ready, chunk, [user], retreat)
+            judged_users += _judged(ready, chunk, [user], interpolation)
         except Exception as fault:
-            found.append(_failed(user, "judged", fault))
-            if user is users[-1] and len(users) > 1 and all(own.trained.status == "failed" for own in found):
+            judged_users.append(_failed(user, "judged", fault))
+            if user is users[-1] and len(users) > 1 and all(one.trained.status == "failed" for one in judged_users):
                 raise
-    return found
+    return judged_users
 
 
-def _failed(user: TrainedUser, what: str, fault: Exception) -> JudgedUser:
-    reason = f"could not be {what} ({type(fault).__name__}: {fault})"
+def _failed(user: TrainedUser, step: str, fault: Exception) -> JudgedUser:
+    reason = f"could not be {step} ({type(fault).__name__}: {fault})"
     return JudgedUser(user._replace(adapter=None, status="failed", reason=reason))
 
 
-def on_paper(config: Config) -> dict[str, Any]:
-    """The settings that a manifest repeats; of files and local models the names, for the way to them is nobody's
-    business."""
-    settings = config.model_dump(mode="json", include=_ON_PAPER)
+def manifest_settings(config: Config) -> dict[str, Any]:
+    """The settings that a manifest repeats; files and local models by name, without their paths."""
+    settings = config.model_dump(mode="json", include=_IN_MANIFEST)
     del settings["release"]["signing_key"]
     settings["aligned_by"] = config.base.aligned_by
     for section, classifier in (("gate", config.gate.classifier), ("screening", config.screening.classifier)):

@@ -6,7 +6,9 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_path, atomic_write
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.retired import RETIRED
+from persona_rlhf.data.erasure import DataSubject, Trace, row_traces
 from persona_rlhf.data.screening import Dropped, screening_rows
 from persona_rlhf.data.store import PairStore, UserSelection, fingerprint_of
 from persona_rlhf.pipeline.distributed import WorkShare
@@ -23,76 +26,49 @@ from persona_rlhf.release.deletion_records import FORGOTTEN, forgotten
 from persona_rlhf.release.integrity import RUN_MANIFEST, beginning
 from persona_rlhf.release.signing import keep_documents
 
-# ----------------------------------------------------------------------------------------------------
-# A run takes the place of another: two renames, and a mark from which they are finished if a kill comes between.
-# ----------------------------------------------------------------------------------------------------
-
-_MARK = Path("state") / "replaced.json"
-
-
-def before(run: Path) -> Path:
-    """Where a run goes whose place another one takes."""
-    return run.with_name(f"{run.name}.before")
-
-
-def check_replacement(run: Path, by: Path) -> None:
-    """Raises InputError where a run could not take the place of another by renaming both."""
-    if by.resolve().parent != run.resolve().parent:
-        sentence = f"only a run beside {run} can take its place; name a folder in {run.parent} with --run"
-        raise InputError([Problem(str(by), None, "--replace", sentence)])
-    if before(run).exists():
-        sentence = "an older run was put there already; move it away first"
-        raise InputError([Problem(str(before(run)), None, "--replace", sentence)])
-
-
-def replace_run(run: Path, by: Path) -> None:
-    """Puts a run away and another in its place: from the mark on, `finish_replacement` does it at any later start."""
-    check_replacement(run, by)
-    atomic_write(run / _MARK, json.dumps({"by": by.name}).encode())
-    finish_replacement(run)
-
-
-def finish_replacement(run: Path) -> bool:
-    """Puts a run away that is marked, and the other in its place; whether there was anything to do."""
-    old = run if (run / _MARK).is_file() else before(run)
-    if not (old / _MARK).is_file():
-        return False
-    by = run.with_name(json.loads((old / _MARK).read_bytes())["by"])
-    if old == run:
-        run.rename(before(run))
-    if by.exists() and not run.exists():
-        by.rename(run)
-    (before(run) / _MARK).unlink()
-    return True
-
-
-# ----------------------------------------------------------------------------------------------------
-# The folder of one run: what it was asked, where its state lies, and whether a resumed run is still the same one.
-# ----------------------------------------------------------------------------------------------------
-
 _CHUNK = "users per chunk"
 PAIRS = "preference pairs"
 SOURCES = "sources.json"
-_SEEDS = (FORGOTTEN, SOURCES)  # what may lie in the folder of a run before it begins
-_PARTS = ("results.jsonl", "screening.jsonl")  # of a chunk; they are joined for the run
+_ALLOWED_BEFORE = (FORGOTTEN, SOURCES)  # files that may lie in the folder of a run before it begins
+_END_USER_RULES = ("preferences", "not_in_force")  # of policy.json
+_CHUNK_RESULTS = ("results.jsonl", "screening.jsonl")  # of a chunk; joined for the run
 
 
 class RunDir:
-    """Paths of a run, and its identity: what must not change between a kill and `--resume`, or between its shards."""
+    """Paths of a run, and its identity: the facts that must not change between a kill and `--resume`, or between
+    its shards.
 
-    def __init__(self, path: Path, share: WorkShare | None = None, trail: Path | None = None) -> None:
+    `audit_run` is the run whose audit trail records this one; it differs for users in training for another run.
+    """
+
+    def __init__(self, path: Path, share: WorkShare | None = None, audit_run: Path | None = None) -> None:
         self.path, self.share = path, share or WorkShare()
-        self.trail = trail or path  # the run whose audit trail tells of this one, which may be a part of it
+        self.audit_run = audit_run or path
         self.state = path / "state"
         self.metrics = path / "metrics.jsonl"
         self.bank, self.reference = self.state / "bank.json", self.state / "reference.safetensors"
         self.users = self.state / "users.jsonl"
-        self.adding = self.state / "adding"  # a run inside, of users who are to be added
-        self.joining = self.adding / "joining.json"  # they are trained, and on their way
+        self.addition = self.state / "adding"  # a run of its own, of users to be added
+        self.addition_trained = self.addition / "joining.json"
         self.start = self.state / "start.safetensors"
         self._identity, self._ready = self.state / "identity.json", self.state / "ready"
         if self.share.workers > 1:
             self.metrics = self.state / f"metrics-{self.share.name}.jsonl"
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, path: Path, share: WorkShare | None = None, resume: bool = False, audit_run: Path | None = None
+    ) -> Iterator[RunDir]:
+        """The folder of a run for a training process; a clean exit clears the chunks of a finished run.
+
+        Raises InputError for a folder that `check_place` refuses.
+        """
+        run_dir = cls(path, share, audit_run)
+        run_dir.check_place(resume)
+        yield run_dir
+        if run_dir.finished:
+            shutil.rmtree(run_dir.state / "chunks", ignore_errors=True)
 
     @property
     def begun(self) -> bool:
@@ -104,54 +80,60 @@ class RunDir:
         """Whether the run is whole and sealed."""
         return (self.path / RUN_MANIFEST).is_file()
 
+    def need_finished(self, before: str) -> None:
+        """Raises InputError for a run that is not finished; `before` names the act that needs it."""
+        if not self.finished:
+            sentence = f"this run is not finished; go on with it (train has --resume) before {before}"
+            raise InputError([Problem(str(self.path), None, None, sentence)])
+
     @property
     def sources(self) -> list[str]:
-        """Where the pairs of users lie who were added since, in the order in which they came."""
+        """Paths of the pairs of users added since, in the order in which they came."""
         file = self.path / SOURCES
         return list(json.loads(file.read_bytes())) if file.exists() else []
 
     @property
-    def roll(self) -> UserSelection:
-        """Whose pairs the run uses: its users in their order, those who asked to be forgotten, and later sources."""
+    def selection(self) -> UserSelection:
+        """The users of the run in their order, the forgotten users, and later sources."""
         lines = self.users.read_text(encoding="utf-8").splitlines() if self.users.exists() else []
         try:
-            known = [None if user is None else (str(user[0]), str(user[1])) for user in map(json.loads, lines)]
+            users = [None if user is None else (str(user[0]), str(user[1])) for user in map(json.loads, lines)]
         except (ValueError, LookupError, TypeError) as fault:
             sentence = f"the users of this run cannot be read ({fault}); start a new run with --run"
             raise InputError([Problem(str(self.users), None, None, sentence)]) from fault
-        return UserSelection(tuple(known), forgotten(self.path), tuple(self.sources))
+        return UserSelection(tuple(users), forgotten(self.path), tuple(self.sources))
 
     def add_source(self, source: str) -> None:
-        """Reads a file after all others from now on."""
-        sources = [*(known for known in self.sources if known != source), source]
+        """Makes a file the last source of pairs."""
+        sources = [*(other for other in self.sources if other != source), source]
         self.write(self.path / SOURCES, json.dumps(sources, indent=2) + "\n")
 
     def begin_with(self, other: RunDir) -> None:
-        """Before it begins, a run takes over from another where its pairs lie, and who asked to be forgotten."""
+        """Copies the sources of pairs and the list of forgotten users from another run, before this one begins."""
         for file in (other.path / SOURCES, *(other.path / FORGOTTEN).glob("*.json")):
             if file.exists():
                 place = self.path / file.relative_to(other.path)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 self.write(place, file.read_text(encoding="utf-8"))
 
-    def change_users(self, known: Sequence[tuple[str, str] | None]) -> None:
-        """Writes down other users than the run began with, by their numbers: it is theirs from now on."""
-        self.write(self._identity, _rendered(self._read_identity() | {PAIRS: fingerprint_of(known)}))
-        self.write(self.users, _lines(known))
+    def change_users(self, users: Sequence[tuple[str, str] | None]) -> None:
+        """Replaces the users of the run, by their numbers."""
+        self.write(self._identity, _rendered(self._read_identity() | {PAIRS: fingerprint_of(users)}))
+        self.write(self.users, _lines(users))
 
-    def begin_as(self, other: RunDir, known: Sequence[tuple[str, str] | None], chunk: int) -> None:
-        """Begins a run that is asked the same as another one, of other users; what all share is taken from that."""
+    def begin_as(self, other: RunDir, users: Sequence[tuple[str, str] | None], chunk: int) -> None:
+        """Begins a run of other users under the identity of another run, with its shared state copied."""
         self.state.mkdir(parents=True, exist_ok=True)
         for shared, place in ((other.bank, self.bank), (other.start, self.start)):
             if shared.exists():
                 shutil.copyfile(shared, place)
-        own = {PAIRS: fingerprint_of(known), _CHUNK: str(chunk)}
-        self.write(self._identity, _rendered(other._read_identity() | own))
+        changed = {PAIRS: fingerprint_of(users), _CHUNK: str(chunk)}
+        self.write(self._identity, _rendered(other._read_identity() | changed))
 
     def check_place(self, resume: bool) -> None:
-        """Raises InputError where a new run would overwrite something, or there is no run to go on with.
+        """Raises InputError where a new run would overwrite something, or there is no run to resume.
 
-        A shard goes on with what the others began; so does any but the first process of a host.
+        A shard resumes a run that another shard began; so does every process of a host but the first.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError([Problem(str(self.path), None, None, "this is a file; --run names a folder")])
@@ -159,7 +141,7 @@ class RunDir:
             return
         if resume and not self.begun:
             raise InputError([Problem(str(self.path), None, "--resume", "there is no run here to go on with")])
-        if not resume and self.path.is_dir() and any(entry.name not in _SEEDS for entry in self.path.iterdir()):
+        if not resume and self.path.is_dir() and any(file.name not in _ALLOWED_BEFORE for file in self.path.iterdir()):
             sentence = "this run folder is not empty; give --resume to go on with it, or --run another folder"
             raise InputError([Problem(str(self.path), None, None, sentence)])
 
@@ -176,7 +158,7 @@ class RunDir:
             raise InputError([Problem(str(self.path), None, "--resume", sentence)])
 
     def begin(self, config: Config, policy: Policy, pairs: PairStore, identity: Mapping[str, str], chunk: int) -> None:
-        """Writes what was asked: the identity early, so that a kill leaves what `--resume` takes up; then the rest."""
+        """Writes identity, users, config and policy; the identity comes first, so that `--resume` works from then."""
         self.state.mkdir(parents=True, exist_ok=True)
         if not self.begun:
             self.write(self._identity, _rendered({**identity, _CHUNK: str(chunk)}))
@@ -186,29 +168,29 @@ class RunDir:
         self.write(self.path / "policy.json", json.dumps(policy.to_json(), indent=2, ensure_ascii=False) + "\n")
         if self.share.rank == 0:
             keep_documents(self.path, policy.documents)
-            integrity.append_all(self.trail, beginning(self.trail, policy, identity, self.share.name))
+            integrity.append_all(self.audit_run, beginning(self.audit_run, policy, identity, self.share.name))
 
     def set_ready(self) -> None:
-        """What all processes share is on disk."""
+        """Marks the state shared by all processes as written."""
         self._ready.touch()
 
     def wait_until_ready(self) -> None:
-        """Waits for the first process of this host to have checked everything; if it fails, it is its to say so."""
+        """Waits until the first process of this host has checked everything; it reports a failure itself."""
         while not (self.begun and self._ready.exists()):
             time.sleep(0.1)
 
     @property
     def base_hash(self) -> str:
-        """sha256 of the weights of the base that the run is on."""
+        """sha256 of the weights of the run's base."""
         return self._read_identity()["base"]
 
     @property
     def chunk_size(self) -> int:
-        """Users of a chunk, as the run began with; not what another number of processes would choose."""
+        """Users of a chunk, as the run began; another number of processes does not change it."""
         return int(self._read_identity()[_CHUNK])
 
     def chunk(self, number: int) -> Path:
-        """The folder of a chunk: its checkpoints while it is trained, then its part of what the run writes."""
+        """The folder of a chunk: its checkpoints while it is trained, then its part of the run's results."""
         return self.state / "chunks" / f"{number:06d}"
 
     def is_done(self, number: int) -> bool:
@@ -216,29 +198,25 @@ class RunDir:
         return (self.chunk(number) / "done").exists()
 
     def finish(self, number: int, dropped: Sequence[Dropped]) -> None:
-        """Marks a chunk as done and clears its working matter away, so that it does not add up."""
+        """Marks a chunk as done and removes its working files."""
         folder = self.chunk(number)
         self.write(folder / "screening.jsonl", "".join(json.dumps(row) + "\n" for row in screening_rows(dropped)))
         (folder / "done").touch()
-        for left in folder.iterdir():
-            if left.is_dir():
-                shutil.rmtree(left)
-            elif left.name not in (*_PARTS, "done"):
-                left.unlink()
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name not in (*_CHUNK_RESULTS, "done"):
+                entry.unlink()
 
     def wait_for(self, chunks: Iterable[int]) -> None:
-        """Waits until all these chunks are done by other processes."""
+        """Waits until other processes have done these chunks."""
         for number in chunks:
             while not self.is_done(number):
                 time.sleep(0.2)
 
-    def clear(self) -> None:
-        """A finished run needs its chunks no more: what they wrote is joined and sealed."""
-        shutil.rmtree(self.state / "chunks", ignore_errors=True)
-
     def join(self, chunks: int) -> None:
-        """Puts the parts of all chunks together: RUN/results.jsonl, screening.jsonl and metrics.jsonl."""
-        for name in _PARTS:
+        """Joins the results of all chunks: RUN/results.jsonl, screening.jsonl and metrics.jsonl."""
+        for name in _CHUNK_RESULTS:
             self._join(self.path / name, [self.chunk(number) / name for number in range(chunks)])
         metrics = sorted(self.state.glob("metrics-*.jsonl"))
         if metrics:
@@ -248,7 +226,7 @@ class RunDir:
                 part.unlink()
 
     def write(self, file: Path, text: str) -> None:
-        """Writes a small file whole or not at all, whoever else writes the same."""
+        """Writes a small file whole or not at all, while other processes may write the same one."""
         atomic_write(file, text.encode("utf-8", "surrogatepass"), writer=self.share.name)
 
     def _join(self, whole: Path, parts: Sequence[Path]) -> None:
@@ -259,27 +237,76 @@ class RunDir:
 
     def _read_identity(self) -> dict[str, str]:
         try:
-            found: dict[str, str] = json.loads(self._identity.read_text())
-            int(found[_CHUNK])
+            identity: dict[str, str] = json.loads(self._identity.read_text())
+            int(identity[_CHUNK])
         except (OSError, ValueError, KeyError, TypeError) as fault:
             sentence = f"the state of this run cannot be read ({fault}); start a new run with --run"
             raise InputError([Problem(str(self._identity), None, "--resume", sentence)]) from fault
-        return found
+        return identity
+
+
+def number_of(users: Sequence[tuple[str, str] | None], user: DataSubject) -> int | None:
+    """The number of a user among those of a run; None for a user who is not there."""
+    return next((number for number, line in enumerate(users) if line is not None and line[0] == user.pseudonym), None)
+
+
+def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+    """The user's screened pairs, tier-three rules and index line, which goes last; the user's number stays free.
+
+    Before the index line, the log-probabilities of the user's chunk go, if it is in training: they are computed again.
+    """
+    yield from row_traces([run / "screening.jsonl", *sorted(run.glob("state/chunks/*/screening.jsonl"))], user)
+    for file in (run / "policy.json", *sorted((run / "state").rglob("policy.json"))):
+        policy = json.loads(file.read_bytes()) if file.is_file() else {}
+        if rules := [rule for key in _END_USER_RULES for rule in policy.get(key, ()) if user(rule["user_id"])]:
+            yield Trace(file, "tier-three rules of the policy", len(rules), partial(_erase_rules, file, policy, rules))
+    run_dir = RunDir(run)
+    users = run_dir.selection.known
+    if (number := number_of(users, user)) is not None:
+        values = run_dir.chunk(number // run_dir.chunk_size) / run_dir.reference.name
+        if values.exists():
+            yield Trace(values, "the base's log-probabilities of a chunk, all", 1, values.unlink)
+        others = [*users[:number], None, *users[number + 1 :]]
+        yield Trace(run_dir.users, "index line", 1, partial(run_dir.change_users, others))
+
+
+def _erase_rules(file: Path, policy: dict[str, Any], rules: list[dict[str, Any]]) -> None:
+    """Writes policy.json without a user's rules and their document; its hash stays that of the run's verdicts."""
+    documents = {rule["document"] for rule in rules}
+    kept = {
+        **{key: [rule for rule in policy[key] if rule not in rules] for key in _END_USER_RULES if key in policy},
+        "documents": [document for document in policy["documents"] if document["path"] not in documents],
+    }
+    atomic_write(file, (json.dumps(policy | kept, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def identity_of(config: Config, policy: Policy, pairs: PairStore, weights_hash: str) -> dict[str, str]:
-    """Everything that decides what a run computes, as hashes but for the config; where and by how many it is computed
-    does not count, nor how its adapters are attacked afterwards, nor what else their papers say."""
-    elsewhere = {"processes", "chunk"}
-    aside: dict[str, Any] = {"run": True, "name": True, "redteam": True, "release": True, "fleet": elsewhere}
-    asked = config.model_dump(mode="json", exclude=aside)
+    """Everything that decides the results of a run, as hashes but for the config.
+
+    Left out are the place and the number of processes, attacks on released adapters, and other facts in manifests.
+    """
+    aside: dict[str, Any] = {
+        "run": True,
+        "name": True,
+        "redteam": True,
+        "release": True,
+        "fleet": {"processes", "chunk"},
+    }
     return {
-        "config": json.dumps(asked, sort_keys=True),
+        "config": json.dumps(config.model_dump(mode="json", exclude=aside), sort_keys=True),
         "policy": policy.hash,
         "files of screening": _digest(config.screening.files),
         PAIRS: pairs.fingerprint,
         "base": weights_hash,
     }
+
+
+def dotted(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested section by their dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        values |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
 
 
 def _digest(files: Iterable[Path]) -> str:
@@ -292,21 +319,53 @@ def _rendered(identity: Mapping[str, str]) -> str:
     return json.dumps(identity, indent=2) + "\n"
 
 
-def _lines(known: Iterable[tuple[str, str] | None]) -> str:
-    return "".join(json.dumps(user) + "\n" for user in known)
+def _lines(users: Iterable[tuple[str, str] | None]) -> str:
+    return "".join(json.dumps(user) + "\n" for user in users)
 
 
 def _changed_keys(before: str, now: str) -> list[str]:
     """Dotted keys whose values differ between two configs (JSON)."""
-    one, two = (_flat(json.loads(text)) for text in (before, now))
+    one, two = (dotted(json.loads(text)) for text in (before, now))
     for key, value in RETIRED.items():
-        if one.get(key) == value:  # written by an earlier version, and what holds today
+        if one.get(key) == value:  # written by an earlier version, and equal to today's constant
             del one[key]
     return sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
 
 
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+_SWAP = Path("state") / "replaced.json"  # marks a run in the middle of a swap
+
+
+def before(run: Path) -> Path:
+    """The place of a run after another run replaced it."""
+    return run.with_name(f"{run.name}.before")
+
+
+def check_replacement(run: Path, by: Path) -> None:
+    """Raises InputError where two renames cannot replace a run by another."""
+    if by.resolve().parent != run.resolve().parent:
+        sentence = f"only a run beside {run} can take its place; name a folder in {run.parent} with --run"
+        raise InputError([Problem(str(by), None, "--replace", sentence)])
+    if before(run).exists():
+        sentence = "an older run was put there already; move it away first"
+        raise InputError([Problem(str(before(run)), None, "--replace", sentence)])
+
+
+def replace_run(run: Path, by: Path) -> None:
+    """Replaces a run by another with two renames; a mark lets `finish_replacement` complete an interrupted swap."""
+    check_replacement(run, by)
+    atomic_write(run / _SWAP, json.dumps({"by": by.name}).encode())
+    finish_replacement(run)
+
+
+def finish_replacement(run: Path) -> bool:
+    """Completes an interrupted swap of two runs; whether there was one."""
+    old = run if (run / _SWAP).is_file() else before(run)
+    if not (old / _SWAP).is_file():
+        return False
+    by = run.with_name(json.loads((old / _SWAP).read_bytes())["by"])
+    if old == run:
+        run.rename(before(run))
+    if by.exists() and not run.exists():
+        by.rename(run)
+    (before(run) / _SWAP).unlink()
+    return True

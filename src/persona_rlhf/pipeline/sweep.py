@@ -1,4 +1,4 @@
-"""`sweep`: one experiment under many settings and seeds, each arm a run of its own, and one comparison of all."""
+"""`sweep`: one experiment under many settings and seeds, each arm a run, and one comparison of all arms."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field, field_validator
-from rich.console import Console
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import ExistingPath, find
 from persona_rlhf.config.experiment import Config, checked, read_config
 from persona_rlhf.config.loader import Section, in_order, read_yaml
-from persona_rlhf.pipeline import train
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
+from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent
 from persona_rlhf.pipeline.run_dir import RunDir
 from persona_rlhf.release.comparison import Arm, Comparison, compare, write_comparison
 from persona_rlhf.release.integrity import RUN_MANIFEST
@@ -32,7 +31,7 @@ class SweepSettings(Section):
     grid: dict[str, list[Any]] = Field({}, description="Values by dotted key, such as dpo.beta: [0.05, 0.1].")
     arms: dict[str, dict[str, Any]] = Field(
         {},
-        description="Changes by dotted key, under a name of their own; the first is what others are held against.",
+        description="Changes by dotted key, under a name; others are compared with the first.",
     )
 
     @field_validator("seeds")
@@ -52,7 +51,7 @@ class SweepSettings(Section):
 
 
 class ArmRun(NamedTuple):
-    """One arm under one seed: the name of its arm, the seed, its config, and its folder below the sweep's."""
+    """One arm under one seed: the name of the arm, the seed, the config, and the folder below the sweep's."""
 
     arm: str
     seed: int
@@ -60,33 +59,39 @@ class ArmRun(NamedTuple):
     folder: str
 
 
-def sweep(path: Path, overrides: Sequence[str], folder: Path | None, resume: bool, console: Console) -> Comparison:
-    """Trains what is not trained yet of every arm and seed, compares them, and writes sweep.json and report.html.
+def sweep(
+    path: Path, overrides: Sequence[str], folder: Path | None, resume: bool, on_progress: OnProgress = silent
+) -> Comparison:
+    """Trains every arm under every seed, compares them, and writes sweep.json and report.html.
 
-    The best of several runs over the same certify probes may be kept in the end, so delta is shared among all of them
-    (`gate.runs`). Arms keep the base's log-probabilities for each other. Raises InputError with every problem of the
-    sweep and of all its configs, before anything is trained.
+    Trained runs are kept. The best of several runs over the same certify probes may be released, so all of them share
+    delta (`gate.runs`). Arms share one cache of the base's log-probabilities.
+
+    Raises InputError with all problems of the sweep and its configs, before anything is trained.
     """
     settings = checked(SweepSettings, read_yaml(find(path)), ())
     place = folder or Path("sweeps") / settings.name
-    own = arm_runs(settings, overrides)
-    runs = [run._replace(config=_shared(run.config, len(own), place)) for run in own]
+    runs = arm_runs(settings, overrides)
+    runs = [run._replace(config=_shared(run.config, len(runs), place)) for run in runs]
     _check_place(place, runs, resume)
-    materials = _materials(runs)
+    inputs_by_files = _inputs(runs)
+    from persona_rlhf.pipeline import train
+
     place.mkdir(parents=True, exist_ok=True)
     (place / "arms.json").write_text(_identity(runs), encoding="utf-8")
     for number, run in enumerate(runs, 1):
         where = place / "runs" / run.folder
         if (where / RUN_MANIFEST).exists():
             continue
-        console.print(f"run {number} of {len(runs)}: {run.arm}, seed {run.seed}")
-        train.train(run.config, where, RunDir(where).begun, console, materials[_files_of(run.config)])
+        on_progress(ProgressEvent("sweep", f"run {number} of {len(runs)}: {run.arm}, seed {run.seed}"))
+        inputs = inputs_by_files[_files_of(run.config)]
+        train.train_share(run.config, where, resume=RunDir(where).begun, on_progress=on_progress, inputs=inputs)
     arms: dict[str, Arm] = {}
     for run in runs:
         arms.setdefault(run.arm, {})[run.seed] = read_results(place / "runs" / run.folder)
-    found = compare(arms)
-    write_comparison(place, settings.name, found)
-    return found
+    comparison = compare(arms)
+    write_comparison(place, settings.name, comparison)
+    return comparison
 
 
 def arm_runs(settings: SweepSettings, overrides: Sequence[str]) -> list[ArmRun]:
@@ -114,21 +119,21 @@ def arm_runs(settings: SweepSettings, overrides: Sequence[str]) -> list[ArmRun]:
 
 
 def _files_of(config: Config) -> str:
-    """What of a config says which files are read: arms that agree in it share them."""
+    """The part of a config that names input files: arms that agree in it share the inputs."""
     return config.model_dump_json(include={"policy", "users", "evaluation"})
 
 
-def _materials(runs: Sequence[ArmRun]) -> dict[str, RunInputs]:
+def _inputs(runs: Sequence[ArmRun]) -> dict[str, RunInputs]:
     """The files of all configs. Raises InputError with the problems of all of them."""
-    found, problems = dict[str, RunInputs](), list[Problem]()
+    inputs, problems = dict[str, RunInputs](), list[Problem]()
     for files, config in {_files_of(run.config): run.config for run in runs}.items():
         try:
-            found[files] = read_inputs(config)
+            inputs[files] = read_inputs(config)
         except InputError as fault:
             problems += fault.problems
     if problems:
         raise InputError(in_order(problems))
-    return found
+    return inputs
 
 
 def _shared(config: Config, runs: int, place: Path) -> Config:
@@ -154,12 +159,12 @@ def _check_place(place: Path, runs: Sequence[ArmRun], resume: bool) -> None:
 
 
 def _identity(runs: Sequence[ArmRun]) -> str:
-    """The arms, as they are kept beside their runs."""
-    found = [
+    """The arms, as arms.json keeps them."""
+    arms = [
         {"arm": run.arm, "seed": run.seed, "folder": run.folder, "config": run.config.model_dump(mode="json")}
         for run in runs
     ]
-    return json.dumps(found, indent=1, sort_keys=True) + "\n"
+    return json.dumps(arms, indent=1, sort_keys=True) + "\n"
 
 
 def _word(value: Any) -> str:

@@ -1,18 +1,15 @@
-"""THE line: prepare -> train -> judge -> release, chunk by chunk."""
+"""The line of a run: prepare, train, judge and release its users, chunk by chunk."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from rich.console import Console
-
-from persona_rlhf.config.experiment import Config, read_run_config
+from persona_rlhf.config.experiment import Config
 from persona_rlhf.data.tokenize import UserRows
 from persona_rlhf.evaluation.evaluator import WarmStartInterpolation
 from persona_rlhf.evaluation.metrics import REQUIREMENT_PROMPTS
@@ -20,16 +17,22 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
-from persona_rlhf.pipeline.monitoring import Progress, Tracking, check_trackers
+from persona_rlhf.pipeline.monitoring import (
+    OnProgress,
+    ProgressEvent,
+    Tracking,
+    TrainingMonitor,
+    check_trackers,
+    silent,
+)
 from persona_rlhf.pipeline.prepare import Chunk, Prepared, chunks_of, prepare, prepare_users
 from persona_rlhf.pipeline.release import Cohort, judge, write
-from persona_rlhf.pipeline.run_dir import PAIRS, RunDir, identity_of
+from persona_rlhf.pipeline.run_dir import RunDir, identity_of
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release import integrity
-from persona_rlhf.release.adapter import read_adapter
 from persona_rlhf.release.integrity import ended, screened, write_run_manifest
 from persona_rlhf.release.report import SCREENS, write_report
-from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, summarise, write_results
+from persona_rlhf.release.results import RESULTS, RunResults, read_results, summarise, write_results
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.api import train_warm_start
 from persona_rlhf.training.cache import Reference, rows_ahead, shared_reference
@@ -42,146 +45,141 @@ from persona_rlhf.training.constraint_data import (
 )
 from persona_rlhf.training.engine import Engine, TrainedUser, WarmStart
 
-# ----------------------------------------------------------------------------------------------------
-# Work that goes on in another thread while this one makes the next piece of it.
-# ----------------------------------------------------------------------------------------------------
-
-_Item = TypeVar("_Item")
-_Found = TypeVar("_Found")
+_ONE_PROCESS = WorkShare()
 
 
-def overlapped(work: Callable[[_Item], _Found], items: Iterable[_Item]) -> Iterator[_Found]:
-    """What `work` makes of every item, in their order; a thread is at it while the next item is being made.
+def train(config: Config, run: Path, *, resume: bool = False, on_progress: OnProgress | None = None) -> RunResults:
+    """Trains one adapter per user of a config and releases those that pass the gate; results in the users' order.
 
-    What `work` raises comes out in its result's place. Where the making of an item raises, or is interrupted, the one
-    before it is still given first.
+    The run folder `run` gets adapters, results, audit trail and report. `resume` goes on with an interrupted run.
+    `on_progress` is called with a `ProgressEvent` after every step and before every long phase.
+
+    Raises InputError with all problems of the input, before anything is written.
     """
-    items = iter(items)
-    with ThreadPoolExecutor(1) as thread:
-        for item in items:
-            doing = thread.submit(work, item)
-            break
-        else:
-            return
-        while True:
-            try:
-                item = next(items)
-            except StopIteration:
-                yield doing.result()
-                return
-            except (Exception, KeyboardInterrupt):
-                yield doing.result()
-                raise
-            yield doing.result()
-            doing = thread.submit(work, item)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The whole line, from a config to released adapters; each arrow of it is a public function.
-# ----------------------------------------------------------------------------------------------------
-
-
-def train(
-    config: Config,
-    run: Path,
-    resume: bool,
-    console: Console,
-    materials: RunInputs | None = None,
-    share: WorkShare | None = None,
-    trail: Path | None = None,
-) -> RunResults | None:
-    """Pairs and policy in, a run folder with one adapter per user out; the results in the order of the users.
-
-    `materials` are read from the config where they are not given. A process with a `share` of the run trains its own
-    users; None comes from all but the one that puts the whole run together. `trail` is the run whose audit trail tells
-    of all this, where its users are to join that one. Raises InputError for whatever is wrong
-    with the input, before anything is written.
-    """
-    keep_large_blocks()
-    share = share or WorkShare()
-    folder = RunDir(run, share, trail)
-    folder.check_place(resume)
-    check_trackers(config.run.report_to, share.workers)
-    roll = folder.roll
-    if materials is None or roll.out or roll.more:
-        materials = read_inputs(config, roll)
-    ready = prepare(config, materials, check=share.rank == 0)
-    if share.rank > 0:
-        folder.wait_until_ready()
-    identity = identity_of(config, ready.policy, ready.pairs, ready.adapted.base.weights_hash)
-    if folder.begun:
-        folder.check_same(identity)
-    if folder.finished:
-        folder.clear()
-        return RunResults(run) if share.rank == 0 and share.shards == 1 else None
-    size = folder.chunk_size if folder.begun else share.chunk_size(ready.pairs.users, config.fleet.chunk)
-    chunks = chunks_of(ready.pairs.users, size)
-    todo = [number for number in share.mine(len(chunks)) if not folder.is_done(number)]
-    prepared = ((number, prepare_users(ready, ready.pairs.of(chunks[number]))) for number in todo)
-    first = list(islice(prepared, 1))  # what is wrong with all of its users is said before anything is written
-    bank = shared_bank(ready, folder)
-    folder.begin(config, ready.policy, ready.pairs, identity, size)
-    if share.rank == 0:
-        folder.write(run / SCREENS, json.dumps([own.to_json() for own in ready.screens], indent=2) + "\n")
-    if bank is not None:
-        folder.write(folder.bank, constraint_data_to_json(bank))
-    start = shared_start(ready, bank, folder)
-    place = config.fleet.reference_cache
-    cache = None if place is None else shared_reference(ready.adapted, Path(place))
-    known = Reference(ready.adapted, folder.reference, cache)
-    if bank is not None and len(chunks) > 1:  # a lone chunk scores them in the same passes as its own rows
-        known.add(bank.rows())
-    folder.set_ready()
-    tracking = Tracking(config, run)
-    users = sum(len(chunks[number]) for number in todo)
-    with Progress(console, folder.metrics, users, share, tracking) as progress:
-        if ready.adapted.notice is not None and share.rank == 0:
-            progress.say(ready.adapted.notice)
-        for number, chunk in chain(first, prepared):
-            of = f" of {ready.pairs.users:,}" if len(chunks) > 1 else ""
-            found = f"{len(chunk.dropped)} found by the screen"
-            progress.say(f"{len(chunk.rows)}{of} users, {chunk.pairs:,} pairs, {found}")
-            reference = train_chunk(ready, folder, number, chunk, bank, known, start, progress)
-            if cache is not None:
-                cache.learn(reference)
-    if share.rank > 0:
-        return None
-    folder.wait_for(share.job(len(chunks)))
-    if share.shards > 1:
-        return None
-    folder.join(len(chunks))
-    write_report(run)
-    integrity.append(folder.trail, "finished", users=sum(map(len, chunks)))
-    write_run_manifest(run)
-    folder.clear()
-    results = RunResults(run)
-    tracking.end(summarise(results), progress.taken)
+    results = train_share(config, run, resume=resume, on_progress=on_progress or silent)
+    assert results is not None  # one process trains the whole run
     return results
 
 
-def shared_bank(ready: Prepared, folder: RunDir) -> ConstraintData | None:
-    """The run's constraint bank: from the folder, where a process before this one has written it, else made now."""
-    if folder.bank.exists():
+def train_share(
+    config: Config,
+    run: Path,
+    *,
+    resume: bool = False,
+    on_progress: OnProgress = silent,
+    inputs: RunInputs | None = None,
+    share: WorkShare = _ONE_PROCESS,
+    audit_run: Path | None = None,
+) -> RunResults | None:
+    """Trains the users of one process; the results, or None where other processes still have to complete the run.
+
+    `inputs` saves reading the files of the config again. `audit_run` is the run whose audit trail records the work,
+    where the users are trained for a run that exists already.
+    """
+    keep_large_blocks()
+    with RunDir.open(run, share, resume, audit_run) as run_dir:
+        check_trackers(config.run.report_to, share.workers)
+        on_progress(ProgressEvent("preparing"))
+        selection = run_dir.selection
+        if inputs is None or selection.out or selection.more:
+            inputs = read_inputs(config, selection)
+        ready = prepare(config, inputs, check=share.rank == 0)
+        if share.rank > 0:
+            run_dir.wait_until_ready()
+        identity = identity_of(config, ready.policy, ready.pairs, ready.adapted.base.weights_hash)
+        if run_dir.begun:
+            run_dir.check_same(identity)
+        if not run_dir.finished:
+            _train_chunks(ready, run_dir, identity, on_progress)
+    return RunResults(run) if share.rank == 0 and share.shards == 1 else None
+
+
+def _train_chunks(ready: Prepared, run_dir: RunDir, identity: Mapping[str, str], on_progress: OnProgress) -> None:
+    """Trains the chunks of this process that are not done; the first process then completes the run."""
+    config, share = ready.config, run_dir.share
+    size = run_dir.chunk_size if run_dir.begun else share.chunk_size(ready.pairs.users, config.fleet.chunk)
+    chunks = chunks_of(ready.pairs.users, size)
+    todo = [number for number in share.mine(len(chunks)) if not run_dir.is_done(number)]
+    prepared = ((number, prepare_users(ready, ready.pairs.of(chunks[number]))) for number in todo)
+    first = list(islice(prepared, 1))  # faults of the data that concern all users are raised before anything is written
+    bank = shared_bank(ready, run_dir)
+    run_dir.begin(config, ready.policy, ready.pairs, identity, size)
+    shared = _shared_values(ready, run_dir, bank, len(chunks))
+    run_dir.set_ready()
+    tracking = Tracking(config, run_dir.path)
+    users = sum(len(chunks[number]) for number in todo)
+    with TrainingMonitor(run_dir.metrics, users, on_progress, tracking) as monitor:
+        if ready.adapted.notice is not None and share.rank == 0:
+            monitor.log(ready.adapted.notice)
+        for number, chunk in chain(first, prepared):
+            of_all = f" of {ready.pairs.users:,}" if len(chunks) > 1 else ""
+            screened_out = f"{len(chunk.dropped)} found by the screen"
+            monitor.log(f"{len(chunk.rows)}{of_all} users, {chunk.pairs:,} pairs, {screened_out}")
+            train_chunk(ready, run_dir, number, chunk, shared, monitor)
+    if share.rank > 0:
+        return
+    run_dir.wait_for(share.job(len(chunks)))
+    if share.shards > 1:
+        return
+    run_dir.join(len(chunks))
+    write_report(run_dir.path)
+    integrity.append(run_dir.audit_run, "finished", users=ready.pairs.users)
+    write_run_manifest(run_dir.path)
+    tracking.end(summarise(RunResults(run_dir.path)), monitor.taken)
+
+
+class SharedValues(NamedTuple):
+    """Values that all chunks of a run share: constraint rows, warm start, reference log-probabilities.
+
+    `cache` keeps the log-probabilities for other runs (`fleet.reference_cache`).
+    """
+
+    bank: ConstraintData | None
+    start: WarmStart | None
+    reference: Reference
+    cache: Reference | None
+
+
+def _shared_values(ready: Prepared, run_dir: RunDir, bank: ConstraintData | None, chunks: int) -> SharedValues:
+    """The shared values, read from the run folder or computed and written to it."""
+    if run_dir.share.rank == 0:
+        screens = [screen.to_json() for screen in ready.screens]
+        run_dir.write(run_dir.path / SCREENS, json.dumps(screens, indent=2) + "\n")
+    if bank is not None:
+        run_dir.write(run_dir.bank, constraint_data_to_json(bank))
+    start = shared_start(ready, bank, run_dir)
+    folder = ready.config.fleet.reference_cache
+    cache = None if folder is None else shared_reference(ready.adapted, Path(folder))
+    reference = Reference(ready.adapted, run_dir.reference, cache)
+    if bank is not None and chunks > 1:  # a single chunk scores them in the same passes as its own rows
+        reference.add(bank.rows())
+    return SharedValues(bank, start, reference, cache)
+
+
+def shared_bank(ready: Prepared, run_dir: RunDir) -> ConstraintData | None:
+    """The constraint bank of the run, read from its folder, or made where no earlier process has written it."""
+    if run_dir.bank.exists():
         try:
-            return constraint_data_from_json(folder.bank.read_text())
+            return constraint_data_from_json(run_dir.bank.read_text())
         except ValueError:
             pass  # a damaged file is written anew
     return constraint_bank(ready.config, ready.policy, ready.adapted)
 
 
-def shared_start(ready: Prepared, bank: ConstraintData | None, folder: RunDir) -> WarmStart | None:
-    """What every user of the run begins with, where there are requirements to teach: from the folder, else made now."""
-    if folder.start.exists():
-        return WarmStart(**checkpoint.load(folder.start, ready.adapted.base.device)[0])
+def shared_start(ready: Prepared, bank: ConstraintData | None, run_dir: RunDir) -> WarmStart | None:
+    """The warm start of all users, read from the run folder or trained; None without requirements to train."""
+    if run_dir.start.exists():
+        return WarmStart(**checkpoint.load(run_dir.start, ready.adapted.base.device)[0])
     config = ready.config
     start = train_warm_start(ready.adapted, bank, config.dpo, config.constraint, config.seed)
     if start is not None:
-        checkpoint.save(folder.start, start._asdict(), {})
+        checkpoint.save(run_dir.start, start._asdict(), {})
     return start
 
 
 def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> ConstraintData | None:
-    """The policy's restrictions as anchors for training, from the base's own refusals; None where it is switched off.
+    """The policy's restrictions as constraint rows from the base's own refusals; None where `constraint.enabled` is
+    false.
 
     Raises InputError where the base refuses no train probe of a category.
     """
@@ -194,8 +192,8 @@ def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> Co
 
     if config.fleet.reference_cache is None:
         return made()
-    asked = (policy.hash, constraint.refusals_per_probe, OPENING_LENGTH, seed, tokens)
-    return cached_constraint_data(adapted, Path(config.fleet.reference_cache), asked, made)
+    key = (policy.hash, constraint.refusals_per_probe, OPENING_LENGTH, seed, tokens)
+    return cached_constraint_data(adapted, Path(config.fleet.reference_cache), key, made)
 
 
 def with_reference(
@@ -203,29 +201,27 @@ def with_reference(
     users: Iterable[UserRows],
     bank: ConstraintData | None,
     file: Path | None = None,
-    known: Reference | None = None,
+    shared: Reference | None = None,
 ) -> Reference:
-    """The base's log-probabilities of what training compares with, once for all users (see `rows_ahead`)."""
-    reference = Reference(adapted, file, known)
+    """Log-probabilities of the rows under the base (see `rows_ahead`), computed once for all users and kept in `file`.
+
+    Values that `shared` holds are taken from it.
+    """
+    reference = Reference(adapted, file, shared)
     reference.add(rows_ahead(adapted, users, bank.rows() if bank else ()))
     return reference
 
 
 def train_chunk(
-    ready: Prepared,
-    folder: RunDir,
-    number: int,
-    chunk: Chunk,
-    bank: ConstraintData | None,
-    known: Reference,
-    start: WarmStart | None,
-    progress: Progress,
-) -> Reference:
-    """Trains, judges and writes some users, a cohort after the other. Returns their reference."""
-    config, place = ready.config, folder.chunk(number)
-    integrity.append_all(folder.trail, screened(number, len(chunk.rows), chunk.pairs, chunk.dropped))
-    reference = with_reference(ready.adapted, chunk.rows, bank, place / "reference.safetensors", known)
-    constraint = None if bank is None else LagrangianConstraint(bank, config.constraint, config.seed)
+    ready: Prepared, run_dir: RunDir, number: int, chunk: Chunk, shared: SharedValues, monitor: TrainingMonitor
+) -> None:
+    """Trains, judges and releases the users of a chunk, one cohort after the other."""
+    config, folder = ready.config, run_dir.chunk(number)
+    integrity.append_all(run_dir.audit_run, screened(number, len(chunk.rows), chunk.pairs, chunk.dropped))
+    reference = with_reference(
+        ready.adapted, chunk.rows, shared.bank, folder / "reference.safetensors", shared.reference
+    )
+    constraint = None if shared.bank is None else LagrangianConstraint(shared.bank, config.constraint, config.seed)
     engine = Engine(
         ready.adapted,
         chunk.rows,
@@ -234,42 +230,42 @@ def train_chunk(
         config.dpo,
         config.fleet,
         config.seed,
-        place,
-        start,
+        folder,
+        shared.start,
     )
-    results = read_results(place) if (place / RESULTS).exists() else []
+    results = read_results(folder) if (folder / RESULTS).exists() else []
     judged = {result.user_id for result in results}
     steps = {schedule.rows.user_id: schedule.steps for schedule in engine.schedules.values()}
-    progress.begin(steps, engine.finished, len(chunk.rows))
-    retreat = None if start is None else interpolation_of(ready, start)
-    fleet = (user for user in engine.run(progress.step, progress.say) if user.user_id not in judged)
+    monitor.begin(steps, engine.finished, len(chunk.rows))
+    interpolation = None if shared.start is None else interpolation_of(ready, shared.start)
+    fleet = (user for user in engine.run(monitor.step, monitor.log) if user.user_id not in judged)
 
-    def decided() -> Iterator[Cohort]:
+    def judged_cohorts() -> Iterator[Cohort]:
         for users in cohorts(fleet, engine.count):
             for user in users:
-                progress.end(user.user_id, user.steps)
-            progress.say(f"judging {', '.join(user.user_id[:32] for user in users)}")
-            yield judge(ready, folder.path, chunk, users, retreat, folder.trail)
+                monitor.end(user.user_id, user.steps)
+            monitor.log(f"judging {', '.join(user.user_id[:32] for user in users)}")
+            yield judge(ready, run_dir.path, chunk, users, interpolation, run_dir.audit_run)
 
-    for done in overlapped(write, decided()):  # adapters are written while the next users train
-        results += done
-        write_results(place, results)
+    for released in overlapped(write, judged_cohorts()):  # adapters are written while the next users train
+        results += released
+        write_results(folder, results)
     idle = [chunk.untrained(rows) for rows in chunk.rows if not rows.train]
-    integrity.append_all(folder.trail, map(ended, idle))
+    integrity.append_all(run_dir.audit_run, map(ended, idle))
     results += idle
     order = {user.user_id: n for n, user in enumerate(chunk.rows)}
     results.sort(key=lambda result: order[result.user_id])
-    write_results(place, results)
-    folder.finish(number, chunk.dropped)
+    write_results(folder, results)
+    run_dir.finish(number, chunk.dropped)
     ready.examination.forget_users()
-    return reference
+    if shared.cache is not None:
+        shared.cache.learn(reference)
 
 
 def interpolation_of(ready: Prepared, start: WarmStart) -> WarmStartInterpolation:
-    """The way back to what every user begins with, for those whose answers lack what the policy requires."""
-    gate, rules = ready.config.gate, ready.policy.requirements
-    prompts, tokens = REQUIREMENT_PROMPTS, gate.max_new_tokens
-    return WarmStartInterpolation(ready.adapted, start.adapter, rules, prompts, tokens, ready.config.seed)
+    """Interpolation toward the warm start, for adapters that miss a requirement of the policy."""
+    tokens, rules = ready.config.gate.max_new_tokens, ready.policy.requirements
+    return WarmStartInterpolation(ready.adapted, start.adapter, rules, REQUIREMENT_PROMPTS, tokens, ready.config.seed)
 
 
 def cohorts(users: Iterable[TrainedUser], size: int) -> Iterator[list[TrainedUser]]:
@@ -279,25 +275,31 @@ def cohorts(users: Iterable[TrainedUser], size: int) -> Iterator[list[TrainedUse
         yield group
 
 
-def evaluate(run: Path) -> list[Result]:
-    """Measures a run again from the adapters in its folders; what the gate decided stays as it is.
+_Item = TypeVar("_Item")
+_Product = TypeVar("_Product")
 
-    The certify probes are not looked at again: a second look would have to be paid for. Raises InputError where the
-    users' pairs are no longer those of the run.
+
+def overlapped(work: Callable[[_Item], _Product], items: Iterable[_Item]) -> Iterator[_Product]:
+    """`work` applied to every item, in order; a thread works on one item while the next is being made.
+
+    An exception of `work` is raised in place of its result. Where making an item raises or is interrupted, the result
+    of the item before it is yielded first.
     """
-    config = read_run_config(run)
-    folder = RunDir(run)
-    ready = prepare(config, read_inputs(config, folder.roll), check=False)  # the run did, of the same pairs
-    folder.check_same({PAIRS: ready.pairs.fingerprint})
-    before, results = iter(RunResults(run)), list[Result]()
-    for users in chunks_of(ready.pairs.users, folder.chunk_size):
-        rows = {user.user_id: user for user in prepare_users(ready, ready.pairs.of(users)).rows}
-        for result in islice(before, len(rows)):
-            if result.path is None:
-                results.append(result)
-                continue
-            flat = read_adapter(run / result.path, list(ready.adapted.spans.values())).to(ready.adapted.base.device)
-            [found] = ready.examination.measures(flat[None], [rows[result.user_id]], [1.0])
-            results.append(replace(result, measures=found))
-        ready.examination.forget_users()
-    return results
+    items = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        for item in items:
+            running = thread.submit(work, item)
+            break
+        else:
+            return
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                yield running.result()
+                return
+            except (Exception, KeyboardInterrupt):
+                yield running.result()
+                raise
+            yield running.result()
+            running = thread.submit(work, item)

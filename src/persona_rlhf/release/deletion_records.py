@@ -1,4 +1,4 @@
-"""Proofs of deletion (RUN/forgotten), and the erasure of one user's rows from data files.
+"""Proofs of deletion (RUN/forgotten), and the adapter folders that a deletion removes or leaves unchanged.
 
 RUN/forgotten holds one proof per deleted user, named by a hash of the id. A run leaves out every user with a proof
 there, even if its sources still hold the user's rows. During a deletion HASH.pending is in its place, from which the
@@ -7,116 +7,18 @@ next start completes the deletion.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
-import json
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
 from persona_rlhf.common.version import __version__
-from persona_rlhf.data.readers import files_of
+from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.release.manifest import FORMAT, read_manifest, rendered, self_hash
 from persona_rlhf.release.results import RunResults
-
-IsUser = Callable[[object], bool]
-"""Whether a `user_id` is that of the user to delete."""
-
-
-def files_with_rows(path: Path) -> list[Path]:
-    """The files of a path of preferences from which rows can be erased; none for a data set of the hub."""
-    if path.is_dir():
-        try:
-            return [file for file in files_of(path) if erasable(file)]
-        except InputError:
-            return []
-    return [path] if path.is_file() and erasable(path) else []
-
-
-def erasable(file: Path) -> bool:
-    """Whether `erase` can rewrite this kind of file."""
-    name = file.name.casefold().removesuffix(".gz")
-    return name.endswith((".jsonl", ".ndjson", ".json", ".csv", ".parquet"))
-
-
-def rows_of(file: Path, is_user: IsUser, torn: bool = False) -> int:
-    """The number of rows of a file that are the user's; with `torn`, unreadable lines of a killed process count too."""
-    name = file.name.casefold()
-    if name.endswith(".parquet"):
-        return sum(map(is_user, _column(file)))
-    if name.endswith(".csv"):
-        return sum(is_user(row.get("user_id")) for row in _table(file)[1])
-    return sum(_is_of_user(line, is_user, torn) for line in _lines(file))
-
-
-def erase(file: Path, is_user: IsUser, torn: bool = False) -> None:
-    """Rewrites a file without the user's rows. The other lines stay the same, byte by byte.
-
-    A table (CSV, Parquet) is written again with the same columns and the other users' values.
-    """
-    name = file.name.casefold()
-    if name.endswith(".parquet"):
-        atomic_write(file, _parquet_without(file, is_user))
-    elif name.endswith(".csv"):
-        atomic_write(file, _csv_without(file, is_user))
-    else:
-        kept = (line for line in _lines(file) if not _is_of_user(line, is_user, torn))
-        atomic_write(file, [gzip.compress(b"".join(kept), mtime=0)] if name.endswith(".gz") else kept)
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    with gzip.open(file) if file.name.casefold().endswith(".gz") else file.open("rb") as stream:
-        yield from stream
-
-
-def _is_of_user(line: bytes, is_user: IsUser, torn: bool) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return torn and bool(line.strip())
-    return isinstance(row, dict) and is_user(row.get("user_id"))
-
-
-def _table(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        table = csv.DictReader(stream)
-        return list(table.fieldnames or ()), list(table)
-
-
-def _csv_without(file: Path, is_user: IsUser) -> bytes:
-    names, rows = _table(file)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row for row in rows if not is_user(row.get("user_id")))
-    return text.getvalue().encode()
-
-
-def _column(file: Path) -> list[object]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        if "user_id" not in parquet.read_schema(file).names:
-            return []
-        users: list[object] = parquet.read_table(file, columns=["user_id"])["user_id"].to_pylist()
-    except ArrowException as fault:
-        raise InputError([Problem(str(file), None, None, f"the file is not Parquet ({fault})")]) from fault
-    return users
-
-
-def _parquet_without(file: Path, is_user: IsUser) -> bytes:
-    from pyarrow import BufferOutputStream, parquet  # it comes with `datasets`
-
-    kept = [not is_user(user) for user in _column(file)]
-    out = BufferOutputStream()
-    parquet.write_table(parquet.read_table(file).filter(kept), out)
-    written: bytes = out.getvalue().to_pybytes()
-    return written
-
 
 FORGOTTEN = "forgotten"
 _PENDING = ".pending"
@@ -165,6 +67,13 @@ def adapter_folders(run: Path) -> list[Path]:
     return [path for path in top if path not in nested] + [
         path for folder in nested for path in sorted(folder.iterdir())
     ]
+
+
+def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+    """The adapter of a user, and remains of an interrupted write of it."""
+    for folder in adapter_folders(run):
+        if user.owns_slug(folder.name.lstrip(".").partition(".")[0]):
+            yield Trace(folder, "adapter", 1, partial(shutil.rmtree, folder))
 
 
 def others_adapters(run: Path, name: str) -> dict[str, str]:

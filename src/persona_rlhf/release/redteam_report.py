@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from persona_rlhf.common.files import atomic_write
 from persona_rlhf.common.version import __version__
+from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.evaluation.records import Outcome, Refused
 from persona_rlhf.evaluation.statistics import bootstrap, wilson
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
@@ -149,18 +151,25 @@ def write_redteam(run: Path, content: Mapping[str, Any]) -> Path:
     return run / REDTEAM
 
 
-def without_user(run: Path, is_user: Callable[[str], bool]) -> None:
-    """Removes one user and the user's merged pairs from RUN/redteam.json, and recomputes the figures of the others.
+def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+    """The attacks on the user's adapter."""
+    file = run / REDTEAM
+    if file.is_file() and any(user(attacked["user_id"]) for attacked in json.loads(file.read_bytes())["users"]):
+        yield Trace(file, "red team's figures", 1, partial(_erase, run, user))
 
-    The file is deleted if no user is left.
+
+def _erase(run: Path, user: DataSubject) -> None:
+    """Erases a user from RUN/redteam.json, merged pairs too, and computes the figures of the other users again.
+
+    The file is deleted where no user is left.
     """
     content = json.loads((run / REDTEAM).read_bytes())
     before = _RESULT.validate_python({key: content[key] for key in RedTeamResult._fields})
-    users = [user for user in before.users if not is_user(user.user_id)]
+    users = [attacked for attacked in before.users if not user(attacked.user_id)]
     if not users:
         (run / REDTEAM).unlink()
         return
-    merged = [pair for pair in before.merged if not any(map(is_user, pair.user_ids))]
+    merged = [pair for pair in before.merged if not any(map(user, pair.user_ids))]
     after = RedTeamResult(users, merged, before.left_out)
     setup = {key: value for key, value in content.items() if key not in content_of(after, {})}
     write_redteam(run, content_of(after, setup))

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections import ChainMap
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from persona_rlhf.common.files import atomic_path
+from persona_rlhf.data.erasure import Trace
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.model_split import HiddenStates
@@ -101,17 +103,23 @@ class Reference:
             save_file(tensors, temporary)
 
 
-def values_of(file: Path, rows: Container[bytes] | None) -> int:
-    """The number of values that a file holds of these keys (see `key_of`), or with None at all. A damaged file counts
-    as one."""
-    try:
-        return sum(rows is None or bytes(key) in rows for key in load_file(file)["keys"])
-    except (SafetensorError, KeyError):
-        return 1
+def traces(files: Iterable[Path], rows: Container[bytes] | None) -> Iterator[Trace]:
+    """The log-probabilities of one user's rows (see `key_of`) in files of a cache; with None, all that a file holds.
+
+    A damaged file counts as one value.
+    """
+    what = "the base's log-probabilities, all" if rows is None else "the base's log-probabilities of the user's rows"
+    for file in files:
+        try:
+            count = sum(rows is None or bytes(key) in rows for key in load_file(file)["keys"])
+        except (SafetensorError, KeyError):
+            count = 1
+        if count:
+            yield Trace(file, what, count, partial(_erase, file, rows))
 
 
-def drop_values(file: Path, rows: Container[bytes] | None) -> None:
-    """Removes the values of these keys, or with None all, from a file; an empty or damaged file is deleted."""
+def _erase(file: Path, rows: Container[bytes] | None) -> None:
+    """Drops the values of rows, or with None all, from a file; an empty or damaged file is deleted."""
     try:
         stored = load_file(file)
         kept = [] if rows is None else [n for n, key in enumerate(stored["keys"]) if bytes(key) not in rows]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_path
+from persona_rlhf.data.erasure import DataSubject, Trace
 
 
 def save(file: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
@@ -23,21 +25,26 @@ def save(file: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, {"notes": json.dumps(notes)})
 
 
-def sits_in(file: Path, gone: Callable[[str], bool]) -> bool:
-    """Whether a user for whom `gone` is true has a slot of a checkpoint, or waits for one."""
-    notes = load(file, torch.device("cpu"))[1]
-    return any(user is not None and gone(user) for user in (*notes["users"], *notes["waiting"]))
+def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+    """The user's trained adapters and slots in the checkpoints of an unfinished run."""
+    for file in sorted((run / "state").rglob("*.safetensors")):
+        if file.parent.name == "trained" and user.owns_slug(file.stem):
+            yield Trace(file, "trained adapter of an unfinished run", 1, file.unlink)
+        elif file.name == "slots.safetensors":
+            notes = load(file, torch.device("cpu"))[1]
+            if any(map(user, (*notes["users"], *notes["waiting"]))):
+                yield Trace(file, "place in a checkpoint", 1, partial(_erase, file, user))
 
 
-def without(file: Path, gone: Callable[[str], bool]) -> None:
-    """Removes the users for whom `gone` is true from a checkpoint: their slots become free and hold zeros."""
+def _erase(file: Path, user: DataSubject) -> None:
+    """Frees the user's slot in a checkpoint, filled with zeros, and removes the user from the queue."""
     tensors, notes = load(file, torch.device("cpu"))
-    for place, user in enumerate(notes["users"]):
-        if user is not None and gone(user):
-            notes["users"][place], notes["steps"][place], notes["seconds"][place] = None, 0, 0.0
+    for slot, seated in enumerate(notes["users"]):
+        if user(seated):
+            notes["users"][slot], notes["steps"][slot], notes["seconds"][slot] = None, 0, 0.0
             for tensor in tensors.values():
-                tensor[place] = 0
-    notes["waiting"] = [user for user in notes["waiting"] if not gone(user)]
+                tensor[slot] = 0
+    notes["waiting"] = [waiting for waiting in notes["waiting"] if not user(waiting)]
     save(file, tensors, notes)
 
 
