@@ -46,7 +46,7 @@ from persona_rlhf.training.memory import (
 from persona_rlhf.training.user_state import UserSchedule, queue_order, waves
 
 _STEPS = 5  # of a probed cohort, at most
-_ANCHORS = 8  # of a category, in the probe's constraint
+_EXAMPLES = 8  # of a category, in the probe's constraint
 CHANGED = 3  # one probe in so many is answered anew by a trained adapter
 LOOKED_AT = 1_000  # users
 _MIB = 1 << 20
@@ -204,10 +204,10 @@ def _probe_steps(
     bank: ConstraintData | None,
 ) -> tuple[StepTime, float]:
     """What a step takes, and seconds a token of a pass without gradients, which the reference is made of; both from the
-    first pairs of a few users and the first anchors of every category."""
+    first pairs of a few users and the first constraint examples of every category."""
     few = _STEPS * config.dpo.pairs_per_step
     thin = bank and ConstraintData(
-        bank.categories, bank.limits, [examples[:_ANCHORS] for examples in bank.examples], bank.requirements
+        bank.categories, bank.limits, [examples[:_EXAMPLES] for examples in bank.examples], bank.requirements
     )
     constraint = None if thin is None else LagrangianConstraint(thin, config.constraint, config.seed)
     dpo = config.dpo.model_copy(update={"epochs": 1, "early_stop": None})

@@ -181,7 +181,7 @@ def shared_start(ready: Prepared, bank: ConstraintData | None, folder: RunDir) -
 
 
 def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> ConstraintData | None:
-    """The policy's restrictions as anchors for training, from the base's own refusals; None where it is switched off.
+    """The constraint data of a policy, from the base's own refusals; None if the constraint is switched off.
 
     Raises InputError where the base refuses no train probe of a category.
     """
