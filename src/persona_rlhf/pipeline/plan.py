@@ -45,7 +45,7 @@ from persona_rlhf.training.memory import (
 from persona_rlhf.training.user_state import UserSchedule, queue_order, waves
 
 _STEPS = 5  # of a probed cohort, at most
-_ANCHORS = 8  # of a category, in the probe's constraint
+_EXAMPLES = 8  # of a category, in the probe's constraint
 CHANGED = 3  # one probe in so many is answered anew by a trained adapter
 MEASURED_USERS = 1_000
 _MIB = 1 << 20
@@ -207,10 +207,10 @@ def _probe_steps(
     bank: ConstraintData | None,
 ) -> tuple[StepTime, float]:
     """Time of a step, and seconds per token of a reference pass without gradients, measured on the first pairs of a few
-    users and the first constraint rows of every category."""
+    users and the first constraint examples of every category."""
     few = _STEPS * config.dpo.pairs_per_step
     thin = bank and ConstraintData(
-        bank.categories, bank.limits, [examples[:_ANCHORS] for examples in bank.examples], bank.requirements
+        bank.categories, bank.limits, [examples[:_EXAMPLES] for examples in bank.examples], bank.requirements
     )
     constraint = None if thin is None else LagrangianConstraint(thin, config.constraint, config.seed)
     dpo = config.dpo.model_copy(update={"epochs": 1, "early_stop": None})

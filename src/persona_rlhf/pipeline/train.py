@@ -178,8 +178,7 @@ def shared_start(ready: Prepared, bank: ConstraintData | None, run_dir: RunDir) 
 
 
 def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> ConstraintData | None:
-    """The policy's restrictions as constraint rows from the base's own refusals; None where `constraint.enabled` is
-    false.
+    """The constraint data of a policy, from the base's own refusals; None if the constraint is switched off.
 
     Raises InputError where the base refuses no train probe of a category.
     """
