@@ -100,7 +100,7 @@ def test_an_adapter_in_anothers_place_is_not_served(run, access):
     place = run.path / "adapters"
     shutil.rmtree(place / slug("Ada"))
     shutil.copytree(place / slug("ada"), place / slug("Ada"))
-    assert any("somebody else" in reason for reason in access.reasons(slug("Ada")))
+    assert any("the user hash in persona.json" in reason for reason in access.reasons(slug("Ada")))
 
 
 def test_the_least_used_are_put_away_within_the_budget(run, access):
