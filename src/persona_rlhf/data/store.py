@@ -18,9 +18,9 @@ from persona_rlhf.data.pairs import SHOWN, Message, PreferencePair, assign_split
 class UserSelection(NamedTuple):
     """The users of a run, by their pseudonyms.
 
-    `numbered_users` holds them by number, each with the hash of their pairs; None keeps the number of a deleted user. Users in
-    `out` stay out, whatever the files hold. The files in `more` are read after the first one, in order; the pairs of
-    a user in a later file replace those of earlier files.
+    `numbered_users` holds them by number, each with the hash of their pairs; None keeps the number of a deleted user.
+    Users in `out` stay out, whatever the files hold. The files in `more` are read after the first one, in order; the
+    pairs of a user in a later file replace those of earlier files.
     """
 
     numbered_users: tuple[tuple[str, str] | None, ...] = ()
