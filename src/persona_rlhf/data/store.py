@@ -18,12 +18,12 @@ from persona_rlhf.data.pairs import SHOWN, Message, PreferencePair, assign_split
 class UserSelection(NamedTuple):
     """The users of a run, by their pseudonyms.
 
-    `numbered_users` holds them by number, each with the hash of their pairs; None keeps the number of a deleted user.
+    `user_digests` holds them by number, each with the hash of their pairs; None keeps the number of a deleted user.
     Users in `out` stay out, whatever the files hold. The files in `more` are read after the first one, in order; the
     pairs of a user in a later file replace those of earlier files.
     """
 
-    numbered_users: tuple[tuple[str, str] | None, ...] = ()
+    user_digests: tuple[tuple[str, str] | None, ...] = ()
     out: frozenset[str] = frozenset()
     more: tuple[str, ...] = ()
 
@@ -55,9 +55,9 @@ class PairStore:
     def _read(self, path: Path | str, selection: UserSelection) -> None:
         self._rows.execute("CREATE TABLE pairs (user INTEGER, content TEXT)")
         self._rows.execute("CREATE INDEX by_user ON pairs (user)")
-        numbers_by_name = {user[0]: number for number, user in enumerate(selection.numbered_users) if user is not None}
-        self._names: list[str | None] = [None if user is None else user[0] for user in selection.numbered_users]
-        self._digests: list[bytes | None] = [None] * len(selection.numbered_users)
+        numbers_by_name = {user[0]: number for number, user in enumerate(selection.user_digests) if user is not None}
+        self._names: list[str | None] = [None if user is None else user[0] for user in selection.user_digests]
+        self._digests: list[bytes | None] = [None] * len(selection.user_digests)
         left_out: set[str] = set()
         problems: list[Problem] = []
         faults = 0
@@ -101,7 +101,7 @@ class PairStore:
         return len(self._names)
 
     @property
-    def numbered_users(self) -> tuple[tuple[str, str] | None, ...]:
+    def user_digests(self) -> tuple[tuple[str, str] | None, ...]:
         """The users by number, as in a `UserSelection`; None for a user without pairs."""
         return tuple(
             None if name is None or digest is None else (name, digest.hex())
@@ -111,7 +111,7 @@ class PairStore:
     @property
     def fingerprint(self) -> str:
         """The hash of all users' pairs."""
-        return fingerprint_of(self.numbered_users)
+        return fingerprint_of(self.user_digests)
 
     def __len__(self) -> int:
         [[count]] = self._rows.execute("SELECT COUNT(*) FROM pairs")
