@@ -57,9 +57,9 @@ def test_its_fingerprint_is_of_what_the_rows_say(file, tmp_path):
 
 def test_a_run_keeps_the_numbers_of_its_users(file, tmp_path):
     first = PairStore(file, 0.25)
-    names = [user[0] for user in first.known]
+    names = [user[0] for user in first.user_digests]
     assert names == [pseudonym(user) for user in dict.fromkeys(pair.user_id for pair in first.of(range(7)))]
-    gone = (*first.known[:2], None, *first.known[3:])
+    gone = (*first.user_digests[:2], None, *first.user_digests[3:])
     more = tmp_path / "more.jsonl"
     changed = next(pair.user_id for pair in first.of(range(4, 5)))
     more.write_text("".join(json.dumps(row(user, n)) + "\n" for n, user in enumerate(["new", changed, "new"])))
@@ -70,12 +70,12 @@ def test_a_run_keeps_the_numbers_of_its_users(file, tmp_path):
     assert later.of(range(2, 3)) == later.of(range(6, 7)) == []
     for number in (0, 1, 3, 5):
         assert later.of(range(number, number + 1)) == first.of(range(number, number + 1))
-        assert later.known[number] == first.known[number]
-    assert later.known[4] != first.known[4]
+        assert later.user_digests[number] == first.user_digests[number]
+    assert later.user_digests[4] != first.user_digests[4]
     assert len(later) == sum(1 for _ in later)
-    assert later.fingerprint == fingerprint_of(later.known) != first.fingerprint
-    assert fingerprint_of(first.known) == fingerprint_of((None, *first.known, None))
-    without = [user for user in later.known if user is not None]
+    assert later.fingerprint == fingerprint_of(later.user_digests) != first.fingerprint
+    assert fingerprint_of(first.user_digests) == fingerprint_of((None, *first.user_digests, None))
+    without = [user for user in later.user_digests if user is not None]
     assert fingerprint_of(without) == later.fingerprint
 
 

@@ -89,7 +89,7 @@ def planted(monkeypatch, request, tmp_path) -> Path:
     folder, chunk = RunDir(path), path / "state/chunks/000000"
     store = PairStore(outside, 0.25)
     (path / "state/identity.json").write_text(json.dumps({PAIRS: store.fingerprint, "users per chunk": "99"}))
-    folder.change_users(store.known)
+    folder.change_users(store.user_digests)
     for name in ("results.jsonl", "screening.jsonl"):
         chunk.mkdir(parents=True, exist_ok=True)
         shutil.copy(path / name, chunk / name)

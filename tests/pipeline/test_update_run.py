@@ -79,7 +79,7 @@ def check(path: Path, whole: Path, others: dict[str, bytes], at: object = None) 
     assert len(own) == len(lines), at
     users = [result.user_id for result in read_results(path)]
     assert users[-1] == NEW, at
-    assert list(RunDir(path).selection.known) == index(users), at
+    assert list(RunDir(path).selection.user_digests) == index(users), at
     assert RunDir(path).sources == ["more.jsonl"], at
     for name, each in (("metrics.jsonl", 2), ("screening.jsonl", 1)):
         told = [json.loads(line)["user_id"] for line in (path / name).read_text().splitlines()]

@@ -18,14 +18,14 @@ from persona_rlhf.data.pairs import SHOWN, Message, PreferencePair, assign_split
 class UserSelection(NamedTuple):
     """The users of a run, by their pseudonyms.
 
-    `known` holds them by number, each with the hash of their pairs; None keeps the number of a deleted user. Users in
-    `out` stay out, whatever the files hold. The files in `more` are read after the first one, in order; the pairs of
-    a user in a later file replace those of earlier files.
+    `user_digests` holds them by number, each with the hash of their pairs; None keeps the number of a deleted user.
+    Pairs of `excluded` users are skipped. `later_files` are read after the first file, in order; the pairs of a user
+    in a later file replace those of earlier files.
     """
 
-    known: tuple[tuple[str, str] | None, ...] = ()
-    out: frozenset[str] = frozenset()
-    more: tuple[str, ...] = ()
+    user_digests: tuple[tuple[str, str] | None, ...] = ()
+    excluded: frozenset[str] = frozenset()
+    later_files: tuple[str, ...] = ()
 
 
 class PairStore:
@@ -55,13 +55,13 @@ class PairStore:
     def _read(self, path: Path | str, selection: UserSelection) -> None:
         self._rows.execute("CREATE TABLE pairs (user INTEGER, content TEXT)")
         self._rows.execute("CREATE INDEX by_user ON pairs (user)")
-        numbers_by_name = {user[0]: number for number, user in enumerate(selection.known) if user is not None}
-        self._names: list[str | None] = [None if user is None else user[0] for user in selection.known]
-        self._digests: list[bytes | None] = [None] * len(selection.known)
+        numbers_by_name = {user[0]: number for number, user in enumerate(selection.user_digests) if user is not None}
+        self._names: list[str | None] = [None if user is None else user[0] for user in selection.user_digests]
+        self._digests: list[bytes | None] = [None] * len(selection.user_digests)
         left_out: set[str] = set()
         problems: list[Problem] = []
         faults = 0
-        for source in (path, *selection.more):
+        for source in (path, *selection.later_files):
             numbers: dict[str, int | None] = {}  # of the users in this file; None for one who stays out
             for item in parsed_rows(source):
                 if isinstance(item, Problem):
@@ -72,8 +72,8 @@ class PairStore:
                 pair, split = item
                 if pair.user_id not in numbers:
                     name = pseudonym(pair.user_id)
-                    numbers[pair.user_id] = None if name in selection.out else self._begin(name, numbers_by_name)
-                    left_out |= selection.out & {name}
+                    numbers[pair.user_id] = None if name in selection.excluded else self._begin(name, numbers_by_name)
+                    left_out |= selection.excluded & {name}
                 if (number := numbers[pair.user_id]) is None:
                     continue
                 hashed = (pair.user_id, pair.prompt, pair.chosen, pair.rejected, split, pair.weight, pair.clean_choice)
@@ -101,7 +101,7 @@ class PairStore:
         return len(self._names)
 
     @property
-    def known(self) -> tuple[tuple[str, str] | None, ...]:
+    def user_digests(self) -> tuple[tuple[str, str] | None, ...]:
         """The users by number, as in a `UserSelection`; None for a user without pairs."""
         return tuple(
             None if name is None or digest is None else (name, digest.hex())
@@ -111,7 +111,7 @@ class PairStore:
     @property
     def fingerprint(self) -> str:
         """The hash of all users' pairs."""
-        return fingerprint_of(self.known)
+        return fingerprint_of(self.user_digests)
 
     def __len__(self) -> int:
         [[count]] = self._rows.execute("SELECT COUNT(*) FROM pairs")

@@ -156,12 +156,12 @@ def _cached(outside: ExternalPaths, selection: UserSelection, user: DataSubject)
     training, the values of the user are unknown and all are dropped: they are computed again when needed.
     """
     files = sorted(Path(outside.cache).glob("*.safetensors")) if outside.cache is not None else []
-    number = number_of(selection.known, user)
-    if not files or (selection.known and number is None):
+    number = number_of(selection.user_digests, user)
+    if not files or (selection.user_digests and number is None):
         return
     from persona_rlhf.training import cache
 
-    out = selection._replace(out=selection.out - {user.pseudonym})
+    out = selection._replace(excluded=selection.excluded - {user.pseudonym})
     yield from cache.traces(files, None if number is None else _keys(outside, out, number))
 
 
@@ -173,7 +173,7 @@ def _keys(outside: ExternalPaths, selection: UserSelection, number: int) -> set[
 
     try:
         store = PairStore(outside.users, outside.heldout, selection)
-        if store.known[number] != selection.known[number]:
+        if store.user_digests[number] != selection.user_digests[number]:
             return None
         tokenizer = load_tokenizer(outside.model)
 

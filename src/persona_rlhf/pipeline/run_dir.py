@@ -163,7 +163,7 @@ class RunDir:
         if not self.begun:
             self.write(self._identity, _rendered({**identity, _CHUNK: str(chunk)}))
         if not self.users.exists():
-            self.write(self.users, _lines(pairs.known))
+            self.write(self.users, _lines(pairs.user_digests))
         self.write(self.path / "config.yaml", config.to_yaml())
         self.write(self.path / "policy.json", json.dumps(policy.to_json(), indent=2, ensure_ascii=False) + "\n")
         if self.share.rank == 0:
@@ -261,7 +261,7 @@ def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
         if rules := [rule for key in _END_USER_RULES for rule in policy.get(key, ()) if user(rule["user_id"])]:
             yield Trace(file, "tier-three rules of the policy", len(rules), partial(_erase_rules, file, policy, rules))
     run_dir = RunDir(run)
-    users = run_dir.selection.known
+    users = run_dir.selection.user_digests
     if (number := number_of(users, user)) is not None:
         values = run_dir.chunk(number // run_dir.chunk_size) / run_dir.reference.name
         if values.exists():

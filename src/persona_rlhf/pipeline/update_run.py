@@ -55,19 +55,19 @@ def add(run: Path, source: str, on_progress: OnProgress = silent) -> Added:
         sentence = "this run shares delta among all of its users, so nothing of it is left for new ones"
         raise InputError([Problem(str(run / "config.yaml"), None, "gate.family", sentence)])
     selection = run_dir.selection
-    store = PairStore(source, config.users.heldout, UserSelection(out=selection.out))
-    in_source, in_run = [user for user in store.known if user is not None], {*selection.known}
+    store = PairStore(source, config.users.heldout, UserSelection(excluded=selection.excluded))
+    in_source, in_run = [user for user in store.user_digests if user is not None], {*selection.user_digests}
     changed = [user for user in in_source if user not in in_run]
     if not changed:
         return Added([], len(in_source), store.left_out)
-    if inner.path.exists() and [user for user in inner.selection.known if user is not None] != changed:
+    if inner.path.exists() and [user for user in inner.selection.user_digests if user is not None] != changed:
         on_progress(ProgressEvent("adding", "another addition was under way; this one begins anew"))
         remove_folder(inner.path)
     if not inner.begun:
         inner.begin_as(run_dir, changed, WorkShare().chunk_size(len(changed), config.fleet.chunk))
-    out = selection.out | {name for name, _ in in_source} - {name for name, _ in changed}
+    out = selection.excluded | {name for name, _ in in_source} - {name for name, _ in changed}
     with_source = config.model_copy(update={"users": config.users.model_copy(update={"path": source})})
-    inputs = read_inputs(with_source, UserSelection(inner.selection.known, frozenset(out)))
+    inputs = read_inputs(with_source, UserSelection(inner.selection.user_digests, frozenset(out)))
     from persona_rlhf.pipeline import train
 
     train.train_share(config, inner.path, resume=True, on_progress=on_progress, inputs=inputs, audit_run=run)
@@ -95,8 +95,8 @@ def complete_addition(run: Path) -> None:
     for name in ("screening.jsonl", "metrics.jsonl"):
         atomic_write(run / name, _replaced(run / name, inner / name, new.__contains__))
     run_dir.add_source(json.loads(run_dir.addition_trained.read_bytes())["source"])
-    added = {user[0]: user for user in RunDir(inner).selection.known if user is not None}
-    before = [user if user is None else added.get(user[0], user) for user in run_dir.selection.known]
+    added = {user[0]: user for user in RunDir(inner).selection.user_digests if user is not None}
+    before = [user if user is None else added.get(user[0], user) for user in run_dir.selection.user_digests]
     names = {user[0] for user in before if user is not None}
     run_dir.change_users([*before, *(user for name, user in added.items() if name not in names)])
     (run / REDTEAM).unlink(missing_ok=True)  # it covers the adapters released before
@@ -143,7 +143,7 @@ def _replaced(file: Path, more: Path, is_new: Callable[[str], bool]) -> Iterator
 def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
     """An interrupted addition with the user in it, which is removed as a whole."""
     inner = RunDir(RunDir(run).addition)
-    if number_of(inner.selection.known, user) is not None:
+    if number_of(inner.selection.user_digests, user) is not None:
         yield Trace(inner.path, "an addition under way, all of it", 1, partial(remove_folder, inner.path))
 
 
