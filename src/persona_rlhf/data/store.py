@@ -19,13 +19,13 @@ class UserSelection(NamedTuple):
     """The users of a run, by their pseudonyms.
 
     `user_digests` holds them by number, each with the hash of their pairs; None keeps the number of a deleted user.
-    Users in `out` stay out, whatever the files hold. The files in `more` are read after the first one, in order; the
-    pairs of a user in a later file replace those of earlier files.
+    Pairs of `excluded` users are skipped. `later_files` are read after the first file, in order; the pairs of a user
+    in a later file replace those of earlier files.
     """
 
     user_digests: tuple[tuple[str, str] | None, ...] = ()
-    out: frozenset[str] = frozenset()
-    more: tuple[str, ...] = ()
+    excluded: frozenset[str] = frozenset()
+    later_files: tuple[str, ...] = ()
 
 
 class PairStore:
@@ -61,7 +61,7 @@ class PairStore:
         left_out: set[str] = set()
         problems: list[Problem] = []
         faults = 0
-        for source in (path, *selection.more):
+        for source in (path, *selection.later_files):
             numbers: dict[str, int | None] = {}  # of the users in this file; None for one who stays out
             for item in parsed_rows(source):
                 if isinstance(item, Problem):
@@ -72,8 +72,8 @@ class PairStore:
                 pair, split = item
                 if pair.user_id not in numbers:
                     name = pseudonym(pair.user_id)
-                    numbers[pair.user_id] = None if name in selection.out else self._begin(name, numbers_by_name)
-                    left_out |= selection.out & {name}
+                    numbers[pair.user_id] = None if name in selection.excluded else self._begin(name, numbers_by_name)
+                    left_out |= selection.excluded & {name}
                 if (number := numbers[pair.user_id]) is None:
                     continue
                 hashed = (pair.user_id, pair.prompt, pair.chosen, pair.rejected, split, pair.weight, pair.clean_choice)

@@ -161,7 +161,7 @@ def _cached(outside: ExternalPaths, selection: UserSelection, user: DataSubject)
         return
     from persona_rlhf.training import cache
 
-    out = selection._replace(out=selection.out - {user.pseudonym})
+    out = selection._replace(excluded=selection.excluded - {user.pseudonym})
     yield from cache.traces(files, None if number is None else _keys(outside, out, number))
 
 

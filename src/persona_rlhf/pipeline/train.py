@@ -81,7 +81,7 @@ def train_share(
         check_trackers(config.run.report_to, share.workers)
         on_progress(ProgressEvent("preparing"))
         selection = run_dir.selection
-        if inputs is None or selection.out or selection.more:
+        if inputs is None or selection.excluded or selection.later_files:
             inputs = read_inputs(config, selection)
         ready = prepare(config, inputs, check=share.rank == 0)
         if share.rank > 0:

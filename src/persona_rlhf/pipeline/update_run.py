@@ -55,7 +55,7 @@ def add(run: Path, source: str, on_progress: OnProgress = silent) -> Added:
         sentence = "this run shares delta among all of its users, so nothing of it is left for new ones"
         raise InputError([Problem(str(run / "config.yaml"), None, "gate.family", sentence)])
     selection = run_dir.selection
-    store = PairStore(source, config.users.heldout, UserSelection(out=selection.out))
+    store = PairStore(source, config.users.heldout, UserSelection(excluded=selection.excluded))
     in_source, in_run = [user for user in store.user_digests if user is not None], {*selection.user_digests}
     changed = [user for user in in_source if user not in in_run]
     if not changed:
@@ -65,7 +65,7 @@ def add(run: Path, source: str, on_progress: OnProgress = silent) -> Added:
         remove_folder(inner.path)
     if not inner.begun:
         inner.begin_as(run_dir, changed, WorkShare().chunk_size(len(changed), config.fleet.chunk))
-    out = selection.out | {name for name, _ in in_source} - {name for name, _ in changed}
+    out = selection.excluded | {name for name, _ in in_source} - {name for name, _ in changed}
     with_source = config.model_copy(update={"users": config.users.model_copy(update={"path": source})})
     inputs = read_inputs(with_source, UserSelection(inner.selection.user_digests, frozenset(out)))
     from persona_rlhf.pipeline import train
