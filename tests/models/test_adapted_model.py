@@ -111,7 +111,6 @@ def test_attention_in_several_calls_is_attention_over_whole_rows(adapted, flat, 
         results.append((logps.detach(), learning.grad))
         assert batch.layout is not None
         assert len(batch.layout.calls) == (1 if even else 6 if apart else 5)
-        assert (batch.layout.last is not None) == (apart and not even)
     (several, gradient), (one, expected) = results
     assert torch.allclose(several, one, rtol=0, atol=5e-6)
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
@@ -128,7 +127,6 @@ def test_a_base_whose_attention_cannot_see_rows_is_given_one_row_a_line(breaks, 
         layer.register_forward_hook(lambda _, __, out: out + torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :-1])
     adapted = AdaptedModel(base, LORA)
     assert not adapted.packs_rows
-    assert (adapted._pruning is None) == (breaks == "attention")
     draw = torch.Generator().manual_seed(0)
     row, other = random_row(draw, 4, 5), random_row(draw, 4, 9)
     with torch.no_grad(), adapted.using(None):

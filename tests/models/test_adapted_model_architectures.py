@@ -106,21 +106,6 @@ def test_logits_are_computed_only_where_a_completion_is_predicted(case):
     assert [shape[:-1].numel() for shape in seen] == [len(batch.targets)]
 
 
-def test_the_last_layer_computes_behind_attention_only_what_is_read(case):
-    """Wherever the family's block lets it; the other tests compare what comes of it with PEFT's whole layers."""
-    adapted, seen = case.adapted, []
-    assert (adapted._pruning is None) == (case.name == "gpt2"), "GPT-2 puts tokens back into lines"
-    if adapted._pruning is None:
-        return
-    hook = adapted._pruning._projection.register_forward_hook(lambda _, __, y: seen.append(y.shape[:-1].numel()))
-    for rows in (_rows(), _short(_rows())):
-        batch = adapted.batch(rows, USERS)
-        with torch.no_grad(), adapted.using(case.flat):
-            adapted.logits(batch)
-        assert seen.pop() == len(batch.targets) < batch.input_ids.numel()
-    hook.remove()
-
-
 def test_rows_are_packed_where_that_is_exact(case):
     adapted = case.adapted
     assert adapted.packs_rows == (PACKS[case.name] != "never")

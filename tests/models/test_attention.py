@@ -1,10 +1,9 @@
-"""Attention over short rows as batched products, against the formula and torch's kernel."""
+"""Attention over packed rows against its formula, and its independence of other users."""
 
 import pytest
 import torch
 
 from persona_rlhf.data.tokenize import Row
-from persona_rlhf.models import attention
 from persona_rlhf.models.attention import _attend
 from persona_rlhf.models.packing import EMPTY, pack
 
@@ -31,60 +30,43 @@ def _heads(batch, heads, groups):
     ]
 
 
-def _attended(batch, layout, heads):
-    """What attention gives of the tokens, in their order, and the gradient of some of it (each token weighed)."""
+def _outputs(batch, heads):
+    """Outputs of the tokens, in their order, `[tokens, heads, size]`."""
     module = torch.nn.Module()
     module.num_key_value_groups = heads[0].shape[1] // heads[1].shape[1]
-    outputs, _ = _attend(module, *heads, None, scaling=SCALE, layout=layout)
-    outputs = outputs.reshape(batch.input_ids.numel(), -1, SIZE)
-    return outputs, torch.arange(1.0, outputs.numel() + 1).view(outputs.shape)
+    outputs, _ = _attend(module, *heads, None, scaling=SCALE, layout=batch.layout)
+    return outputs.reshape(batch.input_ids.numel(), -1, SIZE)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
-@pytest.mark.parametrize("last", [False, True])
-def test_products_are_the_kernel(monkeypatch, heads, groups, last):
+def test_attention_is_the_formula_token_by_token(heads, groups):
+    """`softmax(scale q K) V` over the tokens of a row up to the query, for a head and its group of keys."""
     batch = pack(ROWS, 2, 0, CPU, equal_lines=False)
-    assert batch.layout is not None
-    layout = batch.layout.last if last else batch.layout
-    assert layout is not None
-    read = torch.unique(batch.predictors.index)
-    gradients = []
-    for short in (0, attention.SHORT):
-        monkeypatch.setattr(attention, "SHORT", short)
-        given = _heads(batch, heads, groups)
-        outputs, weights = _attended(batch, layout, given)
-        gradients.append([outputs[read], *torch.autograd.grad((outputs * weights)[read].sum(), given)])
-    for kernels, product in zip(*gradients, strict=True):
-        assert torch.allclose(kernels, product, rtol=1e-10, atol=1e-12)
-
-
-def test_products_are_the_formula_token_by_token():
-    """`softmax(scale q K) V` over a token's row up to itself, for a head and its group of keys."""
-    batch = pack(ROWS, 2, 0, CPU, equal_lines=False)
-    query, key, value = given = _heads(batch, 4, 2)
-    outputs, _ = _attended(batch, batch.layout, given)
+    query, key, value = tensors = _heads(batch, heads, groups)
+    outputs = _outputs(batch, tensors)
     for place in batch.row_places:
         fed = place.row.completion[:-1]
         row = [*range(place.prompt_start, place.prompt_start + len(place.row.prompt))]
         row += range(place.completion_start, place.completion_start + len(fed))
         for n, token in enumerate(row):
-            for head in range(4):
-                scores = torch.stack([SCALE * query[0, head, token] @ key[0, head // 2, k] for k in row[: n + 1]])
-                wanted = torch.softmax(scores, 0) @ value[0, head // 2, row[: n + 1]]
-                assert torch.allclose(outputs[token, head], wanted, rtol=1e-10)
+            for head in range(heads):
+                group = head * groups // heads
+                scores = torch.stack([SCALE * query[0, head, token] @ key[0, group, k] for k in row[: n + 1]])
+                expected = torch.softmax(scores, 0) @ value[0, group, row[: n + 1]]
+                assert torch.allclose(outputs[token, head], expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_user_whose_values_are_no_numbers_is_not_felt():
+def test_a_user_with_nan_values_does_not_change_another_user():
     batch = pack(ROWS, 2, 0, CPU, equal_lines=False)
     assert batch.tokens_per_user is not None
     first = batch.tokens_per_user[0]
-    sick = [x.detach().clone() for x in _heads(batch, 4, 2)]
-    for x in sick:
+    broken = [x.detach().clone() for x in _heads(batch, 4, 2)]
+    for x in broken:
         x[:, :, :first] = float("nan")
         x.requires_grad_()
-    outputs, weights = _attended(batch, batch.layout, sick)
-    for gradient in torch.autograd.grad((outputs * weights).sum(), sick):
+    outputs = _outputs(batch, broken)
+    weights = torch.arange(1.0, outputs.numel() + 1).view(outputs.shape)
+    for gradient in torch.autograd.grad((outputs * weights).sum(), broken):
         assert torch.isfinite(gradient[:, :, first:]).all()
     assert torch.isfinite(outputs[first:]).all()
-    well, _ = _attended(batch, batch.layout, _heads(batch, 4, 2))
-    assert torch.equal(outputs[first:], well[first:])
+    assert torch.equal(outputs[first:], _outputs(batch, _heads(batch, 4, 2))[first:])

@@ -17,10 +17,8 @@ from persona_rlhf.models.base import Base
 from persona_rlhf.models.fast_paths import (
     EquivalenceCheck,
     ForwardPatch,
-    LastLayerPruning,
     compiled_patch,
     handwritten_patch,
-    last_layer_pruning,
 )
 from persona_rlhf.models.generation import Generated, generate_answers
 from persona_rlhf.models.model_split import (
@@ -119,7 +117,6 @@ class GreedyScore(NamedTuple):
 
 
 _Value = TypeVar("_Value")
-_FastPath = TypeVar("_FastPath")
 
 
 class AdaptedModel:
@@ -136,7 +133,6 @@ class AdaptedModel:
         self.spans = attach(base.model, names, lora.rank, self.scale)
         self._layers = [self.layer(span) for span in self.spans.values()]
         self.patch: ForwardPatch | None = None
-        self._pruning: LastLayerPruning | None = None
         self._check = EquivalenceCheck(base)
         with torch.no_grad():
             group_by_input(self._layers, lambda: self._run(base.model, self._check.collated(self._check.rows)))
@@ -151,8 +147,7 @@ class AdaptedModel:
         self.packs_rows = self._packing_is_exact()
         if not self._prefix_is_exact():
             self._prefix = None
-        self.patch = self._if_exact("patch", self._make_patch())
-        self._pruning = self._if_exact("_pruning", self._make_pruning())
+        self.patch = self._exact_patch()
 
     @property
     def has_frozen_prefix(self) -> bool:
@@ -222,13 +217,8 @@ class AdaptedModel:
         if self._split is None:
             logits: Tensor = self._run(self.base.model, batch).logits
             return batch.predictors(logits.flatten(0, 1))
-        if self._pruning is None or not batch.row_places:
-            hidden: Tensor = self._run(self._split.decoder, batch).last_hidden_state
-            return batch.predictors(hidden.flatten(0, 1))
-        first = self._layers[0].a
-        with self._pruning.to(batch.predictors, batch.targets_per_user(1 if first is None else len(first))):
-            pruned: Tensor = self._run(self._split.decoder, batch).last_hidden_state
-            return pruned.squeeze(0)
+        hidden: Tensor = self._run(self._split.decoder, batch).last_hidden_state
+        return batch.predictors(hidden.flatten(0, 1))
 
     def _run(self, module: nn.Module, batch: Batch) -> Any:
         with ExitStack() as inside:
@@ -288,37 +278,23 @@ class AdaptedModel:
             return False
         return self._check.passes(lambda rows: self.logits(self.batch(rows, 1), [self.prefix_states(rows)]))
 
-    def _make_patch(self) -> ForwardPatch | None:
-        """Norms, rotary embeddings and the like in fewer passes over memory.
+    def _exact_patch(self) -> ForwardPatch | None:
+        """Norms, rotary embeddings and the like in fewer passes over memory, if the logits stay the same.
 
         On a CPU there is none for 16-bit types, which would be rounded elsewhere than in the model.
         """
+        model = self.base.model
         if self.base.device.type == "cuda":
-            return compiled_patch(self.base.model)
-        return handwritten_patch(self.base.model) if self.base.model.dtype in (torch.float32, torch.float64) else None
+            return self._if_exact(compiled_patch(model))
+        return self._if_exact(handwritten_patch(model)) if model.dtype in (torch.float32, torch.float64) else None
 
-    def _make_pruning(self) -> LastLayerPruning | None:
-        """A last layer that computes the predicting tokens only."""
-        if self._split is None or self.base.device.type != "cpu":
-            return None
-        return last_layer_pruning(self.base.model, lambda: self._forward(self._check.collated(self._check.rows)))
-
-    def _if_exact(self, attribute: str, fast_path: _FastPath | None) -> _FastPath | None:
-        """The fast path if, as this attribute, it leaves the logits of the model unchanged; else None."""
-
-        def logits(batch: Batch) -> Tensor:
-            setattr(self, attribute, fast_path)
-            try:
-                return self.logits(batch)
-            finally:
-                setattr(self, attribute, None)
-
+    def _if_exact(self, patch: ForwardPatch) -> ForwardPatch | None:
+        """The patch if it leaves the logits of the model unchanged; else None."""
+        self.patch = patch
         batches: tuple[Callable[[list[Row]], Batch], ...] = (lambda rows: self.batch(rows, 1), self._check.collated)
-        exact = fast_path is not None and all(
-            self._check.passes(lambda rows, batch=batch: logits(batch(rows)))  # type: ignore[misc]
-            for batch in batches
-        )
-        return fast_path if exact else None
+        exact = all(self._check.passes(lambda rows, batch=batch: self.logits(batch(rows))) for batch in batches)  # type: ignore[misc]
+        self.patch = None
+        return patch if exact else None
 
     def row_logps(self, batch: Batch, states: Sequence[HiddenStates] = ()) -> Float[Tensor, "rows longest"]:
         """Log-probability in nats of every completion token, one row per completion, padded with zeros."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -56,20 +55,6 @@ class DeterministicGather:
         self.unread: Int[Tensor, " unread"] = torch.from_numpy(np.flatnonzero(first < 0)).to(device)
         self.first_reader: Int[Tensor, " sources"] = torch.from_numpy(first.clip(0)).to(device)
         self.later_readers: list[Int[Tensor, "2 reads"]] = later
-
-    def per_head(
-        self, sources: Int[Tensor, "sources heads"], places: Int[Tensor, "places heads"]
-    ) -> DeterministicGather:
-        """The same gather over rows that are one head of a token each, given the rows of every token."""
-        gather = copy(self)
-        gather.index, gather.first_reader = torch.empty_like(places).flatten(), torch.empty_like(sources).flatten()
-        gather.index[places.flatten()] = sources[self.index].flatten()
-        gather.first_reader[sources.flatten()] = places[self.first_reader].flatten()
-        gather.unread = sources[self.unread].flatten()
-        gather.later_readers = [
-            torch.stack([sources[reads[0]].flatten(), places[reads[1]].flatten()]) for reads in self.later_readers
-        ]
-        return gather
 
     def __call__(self, x: Float[Tensor, "sources width"]) -> Float[Tensor, "places width"]:
         y: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
@@ -143,21 +128,12 @@ class AttentionLayout(NamedTuple):
 
     queries, keys: gather the tokens of all calls, one call behind the other
     outputs: gathers each token's output from the calls' outputs
-    last: layout for a layer of which only the predicting tokens are read, so that only these are queries
-    head_layouts: cache of `attention.per_head`
     """
 
     queries: DeterministicGather
     keys: DeterministicGather
     outputs: DeterministicGather
     calls: list[AttentionCall]
-    last: AttentionLayout | None
-    head_layouts: dict[tuple[int, int], AttentionLayout]
-
-    @property
-    def longest(self) -> int:
-        """Key tokens of the longest line."""
-        return max(call.keys for call in self.calls)
 
 
 def attention_layout(
@@ -177,7 +153,7 @@ def attention_layout(
     cost = sum(map(_causal_scores, first)) + sum(map(_masked_scores, repeated))
     if max(masked) > _MAX_MASK or cost >= sum(map(_causal_scores, groups)):
         return _build_layout(groups, [], widths, device)
-    return _build_layout(first, repeated, widths, device)._replace(last=_build_layout([], groups, widths, device))
+    return _build_layout(first, repeated, widths, device)
 
 
 def _group_by_length(rows: Sequence[PackedRow]) -> list[list[PackedRow]]:
@@ -226,7 +202,7 @@ def _build_layout(
     # Tokens without an output of their own take one of the same user's.
     fill = [(first_output[user], width) for user, width in enumerate(widths)]
     gather = DeterministicGather(queries.places, fill, outputs, device)
-    return AttentionLayout(queries.gather(device), keys.gather(device), gather, calls, None, {})
+    return AttentionLayout(queries.gather(device), keys.gather(device), gather, calls)
 
 
 def _causal_mask(begins: Sequence[int], queries: int, keys: int) -> Float[Tensor, "lines 1 queries keys"]:
@@ -292,13 +268,6 @@ class Batch(NamedTuple):
     longest: int
     row_places: list[RowPlace]
     tokens_per_user: list[int] | None
-
-    def targets_per_user(self, users: int) -> list[int]:
-        """Number of completion tokens of each user."""
-        rows_per_user, counts = self.row_count // users, [0] * users
-        for place in self.row_places:
-            counts[place.number // rows_per_user] += len(place.row.completion)
-        return counts
 
     def to_grid(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "rows longest"]:
         """Values of the completion tokens, one row per completion, padded with zeros."""
