@@ -27,7 +27,8 @@ from persona_rlhf.data.tokenize import prompt_ids
 from persona_rlhf.evaluation.refusals import BaseAnswers, refusal_outcomes
 from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.pipeline.prepare import prepare, prepare_users
-from persona_rlhf.pipeline.train import cohorts, constraint_bank, with_reference
+from persona_rlhf.pipeline.release import cohorts
+from persona_rlhf.pipeline.shared_values import constraint_bank, with_reference
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.training.constraint import LagrangianConstraint
 from persona_rlhf.training.engine import Engine

@@ -41,7 +41,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.models.multi_lora import fresh_adapter
 from persona_rlhf.pipeline.release import manifest_settings
-from persona_rlhf.pipeline.train import with_reference
+from persona_rlhf.pipeline.shared_values import with_reference
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.adapter import AdapterFiles, Exporter
 from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance

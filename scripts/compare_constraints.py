@@ -36,7 +36,7 @@ from persona_rlhf.config.experiment import read_config
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.pipeline.inputs import read_inputs
 from persona_rlhf.pipeline.prepare import Prepared, prepare, prepare_users
-from persona_rlhf.pipeline.train import constraint_bank, with_reference
+from persona_rlhf.pipeline.shared_values import constraint_bank, with_reference
 from persona_rlhf.simulation.users import Utility
 from persona_rlhf.training.engine import TrainedUser
 

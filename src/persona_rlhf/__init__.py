@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from persona_rlhf.pipeline.prepare import prepare, prepare_users
     from persona_rlhf.pipeline.reevaluate import evaluate
     from persona_rlhf.pipeline.release import release
-    from persona_rlhf.pipeline.train import constraint_bank, train, with_reference
+    from persona_rlhf.pipeline.shared_values import constraint_bank, with_reference
+    from persona_rlhf.pipeline.train import train
     from persona_rlhf.policy.policy import Policy
     from persona_rlhf.release.results import Result, read_results
     from persona_rlhf.release.verify import verify
@@ -48,7 +49,7 @@ _HOMES = {
     "Problem": "common.errors.Problem",
     "Result": "release.results.Result",
     "TrainedUser": "training.engine.TrainedUser",
-    "constraint_bank": "pipeline.train.constraint_bank",
+    "constraint_bank": "pipeline.shared_values.constraint_bank",
     "evaluate": "pipeline.reevaluate.evaluate",
     "fit": "data.screening.fit",
     "fleet_train": "training.api.fleet_train",
@@ -64,7 +65,7 @@ _HOMES = {
     "tokenize": "data.tokenize.tokenize",
     "train": "pipeline.train.train",
     "verify": "release.verify.verify",
-    "with_reference": "pipeline.train.with_reference",
+    "with_reference": "pipeline.shared_values.with_reference",
 }
 
 __all__ = [

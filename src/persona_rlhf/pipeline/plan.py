@@ -31,7 +31,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.pipeline.inputs import RunInputs
 from persona_rlhf.pipeline.prepare import Prepared, prepare, prepare_users
-from persona_rlhf.pipeline.train import constraint_bank, with_reference
+from persona_rlhf.pipeline.shared_values import constraint_bank, with_reference
 from persona_rlhf.training.constraint import ConstraintData, ConstraintFunctional, LagrangianConstraint
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.memory import (

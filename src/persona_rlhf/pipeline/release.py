@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -179,3 +180,40 @@ def manifest_settings(config: Config) -> dict[str, Any]:
         if (file := settings["screening"][key]) is not None:
             settings["screening"][key] = Path(file).name
     return settings
+
+
+def cohorts(users: Iterable[TrainedUser], size: int) -> Iterator[list[TrainedUser]]:
+    """Users in groups of up to `size`, as they come."""
+    users = iter(users)
+    while group := list(islice(users, max(1, size))):
+        yield group
+
+
+_Item = TypeVar("_Item")
+_Product = TypeVar("_Product")
+
+
+def overlapped(work: Callable[[_Item], _Product], items: Iterable[_Item]) -> Iterator[_Product]:
+    """`work` applied to every item, in order; a thread works on one item while the next is being made.
+
+    An exception of `work` is raised in place of its result. Where making an item raises or is interrupted, the result
+    of the item before it is yielded first.
+    """
+    items = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        for item in items:
+            running = thread.submit(work, item)
+            break
+        else:
+            return
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                yield running.result()
+                return
+            except (Exception, KeyboardInterrupt):
+                yield running.result()
+                raise
+            yield running.result()
+            running = thread.submit(work, item)

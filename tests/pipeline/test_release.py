@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from persona_rlhf.pipeline.train import overlapped
+from persona_rlhf.pipeline.release import overlapped
 
 
 def test_results_come_in_order():
