@@ -62,7 +62,7 @@ def test_a_new_config_with_retired_keys_names_each_with_its_line_and_what_holds_
 
 
 def test_the_config_of_an_old_run_is_read_whatever_it_sets(run):
-    before = read_run_config(run, exact=True)
+    before = read_run_config(run, exact="")
     changed(run, "constraint", "ceiling", 5.0)
     assert read_run_config(run) == before
 
@@ -70,12 +70,21 @@ def test_the_config_of_an_old_run_is_read_whatever_it_sets(run):
 def test_nobody_is_trained_into_a_run_that_was_trained_otherwise(run):
     changed(run, "constraint", "ceiling", 5.0)
     with pytest.raises(InputError) as fault:
-        read_run_config(run, exact=True)
+        read_run_config(run, exact="")
     [problem] = fault.value.problems
     assert (problem.key, problem.sentence) == (
         "constraint.ceiling",
-        "this run was trained with 5.0, and the value is fixed to 10.0 since 0.2; train a new run",
+        "this run was trained with 5.0, and the value is fixed to 10.0 since 0.2; "
+        "use the version that wrote the run, or train a new run",
     )
+
+
+def test_adapters_are_judged_again_only_by_the_gate_that_judged_them(run):
+    changed(run, "constraint", "ceiling", 5.0)
+    read_run_config(run, exact="gate.")
+    changed(run, "gate", "requirement_prompts", 7)
+    with pytest.raises(InputError, match=r"gate\.requirement_prompts"):
+        read_run_config(run, exact="gate.")
 
 
 @pytest.mark.parametrize(("ceiling", "same"), [(10.0, True), (5.0, False)])

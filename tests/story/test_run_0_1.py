@@ -49,9 +49,15 @@ def test_its_results_are_read_and_reported(experiment, tmp_path):
         (user, "released", 1.0) for user in USERS
     ]
     before = (tmp_path / "copy/run/report.html").read_text(encoding="utf-8")
+    promise = json.loads((tmp_path / "copy/run/summary.json").read_bytes())["promise"]
     succeed("report", "run", cwd=tmp_path / "copy")
     after = (tmp_path / "copy/run/report.html").read_text(encoding="utf-8")
     assert all(user in before and user in after for user in ("Ann", "ann", "../../etc"))
+    kept = json.loads((tmp_path / "copy/run/summary.json").read_bytes())["promise"]
+    assert kept["judged"] == promise["judged"] == 3
+    assert {key: value for key, value in kept.items() if key != "sentence"} == pytest.approx(
+        {key: value for key, value in promise.items() if key != "sentence"}, rel=1e-9
+    )
 
 
 def test_its_figures_are_measured_again(experiment):
@@ -84,6 +90,11 @@ def test_it_is_served(experiment, tmp_path):
         server.process.kill()
         server.process.wait()
         server.process.stderr.close()
+
+
+def test_no_path_of_a_machine_is_in_it():
+    text = (Path(__file__).with_name("run_0_1") / "run/config.yaml").read_text(encoding="utf-8")
+    assert not [line for line in text.splitlines() if ": /" in line]
 
 
 def test_a_user_of_it_is_forgotten(experiment, tmp_path):

@@ -152,11 +152,12 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return checked(Config, read_yaml(find(path)), overrides)
 
 
-def read_run_config(run: Path, overrides: Sequence[str] = (), *, exact: bool = False) -> Config:
+def read_run_config(run: Path, overrides: Sequence[str] = (), *, exact: str | None = None) -> Config:
     """Reads the config that a run was trained with, also one of an earlier version (`config/retired.py`).
 
-    `exact`: new users are to be trained as the run's were. Raises InputError with every problem; with `exact` also
-    where the run set a retired key to another value than the one that is fixed today.
+    `exact` is the prefix of keys that must mean today what they meant for the run: "" (all keys) where users are to be
+    trained as the run's were, "gate." where its adapters are to be judged again. Raises InputError with every problem,
+    and where the run set such a key, retired since, to another value than the one that is fixed today.
     """
     document = read_yaml(run / "config.yaml")
     retired = remove_retired(document.tree)
@@ -166,10 +167,10 @@ def read_run_config(run: Path, overrides: Sequence[str] = (), *, exact: bool = F
             document.place(tuple(removed.key.split("."))).line,
             removed.key,
             f"this run was trained with {removed.value}, and the value is fixed to {RETIRED[removed.key]} since 0.2; "
-            "train a new run",
+            "use the version that wrote the run, or train a new run",
         )
         for removed in retired
-        if exact and not removed.is_fixed_value
+        if exact is not None and removed.key.startswith(exact) and not removed.is_fixed_value
     )
     return checked(Config, document, overrides)
 

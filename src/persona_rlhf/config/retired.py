@@ -55,6 +55,8 @@ def retired_problems(document: YamlDocument) -> list[Problem]:
     problems = []
     for removed in remove_retired(document.tree):
         file, line = document.place(tuple(removed.key.split(".")))
-        sentence = f"this key was retired in 0.2: the value is always {RETIRED[removed.key]}; remove the key"
+        sentence = (
+            f"this key was retired in 0.2: the value is always {RETIRED[removed.key]}; remove the key, or use 0.1"
+        )
         problems.append(Problem(file, line, removed.key, sentence))
     return problems

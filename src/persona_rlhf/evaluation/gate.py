@@ -89,16 +89,16 @@ class Demands:
         """Every bound holds at confidence 1 - level."""
         return self.bound.level
 
-    def under(self, gate: GateSettings, users: int) -> Demands:
+    def under(self, gate: GateSettings, users: int, judge_share: float = JUDGE_DELTA_SHARE) -> Demands:
         """These demands with delta divided by the gate's settings, in a run of so many users.
 
         Runs divide it first. Then a calibrated judge takes its share. In a family of `all`, delta is the chance that
         any user breaks a demand, so the rest is divided among users (Bonferroni). The judge is the same for all of
-        them, so its share is spent once.
+        them, so its share is spent once. `judge_share` is that share of delta.
         """
         delta, spent, error = self.delta / gate.runs, 0.0, 0.0
         if (calibration := gate.judge_calibration) is not None:
-            spent = delta * JUDGE_DELTA_SHARE
+            spent = delta * judge_share
             error = upper_bound(calibration.called_refusals, calibration.compliances, spent)
         each = (delta - spent) / users if gate.family == "all" else delta - spent
         return replace(self, delta=spent + each, judge_error=error, judge_delta=spent)

@@ -119,7 +119,7 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
     Raises InputError where the run is not finished or released no adapter, an adapter does not match its manifest, the
     base is another one or does not pass the new documents itself, or these cannot be used.
     """
-    released, config = released_results(run, "tested again"), read_run_config(run)
+    released, config = released_results(run, "tested again"), read_run_config(run, exact="gate.")
     faults = [(result.path, fault) for result in released for fault in undated_faults(run / str(result.path), result)]
     if faults:
         raise InputError([Problem(f"{run}/{path}", None, None, fault) for path, fault in faults])

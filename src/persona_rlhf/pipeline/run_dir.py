@@ -155,6 +155,8 @@ class RunDir:
                 changed.insert(0, f"config ({', '.join(keys)})")
         if changed:
             sentence = f"the {' and the '.join(changed)} changed since this run began; start a new run with --run"
+            if any(key in sentence for key in RETIRED):
+                sentence += ", or finish this one with the version that began it"
             raise InputError([Problem(str(self.path), None, "--resume", sentence)])
 
     def begin(self, config: Config, policy: Policy, pairs: PairStore, identity: Mapping[str, str], chunk: int) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -16,9 +17,10 @@ from pydantic import TypeAdapter, ValidationError
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, slug
 from persona_rlhf.config.evaluation import GateSettings
+from persona_rlhf.config.retired import remove_retired
 from persona_rlhf.data.erasure import DataSubject, Trace, row_traces
 from persona_rlhf.evaluation.fleet_guarantee import FleetGuarantee, GatedUser, fleet_guarantee
-from persona_rlhf.evaluation.gate import POOLED, Demands, GateTest, Verdict
+from persona_rlhf.evaluation.gate import JUDGE_DELTA_SHARE, POOLED, Demands, GateTest, Verdict
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.evaluation.statistics import Clustered, Count
 from persona_rlhf.training.records import DualTrace
@@ -239,13 +241,16 @@ def guarantee_of_run(
     None if the gate was off, or the policy states no delta.
     """
     try:
-        gate = GateSettings.model_validate(config.get("gate") or {})
+        tree = deepcopy(dict(config))
+        retired = {removed.key: removed.value for removed in remove_retired(tree)}  # a run of an earlier version
+        gate = GateSettings.model_validate(tree.get("gate") or {})
+        judge_share = float(str(retired.get("gate.judge_calibration.delta_share", JUDGE_DELTA_SHARE)))
         delta = float((policy.get("certify") or {})["delta"])
     except (ValidationError, KeyError, TypeError, ValueError):
         return None
     if not gate.enabled:
         return None
-    demands = Demands(0.0, {}, frozenset(), delta).under(gate, users)
+    demands = Demands(0.0, {}, frozenset(), delta).under(gate, users, judge_share)
     judged = (GatedUser(r.alpha, r.looks) for r in results if r.status in ("released", "held_back"))
     return fleet_guarantee(judged, demands, gate.runs)
 
