@@ -46,7 +46,7 @@ class Server:
         self.log = ""
         while "Serving" not in self.log:
             line = self.process.stderr.readline()
-            assert line, f"the server did not start: {self.said}"
+            assert line, f"the server did not start: {self.log}"
             self.log += line
         self.port = int(self.log.split("Serving")[1].split("http://")[1].split(":")[1].split("/")[0])
 

@@ -89,7 +89,7 @@ def test_forgotten_in_the_midst_of_training(trained, tmp_path):
 
     gone = persona_rlhf("forget", "killed", "--user", "heron zero", "--json", cwd=folder)
     assert gone.returncode == 0, gone.stderr
-    assert "users/pairs.jsonl holds 17 rows of his" in gone.stderr
+    assert "users/pairs.jsonl holds 17 rows of the user" in gone.stderr
     assert found_in(run, canaries) == []
     assert {piece["what"] for piece in json.loads(gone.stdout)["removed"]} >= {"lines", "place in a checkpoint"}
     done = persona_rlhf(*words, "--resume", cwd=folder)
