@@ -98,3 +98,13 @@ def test_an_unfinished_run_of_before_goes_on_where_nothing_else_holds_now(tmp_pa
     else:
         with pytest.raises(InputError, match=r"constraint\.ceiling"):
             RunDir(tmp_path).check_same(now)
+
+
+@pytest.mark.parametrize(("section", "names_the_version"), [({"ceiling": 5.0}, True), ({"gain": 0.2}, False)])
+def test_only_a_retired_key_sends_people_back_to_the_version_before(tmp_path, section, names_the_version):
+    (tmp_path / "state").mkdir()
+    before = {"config": json.dumps({"constraint": {"gain": 0.1} | section}), "users per chunk": "3"}
+    (tmp_path / "state/identity.json").write_text(json.dumps(before))
+    with pytest.raises(InputError) as fault:
+        RunDir(tmp_path).check_same({"config": json.dumps({"constraint": {"gain": 0.1}})})
+    assert ("finish this one with the version that began it" in str(fault.value)) == names_the_version

@@ -148,14 +148,12 @@ class RunDir:
     def check_same(self, identity: Mapping[str, str]) -> None:
         """Raises InputError where a resumed run would mix two experiments."""
         before = self._read_identity()
-        changed = [name for name, value in identity.items() if before.get(name) != value]
-        if "config" in changed:
-            changed.remove("config")
-            if keys := _changed_keys(before.get("config", "{}"), identity["config"]):
-                changed.insert(0, f"config ({', '.join(keys)})")
+        keys = _changed_keys(before.get("config", "{}"), identity["config"]) if "config" in identity else []
+        changed = [f"config ({', '.join(keys)})"] if keys else []
+        changed += [name for name, value in identity.items() if name != "config" and before.get(name) != value]
         if changed:
             sentence = f"the {' and the '.join(changed)} changed since this run began; start a new run with --run"
-            if any(key in sentence for key in RETIRED):
+            if not RETIRED.keys().isdisjoint(keys):
                 sentence += ", or finish this one with the version that began it"
             raise InputError([Problem(str(self.path), None, "--resume", sentence)])
 
