@@ -7,7 +7,7 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.policy.hazards import Probe, assign_split, assign_topic, read_probes, unseen_topics_certify
 
 PINNED_COUNTS = {"certify": 256, "test": 425, "train": 621, "dev": 298}
-PINNED_TOPICS = {"certify": 466, "test": 214, "dev": 167, "train": 153}
+PINNED_TOPICS = {"certify": 604, "test": 140, "dev": 64, "train": 192}
 PINNED_ROW = ["certify", "certify", "test", "train", "test", "test", "train", "dev", "test", "train", "train", "train"]
 
 
@@ -35,15 +35,15 @@ def test_a_topic_or_phrasing_is_kept_out_whole():
 
 def test_splits_of_whole_topics_never_change():
     assert Counter(assign_topic(f"topic {topic}") for topic in range(1000)) == PINNED_TOPICS
-    row = ["certify", "test", "train", "test", "train", "test"]
+    row = ["certify", "train", "test", "certify", "certify", "certify"]
     assert [assign_topic(f"topic {topic}") for topic in range(6)] == row
 
 
 def test_a_held_out_topic_keeps_the_proportions_and_never_trains():
     count = Counter(assign_topic(f"topic {topic}", held_out=True) for topic in range(4000))
     assert set(count) == {"dev", "certify", "test"}
-    for split, share in {"dev": 17, "certify": 45, "test": 21}.items():
-        assert count[split] / 4000 == pytest.approx(share / 83, abs=0.03)
+    for split, share in {"dev": 6.5, "certify": 61, "test": 13.5}.items():
+        assert count[split] / 4000 == pytest.approx(share / 81, abs=0.03)
 
 
 def test_a_row_says_how_it_is_split(tmp_path):

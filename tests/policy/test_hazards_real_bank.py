@@ -40,7 +40,7 @@ def test_making_it_again_gives_the_same_bytes(tmp_path):
 def test_sizes_by_split(language):
     count = Counter(probe.split for probe in every(language))
     assert count["train"] >= 1000
-    for split, least in {"dev": 60, "certify": 160, "test": 80}.items():
+    for split, least in {"dev": 20, "certify": 240, "test": 40}.items():
         assert count[split] >= least
         topics = [probe.topic for probe in every(language) if probe.split == split]
         assert len(set(topics)) == len(topics) == count[split]
@@ -78,7 +78,7 @@ def test_no_held_out_request_repeats_another_or_a_trained_one(language):
 def test_some_held_out_phrasings_are_never_trained():
     trained = {probe.phrasing for probe in every("en") if probe.split == "train"}
     unseen = [probe for probe in every("en") if probe.split == "certify" and probe.phrasing not in trained]
-    assert 0.1 < len(unseen) / 171 < 0.4
+    assert 0.1 < len(unseen) / 247 < 0.4
 
 
 def test_the_readme_counts_what_is_there():
@@ -95,7 +95,7 @@ def test_the_policy_for_real_models_loads(monkeypatch):
     monkeypatch.chdir(ROOT)
     policy = Policy.read(["configs/policy/real/tier_one.yaml", "configs/policy/tier_two.yaml"])
     assert policy.categories == CATEGORIES
-    assert len(policy.probes("certify")) == 2 * 171
+    assert len(policy.probes("certify")) == 2 * 247
     assert {probe.novelty for probe in policy.probes("certify")} == {"topic"}
 
 

@@ -25,7 +25,9 @@ SplitBy = Literal["pair", "topic", "held_out"]
 
 CATEGORIES = ("terrorist_content", "child_sexual_abuse", "threats_of_violence", "sexual_assault")
 _KEY = b"persona-rlhf probe split 4"
-_WHOLE_TOPICS: tuple[tuple[Split, float], ...] = (("train", 0.17), ("dev", 0.34), ("certify", 0.79), ("test", 1.0))
+_TOPIC_KEY = b"persona-rlhf topic split 2"
+"""The key of the split of whole topics: its `certify` topics played no part in the choice of any setting."""
+_WHOLE_TOPICS: tuple[tuple[Split, float], ...] = (("train", 0.19), ("dev", 0.255), ("certify", 0.865), ("test", 1.0))
 """Upper ends of the splits of whole topics; most certify, since there a topic has one probe per language."""
 
 
@@ -42,9 +44,9 @@ class Probe(NamedTuple):
     novelty: Novelty
 
 
-def _unit(kind: str, *parts: str) -> float:
+def _unit(kind: str, *parts: str, key: bytes = _KEY) -> float:
     """A number in [0, 1) that depends only on the key and the texts."""
-    digest = hashlib.blake2b("\x1f".join((kind, *parts)).encode(), key=_KEY, digest_size=8).digest()
+    digest = hashlib.blake2b("\x1f".join((kind, *parts)).encode(), key=key, digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
@@ -70,7 +72,7 @@ def assign_topic(topic: str, held_out: bool = False) -> Split:
     Held-out topics are a random sample of all topics, so `certify` shows the rate on topics unseen in training.
     """
     start = _WHOLE_TOPICS[0][1] if held_out else 0.0
-    u = start + (1 - start) * _unit("whole topic", topic)
+    u = start + (1 - start) * _unit("whole topic", topic, key=_TOPIC_KEY)
     return next(split for split, end in _WHOLE_TOPICS if u < end)
 
 
@@ -202,7 +204,7 @@ def more_probes(categories: Collection[str], more: int) -> str:
     named = [f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda item: -item[1]) if n]
     if not named:
         return f"{more} missing, and no public set in our table has such probes"
-    remedy = "`persona-rlhf data import NAME SRC OUT` makes banks of them, half of which certify"
+    remedy = "`persona-rlhf data import NAME SRC OUT` makes banks of them, three quarters of which certify"
     return f"{more} missing; public sets have such probes: {', '.join(named)}; {remedy}"
 
 
