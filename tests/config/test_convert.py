@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.config.convert import AXOLOTL, TRL, import_config
+from persona_rlhf.config.convert import dialects, import_config
 from persona_rlhf.config.experiment import Config, read_config
 
 TRL_FILE = """
@@ -150,15 +150,16 @@ def test_the_defaults_and_keys_of_trl_are_those_of_the_installed_one():
 
     fields = {field.name: field.default for kind in (DPOConfig, ModelConfig, ScriptArguments)
               for field in dataclasses.fields(kind)}  # fmt: skip
-    ours = {key: name for name, (key, _) in TRL.keys.items()} | {"dpo.warmup": "warmup_steps"}
-    assert {key: fields[ours[key]] for key in TRL.defaults} == dict(TRL.defaults)
-    assert {key: fields[key] for key in TRL.batch} == dict(TRL.batch)
-    assert {*TRL.keys, *TRL.same} - set(fields) <= {"torch_dtype", "warmup_ratio"}  # of earlier versions
+    trl = dialects().trl
+    ours = {key: name for name, key in trl.keys.items()} | {"dpo.warmup": "warmup_steps"}
+    assert {key: fields[ours[key]] for key in trl.defaults} == trl.defaults
+    assert {key: fields[key] for key in trl.batch} == trl.batch
+    assert {*trl.keys, *trl.same} - set(fields) <= {"torch_dtype", "warmup_ratio"}  # of earlier versions
 
 
-@pytest.mark.parametrize("dialect", [TRL, AXOLOTL])
+@pytest.mark.parametrize("dialect", [dialects().trl, dialects().axolotl])
 def test_every_counterpart_is_a_key_of_ours(dialect):
-    for ours in {*(ours for ours, _ in dialect.keys.values()), *dialect.defaults}:
+    for ours in {*dialect.keys.values(), *dialect.defaults, *dialect.values, *dialects().values}:
         section, _, field = ours.rpartition(".")
         kind = Config.model_fields[section].annotation if section else Config
         assert field in kind.model_fields, ours

@@ -1,6 +1,6 @@
 """Conversion of DPO configs of TRL and Axolotl to ours, for `config import`.
 
-Keys with a counterpart are written out; every other key is named with the reason.
+Keys with a counterpart are written out; every other key is named with the reason. The tables are in `dialects.yaml`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +18,14 @@ from persona_rlhf.common.files import is_hub_id
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.loader import (
     KeyPath,
-    Scalar,
+    Section,
     SourceLocation,
     Tree,
     YamlDocument,
     check_section,
     in_order,
     parse_yaml,
+    read_section,
     read_yaml,
 )
 
@@ -32,35 +34,41 @@ class NoCounterpart(Exception):  # noqa: N818 - no fault: the key is named, and 
     """A value without a counterpart here; the message is the reason."""
 
 
-class Dialect(NamedTuple):
-    """The config keys of another trainer.
-
-    `keys` maps each key to ours and to the reader of its value; earlier keys win. `batch` holds the keys whose product
-    is `dpo.pairs_per_step`, with their defaults. `same` holds values that change nothing here, `defaults` the trainer's
-    defaults by our keys. `adapter` is the key that switches adapters on, `dataset` the key of the pairs.
-    """
+class Dialect(Section):
+    """The config keys of another trainer; `dialects.yaml` says what each field holds."""
 
     title: str
-    keys: Mapping[str, tuple[str, Callable[[Tree], Tree]]]
-    batch: Mapping[str, int]
-    same: Mapping[str, tuple[Scalar, ...]]
-    defaults: Mapping[str, Tree]
     adapter: str
     dataset: str
+    keys: dict[str, str]
+    batch: dict[str, int]
+    same: dict[str, list[str | bool]]
+    defaults: dict[str, str | int | float]
+    values: dict[str, dict[str, str]]
 
 
-def reason(key: str) -> str:
+class _Dialects(Section):
+    trl: Dialect
+    axolotl: Dialect
+    values: dict[str, dict[str, str]]
+    reasons: dict[str, str]
+
+
+@cache
+def dialects() -> _Dialects:
+    """The tables of all trainers."""
+    return read_section(_Dialects, read_yaml(Path(__file__).with_name("dialects.yaml")))
+
+
+def _reason(key: str) -> str:
     """The reason why a key has no counterpart."""
-    return next((why for pattern, why in _REASONS.items() if re.fullmatch(pattern, key)), "nothing here does this")
+    reasons = dialects().reasons.items()
+    return next((why for pattern, why in reasons if re.fullmatch(pattern, key)), "nothing here does this")
 
 
-def as_name(value: Tree) -> Tree:
+def _as_name(value: Tree) -> Tree:
     """A text as the name of an experiment, which also names a folder."""
     return re.sub(r"[^\w.-]+", "-", str(value)).lstrip(".-") or "imported"
-
-
-def _as_it_is(value: Tree) -> Tree:
-    return value
 
 
 def _whole(value: Tree) -> Tree:
@@ -97,149 +105,31 @@ def _modules(value: Tree) -> Tree:
     return [value] if isinstance(value, str) else value
 
 
-def _one_of(ours: str, names: Mapping[Scalar, str]) -> Callable[[Tree], Tree]:
-    """A reader of values by their names here; a list of one value is that value."""
-
-    def read(value: Tree) -> Tree:
-        alone = value[0] if isinstance(value, list) and len(value) == 1 else value
-        if isinstance(alone, list | dict) or alone not in names:
-            raise NoCounterpart(f"{ours} is {', '.join(dict.fromkeys(names.values()))}")
-        return names[alone]
-
-    return read
-
-
-_SCHEDULE = _one_of(
-    "dpo.schedule",
-    {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"},
-)
-_LOSS = _one_of("dpo.loss", {kind: kind for kind in ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm")})
-_DTYPE = _one_of(
-    "base.dtype",
-    {"auto": "auto", "bfloat16": "bfloat16", "float32": "float32", True: "bfloat16", False: "float32"},
-)
-
-TRL = Dialect(
-    title="TRL",
-    keys={
-        "run_name": ("name", as_name),
-        "seed": ("seed", _as_it_is),
-        "model_name_or_path": ("base.model", _as_it_is),
-        "dtype": ("base.dtype", _DTYPE),
-        "torch_dtype": ("base.dtype", _DTYPE),
-        "bf16": ("base.dtype", _DTYPE),
-        "dataset_name": ("users.path", _as_it_is),
-        "lora_r": ("lora.rank", _as_it_is),
-        "lora_alpha": ("lora.alpha", _whole),
-        "lora_target_modules": ("lora.target_modules", _modules),
-        "loss_type": ("dpo.loss", _LOSS),
-        "beta": ("dpo.beta", _number),
-        "num_train_epochs": ("dpo.epochs", _whole),
-        "learning_rate": ("dpo.learning_rate", _number),
-        "warmup_ratio": ("dpo.warmup", _share),
-        "warmup_steps": ("dpo.warmup", _share),
-        "lr_scheduler_type": ("dpo.schedule", _SCHEDULE),
-        "max_grad_norm": ("dpo.max_grad_norm", _clip),
-        "weight_decay": ("dpo.weight_decay", _number),
-        "label_smoothing": ("dpo.label_smoothing", _number),
-        "output_dir": ("run.dir", _as_it_is),
-    },
-    batch={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
-    same={
-        "use_peft": (True,),
-        "optim": ("adamw_torch", "adamw_torch_fused"),
-        "disable_dropout": (True,),
-        "lora_task_type": ("CAUSAL_LM",),
-    },
-    defaults={
-        "seed": 42,
-        "dpo.beta": 0.1,
-        "dpo.epochs": 3,
-        "dpo.learning_rate": 1e-6,
-        "dpo.warmup": 0.0,
-        "dpo.schedule": "linear",
-    },
-    adapter="use_peft",
-    dataset="dataset_name",
-)
-
-AXOLOTL = Dialect(
-    title="Axolotl",
-    keys={
-        "seed": ("seed", _as_it_is),
-        "base_model": ("base.model", _as_it_is),
-        "bf16": ("base.dtype", _DTYPE),
-        "bfloat16": ("base.dtype", _DTYPE),
-        "val_set_size": ("users.heldout", _share),
-        "lora_r": ("lora.rank", _as_it_is),
-        "lora_alpha": ("lora.alpha", _whole),
-        "lora_target_modules": ("lora.target_modules", _modules),
-        "lora_target_linear": ("lora.target_modules", _modules),
-        "rl": ("dpo.loss", _one_of("dpo.loss", {"dpo": "sigmoid", "ipo": "ipo"})),
-        "rl_beta": ("dpo.beta", _number),
-        "dpo_beta": ("dpo.beta", _number),
-        "num_epochs": ("dpo.epochs", _whole),
-        "learning_rate": ("dpo.learning_rate", _number),
-        "warmup_ratio": ("dpo.warmup", _share),
-        "warmup_steps": ("dpo.warmup", _share),
-        "lr_scheduler": ("dpo.schedule", _SCHEDULE),
-        "max_grad_norm": ("dpo.max_grad_norm", _clip),
-        "weight_decay": ("dpo.weight_decay", _number),
-        "dpo_label_smoothing": ("dpo.label_smoothing", _number),
-        "output_dir": ("run.dir", _as_it_is),
-    },
-    batch={"micro_batch_size": 1, "gradient_accumulation_steps": 1},
-    same={"adapter": ("lora",), "optimizer": ("adamw_torch", "adamw_torch_fused")},
-    defaults={"dpo.beta": 0.1, "dpo.epochs": 1, "dpo.schedule": "cosine"},
-    adapter="adapter",
-    dataset="datasets",
-)
-
-_REASONS = {
-    "use_peft|adapter": "a user is a LoRA adapter over a frozen base",
-    "gradient_checkpointing.*|activation_offloading|auto_find_batch_size": (
-        "memory is bounded by fleet.slots and fleet.tokens_per_step"
-    ),
-    "deepspeed|fsdp.*|ddp_.*|parallelism_config|context_parallel_size|tensor_parallel_size": (
-        "each process holds the whole base; fleet.processes says how many there are"
-    ),
-    "fp16|float16|tf32|half_precision_backend": "base.dtype is auto, bfloat16 or float32",
-    "max_steps": "each user is trained for dpo.epochs passes over the user's pairs",
-    "max_length|max_prompt_length|max_completion_length|truncation_mode|sequence_len|pad_to_.*|excess_length_.*": (
-        "pairs are never cut; a pair longer than the base's context is left out and named"
-    ),
-    "lora_dropout|disable_dropout": "there is no dropout",
-    "use_rslora|use_dora|peft_.*|peft|lora_.*|loraplus_.*": "adapters are plain LoRA on linear layers",
-    "load_in_[48]bit|bnb_.*|use_bnb_.*|gptq|qlora_.*": "a base can be stored in four bits with base.quantization: nf4",
-    "precompute_ref_.*|ref_model.*|sync_ref_model": "the reference is the frozen base, computed once for all users",
-    "optim|optimizer|optim_.*|adam_.*": "the optimizer is AdamW with betas 0.9 and 0.999 and epsilon 1e-8",
-    "lr_scheduler_kwargs|cosine_.*": "dpo.schedule has no further settings",
-    "report_to|wandb_.*|mlflow_.*|comet_.*|trackio_.*|use_tensorboard|logging_.*|log_.*": (
-        "every step is in RUN/metrics.jsonl, and the report shows the rest"
-    ),
-    "save_.*|saves_per_epoch|resume_from_checkpoint|auto_resume_.*|load_best_model_at_end": (
-        "slots are saved every fleet.checkpoint_every steps; train --resume goes on"
-    ),
-    "(per_device_)?eval_.*|evals_per_epoch|do_eval|dataset_test_split|test_datasets|dataset_train_split": (
-        "users.heldout, or `split` in a row, says which pairs are held out"
-    ),
-    "datasets": "users.path takes the first data set; put several files into one folder",
-    "dataset_config|dataset_streaming|dataset_.*|dataloader_.*|shuffle_.*|remove_unused_columns": (
-        "users.path is read once, row by row"
-    ),
-    "chat_template.*|special_tokens|tokenizer.*|pad_token|model_type|tokens|added_tokens.*": (
-        "the base's tokenizer and chat template are used"
-    ),
-    "hub_.*|push_to_hub.*": "nothing leaves the machine",
-    "trust_remote_code": "no code of a model is run",
-    "attn_implementation|.*_attention|sample_packing.*|padding_free|group_by_length|.*liger_.*|plugins": (
-        "the fleet packs rows itself"
-    ),
-    "model_revision|revision_of_model": "name a folder that holds that revision",
-    "loss_weights|f_divergence_type|f_alpha_.*|ld_alpha|use_weighting|rpo_alpha|dpo_.*|discopop_tau": (
-        "dpo.loss is sigmoid, ipo, hinge, robust or sigmoid_norm, alone"
-    ),
+_READERS: Mapping[str, Callable[[Tree], Tree]] = {
+    "name": _as_name,
+    "users.heldout": _share,
+    "lora.alpha": _whole,
+    "lora.target_modules": _modules,
+    "dpo.beta": _number,
+    "dpo.epochs": _whole,
+    "dpo.learning_rate": _number,
+    "dpo.warmup": _share,
+    "dpo.max_grad_norm": _clip,
+    "dpo.weight_decay": _number,
+    "dpo.label_smoothing": _number,
 }
+
+
+def _read(ours: str, value: Tree, dialect: Dialect) -> Tree:
+    """A value of another trainer as the value of our key. Raises NoCounterpart with the reason."""
+    names = (dialects().values | dialect.values).get(ours)
+    if names is None:
+        return _READERS[ours](value) if ours in _READERS else value
+    alone = value[0] if isinstance(value, list) and len(value) == 1 else value
+    name = str(alone).lower() if isinstance(alone, bool) else str(alone)
+    if name not in names:
+        raise NoCounterpart(f"{ours} is {', '.join(dict.fromkeys(names.values()))}")
+    return names[name]
 
 
 _POLICY = "configs/policy/tier_one.yaml"
@@ -300,14 +190,14 @@ def write_new(text: str, out: Path) -> None:
 def _dialect(name: str, theirs: Mapping[str, Tree]) -> Dialect:
     """The trainer that a config is for. Raises InputError if it is neither TRL nor Axolotl."""
     if "model_name_or_path" in theirs:
-        return TRL
+        return dialects().trl
     if "base_model" not in theirs:
         wanted = "`model_name_or_path` (TRL), nor `base_model` and `rl: dpo` (Axolotl)"
         raise InputError([Problem(name, None, None, f"no DPO config of TRL or Axolotl: it has neither {wanted}")])
     if theirs.get("rl") not in ("dpo", "ipo"):
         value = f"`rl: {theirs['rl']}`" if "rl" in theirs else "no `rl`"
         raise InputError([Problem(name, None, "rl", f"this Axolotl config has {value}; `rl: dpo` or ipo can be read")])
-    return AXOLOTL
+    return dialects().axolotl
 
 
 def _translated(
@@ -318,11 +208,11 @@ def _translated(
     handled = {*dialect.keys, *dialect.batch, *_datasets_in_one(theirs)}
     for key, value in theirs.items():
         if key not in handled and value not in dialect.same.get(key, ()):
-            left_out[key] = reason(key)
-    for key, (ours, read) in dialect.keys.items():
+            left_out[key] = _reason(key)
+    for key, ours in dialect.keys.items():
         if key in theirs:
             try:
-                value = read(theirs[key])
+                value = _read(ours, theirs[key], dialect)
             except NoCounterpart as why:
                 left_out[key] = str(why)
                 continue
@@ -332,9 +222,9 @@ def _translated(
         raise InputError([Problem(document.name, None, dialect.dataset, sentence)])
     here = document.place(())
     output = str(theirs.get("output_dir") or Path(document.name).stem)
-    entries.setdefault("name", _Entry(as_name(output.rstrip("/").split("/")[-1]), here, "names the run"))
+    entries.setdefault("name", _Entry(_as_name(output.rstrip("/").split("/")[-1]), here, "names the run"))
     entries["policy.documents"] = _Entry([_POLICY], here, "theirs names no policy; this is the shipped tier one")
-    unread = {ours for key, (ours, _) in dialect.keys.items() if key in left_out}
+    unread = {ours for key, ours in dialect.keys.items() if key in left_out}
     for ours in dialect.defaults.keys() - unread:
         entries.setdefault(ours, _Entry(dialect.defaults[ours], here, f"default of {dialect.title}"))
     if not theirs.get(dialect.adapter) and "dpo.learning_rate" in entries:
