@@ -97,7 +97,9 @@ def run(
                 people = [by_id[user.user_id] for user in cohort]
                 alphas = {name: [1.0] * len(cohort)}
                 if gated and name in GATED:
-                    alphas[GATED[name]] = [verdict.alpha for verdict in examination.verdicts(flat)]
+                    alphas[GATED[name]] = [
+                        verdict.alpha for verdict in examination.verdicts(flat, [examination.demands] * len(flat))
+                    ]
                 measures = examination.measures(flat, people, alphas[name])
                 for contender, own_alphas in alphas.items():
                     if own_alphas != alphas[name]:

@@ -95,7 +95,7 @@ def test_a_cohort_is_judged_and_measured_as_each_user_alone(adapted, adapters, p
             facts=[Fact(f"what is {name}", f"{name} is red", (f"{name} is big",)) for name in "abcdef"],
         )  # fmt: skip
         flat, rows = adapters[chosen], [users(adapted.base.tokenizer, 5)[n] for n in chosen]
-        verdicts = examination.verdicts(flat)
+        verdicts = examination.verdicts(flat, [examination.demands] * len(flat))
         return verdicts, examination.measures(flat, rows, [verdict.alpha for verdict in verdicts])
 
     verdicts, measures = examine(list(range(5)))
@@ -153,7 +153,7 @@ def test_what_is_counted_by_cluster_is_what_was_released(adapted, adapters, poli
     examination = Evaluator(
         adapted, rules, judge, GateSettings(max_new_tokens=8, alphas=[0.5, 1.0]), EvaluationSettings(), users=5
     )
-    verdicts = examination.verdicts(adapters)
+    verdicts = examination.verdicts(adapters, [examination.demands] * len(adapters))
     probes = [p for p in rules.probes("certify") if p.category != "gambling"]
     prompts = [prompt_ids((Message("user", p.prompt),), adapted.base.tokenizer) for p in probes]
     for user, verdict in enumerate(verdicts):
@@ -171,13 +171,13 @@ def test_a_base_that_does_not_refuse_is_not_certifiable(adapted, adapters, polic
     with pytest.raises(InputError, match="not certifiable"):
         examination.check_base()
     with pytest.raises(InputError, match="base align"):
-        examination.verdicts(adapters)
+        examination.verdicts(adapters, [examination.demands] * len(adapters))
 
 
 def test_with_the_gate_off_everyone_is_released_and_still_counted(adapted, adapters, policy):
     gate = GateSettings(enabled=False, max_new_tokens=4)
     examination = Evaluator(adapted, policy(), lambda text: False, gate, EvaluationSettings(), users=5)
-    verdicts = examination.verdicts(adapters)
+    verdicts = examination.verdicts(adapters, [examination.demands] * len(adapters))
     assert [verdict.alpha for verdict in verdicts] == [1.0] * 5
     assert all(verdict.pooled.refused == 0 for verdict in verdicts)
     (measured,) = examination.measures(adapters[:1], users(adapted.base.tokenizer, 1)[:1], [1.0])

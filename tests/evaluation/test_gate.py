@@ -116,7 +116,7 @@ def test_lockstep_equals_one_user_after_another(misses):
         rounds.append(users)
         return [tables[user][alpha] for user, alpha in zip(users, alphas, strict=True)]
 
-    together = certify_cohort(DEMANDS, BASE, GRID, len(tables), refused)
+    together = certify_cohort([DEMANDS] * len(tables), BASE, GRID, refused)
     assert together == [certify(DEMANDS, BASE, GRID, table.__getitem__) for table in tables]
     assert len(rounds) == max(len(verdict.looks) for verdict in together) <= len(GRID)
 

@@ -14,6 +14,7 @@ from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import UserRows, prompt_ids
 from persona_rlhf.evaluation.gate import (
+    Demands,
     Outcomes,
     Verdict,
     certify_cohort,
@@ -144,10 +145,11 @@ class Evaluator:
             [openings] = self._adapted.generate([prompts], min(OPENING_TOKENS, self.gate.max_new_tokens))
         return [self._judge(answer_text(self._adapted, opening)) for opening in openings]
 
-    def verdicts(self, flat: Float[Tensor, "users params"]) -> list[Verdict]:
+    def verdicts(self, flat: Float[Tensor, "users params"], demands: Sequence[Demands]) -> list[Verdict]:
         """The gate's verdict on every user of a cohort, all tests in lockstep over the `certify` probes.
 
-        Raises InputError where the base itself does not pass.
+        `demands`: one per user, since users are at different looks (`Demands.at_look`). Raises InputError where the
+        base itself does not pass a first look.
         """
         certify = self._certify
         base = certify.by_category(self._answers.refused(certify.prompts))
@@ -162,7 +164,8 @@ class Evaluator:
 
         users, largest = list(range(flat.shape[0])), self.gate.alphas[-1]
         if self.gate.enabled:
-            verdicts = certify_cohort(self.demands, base, self.gate.alphas, len(users), test)
+            check_base(self.demands, base)
+            verdicts = certify_cohort(demands, base, self.gate.alphas, test)
             verdicts = self._hold_back_changed(flat, verdicts, base)
         else:
             tests = test(users, [largest] * len(users))

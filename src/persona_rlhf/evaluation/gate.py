@@ -103,6 +103,13 @@ class Demands:
         each = (delta - spent) / users if gate.family == "all" else delta - spent
         return replace(self, delta=spent + each, judge_error=error, judge_delta=spent)
 
+    def at_look(self, share: float) -> Demands:
+        """These demands at one look of a user, which spends this share of the tests' part of delta.
+
+        The judge's part stays whole: its calibration is one event for all looks.
+        """
+        return replace(self, delta=self.judge_delta + share * (self.delta - self.judge_delta))
+
     def count(self, base: Outcomes, outcomes: Outcomes) -> tuple[Count, dict[str, Count]]:
         """Counts the pool and every category against the base, with bounds at 1 - level."""
         sums = {name: (len(base[name]), sum(outcomes[name]), sum(base[name])) for name in self.categories}
@@ -131,25 +138,27 @@ def gate_test(demands: Demands, base: Outcomes, alpha: float, outcomes: Outcomes
 
 
 def certify(demands: Demands, base: Outcomes, alphas: Sequence[float], refused: Callable[[float], Outcomes]) -> Verdict:
-    """The verdict on one user; `refused(alpha)` gives the refusals of the adapter at that scale."""
-    (verdict,) = certify_cohort(demands, base, alphas, 1, lambda _, scales: [refused(alpha) for alpha in scales])
+    """The verdict on one user; `refused(alpha)` gives the refusals of the adapter at that scale.
+
+    Raises InputError where the base itself does not pass: then nothing can be certified.
+    """
+    check_base(demands, base)
+    (verdict,) = certify_cohort([demands], base, alphas, lambda _, scales: [refused(alpha) for alpha in scales])
     return verdict
 
 
 def certify_cohort(
-    demands: Demands,
+    demands: Sequence[Demands],
     base: Outcomes,
     alphas: Sequence[float],
-    users: int,
     refused: Callable[[list[int], list[float]], Sequence[Outcomes]],
 ) -> list[Verdict]:
     """Verdicts on many users in lockstep: `refused(users, alphas)` gives the outcomes of one test of each open user.
 
-    All users are tested at the largest alpha first; those that fail climb the grid together from its smallest value.
-    Raises InputError where the base itself does not pass: then nothing can be certified.
+    `demands` are those of each user, who are at different looks. All users are tested at the largest alpha first; those
+    that fail climb the grid together from its smallest value.
     """
-    check_base(demands, base)
-    sequences = [_sequence(demands, base, alphas) for _ in range(users)]
+    sequences = [_sequence(user_demands, base, alphas) for user_demands in demands]
     pending = {user: next(sequence) for user, sequence in enumerate(sequences)}
     verdicts: dict[int, Verdict] = {}
     while pending:
@@ -160,7 +169,7 @@ def certify_cohort(
             except StopIteration as end:
                 verdicts[user] = end.value
                 del pending[user]
-    return [verdicts[user] for user in range(users)]
+    return [verdicts[user] for user in range(len(demands))]
 
 
 def release_unjudged(demands: Demands, base: Outcomes, alpha: float, outcomes: Outcomes) -> Verdict:

@@ -278,7 +278,7 @@ def _judged(ready: Prepared, users: Sequence[UserRows]) -> float:
     """Seconds of judging a cohort of adapters without effect."""
     flat = torch.zeros(len(users), ready.adapted.params_per_user, device=ready.adapted.base.device)
     clock = perf_counter()
-    ready.examination.verdicts(flat)
+    ready.examination.verdicts(flat, [ready.examination.demands] * len(users))
     ready.examination.measures(flat, users, [1.0] * len(users))
     return perf_counter() - clock
 

@@ -133,7 +133,7 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
         counter = UserCounter("testing", len(released), on_progress)
         for cohort, flat in released_adapters(run, released, adapted, as_trained=True):
             counter(len(users), _cohort_line("testing", len(users), len(cohort), len(released)))
-            pairs = list(zip(cohort, evaluator.verdicts(flat), strict=True))
+            pairs = list(zip(cohort, evaluator.verdicts(flat, [evaluator.demands] * len(cohort)), strict=True))
             integrity.append_all(run, [retested(result.user_id, verdict, policy.hash) for result, verdict in pairs])
             users += [
                 Retested(

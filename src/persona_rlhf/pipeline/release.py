@@ -140,7 +140,7 @@ def _judged(
     flat, shares = torch.stack([adapter for _, adapter in trained]).to(ready.adapted.base.device), [0.0] * len(trained)
     if interpolation is not None:
         flat, shares = interpolation(flat)
-    verdicts = ready.examination.verdicts(flat)
+    verdicts = ready.examination.verdicts(flat, [ready.examination.demands] * len(trained))
     alphas = [verdict.alpha for verdict in verdicts]
     measures = ready.examination.measures(flat, [rows[user.user_id] for user, _ in trained], alphas)
     columns = zip((user for user, _ in trained), flat.cpu(), verdicts, measures, shares, strict=True)

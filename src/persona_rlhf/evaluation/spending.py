@@ -1,0 +1,34 @@
+"""The share of delta that a user's next look may spend. A look is one adapter of a user before the gate.
+
+**One bank for all looks** (the default). The k-th look spends 6 / (pi^2 k^2). The shares of all looks sum to one, so by
+the union bound a user who never stops retraining is released in breach with a chance of at most delta. This holds for
+any dependence between looks, also on the same probes. It asks that an adapter depends on the probes only through the
+passes and failures of earlier looks; `sequential` lifts that condition.
+
+**Fresh probes for each look** (`sequential`). Only failures spend: the share of a look is 6 / (pi^2 (f + 1)^2) after f
+failures, and a pass hands its share on to the next look. Proof. Let B be the part of delta that failures left over, and
+M be B, or 1 once an adapter in breach was released. A look spends s <= B. An adapter in breach passes it with a chance
+p <= s, given all that went before, since its probes are fresh; then the mean of M is p + (1 - p) (B - s) <= B. Any
+other adapter leaves B or B - s. So M is a supermartingale that starts at delta, and reaches 1 with a chance of at most
+delta (Ville). Tian & Ramdas (2021, "Online control of the familywise error rate") call such a rule online fallback.
+Theirs moves along its series of shares at every look; here only a failure moves along, so years of passes cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import pi
+from typing import NamedTuple
+
+
+class PastLook(NamedTuple):
+    """A look that was taken: the share of delta that it spent, and whether the adapter passed."""
+
+    share: float
+    passed: bool
+
+
+def next_share(history: Sequence[PastLook], sequential: bool = False) -> float:
+    """The share of delta for the look after `history`; `sequential` needs fresh probes for each look."""
+    place = 1 + (sum(not look.passed for look in history) if sequential else len(history))
+    return 6 / (pi * place) ** 2
