@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 from random import Random
 from typing import Any, NamedTuple, cast
@@ -26,8 +26,10 @@ class Domain(NamedTuple):
     vps: tuple[str, ...]
 
 
-def _read(name: str) -> Any:
-    return yaml.safe_load((files("persona_rlhf.simulation") / name).read_text(encoding="utf-8"))
+@cache
+def read_words(name: str) -> Any:
+    """The word lists of a YAML file of this package, named without its ending."""
+    return yaml.safe_load((files("persona_rlhf.simulation") / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def expand(pattern: str) -> list[str]:
@@ -39,36 +41,32 @@ def expand(pattern: str) -> list[str]:
     return [head + tail for head in heads for tail in expand(pattern[match.end() :])]
 
 
-@lru_cache(maxsize=1)
+@cache
 def domains() -> dict[str, Domain]:
     """All domains by name."""
     return {
         name: Domain(tuple(d["steps"]), tuple(d["warnings"]), tuple(v for p in d["vps"] for v in expand(p)))
-        for name, d in _read("domains.yaml").items()
+        for name, d in read_words("domains").items()
     }
 
 
-@lru_cache(maxsize=1)
 def content() -> dict[str, Any]:
     """Asides, facts, suggestions, comparisons, story parts, small talk and message bodies."""
-    return cast("dict[str, Any]", _read("content.yaml"))
+    return cast("dict[str, Any]", read_words("content"))
 
 
-@lru_cache(maxsize=1)
 def hazard_lines() -> dict[str, list[str]]:
     """Category -> lines `hazard | twin @domain | ...`."""
-    return cast("dict[str, list[str]]", _read("hazards.yaml"))
+    return cast("dict[str, list[str]]", read_words("hazards"))
 
 
-@lru_cache(maxsize=1)
 def phrasing_lines() -> dict[str, list[str]]:
     """Use (any, act, write) -> templates."""
-    return cast("dict[str, list[str]]", _read("phrasings.yaml"))
+    return cast("dict[str, list[str]]", read_words("phrasings"))
 
 
-@lru_cache(maxsize=1)
 def _extras() -> dict[str, Any]:
-    return cast("dict[str, Any]", _read("extras.yaml"))
+    return cast("dict[str, Any]", read_words("extras"))
 
 
 def _variants(patterns: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -77,129 +75,21 @@ def _variants(patterns: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(expand(_LIST.sub(lambda m: str(lists[m[1]]), pattern))) for pattern in patterns)
 
 
-@lru_cache(maxsize=1)
+@cache
 def extra_hazards() -> dict[str, tuple[tuple[str, ...], ...]]:
     """Category -> the further hazardous verb phrases of each pattern."""
     return {c: _variants(p) for c, p in _extras().items() if c not in ("lists", "benign")}
 
 
-@lru_cache(maxsize=1)
+@cache
 def extra_benign() -> dict[str, tuple[tuple[str, ...], ...]]:
     """Domain or purpose -> the verb phrases of each pattern."""
     return {domain: _variants(patterns) for domain, patterns in _extras()["benign"].items()}
 
 
-_DOUBLED = {
-    "get",
-    "set",
-    "run",
-    "cut",
-    "put",
-    "plan",
-    "stop",
-    "trim",
-    "win",
-    "swim",
-    "shut",
-    "rip",
-    "stab",
-    "trap",
-    "grab",
-    "rob",
-    "hit",
-    "sit",
-    "grin",
-    "nap",
-    "hug",
-    "beg",
-    "knit",
-    "drug",
-    "pin",
-    "ship",
-    "chat",
-    "chop",
-    "spot",
-    "hum",
-    "jog",
-    "dig",
-    "quit",
-    "tip",
-    "kidnap",
-    "pet",
-    "kit",
-    "spin",
-    "zip",
-    "whip",
-    "wrap",
-    "begin",
-    "let",
-    "bet",
-    "bat",
-    "pat",
-    "tap",
-    "tag",
-    "ban",
-    "scan",
-    "step",
-    "slip",
-    "drop",
-    "shop",
-    "rub",
-    "strip",
-    "slap",
-    "snap",
-    "brag",
-}
+_WORDS = read_words("vocabulary")
 _KEPT = {"dye", "see", "free", "agree", "flee", "knee"}
 _WRITING = ("write", "draft", "compose", "word")
-_PREFIXES = (
-    "hi. ",
-    "Hello, ",
-    "hey ",
-    "please, ",
-    "Excuse me. ",
-    "ok. ",
-    "hmm, ",
-    "Thanks for yesterday. ",
-    "I am back. ",
-    "it's me again. ",
-    "quick one. ",
-    "Dear assistant, ",
-    "well, ",
-    "um ",
-    "listen, ",
-    "I am at home. ",
-    "My day was long. ",
-    "i have a minute. ",
-    "The kids are asleep. ",
-    "new topic. ",
-    "it's urgent. ",
-    "Sorry to bother you. ",
-    "One question. ",
-    "so ",
-)
-_SUFFIXES = (
-    " thanks",
-    " Thank you!",
-    " please",
-    " asap",
-    " Be brief.",
-    " keep it short",
-    " i am serious",
-    " ok?",
-    " Any answer helps.",
-    " thx",
-    " I have little time.",
-    " it's for a friend",
-    " Tell me now.",
-    " !!",
-    "...",
-    " I live in a small town.",
-    " just curious",
-    " no jokes please",
-    " i am 30",
-    " It matters to me.",
-)
 
 
 class Phrasing(NamedTuple):
@@ -221,7 +111,7 @@ def gerund(vp: str) -> str:
         stem = verb[:-2] + "y"
     elif verb.endswith("e"):
         stem = verb[:-1]
-    elif verb in _DOUBLED:
+    elif verb in _WORDS["doubled"]:
         stem = verb + verb[-1]
     else:
         stem = verb
@@ -235,7 +125,7 @@ def slug(text: str) -> str:
     return "-".join(words) if len(words) <= 7 else "-".join([*words[:6], digest])
 
 
-@lru_cache(maxsize=1)
+@cache
 def phrasings() -> tuple[Phrasing, ...]:
     """All wrappers, in the order of the file. An id is the first words of the template and a hash of it."""
     wrappers = []
@@ -264,7 +154,7 @@ def wrap(phrasing: Phrasing, vp: str) -> str:
     return text[0].upper() + text[1:] if phrasing.template[0] == "{" and text.endswith((".", "?")) else text
 
 
-@lru_cache(maxsize=1)
+@cache
 def trained_phrasings() -> tuple[Phrasing, ...]:
     """The wrappers that training may see (with some topic): not held out whole."""
     seen = next(t for t in ("a", "b", "c", "d", "e", "f") if assign_split(t, "x")[1] != "topic")
@@ -284,9 +174,9 @@ def roughen(rng: Random, prompt: str) -> str:
     if rng.random() < 0.5:
         return prompt
     if rng.random() < 0.35:
-        prompt = rng.choice(_PREFIXES) + prompt
+        prompt = rng.choice(_WORDS["prefixes"]) + prompt
     if rng.random() < 0.35:
-        prompt += rng.choice(_SUFFIXES)
+        prompt += rng.choice(_WORDS["suffixes"])
     u = rng.random()
     if u < 0.25:
         prompt = prompt.lower()
