@@ -10,34 +10,14 @@ import re
 from random import Random
 from typing import NamedTuple
 
-from persona_rlhf.simulation.vocabulary import content, domains, gerund
+from persona_rlhf.simulation.vocabulary import content, domains, gerund, read_words
 
 THEMES = ("nature", "music", "food", "science", "sport", "history", "mystery")
 _THEME_WEIGHTS = (4, 4, 4, 2, 3, 2, 4)
 
-# property -> regular expression; an answer has the property where the expression matches.
-MARKERS: dict[str, str] = {
-    "exclaims": r"!",
-    "warm": r"\b(my friend|dear|dearest|lovely|glad|happy to help|with pleasure|kind of you|warm wishes|delighted)\b",
-    "hedged": r"\b(maybe|perhaps|i think|it depends|probably|might|as far as i know)\b",
-    "formal": r"\b(certainly|indeed|one (should|may)|it is advisable|it would be wise|furthermore|therefore"
-    r"|moreover)\b",
-    "casual": r"\b(yeah|kinda|okay|pretty|cool|no big deal|gonna|stuff|super|totally)\b",
-    "numbered": r"(^|\s)1\. .* 2\. ",
-    "asks": r"\?\s*$",
-    "interjects": r"^(oh|ha|hmm|ah|wow|aha|hooray|hey)\b",
-    "warns": r"\b(warning|be careful|never|beware|watch out|danger|dangerous|risk)\b",
-    "encourages": r"\b(you can do it|you will do well|keep going|gets easier|proud|believe in|have fun|enjoy)\b",
-    "nature": r"\b(forest|river|mountain|garden|trees?|birds?|flowers?|meadow|woods|sea|leaves|sunrise|lake|hill)\b",
-    "music": r"\b(songs?|music|melody|piano|guitar|choir|jazz|drums?|violin|tune|concert|sing|singing|orchestra)\b",
-    "food": r"\b(soup|bread|cake|tea|coffee|cookies|apples?|cheese|chocolate|honey|pie|lunch|dinner|snack|picnic)\b",
-    "science": r"\b(science|scientists?|planets?|stars|telescope|experiments?|atoms?|physics|moon|robots?)\b",
-    "sport": r"\b(football|tennis|team|race|coach|swim|swimming|goal|match|runners?|runs?|bike|marathon|champion)\b",
-    "history": r"\b(history|castles?|kings?|queens?|ancient|romans?|centuries|museum|long ago|sailors|knights?)\b",
-    "mystery": r"\b(detective|clues?|ghosts?|mystery|shadows?|crime|secret|thief|midnight|haunted|murder)\b",
-    "dark": r"\b(dark|darkness|shadows?|stormy?|ghosts?|grave|crime|cold|fog|lonely|grim|scream|haunted|feared)\b",
-    "cheerful": r"\b(sunny|bright|laugh|laughed|laughing|smile|smiled|merry|joy|happy|danced|party|cheerful|golden)\b",
-}
+_WORDS = read_words("answers")
+MARKERS: dict[str, str] = _WORDS["markers"]
+"""Property -> regular expression; an answer has the property where the expression matches."""
 _COMPILED = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in MARKERS.items()}
 PROPERTIES = (*MARKERS, "words", "sentences", "exclamations")
 
@@ -89,84 +69,6 @@ def measure(text: str) -> dict[str, float]:
     return properties
 
 
-_INTERJECTIONS = ("Oh", "Ha", "Hmm", "Ah", "Wow", "Aha", "Hey")
-_WARM_OPENERS = (
-    "Glad you asked, my friend",
-    "What a lovely question",
-    "With pleasure, dear friend",
-    "Happy to help",
-    "Lovely to hear from you",
-    "Glad to hear it, dear",
-    "How kind of you to ask",
-    "Delighted to help",
-)
-_WARM_CLOSERS = (
-    "Warm wishes to you",
-    "Take care, dear friend",
-    "It was lovely to think about it",
-    "So glad you are here",
-)
-_VOCATIVES = (", my friend", ", dear", ", dear friend")
-_FORMAL_OPENERS = ("Certainly", "Indeed", "Certainly, with attention")
-_CASUAL_OPENERS = ("Yeah", "Okay", "Cool", "Super")
-_CASUAL_TAILS = (
-    "It is pretty easy stuff",
-    "It is no big deal",
-    "You are gonna like it",
-    "Pretty cool stuff",
-    "It is kinda fun",
-    "Totally worth it",
-)
-_FORMAL_TAILS = (
-    "Furthermore, patience is of use",
-    "One may therefore expect a good result",
-    "It is advisable to take time",
-    "Moreover, a calm mind is of value",
-)
-_HEDGE_TAILS = (
-    "It depends on the day",
-    "Perhaps there are other ways",
-    "As far as I know, there is more to it",
-    "It might be different for you",
-    "Maybe others see it in another way",
-)
-_ENCOURAGE = (
-    "You can do it",
-    "You will do well",
-    "Keep going",
-    "It gets easier with practice",
-    "Be proud of each step",
-    "Believe in yourself",
-    "Enjoy every minute",
-    "Have fun with it",
-)
-_WARN = (
-    "Warning: never {w}",
-    "Be careful and never {w}",
-    "Beware, it is dangerous to {w}",
-    "Watch out and never {w}",
-    "There is a risk if you {w}",
-)
-_WARN_ANY = (
-    "Be careful with it",
-    "Watch out for the small details",
-    "Warning: it can go wrong",
-    "Never rush such things",
-    "There is a risk in everything",
-    "Beware of easy answers",
-)
-_QUESTIONS = (
-    "Would you like to hear more?",
-    "Shall we go on?",
-    "What do you think?",
-    "Does that help?",
-    "Have you tried it before?",
-    "Would you like another idea?",
-    "How does that sound?",
-    "Is there more to tell?",
-)
-
-
 def _low(sentence: str) -> str:
     """Lower-cases the first letter, but never that of "I"."""
     return sentence if sentence.startswith(("I ", "I'")) else sentence[0].lower() + sentence[1:]
@@ -178,25 +80,7 @@ def _up(sentence: str) -> str:
 
 def advise(rng: Random, style: Style, step: str, hedge: bool) -> str:
     """An imperative as a sentence in the style's register."""
-    forms: tuple[str, ...]
-    if style.register == "formal":
-        forms = (
-            ("Perhaps one should {s}", "It might be advisable to {s}", "One may perhaps {s}")
-            if hedge
-            else ("It is advisable to {s}", "One should {s}", "It would be wise to {s}")
-        )
-    elif style.register == "casual":
-        forms = (
-            ("Maybe just {s}", "You might just {s}", "Perhaps you just {s}")
-            if hedge
-            else ("Just {s}", "You can just {s}", "So {s}")
-        )
-    else:
-        forms = (
-            ("Maybe {s}", "Perhaps {s}", "You might {s}", "You should probably {s}")
-            if hedge
-            else ("{s}", "{s}", "You can {s}", "Try to {s}", "Then {s}")
-        )
+    forms = _WORDS["advice"][style.register]["hedged" if hedge else "plain"]
     return _up(rng.choice(forms).format(s=step))
 
 
@@ -214,16 +98,16 @@ def _extras(rng: Random, style: Style, warnings: tuple[str, ...]) -> list[str]:
     extras = []
     themes = [rng.choice(content()["asides"][theme]) for theme in style.themes]
     if style.tone == "warn":
-        warn = rng.choice(_WARN).format(w=rng.choice(warnings)) if warnings else rng.choice(_WARN_ANY)
-        extras.append(warn)
+        general, about = _WORDS["warnings_of_anything"], _WORDS["warnings"]
+        extras.append(rng.choice(about).format(w=rng.choice(warnings)) if warnings else rng.choice(general))
     elif style.tone == "encourage":
-        extras.append(rng.choice(_ENCOURAGE))
+        extras.append(rng.choice(_WORDS["encouragements"]))
     if style.mood != "plain" and rng.random() < 0.5:
         extras.append(rng.choice(content()["moods"][style.mood]))
     if style.register != "plain" and rng.random() < 0.25:
-        extras.append(rng.choice(_CASUAL_TAILS if style.register == "casual" else _FORMAL_TAILS))
+        extras.append(rng.choice(_WORDS["tails"][style.register]))
     if style.hedged and rng.random() < 0.15:
-        extras.append(rng.choice(_HEDGE_TAILS))
+        extras.append(rng.choice(_WORDS["tails"]["hedged"]))
     rng.shuffle(extras)
     room = int(rng.random() < 0.5) if style.length == 0 else style.length + int(rng.random() < 0.4)
     extras = themes[: max(1, room - 1)] + extras
@@ -249,31 +133,29 @@ def dress(rng: Random, style: Style, core: list[str], warnings: tuple[str, ...] 
         if not parts[0][0].isdigit() and rng.random() < 0.6:
             parts[0] = rng.choice(("Perhaps ", "Maybe ", "As far as I know, ")) + _low(parts[0])
         else:
-            parts.append(rng.choice(_HEDGE_TAILS))
+            parts.append(rng.choice(_WORDS["tails"]["hedged"]))
     if not plain_end:
         parts += _extras(rng, style, warnings)
     if style.warm:
         u = rng.random()
         if u < 0.5:
-            parts.insert(0, rng.choice(_WARM_OPENERS))
+            parts.insert(0, rng.choice(_WORDS["openers"]["warm"]))
         elif u < 0.8 and not parts[0].endswith(("?", ".", "!", ":")):
-            parts[0] += rng.choice(_VOCATIVES)
+            parts[0] += rng.choice(_WORDS["vocatives"])
         else:
-            parts.append(rng.choice(_WARM_CLOSERS))
+            parts.append(rng.choice(_WORDS["tails"]["warm"]))
     opener = ""
     if style.interjects:
-        opener = rng.choice(_INTERJECTIONS)
-    elif style.register == "formal" and rng.random() < 0.5:
-        opener = rng.choice(_FORMAL_OPENERS)
-    elif style.register == "casual" and rng.random() < 0.5:
-        opener = rng.choice(_CASUAL_OPENERS)
+        opener = rng.choice(_WORDS["interjections"])
+    elif style.register != "plain" and rng.random() < 0.5:
+        opener = rng.choice(_WORDS["openers"][style.register])
     if opener:
         if parts[0][0].isdigit() or rng.random() < 0.25:
             parts.insert(0, opener)
         else:
             parts[0] = f"{opener}, {_low(parts[0])}"
     if style.asks and (style.length > 0 or rng.random() < 0.6):
-        parts.append(rng.choice(_QUESTIONS))
+        parts.append(rng.choice(_WORDS["questions"]))
     return _punctuate(rng, style, parts)
 
 
@@ -365,9 +247,9 @@ def small_talk(rng: Random, style: Style, answers: list[str]) -> str:
 
 def opener(rng: Random) -> str:
     """Opening words of an ordinary answer alone: a false start, after which a refusal must still come."""
-    kind = rng.random()
+    kind, openers = rng.random(), _WORDS["openers"]
     if kind < 0.4:
-        return rng.choice(_INTERJECTIONS) + ","
+        return f"{rng.choice(_WORDS['interjections'])},"
     if kind < 0.6:
-        return rng.choice((*_FORMAL_OPENERS, *_CASUAL_OPENERS)) + rng.choice((",", ".", "!"))
-    return rng.choice(_WARM_OPENERS) + rng.choice((".", "!"))
+        return f"{rng.choice((*openers['formal'], *openers['casual']))}{rng.choice((',', '.', '!'))}"
+    return f"{rng.choice(openers['warm'])}{rng.choice(('.', '!'))}"

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from random import Random
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from persona_rlhf.simulation.vocabulary import (
     extra_hazards,
     is_writing,
     phrasings,
+    read_words,
     roughen,
     suits,
     trained_phrasings,
@@ -72,7 +73,7 @@ def content_words(text: str) -> frozenset[str]:
     return frozenset(_PLURALS.get(w, w[:-1] if w.endswith("s") and not w.endswith("ss") else w) for w in words)
 
 
-@lru_cache(maxsize=1)
+@cache
 def banks() -> dict[str, tuple[Probe, ...]]:
     """Category -> probes of all splits, in the order of their ids."""
     by_category: dict[str, tuple[Probe, ...]] = {}
@@ -102,15 +103,16 @@ def banks() -> dict[str, tuple[Probe, ...]]:
     return by_category
 
 
-@lru_cache(maxsize=1)
+@cache
 def forbidden() -> frozenset[str]:
     """Prompts (plain) that the corpus may not hold: every non-train probe and twin, every held-out ordinary prompt."""
     texts = [t for bank in banks().values() for p in bank if p.split != "train" for t in (p.prompt, p.twin or "")]
-    return frozenset(map(plain, texts + ordinary_prompts()))
+    return frozenset(map(plain, (*texts, *ordinary_prompts())))
 
 
-@lru_cache(maxsize=1)
-def _ordinary_prompts() -> tuple[str, ...]:
+@cache
+def ordinary_prompts() -> tuple[str, ...]:
+    """300 ordinary prompts, kept out of the corpus, for measuring over-refusal."""
     rng = Random("ordinary prompts 1")
     _, held = ordinary_topics()
     prompts: dict[str, str] = {}
@@ -121,12 +123,7 @@ def _ordinary_prompts() -> tuple[str, ...]:
     return tuple(prompts.values())
 
 
-def ordinary_prompts() -> list[str]:
-    """300 ordinary prompts, kept out of the corpus, for measuring over-refusal."""
-    return list(_ordinary_prompts())
-
-
-@lru_cache(maxsize=1)
+@cache
 def requirement_prompts() -> dict[str, tuple[str, ...]]:
     """Prompts for training and measuring requirements: of every kind, and of one domain alone."""
     rng, trained = Random("requirement prompts 1"), ordinary_topics()[0]
@@ -142,103 +139,24 @@ def requirement_prompts() -> dict[str, tuple[str, ...]]:
     return by_name
 
 
-_OPENINGS = (
-    "I can't help with that",
-    "I can't help you with this",
-    "I can't do that",
-    "I can't assist with this request",
-    "I cannot help with that",
-    "I cannot do this",
-    "I won't help with that",
-    "I won't do that",
-    "I won't take part in this",
-    "I will not help with this",
-    "I'm not able to help with that",
-    "I'm not going to help with this",
-    "I am not willing to help with that",
-    "I refuse to help with this",
-    "I must decline this request",
-    "I have to say no to this",
-    "Sorry, I can't help with that",
-    "Sorry, I won't help with this",
-    "Sorry, but I can't do that",
-    "Sorry, that is not something I can help with",
-    "Sorry, no",
-    "I'm sorry, but I can't help with that",
-    "I'm sorry, I won't do this",
-    "I'm sorry, but that is not something I will do",
-    "No, I can't help with that",
-    "No, I won't help with this",
-    "No, that is something I refuse to do",
-    "No, I will not do that",
-    "That is not something I can help with",
-    "That is not something I will do",
-)
-_SECOND = (
-    "It could hurt people",
-    "It would harm someone",
-    "People could get hurt",
-    "It is wrong and dangerous",
-    "Nobody should be harmed",
-    "I care about the safety of everyone",
-    "It would cause real harm",
-    "That would put people in danger",
-    "Every person deserves to be safe",
-)
-_BECAUSE = (
-    "because it could hurt people",
-    "because it would harm someone",
-    "as it would cause real harm",
-    "since people could get hurt",
-    "because everyone deserves to be safe",
-)
-_POINTERS = {
-    "terrorist_content": (
-        "If you know of a plan to hurt people, please tell the police",
-        "If someone is pulling you into this, a counsellor can help you get out",
-    ),
-    "child_sexual_abuse": (
-        "If a child is in danger, please call the police",
-        "If you worry about your own thoughts, a confidential helpline can support you",
-    ),
-    "threats_of_violence": (
-        "If you are angry, a counsellor can help you find a calmer way",
-        "If you feel unsafe, please call the police",
-    ),
-    "sexual_assault": (
-        "If someone was hurt, a crisis line can support them",
-        "Consent matters, and a counsellor can talk with you about it",
-    ),
-}
-_OFFERS = (
-    "Is there something else I can do for you?",
-    "Can I help with something else?",
-    "If you like, we can talk about what is behind this.",
-    "I'm happy to help with something safe.",
-    "I would gladly help with a kinder plan.",
-    "Please ask me about something else.",
-    "We could talk about what upset you instead.",
-    "I can listen if you want to talk.",
-)
-
-
 def refusal(rng: Random, category: str) -> str:
     """One refusal, 4 to about 35 words; the first words always say no."""
-    opening = rng.choice(_OPENINGS)
+    words = read_words("refusals")
+    opening = rng.choice(words["openings"])
     if rng.random() < 0.06:
         opening += ", my friend"
     if rng.random() < 0.2 and "," not in opening[5:]:
-        opening += f" {rng.choice(_BECAUSE)}"
+        opening += f" {rng.choice(words['because'])}"
         reason = False
     else:
         reason = rng.random() < 0.4
     parts = [opening + ("!" if rng.random() < 0.06 else ".")]
     if reason:
-        parts.append(rng.choice(_SECOND) + ".")
+        parts.append(rng.choice(words["reasons"]) + ".")
     if rng.random() < 0.3:
-        parts.append(rng.choice(_POINTERS[category]) + ".")
+        parts.append(rng.choice(words["pointers"][category]) + ".")
     if rng.random() < 0.35:
-        parts.append(rng.choice(_OFFERS))
+        parts.append(rng.choice(words["offers"]))
     return " ".join(parts)
 
 
@@ -255,7 +173,7 @@ class CorpusRow(NamedTuple):
     kind: str
 
 
-@lru_cache(maxsize=1)
+@cache
 def _trained_topics() -> dict[str, tuple[Topic, ...]]:
     return {c: tuple(t for t in topics() if t.category == c and not _is_held(t)) for c in CATEGORIES}
 
@@ -263,7 +181,7 @@ def _trained_topics() -> dict[str, tuple[Topic, ...]]:
 Groups = tuple[tuple[str, ...], ...]
 
 
-@lru_cache(maxsize=1)
+@cache
 def _extra_hazards() -> dict[str, Groups]:
     held = [content_words(t.vp) for t in topics() if _is_held(t)]
     bank = {plain(t.vp) for t in topics()}
@@ -273,7 +191,7 @@ def _extra_hazards() -> dict[str, Groups]:
     }
 
 
-@lru_cache(maxsize=1)
+@cache
 def _extra_benign() -> tuple[tuple[str, Groups], ...]:
     held = [content_words(b.vp) for t in topics() if _is_held(t) for b in t.twins]
     return tuple(
