@@ -1,4 +1,4 @@
-"""Every module that writes personal data exports its traces, and `forget` collects them."""
+"""Every module that writes personal data lists its traces, unless they are rows, and `forget` collects them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 import persona_rlhf
 from persona_rlhf.common.files import pseudonym
 from persona_rlhf.data.erasure import DataSubject
-from persona_rlhf.pipeline.forget_user import WRITERS, _traces_of, traces
+from persona_rlhf.pipeline import forget_user
+from persona_rlhf.pipeline.forget_user import traces
 from tests.pipeline.test_forget_user import ID, base, planted, run  # noqa: F401  # fixtures
 
 SOURCE = Path(persona_rlhf.__file__).parent
-OUTSIDE_RUN = "training.cache"  # `fleet.reference_cache`, which forget reads from the config
 WRITES = {"write_folder", "write_text", "write_bytes", "writelines"}
 WRITES |= {"atomic_write", "atomic_path", "atomic_folder", "save_file"}
+
+# Modules that write rows with a `user_id` (JSON lines), which forget looks for in every file of a run
+ROWS = {"data.feedback", "pipeline.monitoring", "pipeline.update_run", "release.results"}
 
 # Modules that know user ids and write files, yet keep no personal data of a user in a run
 EXEMPT = {
@@ -60,23 +63,46 @@ def _writes_of_users(module: ast.Module) -> bool:
     return "user_id" in users and bool(called & WRITES or any(set("awx") & set(mode) for mode in modes))
 
 
-def test_each_module_with_traces_is_registered():
-    exporting = {
-        name
+def _tracing() -> dict[str, str]:
+    """Functions that list traces, with their modules; `row_traces` lists rows of any file."""
+    return {
+        node.name: name
         for name, module in _modules().items()
-        if any(isinstance(node, ast.FunctionDef) and node.name == "traces" for node in module.body)
+        for node in module.body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_traces") and node.name != "row_traces"
     }
-    assert exporting - {"pipeline.forget_user"} == {*WRITERS, OUTSIDE_RUN}
 
 
-def test_each_module_that_writes_data_of_users_is_registered_or_exempt():
+def test_forget_calls_every_function_that_lists_traces():
+    called = {
+        node.func.id
+        for node in ast.walk(ast.parse(Path(forget_user.__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("_traces")
+    }
+    assert called == {*_tracing(), "row_traces"}
+
+
+def test_each_module_that_writes_data_of_users_lists_traces_or_writes_rows_or_is_exempt():
     writing = {name for name, module in _modules().items() if _writes_of_users(module)}
-    assert writing - {*WRITERS, OUTSIDE_RUN, "pipeline.forget_user"} == EXEMPT.keys()
+    assert writing - {*_tracing().values(), "pipeline.forget_user"} == EXEMPT.keys() | ROWS
 
 
-def test_every_file_but_sources_is_claimed_by_a_writer(planted):
-    user = DataSubject(pseudonym(ID))
-    claimed = {trace.path for module in WRITERS for trace in _traces_of(module, planted, user)}
-    left = {trace.path.relative_to(planted).as_posix() for trace in traces(planted, user) if trace.path not in claimed}
-    assert left == {"state/data/pairs.jsonl"}
-    assert len(claimed) >= 12
+def test_rows_are_traced_in_every_file_that_holds_any(planted):
+    (planted / "copies").mkdir()
+    (planted / "copies/of pairs.csv").write_text(f"user_id,prompt\n{ID},a\nAda,b\n", encoding="utf-8")
+    rows = {
+        trace.path.relative_to(planted).as_posix(): trace.pieces
+        for trace in traces(planted, DataSubject(pseudonym(ID)))
+        if trace.what == "lines"
+    }
+    assert rows == {
+        "copies/of pairs.csv": 1,
+        "ledger.jsonl": 3,
+        "metrics.jsonl": 3,
+        "results.jsonl": 1,
+        "screening.jsonl": 1,
+        "state/chunks/000000/results.jsonl": 1,
+        "state/chunks/000000/screening.jsonl": 1,
+        "state/data/pairs.jsonl": 3,
+        "state/metrics-1-of-2.jsonl": 3,
+    }

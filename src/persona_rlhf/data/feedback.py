@@ -6,14 +6,13 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, get_args
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import flush
-from persona_rlhf.data.erasure import DataSubject, Trace, row_traces
 from persona_rlhf.data.pairs import Message, PreferencePair, parse_row
 
 LEDGER = "ledger.jsonl"
@@ -89,11 +88,6 @@ def decide(file: Path, pair: PreferencePair, decision: Decision, reason: str, re
         stream.write(json.dumps(review._asdict()) + "\n")
         flush(stream)
     return review
-
-
-def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
-    """The user's feedback, and decisions about the user's quarantined pairs."""
-    return row_traces([run / LEDGER, run / REVIEWS], user)
 
 
 def read_reviews(file: Path) -> dict[str, Review]:

@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from importlib import import_module
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,11 @@ from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.data.erasure import DataSubject, Trace, erasable, erase, files_with_rows, row_traces, rows_of
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.store import PairStore, UserSelection
-from persona_rlhf.pipeline.run_dir import RunDir, before, number_of
+from persona_rlhf.pipeline.run_dir import RunDir, addition_traces, before, index_traces, number_of
 from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import (
     FORGOTTEN,
+    adapter_traces,
     others_adapters,
     pending,
     pending_file,
@@ -36,28 +37,12 @@ from persona_rlhf.release.deletion_records import (
 from persona_rlhf.release.hub import delete_upload, uploads_of
 from persona_rlhf.release.integrity import REVOKED, RUN_MANIFEST, run_manifest_faults, write_run_manifest
 from persona_rlhf.release.manifest import read_manifest
-from persona_rlhf.release.redteam_report import REDTEAM
+from persona_rlhf.release.redteam_report import REDTEAM, redteam_traces
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import SUMMARY, RunResults
 from persona_rlhf.simulation.users import read_utilities
 
 FORGOTTEN_EVENT = "forgotten"
-
-
-WRITERS = {
-    "pipeline.update_run": "state/adding",
-    "release.deletion_records": "adapters",
-    "release.results": "",
-    "release.redteam_report": REDTEAM,
-    "data.feedback": "",
-    "pipeline.monitoring": "",
-    "training.checkpoint": "state/**/*.safetensors",  # it needs torch
-    "pipeline.run_dir": "",  # last: its index line says which users are left
-}
-"""Every module that writes personal data into RUN and exports its `traces(run, user)`.
-
-A module is imported only where the glob beside it matches in RUN. `_cached` handles `fleet.reference_cache`.
-"""
 
 _PSEUDONYMOUS = {integrity.AUDIT, REVOKED, "users.jsonl"}  # files that name users by pseudonyms
 _WITHOUT_ROWS = {
@@ -74,36 +59,26 @@ _LEFTOVERS = (".half", ".old")  # of interrupted writes
 
 
 def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
-    """The user's personal data in the run folder, piece by piece: of each writer, then rows of other files, the index
-    line last.
+    """The user's personal data in the run folder, piece by piece; the index line, which says who is left, comes last.
 
-    Raises InputError where a file of the run cannot be read.
+    Rows with a `user_id` are looked for in every file. All other data is listed by the module that writes it, in a
+    function `*_traces`; `_cached` handles `fleet.reference_cache`. Raises InputError where a file cannot be read.
     """
-    *writers, index = WRITERS
-    claimed = set[Path]()
-    for trace in chain.from_iterable(_traces_of(module, run, user) for module in writers):
-        claimed.add(trace.path)
-        yield trace
-    last = list(_traces_of(index, run, user))
-    yield from row_traces(_other_files(run, claimed.union(trace.path for trace in last)), user)
-    yield from last
+    yield from addition_traces(run, user)
+    yield from adapter_traces(run, user)
+    yield from redteam_traces(run, user)
+    if next(run.glob("state/**/*.safetensors"), None) is not None:
+        from persona_rlhf.training.checkpoint import checkpoint_traces  # it needs torch
+
+        yield from checkpoint_traces(run, user)
+    yield from row_traces(filter(partial(_may_hold_rows, run), sorted(run.rglob("*"))), user)
+    yield from index_traces(run, user)
 
 
-def _traces_of(module: str, run: Path, user: DataSubject) -> Iterator[Trace]:
-    if not WRITERS[module] or next(run.glob(WRITERS[module]), None) is not None:
-        yield from import_module(f"persona_rlhf.{module}").traces(run, user)
-
-
-def _other_files(run: Path, claimed: set[Path]) -> list[Path]:
-    """Files in the run folder that may hold rows of a user and that no writer claims: sources of pairs, and copies."""
-    return [
-        file
-        for file in sorted(run.rglob("*"))
-        if erasable(file)
-        and file not in claimed
-        and file.name not in _PSEUDONYMOUS | _WITHOUT_ROWS
-        and FORGOTTEN not in file.relative_to(run).parts
-    ]
+def _may_hold_rows(run: Path, file: Path) -> bool:
+    """Whether a file in the run folder may hold rows of a user: results, feedback, sources of pairs, and copies."""
+    without = file.name in _PSEUDONYMOUS | _WITHOUT_ROWS or FORGOTTEN in file.relative_to(run).parts
+    return erasable(file) and not without
 
 
 def remove_leftovers(run: Path) -> None:
@@ -159,10 +134,10 @@ def _cached(outside: ExternalPaths, selection: UserSelection, user: DataSubject)
     number = number_of(selection.user_digests, user)
     if not files or (selection.user_digests and number is None):
         return
-    from persona_rlhf.training import cache
+    from persona_rlhf.training.cache import cache_traces
 
     out = selection._replace(excluded=selection.excluded - {user.pseudonym})
-    yield from cache.traces(files, None if number is None else _keys(outside, out, number))
+    yield from cache_traces(files, None if number is None else _keys(outside, out, number))
 
 
 def _keys(outside: ExternalPaths, selection: UserSelection, number: int) -> set[bytes] | None:

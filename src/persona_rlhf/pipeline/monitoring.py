@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.experiment import Config
-from persona_rlhf.data.erasure import DataSubject, Trace, row_traces
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.pipeline.run_dir import dotted
 from persona_rlhf.release.results import RunSummary
@@ -201,11 +200,6 @@ class TrainingMonitor:
     def log(self, text: str) -> None:
         """Reports one line for people, beside the figures so far."""
         self.on_progress(self.last._replace(text=text))
-
-
-def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
-    """The user's lines in the metrics of the run and of its processes."""
-    return row_traces([run / "metrics.jsonl", *sorted((run / "state").glob("metrics-*.jsonl"))], user)
 
 
 def check_trackers(names: Sequence[str], workers: int) -> None:

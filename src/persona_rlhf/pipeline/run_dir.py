@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import atomic_path, atomic_write
+from persona_rlhf.common.files import atomic_path, atomic_write, remove_folder
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.retired import RETIRED
-from persona_rlhf.data.erasure import DataSubject, Trace, row_traces
+from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.data.screening import Dropped, screening_rows
 from persona_rlhf.data.store import PairStore, UserSelection, fingerprint_of
 from persona_rlhf.pipeline.distributed import WorkShare
@@ -250,12 +250,18 @@ def number_of(users: Sequence[tuple[str, str] | None], user: DataSubject) -> int
     return next((number for number, line in enumerate(users) if line is not None and line[0] == user.pseudonym), None)
 
 
-def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
-    """The user's screened pairs, tier-three rules and index line, which goes last; the user's number stays free.
+def addition_traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+    """An interrupted addition with the user in it, which is removed as a whole."""
+    inner = RunDir(RunDir(run).addition)
+    if number_of(inner.selection.user_digests, user) is not None:
+        yield Trace(inner.path, "an addition under way, all of it", 1, partial(remove_folder, inner.path))
+
+
+def index_traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+    """The user's tier-three rules and index line, which goes last; the user's number stays free.
 
     Before the index line, the log-probabilities of the user's chunk go, if it is in training: they are computed again.
     """
-    yield from row_traces([run / "screening.jsonl", *sorted(run.glob("state/chunks/*/screening.jsonl"))], user)
     for file in (run / "policy.json", *sorted((run / "state").rglob("policy.json"))):
         policy = json.loads(file.read_bytes()) if file.is_file() else {}
         if rules := [rule for key in _END_USER_RULES for rule in policy.get(key, ()) if user(rule["user_id"])]:

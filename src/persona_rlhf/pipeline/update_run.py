@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, pseudonym, remove_folder, write_folder
 from persona_rlhf.config.experiment import read_run_config
-from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.data.store import PairStore, UserSelection
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.pipeline.inputs import read_inputs
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent
-from persona_rlhf.pipeline.run_dir import PAIRS, SOURCES, RunDir, number_of
+from persona_rlhf.pipeline.run_dir import PAIRS, SOURCES, RunDir
 from persona_rlhf.release import integrity
 from persona_rlhf.release.comparison import Comparison, RebasedUser, compare, rebased_users, to_json, write_rebase
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
@@ -138,13 +136,6 @@ def _replaced(file: Path, more: Path, is_new: Callable[[str], bool]) -> Iterator
         if place.exists():
             with place.open("rb") as stream:
                 yield from (line for line in stream if is_new(json.loads(line)["user_id"]) is wanted)
-
-
-def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
-    """An interrupted addition with the user in it, which is removed as a whole."""
-    inner = RunDir(RunDir(run).addition)
-    if number_of(inner.selection.user_digests, user) is not None:
-        yield Trace(inner.path, "an addition under way, all of it", 1, partial(remove_folder, inner.path))
 
 
 class Rebased(NamedTuple):

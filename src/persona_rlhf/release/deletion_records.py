@@ -69,7 +69,7 @@ def adapter_folders(run: Path) -> list[Path]:
     ]
 
 
-def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+def adapter_traces(run: Path, user: DataSubject) -> Iterator[Trace]:
     """The adapter of a user, and remains of an interrupted write of it."""
     for folder in adapter_folders(run):
         if user.owns_slug(folder.name.lstrip(".").partition(".")[0]):

@@ -151,7 +151,7 @@ def write_redteam(run: Path, content: Mapping[str, Any]) -> Path:
     return run / REDTEAM
 
 
-def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+def redteam_traces(run: Path, user: DataSubject) -> Iterator[Trace]:
     """The attacks on the user's adapter."""
     file = run / REDTEAM
     if file.is_file() and any(user(attacked["user_id"]) for attacked in json.loads(file.read_bytes())["users"]):

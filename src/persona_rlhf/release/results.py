@@ -18,7 +18,6 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, slug
 from persona_rlhf.config.evaluation import GateSettings
 from persona_rlhf.config.retired import remove_retired
-from persona_rlhf.data.erasure import DataSubject, Trace, row_traces
 from persona_rlhf.evaluation.fleet_guarantee import FleetGuarantee, GatedUser, fleet_guarantee
 from persona_rlhf.evaluation.gate import JUDGE_DELTA_SHARE, POOLED, Demands, GateTest, Verdict
 from persona_rlhf.evaluation.records import Measures
@@ -155,11 +154,6 @@ class RunResults:
             raise self._unreadable(fault) from fault
         if problems:
             raise InputError(problems)
-
-
-def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
-    """The user's lines in the results of the run and of chunks in training."""
-    return row_traces([run / RESULTS, *sorted(run.glob(f"state/chunks/*/{RESULTS}"))], user)
 
 
 def _parsed(line: str) -> Result | list[tuple[str | None, str]]:

@@ -103,7 +103,7 @@ class Reference:
             save_file(tensors, temporary)
 
 
-def traces(files: Iterable[Path], rows: Container[bytes] | None) -> Iterator[Trace]:
+def cache_traces(files: Iterable[Path], rows: Container[bytes] | None) -> Iterator[Trace]:
     """The log-probabilities of one user's rows (see `key_of`) in files of a cache; with None, all that a file holds.
 
     A damaged file counts as one value.

@@ -25,7 +25,7 @@ def save(file: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, {"notes": json.dumps(notes)})
 
 
-def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+def checkpoint_traces(run: Path, user: DataSubject) -> Iterator[Trace]:
     """The user's trained adapters and slots in the checkpoints of an unfinished run."""
     for file in sorted((run / "state").rglob("*.safetensors")):
         if file.parent.name == "trained" and user.owns_slug(file.stem):
