@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from persona_rlhf.common.chain import ChainHead
 from persona_rlhf.release.integrity import AUDIT, append, append_all, faults, head, read
-from persona_rlhf.release.manifest import AuditHead
 
 
 def trail(folder, lines=6):
@@ -34,10 +34,10 @@ def test_lines_are_numbered_chained_and_read_back(tmp_path):
     assert entries[0].previous == "0" * 64
     assert entries[1].hash == last.hash == entries[2].previous
     assert faults(tmp_path, [("me", last)]) == []
-    assert AuditHead.parse(f" {last}\n") == last
+    assert ChainHead.parse(f" {last}\n") == last
     for bad in ("", "3", "3:abc", "x:" + "0" * 64, "-1:" + "0" * 64):
         with pytest.raises(ValueError, match="NUMBER:SHA256"):
-            AuditHead.parse(bad)
+            ChainHead.parse(bad)
 
 
 @given(st.data())

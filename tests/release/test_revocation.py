@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from persona_rlhf.common.chain import ChainHead
 from persona_rlhf.evaluation.gate import certify
-from persona_rlhf.release.manifest import AuditHead
 from persona_rlhf.release.revocation import Recertified, Retested, recertified_table
 from tests.release.conftest import DEMANDS, refusals
 
@@ -52,7 +52,7 @@ def test_where_fixed_aspects_decide_they_were_asked_about_at_the_very_alpha():
 
 def test_the_counts_are_those_of_the_users():
     users = [user_at(1.0, (0,) * 4), user_at(0.5, (0, 80, 80, 80)), user_at(1.0, (80,) * 4)]
-    found = Recertified("f" * 64, users, AuditHead(3, "0" * 64))
+    found = Recertified("f" * 64, users, ChainHead(3, "0" * 64))
     told = found.to_json()
     assert (told["tested"], told["passed"], told["revoked"], told["must_retrain"]) == (3, 1, 2, 1)
     assert told["looks"] == sum(len(user.verdict.looks) for user in users)

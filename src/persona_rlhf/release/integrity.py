@@ -1,94 +1,56 @@
 """The hash-chained audit.jsonl of a run, its events, and manifest.json over a finished run.
 
-Every line of audit.jsonl holds its own hash and that of the line before it. A changed, removed or inserted line is
-visible in the file itself. A rewritten or cut tail is visible against a head kept elsewhere: in an adapter's manifest,
-in manifest.json or with an auditor. Facts hold no text of a user and no user id, only `common.files.pseudonym`.
+Heads of audit.jsonl (`common/chain.py`) are kept in adapters' manifests, in manifest.json and with auditors. Facts hold
+no text of a user and no user id, only `common.files.pseudonym`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 
+from persona_rlhf.common.chain import Chain, ChainEntry, ChainHead
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import atomic_write, flush, pseudonym, sha256_of
+from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
 from persona_rlhf.common.version import __version__
 from persona_rlhf.data.feedback import LEDGER
 from persona_rlhf.data.screening import Dropped
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.policy.policy import Policy
-from persona_rlhf.release.manifest import FORMAT, MANIFEST, AuditHead, read_manifest, rendered, self_hash
+from persona_rlhf.release.manifest import FORMAT, MANIFEST, read_manifest, rendered, self_hash
 from persona_rlhf.release.results import Result
 
 AUDIT = "audit.jsonl"
-_BEFORE_ALL = "0" * 64
-_BLOCK = 1 << 16  # bytes
 
 
-class AuditEntry(NamedTuple):
-    """One line: its number from 1, the time (UTC, ISO 8601), the event with its facts, and the hash chain."""
-
-    seq: int
-    time: str
-    event: str
-    facts: dict[str, Any]
-    previous: str
-    hash: str
-
-
-def append(run: Path, event: str, **facts: Any) -> AuditHead:
+def append(run: Path, event: str, **facts: Any) -> ChainHead:
     """Appends one event to a run's audit.jsonl, flushed to the disk. `facts` are plain JSON values."""
     return append_all(run, [(event, facts)])
 
 
-def append_all(run: Path, events: Iterable[tuple[str, Mapping[str, Any]]]) -> AuditHead:
-    """Appends events, flushed to the disk together; returns the new head.
-
-    A lock on the file orders threads and processes. An incomplete last line, left by a killed process, is removed
-    first: no caller relied on it. Damage elsewhere does not stop appending, and stays visible to `faults`.
-    """
-    with (run / AUDIT).open("ab+") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        seq, previous = _end(stream)
-        lines = bytearray()
-        for event, facts in events:
-            seq += 1
-            time = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-            content = {"seq": seq, "time": time, "event": event, "facts": dict(facts), "previous": previous}
-            previous = _digest(content)
-            lines += _rendered(content | {"hash": previous})
-        stream.write(lines)
-        flush(stream)
-    return AuditHead(seq, previous)
+def append_all(run: Path, events: Iterable[tuple[str, Mapping[str, Any]]]) -> ChainHead:
+    """Appends events, flushed to the disk together; returns the new head."""
+    return Chain(run / AUDIT).append(events)
 
 
-def read(run: Path) -> Iterator[AuditEntry]:
+def read(run: Path) -> Iterator[ChainEntry]:
     """The valid entries of a run's audit.jsonl in order; none if it has none. `faults` names the invalid lines."""
-    for line in _lines(run):
-        if (entry := _entry(line)) is not None:
-            yield entry
+    return iter(Chain(run / AUDIT))
 
 
-def head(run: Path) -> AuditHead | None:
+def head(run: Path) -> ChainHead | None:
     """The last line of a run's audit.jsonl; None if there is none or it is damaged."""
-    last = b""
-    for line in _lines(run):
-        last = line
-    entry = _entry(last)
-    return None if entry is None else AuditHead(entry.seq, entry.hash)
+    return Chain(run / AUDIT).head
 
 
-def need_head(run: Path) -> AuditHead:
+def need_head(run: Path) -> ChainHead:
     """The head of a run's audit.jsonl. Raises InputError if it has no valid one."""
     if (last := head(run)) is None:
         why = "its last line is damaged; `verify` says more" if (run / AUDIT).is_file() else "there is no such file"
@@ -96,94 +58,20 @@ def need_head(run: Path) -> AuditHead:
     return last
 
 
-def read_head(text: str) -> tuple[str, AuditHead]:
+def read_head(text: str) -> tuple[str, ChainHead]:
     """A head and its keeper, from the text of a head or a file that holds one. Raises InputError for anything else."""
     file = Path(text)
     try:
         if not file.is_file():
-            return "--head", AuditHead.parse(text)
-        return str(file), AuditHead.parse(file.read_text(encoding="utf-8"))
+            return "--head", ChainHead.parse(text)
+        return str(file), ChainHead.parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
         raise InputError([Problem("verify", None, "--head", f"{fault}; `audit RUN --head` prints one")]) from fault
 
 
-def faults(run: Path, heads: Iterable[tuple[str, AuditHead]] = ()) -> list[str]:
-    """Every break of the chain, by line, and every one of `heads` (its keeper, the head) that is no longer in it.
-
-    A missing audit.jsonl has no faults, unless somebody keeps a head of it.
-    """
-    kept_heads: dict[int, list[tuple[str, str]]] = {}
-    for keeper, kept in heads:
-        kept_heads.setdefault(kept.seq, []).append((keeper, kept.hash))
-    breaks, present = list[str](), set[tuple[str, str]]()
-    previous: str | None = _BEFORE_ALL
-    number = 0
-    for number, line in enumerate(_lines(run), 1):
-        entry = _entry(line)
-        if not line.endswith(b"\n"):
-            breaks.append(f"{AUDIT}: line {number} is cut short; the next entry would take its place")
-        elif entry is None:
-            breaks.append(f"{AUDIT}: line {number} was changed: it does not match its own hash")
-        elif entry.seq != number or (previous is not None and entry.previous != previous):
-            breaks.append(f"{AUDIT}: line {number} does not follow line {number - 1}: lines were removed or inserted")
-        previous = None if entry is None else entry.hash  # the link after a damaged line cannot be checked
-        present |= {kept for kept in kept_heads.get(number, []) if entry is not None and kept[1] == entry.hash}
-    for seq in sorted(kept_heads):
-        for keeper, digest in kept_heads[seq]:
-            if (keeper, digest) not in present:
-                why = f"it ends at line {number}" if seq > number else "that line has another hash now"
-                breaks.append(f"{AUDIT}: {keeper} keeps the head {seq}:{digest[:16]}..., which is not in it: {why}")
-    return breaks
-
-
-def _lines(run: Path) -> Iterator[bytes]:
-    if (run / AUDIT).exists():
-        with (run / AUDIT).open("rb") as stream:
-            yield from stream
-
-
-def _entry(line: bytes) -> AuditEntry | None:
-    """A whole line as an entry, or None if its form or its own hash is wrong."""
-    try:
-        content = json.loads(line)
-        entry = AuditEntry(**content)
-        hashed = {key: value for key, value in content.items() if key != "hash"}
-        valid = _rendered(content) == line and _digest(hashed) == entry.hash
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return None
-    return entry if valid else None
-
-
-def _end(stream: BinaryIO) -> tuple[int, str]:
-    """Number and hash of the last whole line. A partial line after it is removed, or only gets its newline."""
-    end = stream.seek(0, os.SEEK_END)
-    tail, start = b"", end
-    while start > 0 and tail.count(b"\n") < 2:
-        step = min(_BLOCK, start)
-        start -= step
-        stream.seek(start)
-        tail = stream.read(step) + tail
-    whole, newline, torn = tail.rpartition(b"\n")
-    if torn and (entry := _entry(torn + b"\n")) is not None:
-        stream.write(b"\n")
-        return entry.seq, entry.hash
-    stream.truncate(end - len(torn))
-    if not newline:
-        return 0, _BEFORE_ALL
-    last = whole.rpartition(b"\n")[2] + newline
-    if (entry := _entry(last)) is not None:
-        return entry.seq, entry.hash
-    stream.seek(0)
-    return sum(1 for _ in stream), hashlib.sha256(last).hexdigest()
-
-
-def _rendered(content: Mapping[str, Any]) -> bytes:
-    """A line as bytes. Any other bytes for the same content are a fault."""
-    return (json.dumps(content, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_rendered(content)).hexdigest()
+def faults(run: Path, heads: Iterable[tuple[str, ChainHead]] = ()) -> list[str]:
+    """Every break of a run's audit.jsonl, and every one of `heads` that is no longer in it (see `Chain.faults`)."""
+    return Chain(run / AUDIT).faults(heads)
 
 
 RUN_MANIFEST = "manifest.json"
@@ -214,19 +102,19 @@ def write_run_manifest(run: Path, only: str | None = None) -> None:
     atomic_write(run / RUN_MANIFEST, rendered(content | {"manifest_hash": self_hash(content)}))
 
 
-def run_manifest_head(run: Path) -> AuditHead | None:
+def run_manifest_head(run: Path) -> ChainHead | None:
     """The audit head in RUN/manifest.json; None if there is no manifest, or no head in it."""
     content, _ = read_manifest(run / RUN_MANIFEST)
     return head_in(content or {})
 
 
-def head_in(manifest: Mapping[str, Any]) -> AuditHead | None:
+def head_in(manifest: Mapping[str, Any]) -> ChainHead | None:
     """The audit head in a manifest, None if there is none; for an invalid one, a head that no audit.jsonl holds."""
     entry = manifest.get("audit")
     try:
-        return None if entry is None else AuditHead(int(entry["seq"]), str(entry["hash"]))
+        return None if entry is None else ChainHead(int(entry["seq"]), str(entry["hash"]))
     except (KeyError, TypeError, ValueError):
-        return AuditHead(0, "")
+        return ChainHead(0, "")
 
 
 def run_manifest_faults(run: Path) -> list[str]:
@@ -338,7 +226,7 @@ def ended(result: Result) -> Event:
     return result.status, facts
 
 
-def audit_faults(run: Path, adapters: Iterable[AdapterRecord], kept: Iterable[tuple[str, AuditHead]] = ()) -> list[str]:
+def audit_faults(run: Path, adapters: Iterable[AdapterRecord], kept: Iterable[tuple[str, ChainHead]] = ()) -> list[str]:
     """Faults of audit.jsonl: breaks of the chain, lost heads, and adapters that no event released.
 
     Heads are those of RUN/manifest.json, of adapters' manifests and of others (`kept`). Manifests of early versions
@@ -369,7 +257,7 @@ def recertified_documents(run: Path) -> set[str]:
     return {document["sha256"] for entry in entries for document in entry.facts["documents"]}
 
 
-def audit_table(entries: Iterable[AuditEntry]) -> Table:
+def audit_table(entries: Iterable[ChainEntry]) -> Table:
     """The events as a table: one row per line, with all facts."""
     table = Table(title="Audit events", title_justify="left")
     table.add_column("line", justify="right")

@@ -14,31 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
+from persona_rlhf.common.chain import ChainHead
 from persona_rlhf.common.files import is_hub_id
 from persona_rlhf.common.version import __version__
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.evaluation.gate import Demands, Verdict
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.results import PairCounts, plain
-
-
-class AuditHead(NamedTuple):
-    """The head of an audit.jsonl at some time: the number of its last line, and that line's hash."""
-
-    seq: int
-    hash: str
-
-    def __str__(self) -> str:
-        return f"{self.seq}:{self.hash}"
-
-    @staticmethod
-    def parse(text: str) -> AuditHead:
-        """A head as `str` writes it. Raises ValueError for anything else."""
-        seq, _, digest = text.strip().partition(":")
-        if not seq.isdecimal() or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-            raise ValueError(f"a head of audit.jsonl reads NUMBER:SHA256, got `{text.strip()[:80]}`")
-        return AuditHead(int(seq), digest)
-
 
 MANIFEST = "persona.json"
 FORMAT = 1
@@ -137,7 +119,7 @@ class Stamp(NamedTuple):
     None if there is no audit.jsonl, or no such day.
     """
 
-    head: AuditHead | None = None
+    head: ChainHead | None = None
     valid_until: str | None = None
 
 

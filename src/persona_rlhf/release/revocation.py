@@ -16,12 +16,13 @@ from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
+from persona_rlhf.common.chain import ChainHead
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.release import integrity
 from persona_rlhf.release.integrity import REVOKED, RUN_MANIFEST, write_run_manifest
-from persona_rlhf.release.manifest import MANIFEST, AuditHead
+from persona_rlhf.release.manifest import MANIFEST
 from persona_rlhf.release.render import printable
 from persona_rlhf.release.results import RESULTS, Result, plain
 
@@ -76,7 +77,7 @@ class Recertified(NamedTuple):
 
     policy_hash: str
     users: list[Retested]
-    head: AuditHead
+    head: ChainHead
 
     @property
     def failed(self) -> list[Retested]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from persona_rlhf.common.chain import ChainHead
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import sha256_of, slug
 from persona_rlhf.policy.bound import Bound
@@ -20,7 +21,7 @@ from persona_rlhf.release.integrity import (
     recertified_documents,
     run_manifest_faults,
 )
-from persona_rlhf.release.manifest import MANIFEST, AuditHead, read_manifest, user_mark
+from persona_rlhf.release.manifest import MANIFEST, read_manifest, user_mark
 from persona_rlhf.release.redteam_report import redteam_faults
 from persona_rlhf.release.results import RESULTS, Result, RunResults, plain
 from persona_rlhf.release.revocation import Revocation, revocation_faults, revoked, revoked_here, today
@@ -39,7 +40,7 @@ ADAPTER_FILES = (CARD, CONFIG, WEIGHTS)
 class TrustedEvidence(NamedTuple):
     """Evidence from outside the folder: audit heads with their keepers, trusted keys, and lists of revocations."""
 
-    heads: Sequence[tuple[str, AuditHead]] = ()
+    heads: Sequence[tuple[str, ChainHead]] = ()
     trust: Trust | None = None
     revoked: Mapping[str, Revocation] = MappingProxyType({})
 

@@ -1,0 +1,283 @@
+"""The ledger of looks: every adapter of a user that the gate tested, so that all looks of a user share one delta.
+
+A look is written before the probes are asked, and closed with its verdict. The same adapter before the same exam is the
+same look: its verdict is the same, so a killed and resumed run pays once. Another adapter, probe, demand or judge makes
+a new look. The ledger is chained (`common/chain.py`); heads of it are kept beside it and in the runs that use it, and a
+ledger that lacks one of them is an error: a restored backup would have forgotten looks.
+
+Three files lie side by side, such as looks.jsonl, looks.key and looks.head. Users and adapters are named by HMACs
+(RFC 2104) under the key, so that looks.jsonl alone names nobody. Deleting a user leaves these lines as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from persona_rlhf.common.chain import NO_LINES, Chain, ChainEntry, ChainHead, LockedChain, entry_of
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import atomic_write, sha256_of
+from persona_rlhf.evaluation.spending import PastLook, next_share
+
+LOOKS = "looks.jsonl"
+"""The name of a run's ledger in its folder, where `gate.ledger` names no other."""
+
+_BEGUN, _OPENED, _CLOSED = "begun", "opened", "closed"
+_DIGITS = 32  # hex digits of an HMAC
+
+
+class LookKey(NamedTuple):
+    """A look: the user's pseudonym (`common.files`), and sha256 of the adapter, of the certify probes and of the exam.
+
+    The exam is everything besides the adapter that decides the verdict: probes, demands, judge, base, decoding.
+    """
+
+    user: str
+    adapter: str
+    bank: str
+    exam: str
+
+
+class Look(NamedTuple):
+    """A look in the ledger: its number among those of its user, and the share of delta that it spends.
+
+    `spent` is the sum of the shares of this look and of those before it.
+    """
+
+    number: int
+    share: float
+    spent: float
+
+
+class LookPlan(NamedTuple):
+    """Looks of each user that are planned together and spend equal shares, such as the runs of a sweep."""
+
+    name: str
+    looks: int
+
+
+class KeptHead(NamedTuple):
+    """A head of a ledger, the number of looks up to it, and the place that keeps it."""
+
+    head: ChainHead
+    looks: int
+    keeper: str
+
+
+class _Taken(NamedTuple):
+    """A look of a user as the ledger has it; open looks count as failed."""
+
+    look: str
+    share: float
+    passed: bool
+    plan: LookPlan | None
+
+
+class Ledger:
+    """A ledger of looks. Threads and processes may use one file at the same time.
+
+    `kept` are heads that must be in it. Every method raises InputError for a ledger that lost a head, was damaged, or
+    lies beside another key.
+    """
+
+    def __init__(self, file: Path, kept: Iterable[KeptHead] = ()) -> None:
+        self.file, self._key_file, self._head_file = file, file.with_suffix(".key"), file.with_suffix(".head")
+        self._kept = list(kept)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Begins to read the file anew."""
+        self._offset, self._head, self._looks, self._key = 0, NO_LINES, 0, b""
+        self._users: dict[str, list[_Taken]] = {}
+        self._places: dict[str, tuple[str, int]] = {}  # by look: its user and its place
+        self._open = set[str]()
+
+    @property
+    def head(self) -> KeptHead:
+        """The head as last read or written."""
+        return KeptHead(self._head, self._looks, "this program")
+
+    def check(self) -> None:
+        """Reads the ledger, if there is one; nothing is written where there is none."""
+        if self.file.exists():
+            with self._locked():
+                pass
+        elif missing := self._all_kept():
+            raise self._lost(missing)
+        elif not self.file.parent.is_dir():
+            sentence = "this folder does not exist; make it, or name the ledger of other runs"
+            raise InputError([Problem(str(self.file.parent), None, "gate.ledger", sentence)])
+
+    def open(self, keys: Sequence[LookKey], sequential: bool = False, plan: LookPlan | None = None) -> list[Look]:
+        """Opens a look of each of several users, on the disk before this returns; one that is there stays as it is.
+
+        `sequential` as in `next_share`.
+        """
+        assert len({key.user for key in keys}) == len(keys), "two looks of one user at once"
+        with self._locked() as chain:
+            new = list[tuple[str, dict[str, Any]]]()
+            for key in keys:
+                if (name := self._name(key)) not in self._places:
+                    user = self._digest("user", key.user)
+                    planned = {} if plan is None else {"plan": plan.name, "planned": plan.looks}
+                    facts = {
+                        "user": user,
+                        "look": name,
+                        "bank": key.bank,
+                        "number": len(self._users.get(user, ())) + 1,
+                        "share": self._share(user, sequential, plan),
+                    }
+                    new.append((_OPENED, facts | planned))
+            self._append(chain, new)
+            return [self._look(self._name(key)) for key in keys]
+
+    def close(self, verdicts: Iterable[tuple[LookKey, bool]]) -> None:
+        """Closes looks with their verdicts: whether the adapter passed. A closed look stays as it is."""
+        with self._locked() as chain:
+            named = ((self._name(key), passed) for key, passed in verdicts)
+            events = [(_CLOSED, {"look": name, "passed": passed}) for name, passed in named if name in self._open]
+            self._append(chain, events)
+
+    def _share(self, user: str, sequential: bool, plan: LookPlan | None) -> float:
+        """The share of a user's next look.
+
+        The looks of a plan have equal shares, of the same sum as without it. Shares of planned looks that were not
+        taken yet are reserved.
+        """
+        taken = self._users.get(user, [])
+        history = [PastLook(past.share, past.passed) for past in taken]
+        plans: dict[LookPlan, list[float]] = {}
+        for past in taken:
+            if past.plan is not None:
+                plans.setdefault(past.plan, []).append(past.share)
+        if plan is not None and len(earlier := plans.get(plan, [])) in range(1, plan.looks):
+            return earlier[0]
+        for other, shares in plans.items():
+            history += [PastLook(shares[0], False)] * (other.looks - len(shares))
+        if plan is None or plan in plans:
+            return next_share(history, sequential)
+        total = 0.0
+        for _ in range(plan.looks):
+            share = next_share(history, sequential)
+            history.append(PastLook(share, False))
+            total += share
+        return total / plan.looks
+
+    def _look(self, name: str) -> Look:
+        user, place = self._places[name]
+        taken = self._users[user][: place + 1]
+        return Look(place + 1, taken[-1].share, sum(past.share for past in taken))
+
+    @contextmanager
+    def _locked(self) -> Iterator[LockedChain]:
+        """The ledger under a lock, read up to its end; begun where there is none."""
+        if not self.file.exists() and (kept := self._all_kept()):
+            raise self._lost(kept)
+        with Chain(self.file).locked() as chain:
+            if chain.head == NO_LINES:
+                if kept := self._all_kept():
+                    raise self._lost(kept)
+                if not self._key_file.exists():
+                    atomic_write(self._key_file, secrets.token_hex(32), private=True)
+                self._append(chain, [(_BEGUN, {"key": sha256_of(self._key_file)})])
+            self._read(chain)
+            yield chain
+
+    def _append(self, chain: LockedChain, events: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        """Appends events, reads them back, and keeps the new head beside the ledger."""
+        if events:
+            chain.append(events)
+            self._read(chain)
+            kept = {"head": str(self._head), "looks": self._looks}
+            atomic_write(self._head_file, json.dumps(kept) + "\n")
+
+    def _read(self, chain: LockedChain) -> None:
+        """Reads the lines since the last time, and checks that no kept head was lost."""
+        before = self.head
+        missing = {kept.head: kept for kept in self._all_kept() if kept.head.seq > before.head.seq}
+        for line in chain.lines(self._offset):
+            entry = entry_of(line)
+            if entry is None or (entry.seq, entry.previous) != (self._head.seq + 1, self._head.hash):
+                break
+            self._offset, self._head = self._offset + len(line), entry.head
+            self._apply(entry)
+            missing.pop(entry.head, None)
+        if self._head == chain.head and not missing:
+            return
+        if before.head == NO_LINES:
+            raise self._lost(list(missing.values())) if missing else self._damaged(self._head.seq + 1)
+        self._kept.append(before)  # the file was replaced since the last time
+        self._reset()
+        self._read(chain)
+
+    def _apply(self, entry: ChainEntry) -> None:
+        facts = entry.facts
+        if entry.event == _BEGUN:
+            self._key = self._read_key(facts["key"])
+        elif entry.event == _OPENED:
+            plan = LookPlan(facts["plan"], facts["planned"]) if "plan" in facts else None
+            taken = self._users.setdefault(facts["user"], [])
+            self._places[facts["look"]] = facts["user"], len(taken)
+            taken.append(_Taken(facts["look"], facts["share"], False, plan))
+            self._open.add(facts["look"])
+            self._looks += 1
+        elif entry.event == _CLOSED:
+            user, place = self._places[facts["look"]]
+            self._users[user][place] = self._users[user][place]._replace(passed=facts["passed"])
+            self._open.discard(facts["look"])
+
+    def _read_key(self, digest: str) -> bytes:
+        """The key. Raises InputError where it is gone, or another one: every user would be new to the ledger."""
+        if not self._key_file.is_file() or sha256_of(self._key_file) != digest:
+            why = "is not the key of this ledger" if self._key_file.exists() else "is gone"
+            sentence = f"this file {why}; without it nobody's looks can be told: restore the key that lay beside it"
+            raise InputError([Problem(str(self._key_file), None, "gate.ledger", sentence)])
+        return self._key_file.read_bytes()
+
+    def _name(self, key: LookKey) -> str:
+        return self._digest("look", *key)
+
+    def _digest(self, *parts: str) -> str:
+        return hmac.new(self._key, "\x1f".join(parts).encode(), hashlib.sha256).hexdigest()[:_DIGITS]
+
+    def _all_kept(self) -> list[KeptHead]:
+        """The heads that must be in the ledger: those given, the one beside it, and the one last read."""
+        kept = [*self._kept, *([] if self._head == NO_LINES else [self.head])]
+        if not self._head_file.is_file():
+            return kept
+        try:
+            beside = json.loads(self._head_file.read_bytes())
+            kept.append(KeptHead(ChainHead.parse(beside["head"]), int(beside["looks"]), str(self._head_file)))
+        except (ValueError, KeyError, TypeError) as fault:
+            sentence = f"this file holds no head of a ledger ({fault}); restore it, or remove it"
+            raise InputError([Problem(str(self._head_file), None, "gate.ledger", sentence)]) from fault
+        return kept
+
+    def _lost(self, kept: Sequence[KeptHead]) -> InputError:
+        """The error that the ledger lacks heads: the newest of them counts the looks that are missing."""
+        newest = max(kept, key=lambda one: one.head.seq)
+        entries = list(Chain(self.file))
+        looks = newest.looks - sum(entry.event == _OPENED for entry in entries)
+        state = f"it ends at line {len(entries)}" if newest.head.seq > len(entries) else "that line is another one"
+        amount = f"{looks} of {newest.looks} looks are missing" if looks > 0 else "looks were changed"
+        sentence = (
+            f"this ledger has forgotten looks: {newest.keeper} keeps its head {str(newest.head)[:20]}..., but "
+            f"{state if self.file.exists() else 'there is no such file'}; {amount}. "
+            "Restore its newest copy: without these looks delta would be spent twice"
+        )
+        return InputError([Problem(str(self.file), None, "gate.ledger", sentence)])
+
+    def _damaged(self, line: int) -> InputError:
+        sentence = "this line was changed, or lines before it were removed; restore the newest copy of the ledger"
+        return InputError([Problem(str(self.file), line, "gate.ledger", sentence)])
+
+
+def bank_uses(ledger: Path, bank: str) -> int:
+    """The number of looks at a bank (sha256 of its certify probes); 0 where there is no ledger."""
+    return sum(entry.event == _OPENED and entry.facts["bank"] == bank for entry in Chain(ledger))

@@ -1,0 +1,271 @@
+"""The ledger of looks: every look is counted once, whatever is killed, copied, restored or done at the same time."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from persona_rlhf.common.chain import Chain
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import pseudonym
+from persona_rlhf.evaluation.ledger import Ledger, LookKey, LookPlan, bank_uses
+
+FIRST = 6 / math.pi**2
+
+
+def key(user="ada", adapter="a", bank="bank", exam="exam"):
+    return LookKey(pseudonym(user), adapter, bank, exam)
+
+
+def ledger(folder, kept=()):
+    return Ledger(folder / "looks.jsonl", kept)
+
+
+def look(book, **of):
+    """One closed look that failed."""
+    [opened] = book.open([key(**of)])
+    book.close([(key(**of), False)])
+    return opened
+
+
+def test_the_kth_look_spends_the_kth_share_at_any_bank(tmp_path):
+    book = ledger(tmp_path)
+    looks = [look(book, adapter=str(n), bank=f"bank {n % 2}") for n in range(4)]
+    assert [one.number for one in looks] == [1, 2, 3, 4]
+    assert [one.share for one in looks] == pytest.approx([FIRST / k**2 for k in (1, 2, 3, 4)])
+    assert looks[-1].spent == pytest.approx(sum(FIRST / k**2 for k in (1, 2, 3, 4)))
+    assert look(book, user="ben").number == 1
+    assert [bank_uses(book.file, f"bank {n}") for n in range(3)] == [2, 2, 0]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("123"), st.sampled_from("xy"), st.booleans()), max_size=8)
+)
+@settings(max_examples=15, deadline=None)
+def test_a_look_is_charged_once_and_no_user_spends_more_than_delta(tmp_path_factory, history):
+    """Against a plain count: the number of a look is that of different looks of the user up to its first opening."""
+    folder = tmp_path_factory.mktemp("ledger")
+    numbers: dict[tuple[str, str, str], int] = {}
+    for user, adapter, exam, closes in history:
+        of = {"user": user, "adapter": adapter, "exam": exam}
+        number = sum(before[0] == user for before in numbers)
+        expected = numbers.setdefault((user, adapter, exam), number + 1)
+        book = ledger(folder)  # every look by a new program
+        [opened] = book.open([key(**of)])
+        assert opened.number == expected
+        assert opened.share == pytest.approx(FIRST / expected**2)
+        assert opened.spent <= 1
+        if closes:
+            book.close([(key(**of), True)])
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None)
+def test_planned_looks_are_equal_and_the_sum_stays_below_one(tmp_path_factory, data):
+    book = ledger(tmp_path_factory.mktemp("ledger"))
+    plans = [LookPlan("sweep", 4), LookPlan("other", 3), None]
+    shares: dict[str, list[float]] = {}
+    for n in range(data.draw(st.integers(1, 12))):
+        plan = data.draw(st.sampled_from(plans))
+        [one] = book.open([key(adapter=str(n))], plan=plan)
+        shares.setdefault("" if plan is None else plan.name, []).append(one.share)
+        assert one.spent < 1
+    for plan in plans[:2]:
+        assert len({round(share, 12) for share in shares.get(plan.name, [])[: plan.looks]}) <= 1
+
+
+def test_a_plan_alone_spends_as_much_as_its_looks_one_by_one(tmp_path):
+    book = ledger(tmp_path)
+    shares = [book.open([key(adapter=str(n))], plan=LookPlan("sweep", 4))[0].share for n in range(4)]
+    assert shares == pytest.approx([sum(FIRST / k**2 for k in (1, 2, 3, 4)) / 4] * 4)
+    assert look(book, adapter="next").share == pytest.approx(FIRST / 25)
+
+
+def test_with_fresh_probes_only_failures_spend(tmp_path):
+    book, shares = ledger(tmp_path), []
+    for n, passed in enumerate([True, True, False, True, False]):
+        [one] = book.open([key(adapter=str(n), bank=str(n))], sequential=True)
+        book.close([(key(adapter=str(n), bank=str(n)), passed)])
+        shares.append(one.share)
+    assert shares == pytest.approx([FIRST, FIRST, FIRST, FIRST / 4, FIRST / 4])
+
+
+def test_the_ledger_alone_names_nobody(tmp_path):
+    book = ledger(tmp_path)
+    look(book, user="ada lovelace", adapter="f" * 64)
+    text = book.file.read_text()
+    assert "ada" not in text
+    assert pseudonym("ada lovelace") not in text
+    assert "f" * 64 not in text
+    other = tmp_path / "other"
+    other.mkdir()
+    look(ledger(other), user="ada lovelace", adapter="f" * 64)
+    users = [[e.facts["user"] for e in Chain(d / "looks.jsonl") if e.event == "opened"] for d in (tmp_path, other)]
+    assert users[0] != users[1]
+    assert (tmp_path / "looks.key").stat().st_mode & 0o077 == 0
+
+
+def test_a_lost_or_foreign_key_does_not_make_everybody_new(tmp_path):
+    look(ledger(tmp_path))
+    (tmp_path / "looks.key").write_text("0" * 64)
+    with pytest.raises(InputError, match="not the key of this ledger"):
+        ledger(tmp_path).open([key()])
+    (tmp_path / "looks.key").unlink()
+    with pytest.raises(InputError, match="restore the key"):
+        ledger(tmp_path).check()
+
+
+def backup(folder, to):
+    to.mkdir()
+    for file in folder.glob("looks.*"):
+        shutil.copyfile(file, to / file.name)
+
+
+@pytest.mark.parametrize("restored", ["jsonl", "jsonl key head"], ids=["the file", "all of its files"])
+def test_a_restored_backup_does_not_forget_looks(tmp_path, restored):
+    book = ledger(tmp_path)
+    look(book, adapter="1")
+    backup(tmp_path, tmp_path / "backup")
+    look(book, adapter="2")
+    [third] = book.open([key(adapter="3")])
+    kept = book.head._replace(keeper="RUN/audit.jsonl")
+    assert third.number == 3
+    for end in restored.split():
+        shutil.copyfile(tmp_path / "backup" / f"looks.{end}", tmp_path / f"looks.{end}")
+    for damaged in (book, ledger(tmp_path, [kept])):  # the running program, and the next one
+        with pytest.raises(InputError, match="2 of 3 looks are missing") as fault:
+            damaged.open([key(adapter="4")])
+        assert fault.value.problems[0].key == "gate.ledger"
+    if restored == "jsonl":  # the head beside it is enough, for a run that is new to this ledger
+        with pytest.raises(InputError, match=r"looks\.head keeps its head 6:"):
+            ledger(tmp_path).check()
+
+
+@pytest.mark.parametrize("gone", [("jsonl",), ("jsonl", "head"), ("jsonl", "head", "key")])
+def test_a_deleted_ledger_is_never_begun_anew_in_silence(tmp_path, gone):
+    book = ledger(tmp_path)
+    look(book)
+    for end in gone:
+        (tmp_path / f"looks.{end}").unlink()
+    for lost in (book, ledger(tmp_path, [book.head])):
+        with pytest.raises(InputError, match="no such file; 1 of 1 looks are missing"):
+            lost.open([key(adapter="2")])
+        assert not book.file.exists()
+    with pytest.raises(InputError, match="missing"):
+        ledger(tmp_path, [book.head]).check()
+
+
+def test_lines_cut_off_emptied_or_forked_are_found(tmp_path):
+    book = ledger(tmp_path)
+    for n in range(4):
+        look(book, adapter=str(n))
+    whole, head = book.file.read_bytes().splitlines(keepends=True), book.head
+    for kept_lines, missing in ((7, 1), (3, 3), (0, 4)):
+        book.file.write_bytes(b"".join(whole[:kept_lines]))
+        with pytest.raises(InputError, match=f"{missing} of 4 looks are missing"):
+            ledger(tmp_path).open([key(adapter="new")])
+        with pytest.raises(InputError, match=f"{missing} of 4 looks are missing"):
+            book.open([key(adapter="new")])
+    (tmp_path / "looks.head").unlink()
+    book.file.write_bytes(b"".join(whole[:3]))
+    fork = ledger(tmp_path)
+    for n in range(5):
+        look(fork, adapter=f"other {n}")
+    with pytest.raises(InputError, match="that line is another one; looks were changed"):
+        ledger(tmp_path, [head]).check()
+
+
+def test_a_changed_line_is_named(tmp_path):
+    book = ledger(tmp_path)
+    look(book)
+    book.file.write_bytes(book.file.read_bytes().replace(b'"number": 1', b'"number": 2'))
+    (tmp_path / "looks.head").unlink()
+    with pytest.raises(InputError) as fault:
+        ledger(tmp_path).check()
+    [problem] = fault.value.problems
+    assert (problem.line, "was changed" in problem.sentence) == (2, True)
+
+
+def test_an_opening_that_a_kill_tore_is_as_if_it_never_was(tmp_path):
+    """No probe was asked before the whole line was on the disk."""
+    book = ledger(tmp_path)
+    look(book, adapter="1")
+    before, head = book.file.read_bytes(), (tmp_path / "looks.head").read_bytes()
+    book.open([key(adapter="2")])
+    after = book.file.read_bytes()
+    for end in range(len(before), len(after) - 1, 37):
+        book.file.write_bytes(after[:end])
+        (tmp_path / "looks.head").write_bytes(head)
+        assert look(ledger(tmp_path), adapter="other").number == 2
+
+
+def _look_and_die(folder):
+    ledger(folder).open([key(adapter="trained")])
+    os.kill(os.getpid(), signal.SIGKILL)  # while the probes are asked
+
+
+def test_a_program_killed_before_the_verdict_repeats_the_same_look(tmp_path):
+    child = multiprocessing.get_context("fork").Process(target=_look_and_die, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert look(ledger(tmp_path), adapter="trained").number == 1
+    assert look(ledger(tmp_path), adapter="trained").number == 1
+    assert look(ledger(tmp_path), adapter="trained again").number == 2
+
+
+def test_an_empty_file_left_by_a_kill_is_begun(tmp_path):
+    (tmp_path / "looks.jsonl").touch()
+    (tmp_path / "looks.key").write_text("1" * 64)
+    assert look(ledger(tmp_path)).number == 1
+    assert (tmp_path / "looks.key").read_text() == "1" * 64
+
+
+def _many(folder, name):
+    book = ledger(folder)
+    for n in range(20):
+        adapter = f"{name} {n}"
+        looks = [key(user, adapter) for user in ("ada", "ben")]
+        book.open(looks)
+        book.close([(one, False) for one in looks])
+
+
+def test_two_programs_lose_no_look(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_many, args=(tmp_path, name)) for name in ("one", "two", "three")]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    book = ledger(tmp_path)
+    for user in ("ada", "ben"):
+        [last] = book.open([key(user, "last")])
+        assert last.number == 61
+        assert last.spent < 1
+    opened = [entry.facts for entry in Chain(book.file) if entry.event == "opened"]
+    assert [o["number"] for o in opened if o["user"] == opened[0]["user"]] == list(range(1, 62))
+    assert Chain(book.file).faults() == []
+    assert json.loads((tmp_path / "looks.head").read_text())["looks"] == 122
+
+
+def test_a_folder_that_does_not_exist_is_a_mistake(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        ledger(tmp_path / "nowhere").check()
+    ledger(tmp_path).check()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_beside_it_that_is_none(tmp_path):
+    look(ledger(tmp_path))
+    (tmp_path / "looks.head").write_text("{}")
+    with pytest.raises(InputError, match="holds no head"):
+        ledger(tmp_path).check()
