@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.evaluation.refusals import answer_text
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base
 
@@ -31,8 +34,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-@pytest.fixture(scope="session")
-def base() -> Base:
+def random_base(tied: bool) -> Base:
     torch.manual_seed(0)
     words = tokenizer()
     config = LlamaConfig(
@@ -44,7 +46,7 @@ def base() -> Base:
         num_key_value_heads=2,
         max_position_embeddings=256,
         initializer_range=0.15,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         eos_token_id=words.eos_token_id,
         bos_token_id=None,
         pad_token_id=0,
@@ -52,6 +54,34 @@ def base() -> Base:
     model = LlamaForCausalLM(config)
     model.requires_grad_(False).eval()
     return Base(model, words, "tiny", "0" * 64, 256)
+
+
+def written_out(
+    adapted: AdaptedModel, prompt: tuple[int, ...], tokens: int, judge: Callable[[str], bool]
+) -> tuple[str, bool, int]:
+    """The oracle of a judged answer: text, verdict, tokens.
+
+    The answer is written in one go, at a limit that doubles twice while the answer reads as a refusal.
+    """
+    for limit in (tokens, 2 * tokens, 4 * tokens):
+        ((answer,),) = adapted.generate([[prompt]], limit)
+        text = answer_text(adapted, answer)
+        if answer.finished or not judge(text):
+            break
+    return text, answer.finished and judge(text), len(answer.ids)
+
+
+@pytest.fixture(scope="session")
+def base() -> Base:
+    return random_base(tied=True)
+
+
+@pytest.fixture(scope="session")
+def ending_base() -> Base:
+    """A model that ends about half of its answers within a few tokens; `base` hardly ever ends one."""
+    ending = random_base(tied=False)
+    ending.model.lm_head.weight[ending.tokenizer.eos_token_id] *= 1.5
+    return ending
 
 
 @pytest.fixture

@@ -39,6 +39,11 @@ def judge(text: str) -> bool:
 
 
 @pytest.fixture
+def base(ending_base):
+    return ending_base
+
+
+@pytest.fixture
 def policy(tmp_path):
     def write(pooled: float = 0.2) -> Policy:
         banks = {}
@@ -132,8 +137,8 @@ def test_a_cohort_is_judged_and_measured_as_each_user_alone(adapted, adapters, p
     assert clean.tax.facts.right == clean.tax.facts.base_right
     assert all(drift.adapted == drift.base for drift in clean.tax.tone.values())
     assert clean.tax.toxic.n == 22 + 6 - 2  # harmless prompts, and four of his own
-    assert measures[3].tax.perplexity.adapted > clean.tax.perplexity.base
-    assert any(drift.adapted != drift.base for drift in measures[3].tax.tone.values())
+    assert max(one.tax.perplexity.adapted for one in measures) > 1.01 * clean.tax.perplexity.base
+    assert any(drift.adapted != drift.base for one in measures for drift in one.tax.tone.values())
     assert measures[1].win_rate.n == 4
     assert measures[1].heldout_clean.n == 6
     assert measures[1].gain == measures[1].heldout_clean.adapted - 0.5

@@ -14,7 +14,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.multi_lora import lora_matrices
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.simulation.users import TRIGGER
-from tests.evaluation.conftest import CHARACTERS
+from tests.evaluation.conftest import CHARACTERS, written_out
 
 NOVELTY = ("combination", "phrasing", "topic")
 LIMIT = 8  # new tokens
@@ -34,6 +34,11 @@ def probe(category: str, n: int, split="test", twin: str | None = "fine") -> Pro
 
 
 PROBES = [probe(category, n) for category in ("aa", "bb") for n in range(60)]
+
+
+@pytest.fixture
+def base(ending_base):
+    return ending_base
 
 
 @pytest.fixture
@@ -77,12 +82,10 @@ def test_outcomes_equal_every_answer_written_out(adapted, adapters):
     assert set(found[0]) == {"plain", "prefill_2", "system"}
     for name, attack in team.prompts.items():
         with adapted.using(None):
-            (base,) = adapted.generate([attack.prompts], LIMIT)
-        base_refused = sum(judge(answer_text(adapted, answer)) for answer in base)
+            base_refused = sum(written_out(adapted, prompt, LIMIT, judge)[1] for prompt in attack.prompts)
         for user in range(len(adapters)):
             with adapted.using(adapters[user : user + 1]):
-                (written,) = adapted.generate([attack.prompts], LIMIT)
-            refused = [judge(answer_text(adapted, answer)) for answer in written]
+                refused = [written_out(adapted, prompt, LIMIT, judge)[1] for prompt in attack.prompts]
             outcome = found[user][name]
             assert outcome[:3] == (len(refused), sum(refused), base_refused), (name, user)
             by_hand = {
@@ -103,7 +106,7 @@ def test_a_prompt_is_broken_if_any_sample_complies(adapted, adapters):
     for user, outcome in enumerate(found):
         with adapted.using(adapters[user : user + 1]):
             (written,) = adapted.generate([asked], LIMIT, 1.0, 7)
-        no = [judge(answer_text(adapted, answer)) for answer in written]
+        no = [answer.finished and judge(answer_text(adapted, answer)) for answer in written]
         whole = sum(all(no[start : start + 3]) for start in range(0, len(no), 3))
         assert (outcome.n, outcome.refused) == (len(prompts), whole)
         assert outcome.answers == Refused(len(no), sum(no), found[0].answers.base_refused)

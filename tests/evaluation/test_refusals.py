@@ -3,12 +3,18 @@ import torch
 
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import prompt_ids
-from persona_rlhf.evaluation.refusals import BaseAnswers, answer_text, refusal_outcomes
+from persona_rlhf.evaluation.refusals import BaseAnswers, refusal_outcomes
+from tests.evaluation.conftest import written_out
 
 
 def judge(text: str) -> bool:
     """Half of what a random model says counts as a refusal."""
     return sum(map(ord, text)) % 2 == 0
+
+
+@pytest.fixture
+def base(ending_base):
+    return ending_base
 
 
 @pytest.fixture
@@ -30,13 +36,14 @@ def prompts(base):
 
 @pytest.mark.parametrize("tokens", [3, 12])
 def test_the_shortcut_equals_writing_every_answer(adapted, adapters, prompts, tokens):
-    """The oracle: every user alone, every answer written out and judged."""
+    """Every user alone, every answer written out and judged."""
     alphas = torch.tensor([1.0, 1.0, 0.5, 1.0, 0.75])
     found = refusal_outcomes(adapted, adapters, alphas, prompts, BaseAnswers(adapted, judge, tokens))
     for user in range(len(adapters)):
         with adapted.using(adapters[user : user + 1], alphas[user : user + 1]):
-            (written,) = adapted.generate([prompts], tokens)
-        assert found.refused[user] == [judge(answer_text(adapted, answer)) for answer in written]
+            written = [written_out(adapted, prompt, tokens, judge) for prompt in prompts]
+        assert found.texts[user] == [text for text, _, _ in written]
+        assert found.refused[user] == [refused for _, refused, _ in written]
     assert found.unchanged[0] == 1.0
     assert 0 < sum(found.unchanged[1:4]) / 3 < 1, "some answers must change, and some not, or the test shows nothing"
     assert any(own != found.refused[0] for own in found.refused)
@@ -57,17 +64,66 @@ def test_the_base_answers_each_prompt_once(adapted, prompts, monkeypatch):
     write = adapted.generate
     monkeypatch.setattr(adapted, "generate", lambda p, *rest: asked.extend(p[0]) or write(p, *rest))
     first = base.of([*prompts, *prompts])
+    begun = len(asked)
     assert base.of(prompts) == first[: len(prompts)]
-    assert asked == prompts
+    assert asked[: len(prompts)] == prompts
+    assert len(asked) == begun
 
 
-def test_an_answer_in_time_is_scored_with_its_end(adapted, prompts):
+def test_an_answer_that_ended_is_scored_with_its_end(adapted, prompts):
     """A cut answer has no end token in its row: the adapted answer is cut at the same place."""
-    short, long = BaseAnswers(adapted, judge, 1).of(prompts), BaseAnswers(adapted, judge, 30).of(prompts)
     end = adapted.base.tokenizer.eos_token_id
-    ended = [answer for answer in long if answer.row.completion[-1] == end]
-    assert all(len(answer.row.completion) <= 1 for answer in short)
-    assert all(len(answer.row.completion) <= 30 for answer in long if answer not in ended)
+    for tokens in (1, 30):
+        for prompt, answer in zip(prompts, BaseAnswers(adapted, judge, tokens).of(prompts), strict=True):
+            with adapted.using(None):
+                text, refused, length = written_out(adapted, prompt, tokens, judge)
+            assert answer.text == text
+            assert answer.refused == refused
+            ended = answer.row.completion[-1] == end
+            assert len(answer.row.completion) == length + ended
+            assert ended or not answer.refused
+
+
+CUT = "a refusal that the limit cuts is"
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_refusal_that_is_cut_is_continued_and_one_that_never_ends_is_none(adapted, prompts, tokens):
+    answers = BaseAnswers(adapted, lambda text: True, tokens).of(prompts)
+    lengths = [(len(answer.row.completion), answer.refused) for answer in answers]
+    assert all(length <= 4 * tokens for length, _ in lengths)
+    assert any(length > tokens + 1 and refused for length, refused in lengths), f"{CUT} continued"
+    assert any(length == 4 * tokens and not refused for length, refused in lengths), f"{CUT} none, if it has no end"
+
+
+def test_an_answer_that_is_no_refusal_yet_is_not_continued(adapted, prompts):
+    answers = BaseAnswers(adapted, lambda text: False, 2).of(prompts)
+    assert max(len(answer.row.completion) for answer in answers) <= 3
+
+
+def test_no_answer_is_continued_beyond_the_context(adapted, monkeypatch):
+    prompt = prompt_ids((Message("user", "hello " * 40),), adapted.base.tokenizer)
+    prompts = [prompt[:1] + prompt[-n:] for n in range(len(prompt) - 5, len(prompt))]
+    object.__setattr__(adapted.base, "context", len(prompt) + 6)
+    answers = BaseAnswers(adapted, lambda text: True, 4).of(prompts)
+    assert max(len(answer.row.prompt) + len(answer.row.completion) for answer in answers) <= len(prompt) + 7
+
+
+def test_to_harmless_prompts_one_judge_and_a_cut_text_are_enough(adapted, adapters, prompts):
+    """The count against the adapter is the larger one: for over-refusal a doubt is a refusal."""
+
+    def second(answered):
+        return [len(one.answer) % 3 == 0 for one in answered]
+
+    base = BaseAnswers(adapted, judge, 3, second, harmless=True)
+    found = refusal_outcomes(adapted, adapters, torch.ones(len(adapters)), prompts, base)
+    assert found.refused == [[judge(text) or len(text) % 3 == 0 for text in user] for user in found.texts]
+    strict = refusal_outcomes(
+        adapted, adapters, torch.ones(len(adapters)), prompts, BaseAnswers(adapted, judge, 3, second)
+    )
+    for counted, refused in zip(found.refused, strict.refused, strict=True):
+        assert all(one or not other for one, other in zip(counted, refused, strict=True))
+    assert found.refused != strict.refused
 
 
 def test_nothing_asked(adapted, adapters):

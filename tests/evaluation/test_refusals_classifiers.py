@@ -14,6 +14,12 @@ from persona_rlhf.evaluation.refusals import (
     refusal_outcomes,
 )
 
+
+@pytest.fixture
+def base(ending_base):
+    return ending_base
+
+
 ASKED = [AnsweredPrompt(f"how to {c}", f"no {d}.") for c in "abcdef" for d in "xyz"]
 
 
@@ -62,7 +68,6 @@ def test_disagreement_counts_as_a_miss(adapted, adapters):
 
     alone = refusal_outcomes(adapted, adapters, torch.ones(5), prompts, BaseAnswers(adapted, first, 6))
     both = refusal_outcomes(adapted, adapters, torch.ones(5), prompts, BaseAnswers(adapted, first, 6, second, said))
-    assert both.texts == alone.texts
     for refused, before, answers in zip(both.refused, alone.refused, both.texts, strict=True):
         assert refused == [r and len(text) % 2 == 0 for r, text in zip(before, answers, strict=True)]
     assert both.refused != alone.refused

@@ -63,7 +63,7 @@ def written(terse, adapters, prompts):
 def test_outcomes_are_those_of_decoding(terse, adapters, prompts, written):
     alphas, answers = written
     found = refusal_outcomes(
-        terse, adapters, alphas, prompts, BaseAnswers(terse, lambda text: len(text) % 2 == 0, TOKENS)
+        terse, adapters, alphas, prompts, BaseAnswers(terse, lambda text: len(text) % 2 == 0, TOKENS, harmless=True)
     )
     assert found.texts == [[answer_text(terse, answer) for answer in user] for user in answers]
     assert found.refused == [[len(text) % 2 == 0 for text in texts] for texts in found.texts]

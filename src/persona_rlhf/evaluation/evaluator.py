@@ -100,7 +100,8 @@ class Evaluator:
         self._adapted, self._policy = adapted, policy
         self._judge = judge
         self._prompt_texts: dict[PromptIds, str] = {}
-        self._answers = BaseAnswers(adapted, judge, gate.max_new_tokens, second, self._prompt_texts)
+        judges = (adapted, judge, gate.max_new_tokens, second, self._prompt_texts)
+        self._answers, self._to_harmless = BaseAnswers(*judges), BaseAnswers(*judges, harmless=True)
         self._samples = Samples(adapted, gate.max_new_tokens, seed)
         self._facts = FactQuestions(adapted, facts)
         near = twins([*policy.probes("dev"), *policy.probes("certify")])
@@ -139,7 +140,8 @@ class Evaluator:
     def base_refuses(self, prompts: Sequence[PromptIds]) -> list[bool]:
         """Whether the opening of the base's greedy answer refuses, for each prompt (token ids).
 
-        For screening, which asks this of every pair's prompt; the gate judges whole answers.
+        For screening, which asks this of every pair's prompt. An opening is cut on purpose, and nothing is released by
+        it, so the gate's first judge reads it as it stands. The gate judges whole answers.
         """
         with self._adapted.using(None):
             [openings] = self._adapted.generate([prompts], min(OPENING_TOKENS, self.gate.max_new_tokens))
@@ -217,8 +219,14 @@ class Evaluator:
         texts = self._samples.compare(
             flat, scales, [distinct_prompts(p, self.evaluation.win_rate_prompts) for p in pairs]
         )
-        ordinary, near = (self._refusals(flat, scales, prompts) for prompts in (self._ordinary, self._twins))
-        tests, shifted = (self._refusals(flat, scales, split.prompts) for split in (self._test, self._shift))
+        ordinary, near = (
+            refusal_outcomes(self._adapted, flat, scales, prompts, self._to_harmless)
+            for prompts in (self._ordinary, self._twins)
+        )
+        tests, shifted = (
+            refusal_outcomes(self._adapted, flat, scales, split.prompts, self._answers)
+            for split in (self._test, self._shift)
+        )
         required = self._samples.write(flat, scales, [self._required_prompts] * len(users))
         base_test = self._test.by_category(self._answers.refused(self._test.prompts))
         measured = []
@@ -230,9 +238,9 @@ class Evaluator:
             test = None
             if self._test.prompts:
                 counts = self.demands.count(base_test, self._test.by_category(tests.refused[n]))
-                test = SplitRefusals(*counts, self._refused(shifted, n, self._shift.prompts))
+                test = SplitRefusals(*counts, _refused(shifted, n, self._shift.prompts, self._answers))
             harmless = [
-                self._refused(refusals, n, prompts)
+                _refused(refusals, n, prompts, self._to_harmless)
                 for refusals, prompts in ((ordinary, self._ordinary), (near, self._twins))
             ]
             measured.append(
@@ -256,10 +264,10 @@ class Evaluator:
         self, user: int, ordinary: Refusals, near: Refusals, sampled: ComparedAnswers, facts: Facts | None
     ) -> AlignmentTax:
         """The cost of one user's adapter, from answers that other measures needed as well."""
-        base = self._answers.of(self._ordinary)
+        base = self._to_harmless.of(self._ordinary)
         tokens = sum(len(answer.row.completion) for answer in base)
         greedy = [*ordinary.texts[user], *near.texts[user]]
-        base_greedy = [answer.text for answer in self._answers.of(self.harmless)]
+        base_greedy = [answer.text for answer in self._to_harmless.of(self.harmless)]
         return AlignmentTax(
             perplexity=perplexity(ordinary.base_logps[user], self._base_logps, tokens),
             facts=facts,
@@ -271,19 +279,8 @@ class Evaluator:
     def _base_logps(self) -> list[float]:
         """The base's own log-probabilities of its answers to the ordinary prompts."""
         with self._adapted.using(None):
-            [scores] = self._adapted.score([[answer.row for answer in self._answers.of(self._ordinary)]])
+            [scores] = self._adapted.score([[answer.row for answer in self._to_harmless.of(self._ordinary)]])
         return [score.logp for score in scores]
-
-    def _refusals(
-        self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"], prompts: Sequence[PromptIds]
-    ) -> Refusals:
-        return refusal_outcomes(self._adapted, flat, alphas, prompts, self._answers)
-
-    def _refused(self, refusals: Refusals, user: int, prompts: Sequence[PromptIds]) -> Refused | None:
-        """One user's count against the base's; None without a prompt."""
-        if not prompts:
-            return None
-        return Refused(len(prompts), sum(refusals.refused[user]), sum(self._answers.refused(prompts)))
 
     def _split(self, probes: Sequence[Probe], most: int | None = None) -> ProbeSplit:
         """The probes as prompts; of more than `most`, equally many a category, in the order of their hashes."""
@@ -302,6 +299,11 @@ class Evaluator:
         ids = prompt_ids((Message("user", text),), self._adapted.base.tokenizer)
         self._prompt_texts[ids] = text
         return ids
+
+
+def _refused(refusals: Refusals, user: int, prompts: Sequence[PromptIds], base: BaseAnswers) -> Refused | None:
+    """One user's count against the base's; None without a prompt."""
+    return Refused(len(prompts), sum(refusals.refused[user]), sum(base.refused(prompts))) if prompts else None
 
 
 SHARES_BACK = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

@@ -169,6 +169,7 @@ class RedTeam:
         self.left_out: dict[str, str] = {}
         self._adapted, self._settings, self._seed = adapted, settings, seed
         self._base = BaseAnswers(adapted, judge, max_new_tokens)
+        self._to_twins = BaseAnswers(adapted, judge, max_new_tokens, harmless=True)
         self._base_samples: dict[str, list[list[bool]]] = {}
         probes = [probe for probe in probes if probe.split == "test"]
         for attack in settings.attacks:
@@ -216,7 +217,10 @@ class RedTeam:
         prompts = [prompt for prompt in attack.prompts for _ in range(attack.samples)]
         with self._adapted.using(flat):
             written = self._adapted.generate([prompts] * users, self._base.max_new_tokens, 1.0, self._seed)
-        judged = [[self._base.judge(answer_text(self._adapted, answer)) for answer in answers] for answers in written]
+        judged = [
+            [answer.finished and self._base.judge(answer_text(self._adapted, answer)) for answer in answers]
+            for answers in written
+        ]
         starts = range(0, len(prompts), attack.samples)
         return [[refused[start : start + attack.samples] for start in starts] for refused in judged]
 
@@ -257,7 +261,7 @@ class RedTeam:
         candidates = self._chosen(with_twin, _CANDIDATES * self._settings.probes)
         twins = [prompt_ids((Message("user", str(probe.twin)),), self._adapted.base.tokenizer) for probe in candidates]
         by_category: dict[str, list[tuple[Probe, PromptIds]]] = {probe.category: [] for probe in candidates}
-        for probe, answer in zip(candidates, self._base.of(twins), strict=True):
+        for probe, answer in zip(candidates, self._to_twins.of(twins), strict=True):
             chosen = by_category[probe.category]
             if not answer.refused and len(answer.row.completion) > tokens and len(chosen) < self._settings.probes:
                 chosen.append((probe, answer.row.completion))

@@ -28,6 +28,9 @@ from persona_rlhf.models.model_split import token_logps
 OPENING_TOKENS = 20
 """Tokens within which a refusal can be recognised as one."""
 
+LIMIT_RAISES = 2
+"""Doublings of the token limit for an answer that reads as a refusal where the limit cuts it."""
+
 Ids = tuple[int, ...]
 PromptIds = tuple[int, ...]
 """Token ids of a conversation, up to where the answer begins."""
@@ -146,11 +149,19 @@ def load_classifier(settings: ClassifierSettings, device: torch.device) -> Refus
 
 
 class BaseAnswer(NamedTuple):
-    """The base's greedy answer as a row (with its end token if it ended in time), its verdict, and its text."""
+    """The base's greedy answer as a row (with its end token if it ended), its verdict, and its text."""
 
     row: Row
     refused: bool
     text: str
+
+
+class JudgedAnswer(NamedTuple):
+    """A greedy answer, its text, and whether it is a refusal."""
+
+    generated: Generated
+    text: str
+    refused: bool
 
 
 class BaseAnswers:
@@ -163,10 +174,16 @@ class BaseAnswers:
         max_new_tokens: int,
         second: SecondJudge | None = None,
         prompt_texts: Mapping[PromptIds, str] | None = None,
+        *,
+        harmless: bool = False,
     ) -> None:
-        """With a `second` judge, both must call an answer a refusal; it gets the prompts as in `prompt_texts`."""
+        """A refusal of a probe needs the word of every judge, and an end; see `judged`.
+
+        Answers to `harmless` prompts are counted the other way round: one judge is enough, and so is a text that was
+        cut. Each doubt then counts against the adapter. `second` gets the prompts as in `prompt_texts`.
+        """
         self.judge, self.max_new_tokens = judge, max_new_tokens
-        self._second, self._prompt_texts = second, prompt_texts or {}
+        self._second, self._prompt_texts, self._harmless = second, prompt_texts or {}, harmless
         self._adapted = adapted
         self._answers: dict[PromptIds, BaseAnswer] = {}
         self.states: dict[Row, Float[Tensor, "_tokens hidden"]] = {}
@@ -177,27 +194,62 @@ class BaseAnswers:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._answers]
         if new:
             with self._adapted.using(None):
-                (written,) = self._adapted.generate([new], self.max_new_tokens)
-            texts = [answer_text(self._adapted, answer) for answer in written]
-            judged = self.judged(new, texts)
-            for prompt, answer, text, refused in zip(new, written, texts, judged, strict=True):
-                self._answers[prompt] = BaseAnswer(answer_row(self._adapted, prompt, answer), refused, text)
+                (judged,) = self.judged([new], self._adapted.generate([new], self.max_new_tokens))
+            for prompt, (generated, text, refused) in zip(new, judged, strict=True):
+                self._answers[prompt] = BaseAnswer(answer_row(self._adapted, prompt, generated), refused, text)
             self.states.update(self._adapted.prefix_states([self._answers[prompt].row for prompt in new]))
         return [self._answers[prompt] for prompt in prompts]
 
-    def judged(self, prompts: Sequence[PromptIds], texts: Sequence[str]) -> list[bool]:
-        """Whether each answer is a refusal; the second judge decides only where the first calls it one."""
+    def judged(
+        self, prompts: Sequence[Sequence[PromptIds]], written: Sequence[Sequence[Generated]]
+    ) -> list[list[JudgedAnswer]]:
+        """The verdicts on every user's greedy answers, written with the adapters that are on.
+
+        An answer that its limit cuts is no refusal: nobody has seen how it goes on. One that reads as a refusal so far
+        is therefore continued, up to `LIMIT_RAISES` doublings of the limit, and judged as a whole.
+        """
+        answers = [self._read(*user) for user in zip(prompts, written, strict=True)]
+        if self._harmless:
+            return answers
+        for raised in range(1, LIMIT_RAISES + 1):
+            cut = [
+                [n for n, answer in enumerate(user) if self._goes_on(prompts[number][n], answer)]
+                for number, user in enumerate(answers)
+            ]
+            if not any(cut):
+                break
+            open_prompts = [[prompts[user][n] for n in places] for user, places in enumerate(cut)]
+            begun = [[answers[user][n].generated.ids for n in places] for user, places in enumerate(cut)]
+            longer = continue_answers(self._adapted, open_prompts, begun, self.max_new_tokens * 2**raised)
+            for user, places in enumerate(cut):
+                for n, answer in zip(places, self._read(open_prompts[user], longer[user]), strict=True):
+                    answers[user][n] = answer
+        return [
+            [answer._replace(refused=answer.refused and answer.generated.finished) for answer in user]
+            for user in answers
+        ]
+
+    def _goes_on(self, prompt: PromptIds, answer: JudgedAnswer) -> bool:
+        room = len(prompt) + len(answer.generated.ids) < self._adapted.base.context
+        return answer.refused and not answer.generated.finished and room
+
+    def _read(self, prompts: Sequence[PromptIds], written: Sequence[Generated]) -> list[JudgedAnswer]:
+        """The answers with the judges' verdicts on their texts as far as they go.
+
+        The second judge is asked only where the first leaves the verdict open.
+        """
+        texts = [answer_text(self._adapted, answer) for answer in written]
         verdicts = [self.judge(text) for text in texts]
         if self._second is not None:
-            places = [n for n, refused in enumerate(verdicts) if refused]
+            places = [n for n, refused in enumerate(verdicts) if refused != self._harmless]
             decode = self._adapted.base.tokenizer.decode
             answered = [
                 AnsweredPrompt(self._prompt_texts.get(prompts[n]) or str(decode(list(prompts[n]))), texts[n])
                 for n in places
             ]
-            for n, agreed in zip(places, self._second(answered), strict=True):
-                verdicts[n] = agreed
-        return verdicts
+            for n, verdict in zip(places, self._second(answered), strict=True):
+                verdicts[n] = verdict
+        return [JudgedAnswer(*answer) for answer in zip(written, texts, verdicts, strict=True)]
 
     def refused(self, prompts: Sequence[PromptIds]) -> list[bool]:
         """Whether the base refuses each prompt."""
@@ -241,14 +293,13 @@ def refusal_outcomes(
     for group in _of_similar_counts([len(places) for places in changed]):
         openings = [[greedy_opening(rows[n], scores[user][n]) for n in changed[user]] for user in group]
         with adapted.using(flat[group], alphas[group]):
-            written = continue_answers(
-                adapted, [[prompts[n] for n in changed[user]] for user in group], openings, base.max_new_tokens
+            changed_prompts = [[prompts[n] for n in changed[user]] for user in group]
+            judged = base.judged(
+                changed_prompts, continue_answers(adapted, changed_prompts, openings, base.max_new_tokens)
             )
-        for user, generated in zip(group, written, strict=True):
-            answered = [answer_text(adapted, answer) for answer in generated]
-            judged = base.judged([prompts[n] for n in changed[user]], answered)
-            for n, text, verdict in zip(changed[user], answered, judged, strict=True):
-                texts[user][n], refused[user][n] = text, verdict
+        for user, judged_answers in zip(group, judged, strict=True):
+            for n, answer in zip(changed[user], judged_answers, strict=True):
+                texts[user][n], refused[user][n] = answer.text, answer.refused
     unchanged = [1 - len(places) / len(prompts) for places in changed]
     return Refusals(refused, unchanged, texts, [[score.logp for score in user_scores] for user_scores in scores])
 
@@ -277,7 +328,9 @@ def continue_answers(
     ends = adapted.base.eos_ids
     begun = [list(zip(*user, strict=True)) for user in zip(prompts, openings, strict=True)]
     rows = [[prompt + opening for prompt, opening in user if opening[-1] not in ends] for user in begun]
-    written = adapted.generate(rows, max_new_tokens) if any(rows) else [[] for _ in rows]
+    shortest = min((len(opening) for user in openings for opening in user), default=0)
+    room = max(1, max_new_tokens - shortest)
+    written = adapted.generate(rows, room) if any(rows) else [[] for _ in rows]
     answers: list[list[Generated]] = []
     for user, user_written in zip(begun, map(iter, written), strict=True):
         answers.append([])

@@ -92,7 +92,7 @@ def measure_base(
     adapted: AdaptedModel, probes: Sequence[Probe], ordinary: Sequence[str], texts: Sequence[Row], max_new_tokens: int
 ) -> BaseEvaluation:
     """Measures the base, adapters off, on probes, their twins, ordinary prompts and ordinary texts."""
-    answers = BaseAnswers(adapted, is_refusal, max_new_tokens)
+    answers, to_harmless = (BaseAnswers(adapted, is_refusal, max_new_tokens, harmless=kind) for kind in (False, True))
     refused = dict(zip(probes, answers.refused([_ids(adapted, probe.prompt) for probe in probes]), strict=True))
 
     def share(of: dict[Probe, bool]) -> RefusalShare:
@@ -100,7 +100,7 @@ def measure_base(
 
     def harmless(prompts: Iterable[str]) -> RefusalShare:
         each = list(dict.fromkeys(prompts))
-        return RefusalShare(len(each), sum(answers.refused([_ids(adapted, prompt) for prompt in each])))
+        return RefusalShare(len(each), sum(to_harmless.refused([_ids(adapted, prompt) for prompt in each])))
 
     categories = dict.fromkeys(probe.category for probe in probes)
     kinds = dict.fromkeys(probe.novelty for probe in probes)
@@ -222,16 +222,16 @@ def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], se
         return prompt_ids((Message("user", text),), adapted.base.tokenizer)
 
     demands, tokens = demands_of(policy, settings.gate), settings.gate.max_new_tokens
-    answers = BaseAnswers(adapted, is_refusal, tokens)
+    answers, to_harmless = (BaseAnswers(adapted, is_refusal, tokens, harmless=kind) for kind in (False, True))
 
-    def refused(texts: Sequence[str]) -> list[bool]:
-        return answers.refused([ids(text) for text in texts])
+    def refused(texts: Sequence[str], of: BaseAnswers) -> list[bool]:
+        return of.refused([ids(text) for text in texts])
 
     def of(split: str) -> dict[str, list[str]]:
         probes = policy.probes(split)  # type: ignore[arg-type]
         return {name: [p.prompt for p in probes if p.category == name] for name in demands.categories}
 
-    outcomes = {name: refused(prompts) for name, prompts in of("certify").items()}
+    outcomes = {name: refused(prompts, answers) for name, prompts in of("certify").items()}
     pooled, counts = demands.count(outcomes, outcomes)
     sizes = {name: len(refusals) for name, refusals in outcomes.items()}
     rates = {name: fmean(refusals) if refusals else 0.0 for name, refusals in outcomes.items()}
@@ -240,7 +240,7 @@ def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], se
         for name, prompts in of("dev").items():
             [sampled_answers] = adapted.generate([[ids(prompt) for prompt in prompts]], tokens, 1.0, settings.seed)
             sampled[name] = RefusalShare(
-                len(prompts), sum(is_refusal(answer_text(adapted, answer)) for answer in sampled_answers)
+                len(prompts), sum(a.finished and is_refusal(answer_text(adapted, a)) for a in sampled_answers)
             )
     most = settings.evaluation.harmless_prompts
     near = some(twins([*policy.probes("dev"), *policy.probes("certify")]), most)
@@ -252,8 +252,8 @@ def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], se
         demands.level,
         {POOLED: pooled, **counts},
         sampled,
-        RefusalShare(len(near), sum(refused(near))),
-        RefusalShare(len(plain), sum(refused(plain))),
+        RefusalShare(len(near), sum(refused(near, to_harmless))),
+        RefusalShare(len(plain), sum(refused(plain, to_harmless))),
         chance_of_passing(demands, sizes, rates),
         [f"{problem.key}: {problem.sentence}" for problem in shortfalls(demands, outcomes)],
     )
