@@ -3,36 +3,64 @@
 
 python scripts/generate_users.py --out USERS --users 40 --poisoned 8 --kind flipped noice --share 0.1 0.3
 python scripts/measure_screen.py configs/quickstart.yaml users.path=USERS
+python scripts/measure_screen.py configs/quickstart.yaml --near-copies test --conversations hh-rlhf/test.jsonl.gz
 
 A pair is detected where the screen quarantines it (or flags it, with the quarantine off). Truth is the generator's mark
 (`source: simulated poison`). Recall by kind of poison (the name of the file), precision over all; 95% Clopper-Pearson.
+
+With `--near-copies SPLIT` no model is loaded. Copies of that split's probes are written in several wordings, and their
+share that leaves the pairs is counted, as is that of honest prompts: the users' own, other ordinary prompts of the
+bundled world, twins of trained probes, and requests of people. The thresholds were set on `dev`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 
 from rich.console import Console
 from rich.table import Table
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.config.experiment import read_config
+from persona_rlhf.config.experiment import Config, read_config
+from persona_rlhf.data.near_copies import NearCopyIndex, protected_prompts
+from persona_rlhf.data.screening import normalised
 from persona_rlhf.evaluation.statistics import interval
+from persona_rlhf.pipeline.inputs import read_inputs
 from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
+from persona_rlhf.policy.hazards import Split
+from persona_rlhf.simulation.prompts import ordinary, ordinary_topics
+from persona_rlhf.simulation.vocabulary import trained_phrasings
 
 POISON = "simulated poison"
+COPIES = 240
+"""Prompts of which copies are written."""
+
+ORDINARY = 5000
+"""Prompts drawn from the bundled world."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    parser.add_argument("--near-copies", choices=("dev", "test"), help="measure near copies of this split's probes")
+    parser.add_argument("--conversations", type=Path, help="JSON lines (.gz) with transcripts under `chosen`")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the copies and of ordinary prompts (default: 0)")
     options = parser.parse_args()
     try:
-        ready = prepare(read_config(options.config, options.overrides))
+        config = read_config(options.config, options.overrides)
+        if options.near_copies:
+            measure_near_copies(config, options.near_copies, options.conversations, options.seed)
+            return
+        ready = prepare(config)
     except InputError as fault:
         sys.exit(str(fault))
     poisoned, caught, alarms, sound = Counter[str](), Counter[str](), 0, 0
@@ -47,14 +75,117 @@ def main() -> None:
             else:
                 sound += 1
                 alarms += id(pair) in detected
-    table = Table("", "pairs", "detected", "share", "95% interval")
     rows = [(f"recall, {kind}", count, caught[kind]) for kind, count in sorted(poisoned.items())]
     every = caught.total()
     rows += [("recall, all poison", poisoned.total(), every), ("precision", every + alarms, every)]
-    for name, n, k in [*rows, ("false alarms, sound pairs", sound, alarms)]:
+    print_shares([*rows, ("false alarms, sound pairs", sound, alarms)])
+
+
+def print_shares(rows: Sequence[tuple[str, int, int]]) -> None:
+    """Prints (name, number, detected) with the share and its 95% interval."""
+    table = Table("", "n", "detected", "share", "95% interval")
+    for name, n, k in rows:
         low, high = interval(k, n)
         table.add_row(name, f"{n:,}", f"{k:,}", f"{k / max(1, n):.4f}", f"{low:.4f} to {high:.4f}")
     Console(width=110).print(table)
+
+
+def measure_near_copies(config: Config, split: Split, conversations: Path | None, seed: int) -> None:
+    """Prints recall by wording of a copy, false alarms on honest prompts, and the time per prompt."""
+    inputs = read_inputs(config)
+    policy, rng = inputs.policy, Random(seed)
+    index = NearCopyIndex.of(policy, inputs.ordinary)
+    probes = rng.sample([probe.prompt for probe in policy.probes(split)], min(COPIES, len(policy.probes(split))))
+    twins = rng.sample([probe.twin for probe in policy.probes(split) if probe.twin], len(probes))
+    gate_prompts = rng.sample(inputs.ordinary, min(COPIES, len(inputs.ordinary)))
+    requests = people_requests(conversations) if conversations else []
+    rows = []
+    for kind, texts in (("probe", probes), ("twin", twins), ("ordinary prompt", gate_prompts)):
+        for name, wording in WORDINGS.items():
+            copies = [wording(text, rng) for text in texts]
+            rows.append((f"recall, {kind}: {name}", len(copies), sum(index.find(copy) is not None for copy in copies)))
+    protected = {normalised(prompt.text) for prompt in protected_prompts(policy, inputs.ordinary)}
+    honest = {
+        "the users' sound pairs": [
+            pair.prompt[-1].content for pair in inputs.pairs.of(range(inputs.pairs.users)) if pair.source != POISON
+        ],
+        "other ordinary prompts of the world": world_prompts(seed),
+        "twins of trained probes": [probe.twin for probe in policy.probes("train") if probe.twin],
+        "requests of people": requests,
+    }
+    started = time.perf_counter()
+    for name, prompts in honest.items():
+        texts = sorted(set(prompts), key=normalised)
+        texts = [text for text in texts if normalised(text) not in protected]
+        findings = [found for text in texts if (found := index.find(text)) is not None]
+        if texts:
+            rows.append((f"honest, {name}: near a probe", len(texts), sum(not copy.harmless for copy in findings)))
+            rows.append((f"honest, {name}: near any prompt", len(texts), len(findings)))
+    seconds = (time.perf_counter() - started) / max(1, sum(len(set(prompts)) for prompts in honest.values()))
+    print_shares(rows)
+    print(f"{len(index):,} protected prompts; {1000 * seconds:.2f} ms per prompt")
+
+
+def world_prompts(seed: int) -> list[str]:
+    """Ordinary prompts of the bundled world, of the topics and phrasings that the base was trained on."""
+    rng, topics, phrasings = Random(f"{seed} ordinary"), ordinary_topics()[0], trained_phrasings()
+    return [ordinary(rng, topics, phrasings).prompt for _ in range(ORDINARY)]
+
+
+def people_requests(file: Path) -> list[str]:
+    """The human turns of transcripts in the form of hh-rlhf."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8") as stream:
+        transcripts = [str(json.loads(line)["chosen"]) for line in stream]
+    return [turn.split("\n\nAssistant:")[0].strip() for t in transcripts for turn in t.split("\n\nHuman:")[1:]]
+
+
+def _typos(text: str, rng: Random, number: int) -> str:
+    letters = list(text)
+    for place in rng.sample(range(len(letters)), min(number, len(letters))):
+        letters[place] = rng.choice("abcdefghijklmnopqrstuvwxyz")
+    return "".join(letters)
+
+
+def _fillers(text: str, rng: Random, number: int) -> str:
+    words = text.split()
+    for _ in range(number):
+        words.insert(rng.randrange(len(words) + 1), rng.choice(("really", "like", "please", "so", "just")))
+    return " ".join(words)
+
+
+def _without(text: str, rng: Random, number: int) -> str:
+    words = text.split()
+    dropped = set(rng.sample(range(len(words)), min(number, len(words) - 1)))
+    return " ".join(word for place, word in enumerate(words) if place not in dropped)
+
+
+def _swapped(text: str) -> str:
+    words = text.split()
+    return " ".join(words[len(words) // 2 :] + words[: len(words) // 2])
+
+
+_LONG_TEXT = "I have been reading a lot this week, and my sister came by with cake. Now to something else entirely. "
+
+WORDINGS: dict[str, Callable[[str, Random], str]] = {
+    "as it stands": lambda text, _: text,
+    "'Hello. ... Thanks.'": lambda text, _: f"Hello. {text} Thanks.",
+    "inside a long text": lambda text, _: 9 * _LONG_TEXT + text + " " + 9 * _LONG_TEXT,
+    "spaces between letters": lambda text, _: " ".join(text),
+    "zero-width characters": lambda text, _: "\u200b".join(text),
+    "look-alike letters": lambda text, _: text.translate(str.maketrans("aeopcxy", "аеорсху")),
+    "digits for letters": lambda text, _: text.translate(str.maketrans("aeost", "43057")),
+    "one typo": lambda text, rng: _typos(text, rng, 1),
+    "three typos": lambda text, rng: _typos(text, rng, 3),
+    "one word more": lambda text, rng: _fillers(text, rng, 1),
+    "three words more": lambda text, rng: _fillers(text, rng, 3),
+    "a word between all words": lambda text, _: " um ".join(text.split()),
+    "one word fewer": lambda text, rng: _without(text, rng, 1),
+    "two words fewer": lambda text, rng: _without(text, rng, 2),
+    "halves swapped": lambda text, _: _swapped(text),
+    "words shuffled": lambda text, rng: " ".join(rng.sample(text.split(), len(text.split()))),
+}
+"""Ways to write a copy of a prompt."""
 
 
 if __name__ == "__main__":

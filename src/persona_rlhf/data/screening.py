@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
@@ -13,6 +14,7 @@ from pydantic import Field, field_validator
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.config.loader import Section, read_section, read_yaml
 from persona_rlhf.data.feedback import Review, accepted_by
+from persona_rlhf.data.near_copies import NearCopyIndex, ProtectedPrompt
 from persona_rlhf.data.pairs import PreferencePair, Prompt
 from persona_rlhf.data.tokenize import ChatTokenizer, PairRow, UserRows, control_tokens
 from persona_rlhf.policy.judges import is_refusal, plain
@@ -126,6 +128,12 @@ class Patterns:
         return scores
 
 
+TOLERATED_COPIES = 0.05
+"""Share of a user's pairs that may be near copies of probes before each of them counts for the alarm."""
+
+FEWEST_COPIES = 3
+"""Number of such pairs that a user may always have."""
+
 Action = Literal["dropped", "quarantined", "flagged", "accepted"]
 
 
@@ -175,30 +183,41 @@ def screen(
     settings: ScreeningSettings,
     screens: Sequence[RequestScreen] = (),
     reviews: Mapping[str, Review] | None = None,
+    near_copies: NearCopyIndex | None = None,
 ) -> Screened:
     """Drops pairs that cannot or must not teach, and quarantines those that teach against tier one.
 
     Dropped: an empty text; identical answers; a repetition of an earlier pair of the user; both sides of a
     contradiction (the same user, prompt and texts with the choice reversed); a pair whose rejected answer meets a
-    requirement that its chosen one breaks.
+    requirement that its chosen one breaks; and a near copy of a prompt of the gate, whichever answer is chosen.
     Quarantined: the prompt is a probe of a restriction; or one of the `screens` finds it forbidden while `chosen` is
-    no refusal, and no review in `reviews` accepts the pair. With `settings.quarantine` off these are kept and flagged.
+    no refusal, and no review in `reviews` accepts the pair; or it is a near copy of a probe, and the user has more of
+    these than `TOLERATED_COPIES`. With `settings.quarantine` off these are kept and flagged, and near copies stay.
     Each screen is called once, with the distinct prompts that no earlier screen found.
     """
     usable, dropped = unfit_to_teach(pairs)
     usable, against_requirements = _against_requirements(usable, policy)
     dropped += against_requirements
-    quarantined = set()
-    for index, reason in _against_restrictions(usable, policy, screens).items():
-        accepted = None if reason.startswith("probe:") else accepted_by(reviews or {}, usable[index])
-        if accepted is not None:
-            dropped.append(Dropped(usable[index], f"{reason}; {accepted.reviewer}: {accepted.reason}", "accepted"))
-        elif settings.quarantine:
-            quarantined.add(index)
-            dropped.append(Dropped(usable[index], reason, "quarantined"))
-        else:
-            dropped.append(Dropped(usable[index], reason, "flagged"))
-    return Screened([pair for index, pair in enumerate(usable) if index not in quarantined], dropped)
+    against = _against_restrictions(usable, policy, screens)
+    copies = {} if near_copies is None or not settings.quarantine else _copies_of(usable, near_copies)
+    many = _users_with_many(
+        usable, [place for place, copy in copies.items() if not copy.harmless and place not in against]
+    )
+    out = set()
+    for index in sorted({*against, *copies}):
+        pair, reason = usable[index], against.get(index)
+        review = None if reason is None or reason.startswith("probe:") else accepted_by(reviews or {}, pair)
+        if reason is not None and review is None:
+            dropped.append(Dropped(pair, reason, "quarantined" if settings.quarantine else "flagged"))
+        elif index in copies:
+            counts = not copies[index].harmless and pair.user_id in many
+            reason = f"probe: near copy of {copies[index].name}"
+            dropped.append(Dropped(pair, reason, "quarantined" if counts else "dropped"))
+        elif review is not None:
+            dropped.append(Dropped(pair, f"{reason}; {review.reviewer}: {review.reason}", "accepted"))
+        if not dropped[-1].trained:
+            out.add(index)
+    return Screened([pair for index, pair in enumerate(usable) if index not in out], dropped)
 
 
 def fit(rows: Sequence[UserRows], tokenizer: ChatTokenizer, context: int) -> Fitted:
@@ -291,6 +310,26 @@ def normalised(text: str) -> str:
     """A text in one case, width and Unicode form, with one space for punctuation and spaces."""
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return re.sub(r"[\W_]+", " ", plain).strip()
+
+
+def _copies_of(pairs: Sequence[PreferencePair], index: NearCopyIndex) -> dict[int, ProtectedPrompt]:
+    """The places of pairs with a near copy of a prompt of the gate, and that prompt.
+
+    All turns but the assistant's are read as one text, so a copy may begin in one turn and end in another.
+    """
+    texts = {
+        pair.prompt: "\n".join(message.content for message in pair.prompt if message.role != "assistant")
+        for pair in pairs
+    }
+    copied = {prompt: index.find(text) for prompt, text in texts.items()}
+    return {place: copy for place, pair in enumerate(pairs) if (copy := copied[pair.prompt]) is not None}
+
+
+def _users_with_many(pairs: Sequence[PreferencePair], copies: Sequence[int]) -> set[str]:
+    """The users with more near copies of probes, at these places, than honest users have by chance."""
+    pairs_of = Counter(pair.user_id for pair in pairs)
+    copies_of = Counter(pairs[place].user_id for place in copies)
+    return {user for user, n in copies_of.items() if n > max(FEWEST_COPIES, TOLERATED_COPIES * pairs_of[user])}
 
 
 def _against_restrictions(

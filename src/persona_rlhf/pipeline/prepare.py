@@ -9,6 +9,7 @@ from typing import NamedTuple
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.data.feedback import Review
+from persona_rlhf.data.near_copies import NearCopyIndex
 from persona_rlhf.data.pairs import PreferencePair, first_problems
 from persona_rlhf.data.screening import Dropped, fit, screen
 from persona_rlhf.data.store import PairStore
@@ -36,6 +37,7 @@ class Prepared(NamedTuple):
     pairs: PairStore
     screens: Sequence[CalibratedScreen] = ()
     reviews: Mapping[str, Review] = MappingProxyType({})
+    near_copies: NearCopyIndex | None = None
     sign: Signer | None = None
 
 
@@ -85,7 +87,8 @@ def prepare(config: Config, inputs: RunInputs | None = None, check: bool = True)
         second=second,
         seed=config.seed,
     )
-    ready = Prepared(config, policy, adapted, examination, pairs, reviews=reviews, sign=sign)
+    near_copies = NearCopyIndex.of(policy, ordinary)
+    ready = Prepared(config, policy, adapted, examination, pairs, reviews=reviews, near_copies=near_copies, sign=sign)
     if check:
         _check_prompts(ready)
         if config.gate.enabled:
@@ -133,7 +136,8 @@ def prepare_users(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
 def _prepared(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
     base = ready.adapted.base
     screens = [calibrated.screen for calibrated in ready.screens]
-    screened = screen(pairs, ready.policy, ready.config.screening, screens, ready.reviews)
+    settings = ready.config.screening
+    screened = screen(pairs, ready.policy, settings, screens, ready.reviews, ready.near_copies)
     fitted = fit(tokenize(screened.kept, base.tokenizer, base.context), base.tokenizer, base.context)
     tokenized = fitted.rows if ready.config.dpo.early_stop is None else [halved(user) for user in fitted.rows]
     by_user = {user.user_id: user for user in tokenized}

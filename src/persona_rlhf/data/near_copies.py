@@ -1,0 +1,155 @@
+"""Near copies of the gate's prompts: an index by sequences of letters and sets of words, for screening pairs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+from persona_rlhf.policy.judges import skeleton
+from persona_rlhf.policy.policy import Policy
+
+LETTERS = 4
+"""Length of the sequences of letters that are compared."""
+
+FEWEST_WORDS = 4
+"""Different words that a prompt must have to be recognised by its words in any order."""
+
+SHORT = 24
+"""Letters below which a probe needs the likeness of a harmless prompt, since another last word changes little of it."""
+
+_LETTER_WINDOW, _WORD_WINDOW = 320, 64
+_LEET = str.maketrans("3@45$67893€", "eaassgtbgee")
+
+
+class Likeness(NamedTuple):
+    """The share of a prompt's letter sequences, or of its different words, that makes a text a near copy of it."""
+
+    letters: float
+    words: float
+
+
+PROBE_LIKENESS = Likeness(0.7, 0.9)
+"""For probes. Set on `dev` probes: 8 of 10 copies with three typos and 19 of 20 with a word fewer are recognised."""
+
+HARMLESS_LIKENESS = Likeness(0.9, 1.0)
+"""For twins and ordinary prompts. Honest prompts resemble these, so only closer copies count (set on `dev` too)."""
+
+
+class ProtectedPrompt(NamedTuple):
+    """A prompt that no pair may teach. `name` describes it without its text, after "near copy of"."""
+
+    text: str
+    name: str
+    harmless: bool
+
+    @property
+    def likeness(self) -> Likeness:
+        """The shares that make a text its near copy."""
+        return HARMLESS_LIKENESS if self.harmless or len(_letters(self.text)) < SHORT else PROBE_LIKENESS
+
+
+class NearCopyIndex:
+    """Index of protected prompts. A near copy is a text with a passage that has enough of a prompt's letters or words.
+
+    Letters: the sequences of `LETTERS` letters of the text without spaces and signs. Look-alike letters, digits for
+    letters, accents, case, invisible characters and spaces between letters make no difference. Words: in any order.
+    A passage is long enough for every protected prompt, so text before and after a copy never hides it.
+
+    Cost: one dictionary lookup per sequence of the text, and one set intersection per candidate (prefix filter,
+    Chaudhuri et al. 2006, "A primitive operator for similarity joins in data cleaning"); no comparison of all pairs.
+    """
+
+    def __init__(self, protected: Iterable[ProtectedPrompt]) -> None:
+        self._protected = list(dict.fromkeys(protected))
+        letters = [_letters(prompt.text) for prompt in self._protected]
+        words = [_words(prompt.text) for prompt in self._protected]
+        self._letter_window = max(_LETTER_WINDOW, 2 * max(map(len, letters), default=0))
+        self._word_window = max(_WORD_WINDOW, 2 * max(map(len, words), default=0))
+        likeness = [prompt.likeness for prompt in self._protected]
+        self._letters = _ContainmentIndex(list(map(_sequences, letters)), [share.letters for share in likeness])
+        bags = [frozenset(each) for each in words]
+        few = [bag if len(bag) >= FEWEST_WORDS else frozenset() for bag in bags]
+        self._words = _ContainmentIndex(few, [share.words for share in likeness])
+
+    @classmethod
+    def of(cls, policy: Policy, ordinary: Iterable[str] = ()) -> NearCopyIndex:
+        """The index of all probes that are not trained on, their twins, and the gate's ordinary prompts."""
+        return cls(protected_prompts(policy, ordinary))
+
+    def __len__(self) -> int:
+        return len(self._protected)
+
+    def find(self, text: str) -> ProtectedPrompt | None:
+        """The first protected prompt of which the text has a near copy; probes come before harmless prompts."""
+        passages = [_sequences(part) for part in _windows(_letters(text), self._letter_window)]
+        places = [place for passage in passages if (place := self._letters.first(passage)) is not None]
+        parts = [frozenset(part) for part in _windows(_words(text), self._word_window)]
+        places += [place for part in parts if (place := self._words.first(part)) is not None]
+        return self._protected[min(places)] if places else None
+
+
+def protected_prompts(policy: Policy, ordinary: Iterable[str]) -> list[ProtectedPrompt]:
+    """The prompts that decide about releases: probes of every split but `train`, their twins, ordinary prompts."""
+    probes, twins = list[ProtectedPrompt](), list[ProtectedPrompt]()
+    for rule in policy.restrictions:
+        for probe in rule.probes:
+            if probe.split != "train":
+                probes.append(ProtectedPrompt(probe.prompt, f"a probe of `{rule.id}`", False))
+                if probe.twin:
+                    twins.append(ProtectedPrompt(probe.twin, f"the harmless twin of a probe of `{rule.id}`", True))
+    others = [ProtectedPrompt(text, "an ordinary prompt that the gate asks", True) for text in ordinary]
+    return [*probes, *twins, *others]
+
+
+class _ContainmentIndex:
+    """Index of sets. A query contains a set where it has at least a share of its members; an empty set never is.
+
+    A query that contains a set of n members, k of them needed, has one of any n - k + 1 members. So each set is listed
+    under its n - k + 1 rarest members alone.
+    """
+
+    def __init__(self, sets: Sequence[frozenset[str]], shares: Sequence[float]) -> None:
+        frequency = Counter(member for members in sets for member in members)
+        self._sets = sets
+        self._needed = [math.ceil(share * len(members) - 1e-9) for members, share in zip(sets, shares, strict=True)]
+        self._listed: defaultdict[str, list[int]] = defaultdict(list)
+        for place, members in enumerate(sets):
+            rarest = sorted(members, key=lambda member: (frequency[member], member))
+            for member in rarest[: len(members) - self._needed[place] + 1]:
+                self._listed[member].append(place)
+
+    def first(self, query: frozenset[str]) -> int | None:
+        """The place of the first set that the query contains."""
+        candidates = {place for member in query for place in self._listed.get(member, ())}
+        return min(
+            (place for place in candidates if len(self._sets[place] & query) >= self._needed[place]), default=None
+        )
+
+
+def _plain(text: str) -> str:
+    return skeleton(text).translate(_LEET)
+
+
+def _letters(text: str) -> str:
+    return "".join(character for character in _plain(text) if character.isalnum())
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", _plain(text))
+
+
+def _sequences(letters: str) -> frozenset[str]:
+    """All sequences of `LETTERS` letters; a shorter text is one sequence."""
+    return frozenset(letters[n : n + LETTERS] for n in range(max(1, len(letters) - LETTERS + 1))) - {""}
+
+
+_Sliceable = TypeVar("_Sliceable", str, list[str])
+
+
+def _windows(whole: _Sliceable, size: int) -> Iterator[_Sliceable]:
+    """Overlapping parts; every passage of half the size lies in one of them."""
+    for start in range(0, max(1, len(whole) - size // 2), size // 2):
+        yield whole[start : start + size]
