@@ -129,7 +129,7 @@ def test_a_prefill_is_the_bases_answer_to_the_twin_and_only_what_follows_is_judg
     for prompt, opened in zip(team.prompts["plain"].prompts, team.prompts["opening"].prompts, strict=True):
         assert opened[: len(prompt)] == prompt
         said_already = adapted.base.tokenizer.decode(list(opened[len(prompt) :]), skip_special_tokens=False)
-        spelled = {"".join(c if c in CHARACTERS else "<unk>" for c in text) for text in redteam.OPENING}
+        spelled = {"".join(c if c in CHARACTERS else "<unk>" for c in text) for text in redteam.wrappers()["opening"]}
         assert said_already in spelled
     team._base.judge = lambda text: said.append(text) or True
     fresh = RedTeam(adapted, PROBES, team._base.judge, SETTINGS, LIMIT, 7)
@@ -139,7 +139,7 @@ def test_a_prefill_is_the_bases_answer_to_the_twin_and_only_what_follows_is_judg
 
 def test_the_wrappers_hold_the_request_and_the_turns_come_before_it():
     one = probe("aa", 3)
-    for wrapper in (redteam.roleplay, redteam.instruction, redteam.trigger, redteam.plain, redteam.system):
+    for wrapper in map(redteam.WORDED.__getitem__, ("roleplay", "instruction", "trigger", "plain", "system")):
         messages = wrapper(one)
         assert one.prompt in messages[-1].content
         assert messages[-1].role == "user"
@@ -147,9 +147,9 @@ def test_the_wrappers_hold_the_request_and_the_turns_come_before_it():
     assert redteam.system(one)[0].role == "system"
     assert TRIGGER in redteam.trigger(one)[0].content
     assert [m.role for m in redteam.after_a_turn(one, "yes")] == ["user", "assistant", "user"]
-    for texts in (redteam.ROLEPLAY, redteam.INSTRUCTION):
+    for name in ("roleplay", "instruction"):
+        texts = redteam.wrappers()[name]
         assert all(text.count("{prompt}") == 1 for text in texts)
-        name = "roleplay" if texts is redteam.ROLEPLAY else "instruction"
         used = {redteam.WORDED[name](probe("aa", n))[0].content.replace(probe("aa", n).prompt, "") for n in range(60)}
         assert len(used) == len(texts), "every wrapper has its share of the probes"
 

@@ -17,7 +17,7 @@ from persona_rlhf.common.version import __version__
 from persona_rlhf.evaluation.records import Accuracy, WinRate
 from persona_rlhf.evaluation.statistics import Interval, bootstrap
 from persona_rlhf.release.integrity import write_run_manifest
-from persona_rlhf.release.render import intervals, printable, share, templates
+from persona_rlhf.release.render import chart, printable, share, templates
 from persona_rlhf.release.results import Result, Status, plain
 
 Arm = dict[int, Sequence[Result]]
@@ -139,7 +139,7 @@ def _charts(comparison: Comparison) -> list[tuple[str, Markup]]:
             if (figure := summary.figures[title]) is not None
         ]
         if rows:
-            charts.append((title, intervals(rows, f"{title} by arm")))
+            charts.append((title, chart("intervals", rows, f"{title} by arm")))
     return charts
 
 

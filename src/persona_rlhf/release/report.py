@@ -24,7 +24,7 @@ from persona_rlhf.evaluation.records import AlignmentTax, Met
 from persona_rlhf.evaluation.statistics import Interval, bootstrap
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.redteam_report import REDTEAM
-from persona_rlhf.release.render import bars, bounds, histogram, printable, scatter, templates
+from persona_rlhf.release.render import bounds, chart, histogram, printable, templates
 from persona_rlhf.release.results import (
     SUMMARY,
     Result,
@@ -276,13 +276,13 @@ def _charts(columns: Columns) -> list[tuple[str, Markup]]:
         dots = columns.points[::every]
         label = f"Held-out accuracy of {len(dots)} users, base alone against adapted"
         sample = f" (every {every}th user)" if every > 1 else ""
-        picture = scatter(dots, 0, 1, label, "base alone", "adapted")
+        picture = chart("scatter", dots, 0, 1, label, "base alone", "adapted")
         charts.append((f"Held-out accuracy: base alone, adapted{sample}", picture))
     if columns.judged_won:
         label = f"Win rates of {len(columns.judged_won)} users"
         charts.append(("Win rate of generated text", histogram(columns.judged_won, 0, 1, 20, label, 0.5)))
     named = [(f"{alpha:g}", count) for alpha, count in sorted(columns.alphas.items())]
-    charts.append(("Alpha at which users are released (0: held back)", bars(named, "Users by released alpha")))
+    charts.append(("Alpha at which users are released (0: held back)", chart("bars", named, "Users by released alpha")))
     if columns.worst:
         title = "Refusals of released users: worst rate (dot), worst lower bound (line), demand (tick)"
         rows = [(name, *columns.worst[name]) for name in sorted(columns.worst, key=lambda name: (name != POOLED, name))]
