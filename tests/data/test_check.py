@@ -56,6 +56,7 @@ def test_everything_is_counted(tmp_path: Path) -> None:
         "chosen_is_longer": pytest.approx(2 / 3),
         "clean_labels": 0.5,
         "unknown_columns": {"extra": 1},
+        "read_as": {},
     }
     assert json.loads(json.dumps(summary.to_json()))["users"] == 2
     screen = io.StringIO()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.data import readers
+from persona_rlhf.data import columns
 from persona_rlhf.data.pairs import Message, PreferencePair, parse_row, read, read_pairs
 
 ROW: dict[str, Any] = {"user_id": "u", "prompt": "p", "chosen": "c", "rejected": "r"}
@@ -89,8 +89,8 @@ def test_a_bad_value_is_named_with_its_place_and_remedy(change: dict[str, Any], 
 
 
 def test_a_column_by_another_name_gets_a_hint() -> None:
-    sentences = faults({"user": "u", "question": "p", "accepted": "c", "regected": "r"})
-    for ours, theirs in {"user_id": "user", "prompt": "question", "chosen": "accepted", "rejected": "regected"}.items():
+    sentences = faults({"user": "u", "query": "p", "accepted": "c", "regected": "r"})
+    for ours, theirs in {"user_id": "user", "prompt": "query", "chosen": "accepted", "rejected": "regected"}.items():
         assert f"f.jsonl:3: {ours}: the column is missing, but there is `{theirs}`: rename it to `{ours}`" in sentences
     assert "the column is missing; a row needs `user_id`, `prompt`" in faults({**ROW, "chosen": None})
 
@@ -131,7 +131,11 @@ def test_a_file_of_bad_rows_is_told_in_a_screenful(tmp_path: Path) -> None:
         ("p.jsonl", b"", "the file is empty"),
         ("p.jsonl", b"\n \n", "the file is empty"),
         ("p.jsonl", b"\xff\xfe{}", ":1: the line is not UTF-8"),
-        ("p.json", b"[\n{}\n]", ":1: this is a JSON list"),
+        ("p.json", b"[\n{}\n]", ":2: user_id: the column is missing"),
+        ("p.json", b"[\n{},\n {oops]", ":3: the JSON cannot be read from here on"),
+        ("p.json", b"[\n{}\n]\n{}", ":4: the JSON cannot be read from here on"),
+        ("p.json", b"[\n{}\n", ":3: the JSON cannot be read from here on"),
+        ("p.json", b"[]", "the file is empty"),
         ("p.jsonl", b"[" * 100_000, "JSON"),
         ("p.jsonl.gz", b"no", "cannot be read from here on"),
         ("p.jsonl.gz", gzip.compress(json.dumps(ROW).encode(), mtime=0)[:-20], "cannot be read from here on"),
@@ -244,7 +248,7 @@ ANYTHING = st.recursive(
 )
 
 
-@given(st.fixed_dictionaries({}, optional=dict.fromkeys(readers.KNOWN, ANYTHING)) | ANYTHING)
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(columns.KNOWN, ANYTHING)) | ANYTHING)
 def test_no_row_breaks_the_reader(row: Any) -> None:
     parsed = parse_row(row, "f.jsonl", 1)
     if isinstance(parsed, list):

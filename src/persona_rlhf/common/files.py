@@ -52,6 +52,25 @@ def is_hub_id(model: str) -> bool:
     return not Path(owner).is_dir() and not (shipped_root() / owner).is_dir()
 
 
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
+"""Endings of files of rows, by which a mistyped path is told from the id of a data set on the hub."""
+
+
+def is_hub_data_set(path: str) -> bool:
+    """Whether a path of rows names a data set on the hub: a hub id that is no local file and does not end like one."""
+    return is_hub_id(path) and not path.casefold().endswith(DATA_SUFFIXES) and not Path(path).exists()
+
+
+LFS_REMEDY = "this is a pointer of git-lfs, not the file itself; run `git lfs pull` where it was cloned"
+_LFS = b"version https://git-lfs.github.com/"
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is the short text that stands for a large one in a clone without git-lfs."""
+    with file.open("rb") as stream:
+        return stream.read(len(_LFS)) == _LFS
+
+
 def _shown(path: Path | str) -> str:
     text = str(path).encode("unicode_escape").decode()
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -74,6 +93,10 @@ def _existing(path: Path) -> Path:
         raise PydanticCustomError("file", "{sentence}", {"sentence": fault.problems[0].sentence}) from None
 
 
+def _data_set(path: Path) -> Path:
+    return path if is_hub_data_set(path.as_posix()) else _existing(path)
+
+
 def _model(name: str) -> str:
     if is_hub_id(name):
         return name
@@ -83,6 +106,9 @@ def _model(name: str) -> str:
 
 ExistingPath = Annotated[Path, Field(strict=False), AfterValidator(_existing)]
 """A path of a config that must exist; its value is the path that `find` returns."""
+
+DataPath = Annotated[Path, Field(strict=False), AfterValidator(_data_set)]
+"""A path of a config that must exist, or the id of a data set on the hub, which stays as written."""
 
 ModelName = Annotated[str, AfterValidator(_model)]
 """A model folder that exists, or a hub id; its value stays as written."""

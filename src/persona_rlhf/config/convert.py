@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import is_hub_id
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.loader import (
     KeyPath,
@@ -165,9 +164,7 @@ def import_config(path: Path) -> ImportedConfig:
     if len(missing) < len(problems):
         raise InputError(in_order([problem for problem in problems if problem not in missing]))
     for key, sentence in ((str(problem.key), problem.sentence) for problem in missing):
-        hub = key == "users.path" and is_hub_id(str(entries[key].value))
-        comment = f"{entries[key].comment}; {'download it from the hub first' if hub else sentence}"
-        entries[key] = entries[key]._replace(comment=comment)
+        entries[key] = entries[key]._replace(comment=f"{entries[key].comment}; {sentence}")
     lines = [f"# {path.name}, a DPO config of {dialect.title}. A comment names the key that each value comes from."]
     lines += _yaml(entries)
     if left_out:

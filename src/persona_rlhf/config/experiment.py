@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import ExistingPath, ModelName, atomic_folder, find, shipped_root
+from persona_rlhf.common.files import DataPath, ExistingPath, ModelName, atomic_folder, find, shipped_root
 from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings, RedTeamSettings
 from persona_rlhf.config.loader import (
     KeyPath,
@@ -41,7 +41,7 @@ class PolicySettings(Section):
 class UsersSettings(Section):
     """`users`: the preference pairs of all users."""
 
-    path: ExistingPath = Field(description="A file of pairs, or a folder of such files; rows name their user_id.")
+    path: DataPath = Field(description="A file of pairs, a folder of such files, or a hub id; rows name their user_id.")
     heldout: float = Field(
         0.25, ge=0, lt=1, description="Share of a user's prompts never trained on, where rows state no split."
     )

@@ -12,6 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.data.columns import UserSpellings
 from persona_rlhf.data.pairs import PreferencePair, ReadPairs, first_problems, parsed_rows, read
 from persona_rlhf.data.screening import unfit_to_teach
 from persona_rlhf.data.tokenize import ChatTokenizer, control_tokens, tokenize
@@ -48,6 +49,7 @@ class DataSummary:
     )
     clean_labels: float | None  # share of labels that agree with the noise-free utility; None without such labels
     unknown_columns: dict[str, int]  # ignored, with the rows that have them
+    read_as: dict[str, int]  # other layouts that were read, with their rows
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -65,18 +67,22 @@ def check(paths: Sequence[Path | str], heldout: float = 0.25) -> DataSummary:
     """
     readings: list[ReadPairs] = []
     problems = []
+    users = UserSpellings()
     for path in paths:
         try:
-            readings.append(read(path, heldout))
+            readings.append(read(path, heldout, users))
         except InputError as error:
             problems += error.problems
     if problems:
         raise InputError(first_problems(problems))
     pairs = [pair for reading in readings for pair in reading.pairs]
-    return _summary(pairs, sum((reading.unknown for reading in readings), Counter()))
+    unknown, read_as = (
+        sum(counts, Counter[str]()) for counts in zip(*(reading[1:] for reading in readings), strict=True)
+    )
+    return _summary(pairs, unknown, read_as)
 
 
-def _summary(pairs: list[PreferencePair], unknown: Counter[str]) -> DataSummary:
+def _summary(pairs: list[PreferencePair], unknown: Counter[str], read_as: Counter[str]) -> DataSummary:
     splits: dict[str, Counter[str]] = {}
     splits_of_prompt: dict[tuple[Any, ...], set[str]] = {}
     for pair in pairs:
@@ -104,6 +110,7 @@ def _summary(pairs: list[PreferencePair], unknown: Counter[str]) -> DataSummary:
         chosen_is_longer=sum(unequal) / len(unequal) if unequal else 0.5,
         clean_labels=sum(labels) / len(labels) if labels else None,
         unknown_columns=dict(unknown),
+        read_as=dict(read_as),
     )
 
 
@@ -135,12 +142,17 @@ def render(summary: DataSummary) -> Table:
         "users with nothing held out": summary.users_without_heldout,
         "prompts in train and held out": summary.on_both_sides,
         **{f"will be dropped, {kind}": count for kind, count in summary.screened_out.items()},
-        **{f"unknown column `{name}`, ignored, rows": rows for name, rows in summary.unknown_columns.items()},
+        **{f"read {layout}, rows": rows for layout, rows in summary.read_as.items()},
+        **{f"{_column(name)}, ignored, rows": rows for name, rows in summary.unknown_columns.items()},
     }
     for name, count in notes.items():
         if count:
             table.add_row(name, f"{count:,}")
     return table
+
+
+def _column(name: str) -> str:
+    return f"unknown column `{name}`" if name else "column without a name"
 
 
 class RenderedPart(NamedTuple):

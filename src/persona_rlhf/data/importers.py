@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.common.files import atomic_write, find
+from persona_rlhf.data.columns import shown
 from persona_rlhf.data.pairs import first_problems
-from persona_rlhf.data.readers import converted, read_file, read_rows, shown
+from persona_rlhf.data.readers import converted, read_file, read_rows
 from persona_rlhf.policy.hazards import HARMLESS, ProbeDestination, PublicSet, SplitBy, assign_topic, public_sets
 from persona_rlhf.policy.judges import NearDuplicateIndex, plain
 

@@ -11,8 +11,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.data import readers
-from persona_rlhf.data.readers import ColumnFault, RawRow, missing, read_rows, shown, text_fault
+from persona_rlhf.data.columns import (
+    CHECKS,
+    ColumnFault,
+    UserSpellings,
+    columns_of,
+    missing,
+    moment,
+    shown,
+    text_fault,
+    user_id_fault,
+)
+from persona_rlhf.data.layouts import Arranged, arranged, whole_conversations
+from persona_rlhf.data.readers import read_rows
 
 ROLES = ("system", "user", "assistant")
 
@@ -50,16 +61,16 @@ def conversation(column: str, value: Sequence[object]) -> Prompt | list[ColumnFa
     return faults or tuple(messages)
 
 
-def prompt_of(value: object) -> Prompt | list[ColumnFault]:
+def prompt_of(value: object, column: str = "prompt") -> Prompt | list[ColumnFault]:
     """A prompt: a text is one user message; a list of messages must end with the user's."""
     if isinstance(value, str):
-        fault = text_fault("prompt", value)
+        fault = text_fault(column, value)
         return [fault] if fault is not None else (Message("user", value),)
     if not isinstance(value, list | tuple):
-        return [ColumnFault("prompt", f"must be a text or a list of messages, not {shown(value)}")]
-    messages = conversation("prompt", value)
+        return [ColumnFault(column, f"must be a text or a list of messages, not {shown(value)}")]
+    messages = conversation(column, value)
     if isinstance(messages, tuple) and messages[-1].role != "user":
-        return [ColumnFault("prompt", f"must end with the user's message, not with the {messages[-1].role}'s")]
+        return [ColumnFault(column, f"must end with the user's message, not with the {messages[-1].role}'s")]
     return messages
 
 
@@ -83,17 +94,35 @@ def answer_of(column: str, value: object, prompt: Prompt) -> str | list[ColumnFa
     return messages[0].content
 
 
-def implicit_prompt(chosen: object, rejected: object) -> Prompt | list[ColumnFault]:
-    """TRL's implicit prompt: the common turns of two conversations that differ in the last answer only."""
+def implicit_prompt(chosen: object, rejected: object, stated: object = None) -> Prompt | list[ColumnFault]:
+    """TRL's implicit prompt: the common turns of two conversations that differ in the last answer only.
+
+    `stated` is the column `prompt` of such a row, if it has one: one of the user's turns as a text, or all turns, with
+    or without the system message.
+    """
     if not isinstance(chosen, list | tuple) or not isinstance(rejected, list | tuple):
         return [missing("prompt", ())]
     preferred, other = conversation("chosen", chosen), conversation("rejected", rejected)
     if isinstance(preferred, list) or isinstance(other, list):
         return [fault for side in (preferred, other) if isinstance(side, list) for fault in side]
     if len(preferred) != len(other) or len(preferred) < 2 or preferred[:-1] != other[:-1]:
-        remedy = "without `prompt`, `chosen` and `rejected` must be the same conversation up to the last answer"
-        return [ColumnFault("prompt", f"the column is missing; {remedy}")]
-    return prompt_of([message._asdict() for message in preferred[:-1]])
+        remedy = "`chosen` and `rejected` must be the same conversation up to the last answer"
+        if stated is None:
+            return [ColumnFault("prompt", f"the column is missing; without `prompt`, {remedy}")]
+        return [ColumnFault("chosen", f"{remedy}, or each of them one answer to `prompt`")]
+    turns = preferred[:-1]
+    if stated is not None and not _agrees(stated, turns):
+        remedy = "leave `prompt` out, or correct it: both answers hold the whole conversation"
+        return [ColumnFault("prompt", f"is no turn of the user in `chosen`: {shown(stated)}; {remedy}")]
+    return prompt_of([message._asdict() for message in turns])
+
+
+def _agrees(stated: object, turns: Prompt) -> bool:
+    """Whether a prompt's text is a turn of the user, or its messages are the turns."""
+    if isinstance(stated, str):
+        return any(message.role == "user" and message.content.strip() == stated.strip() for message in turns)
+    messages = prompt_of(stated)
+    return messages in (turns, turns[1:] if turns[0].role == "system" else turns)
 
 
 _KEY = b"persona-rlhf held-out prompts 1"
@@ -155,11 +184,24 @@ class PreferencePair:
     line: int
 
 
+class RowNotes(NamedTuple):
+    """Numbers of rows: by unknown column or message field, and by the other layout that was read."""
+
+    unknown: Counter[str]
+    read_as: Counter[str]
+
+    @staticmethod
+    def none() -> RowNotes:
+        """Notes of no row."""
+        return RowNotes(Counter(), Counter())
+
+
 class ReadPairs(NamedTuple):
-    """The pairs of a path, and its unknown columns with their numbers of rows."""
+    """The pairs of a path, and notes on their columns."""
 
     pairs: list[PreferencePair]
     unknown: Counter[str]
+    read_as: Counter[str]
 
 
 def read_pairs(path: Path | str, heldout: float) -> list[PreferencePair]:
@@ -171,15 +213,15 @@ def read_pairs(path: Path | str, heldout: float) -> list[PreferencePair]:
     return read(path, heldout).pairs
 
 
-def read(path: Path | str, heldout: float) -> ReadPairs:
-    """As `read_pairs`, with the unknown columns."""
+def read(path: Path | str, heldout: float, users: UserSpellings | None = None) -> ReadPairs:
+    """As `read_pairs`, with notes on the columns. `users` are the user ids of other paths read before."""
     if not 0 <= heldout < 1:
         raise ValueError(f"heldout is {heldout}; the share of prompts held out lies in [0, 1)")
     pairs: list[PreferencePair] = []
     problems: list[Problem] = []
-    unknown: Counter[str] = Counter()
+    notes = RowNotes.none()
     undecided: list[int] = []  # indices in `pairs` of rows without a split
-    for item in parsed_rows(path, unknown):
+    for item in parsed_rows(path, notes, users):
         if isinstance(item, Problem):
             problems.append(item)
             continue
@@ -190,40 +232,63 @@ def read(path: Path | str, heldout: float) -> ReadPairs:
     if problems:
         raise InputError(first_problems(problems))
     assign_splits(pairs, undecided, heldout)
-    return ReadPairs(pairs, unknown)
+    return ReadPairs(pairs, *notes)
 
 
 def parsed_rows(
-    path: Path | str, unknown: Counter[str] | None = None
+    path: Path | str, notes: RowNotes | None = None, users: UserSpellings | None = None
 ) -> Iterator[tuple[PreferencePair, Split | None] | Problem]:
-    """Every row as a pair with its `split` column (None without one), or as a Problem.
+    """Every row as a pair with its split (None without one), or as a Problem.
 
-    Counts the unknown columns in `unknown`.
+    The split is the row's column, or what the name of its file states. Counts columns in `notes`, and compares the
+    user ids with those in `users`.
     """
+    users = users or UserSpellings()
     empty = True
+    unclear: set[str] = set()
     for item in read_rows(path):
         empty = False
-        parsed = [item] if isinstance(item, Problem) else parse_row(item.row, item.file, item.line)
+        if isinstance(item, Problem):
+            yield item
+            continue
+        parsed = parse_row(item.row, item.file, item.line, notes)
         if isinstance(parsed, list):
             yield from parsed
             continue
-        assert isinstance(item, RawRow)
+        if (problem := users.problem(parsed.user_id, item.file, item.line)) is not None:
+            yield problem
+            continue
         assert isinstance(item.row, Mapping)
-        if unknown is not None:
-            unknown.update(name for name in item.row if name not in readers.KNOWN)
-        yield parsed, None if item.row.get("split") is None else parsed.split
+        if item.row.get("split") is not None:
+            yield parsed, parsed.split
+        elif item.part != "unclear":
+            yield (replace(parsed, split=item.part) if item.part else parsed), item.part
+        elif item.file not in unclear:
+            unclear.add(item.file)
+            yield Problem(item.file, item.line, "split", _UNCLEAR)
     if empty:
         yield Problem(str(path), None, None, "there are no rows in it; write one preference per row")
 
 
-def parse_row(row: object, file: str, line: int) -> PreferencePair | list[Problem]:
+_UNCLEAR = (
+    "the file's name says that its rows are held out, and no other file is named train; write `split` in the rows, or "
+    "give the file another name"
+)
+
+
+def parse_row(row: object, file: str, line: int, notes: RowNotes | None = None) -> PreferencePair | list[Problem]:
     """One row as a pair, or all its problems. A row without `split` gets `train` until splits are assigned."""
     try:
-        columns: dict[str, Any] = {name: value for name, value in readers.columns_of(row).items() if value is not None}
+        layout = arranged(columns_of(row))
     except ValueError as fault:
         return [Problem(file, line, None, str(fault))]
-    texts = _texts(columns)
-    faults = [*_user_faults(columns), *(texts if isinstance(texts, list) else ()), *_optional_faults(columns)]
+    if notes is not None:
+        notes.unknown.update(layout.ignored)
+        notes.read_as.update(layout.read_as)
+    columns = layout.columns
+    texts = _texts(layout)
+    faults = [*_user_faults(columns), *layout.faults]
+    faults += [*(texts if isinstance(texts, list) else ()), *_optional_faults(columns)]
     if faults or isinstance(texts, list):
         return [Problem(file, line, fault.key, fault.sentence) for fault in faults]
     user_id = columns["user_id"]
@@ -233,7 +298,7 @@ def parse_row(row: object, file: str, line: int) -> PreferencePair | list[Proble
         chosen=texts.chosen,
         rejected=texts.rejected,
         id=str(columns["id"]) if "id" in columns else content_id(user_id, *texts),
-        created_at=readers.moment(columns["created_at"]) if "created_at" in columns else None,
+        created_at=moment(columns["created_at"]) if "created_at" in columns else None,
         source=columns.get("source"),
         weight=float(columns.get("weight", 1.0)),
         split=columns.get("split", "train"),
@@ -249,19 +314,20 @@ class _Texts(NamedTuple):
     rejected: str
 
 
-def _texts(columns: Mapping[str, Any]) -> _Texts | list[ColumnFault]:
+def _texts(layout: Arranged) -> _Texts | list[ColumnFault]:
     """The prompt and the two answers; a fault in one does not hide those in the others."""
-    if "prompt" not in columns and isinstance(columns.get("chosen"), list | tuple) and "rejected" in columns:
-        prompt = implicit_prompt(columns["chosen"], columns["rejected"])
+    columns = layout.columns
+    if whole_conversations(columns) or ("prompt" not in columns and isinstance(columns.get("chosen"), list | tuple)):
+        prompt = implicit_prompt(columns["chosen"], columns.get("rejected"), columns.get("prompt"))
         if isinstance(prompt, list):
             return prompt
     elif "prompt" in columns:
-        prompt = prompt_of(columns["prompt"])
+        prompt = prompt_of(columns["prompt"], layout.prompt_column)
     else:
-        prompt = [readers.missing("prompt", columns)]
+        prompt = [missing("prompt", columns)]
     turns = prompt if isinstance(prompt, tuple) else ()
     chosen, rejected = (
-        answer_of(column, columns[column], turns) if column in columns else [readers.missing(column, columns)]
+        answer_of(column, columns[column], turns) if column in columns else [missing(column, columns)]
         for column in ("chosen", "rejected")
     )
     if isinstance(prompt, tuple) and isinstance(chosen, str) and isinstance(rejected, str):
@@ -271,13 +337,13 @@ def _texts(columns: Mapping[str, Any]) -> _Texts | list[ColumnFault]:
 
 def _user_faults(columns: Mapping[str, Any]) -> list[ColumnFault]:
     if "user_id" not in columns:
-        return [readers.missing("user_id", columns)]
-    fault = readers.user_id_fault(columns["user_id"])
+        return [missing("user_id", columns)]
+    fault = user_id_fault(columns["user_id"])
     return [] if fault is None else [fault]
 
 
 def _optional_faults(columns: Mapping[str, Any]) -> list[ColumnFault]:
-    faults = (check(columns[column]) for column, check in readers.CHECKS.items() if column in columns)
+    faults = (check(columns[column]) for column, check in CHECKS.items() if column in columns)
     return [fault for fault in faults if fault is not None]
 
 

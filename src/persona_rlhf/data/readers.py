@@ -1,160 +1,39 @@
-"""Rows with line numbers from JSONL, CSV, Parquet, `datasets` folders and the hub; checks of their columns."""
+"""Rows with line numbers from JSON, CSV, Parquet, `datasets` folders and the hub."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import json
-import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import date, datetime
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
-from persona_rlhf.common.files import find, is_hub_id
-
-REQUIRED = ("user_id", "prompt", "chosen", "rejected")
-OPTIONAL = ("id", "created_at", "source", "weight", "split", "clean_choice")
-KNOWN = REQUIRED + OPTIONAL
-LONGEST_USER_ID = 128  # characters
-
-_ALIASES: Mapping[str, tuple[str, ...]] = {  # names in other files; did_you_mean catches misspellings
-    "user_id": ("user", "uid", "annotator", "annotator_id", "worker", "worker_id", "username", "author"),
-    "prompt": ("question", "query", "instruction", "input", "messages", "context"),
-    "chosen": ("accepted", "accept", "preferred", "winner", "better", "response_chosen", "chosen_response"),
-    "rejected": ("reject", "declined", "dispreferred", "loser", "worse", "response_rejected", "rejected_response"),
-}
-
-
-class ColumnFault(NamedTuple):
-    """A mistake in one column; the row's reader adds the file and the line."""
-
-    key: str
-    sentence: str
-
-
-def shown(value: object) -> str:
-    """A value as an error message shows it: on one line, and short."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def columns_of(row: object) -> Mapping[str, object]:
-    """A row as named columns. Raises ValueError if it is something else."""
-    if not isinstance(row, Mapping):
-        raise ValueError(f"a row is an object with named columns, not {shown(row)}")
-    return row
-
-
-def missing(column: str, present: Iterable[str]) -> ColumnFault:
-    """The fault of a missing required column, with the column that is probably meant."""
-    unknown = [name for name in present if name not in KNOWN]
-    alias = next((name for name in unknown if name.casefold() in _ALIASES[column]), None)
-    if alias is None:
-        alias = next((name for name in unknown if did_you_mean(name, KNOWN) == f" (did you mean `{column}`?)"), None)
-    if alias is not None:
-        return ColumnFault(column, f"the column is missing, but there is `{alias}`: rename it to `{column}`")
-    return ColumnFault(column, f"the column is missing; a row needs {', '.join(f'`{name}`' for name in REQUIRED)}")
-
-
-def text_fault(column: str, value: object) -> ColumnFault | None:
-    """The fault of a value that is no text, or one that cannot be encoded."""
-    if not isinstance(value, str):
-        return ColumnFault(column, f"must be a text, not {shown(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return ColumnFault(
-            column, f"holds half a character (a lone surrogate): {shown(value)}; write the whole character"
-        )
-    return None
-
-
-def user_id_fault(value: object) -> ColumnFault | None:
-    """The fault of a user id that is not a text of 1 to 128 characters."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return ColumnFault("user_id", f'must be a text, not the number {value}: write "{value}"')
-    if (fault := text_fault("user_id", value)) is not None:
-        return fault
-    assert isinstance(value, str)
-    if not 1 <= len(value) <= LONGEST_USER_ID:
-        return ColumnFault("user_id", f"has {len(value)} characters; an id has 1 to {LONGEST_USER_ID}")
-    return None
-
-
-def _weight_fault(value: object) -> ColumnFault | None:
-    """The fault of a weight that is not a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return ColumnFault("weight", f"must be a number, not {shown(value)}")
-    if not 0 < value < math.inf:  # false for NaN too
-        return ColumnFault("weight", f"is {value}; a weight is a finite number above 0 (remove the row to ignore it)")
-    return None
-
-
-def moment(value: str | date) -> str:
-    """A time as ISO 8601 text, from a text or a Parquet timestamp. Raises ValueError for anything else."""
-    if isinstance(value, str):
-        datetime.fromisoformat(value)
-        return value
-    return value.isoformat()
-
-
-def _created_at_fault(value: object) -> ColumnFault | None:
-    if isinstance(value, str | date):  # a datetime is a date
-        try:
-            moment(value)
-            return None
-        except ValueError:
-            pass
-    return ColumnFault("created_at", f"is {shown(value)}; write ISO 8601, such as 2026-11-01T12:30:00Z")
-
-
-def _split_fault(value: object) -> ColumnFault | None:
-    """The fault of a split that is not `train` or `heldout`."""
-    if value in ("train", "heldout"):
-        return None
-    hint = " (did you mean `heldout`?)" if value in ("test", "eval", "validation", "held_out", "dev") else ""
-    return ColumnFault("split", f"is {shown(value)}; it must be `train` or `heldout`{hint}")
-
-
-def _id_fault(value: object) -> ColumnFault | None:
-    return None if isinstance(value, int) and not isinstance(value, bool) else text_fault("id", value)
-
-
-def _source_fault(value: object) -> ColumnFault | None:
-    return text_fault("source", value)
-
-
-def _clean_choice_fault(value: object) -> ColumnFault | None:
-    return (
-        None if isinstance(value, bool) else ColumnFault("clean_choice", f"must be true or false, not {shown(value)}")
-    )
-
-
-CHECKS: Mapping[str, Callable[[object], ColumnFault | None]] = {  # of the optional columns
-    "id": _id_fault,
-    "created_at": _created_at_fault,
-    "source": _source_fault,
-    "weight": _weight_fault,
-    "split": _split_fault,
-    "clean_choice": _clean_choice_fault,
-}
-
+from persona_rlhf.common.files import LFS_REMEDY, find, is_hub_data_set, is_lfs_pointer
+from persona_rlhf.data.columns import COLUMN_NAMES, columns_of
 
 _T = TypeVar("_T")
 
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # files that `Dataset.save_to_disk` writes
 
 
+Part = Literal["train", "heldout", "unclear"]
+
+
 class RawRow(NamedTuple):
-    """A parsed row before any check; `line` is the row's number (from 1) in formats without lines."""
+    """A parsed row before any check; `line` is the row's number (from 1) in formats without lines.
+
+    `part` is the split that the name of its file, or of its split in a data set, states (see `parts_by_name`).
+    """
 
     file: str
     line: int
     row: object
+    part: Part | None = None
 
 
 def read_rows(path: Path | str) -> Iterator[RawRow | Problem]:
@@ -163,7 +42,7 @@ def read_rows(path: Path | str) -> Iterator[RawRow | Problem]:
     A folder is read file by file, sorted by name, or as a `datasets` folder. Raises InputError if there is nothing to
     read.
     """
-    if is_hub_id(str(path)) and not Path(path).exists() and _reader(Path(path)) is None:
+    if is_hub_data_set(str(path)):
         yield from _hub(str(path))
         return
     source = find(path)
@@ -172,8 +51,38 @@ def read_rows(path: Path | str) -> Iterator[RawRow | Problem]:
     elif any((source / name).exists() for name in _SAVED):
         yield from _saved(source)
     else:
-        for file in files_of(source):
-            yield from read_file(file)
+        files = files_of(source)
+        for file, part in zip(files, parts_by_name([file.name for file in files]), strict=True):
+            yield from _in_part(read_file(file), part)
+
+
+_TRAIN_NAMES = frozenset({"train", "training"})
+_HELDOUT_NAMES = frozenset({"test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev", "heldout"})
+
+
+def parts_by_name(names: Iterable[str]) -> list[Part | None]:
+    """The splits that the names of files, or of the splits of a data set, state together.
+
+    A name states a split by a word of the `datasets` library (`train`, `test`, `validation` and their like). Names
+    count only where one of them says `train` and another one says what is held out. A file of held-out pairs beside
+    files without such a word is `unclear`.
+    """
+    stated = [_part_by_name(name) for name in names]
+    if "heldout" not in stated or set(stated) == {"heldout"}:
+        return [None] * len(stated)
+    if "train" in stated:
+        return list(stated)
+    return ["unclear" if part == "heldout" else None for part in stated]
+
+
+def _part_by_name(name: str) -> Part | None:
+    words = set(re.split(r"[^a-z]+", name.casefold()))
+    train, heldout = bool(words & _TRAIN_NAMES), bool(words & _HELDOUT_NAMES)
+    return None if train == heldout else "train" if train else "heldout"
+
+
+def _in_part(rows: Iterable[RawRow | Problem], part: Part | None) -> Iterator[RawRow | Problem]:
+    return (item._replace(part=part) if isinstance(item, RawRow) else item for item in rows)
 
 
 def converted(
@@ -204,6 +113,9 @@ def read_file(path: Path) -> Iterator[RawRow | Problem]:
     if reader is None:
         near = did_you_mean(path.suffix, _READERS)
         raise InputError([Problem(str(path), None, None, f"`{path.suffix}` cannot be read{near}; use {_KINDS}")])
+    if is_lfs_pointer(path):
+        yield Problem(str(path), None, None, LFS_REMEDY)
+        return
     empty = True
     for item in reader(path):
         empty = False
@@ -212,44 +124,111 @@ def read_file(path: Path) -> Iterator[RawRow | Problem]:
         yield Problem(str(path), None, None, "the file is empty; write one preference per row")
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key `{repeated}` occurs twice")
-    return row
+class _Objects:
+    """A decoder of JSON rows; an object that holds a key twice becomes a Problem."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = str(path)
+        self._repeated: str | None = None
+        self.decoder = json.JSONDecoder(object_pairs_hook=self._dict)
+
+    def _dict(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
+        row = dict(pairs)
+        if len(row) < len(pairs) and self._repeated is None:
+            names = [name for name, _ in pairs]
+            self._repeated = next(name for name in names if names.count(name) > 1)
+        return row
+
+    def item(self, line: int, row: object) -> RawRow | Problem:
+        """The row that the decoder read last."""
+        repeated, self._repeated = self._repeated, None
+        if repeated is None:
+            return RawRow(self._file, line, row)
+        return Problem(self._file, line, None, f"the key `{repeated}` occurs twice; remove one of them")
+
+
+_BOM = b"\xef\xbb\xbf"
 
 
 def _bytes_of(path: Path) -> gzip.GzipFile | BufferedReader:
     return gzip.open(path) if path.suffix.casefold() == ".gz" else path.open("rb")
 
 
-def _json_lines(path: Path) -> Iterator[RawRow | Problem]:
+def _json(path: Path) -> Iterator[RawRow | Problem]:
+    """The rows of JSON lines, of one JSON list, or of JSON objects that run over several lines."""
     number = 0
     try:
         with _bytes_of(path) as lines:
+            first = next((text for line in lines if (text := line.removeprefix(_BOM)).strip()), b"")
+        with _bytes_of(path) as lines:
+            if first.lstrip().startswith(b"[") or _breaks_off(first):
+                yield from _json_document(path, lines.read().removeprefix(_BOM))
+                return
+            objects = _Objects(path)
             for number, line in enumerate(lines, 1):
-                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                text = line.removeprefix(_BOM) if number == 1 else line
                 if not text.strip():
                     continue
                 try:
-                    row = json.loads(text.decode(), object_pairs_hook=_object)
+                    yield objects.item(number, objects.decoder.decode(text.decode()))
                 except UnicodeDecodeError:
                     yield Problem(str(path), number, None, "the line is not UTF-8 text; save the file as UTF-8")
                 except (ValueError, RecursionError) as fault:
-                    if text.lstrip().startswith(b"["):
-                        yield _one_list(path, number)
-                        return
                     reason = getattr(fault, "msg", str(fault))
                     yield Problem(str(path), number, None, f"the line is not JSON ({reason}): {_start(text)}")
-                else:
-                    if isinstance(row, list):
-                        yield _one_list(path, number)
-                        return
-                    yield RawRow(str(path), number, row)
     except (OSError, EOFError, zlib.error) as fault:
         yield Problem(str(path), number + 1, None, f"the file cannot be read from here on ({fault})")
+
+
+def _breaks_off(line: bytes) -> bool:
+    """Whether a line is the beginning of a JSON object that runs over several lines."""
+    try:
+        text = line.decode().rstrip()
+        json.loads(text)
+    except json.JSONDecodeError as fault:
+        return text.lstrip().startswith("{") and fault.pos >= len(text)
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _json_document(path: Path, content: bytes) -> Iterator[RawRow | Problem]:
+    """The rows of one JSON list, or of JSON objects with white space between them; a row's line is its first one."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as fault:
+        line = content.count(b"\n", 0, fault.start) + 1
+        yield Problem(str(path), line, None, "the line is not UTF-8 text; save the file as UTF-8")
+        return
+    objects = _Objects(path)
+    start = _next(text, 0)
+    listed = text[start] == "["
+    start, line, counted = _next(text, start + listed), 1, 0
+    try:
+        while start < len(text) and not (listed and text[start] == "]"):
+            line, counted = line + text.count("\n", counted, start), start
+            row, end = objects.decoder.raw_decode(text, start)
+            yield objects.item(line, row)
+            start = _next(text, end)
+            if listed and text[start : start + 1] == ",":
+                start = _next(text, start + 1)
+            elif listed and text[start : start + 1] != "]":
+                raise json.JSONDecodeError("Expecting `,` or `]` after an object", text, start)
+        if listed and (after := _next(text, start + 1)) < len(text):
+            raise json.JSONDecodeError("Expecting nothing after the list", text, after)
+    except (ValueError, RecursionError) as fault:
+        line = text.count("\n", 0, getattr(fault, "pos", start)) + 1
+        reason = getattr(fault, "msg", str(fault))
+        yield Problem(str(path), line, None, f"the JSON cannot be read from here on ({reason})")
+
+
+_SPACES = re.compile(r"\s*")
+
+
+def _next(text: str, start: int) -> int:
+    """The position of the first character from `start` on that is no white space."""
+    match = _SPACES.match(text, start)
+    return match.end() if match else start
 
 
 def _start(line: bytes) -> str:
@@ -257,25 +236,79 @@ def _start(line: bytes) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _one_list(path: Path, line: int) -> Problem:
-    return Problem(str(path), line, None, "this is a JSON list; write one object per line, without brackets around")
+_SEPARATORS = ",;\t|"
+_LARGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')  # a first line of Excel
 
 
 def _csv(path: Path) -> Iterator[RawRow | Problem]:
+    csv.field_size_limit(_LARGEST_CELL)
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            table = csv.DictReader(lines, restkey="", strict=True)
-            line = 2  # of the row's first line; a quoted text may run over several
-            for row in table:
-                if "" in row:
-                    yield Problem(str(path), line, None, "there are more cells than column names; quote the texts")
-                else:
-                    yield RawRow(str(path), line, {name: _cell(name, cell) for name, cell in row.items()})
-                line = table.line_num + 1
+            header = lines.readline()
+            if hint := _SEPARATOR_LINE.fullmatch(header):
+                separator = hint[1]
+            else:
+                separator = "\t" if path.suffix.casefold() == ".tsv" else _separator(header)
+                lines.seek(0)
+            yield from _cells(path, csv.reader(lines, delimiter=separator, strict=True), 1 if hint else 0)
     except UnicodeDecodeError:
         yield Problem(str(path), None, None, "the file is not UTF-8 text; save it as UTF-8")
-    except (csv.Error, OSError) as fault:
-        yield Problem(str(path), None, None, f"the file is not CSV ({fault})")
+    except OSError as fault:
+        yield Problem(str(path), None, None, f"the file cannot be read ({fault})")
+
+
+def _separator(header: str) -> str:
+    """The separator of a CSV file: the one by which the header names most columns that are read here.
+
+    Without any such name it is the one that gives most columns; a comma, if two give equally many.
+    """
+
+    def columns(separator: str) -> tuple[int, int]:
+        try:
+            [names] = csv.reader([header], delimiter=separator)
+        except (csv.Error, ValueError):
+            return (0, 0)
+        return sum(name.strip() in COLUMN_NAMES for name in names), len(names)
+
+    ranks = {separator: columns(separator) for separator in _SEPARATORS}
+    best = [separator for separator, rank in ranks.items() if rank == max(ranks.values())]
+    return best[0] if len(best) == 1 else ","
+
+
+def _cells(path: Path, table: Any, skipped: int) -> Iterator[RawRow | Problem]:
+    """The rows of a table in cells; `skipped` lines of the file stand before its header."""
+    line = 1 + skipped  # of the row's first line; a quoted text may run over several
+    try:
+        names = [name.strip() for name in next(table, [])]
+        if repeated := next((name for name in names if name and names.count(name) > 1), None):
+            yield Problem(str(path), line, repeated, "two columns have this name; rename or remove one of them")
+            return
+        while True:
+            line = skipped + table.line_num + 1
+            if (cells := next(table, None)) is None:
+                return
+            if not cells:
+                continue
+            if any(cells[len(names) :]):
+                yield Problem(str(path), line, None, "there are more cells than column names; quote the texts")
+                continue
+            nameless = [column for column, name in enumerate(names) if not name and any(cells[column : column + 1])]
+            if any(column or not cells[column].isdecimal() for column in nameless):
+                sentence = (
+                    f"column {nameless[-1] + 1} has no name, but holds text; name it in the first line, or remove it"
+                )
+                yield Problem(str(path), line, None, sentence)
+                continue
+            values = {
+                name: _cell(name, cell) for name, cell in zip(names, [*cells, *[None] * len(names)], strict=False)
+            }
+            yield RawRow(str(path), line, values)
+    except csv.Error as fault:
+        remedy = "a quotation mark opens here and is never closed" if "unexpected end" in str(fault) else str(fault)
+        yield Problem(
+            str(path), line, None, f"the row is not CSV ({remedy}); double every quotation mark in a quoted text"
+        )
 
 
 def _cell(name: str, cell: str | None) -> object:
@@ -318,9 +351,9 @@ def _saved(folder: Path) -> Iterator[RawRow | Problem]:
     except Exception as fault:  # as above
         problem = Problem(str(folder), None, None, f"`datasets` cannot load the folder ({_first_line(fault)})")
         raise InputError([problem]) from fault
-    parts = saved if isinstance(saved, dict) else {"": saved}
-    for name, rows in parts.items():
-        yield from _numbered(str(folder / name), rows)
+    data = saved if isinstance(saved, dict) else {"": saved}
+    for (name, rows), part in zip(data.items(), parts_by_name(data), strict=True):
+        yield from _in_part(_numbered(str(folder / name), rows), part)
 
 
 def _hub(name: str) -> Iterator[RawRow | Problem]:
@@ -329,8 +362,9 @@ def _hub(name: str) -> Iterator[RawRow | Problem]:
 
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=10)  # fails at once; `datasets` retries first
-        for part, rows in datasets.load_dataset(name, streaming=True).items():
-            yield from _numbered(f"{name}:{part}", rows)
+        data = datasets.load_dataset(name, streaming=True)
+        for (split, rows), part in zip(data.items(), parts_by_name(data), strict=True):
+            yield from _in_part(_numbered(f"{name}:{split}", rows), part)
     except Exception as fault:  # no network, no such id, no access: one remedy
         remedy = "check the id and the network (and `hf auth login` if it is private), or give the path of a local file"
         sentence = f"the hub data set `{name}` cannot be read ({_first_line(fault)}); {remedy}"
@@ -343,16 +377,17 @@ def _first_line(fault: Exception) -> str:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[RawRow | Problem]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json_lines,
-    ".jsonl.gz": _json_lines,
-    ".ndjson.gz": _json_lines,
-    ".json.gz": _json_lines,
+    ".jsonl": _json,
+    ".ndjson": _json,
+    ".json": _json,
+    ".jsonl.gz": _json,
+    ".ndjson.gz": _json,
+    ".json.gz": _json,
     ".csv": _csv,
+    ".tsv": _csv,
     ".parquet": _parquet,
 }
-_KINDS = ".jsonl, .jsonl.gz, .csv or .parquet files"
+_KINDS = ".jsonl, .json, .csv, .tsv or .parquet files"
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[RawRow | Problem]] | None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import pseudonym
+from persona_rlhf.data.columns import UserSpellings
 from persona_rlhf.data.pairs import SHOWN, Message, PreferencePair, assign_splits, first_problems, parsed_rows
 
 
@@ -61,9 +62,10 @@ class PairStore:
         left_out: set[str] = set()
         problems: list[Problem] = []
         faults = 0
+        spellings = UserSpellings()
         for source in (path, *selection.later_files):
             numbers: dict[str, int | None] = {}  # of the users in this file; None for one who stays out
-            for item in parsed_rows(source):
+            for item in parsed_rows(source, users=spellings):
                 if isinstance(item, Problem):
                     faults += 1
                     if len(problems) <= SHOWN:
