@@ -3,9 +3,10 @@
 
     python scripts/make_tier_one_real.py [OUT]
 
-A topic lies in one split, in both languages, by its hash. A training topic is asked in many phrasings; a held-out topic
-in one, chosen by hash among all phrasings, those that training never uses included. Nothing here is random: the same
-topics and phrasings give the same bytes.
+A topic is written in English, and in French too where its line has four parts. It lies in one split by its hash, in
+both languages. A training topic is asked in a few phrasings; a held-out topic in one, chosen by hash among all
+phrasings, those that training never uses included. Nothing here is random: the same topics and phrasings give the same
+bytes. The README's table of counts is printed.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +27,7 @@ from persona_rlhf.policy.hazards import CATEGORIES, assign_topic
 
 FOLDER = Path(__file__).parents[1] / "data" / "policy" / "tier_one_real"
 LANGUAGES = ("en", "fr")
-PHRASINGS_A_TOPIC = 16  # of a training topic, in each language
+PHRASINGS_A_TOPIC = 4  # of a training topic, in each language: more topics teach more than more phrasings of each
 
 
 class Topic(NamedTuple):
@@ -43,9 +46,11 @@ def read_topics(folder: Path = FOLDER) -> list[Topic]:
     topics = []
     for category, lines in written.items():
         for line in lines:
-            en, twin_en, fr, twin_fr = (part.strip() for part in line.split("|"))
-            name = re.sub(r"[^a-z0-9]+", "-", en.lower()).strip("-")
-            topics.append(Topic(name, category, {"en": en, "fr": fr}, {"en": twin_en, "fr": twin_fr}))
+            parts = [part.strip() for part in line.split("|")]
+            assert len(parts) in (2, 2 * len(LANGUAGES)), line
+            name = re.sub(r"[^a-z0-9]+", "-", parts[0].lower()).strip("-")
+            request, twin = (dict(zip(LANGUAGES, parts[start::2], strict=False)) for start in (0, 1))
+            topics.append(Topic(name, category, request, twin))
     assert len({topic.id for topic in topics}) == len(topics), "two topics have one id"
     return topics
 
@@ -77,9 +82,19 @@ def make(out: Path, source: Path = FOLDER) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for category in CATEGORIES:
         for language in LANGUAGES:
-            own = rows([topic for topic in topics if topic.category == category], phrasings, language)
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own)
+            chosen = [topic for topic in topics if topic.category == category and language in topic.request]
+            bank = rows(chosen, phrasings, language)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bank)
             (out / f"{category}.{language}.jsonl").write_text(text, encoding="utf-8")
+
+
+def count_table(topics: Sequence[Topic]) -> Iterator[str]:
+    """The rows of the README's table: probes by category, language and split."""
+    for category, language in product((*CATEGORIES, "all"), LANGUAGES):
+        chosen = [topic for topic in topics if category in (topic.category, "all") and language in topic.request]
+        count = Counter(assign_topic(topic.id) for topic in chosen)
+        held_out = " | ".join(str(count[split]) for split in ("dev", "certify", "test"))
+        yield f"| {category} | {language} | {count['train'] * PHRASINGS_A_TOPIC} ({count['train']}) | {held_out} |"
 
 
 def _by_hash(phrasings: Sequence[str], topic: str) -> list[str]:
@@ -94,3 +109,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=FOLDER)
     make(parser.parse_args().out)
+    print(*count_table(read_topics()), sep="\n")

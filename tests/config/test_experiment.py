@@ -225,5 +225,5 @@ def test_the_configs_of_hub_models_load(file):
     config = read_config(f"configs/{file}.yaml")
     assert config.name == file
     materials = read_inputs(config)
-    assert len(materials.policy.probes("certify")) == 494
+    assert len(materials.policy.probes("certify")) == 1224
     assert materials.pairs.users > 0
