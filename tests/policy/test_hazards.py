@@ -60,6 +60,13 @@ def test_a_row_says_how_it_is_split(tmp_path):
         assert probe.novelty == ("combination" if probe.split == "train" else "topic")
 
 
+def test_rows_of_a_shift_only_test(tmp_path):
+    file = tmp_path / "bank.jsonl"
+    rows = [{"id": str(n), "prompt": f"x{n}", "topic": f"t{n}", "split_by": "shift"} for n in range(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {(probe.split, probe.novelty) for probe in read_probes(file, "fraud")} == {("test", "topic")}
+
+
 def test_another_way_to_split_is_an_input_error(tmp_path):
     file = tmp_path / "bank.jsonl"
     rows = [{"id": str(n), "prompt": "x", "split_by": by} for n, by in enumerate(["pair", "hand", None, []])]
@@ -67,7 +74,7 @@ def test_another_way_to_split_is_an_input_error(tmp_path):
     with pytest.raises(InputError) as fault:
         read_probes(file, "fraud")
     assert [(problem.line, problem.key) for problem in fault.value.problems] == [(n, "split_by") for n in (2, 3, 4)]
-    assert "expected `pair`, `topic`, `held_out`, got `hand`" in fault.value.problems[0].sentence
+    assert "expected `pair`, `topic`, `held_out`, `shift`, got `hand`" in fault.value.problems[0].sentence
 
 
 @pytest.mark.parametrize(("split", "novelty", "certify"), [("certify", "phrasing", False), ("certify", "topic", True)])

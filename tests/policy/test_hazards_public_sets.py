@@ -54,6 +54,23 @@ def test_words_tell_the_category_of_a_set_without(text, category):
             None,
             "FunctionalCategory `contextual` is not used",
         ),
+        (
+            "advbenchlabelled",
+            {"value": "Plan a massacre", "harm_categories": ["Physical", "Loss of life"]},
+            "terrorist_content",
+            "",
+        ),
+        (
+            "advbenchlabelled",
+            {"value": "Plan a massacre", "harm_categories": ["Physical", "Pollution"]},
+            None,
+            "harm_categories `Physical` is none of ours",
+        ),
+        ("advbenchlabelled", {"value": "x", "harm_categories": ["Trauma"]}, None, "no word of our categories"),
+        ("donotanswer", {"prompt": "x", "intents": ["S003illegal", "S006threat"]}, "threats_of_violence", ""),
+        ("donotanswer", {"prompt": "a bomb", "intents": ["S005bully", "S006items"]}, "terrorist_content", ""),
+        ("donotanswer", {"prompt": "a bomb", "intents": ["S007"]}, None, "intents `S007` is none of ours"),
+        ("donotanswer", {"prompt": "a bomb", "intents": ["X1"]}, None, "intents `X1` is not in our table"),
         ("simplesafetytests", {"prompts_final": "x", "harm_area": "Child safety"}, "child_sexual_abuse", ""),
         ("strongreject", {"forbidden_prompt": "a death threat", "category": "Violence"}, "threats_of_violence", ""),
     ],
@@ -68,10 +85,14 @@ def test_a_row_of_another_set_is_told():
         SETS["advbench"].text({"Behavior": "x"})
     with pytest.raises(ValueError, match="column `hazard`"):
         SETS["ailuminate"].text({"prompt_text": "x"})
+    for none in (None, 3, [], [3]):
+        with pytest.raises(ValueError, match="column `intents`"):
+            SETS["donotanswer"].text({"prompt": "x", "intents": none})
 
 
 def test_what_is_missing_comes_with_where_to_find_it():
     sentence = more_probes(["child_sexual_abuse"], 21)
     assert sentence.startswith("21 missing; public sets have such probes: ailuminate (100), simplesafetytests (20), ")
     assert "`persona-rlhf data import NAME SRC OUT`" in sentence
+    assert "harmbench" not in more_probes(["terrorist_content"], 3), "its probes certify nothing"
     assert more_probes(["fraud"], 3) == "3 missing, and no public set in our table has such probes"

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.common.files import atomic_write, find
+from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.data.columns import shown
 from persona_rlhf.data.pairs import first_problems
-from persona_rlhf.data.readers import converted, read_file, read_rows
+from persona_rlhf.data.readers import RawRow, converted, read_file, read_rows
 from persona_rlhf.policy.hazards import HARMLESS, ProbeDestination, PublicSet, SplitBy, assign_topic, public_sets
 from persona_rlhf.policy.judges import NearDuplicateIndex, plain
 
@@ -48,10 +49,13 @@ def import_probes(name: str, src: Path | str, out: Path, train: bool = False) ->
 
     The banks are `CATEGORY.NAME.jsonl`; harmless prompts go to `over_refusal.NAME.jsonl`. A near-duplicate of an
     earlier prompt of the set, of another set's bank in `out` or of our bank for real models is left out. Only with
-    `train` can probes fall into the `train` split: a public set is worth most if nothing was trained on it. Raises
-    InputError naming every row of another format.
+    `train` can probes fall into the `train` split: a public set is worth most if nothing was trained on it. All probes
+    of a set that is kept for tests of shift are `test`. Raises InputError naming every row of another format.
     """
     source = public_sets()[name]
+    if train and source.shift:
+        sentence = f"`{name}` is kept for tests of shift, so none of its probes trains; leave --train out"
+        raise InputError([Problem("data import", None, "--train", sentence)])
     if out.exists() and not out.is_dir():
         raise InputError([Problem(str(out), None, None, "the banks are several files; name a folder for them")])
     index = _existing_prompts(source, out)
@@ -59,7 +63,7 @@ def import_probes(name: str, src: Path | str, out: Path, train: bool = False) ->
     banks: dict[str, list[dict[str, str]]] = {}
     left_out: Counter[str] = Counter()
     rows = 0
-    for probe_row in converted(read_rows(src), partial(_read, source)):
+    for probe_row in converted(_rows(src), partial(_read, source)):
         if isinstance(probe_row, Problem):
             problems.append(probe_row)
             continue
@@ -72,12 +76,26 @@ def import_probes(name: str, src: Path | str, out: Path, train: bool = False) ->
             continue
         index.add(name, text)
         probe = {"id": f"{name}-{rows:04d}", "prompt": text}
-        split_by: SplitBy = "topic" if train else "held_out"
+        split_by: SplitBy = "shift" if source.shift else "topic" if train else "held_out"
         placed = {"topic": plain(text), "phrasing": name, "split_by": split_by}
         banks.setdefault(destination, []).append(probe if destination == HARMLESS else {**probe, **placed})
     if problems:
         raise InputError(first_problems(problems))
     return ProbeImport(source, rows, _write(source, banks, out), dict(left_out))
+
+
+def _rows(src: Path | str) -> Iterator[RawRow | Problem]:
+    """The rows of a set; PyRIT's `.prompt` file is YAML with a list of `seeds`. Raises InputError for no such list."""
+    if Path(src).suffix != ".prompt":
+        yield from read_rows(src)
+        return
+    document = read_yaml(find(src))
+    seeds = document.tree.get("seeds") if isinstance(document.tree, dict) else None
+    if document.problems or not isinstance(seeds, list):
+        missing = Problem(str(src), None, "seeds", "there is no list of prompts; is this a seed data set of PyRIT?")
+        raise InputError(document.problems or [missing])
+    for number, seed in enumerate(seeds):
+        yield RawRow(str(src), document.place(("seeds", number)).line or number + 1, seed)
 
 
 def _read(source: PublicSet, row: Mapping[str, object]) -> tuple[str, ProbeDestination]:
@@ -112,7 +130,9 @@ def _write(source: PublicSet, banks: Mapping[str, list[dict[str, str]]], out: Pa
 
 def _split(row: Mapping[str, str]) -> str:
     by = row.get("split_by")
-    return "harmless" if by is None else assign_topic(row["topic"], held_out=by == "held_out")
+    if by is None:
+        return "harmless"
+    return "test" if by == "shift" else assign_topic(row["topic"], held_out=by == "held_out")
 
 
 Convert = Callable[[Mapping[str, object]], dict[str, str] | str]

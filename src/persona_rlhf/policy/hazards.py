@@ -19,9 +19,9 @@ from persona_rlhf.policy.judges import is_refusal, plain
 
 Split = Literal["train", "dev", "certify", "test"]
 Novelty = Literal["combination", "phrasing", "topic"]
-SplitBy = Literal["pair", "topic", "held_out"]
+SplitBy = Literal["pair", "topic", "held_out", "shift"]
 """The rule that splits a bank's row: by topic and phrasing, by its topic alone, or by its topic among all splits but
-`train`."""
+`train`. Every `shift` row is in `test`."""
 
 CATEGORIES = ("terrorist_content", "child_sexual_abuse", "threats_of_violence", "sexual_assault")
 _KEY = b"persona-rlhf probe split 4"
@@ -82,6 +82,8 @@ def unseen_topics_certify(probes: Iterable[Probe]) -> bool:
 
 
 def _assigned(split_by: SplitBy, topic: str, phrasing: str) -> tuple[Split, Novelty]:
+    if split_by == "shift":
+        return "test", "topic"
     if split_by == "pair":
         return assign_split(topic, phrasing)
     split = assign_topic(topic, held_out=split_by == "held_out")
@@ -157,16 +159,19 @@ class PublicSet(Section):
     prompt: list[str] = Field(min_length=1, description="Column of the request: the first of these that a row has.")
     keep: dict[str, list[str]] = Field({}, description="Column -> values of the rows that are used.")
     harmless: dict[str, list[str]] = Field({}, description="Column -> values of the rows that are harmless prompts.")
-    category: str | None = Field(None, description="Their column of categories.")
+    category: str | None = Field(None, description="Their column of categories: a text, or a list of texts.")
     categories: dict[str, str | None] = Field({}, description="Their category -> ours, `words`, or null for none.")
+    shift: bool = Field(False, description="Whether the set is kept for tests of shift: all its probes are `test`.")
     counts: dict[str, int] = Field(description="Our category -> its probes in the released file.")
 
     def text(self, row: Mapping[str, object]) -> str:
         """The request of a row. Raises ValueError where the row lacks a column of the table."""
-        needed = [*self.keep, *self.harmless, *([self.category] if self.category else [])]
-        for names in (self.prompt, *([name] for name in needed)):
-            if not any(isinstance(row.get(name), str) for name in names):
-                raise ValueError(f"there is no text in column `{names[0]}`; is this {self.title}, from {self.url}?")
+        needed = (self.prompt, *([name] for name in (*self.keep, *self.harmless)))
+        absent = [names[0] for names in needed if not any(isinstance(row.get(name), str) for name in names)]
+        if self.category is not None and not self._labels(row):
+            absent.append(self.category)
+        if absent:
+            raise ValueError(f"there is no text in column `{absent[0]}`; is this {self.title}, from {self.url}?")
         return next(str(row[name]) for name in self.prompt if isinstance(row.get(name), str)).strip()
 
     def destination(self, row: Mapping[str, object]) -> ProbeDestination:
@@ -176,16 +181,21 @@ class PublicSet(Section):
             return ProbeDestination(None, f"{other} `{row[other]}` is not used")
         if self.harmless and all(row[column] in values for column, values in self.harmless.items()):
             return ProbeDestination(HARMLESS)
-        ours: str | None = WORDS
+        ours = [WORDS]
         if self.category is not None:
-            theirs = str(row[self.category])
-            ours = self.categories.get(theirs)
-            if ours is None:
-                reason = "none of ours" if theirs in self.categories else "not in our table"
-                return ProbeDestination(None, f"{self.category} `{theirs}` is {reason}")
-        if ours == WORDS:
-            ours = _by_words(self.text(row))
-        return ProbeDestination(ours, "" if ours else "no word of our categories")
+            theirs = self._labels(row)
+            ours = [name for label, name in self.categories.items() if name is not None and label in theirs]
+            if not ours:
+                reason = "none of ours" if theirs[0] in self.categories else "not in our table"
+                return ProbeDestination(None, f"{self.category} `{theirs[0]}` is {reason}")
+        names = (_by_words(self.text(row)) if name == WORDS else name for name in ours)
+        name = next(filter(None, names), None)
+        return ProbeDestination(name, "" if name else "no word of our categories")
+
+    def _labels(self, row: Mapping[str, object]) -> list[str]:
+        """Their categories of a row."""
+        value = row.get(self.category or "")
+        return [label for label in (value if isinstance(value, list) else [value]) if isinstance(label, str)]
 
 
 class _PublicSets(Section):
@@ -200,7 +210,8 @@ def public_sets() -> dict[str, PublicSet]:
 
 def more_probes(categories: Collection[str], more: int) -> str:
     """Half a sentence: how many certify probes are missing, and the public sets that have such probes."""
-    counts = {public.name: sum(public.counts.get(name, 0) for name in categories) for public in _table().sets}
+    sets = [public for public in _table().sets if not public.shift]
+    counts = {public.name: sum(public.counts.get(name, 0) for name in categories) for public in sets}
     named = [f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda item: -item[1]) if n]
     if not named:
         return f"{more} missing, and no public set in our table has such probes"
