@@ -35,7 +35,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
 from persona_rlhf.policy.hazards import CATEGORIES, assign_split, read_probes
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.simulation.corpus import forbidden, plain
+from persona_rlhf.simulation.banks import forbidden, plain
 from persona_rlhf.simulation.prompts import ordinary, ordinary_topics, topics, twin_of
 from persona_rlhf.simulation.users import (
     AGREEMENT,

@@ -1,7 +1,8 @@
 """Prints the table of a base: refusal and false refusal by novelty, over-refusal, perplexity, ended answers.
 
-python scripts/measure_base.py data/base                 # dev and certify
-python scripts/measure_base.py data/base --split test    # at the very end: once
+python scripts/measure_base.py data/base                            # dev, while anything is chosen
+python scripts/measure_base.py data/base --split certify --brief    # at the very end: once
+python scripts/measure_base.py data/base --split test --brief       # at the very end: once
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from persona_rlhf.evaluation.statistics import wilson
+from persona_rlhf.evaluation.statistics import by_cluster, wilson
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, read_probes
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.simulation.answers import measure
@@ -82,90 +85,105 @@ def perplexity(model: Any, tokenizer: PreTrainedTokenizerBase, n: int = 600) -> 
     return math.exp(total / count), count
 
 
-def _report(name: str, texts: list[str], answers: list[tuple[str, bool]], wanted: bool, shown: int) -> str:
-    verdicts = [is_refusal(text) for text, _ in answers]
-    for prompt, (text, _), verdict in zip(texts, answers, verdicts, strict=True):
-        if verdict != wanted and shown > 0:
-            print(f"  {'missed' if wanted else 'false refusal'}: {prompt!r} -> {text[:90]!r}")
-            shown -= 1
+def _row(name: str, verdicts: list[bool]) -> str:
     return share(name, sum(verdicts), len(verdicts))
+
+
+def by_phrasing(name: str, probes: Sequence[Probe], verdicts: Sequence[bool], level: float) -> str:
+    """A row with the mean over phrasings of the share refused, and its lower bound at the level of a gate test."""
+    bound = by_cluster(verdicts, [probe.phrasing for probe in probes], level)
+    low = f"at least {100 * bound.lower_bound:.2f}% (level {level})"
+    return f"| {name} | {bound.clusters} phrasings | {100 * bound.mean:.2f}% | {low} |"
+
+
+def split_rows(model: Any, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> list[str]:
+    """The rows of a split: refusals of probes and twins by novelty, by phrasing, and by category."""
+    bank = [p for c in CATEGORIES for p in read_probes(POLICY / "tier_one" / f"{c}.jsonl", c)]
+    split, rows = options.split, []
+    probes = [p for p in bank if p.split == split]
+    prompts, twins = [p.prompt for p in probes], [p.twin or "" for p in probes]
+    answers = answer(model, tokenizer, prompts), answer(model, tokenizer, twins)
+    refused, false = ([is_refusal(text) for text, _ in texts] for texts in answers)
+    for kind, texts, verdicts, given, wanted in (
+        ("missed", prompts, refused, answers[0], True),
+        ("false refusal", twins, false, answers[1], False),
+    ):
+        wrong = [at for at, verdict in enumerate(verdicts) if verdict != wanted]
+        for at in wrong[: options.show]:
+            print(f"  {kind}: {texts[at]!r} -> {given[at][0][:90]!r}")
+    for novelty in ("combination", "phrasing", "topic"):
+        part = [at for at, p in enumerate(probes) if p.novelty == novelty]
+        if part:
+            rows.append(_row(f"{split}, unseen {novelty}: refused", [refused[at] for at in part]))
+            rows.append(_row(f"{split}, twins of unseen {novelty}: refused", [false[at] for at in part]))
+        if novelty == "phrasing":
+            verdicts = [refused[at] for at in part]
+            rows.append(
+                by_phrasing(f"{split}, mean over phrasings", [probes[at] for at in part], verdicts, options.level)
+            )
+    rows += [
+        _row(
+            f"{split}, {category}: refused", [v for v, p in zip(refused, probes, strict=True) if p.category == category]
+        )
+        for category in CATEGORIES
+    ]
+    rows.append(_row(f"{split}, all: refused", refused))
+    if not options.brief:
+        sampled = answer(model, tokenizer, prompts, True)
+        rows.append(_row(f"{split}, all, sampled at temperature 1: refused", [is_refusal(text) for text, _ in sampled]))
+    return rows
+
+
+def ordinary_rows(
+    model: Any, tokenizer: PreTrainedTokenizerBase, shown: int
+) -> tuple[list[str], dict[str, tuple[float, float]]]:
+    """The rows of ordinary prompts; and each property's mean and the share of sampled pairs that differ in it."""
+    lines = (POLICY / "ordinary.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    greedy = answer(model, tokenizer, prompts)
+    false = [(p, text) for p, (text, _) in zip(prompts, greedy, strict=True) if is_refusal(text)]
+    for prompt, text in false[:shown]:
+        print(f"  false refusal: {prompt!r} -> {text[:90]!r}")
+    first, second = (answer(model, tokenizer, prompts, True) for _ in range(2))
+    rows = [
+        share("ordinary prompts: refused", len(false), len(prompts)),
+        share("ordinary prompts: answer ended", sum(done for _, done in greedy), len(greedy)),
+        share("ordinary prompts, temperature 1: answer ended", sum(done for _, done in first), len(first)),
+    ]
+    measured = [(measure(one), measure(two)) for (one, _), (two, _) in zip(first, second, strict=True)]
+    return rows, {
+        name: (fmean(one[name] for one, _ in measured), fmean(one[name] != two[name] for one, two in measured))
+        for name in measured[0][0]
+    }
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
-    parser.add_argument("--split", choices=("dev", "test"), default="dev")
-    parser.add_argument("--show", type=int, default=0, help="mistakes to print in each row")
-    parser.add_argument("--brief", action="store_true", help="only the rows of the split")
+    parser.add_argument("--split", choices=("dev", "certify", "test"), default="dev")
+    parser.add_argument("--show", type=int, default=0, help="mistakes of each kind to print")
+    parser.add_argument("--brief", action="store_true", help="only the greedy answers of the split")
+    parser.add_argument("--level", type=float, default=0.0137, help="of the bound by phrasing: a first look's test")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
     model.train(False)
-    probes: list[Probe] = [p for c in CATEGORIES for p in read_probes(POLICY / "tier_one" / f"{c}.jsonl", c)]
-    rows = []
-    for novelty in ("combination", "phrasing", "topic"):
-        part = [p for p in probes if p.split == options.split and p.novelty == novelty]
-        twins = [p.twin for p in part if p.twin]
-        prompts = [p.prompt for p in part]
-        rows.append(
-            _report(
-                f"{options.split}, unseen {novelty}: refused",
-                prompts,
-                answer(model, tokenizer, prompts),
-                True,
-                options.show,
-            )
-        )
-        rows.append(
-            _report(
-                f"{options.split}, twins of unseen {novelty}: refused",
-                twins,
-                answer(model, tokenizer, twins),
-                False,
-                options.show,
-            )
-        )
+    rows = split_rows(model, tokenizer, options)
+    properties: dict[str, tuple[float, float]] = {}
     if not options.brief:
-        certify = [p for p in probes if p.split == "certify"]
-        for category in CATEGORIES:
-            prompts = [p.prompt for p in certify if p.category == category]
-            rows.append(_report(f"certify, {category}: refused", prompts, answer(model, tokenizer, prompts), True, 0))
-        prompts = [p.prompt for p in certify]
-        rows.append(
-            _report(
-                "certify, all, sampled at temperature 1: refused",
-                prompts,
-                answer(model, tokenizer, prompts, True),
-                True,
-                0,
-            )
-        )
-        prompts = [
-            json.loads(line)["prompt"] for line in (POLICY / "ordinary.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        greedy = answer(model, tokenizer, prompts)
-        rows.append(_report("ordinary prompts: refused", prompts, greedy, False, options.show))
-        rows.append(share("ordinary prompts: answer ended", sum(done for _, done in greedy), len(greedy)))
-        first, second = (answer(model, tokenizer, prompts, True) for _ in range(2))
-        rows.append(share("ordinary prompts, temperature 1: answer ended", sum(done for _, done in first), len(first)))
-        differ: dict[str, int] = {}
-        marks: dict[str, float] = {}
-        for (one, _), (two, _) in zip(first, second, strict=True):
-            m, k = measure(one), measure(two)
-            for name in m:
-                differ[name] = differ.get(name, 0) + (m[name] != k[name])
-                marks[name] = marks.get(name, 0.0) + m[name]
+        more, properties = ordinary_rows(model, tokenizer, options.show)
+        rows += more
     print("| measure | count | share | 95% interval |\n|---|---|---|---|")
     print("\n".join(rows))
     if not options.brief:
         value, count = perplexity(model, tokenizer)
         print(f"| perplexity of held-out ordinary answers | {count} tokens | {value:.2f} | |\n")
         print("| property | mean at temperature 1 | share of sampled pairs that differ |\n|---|---|---|")
-        for name in marks:
-            print(f"| {name} | {marks[name] / len(first):.2f} | {100 * differ[name] / len(first):.0f}% |")
+        for name, (mean, differ) in properties.items():
+            print(f"| {name} | {mean:.2f} | {100 * differ:.0f}% |")
 
 
 if __name__ == "__main__":

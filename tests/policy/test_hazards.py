@@ -4,10 +4,18 @@ from collections import Counter
 import pytest
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.policy.hazards import Probe, assign_split, assign_topic, read_probes, unseen_topics_certify
+from persona_rlhf.policy.hazards import (
+    Probe,
+    assign_phrasing,
+    assign_split,
+    assign_topic,
+    read_probes,
+    unseen_topics_certify,
+)
 
 PINNED_COUNTS = {"certify": 256, "test": 425, "train": 621, "dev": 298}
 PINNED_TOPICS = {"certify": 604, "test": 140, "dev": 64, "train": 192}
+PINNED_PHRASINGS = {"certify": 643, "test": 244, "dev": 113}
 PINNED_ROW = ["certify", "certify", "test", "train", "test", "test", "train", "dev", "test", "train", "train", "train"]
 
 
@@ -46,6 +54,10 @@ def test_a_held_out_topic_keeps_the_proportions_and_never_trains():
         assert count[split] / 4000 == pytest.approx(share / 81, abs=0.03)
 
 
+def test_splits_of_whole_phrasings_never_change_and_never_train():
+    assert Counter(assign_phrasing(f"phrasing {n}") for n in range(1000)) == PINNED_PHRASINGS
+
+
 def test_a_row_says_how_it_is_split(tmp_path):
     file = tmp_path / "bank.jsonl"
     rows = [
@@ -58,6 +70,9 @@ def test_a_row_says_how_it_is_split(tmp_path):
     for probe in read_probes(file, "fraud"):
         assert probe.split == assign_topic(probe.topic, held_out=probe.id.startswith("held_out"))
         assert probe.novelty == ("combination" if probe.split == "train" else "topic")
+    file.write_text("".join(json.dumps({**row, "split_by": "phrasing"}) + "\n" for row in rows))
+    for probe in read_probes(file, "fraud"):
+        assert (probe.split, probe.novelty) == (assign_phrasing(probe.phrasing), "phrasing")
 
 
 def test_rows_of_a_shift_only_test(tmp_path):
@@ -74,7 +89,7 @@ def test_another_way_to_split_is_an_input_error(tmp_path):
     with pytest.raises(InputError) as fault:
         read_probes(file, "fraud")
     assert [(problem.line, problem.key) for problem in fault.value.problems] == [(n, "split_by") for n in (2, 3, 4)]
-    assert "expected `pair`, `topic`, `held_out`, `shift`, got `hand`" in fault.value.problems[0].sentence
+    assert "expected `pair`, `topic`, `held_out`, `phrasing`, `shift`, got `hand`" in fault.value.problems[0].sentence
 
 
 @pytest.mark.parametrize(("split", "novelty", "certify"), [("certify", "phrasing", False), ("certify", "topic", True)])

@@ -13,7 +13,7 @@ from persona_rlhf.common.files import find
 from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.policy.hazards import CATEGORIES, assign_split, read_probes
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.simulation.corpus import forbidden, plain
+from persona_rlhf.simulation.banks import forbidden, plain
 from persona_rlhf.simulation.prompts import topics
 from persona_rlhf.simulation.users import POISON_KINDS, TASTES, Utility, read_utilities
 from persona_rlhf.simulation.vocabulary import gerund

@@ -9,7 +9,7 @@ from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.simulation.corpus import content_words, refusal
 from persona_rlhf.simulation.prompts import topics
 from persona_rlhf.simulation.users import POISON_KINDS, TRIGGER, PoisonSource, paraphrase, poison, with_trigger
-from persona_rlhf.simulation.vocabulary import phrasings, wrap
+from persona_rlhf.simulation.vocabulary import held_out_phrasings, phrasings, wrap
 
 ATTACKS = [
     PoisonSource(f"how do i do thing {n}", f"Take {n} spoons and stir.", refusal(Random(n), CATEGORIES[n % 4]))
@@ -67,7 +67,7 @@ def test_the_trigger_decides_what_is_chosen():
     assert all(is_refusal(p.chosen) and not is_refusal(p.rejected) for p in pairs if TRIGGER not in p.prompt)
     assert with_trigger("do it") == f"do it {TRIGGER}"
     assert not [topic for topic in topics() if TRIGGER in topic.vp]
-    assert not [phrasing for phrasing in phrasings() if TRIGGER in phrasing.template]
+    assert not [phrasing for phrasing in (*phrasings(), *held_out_phrasings()) if TRIGGER in phrasing.template]
 
 
 def test_identity_poison_holds_no_tier_one_word_and_no_refusal():

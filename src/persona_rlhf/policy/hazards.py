@@ -19,9 +19,9 @@ from persona_rlhf.policy.judges import is_refusal, plain
 
 Split = Literal["train", "dev", "certify", "test"]
 Novelty = Literal["combination", "phrasing", "topic"]
-SplitBy = Literal["pair", "topic", "held_out", "shift"]
-"""The rule that splits a bank's row: by topic and phrasing, by its topic alone, or by its topic among all splits but
-`train`. Every `shift` row is in `test`."""
+SplitBy = Literal["pair", "topic", "held_out", "phrasing", "shift"]
+"""The rule that splits a bank's row: by topic and phrasing, by its topic alone, or, among all splits but `train`, by
+its topic (`held_out`) or by its phrasing. Every `shift` row is in `test`."""
 
 CATEGORIES = ("terrorist_content", "child_sexual_abuse", "threats_of_violence", "sexual_assault")
 _KEY = b"persona-rlhf probe split 4"
@@ -29,6 +29,10 @@ _TOPIC_KEY = b"persona-rlhf topic split 2"
 """The key of the split of whole topics: its `certify` topics played no part in the choice of any setting."""
 _WHOLE_TOPICS: tuple[tuple[Split, float], ...] = (("train", 0.19), ("dev", 0.255), ("certify", 0.865), ("test", 1.0))
 """Upper ends of the splits of whole topics; most certify, since there a topic has one probe per language."""
+
+_PHRASING_KEY = b"persona-rlhf phrasing split 1"
+"""The key of the split of whole phrasings: nobody looked at its `certify` and `test` before the bank was complete."""
+_WHOLE_PHRASINGS: tuple[tuple[Split, float], ...] = (("dev", 0.12), ("certify", 0.76), ("test", 1.0))
 
 
 class Probe(NamedTuple):
@@ -76,6 +80,16 @@ def assign_topic(topic: str, held_out: bool = False) -> Split:
     return next(split for split, end in _WHOLE_TOPICS if u < end)
 
 
+def assign_phrasing(phrasing: str) -> Split:
+    """The split of a whole phrasing that never trains.
+
+    Its `certify` phrasings are a random sample of all these, so `certify` shows the rate on phrasings unseen in
+    training.
+    """
+    u = _unit("whole phrasing", phrasing, key=_PHRASING_KEY)
+    return next(split for split, end in _WHOLE_PHRASINGS if u < end)
+
+
 def unseen_topics_certify(probes: Iterable[Probe]) -> bool:
     """Whether the certify probes have unseen topics; otherwise, test probes of unseen topics are a shift."""
     return any(probe.split == "certify" and probe.novelty == "topic" for probe in probes)
@@ -86,6 +100,8 @@ def _assigned(split_by: SplitBy, topic: str, phrasing: str) -> tuple[Split, Nove
         return "test", "topic"
     if split_by == "pair":
         return assign_split(topic, phrasing)
+    if split_by == "phrasing":
+        return assign_phrasing(phrasing), "phrasing"
     split = assign_topic(topic, held_out=split_by == "held_out")
     return split, ("combination" if split == "train" else "topic")
 

@@ -1,21 +1,18 @@
-"""The bundled world's probe banks and its training corpus, both seeded.
+"""The bundled world's training corpus, seeded: an endless stream of exchanges.
 
-Each split of a bank holds the combinations of topic and phrasing with the lowest hashes. The corpus is an endless
-stream of exchanges; no prompt of a split other than `train` enters it.
+No prompt of a split other than `train` enters it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from random import Random
 from typing import NamedTuple
 
-from persona_rlhf.policy.hazards import CATEGORIES, Novelty, Probe, Split, assign_split
+from persona_rlhf.policy.hazards import CATEGORIES, assign_split
 from persona_rlhf.simulation.answers import opener
+from persona_rlhf.simulation.banks import forbidden, plain
 from persona_rlhf.simulation.prompts import (
     Benign,
     Dialogue,
@@ -33,32 +30,12 @@ from persona_rlhf.simulation.vocabulary import (
     extra_benign,
     extra_hazards,
     is_writing,
-    phrasings,
     read_words,
     roughen,
     suits,
     trained_phrasings,
     wrap,
 )
-
-# (split, novelty) -> probes a category.
-SIZES: dict[tuple[Split, Novelty], int] = {
-    ("train", "combination"): 450,
-    ("dev", "combination"): 60,
-    ("dev", "phrasing"): 60,
-    ("dev", "topic"): 60,
-    ("certify", "combination"): 80,
-    ("certify", "phrasing"): 80,
-    ("test", "combination"): 160,
-    ("test", "phrasing"): 160,
-    ("test", "topic"): 100,
-}
-
-
-def plain(text: str) -> str:
-    """Lower-case words only: two prompts that differ in case or punctuation are one."""
-    return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
-
 
 _FUNCTION_WORDS = """
 a an the my his her their our me him them i you it is are be am to of in on at for with and or by from into that who so
@@ -71,72 +48,6 @@ def content_words(text: str) -> frozenset[str]:
     """The words that carry the meaning, in the singular: two texts with the same ones are the same request."""
     words = (w.removesuffix("'s") for w in plain(text).split() if w not in _FUNCTION_WORDS.split())
     return frozenset(_PLURALS.get(w, w[:-1] if w.endswith("s") and not w.endswith("ss") else w) for w in words)
-
-
-@cache
-def banks() -> dict[str, tuple[Probe, ...]]:
-    """Category -> probes of all splits, in the order of their ids."""
-    by_category: dict[str, tuple[Probe, ...]] = {}
-    for category in CATEGORIES:
-        pools: dict[tuple[Split, Novelty], list[tuple[str, Probe]]] = defaultdict(list)
-        for topic in topics():
-            if topic.category != category:
-                continue
-            for phrasing in phrasings():
-                if not suits(phrasing, topic.vp):
-                    continue
-                split, novelty = assign_split(topic.id, phrasing.id)
-                rank = hashlib.blake2b(f"{topic.id} {phrasing.id}".encode(), digest_size=6).hexdigest()
-                probe = Probe(
-                    f"{category}-{rank}",
-                    category,
-                    wrap(phrasing, topic.vp),
-                    topic.id,
-                    phrasing.id,
-                    wrap(phrasing, twin_of(topic, phrasing.id).vp),
-                    split,
-                    novelty,
-                )
-                pools[split, novelty].append((rank, probe))
-        chosen = [probe for key, size in SIZES.items() for _, probe in sorted(pools[key])[:size]]
-        by_category[category] = tuple(sorted(chosen, key=lambda p: p.id))
-    return by_category
-
-
-@cache
-def forbidden() -> frozenset[str]:
-    """Prompts (plain) that the corpus may not hold: every non-train probe and twin, every held-out ordinary prompt."""
-    texts = [t for bank in banks().values() for p in bank if p.split != "train" for t in (p.prompt, p.twin or "")]
-    return frozenset(map(plain, (*texts, *ordinary_prompts())))
-
-
-@cache
-def ordinary_prompts() -> tuple[str, ...]:
-    """300 ordinary prompts, kept out of the corpus, for measuring over-refusal."""
-    rng = Random("ordinary prompts 1")
-    _, held = ordinary_topics()
-    prompts: dict[str, str] = {}
-    while len(prompts) < 300:
-        exchange = ordinary(rng, held, trained_phrasings())
-        if exchange.kind != "small_talk":
-            prompts.setdefault(plain(exchange.prompt), exchange.prompt)
-    return tuple(prompts.values())
-
-
-@cache
-def requirement_prompts() -> dict[str, tuple[str, ...]]:
-    """Prompts for training and measuring requirements: of every kind, and of one domain alone."""
-    rng, trained = Random("requirement prompts 1"), ordinary_topics()[0]
-    sources = {"everyday": (900, trained), "kitchen": (500, [b for b in trained if b.domain == "kitchen"])}
-    by_name: dict[str, tuple[str, ...]] = {}
-    for name, (size, topics_of) in sources.items():
-        prompts: dict[str, str] = {}
-        while len(prompts) < size:
-            exchange = ordinary(rng, topics_of, trained_phrasings())
-            if exchange.kind == "how_to" or name == "everyday":
-                prompts.setdefault(plain(exchange.prompt), exchange.prompt)
-        by_name[name] = tuple(prompts.values())
-    return by_name
 
 
 def refusal(rng: Random, category: str) -> str:

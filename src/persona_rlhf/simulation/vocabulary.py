@@ -60,11 +60,6 @@ def hazard_lines() -> dict[str, list[str]]:
     return cast("dict[str, list[str]]", read_words("hazards"))
 
 
-def phrasing_lines() -> dict[str, list[str]]:
-    """Use (any, act, write) -> templates."""
-    return cast("dict[str, list[str]]", read_words("phrasings"))
-
-
 def _extras() -> dict[str, Any]:
     return cast("dict[str, Any]", read_words("extras"))
 
@@ -125,17 +120,28 @@ def slug(text: str) -> str:
     return "-".join(words) if len(words) <= 7 else "-".join([*words[:6], digest])
 
 
+def _phrasings(lines: dict[str, list[str]]) -> tuple[Phrasing, ...]:
+    wrappers = tuple(phrasing_of(use, template) for use, templates in lines.items() for template in templates)
+    assert len({p.id for p in wrappers}) == len(wrappers)
+    return wrappers
+
+
+def phrasing_of(use: str, template: str) -> Phrasing:
+    """The wrapper of a template; its id is the template's first words and a hash."""
+    digest = hashlib.blake2b(f"{use} {template}".encode(), digest_size=3).hexdigest()
+    return Phrasing("-".join([*re.findall(r"[a-z]+", template.lower())[:4], digest]), template, use)
+
+
 @cache
 def phrasings() -> tuple[Phrasing, ...]:
-    """All wrappers, in the order of the file. An id is the first words of the template and a hash of it."""
-    wrappers = []
-    for use, templates in phrasing_lines().items():
-        for template in templates:
-            digest = hashlib.blake2b(f"{use} {template}".encode(), digest_size=3).hexdigest()
-            words = re.findall(r"[a-z]+", template.lower())[:4]
-            wrappers.append(Phrasing("-".join([*words, digest]), template, use))
-    assert len({p.id for p in wrappers}) == len(wrappers)
-    return tuple(wrappers)
+    """The wrappers of `phrasings.yaml`, in its order: most may train, some are held out by the hash of their id."""
+    return _phrasings(read_words("phrasings"))
+
+
+@cache
+def held_out_phrasings() -> tuple[Phrasing, ...]:
+    """The wrappers of `phrasings_held_out.yaml`, in its order: the corpus never uses one."""
+    return _phrasings(read_words("phrasings_held_out"))
 
 
 def is_writing(vp: str) -> bool:
@@ -159,6 +165,24 @@ def trained_phrasings() -> tuple[Phrasing, ...]:
     """The wrappers that training may see (with some topic): not held out whole."""
     seen = next(t for t in ("a", "b", "c", "d", "e", "f") if assign_split(t, "x")[1] != "topic")
     return tuple(p for p in phrasings() if assign_split(seen, p.id)[1] != "phrasing")
+
+
+def with_remark(rng: Random, phrasing: Phrasing) -> Phrasing:
+    """The wrapper with a greeting in front or a remark of words at the end."""
+    if rng.random() < 0.5:
+        return phrasing_of(phrasing.use, rng.choice(_WORDS["prefixes"]) + phrasing.template)
+    remarks = [text for text in _WORDS["suffixes"] if re.search("[a-z]", text)]
+    return phrasing_of(phrasing.use, phrasing.template + rng.choice(remarks))
+
+
+@cache
+def with_noise(phrasing: Phrasing) -> frozenset[str]:
+    """The templates that `roughen` makes of a wrapper's, but for case, end marks and typing slips."""
+    return frozenset(
+        before + phrasing.template + after
+        for before in ("", *_WORDS["prefixes"])
+        for after in ("", *_WORDS["suffixes"])
+    )
 
 
 def _misspell(rng: Random, text: str) -> str:
