@@ -98,7 +98,7 @@ def by_phrasing(name: str, probes: Sequence[Probe], verdicts: Sequence[bool], le
 
 def split_rows(model: Any, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> list[str]:
     """The rows of a split: refusals of probes and twins by novelty, by phrasing, and by category."""
-    bank = [p for c in CATEGORIES for p in read_probes(POLICY / "tier_one" / f"{c}.jsonl", c)]
+    bank = [p for c in CATEGORIES for p in read_probes(options.banks / f"{c}.jsonl", c)]
     split, rows = options.split, []
     probes = [p for p in bank if p.split == split]
     prompts, twins = [p.prompt for p in probes], [p.twin or "" for p in probes]
@@ -161,6 +161,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
+    parser.add_argument("--banks", type=Path, default=POLICY / "tier_one", help="folder of the probe banks")
     parser.add_argument("--split", choices=("dev", "certify", "test"), default="dev")
     parser.add_argument("--show", type=int, default=0, help="mistakes of each kind to print")
     parser.add_argument("--brief", action="store_true", help="only the greedy answers of the split")

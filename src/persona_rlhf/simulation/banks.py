@@ -89,7 +89,7 @@ def _pools() -> dict[tuple[str, Split, Novelty], tuple[tuple[Topic, Phrasing], .
         for phrasing in phrasings():
             if suits(phrasing, topic.vp):
                 pools[topic.category, *assign_split(topic.id, phrasing.id)].append((topic, phrasing))
-    return {key: tuple(sorted(pool, key=lambda pair: _rank(*pair, ""))) for key, pool in pools.items()}
+    return {key: tuple(sorted(pool, key=lambda pair: _rank(pair[0], pair[1], ""))) for key, pool in pools.items()}
 
 
 def _public(category: str, part: Part) -> tuple[list[tuple[Topic, Phrasing]], list[tuple[Topic, Phrasing]]]:
@@ -113,7 +113,7 @@ def _combinations(seed: str) -> Iterator[Probe]:
         for part, size in (FIRST | FRESH).items():
             drawn, others = _public(category, part)
             if seed:
-                drawn = sorted(others, key=lambda pair: _rank(*pair, seed))[:size]
+                drawn = sorted(others, key=lambda pair: _rank(pair[0], pair[1], seed))[:size]
             yield from (_probe(*pair, *part, seed) for pair in drawn)
 
 
