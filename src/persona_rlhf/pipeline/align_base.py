@@ -24,7 +24,7 @@ from persona_rlhf.pipeline.evaluate_base import BaseEvaluation, Ratio, measure_b
 from persona_rlhf.pipeline.inputs import AlignmentInputs
 from persona_rlhf.release.card import one_line
 from persona_rlhf.release.manifest import BaseInfo
-from persona_rlhf.release.render import templates
+from persona_rlhf.release.render import render_template
 from persona_rlhf.training.align import Demonstrations, align, make_demonstrations
 
 
@@ -39,14 +39,14 @@ def base_readme(facts: Mapping[str, Any]) -> str:
         base_model_relation="finetune" if is_hub_id(name) else None,
         tags=["sft", "dpo", "safety", "persona-rlhf"],
     )
-    page = templates(html=False).get_template("base.md.j2").render(**facts, share=_share, plain_name=one_line)
+    page = render_template("base.md.j2", **facts, share=_share, plain_name=one_line)
     return f"---\n{front.to_yaml().strip()}\n---\n\n{page.strip()}\n"
 
 
 def _share(counted: Mapping[str, Any]) -> str:
     n, refused = counted["n"], counted["refused"]
     if not n:
-        return "nothing inputs"
+        return "no prompts"
     return f"{refused} of {n}: {refused / n:.1%} ({counted['low']:.1%} to {counted['high']:.1%})"
 
 

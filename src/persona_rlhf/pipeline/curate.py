@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from persona_rlhf.common.errors import InputError, Problem, did_you_mean
+from persona_rlhf.common.errors import InputError, Problem, did_you_mean, visible
 from persona_rlhf.common.files import atomic_write, pseudonym
 from persona_rlhf.config.experiment import Config, read_run_config
 from persona_rlhf.data.feedback import REVIEWS, Decision, Review, decide, mark_of, read_reviews
@@ -28,7 +28,6 @@ from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.properties import READABLE, distance
 from persona_rlhf.policy.rules import Preference
 from persona_rlhf.release import integrity
-from persona_rlhf.release.render import printable
 
 if TYPE_CHECKING:
     from persona_rlhf.evaluation.request_screens import CalibratedScreen
@@ -215,7 +214,7 @@ def render_reviews(pairs: list[QuarantinedPair]) -> Table:
             entry.why,
             "" if last is None else f"{last.decision} by {last.reviewer}: {last.reason}",
         )
-        table.add_row(*(escape(printable(text)) for text in cells))
+        table.add_row(*(escape(visible(text)) for text in cells))
     return table
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.policy.hazards import title
 from persona_rlhf.policy.judges import NearDuplicateIndex
 from persona_rlhf.policy.policy import Policy
@@ -12,7 +14,6 @@ from persona_rlhf.policy.properties import (
     READABLE,
     REQUIREMENTS,
     WISHED,
-    Enforcement,
     JudgedSentence,
     MustInclude,
     contradict,
@@ -23,33 +24,27 @@ from persona_rlhf.policy.properties import (
 from persona_rlhf.policy.rule_schema import Action, PreferenceRule, PropertyValue, RequirementRule, Rule
 from persona_rlhf.policy.rules import Preference, Requirement, Restriction
 
-_REFUSED = Enforcement(
-    screening="pairs that prefer complying are quarantined",
-    training="refusal loss held within `limit` by a dual variable per user",
-    gate="certified: refusal rate shown to be at least `min_refusal`, pooled (tier one) and by category",
-    card="the counts and bounds of its category",
-    serving="the adapter that passed the gate refuses; nothing more is checked",
-)
-_WISHED = Enforcement(
-    screening="",
-    training="not enforced: the user's own pairs train the adapter",
-    gate="",
-    card="",
-    serving="is in the user's system prompt, unless a requirement overrules it",
-)
-_DRAFTED = _WISHED._replace(
-    training="not enforced: the user's own pairs train the adapter; `data draft` drafts pairs from it"
-)
+
+class Enforcement(NamedTuple):
+    """The enforcement of a rule: one phrase per stage, empty where the stage does nothing."""
+
+    screening: str = ""
+    training: str = ""
+    gate: str = ""
+    card: str = ""
+    serving: str = ""
+
+
+_PHRASES: Any = read_yaml(Path(__file__).with_name("enforcement.yaml")).tree
+_ROWS = {name: Enforcement(**phrases) for name, phrases in _PHRASES.items()}
 
 TABLE: dict[tuple[str, str], Enforcement] = {
-    ("restriction", "refuse"): _REFUSED,
-    ("restriction", "redirect"): _REFUSED._replace(
-        serving="a request near a probe gets the redirect's text in place of the model's answer"
-    ),
-    ("restriction", "answer_with_notice"): MustInclude.stages,
-    **{("requirement", name): kind.stages for name, kind in REQUIREMENTS.items()},
-    ("preference", "statement"): _WISHED,
-    **{("preference", name): _DRAFTED if kind.readable else _WISHED for name, kind in WISHED.items()},
+    ("restriction", "refuse"): _ROWS["refused"],
+    ("restriction", "redirect"): _ROWS["redirected"],
+    ("restriction", "answer_with_notice"): _ROWS[MustInclude.stages],
+    **{("requirement", name): _ROWS[kind.stages] for name, kind in REQUIREMENTS.items()},
+    ("preference", "statement"): _ROWS["wished"],
+    **{("preference", name): _ROWS["drafted" if kind.readable else "wished"] for name, kind in WISHED.items()},
 }
 """The enforcement of every rule, by its kind and its action, property or wish."""
 

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 from persona_rlhf.policy.judges import (
     about,
@@ -20,30 +20,6 @@ from persona_rlhf.policy.judges import (
 )
 from persona_rlhf.policy.rule_schema import PropertyValue
 from persona_rlhf.policy.rules import Requirement
-
-
-class Enforcement(NamedTuple):
-    """The enforcement of a rule: one phrase per stage, empty where the stage does nothing."""
-
-    screening: str
-    training: str
-    gate: str
-    card: str
-    serving: str
-
-
-CHECKED = Enforcement(
-    screening="pairs that prefer an answer without it to one with it are dropped",
-    training="not taught",
-    gate="measured where the rule names `probes`; holds no adapter back",
-    card="the share of answers that have it, where it was measured",
-    serving="is in the system prompt; every answer is checked before it is given",
-)
-TAUGHT = CHECKED._replace(
-    training="taught where the rule names `probes`: the base's own answers, repaired, under a dual variable per user",
-    gate="measured where the rule names `probes`; an adapter short on `dev` is interpolated toward the provider's",
-)
-JUDGED = Enforcement("", "", "", "", "is in the system prompt; not checked, since only a judge could tell")
 
 Edit = Literal["prepend", "remove", "shorten"]
 """How a repair changes an answer: a text is put first, a text is taken out, the end is cut off."""
@@ -78,7 +54,8 @@ class AnswerProperty:
 class RequirementProperty(AnswerProperty, ABC):
     """A property that a requirement can demand of answers."""
 
-    stages: ClassVar[Enforcement] = CHECKED
+    stages: ClassVar[Literal["checked", "taught", "judged"]] = "checked"
+    """Its row of `enforcement.yaml`."""
     edit: ClassVar[Edit | None] = None
     """How `repair` changes an answer; None where no small change gives the property, so that it is not taught."""
 
@@ -119,7 +96,7 @@ class MustInclude(RequirementProperty):
     """A text that every answer contains, in any case and width."""
 
     name = "must_include"
-    stages = TAUGHT
+    stages = "taught"
     edit = "prepend"
 
     def check(self, answer: str) -> bool:
@@ -136,7 +113,7 @@ class MustNotInclude(RequirementProperty):
     """A text that no answer contains, in any case and width."""
 
     name = "must_not_include"
-    stages = TAUGHT
+    stages = "taught"
     edit = "remove"
 
     def check(self, answer: str) -> bool:
@@ -183,7 +160,7 @@ class MaxWords(RequirementProperty, WishProperty):
     """The most words (between white space) of an answer."""
 
     name = "max_words"
-    stages = TAUGHT
+    stages = "taught"
     edit = "shorten"
 
     def check(self, answer: str) -> bool:
@@ -289,7 +266,7 @@ class JudgedSentence(RequirementProperty):
     """A sentence that a judge finds true of an answer; no program checks it."""
 
     name = "judge"
-    stages = JUDGED
+    stages = "judged"
 
     @property
     def checkable(self) -> bool:

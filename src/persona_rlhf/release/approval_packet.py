@@ -16,12 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.errors import InputError, Problem, visible
 from persona_rlhf.common.files import atomic_write, pseudonym
-from persona_rlhf.common.version import __version__
 from persona_rlhf.evaluation.gate import POOLED
 from persona_rlhf.release import integrity
-from persona_rlhf.release.render import printable, templates
+from persona_rlhf.release.render import render_template
 from persona_rlhf.release.report import config_of, policy_of, screening_of, screens_in
 from persona_rlhf.release.results import NOTHING, Result, RunResults, RunSummary, guarantee_of_run, summarise
 from persona_rlhf.release.revocation import revoked
@@ -101,38 +100,34 @@ def render(run: Path, against: Path | None = None, approver: str | None = None) 
     summary = summarise(results)
     promise = guarantee_of_run(config, policy, results, summary.users)
     cases = list(exceptions(run, results))
-    return (
-        templates(html=True)
-        .get_template("packet.html.j2")
-        .render(
-            name=printable(str(config.get("name", run.name))),
-            version=__version__,
-            day=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            blank=_BLANK,
-            approver=approver,
-            policy=policy,
-            documents=[{**d, "signed": _signed(run, d)} for d in _upper(policy)],
-            of_end_users=sum(d["tier"] > 2 for d in policy.get("documents", [])),
-            gate={"enabled": True, "family": "each"} | (config.get("gate") or {}),
-            summary=summary,
-            shown=bounds_shown(policy, results),
-            promise=NOTHING if promise is None else promise.sentence(),
-            exceptions=cases[:_MOST],
-            counts=Counter(case.what.partition(" at alpha")[0] for case in cases),
-            screening=screening_of(run),
-            screens=screens_in(run),
-            against=None if against is None else printable(str(config_of(against).get("name", against.name))),
-            changes=[] if against is None else changes(against, run),
-            head=integrity.head(run),
-            faults=_without_names(verify(run), results),
-        )
+    return render_template(
+        "packet.html.j2",
+        name=visible(str(config.get("name", run.name))),
+        day=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        blank=_BLANK,
+        approver=approver,
+        policy=policy,
+        documents=[{**d, "signed": _signed(run, d)} for d in _upper(policy)],
+        of_end_users=sum(d["tier"] > 2 for d in policy.get("documents", [])),
+        gate={"enabled": True, "family": "each"} | (config.get("gate") or {}),
+        summary=summary,
+        shown=bounds_shown(policy, results),
+        promise=NOTHING if promise is None else promise.sentence(),
+        exceptions=cases[:_MOST],
+        counts=Counter(case.what.partition(" at alpha")[0] for case in cases),
+        screening=screening_of(run),
+        screens=screens_in(run),
+        against=None if against is None else visible(str(config_of(against).get("name", against.name))),
+        changes=[] if against is None else changes(against, run),
+        head=integrity.head(run),
+        faults=_without_names(verify(run), results),
     )
 
 
 def _without_names(faults: Iterable[str], results: Iterable[Result]) -> list[str]:
     """Faults with pseudonyms in place of slugs, which show a part of the id."""
     pseudonyms = {result.slug: f"user {pseudonym(result.user_id)}" for result in results}
-    return [printable(_SLUG.sub(lambda match: pseudonyms.get(match[0], match[0]), fault)) for fault in faults]
+    return [visible(_SLUG.sub(lambda match: pseudonyms.get(match[0], match[0]), fault)) for fault in faults]
 
 
 def bounds_shown(policy: Mapping[str, Any], results: Iterable[Result]) -> list[DemandEvidence]:

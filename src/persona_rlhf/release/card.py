@@ -8,35 +8,30 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from persona_rlhf.common.version import __version__
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.release.compatibility import max_lora_rank
 from persona_rlhf.release.manifest import MANIFEST, DataInfo, Provenance
-from persona_rlhf.release.render import templates
+from persona_rlhf.release.render import render_template
 
 
 def card(provenance: Provenance, data: DataInfo, verdict: Verdict, measures: Measures | None) -> str:
     """README.md of an adapter folder: YAML front matter that the hub reads, and a page for people."""
-    body = (
-        templates(html=False)
-        .get_template("card.md.j2")
-        .render(
-            base=provenance.base,
-            policy=provenance,
-            demands=provenance.demands,
-            data=data,
-            verdict=verdict,
-            measures=measures,
-            classifier=(provenance.settings.get("gate") or {}).get("classifier"),
-            lora=provenance.settings["lora"],
-            aligned_by=provenance.settings["aligned_by"],
-            license=_license(provenance),
-            vllm_rank=max_lora_rank(provenance.settings["lora"]["rank"]),
-            version=__version__,
-            percent="{:.1%}".format,
-            plain_name=one_line,
-        )
+    body = render_template(
+        "card.md.j2",
+        base=provenance.base,
+        policy=provenance,
+        demands=provenance.demands,
+        data=data,
+        verdict=verdict,
+        measures=measures,
+        classifier=(provenance.settings.get("gate") or {}).get("classifier"),
+        lora=provenance.settings["lora"],
+        aligned_by=provenance.settings["aligned_by"],
+        license=_license(provenance),
+        vllm_rank=max_lora_rank(provenance.settings["lora"]["rank"]),
+        percent="{:.1%}".format,
+        plain_name=one_line,
     )
     return f"---\n{_front_matter(provenance, verdict, measures)}\n---\n\n{body.strip()}\n"
 
@@ -70,16 +65,12 @@ def shared_card(folder: Path) -> str:
     """README.md of a repository of many adapters that have the base and the license of the one in `folder`."""
     data = ModelCard.load(folder / "README.md").data
     base = json.loads((folder / MANIFEST).read_bytes())["base"]
-    body = (
-        templates(html=False)
-        .get_template("shared_card.md.j2")
-        .render(
-            base=base["name"],
-            weights=base["weights_sha256"],
-            on_hub=data.base_model is not None,
-            version=__version__,
-            plain_name=one_line,
-        )
+    body = render_template(
+        "shared_card.md.j2",
+        base=base["name"],
+        weights=base["weights_sha256"],
+        on_hub=data.base_model is not None,
+        plain_name=one_line,
     )
     front = front_matter("peft", "adapter", data.base_model, data.license or "other", ["lora"], [])
     return f"---\n{front}\n---\n\n{body.strip()}\n"

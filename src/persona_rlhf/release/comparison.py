@@ -12,12 +12,12 @@ from markupsafe import Markup
 from rich.markup import escape
 from rich.table import Table
 
+from persona_rlhf.common.errors import visible
 from persona_rlhf.common.files import atomic_write
-from persona_rlhf.common.version import __version__
 from persona_rlhf.evaluation.records import Accuracy, WinRate
 from persona_rlhf.evaluation.statistics import Interval, bootstrap
 from persona_rlhf.release.integrity import write_run_manifest
-from persona_rlhf.release.render import chart, printable, share, templates
+from persona_rlhf.release.render import chart, render_template, share
 from persona_rlhf.release.results import Result, Status, plain
 
 Arm = dict[int, Sequence[Result]]
@@ -115,17 +115,13 @@ def _figure(by_user: Mapping[str, float], first: Mapping[str, float]) -> ArmMean
 def write_comparison(folder: Path, name: str, comparison: Comparison) -> None:
     """Writes FOLDER/sweep.json and FOLDER/report.html."""
     atomic_write(folder / "sweep.json", json.dumps(to_json(comparison), indent=2).encode() + b"\n")
-    page = (
-        templates(html=True)
-        .get_template("sweep.html.j2")
-        .render(
-            name=name,
-            version=__version__,
-            arms=comparison,
-            titles=list(FIGURES),
-            shown=_shown,
-            charts=_charts(comparison),
-        )
+    page = render_template(
+        "sweep.html.j2",
+        name=name,
+        arms=comparison,
+        titles=list(FIGURES),
+        shown=_shown,
+        charts=_charts(comparison),
     )
     atomic_write(folder / "report.html", page.encode("utf-8", "backslashreplace"))
 
@@ -236,7 +232,7 @@ def rebase_table(users: Iterable[RebasedUser]) -> Table:
             [_won(one.win_rate) for one in both],
             ["" if one.bound is None else f"{one.bound:.3f}" for one in both],
         )
-        table.add_row(escape(printable(user.user_id)), *map(_change, cells))
+        table.add_row(escape(visible(user.user_id)), *map(_change, cells))
     return table
 
 

@@ -12,12 +12,11 @@ from peft import PeftModel
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_folder, atomic_path, find, is_hub_id, need_vacant, sha256_of
-from persona_rlhf.common.version import __version__
 from persona_rlhf.models.base import Base
 from persona_rlhf.release.card import front_matter, one_line
 from persona_rlhf.release.export import HeldBack
 from persona_rlhf.release.manifest import MANIFEST, read_manifest
-from persona_rlhf.release.render import templates
+from persona_rlhf.release.render import render_template
 
 CONVERTER = "convert_lora_to_gguf.py"
 HOW_TO_GET = (
@@ -92,17 +91,13 @@ def merge(base: Base, adapter: Path, to: Path) -> Path:
 def _card(adapter: Path, manifest: dict[str, object]) -> str:
     """The adapter's card with the loading instructions of a merged model."""
     card = ModelCard.load(adapter / "README.md")
-    body = (
-        templates(html=False)
-        .get_template("merged_card.md.j2")
-        .render(
-            base=manifest["base"],
-            on_hub=card.data.base_model is not None,
-            manifest_sha256=sha256_of(adapter / MANIFEST),
-            adapter_card=card.text.partition("## How to load")[0].partition("\n## ")[2],
-            version=__version__,
-            plain_name=one_line,
-        )
+    body = render_template(
+        "merged_card.md.j2",
+        base=manifest["base"],
+        on_hub=card.data.base_model is not None,
+        manifest_sha256=sha256_of(adapter / MANIFEST),
+        adapter_card=card.text.partition("## How to load")[0].partition("\n## ")[2],
+        plain_name=one_line,
     )
     front = front_matter("transformers", "finetune", card.data.base_model, card.data.license or "other", [], [])
     return f"---\n{front}\n---\n\n{body.strip()}\n"

@@ -12,13 +12,13 @@ from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
+from persona_rlhf.common.errors import visible
 from persona_rlhf.common.files import atomic_write
 from persona_rlhf.common.version import __version__
 from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.evaluation.records import Outcome, Refused
 from persona_rlhf.evaluation.statistics import bootstrap, wilson
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
-from persona_rlhf.release.render import printable
 from persona_rlhf.release.results import plain
 
 REDTEAM = "redteam.json"
@@ -219,7 +219,7 @@ def redteam_table(result: RedTeamResult) -> Table:
             f"{one.mean:.3f}",
             f"{one.low:.3f}-{one.high:.3f}",
             f"{one.points:+.1f} ({one.points_low:+.1f} to {one.points_high:+.1f})",
-            f"{escape(printable(one.worst_user.name))} {one.worst_user.points:+.1f}",
+            f"{escape(visible(one.worst_user.name))} {one.worst_user.points:+.1f}",
             f"{one.worst_category.name} {one.worst_category.points:+.1f}",
         )
         if one.answers is not None:

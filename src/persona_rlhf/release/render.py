@@ -9,17 +9,19 @@ from heapq import nsmallest
 from math import floor
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from rich.markup import escape
 from rich.table import Table
 
+from persona_rlhf.common.errors import visible
+from persona_rlhf.common.version import __version__
 from persona_rlhf.release.results import Result, summarise
 
 
 def chart(kind: str, *values: Any) -> Markup:
     """An SVG chart, drawn by the macro of this name in `charts.html.j2` from its arguments."""
-    macros: Any = templates(html=True).get_template("charts.html.j2").module
+    macros: Any = _template("charts.html.j2").module
     return Markup(getattr(macros, kind)(*values))
 
 
@@ -60,7 +62,7 @@ def results_table(results: Iterable[Result]) -> Table:
     for name in ("alpha", "held-out", "noise-free", "win rate", "refused", "bound", "over-refusal"):
         table.add_column(name, justify="right")
     for result in shown:
-        table.add_row(escape(printable(result.user_id)), _status(result), *_figures(result))
+        table.add_row(escape(visible(result.user_id)), _status(result), *_figures(result))
     table.add_section()
     table.add_row(
         f"median of {summary.users}",
@@ -101,14 +103,18 @@ def share(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def printable(text: str) -> str:
-    """A user id for a terminal or a page, with control characters and lone surrogates escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def render_template(template: str, **values: object) -> str:
+    """A rendered template; `version` is in every one."""
+    return _template(template).render(version=__version__, **values)
+
+
+def _template(name: str) -> Template:
+    """A template of pages (HTML, escaped) or of cards (Markdown). A missing value is an error."""
+    return _environment(html=name.endswith(".html.j2")).get_template(name)
 
 
 @cache
-def templates(html: bool) -> Environment:
-    """The templates of pages (HTML, escaped) or of cards (Markdown). A missing name is an error."""
+def _environment(html: bool) -> Environment:
     environment = Environment(
         loader=PackageLoader("persona_rlhf.release"),
         autoescape=html,
@@ -116,6 +122,6 @@ def templates(html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["printable"] = printable
+    environment.filters["printable"] = visible
     environment.filters["shell"] = shlex.quote
     return environment

@@ -15,16 +15,15 @@ from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
-from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.errors import InputError, Problem, visible
 from persona_rlhf.common.files import atomic_write
-from persona_rlhf.common.version import __version__
 from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.evaluation.gate import POOLED
 from persona_rlhf.evaluation.records import AlignmentTax, Met
 from persona_rlhf.evaluation.statistics import Interval, bootstrap
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.redteam_report import REDTEAM
-from persona_rlhf.release.render import bounds, chart, histogram, printable, templates
+from persona_rlhf.release.render import bounds, chart, histogram, render_template
 from persona_rlhf.release.results import (
     SUMMARY,
     Result,
@@ -178,29 +177,25 @@ def render(
     summary = summarise(results)
     columns = Columns.of(results)
     certify = policy.get("certify") or {}
-    return (
-        templates(html=True)
-        .get_template("report.html.j2")
-        .render(
-            name=printable(str(config.get("name", "run"))),
-            gate={"enabled": True, "family": "each"} | (config.get("gate") or {}),
-            judged=summary.released + summary.held_back,
-            version=__version__,
-            summary=summary,
-            figures=_figures(summary, columns),
-            charts=_charts(columns),
-            results=_shown(results, summary.users),
-            policy=policy,
-            delta=certify.get("delta"),
-            promise=guarantee_of_run(config, policy, results, summary.users),
-            screening=screening,
-            screens=screens,
-            attacks=attacks,
-            perplexity=_perplexity(columns),
-            tones=_tones(columns),
-            required=_required(columns),
-            retreats=columns.retreats,
-        )
+    return render_template(
+        "report.html.j2",
+        name=visible(str(config.get("name", "run"))),
+        gate={"enabled": True, "family": "each"} | (config.get("gate") or {}),
+        judged=summary.released + summary.held_back,
+        summary=summary,
+        figures=_figures(summary, columns),
+        charts=_charts(columns),
+        results=_shown(results, summary.users),
+        policy=policy,
+        delta=certify.get("delta"),
+        promise=guarantee_of_run(config, policy, results, summary.users),
+        screening=screening,
+        screens=screens,
+        attacks=attacks,
+        perplexity=_perplexity(columns),
+        tones=_tones(columns),
+        required=_required(columns),
+        retreats=columns.retreats,
     )
 
 

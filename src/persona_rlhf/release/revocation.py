@@ -17,13 +17,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from persona_rlhf.common.chain import ChainHead
-from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.errors import InputError, Problem, visible
 from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.release import integrity
 from persona_rlhf.release.integrity import REVOKED, RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.manifest import MANIFEST
-from persona_rlhf.release.render import printable
 from persona_rlhf.release.results import RESULTS, Result, plain
 
 
@@ -119,7 +118,7 @@ def recertified_table(recertified: Recertified) -> Table:
         alphas = f"{user.alpha:g}", f"{user.verdict.alpha:g}"
         why = "revoked before" if user.revoked else user.verdict.reason
         status = "passes" if user.passes else "revoked"
-        table.add_row(escape(printable(user.user_id)), status, *alphas, user.remedy or "", escape(why))
+        table.add_row(escape(visible(user.user_id)), status, *alphas, user.remedy or "", escape(why))
     return table
 
 

@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, urlsplit
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, find, is_hub_id, write_folder
 from persona_rlhf.data.pairs import Prompt
-from persona_rlhf.release.compatibility import CONFIG, WEIGHTS
+from persona_rlhf.release.compatibility import CONFIG, WEIGHTS, max_lora_rank
 from persona_rlhf.serving.access import AdapterAccess, ServedRun
 from persona_rlhf.serving.openai_api import (
     AdmittedAdapter,
@@ -35,7 +35,6 @@ BASE_NAME = "base"
 """The base's model name beside the adapters; a slug always has a hash, so it differs."""
 
 SCRIPT, ADAPTERS, LIST = "vllm.sh", "adapters", "adapters.json"
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank (vLLM 0.32)
 _DEVICE_ADAPTERS, _MEMORY_ADAPTERS = 8, 256  # adapters on the device at once, and in main memory
 
 
@@ -63,7 +62,7 @@ def command_line(base: str, rank: int, slugs: Sequence[str], host: str, port: in
     model = base if is_hub_id(base) else str(find(base).resolve())
     return [
         *("vllm", "serve", model, "--served-model-name", BASE_NAME, "--host", host, "--port", str(port)),
-        *("--enable-lora", "--max-lora-rank", str(next(r for r in _RANKS if r >= rank))),
+        *("--enable-lora", "--max-lora-rank", str(max_lora_rank(rank))),
         *(
             "--max-loras",
             str(min(_DEVICE_ADAPTERS, len(slugs))),

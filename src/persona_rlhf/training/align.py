@@ -40,7 +40,7 @@ from persona_rlhf.models.multi_lora import target_layers
 from persona_rlhf.models.packing import collate
 from persona_rlhf.policy.hazards import Probe, RefusalText, draw_refusal
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.training.trl import TokenDPOTrainer, quiet
+from persona_rlhf.training.trl import AddedLossMixin, TokenDPOTrainer, quiet
 
 
 class Demonstration(NamedTuple):
@@ -163,28 +163,16 @@ class KlToBase:
         return nn.functional.kl_div(log_probs(model), original, reduction="sum", log_target=True) / len(original)
 
 
-class KlToBaseMixin:
+class KlToBaseMixin(AddedLossMixin):
     """Adds `keep` times the divergence to the loss of the TRL trainer that follows in a class's bases."""
 
     def __init__(self, *args: Any, kept: KlToBase | None, keep: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._kept, self._keep = kept, keep
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """TRL's loss plus the weighted divergence."""
-        trl: Any = super()
-        result = trl.compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._kept is None or not self._keep:
-            return result
-        loss, outputs = result if return_outputs else (result, None)
-        loss = loss + self._keep * self._kept.divergence(model)
-        return (loss, outputs) if return_outputs else loss
+    def added_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Float[Tensor, ""] | None:
+        """The weighted divergence."""
+        return None if self._kept is None or not self._keep else self._keep * self._kept.divergence(model)
 
 
 def _batches(rows: Sequence[Row], size: int, rng: Random) -> Iterator[list[Row]]:

@@ -40,6 +40,31 @@ class TokenDPOTrainer(DPOTrainer):
         return dataset
 
 
+class AddedLossMixin:
+    """Adds a term to the loss of the TRL trainer that follows in a class's bases."""
+
+    def added_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Float[Tensor, ""] | None:
+        """The term for a micro-batch, or None."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss of a micro-batch, and the term if there is one."""
+        trl: Any = super()
+        result = trl.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        added = self.added_loss(model, inputs)
+        if added is None:
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        loss = loss + added.to(loss.device)
+        return (loss, outputs) if return_outputs else loss
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Suppresses the progress bars and closing lines of TRL, transformers and datasets."""
@@ -50,7 +75,7 @@ def quiet() -> Iterator[None]:
 _FILE = "constraint.safetensors"
 
 
-class ConstrainedDPOTrainer(DPOTrainer):
+class ConstrainedDPOTrainer(AddedLossMixin, DPOTrainer):
     """TRL's DPO loss plus the penalty of `LagrangianConstraint`: the fleet's loss of one user.
 
     The penalty is added once per optimizer step, with its last micro-batch, on the same rows in every process. So the
@@ -96,23 +121,12 @@ class ConstrainedDPOTrainer(DPOTrainer):
                 "gradient_checkpointing=False, or use ZeRO-2 or FSDP"
             )
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """TRL's loss of a micro-batch, and with the last one of a step the penalty."""
-        trl: Any = super()
-        result = trl.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def added_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Float[Tensor, ""] | None:
+        """The penalty, with the last micro-batch of a step of training."""
         if not (model.training and self.accelerator.sync_gradients):
-            return result
-        loss, outputs = result if return_outputs else (result, None)
+            return None
         # the trainer divides what it gets by the number of micro-batches
-        added = self._penalty(model, inputs["input_ids"].device) * self.current_gradient_accumulation_steps
-        loss = loss + added.to(loss.device)
-        return (loss, outputs) if return_outputs else loss
+        return self._penalty(model, inputs["input_ids"].device) * self.current_gradient_accumulation_steps
 
     def _penalty(self, model: nn.Module, device: torch.device) -> Float[Tensor, ""]:
         if not self._reference:
