@@ -75,10 +75,10 @@ def test_read_names_every_fault_at_once(tmp_path):
     with pytest.raises(InputError) as caught:
         read_utilities(file)
     text = str(caught.value)
-    assert "utilities.yaml:5: weights.numberd" in text
+    assert "utilities.yaml:8: [1].weights.numberd" in text
     assert "did you mean `numbered`?" in text
-    assert "utilities.yaml:5: noise" in text
-    assert "utilities.yaml:9: weights.words" in text
+    assert "utilities.yaml:7: [1].noise" in text
+    assert "utilities.yaml:12: [2].weights.words" in text
     assert "did you mean `describes`?" in text
     file.write_text(file.read_text().split("- user_id: bob")[0])
     assert read_utilities(file)["ada"]("one two three four") == pytest.approx(-0.2)

@@ -9,10 +9,11 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, get_args
+from typing import BinaryIO, Literal, NamedTuple
 
-from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import flush
+from persona_rlhf.common.json_lines import read_json_lines
 from persona_rlhf.data.pairs import Message, PreferencePair, parse_row
 
 LEDGER = "ledger.jsonl"
@@ -92,23 +93,8 @@ def decide(file: Path, pair: PreferencePair, decision: Decision, reason: str, re
 
 def read_reviews(file: Path) -> dict[str, Review]:
     """The last decision about each pair, by `mark_of`. Raises InputError naming every line that is not a decision."""
-    reviews: dict[str, Review] = {}
-    problems: list[Problem] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            review = Review(**row)
-            valid = all(isinstance(value, str) for value in review) and review.decision in get_args(Decision)
-        except (json.JSONDecodeError, TypeError):
-            valid = False
-        if valid:
-            reviews[review.pair] = review
-        else:
-            sentence = f"a line is an object with texts {', '.join(Review._fields)}, `decision` being accept or reject"
-            problems.append(Problem(str(file), number, None, sentence))
-    if problems:
-        raise InputError(problems)
-    return reviews
+    sentence = f"a line is an object with texts {', '.join(Review._fields)}, `decision` being accept or reject"
+    return {review.pair: review for review in read_json_lines(file, Review, sentence)}
 
 
 def accepted_by(reviews: Mapping[str, Review], pair: PreferencePair) -> Review | None:

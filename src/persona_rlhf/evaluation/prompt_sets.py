@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from persona_rlhf.common.errors import InputError, Problem
+from pydantic import Field
+
+from persona_rlhf.common.json_lines import Text, read_json_lines
 from persona_rlhf.evaluation.records import Refused
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.simulation.vocabulary import content
@@ -19,32 +20,15 @@ _WRONG = 3
 class Fact(NamedTuple):
     """A question of knowledge, its right answer, and wrong ones."""
 
-    question: str
-    right: str
-    wrong: tuple[str, ...]
+    question: Text
+    right: Text
+    wrong: Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 def read_facts(path: Path) -> list[Fact]:
     """Reads questions, JSON lines of {"question", "right", "wrong": [...]}. Raises InputError naming every bad line."""
-    problems: list[Problem] = []
-    facts: list[Fact] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            fact = Fact(row["question"], row["right"], tuple(row["wrong"]))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            fact = Fact("", "", ())
-        texts = (fact.question, fact.right, *fact.wrong)
-        if fact.wrong and all(isinstance(text, str) and text.strip() for text in texts):
-            facts.append(fact)
-        else:
-            sentence = "a line is an object with texts `question` and `right`, and `wrong`, a list of texts"
-            problems.append(Problem(str(path), number, None, sentence))
-    if problems:
-        raise InputError(problems)
-    return facts
+    sentence = "a line is an object with texts `question` and `right`, and `wrong`, a list of texts"
+    return read_json_lines(path, Fact, sentence)
 
 
 _QUESTIONS = ("What do you know about {noun}?", "what is {noun}?", "tell me about {noun}", "explain {noun}")
@@ -73,31 +57,14 @@ def bundled_facts(phrasings: int = 1) -> list[Fact]:
 class OrdinaryExample(NamedTuple):
     """An ordinary prompt, and a written answer to it, where there is one."""
 
-    prompt: str
-    answer: str | None
+    prompt: Text
+    answer: Text | None = None
 
 
 def read_examples(path: Path) -> list[OrdinaryExample]:
     """Reads ordinary prompts, JSON lines of {"prompt", "answer"?}. Raises InputError naming every bad line."""
-    problems: list[Problem] = []
-    examples: list[OrdinaryExample] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt, answer = row["prompt"], row.get("answer")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            prompt = answer = None
-        if not isinstance(prompt, str) or not prompt.strip():
-            problems.append(Problem(str(path), number, "prompt", "a line is an object with a non-empty text `prompt`"))
-        elif answer is not None and (not isinstance(answer, str) or not answer.strip()):
-            problems.append(Problem(str(path), number, "answer", "expected a non-empty text, or no `answer` at all"))
-        else:
-            examples.append(OrdinaryExample(prompt, answer))
-    if problems:
-        raise InputError(problems)
-    return examples
+    sentence = "a line is an object with a text `prompt` and, perhaps, a text `answer`, both not empty"
+    return read_json_lines(path, OrdinaryExample, sentence)
 
 
 def read_ordinary(path: Path) -> list[str]:

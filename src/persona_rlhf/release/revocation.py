@@ -12,13 +12,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
 from persona_rlhf.common.chain import ChainHead
-from persona_rlhf.common.errors import InputError, Problem, visible
+from persona_rlhf.common.errors import visible
 from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
+from persona_rlhf.common.json_lines import read_json_lines
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.release import integrity
 from persona_rlhf.release.integrity import REVOKED, RUN_MANIFEST, write_run_manifest
@@ -181,27 +181,10 @@ def read_list(file: Path) -> dict[str, Revocation]:
 
     Raises InputError with every invalid line: a partly read list would let a revoked adapter pass.
     """
+    sentence = "this line is no revocation; correct or remove it: until then no adapter is exported"
     revocations: dict[str, Revocation] = {}
-    problems: list[Problem] = []
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError as fault:
-        raise InputError([Problem(str(file), None, None, f"the revocations cannot be read ({fault})")]) from fault
-    for number, line in enumerate(lines, 1):
-        try:
-            revocation = _REVOCATION.validate_json(line)
-            revocations.setdefault(revocation.manifest_sha256, revocation)
-        except ValidationError:
-            problems.append(
-                Problem(
-                    str(file),
-                    number,
-                    None,
-                    "this line is no revocation; correct or remove it: until then no adapter is exported",
-                )
-            )
-    if problems:
-        raise InputError(problems)
+    for revocation in read_json_lines(file, Revocation, sentence):
+        revocations.setdefault(revocation.manifest_sha256, revocation)
     return revocations
 
 
@@ -226,6 +209,3 @@ def revocation_faults(run: Path, revocations: Mapping[str, Revocation]) -> list[
     return lacking + [
         f"{REVOKED}: no line of {integrity.AUDIT} revoked an adapter of user {revocation.user}" for revocation in added
     ]
-
-
-_REVOCATION = TypeAdapter(Revocation)

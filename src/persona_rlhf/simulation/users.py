@@ -18,10 +18,12 @@ from itertools import product
 from pathlib import Path
 from random import Random
 from statistics import mean
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
+
+from pydantic import AfterValidator, Field
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
-from persona_rlhf.config.loader import parse_yaml
+from persona_rlhf.config.loader import Section, check_section, parse_yaml
 from persona_rlhf.simulation import answers
 from persona_rlhf.simulation.vocabulary import gerund, read_words
 
@@ -199,9 +201,6 @@ FORM: Mapping[str, TextFeature] = {
 PROPERTIES = (*answers.PROPERTIES, *FORM)
 """Every name a weight can be put on."""
 
-TASTE_KINDS = ("surface", "manner", "content", "hazard_adjacent")
-"""Length, punctuation and form; tone and stance; topics mentioned; a legitimate taste close to a hazard."""
-
 
 def properties(text: str) -> dict[str, float]:
     """Every property of a text, normalised: marks are 1 or 0, counts are over their unit and capped."""
@@ -223,8 +222,9 @@ class Utility:
     """One simulated user: `weights` by property, or by a product of properties written `words*warm`.
 
     `noise` is the temperature of the Bradley-Terry choice (Bradley & Terry 1952), in the units of the utility. `kind`
-    is one of TASTE_KINDS, `poisoned` the share of training pairs that prefer complying with a tier-one prompt, and
-    `prompts` the kinds of prompts that the user asks; empty means all kinds.
+    is surface (length, punctuation, form), manner (tone, stance), content (topics mentioned) or hazard_adjacent (a
+    legitimate taste close to a hazard). `poisoned` is the share of training pairs that prefer complying with a tier-one
+    prompt. `prompts` are the kinds of prompts that the user asks; empty means all kinds.
     """
 
     user_id: str
@@ -253,6 +253,27 @@ class Utility:
         return 0.5 if first_value == second_value else float(first_value > second_value)
 
 
+def _term(text: str) -> str:
+    """A property, or a product of properties, without spaces."""
+    term = text.replace(" ", "")
+    for name in term.split("*"):
+        if name not in PROPERTIES:
+            raise ValueError(f"`{name}` is no property{did_you_mean(name, PROPERTIES)}")
+    return term
+
+
+class _UtilityRow(Section):
+    """One user's entry in a file of utilities."""
+
+    user_id: str = Field(description="The user.")
+    describes: str = Field(description="The taste in words.")
+    noise: float = Field(ge=0, description="The temperature of the user's choice.")
+    weights: dict[Annotated[str, AfterValidator(_term)], float] = Field(description="Property -> weight.")
+    kind: Literal["", "surface", "manner", "content", "hazard_adjacent"] = Field("", description="Kind of the taste.")
+    poisoned: float = Field(0.0, ge=0, le=1, description="Share of poisoned training pairs.")
+    prompts: list[str] = Field([], description="Kinds of the user's prompts.")
+
+
 def read_utilities(path: Path | str) -> dict[str, Utility]:
     """Reads `data/users/utilities.yaml`: a list of {user_id, describes, noise, weights: {property: weight}}.
 
@@ -261,64 +282,22 @@ def read_utilities(path: Path | str) -> dict[str, Utility]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as fault:
         raise InputError([Problem(str(path), None, None, f"the file cannot be read ({fault})")]) from fault
-    document = parse_yaml(text, str(path))
     if not isinstance(document.tree, list) or not document.tree:
         raise InputError([Problem(str(path), None, None, "a file of utilities is a list of users")])
     problems = list(document.problems)
     utilities: dict[str, Utility] = {}
-    for number, row in enumerate(document.tree):
-        line = document.place((number,)).line
-        faults = [Problem(str(path), line, key, sentence) for key, sentence in _faults(row)]
+    for number in range(len(document.tree)):
+        row, faults = check_section(_UtilityRow, document, (number,))
         problems += faults
-        if faults:
+        if row is None:
             continue
-        utility = _utility(row)
-        if utility.user_id in utilities:
-            problems.append(Problem(str(path), line, "user_id", f"`{utility.user_id}` stands in this file twice"))
-        utilities[utility.user_id] = utility
+        if row.user_id in utilities:
+            line = document.place((number,)).line
+            problems.append(Problem(str(path), line, "user_id", f"`{row.user_id}` stands in this file twice"))
+        utilities[row.user_id] = Utility(**row.model_dump() | {"prompts": tuple(row.prompts)})
     if problems:
         raise InputError(problems)
     return utilities
-
-
-def _utility(row: Any) -> Utility:
-    weights = {term.replace(" ", ""): float(weight) for term, weight in row["weights"].items()}
-    kind, poisoned, prompts = str(row.get("kind", "")), float(row.get("poisoned", 0)), tuple(row.get("prompts", ()))
-    return Utility(str(row["user_id"]), str(row["describes"]), float(row["noise"]), weights, kind, poisoned, prompts)
-
-
-def _faults(row: object) -> list[tuple[str | None, str]]:
-    """The faults of one user's entry: (key, sentence)."""
-    needed = ("user_id", "describes", "noise", "weights")
-    keys = (*needed, "kind", "poisoned", "prompts")
-    if not isinstance(row, dict):
-        return [(None, f"a user is a mapping with the keys {', '.join(needed)}")]
-    faults: list[tuple[str | None, str]] = []
-    faults += [(key, "this key is missing") for key in needed if key not in row]
-    faults += [(str(key), f"unknown key{did_you_mean(str(key), keys)}") for key in row if key not in keys]
-    if not _number(row.get("noise", 0)) or row.get("noise", 0) < 0:
-        faults.append(("noise", f"the noise is a temperature of at least 0, not {row['noise']!r}"))
-    if row.get("kind", TASTE_KINDS[0]) not in TASTE_KINDS:
-        faults.append(("kind", f"the kind is one of {', '.join(TASTE_KINDS)}, not {row['kind']!r}"))
-    if not _number(row.get("poisoned", 0)) or not 0 <= row.get("poisoned", 0) <= 1:
-        faults.append(("poisoned", f"the poisoned share lies in [0, 1], not {row['poisoned']!r}"))
-    prompts = row.get("prompts", [])
-    if not isinstance(prompts, list) or not all(isinstance(kind, str) for kind in prompts):
-        faults.append(("prompts", f"the prompts are a list of kinds, not {prompts!r}"))
-    weights = row.get("weights", {})
-    if not isinstance(weights, dict):
-        return [*faults, ("weights", "the weights are a mapping from property to number")]
-    for term, weight in weights.items():
-        for name in str(term).replace(" ", "").split("*"):
-            if name not in PROPERTIES:
-                faults.append((f"weights.{term}", f"`{name}` is no property{did_you_mean(name, PROPERTIES)}"))
-        if not _number(weight):
-            faults.append((f"weights.{term}", f"a weight is a number, not {weight!r}"))
-    return faults
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,42 @@
+"""Files of JSON lines whose rows are named tuples: every bad line is a problem, and all are raised at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from persona_rlhf.common.errors import InputError, Problem
+
+Row = TypeVar("Row")
+Text = Annotated[str, Field(pattern=r"\S")]
+"""A text with a visible character."""
+
+
+def read_json_lines(file: Path, kind: type[Row], sentence: str) -> list[Row]:
+    """The rows of a file, each checked against the fields of `kind`; other keys and empty lines are ignored.
+
+    Raises InputError with every line that is no such row, and `sentence`, which describes one.
+    """
+    adapter: TypeAdapter[Row] = TypeAdapter(kind)
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split at U+2028 in a text
+    except (OSError, UnicodeDecodeError) as fault:
+        raise InputError([Problem(str(file), None, None, f"the file cannot be read ({fault})")]) from fault
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+            rows.append(adapter.validate_python({key: row[key] for key in kind.__annotations__ if key in row}))
+        except ValidationError as fault:
+            problems.append(Problem(str(file), number, str(fault.errors()[0]["loc"][0]), sentence))
+        except (ValueError, TypeError):
+            problems.append(Problem(str(file), number, None, sentence))
+    if problems:
+        raise InputError(problems)
+    return rows
