@@ -230,11 +230,14 @@ def line(monkeypatch):
 def _result(user_id, status):
     from persona_rlhf.release.results import PairCounts, Result
 
-    return Result(user_id=user_id, slug=user_id, status=status, reason="", pairs=PairCounts(1, 1, 0))
+    return Result(user_id=user_id, slug=user_id, status=status, reason=f"why {status}", pairs=PairCounts(1, 1, 0))
 
 
-@pytest.mark.parametrize(("statuses", "code"), [(["released"], 0), (["released", "held_back"], 3), (["failed"], 0)])
-def test_a_held_back_user_is_exit_code_3(run, experiment, line, statuses, code):
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [(["released"], 0), (["released", "held_back"], 3), (["skipped", "failed"], 3), (["skipped"], 0)],
+)
+def test_a_user_held_back_or_failed_is_exit_code_3_with_the_reason(run, experiment, line, statuses, code):
     calls = []
 
     def train(config, folder, *, resume, **_):
@@ -246,6 +249,9 @@ def test_a_held_back_user_is_exit_code_3(run, experiment, line, statuses, code):
     assert result.exit_code == code, result.stderr
     assert [row["status"] for row in json.loads(result.stdout)] == statuses
     assert calls == [(0.3, Path("out"), False)]
+    shown = [line for line in result.stderr.splitlines() if ": why " in line]
+    withheld = [(n, status) for n, status in enumerate(statuses) if status in ("held_back", "failed")]
+    assert shown == [f"u{n}: {status.replace('_', ' ')}: why {status}" for n, status in withheld]
     Path("runs/x/state").mkdir(parents=True)
     Path("runs/x/state/identity.json").write_text("{}")
     assert run("train", experiment, "--resume").exit_code == code

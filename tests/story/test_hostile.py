@@ -152,9 +152,12 @@ def test_tier_two_cannot_relax_tier_one(refused):
     assert "tier_one.yaml" in line
 
 
-def test_a_prompt_that_fills_the_context(refused):
-    at = append(PAIR | {"prompt": "a cat and a dog " * 400})
-    refused(words=[f"pairs.jsonl:{at}: prompt", "fills the context of 1,024"])
+def test_prompts_that_all_fill_the_context(refused):
+    """A single one costs its pair; see tests/pipeline/test_prepare.py."""
+    USERS.write_text("")
+    for number in range(2):
+        append(PAIR | {"prompt": f"{number} a cat and a dog " * 400})
+    refused(words=["pairs.jsonl:1: prompt", "pairs.jsonl:2: prompt", "fills the context of 1,024"], problems=2)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from persona_rlhf.cli.console import (
     Overrides,
     RunArgument,
     command_group,
-    exit_if_held_back,
+    exit_if_withheld,
     note,
     open_run,
     print_guarantee,
@@ -177,7 +177,7 @@ def train(
     print_results(results, as_json)
     print_guarantee(folder)
     note(f"Report:   {folder / 'report.html'}\nAdapters: {folder / 'adapters'}")
-    exit_if_held_back(results)
+    exit_if_withheld(results)
 
 
 @app.command()
@@ -243,7 +243,7 @@ def evaluate(
         with progress_display() as display:
             results = reevaluate.evaluate(run, display)
         print_results(results, as_json)
-        exit_if_held_back(results)
+        exit_if_withheld(results)
 
 
 @app.command()

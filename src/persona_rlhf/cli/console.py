@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
-from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.errors import InputError, visible
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
 if TYPE_CHECKING:
@@ -139,9 +139,20 @@ def print_guarantee(run: Path) -> None:
         note(sentence)
 
 
-def exit_if_held_back(results: Iterable[Result]) -> None:
-    """Ends with exit code 3 if the gate held a user back."""
-    if any(result.status == "held_back" for result in results):
+_REASONS_SHOWN = 20
+
+
+def exit_if_withheld(results: Iterable[Result]) -> None:
+    """Ends with exit code 3 if a user was held back by the gate or failed, with the first reasons on stderr."""
+    withheld = 0
+    for result in results:
+        if result.status in ("held_back", "failed"):
+            withheld += 1
+            if withheld <= _REASONS_SHOWN:
+                note(visible(f"{result.user_id}: {result.status.replace('_', ' ')}: {result.reason}"))
+    if withheld > _REASONS_SHOWN:
+        note(f"and {withheld - _REASONS_SHOWN:,} more users; results.jsonl has the reason of each")
+    if withheld:
         raise typer.Exit(HELD_BACK)
 
 

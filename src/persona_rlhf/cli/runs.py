@@ -10,7 +10,7 @@ import typer
 from persona_rlhf.cli.console import (
     Json,
     RunArgument,
-    exit_if_held_back,
+    exit_if_withheld,
     note,
     open_run,
     print_guarantee,
@@ -74,7 +74,7 @@ def add(
         note(f"{done.forgotten:,} users asked to be forgotten and stay out; their proofs are in {run / FORGOTTEN}.")
     if done.results:
         print_guarantee(run)
-    exit_if_held_back(done.results)
+    exit_if_withheld(done.results)
 
 
 def rebase(
@@ -110,7 +110,7 @@ def rebase(
         folder = run
         note(f"{run} is on the new base now; the old run is {before(run)}.")
     note(f"Report:   {folder / 'report.html'}\nAdapters: {folder / 'adapters'}")
-    exit_if_held_back(RunResults(folder))
+    exit_if_withheld(RunResults(folder))
 
 
 def verify(

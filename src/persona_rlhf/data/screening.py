@@ -15,8 +15,8 @@ from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.config.loader import Section, read_section, read_yaml
 from persona_rlhf.data.feedback import Review, accepted_by
 from persona_rlhf.data.near_copies import NearCopyIndex, ProtectedPrompt
-from persona_rlhf.data.pairs import PreferencePair, Prompt
-from persona_rlhf.data.tokenize import ChatTokenizer, PairRow, UserRows, control_tokens
+from persona_rlhf.data.pairs import Message, PreferencePair, Prompt
+from persona_rlhf.data.tokenize import ChatTokenizer, PairRow, UserRows, control_tokens, written_token
 from persona_rlhf.policy.judges import is_refusal, plain
 from persona_rlhf.policy.properties import satisfied
 
@@ -363,6 +363,6 @@ def _unreadable(row: PairRow, control: re.Pattern[str], context: int) -> str | N
         return f"over-long: {longest:,} tokens with the prompt, and the context has {context:,}"
     if row.chosen.completion == row.rejected.completion:
         return "identical: chosen and rejected are the same tokens to this base"
-    texts = (*(message.content for message in row.pair.prompt), row.pair.chosen, row.pair.rejected)
-    token = next((match.group() for text in texts if (match := control.search(text))), None)
+    answers = (Message("assistant", row.pair.chosen), Message("assistant", row.pair.rejected))
+    token = written_token((*row.pair.prompt, *answers), control)
     return None if token is None else f"control token: a text writes out the base's `{token}`"

@@ -99,16 +99,24 @@ def closing(prompt: Prompt, tokenizer: ChatTokenizer) -> tuple[int, ...]:
     return tuple(encode([tail[end.start() :]], tokenizer)[0])
 
 
+_QUESTION = (Message("user", "Hello"),)
+
+
 def turn_end(tokenizer: ChatTokenizer) -> int:
     """The token that ends an answer: the template's, which can differ from the tokenizer's end of text.
 
     Raises InputError if the base has no usable chat template.
     """
+    return _ending(tokenizer)[0]
+
+
+def _ending(tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """The tokens after an answer (`closing`). Raises InputError if the base has no usable chat template."""
     import jinja2
 
     need_template(tokenizer)
     try:
-        return closing((Message("user", "Hello"),), tokenizer)[0]
+        return closing(_QUESTION, tokenizer)
     except jinja2.TemplateError as fault:
         sentence = f"the template rejects a single question ({fault}); correct the template"
         raise InputError([template_problem(tokenizer, sentence)]) from fault
@@ -163,44 +171,85 @@ def prompt_ids(messages: Sequence[Message], tokenizer: ChatTokenizer) -> tuple[i
     another turn).
     """
     need_template(tokenizer)
-    control = control_tokens(tokenizer)
-    token = next((match.group() for message in messages if (match := control.search(message.content))), None)
+    token = written_token(messages, control_tokens(tokenizer))
     if token is not None:
         sentence = f"the text holds the base's control token `{token}`; take it out"
         raise InputError([Problem("prompt", None, None, sentence)])
     return tuple(encode([render(messages, tokenizer)], tokenizer)[0])
 
 
+class UnreadablePair(NamedTuple):
+    """A pair that the base cannot read, the column, and the reason as "kind: sentence"."""
+
+    pair: PreferencePair
+    column: str
+    reason: str
+
+    @property
+    def problem(self) -> Problem:
+        """The same as a problem of its row."""
+        return Problem(self.pair.file, self.pair.line, self.column, self.reason.partition(": ")[2])
+
+
+class TokenizedPairs(NamedTuple):
+    """Pairs as rows, in file order, and those that cannot be written as rows."""
+
+    rows: list[PairRow]
+    unreadable: list[UnreadablePair]
+
+
 def tokenize(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, context: int) -> list[UserRows]:
     """The rows of every user, in the order of their first pairs; `context` is in tokens.
 
     Rows longer than the context are returned too: `screening.fit` drops them with a reason. Raises InputError if the
-    base has no usable chat template, and naming each pair whose prompt alone fills the context.
+    base has no usable chat template, and naming each pair that it rejects or whose prompt alone fills the context.
     """
-    need_template(tokenizer)
+    tokenized = tokenize_readable(pairs, tokenizer)
+    lengths = ((row.pair, len(row.chosen.prompt)) for row in tokenized.rows)
+    long = [UnreadablePair(pair, "prompt", _too_long(length, context)) for pair, length in lengths if length >= context]
+    if unreadable := [*tokenized.unreadable, *long]:
+        raise InputError([pair.problem for pair in unreadable])
+    return by_user(tokenized.rows)
+
+
+def by_user(pairs: Iterable[PairRow]) -> list[UserRows]:
+    """The rows of every user, in the order of their first pairs."""
+    users: dict[str, UserRows] = {}
+    for row in pairs:
+        user = users.setdefault(row.pair.user_id, UserRows(row.pair.user_id, [], []))
+        (user.train if row.pair.split == "train" else user.heldout).append(row)
+    return list(users.values())
+
+
+def tokenize_readable(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer) -> TokenizedPairs:
+    """The pairs that the base's chat template can write, as rows, and the others with the reason.
+
+    Raises InputError if the template itself cannot be used: one that fails for a single question and answer.
+    """
+    ending = _ending(tokenizer)
     if not pairs:
-        return []
-    prompts, texts = _rendered(pairs, tokenizer)
-    ending = closing(pairs[0].prompt, tokenizer)
-    every = list(dict.fromkeys([*prompts, *(text for both in texts for text in both)]))
-    ids = dict(zip(every, encode(every, tokenizer), strict=True))  # one call: it uses all cores
-    problems = _too_long([(pair, len(ids[prompt])) for pair, prompt in zip(pairs, prompts, strict=True)], context)
-    if problems:
-        raise InputError(problems)
+        return TokenizedPairs([], [])
+    if not render(_QUESTION, tokenizer, "Yes").startswith(render(_QUESTION, tokenizer)):
+        raise _different_prompt(tokenizer)
+    texts, unreadable = _rendered(pairs, tokenizer)
+    every = list(dict.fromkeys(text for rendered in texts for text in (rendered.prompt, *rendered.answers)))
+    ids = dict(zip(every, encode(every, tokenizer), strict=True)) if every else {}  # one call: it uses all cores
+    rows: dict[tuple[str, str], Row | str] = {}  # several users can have the same answers
 
-    rows: dict[tuple[str, str], Row] = {}  # several users can have the same answers
-
-    def row_of(prompt: str, text: str) -> Row:
+    def row_of(prompt: str, text: str) -> Row | str:
         if (row := rows.get((prompt, text))) is None:
             row = rows[prompt, text] = _row(ids[prompt], ids[text], text[len(prompt) :], ending, tokenizer)
         return row
 
-    users: dict[str, UserRows] = {}
-    for pair, prompt, (chosen, rejected) in zip(pairs, prompts, texts, strict=True):
-        user = users.setdefault(pair.user_id, UserRows(pair.user_id, [], []))
-        row = PairRow(pair, row_of(prompt, chosen), row_of(prompt, rejected))
-        (user.train if pair.split == "train" else user.heldout).append(row)
-    return list(users.values())
+    tokenized: list[PairRow] = []
+    for pair, prompt, answers in texts:
+        chosen, rejected = (row_of(prompt, text) for text in answers)
+        if isinstance(chosen, Row) and isinstance(rejected, Row):
+            tokenized.append(PairRow(pair, chosen, rejected))
+        else:
+            column, reason = ("rejected", rejected) if isinstance(chosen, Row) else ("chosen", chosen)
+            unreadable.append(UnreadablePair(pair, column, f"template: {reason}"))
+    return TokenizedPairs(tokenized, unreadable)
 
 
 def text_row(prompt: str, answer: str, tokenizer: ChatTokenizer) -> Row:
@@ -213,7 +262,10 @@ def text_row(prompt: str, answer: str, tokenizer: ChatTokenizer) -> Row:
     if not whole.startswith(before):
         raise _different_prompt(tokenizer)
     prompt_only, both = encode([before, whole], tokenizer)
-    return _row(prompt_only, both, whole[len(before) :], closing(messages, tokenizer), tokenizer)
+    row = _row(prompt_only, both, whole[len(before) :], closing(messages, tokenizer), tokenizer)
+    if isinstance(row, str):
+        raise InputError([template_problem(tokenizer, row)])
+    return row
 
 
 def halved(user: UserRows) -> UserRows:
@@ -223,54 +275,80 @@ def halved(user: UserRows) -> UserRows:
     return user._replace(heldout=kept, deciding=[row for row in user.heldout if row.pair.prompt in chosen])
 
 
-def prompt_problems(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, context: int) -> list[Problem]:
-    """The pairs with prompts that the base cannot read (see `tokenize`), without a look at the answers.
+def unreadable_prompts(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, context: int) -> list[UnreadablePair]:
+    """The pairs whose prompts the base cannot read, without a look at the answers; `context` is in tokens.
 
-    Raises InputError if the base has no chat template.
+    Such a prompt holds a control token, is rejected by the chat template, or fills the context. Raises InputError if
+    the base has no chat template.
     """
     import jinja2
 
     need_template(tokenizer)
-    problems: list[Problem] = []
+    control = control_tokens(tokenizer)
+    reasons: dict[Prompt, str] = {}
     texts: dict[Prompt, str] = {}
-    for pair in pairs:
+    for prompt in dict.fromkeys(pair.prompt for pair in pairs):
+        if (token := written_token(prompt, control)) is not None:
+            reasons[prompt] = f"control token: a text writes out the base's `{token}`"
+            continue
         try:
-            if pair.prompt not in texts:
-                texts[pair.prompt] = render(pair.prompt, tokenizer)
+            texts[prompt] = render(prompt, tokenizer)
         except jinja2.TemplateError as fault:
-            problems.append(_template_rejects(pair, fault))
-    lengths = dict(zip(texts, map(len, encode(list(texts.values()), tokenizer)), strict=True)) if texts else {}
-    with_length = [(pair, lengths[pair.prompt]) for pair in pairs if pair.prompt in lengths]
-    return problems + _too_long(with_length, context)
+            reasons[prompt] = _rejected(fault)
+    for prompt, ids in zip(texts, encode(list(texts.values()), tokenizer) if texts else [], strict=True):
+        if len(ids) >= context:
+            reasons[prompt] = _too_long(len(ids), context)
+    return [UnreadablePair(pair, "prompt", reasons[pair.prompt]) for pair in pairs if pair.prompt in reasons]
 
 
-def _rendered(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer) -> tuple[list[str], list[tuple[str, str]]]:
-    """The rendered prompt of every pair, and its two whole conversations, which begin with that prompt."""
+def written_token(messages: Iterable[Message], control: re.Pattern[str]) -> str | None:
+    """The first control token that a message writes out; None without one."""
+    return next((match.group() for message in messages if (match := control.search(message.content))), None)
+
+
+class _RenderedPair(NamedTuple):
+    """A pair, its rendered prompt, and its two whole conversations, which begin with that prompt."""
+
+    pair: PreferencePair
+    prompt: str
+    answers: tuple[str, str]
+
+
+def _rendered(
+    pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer
+) -> tuple[list[_RenderedPair], list[UnreadablePair]]:
     import jinja2
 
-    problems: list[Problem] = []
     rendered: dict[Prompt, str] = {}
-    prompts: list[str] = []
-    texts: list[tuple[str, str]] = []
+    texts: list[_RenderedPair] = []
+    unreadable: list[UnreadablePair] = []
     for pair in pairs:
         try:
             if (prompt := rendered.get(pair.prompt)) is None:
                 prompt = rendered[pair.prompt] = render(pair.prompt, tokenizer)
             both = render(pair.prompt, tokenizer, pair.chosen), render(pair.prompt, tokenizer, pair.rejected)
         except jinja2.TemplateError as fault:
-            problems.append(_template_rejects(pair, fault))
+            unreadable.append(UnreadablePair(pair, "prompt", _rejected(fault)))
             continue
-        if not all(text.startswith(prompt) for text in both):
-            raise _different_prompt(tokenizer)
-        prompts.append(prompt)
-        texts.append(both)
-    if problems:
-        raise InputError(problems)
-    return prompts, texts
+        answers = (("chosen", pair.chosen, both[0]), ("rejected", pair.rejected, both[1]))
+        changed = next((name for name, answer, text in answers if not _writes(prompt, answer, text)), None)
+        if changed is None:
+            texts.append(_RenderedPair(pair, prompt, both))
+        else:
+            reason = "template: the base's chat template does not write this answer as it is, after the prompt"
+            unreadable.append(UnreadablePair(pair, changed, f"{reason}; take marks of thoughts out of it"))
+    return texts, unreadable
 
 
-def _row(prompt: list[int], whole: list[int], answer: str, ending: tuple[int, ...], tokenizer: ChatTokenizer) -> Row:
-    """The row of a prompt and the rest of the whole conversation, up to and with the end of the turn.
+def _writes(prompt: str, answer: str, text: str) -> bool:
+    """Whether a rendered conversation is its rendered prompt, and then the whole answer; spaces may be trimmed."""
+    return text.startswith(prompt) and answer.strip() in text[len(prompt) :]
+
+
+def _row(
+    prompt: list[int], whole: list[int], answer: str, ending: tuple[int, ...], tokenizer: ChatTokenizer
+) -> Row | str:
+    """The row of a prompt and the rest of the whole conversation, up to and with the end of the turn; or the reason.
 
     `answer` is the text of that rest.
     """
@@ -282,12 +360,10 @@ def _row(prompt: list[int], whole: list[int], answer: str, ending: tuple[int, ..
         ids = encode([answer], tokenizer)[0]
         if tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != answer:
             sentence = "a prompt's tokens are not the beginning of the conversation's, so that no answer can be scored"
-            raise InputError(
-                [template_problem(tokenizer, f"{sentence}; end the generation prompt with a special token")]
-            )
+            return f"{sentence}; end the generation prompt with a special token"
     if tuple(ids[-len(ending) :]) != ending:
         sentence = "the template does not end every answer in the same way, so that its end cannot be found"
-        raise InputError([template_problem(tokenizer, f"{sentence}; correct the template")])
+        return f"{sentence}; correct the template"
     return Row(tuple(prompt), tuple(ids[: len(ids) - len(ending) + 1]))
 
 
@@ -296,15 +372,10 @@ def _different_prompt(tokenizer: ChatTokenizer) -> InputError:
     return InputError([template_problem(tokenizer, f"{sentence} answer can be scored; correct the template")])
 
 
-def _template_rejects(pair: PreferencePair, fault: Exception) -> Problem:
-    sentence = f"the base's chat template rejects this conversation ({fault}); change it or the base"
-    return Problem(pair.file, pair.line, "prompt", sentence)
+def _rejected(fault: Exception) -> str:
+    return f"template: the base's chat template rejects this conversation ({fault}); change it or the base"
 
 
-def _too_long(lengths: Sequence[tuple[PreferencePair, int]], context: int) -> list[Problem]:
+def _too_long(length: int, context: int) -> str:
     remedy = "shorten it, or take a base with a longer context"
-    return [
-        Problem(pair.file, pair.line, "prompt", f"has {length:,} tokens and fills the context of {context:,}; {remedy}")
-        for pair, length in lengths
-        if length >= context
-    ]
+    return f"over-long: has {length:,} tokens and fills the context of {context:,}; {remedy}"

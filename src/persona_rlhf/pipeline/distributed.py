@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
 
-HELD_BACK = 3  # exit code of a finished run in which the gate held a user back
+HELD_BACK = 3  # exit code of a finished run in which the gate held a user back, or a user failed
 _LIFELINE = "PERSONA_RLHF_LIFELINE"
 
 

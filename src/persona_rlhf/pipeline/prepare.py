@@ -13,7 +13,7 @@ from persona_rlhf.data.near_copies import NearCopyIndex
 from persona_rlhf.data.pairs import PreferencePair, first_problems
 from persona_rlhf.data.screening import Dropped, fit, screen
 from persona_rlhf.data.store import PairStore
-from persona_rlhf.data.tokenize import UserRows, halved, prompt_problems, tokenize
+from persona_rlhf.data.tokenize import UserRows, by_user, halved, tokenize_readable, unreadable_prompts
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.refusals import load_classifier
 from persona_rlhf.evaluation.request_screens import CalibratedScreen, screens_of
@@ -97,10 +97,17 @@ def prepare(config: Config, inputs: RunInputs | None = None, check: bool = True)
 
 
 def _check_prompts(ready: Prepared) -> None:
-    """Raises InputError for prompts that the base cannot read, before it computes anything."""
+    """Raises InputError if the base can read no user's prompts, before it computes anything.
+
+    A single prompt that it cannot read costs its pair only (`_prepared`).
+    """
     base, problems = ready.adapted.base, list[Problem]()
     for users in chunks_of(ready.pairs.users, 256):
-        problems += prompt_problems(ready.pairs.of(users), base.tokenizer, base.context)
+        pairs = ready.pairs.of(users)
+        unreadable = unreadable_prompts(pairs, base.tokenizer, base.context)
+        if len(unreadable) < len(pairs):
+            return
+        problems += [pair.problem for pair in unreadable]
     if problems:
         raise InputError(first_problems(problems))
 
@@ -136,11 +143,15 @@ def prepare_users(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
 def _prepared(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
     base = ready.adapted.base
     screens = [calibrated.screen for calibrated in ready.screens]
-    settings = ready.config.screening
-    screened = screen(pairs, ready.policy, settings, screens, ready.reviews, ready.near_copies)
-    fitted = fit(tokenize(screened.kept, base.tokenizer, base.context), base.tokenizer, base.context)
-    tokenized = fitted.rows if ready.config.dpo.early_stop is None else [halved(user) for user in fitted.rows]
-    by_user = {user.user_id: user for user in tokenized}
+    unreadable = unreadable_prompts(pairs, base.tokenizer, base.context)  # no screen of a model can read them either
+    left_out = {pair.pair for pair in unreadable}
+    readable = [pair for pair in pairs if pair not in left_out]
+    screened = screen(readable, ready.policy, ready.config.screening, screens, ready.reviews)
+    tokenized = tokenize_readable(screened.kept, base.tokenizer)
+    fitted = fit(by_user(tokenized.rows), base.tokenizer, base.context)
+    split = fitted.rows if ready.config.dpo.early_stop is None else [halved(user) for user in fitted.rows]
+    rows_of = {user.user_id: user for user in split}
     users = dict.fromkeys(pair.user_id for pair in pairs)
-    rows = [by_user.get(user_id) or UserRows(user_id, [], []) for user_id in users]
-    return Chunk(len(pairs), rows, [*screened.dropped, *fitted.dropped], {})
+    rows = [rows_of.get(user_id) or UserRows(user_id, [], []) for user_id in users]
+    unread = [Dropped(pair, reason, "dropped") for pair, _, reason in (*unreadable, *tokenized.unreadable)]
+    return Chunk(len(pairs), rows, [*unread, *screened.dropped, *fitted.dropped], {})
