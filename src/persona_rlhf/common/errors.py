@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 _LONGEST_KEY = 120
@@ -29,6 +30,15 @@ class InputError(ValueError):
         assert problems
         self.problems = list(problems)
         super().__init__("\n".join(map(str, problems)))
+
+
+@contextmanager
+def collecting(problems: list[Problem]) -> Iterator[None]:
+    """Adds the problems of an InputError inside to a list, so that all inputs are read before one is raised."""
+    try:
+        yield
+    except InputError as fault:
+        problems += fault.problems
 
 
 def visible(text: str) -> str:

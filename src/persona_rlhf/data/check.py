@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.errors import InputError, Problem, collecting
 from persona_rlhf.data.columns import UserSpellings
 from persona_rlhf.data.pairs import PreferencePair, ReadPairs, first_problems, parsed_rows, read
 from persona_rlhf.data.screening import unfit_to_teach
@@ -66,13 +66,11 @@ def check(paths: Sequence[Path | str], heldout: float = 0.25) -> DataSummary:
     files.
     """
     readings: list[ReadPairs] = []
-    problems = []
+    problems: list[Problem] = []
     users = UserSpellings()
     for path in paths:
-        try:
+        with collecting(problems):
             readings.append(read(path, heldout, users))
-        except InputError as error:
-            problems += error.problems
     if problems:
         raise InputError(first_problems(problems))
     pairs = [pair for reading in readings for pair in reading.pairs]

@@ -227,7 +227,7 @@ class Evaluator:
             refusal_outcomes(self._adapted, flat, scales, split.prompts, self._answers)
             for split in (self._test, self._shift)
         )
-        required = self._samples.write(flat, scales, [self._required_prompts] * len(users))
+        required = self._samples.compare(flat, scales, [self._required_prompts] * len(users), perplexity=False)
         base_test = self._test.by_category(self._answers.refused(self._test.prompts))
         measured = []
         for n, user in enumerate(users):

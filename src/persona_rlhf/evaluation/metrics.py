@@ -230,38 +230,21 @@ class Samples:
         flat: Float[Tensor, "users params"],
         alphas: Float[Tensor, " users"],
         prompts: Sequence[Sequence[PromptIds]],
+        perplexity: bool = True,
     ) -> list[ComparedAnswers]:
-        """Every user's answers to their prompts beside the base's, with the base's perplexity of both."""
-        answers, base_answers = self._both(flat, alphas, prompts)
-        adapted, base = (self._perplexities(prompts, written) for written in (answers, base_answers))
-        return [
-            ComparedAnswers(
-                self._texts(answers[n]),
-                self._texts(base_answers[n]),
-                None if a is None or b is None else Perplexity(a, b),
-            )
-            for n, (a, b) in enumerate(zip(adapted, base, strict=True))
-        ]
-
-    def write(
-        self,
-        flat: Float[Tensor, "users params"],
-        alphas: Float[Tensor, " users"],
-        prompts: Sequence[Sequence[PromptIds]],
-    ) -> list[ComparedAnswers]:
-        """Every user's answers to their prompts beside the base's."""
-        both = zip(*self._both(flat, alphas, prompts), strict=True)
-        return [ComparedAnswers(self._texts(answers), self._texts(base), None) for answers, base in both]
-
-    def _both(
-        self,
-        flat: Float[Tensor, "users params"],
-        alphas: Float[Tensor, " users"],
-        prompts: Sequence[Sequence[PromptIds]],
-    ) -> tuple[list[list[Generated]], list[list[Generated]]]:
+        """Every user's answers to their prompts beside the base's; with `perplexity`, the base's of both."""
         base_answers = self._of_base([tuple(user_prompts) for user_prompts in prompts])
         with self._adapted.using(flat, alphas):
-            return self._write(prompts), base_answers
+            answers = self._write(prompts)
+        compared = [
+            ComparedAnswers(self._texts(adapted), self._texts(base), None)
+            for adapted, base in zip(answers, base_answers, strict=True)
+        ]
+        if not perplexity:
+            return compared
+        both = zip(self._perplexities(prompts, answers), self._perplexities(prompts, base_answers), strict=True)
+        perplexities = [None if a is None or b is None else Perplexity(a, b) for a, b in both]
+        return [one._replace(perplexity=value) for one, value in zip(compared, perplexities, strict=True)]
 
     def _of_base(self, prompts: Sequence[tuple[PromptIds, ...]]) -> list[list[Generated]]:
         new = [user_prompts for user_prompts in dict.fromkeys(prompts) if user_prompts not in self._base_answers]

@@ -218,14 +218,11 @@ def base_card(model: str, overrides: Sequence[str]) -> BaseCard:
 
 
 def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], settings: CardSettings) -> BaseCard:
-    def ids(text: str) -> PromptIds:
-        return prompt_ids((Message("user", text),), adapted.base.tokenizer)
-
     demands, tokens = demands_of(policy, settings.gate), settings.gate.max_new_tokens
     answers, to_harmless = (BaseAnswers(adapted, is_refusal, tokens, harmless=kind) for kind in (False, True))
 
     def refused(texts: Sequence[str], of: BaseAnswers) -> list[bool]:
-        return of.refused([ids(text) for text in texts])
+        return of.refused([_ids(adapted, text) for text in texts])
 
     def of(split: str) -> dict[str, list[str]]:
         probes = policy.probes(split)  # type: ignore[arg-type]
@@ -238,7 +235,9 @@ def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], se
     sampled = {}
     with adapted.using(None):
         for name, prompts in of("dev").items():
-            [sampled_answers] = adapted.generate([[ids(prompt) for prompt in prompts]], tokens, 1.0, settings.seed)
+            [sampled_answers] = adapted.generate(
+                [[_ids(adapted, prompt) for prompt in prompts]], tokens, 1.0, settings.seed
+            )
             sampled[name] = RefusalShare(
                 len(prompts), sum(a.finished and is_refusal(answer_text(adapted, a)) for a in sampled_answers)
             )

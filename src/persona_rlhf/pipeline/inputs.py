@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.errors import InputError, Problem, collecting
 from persona_rlhf.common.files import need_vacant
 from persona_rlhf.config.experiment import Config, PolicySettings, checked
 from persona_rlhf.config.loader import Section, parse_yaml
@@ -63,25 +63,19 @@ class AlignmentInputs(NamedTuple):
 def read_alignment(model: str, out: Path, overrides: Sequence[str]) -> AlignmentInputs:
     """Reads settings and files. Raises InputError with the problems of all of them; nothing is written."""
     problems: list[Problem] = []
-    try:
+    with collecting(problems):
         need_vacant(out)
-    except InputError as fault:
-        problems += fault.problems
     try:
         document = parse_yaml("{}", "base align")
         settings = checked(AlignmentSettings, document, [f"base.model={json.dumps(model)}", *overrides])
     except InputError as fault:
         raise InputError([*problems, *fault.problems]) from None
     policy, refusals, exchanges = None, list[RefusalText](), list[OrdinaryExample]()
-    try:
+    with collecting(problems):
         policy = Policy.read(settings.policy.documents)
         refusals = read_refusal_texts(settings.align.refusals, policy.categories)
-    except InputError as fault:
-        problems += fault.problems
-    try:
+    with collecting(problems):
         exchanges = read_examples(settings.align.ordinary)
-    except InputError as fault:
-        problems += fault.problems
     held = held_out("base align", [_prompt(row) for row in exchanges], settings.align.heldout)
     measured = [row for row in exchanges if _prompt(row) in held]
     if policy is not None:
@@ -134,26 +128,21 @@ def read_inputs(config: Config, selection: UserSelection | None = None) -> RunIn
     facts: list[Fact] = []
     reviews: dict[str, Review] = {}
     rules: Patterns | None = None
-    try:
+    with collecting(problems):
         policy = Policy.read(config.policy.documents)
-    except InputError as fault:
-        problems += fault.problems
-    try:
+    with collecting(problems):
         pairs = PairStore(config.users.path, config.users.heldout, selection)
-    except InputError as fault:
-        problems += fault.problems
-    try:
+    with collecting(problems):
         utilities = read_utilities(config.evaluation.utilities) if config.evaluation.utilities else {}
+    with collecting(problems):
         ordinary = read_ordinary(config.evaluation.ordinary) if config.evaluation.ordinary else []
+    with collecting(problems):
         facts = facts_of(config)
+    with collecting(problems):
         reviews = read_reviews(config.screening.reviews) if config.screening.reviews else {}
-    except InputError as fault:
-        problems += fault.problems
     if policy is not None and config.screening.rules is not None:
-        try:
+        with collecting(problems):
             rules = Patterns.read(config.screening.rules, policy.categories)
-        except InputError as fault:
-            problems += fault.problems
     if policy is None or pairs is None or problems:
         raise InputError(problems)
     return RunInputs(policy, pairs, utilities, ordinary, facts, reviews, rules)

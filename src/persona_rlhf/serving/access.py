@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
-
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write
+from persona_rlhf.common.json_lines import read_json_lines
 from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.release.compatibility import WEIGHTS
 from persona_rlhf.release.export import refusals_to_release
@@ -199,13 +198,10 @@ class Tokens:
 
 def read_tokens(file: Path) -> Tokens:
     """The tokens of a file. Raises InputError if it is missing, or naming every line that is not an entry."""
-    try:
-        return Tokens(_read(file))
-    except OSError as fault:
+    if not file.is_file():
         remedy = "make one with `persona-rlhf serve RUN --tokens FILE --make-tokens`"
-        raise InputError(
-            [Problem(str(file), None, "--tokens", f"cannot be read ({fault.strerror}); {remedy}")]
-        ) from fault
+        raise InputError([Problem(str(file), None, "--tokens", f"there is no such file; {remedy}")])
+    return Tokens(_read(file))
 
 
 def make_tokens(file: Path, slugs: Iterable[str]) -> dict[str, str]:
@@ -232,16 +228,8 @@ def _hash(token: str) -> str:
 
 
 def _read(file: Path) -> list[TokenEntry]:
-    entries, problems = list[TokenEntry](), list[Problem]()
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        try:
-            entries.append(_ENTRY.validate_json(line))
-        except ValidationError:
-            sentence = 'a line reads {"slug": ..., "key": ..., "sha256": ...}; remove this line and make tokens again'
-            problems.append(Problem(str(file), number, None, sentence))
-    if problems:
-        raise InputError(problems)
-    return entries
+    sentence = 'a line reads {"slug": ..., "key": ..., "sha256": ...}; remove this line and make tokens again'
+    return read_json_lines(file, TokenEntry, sentence)
 
 
 def _write(file: Path, entries: Iterable[TokenEntry]) -> None:
@@ -249,4 +237,3 @@ def _write(file: Path, entries: Iterable[TokenEntry]) -> None:
 
 
 _NO_USER = TokenEntry("", "", _hash(secrets.token_urlsafe(32)))
-_ENTRY = TypeAdapter(TokenEntry)
