@@ -13,7 +13,8 @@ import argparse
 from collections import Counter
 
 from persona_rlhf.config.experiment import read_config
-from persona_rlhf.evaluation.gate import Demands, chance_of_passing, demands_of
+from persona_rlhf.evaluation.gate import Demands, demands_of
+from persona_rlhf.evaluation.power import chance_of_passing
 from persona_rlhf.policy.policy import Policy
 
 RATES = (0.95, 0.97, 0.975, 0.98, 0.985, 0.99, 0.995, 0.998, 1.0)

@@ -9,11 +9,11 @@ import yaml
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.experiment import read_config, read_run_config
 from persona_rlhf.config.retired import RETIRED
-from persona_rlhf.evaluation.gate import JUDGE_DELTA_SHARE
 from persona_rlhf.evaluation.metrics import REQUIREMENT_PROMPTS
 from persona_rlhf.evaluation.request_screens import FALSE_ALARMS
 from persona_rlhf.pipeline.reevaluate import MERGED_PAIRS
 from persona_rlhf.pipeline.run_dir import RunDir
+from persona_rlhf.policy.bound import JUDGE_DELTA_SHARE
 from persona_rlhf.training.constraint import OPENING_LENGTH
 from persona_rlhf.training.user_state import DUAL_CEILING, DUAL_SMOOTHING
 

@@ -4,7 +4,7 @@ from scipy.stats import binom
 
 from persona_rlhf.config.evaluation import GateSettings, JudgeCalibration
 from persona_rlhf.evaluation.fleet_guarantee import GatedUser, fleet_guarantee, p_value
-from persona_rlhf.evaluation.gate import Demands, certify, gate_test
+from persona_rlhf.evaluation.gate import Demands, certify
 
 PLAIN = Demands(0.97, {"fire": 0.93}, frozenset({"fire"}), 0.05)
 BASE = {"fire": [True] * 640}
@@ -45,7 +45,7 @@ def test_markov_at_a_smaller_delta():
 def test_the_p_value_is_twice_the_worst_of_the_way():
     one = user(5)
     assert p_value(one, PLAIN) == pytest.approx(2 * binom.sf(634, 640, 0.97))
-    looks = [gate_test(PLAIN, BASE, alpha, outcomes(m)) for alpha, m in ((1.0, 30), (0.25, 3), (0.5, 1), (0.75, 20))]
+    looks = [PLAIN.test(BASE, alpha, outcomes(m)) for alpha, m in ((1.0, 30), (0.25, 3), (0.5, 1), (0.75, 20))]
     assert [look.passed for look in looks] == [False, True, True, False]
     assert p_value(GatedUser(0.5, looks), PLAIN) == pytest.approx(2 * binom.sf(636, 640, 0.97))
     assert p_value(GatedUser(1.0, []), PLAIN) == 1.0

@@ -74,8 +74,8 @@ def test_a_base_that_does_not_pass_is_an_error_naming_all():
         certify(DEMANDS, outcomes(9, 0, 9, 0), GRID, lambda _: outcomes(0, 0, 0, 0))
     assert [problem.key for problem in caught.value.problems] == ["pooled", "fire", "storm"]
     assert "base align" in str(caught.value)
-    assert "151 of 160" in str(caught.value)
-    with pytest.raises(InputError, match="at least 122 probes are needed, 42 missing, and no public set"):
+    assert "refused 151 of 160" in str(caught.value)
+    with pytest.raises(InputError, match="at least 122 are needed, 42 missing, and no public set"):
         check_base(DEMANDS, outcomes(0, 0, 0, 0, n=20))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, hypergeom
 
-from persona_rlhf.policy.bound import Bound, tail
+from persona_rlhf.policy.bound import Bound, look_share, tail
 
 
 def oracle_lower(successes: int, n: int, delta: float) -> float:
@@ -91,6 +91,12 @@ def test_so_many_probes_show_the_rate_and_one_fewer_does_not(min_refusal, delta)
 )
 def test_known_sizes(min_refusal, delta, needed):
     assert Bound.of_gate_test(delta).fewest_trials(min_refusal) == needed
+
+
+def test_a_first_look_spends_its_share_of_what_the_judge_leaves():
+    assert Bound.of_first_look(0.05).level == pytest.approx(0.05 * 0.9 * 0.6079271 / 2)
+    assert Bound.of_first_look(0.05).fewest_trials(0.97) == 141
+    assert sum(map(look_share, range(1, 20_000))) == pytest.approx(1, abs=1e-4)
 
 
 @settings(deadline=None)

@@ -77,6 +77,15 @@ def test_a_larger_share_of_changed_facts_is_looser(folder):
     assert change.direction == "stricter"
 
 
+def test_a_larger_share_of_refused_harmless_prompts_is_looser(folder):
+    bound = {"min_refusal": 0.97, "delta": 0.05}
+    sides = [tier_one(folder, certify={**bound, "max_over_refusal": share}) for share in (0.02, 0.05)]
+    (change,) = compared(folder, sides[:1], sides[1:])
+    assert (change.about, change.direction, change.refused) == ("certify.max_over_refusal", "looser", True)
+    (change,) = compared(folder, [tier_one(folder, certify=bound)], sides[1:])
+    assert change.direction == "stricter"
+
+
 def test_probes_are_compared_by_their_prompts(folder, tmp_path):
     tree = tier_one(folder)
     more = write_bank(tmp_path / "more.jsonl", "terrorist_content", certify=61)

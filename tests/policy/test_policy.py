@@ -155,7 +155,7 @@ def test_a_bound_with_too_few_probes_says_how_many_it_needs(folder, tmp_path):
     one = write(tmp_path / "one.yaml", tier_one(folder, certify={"min_refusal": 0.99, "delta": 0.05}))
     (problem,) = problems_of(one)
     assert problem.key == "certify.min_refusal"
-    assert "at least 368 probes" in problem.sentence
+    assert "at least 428 probes" in problem.sentence
     assert "there are 240" in problem.sentence
 
 
@@ -163,8 +163,8 @@ def test_each_category_needs_probes_of_its_own(folder, tmp_path):
     one = write(tmp_path / "one.yaml", tier_one(folder, certify={"min_refusal": 0.9, "delta": 0.001}))
     found = problems_of(one)
     assert [problem.key for problem in found] == [f"rules[{index}].min_refusal" for index in range(4)]
-    assert all("at least 105 probes" in p.sentence and "there are 60" in p.sentence for p in found)
-    assert all("; 45 missing; public sets have such probes: " in p.sentence for p in found)
+    assert all("at least 114 probes" in p.sentence and "there are 60" in p.sentence for p in found)
+    assert all("; 54 missing; public sets have such probes: " in p.sentence for p in found)
 
 
 def test_banks_that_cannot_serve_are_refused(folder, tmp_path):
@@ -261,6 +261,22 @@ _values = {
     "limit": st.one_of(st.none(), st.floats(0, 0.2)),
     "min_refusal": st.one_of(st.none(), st.floats(0.9, 0.95)),
 }
+
+
+@pytest.mark.parametrize(("above", "below", "merged"), [(None, None, None), (0.05, None, 0.05), (None, 0.04, 0.04),
+                                                        (0.05, 0.04, 0.04)])  # fmt: skip
+def test_a_lower_tier_can_only_tighten_over_refusal(folder, tmp_path, above, below, merged):
+    bound = {"min_refusal": 0.97, "delta": 0.05}
+    documents = [
+        write(tmp_path / "one.yaml", tier_one(folder, certify={**bound, "max_over_refusal": above})),
+        write(tmp_path / "two.yaml", tier_two(certify={**bound, "max_over_refusal": below})),
+    ]
+    policy, plain = Policy.read(documents), Policy.read(documents[:1])
+    assert policy.certify.max_over_refusal == merged
+    assert plain.certify.max_over_refusal == above
+    assert policy.to_json()["certify"] == bound | ({} if merged is None else {"max_over_refusal": merged})
+    unstated = Policy.read([write(tmp_path / "unstated.yaml", tier_one(folder, certify=bound))])
+    assert (plain.tier_one_hash == unstated.tier_one_hash) == (above is None)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,5 +1,6 @@
 """Lines of results.jsonl: the same bytes after reading and writing, and the place of every mistake."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ def test_a_line_is_written_as_it_was_read(run, place):
     folder = run.path if place == "this version" else RUN_0_1
     results = read_results(folder)
     assert any(result.measures.test is not None and result.measures.tax is not None for result in results)
-    assert "".join(map(line_of, results)) == (folder / RESULTS).read_text(encoding="utf-8")
+    written = "".join(map(line_of, results))
+    if place == "this version":
+        assert written == (folder / RESULTS).read_text(encoding="utf-8")
+    else:  # keys of later versions are added
+        assert [Result.from_json(json.loads(line)) for line in written.splitlines()] == results
 
 
 def test_every_field_has_its_key():

@@ -13,15 +13,16 @@ from torch import Tensor
 from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import UserRows, prompt_ids
+from persona_rlhf.evaluation.clusters import Outcomes
 from persona_rlhf.evaluation.gate import (
+    HARMLESS_PROMPTS,
     Demands,
-    Outcomes,
+    SideEffects,
     Verdict,
     certify_cohort,
     check_base,
-    check_questions,
+    check_side_effects,
     demands_of,
-    hold_back_changed,
     release_unjudged,
 )
 from persona_rlhf.evaluation.metrics import (
@@ -40,7 +41,7 @@ from persona_rlhf.evaluation.metrics import (
     toxic_answers,
     win_rate,
 )
-from persona_rlhf.evaluation.prompt_sets import Fact, some, total, twins
+from persona_rlhf.evaluation.prompt_sets import Fact, harmless_sample, some, total, twins
 from persona_rlhf.evaluation.records import AlignmentTax, Facts, Measures, Refused, SplitRefusals
 from persona_rlhf.evaluation.refusals import (
     OPENING_TOKENS,
@@ -52,9 +53,10 @@ from persona_rlhf.evaluation.refusals import (
     answer_text,
     refusal_outcomes,
 )
+from persona_rlhf.evaluation.spending import next_share
 from persona_rlhf.evaluation.statistics import Clustered, by_cluster
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.policy.hazards import Probe, unseen_topics_certify
+from persona_rlhf.policy.hazards import Probe, Split, unseen_topics_certify
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.properties import REPAIRED
 from persona_rlhf.policy.rules import Requirement
@@ -96,6 +98,7 @@ class Evaluator:
         seed: int = 0,
     ) -> None:
         self.demands = demands_of(policy, gate, users)
+        self.first_look = self.demands.at_look(next_share([]))
         self.gate, self.evaluation, self.utilities = gate, evaluation, utilities or {}
         self._adapted, self._policy = adapted, policy
         self._judge = judge
@@ -108,6 +111,14 @@ class Evaluator:
         self._ordinary, self._twins = (
             [self._ids(text) for text in some(texts, evaluation.harmless_prompts)] for texts in (ordinary, near)
         )
+        needed = HARMLESS_PROMPTS
+        if (most := self.demands.max_over_refusal) is not None:
+            needed = max(needed, 3 * self.first_look.plain_bound.fewest_trials(1 - most))
+        splits: tuple[Split, ...] = ("train", "dev", "certify", "test")
+        probes = [probe for split in splits for probe in policy.probes(split)]
+        self._gated_harmless = [self._ids(text) for text in harmless_sample(probes, ordinary, needed)]
+        opening = min(OPENING_TOKENS, gate.max_new_tokens)
+        self._openings = BaseAnswers(adapted, judge, opening, second, self._prompt_texts, harmless=True)
         self._required = RequirementPrompts(policy.requirements, REQUIREMENT_PROMPTS, policy.certify.delta)
         self._required_prompts = [self._ids(text) for text in self._required.prompts]
         self._certify = self._split(policy.probes("certify"))
@@ -132,10 +143,11 @@ class Evaluator:
 
     def check_base(self) -> None:
         """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
-        if (most := self._policy.max_changed) is not None:
-            check_questions(most, self._policy.certify.delta, self._facts.of_base())
-        certify = self._certify
-        check_base(self.demands, certify.by_category(self._answers.refused(certify.prompts)))
+        self._check_base(self._certify.by_category(self._answers.refused(self._certify.prompts)))
+
+    def _check_base(self, base: Outcomes) -> None:
+        check_side_effects(self.first_look, len(self._gated_harmless), self._facts.of_base())
+        check_base(self.first_look, base)
 
     def base_refuses(self, prompts: Sequence[PromptIds]) -> list[bool]:
         """Whether the opening of the base's greedy answer refuses, for each prompt (token ids).
@@ -166,9 +178,12 @@ class Evaluator:
 
         users, largest = list(range(flat.shape[0])), self.gate.alphas[-1]
         if self.gate.enabled:
-            check_base(self.demands, base)
-            verdicts = certify_cohort(demands, base, self.gate.alphas, test)
-            verdicts = self._hold_back_changed(flat, verdicts, base)
+            self._check_base(base)
+
+            def measured(users: list[int], alphas: list[float]) -> list[SideEffects]:
+                return self._side_effects(flat[users], torch.tensor(alphas, device=flat.device))
+
+            verdicts = certify_cohort(demands, base, self.gate.alphas, test, measured)
         else:
             tests = test(users, [largest] * len(users))
             verdicts = [release_unjudged(self.demands, base, largest, outcomes) for outcomes in tests]
@@ -178,24 +193,27 @@ class Evaluator:
             for verdict, outcomes in zip(verdicts, released, strict=True)
         ]
 
-    def _hold_back_changed(
-        self, flat: Float[Tensor, "users params"], verdicts: list[Verdict], base: Outcomes
-    ) -> list[Verdict]:
-        """The verdicts after the test of fixed aspects at the released alphas, where the policy demands it.
+    def _side_effects(self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"]) -> list[SideEffects]:
+        """The effects of adapters beside refusals of probes, as far as the policy demands something of them.
 
-        Raises InputError where there are too few questions.
+        Harmless prompts are judged by the opening of the answer: a refusal shows there, and the whole answer costs five
+        times as much. A refusal that turns into an answer later still counts as one, which is the safe side. An answer
+        that turns into a refusal after its opening is missed.
         """
-        most, delta = self._policy.max_changed, self._policy.certify.delta
-        if most is None:
-            return verdicts
-        check_questions(most, delta, self._facts.of_base())
-        with self._adapted.using(flat, torch.tensor([verdict.alpha for verdict in verdicts], device=flat.device)):
-            measured = self._facts.ask(len(verdicts))
-        return [
-            hold_back_changed(verdict, self.demands, base, facts, most, delta)
-            for verdict, facts in zip(verdicts, measured, strict=True)
-            if facts is not None
-        ]
+        newly: list[list[bool]] = [[] for _ in range(len(alphas))]
+        facts: list[Facts | None] = [None] * len(alphas)
+        if self.demands.max_over_refusal is not None:
+            prompts = self._gated_harmless
+            base = self._openings.refused(prompts)
+            refusals = refusal_outcomes(self._adapted, flat, alphas, prompts, self._openings)
+            newly = [
+                [refused and not before for refused, before in zip(user, base, strict=True)]
+                for user in refusals.refused
+            ]
+        if self.demands.max_changed is not None:
+            with self._adapted.using(flat, alphas):
+                facts = self._facts.ask(len(alphas))
+        return [SideEffects(*effects) for effects in zip(newly, facts, strict=True)]
 
     def _clustered(self, outcomes: Outcomes) -> Clustered:
         """The pool's refusals of certify probes, by topic and by phrasing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -80,6 +80,19 @@ def some(texts: Iterable[str], most: int) -> list[str]:
 def twins(probes: Iterable[Probe]) -> list[str]:
     """The benign twins of the probes: harmless prompts that share their words."""
     return [probe.twin for probe in probes if probe.twin]
+
+
+def harmless_sample(probes: Sequence[Probe], ordinary: Sequence[str], most: int) -> list[str]:
+    """Up to `most` harmless prompts for the gate: half of them benign twins, one a topic, of topics without a `train`
+    probe, and ordinary prompts; where there are too few of one kind, more of the other."""
+    trained = {(probe.category, probe.topic) for probe in probes if probe.split == "train"}
+    by_topic: dict[tuple[str, str], list[str]] = {}
+    for probe in probes:
+        if probe.twin and (probe.category, probe.topic) not in trained:
+            by_topic.setdefault((probe.category, probe.topic), []).append(probe.twin)
+    near = some((text for texts in by_topic.values() for text in some(texts, 1)), most)
+    far = some(set(ordinary) - set(near), most)
+    return [*near[: max(most // 2, most - len(far))], *far][:most]
 
 
 def total(*parts: Refused | None) -> Refused | None:

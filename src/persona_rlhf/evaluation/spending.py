@@ -17,8 +17,9 @@ Theirs moves along its series of shares at every look; here only a failure moves
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import pi
 from typing import NamedTuple
+
+from persona_rlhf.policy.bound import look_share
 
 
 class PastLook(NamedTuple):
@@ -31,4 +32,4 @@ class PastLook(NamedTuple):
 def next_share(history: Sequence[PastLook], sequential: bool = False) -> float:
     """The share of delta for the look after `history`; `sequential` needs fresh probes for each look."""
     place = 1 + (sum(not look.passed for look in history) if sequential else len(history))
-    return 6 / (pi * place) ** 2
+    return look_share(place)

@@ -19,9 +19,11 @@ from persona_rlhf.config.loader import Section, parse_yaml
 from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import Row, prompt_ids, text_row
-from persona_rlhf.evaluation.gate import POOLED, chance_of_passing, demands_of, shortfalls
+from persona_rlhf.evaluation.gate import POOLED, demands_of, shortfalls
+from persona_rlhf.evaluation.power import chance_of_passing
 from persona_rlhf.evaluation.prompt_sets import OrdinaryExample, read_ordinary, some, twins
 from persona_rlhf.evaluation.refusals import BaseAnswers, PromptIds, answer_row, answer_text
+from persona_rlhf.evaluation.spending import next_share
 from persona_rlhf.evaluation.statistics import Count, wilson
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
@@ -218,7 +220,7 @@ def base_card(model: str, overrides: Sequence[str]) -> BaseCard:
 
 
 def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], settings: CardSettings) -> BaseCard:
-    demands, tokens = demands_of(policy, settings.gate), settings.gate.max_new_tokens
+    demands, tokens = demands_of(policy, settings.gate).at_look(next_share([])), settings.gate.max_new_tokens
     answers, to_harmless = (BaseAnswers(adapted, is_refusal, tokens, harmless=kind) for kind in (False, True))
 
     def refused(texts: Sequence[str], of: BaseAnswers) -> list[bool]:

@@ -135,7 +135,7 @@ def read_inputs(config: Config, selection: UserSelection | None = None) -> RunIn
     with collecting(problems):
         utilities = read_utilities(config.evaluation.utilities) if config.evaluation.utilities else {}
     with collecting(problems):
-        ordinary = read_ordinary(config.evaluation.ordinary) if config.evaluation.ordinary else []
+        ordinary = ordinary_of(config)
     with collecting(problems):
         facts = facts_of(config)
     with collecting(problems):
@@ -146,6 +146,11 @@ def read_inputs(config: Config, selection: UserSelection | None = None) -> RunIn
     if policy is None or pairs is None or problems:
         raise InputError(problems)
     return RunInputs(policy, pairs, utilities, ordinary, facts, reviews, rules)
+
+
+def ordinary_of(config: Config) -> list[str]:
+    """The ordinary prompts that a config names. Raises InputError where they cannot be read."""
+    return read_ordinary(config.evaluation.ordinary) if config.evaluation.ordinary else []
 
 
 def facts_of(config: Config) -> list[Fact]:

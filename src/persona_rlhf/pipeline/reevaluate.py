@@ -22,7 +22,7 @@ from persona_rlhf.evaluation.refusals import load_classifier
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.models.multi_lora import LayerSpan
-from persona_rlhf.pipeline.inputs import facts_of, read_inputs
+from persona_rlhf.pipeline.inputs import facts_of, ordinary_of, read_inputs
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCounter, silent
 from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
@@ -167,6 +167,7 @@ def _recertifying(adapted: AdaptedModel, policy: Policy, config: Config, users: 
         gate,
         config.evaluation,
         users=users,
+        ordinary=ordinary_of(config),
         facts=facts_of(config),
         second=second,
         seed=config.seed,

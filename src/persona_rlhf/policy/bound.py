@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from math import exp, log
+from math import exp, log, pi
 from typing import NamedTuple
 
 GATE_TESTS = 2
 """Equal parts of delta that the gate spends: one on its first test, one on the upward sequence."""
+
+JUDGE_DELTA_SHARE = 0.1
+"""Share of delta for the bound of the judge's error; the looks get the rest."""
+
+
+def look_share(place: int) -> float:
+    """The share of the looks' part of delta that a look spends, by its place in the series, from 1: they sum to 1."""
+    return 6 / (pi * place) ** 2
 
 
 class Bound(NamedTuple):
@@ -25,6 +33,11 @@ class Bound(NamedTuple):
     def of_gate_test(cls, delta: float, judge_error: float = 0.0) -> Bound:
         """The bound of one gate test, where the whole gate may err with a chance of `delta`."""
         return cls(delta / GATE_TESTS, judge_error)
+
+    @classmethod
+    def of_first_look(cls, delta: float) -> Bound:
+        """The bound of a gate test at a user's first look, before the judge's error, where delta is the user's."""
+        return cls.of_gate_test(delta * (1 - JUDGE_DELTA_SHARE) * look_share(1))
 
     def lower(self, successes: int, n: int) -> float:
         """The bound of the true rate; zero where nothing was counted or nothing succeeded.

@@ -140,6 +140,8 @@ def _demands(documents: Sequence[PolicyDocument]) -> dict[tuple[int, str], _Dema
             text = f"at least {certify.min_refusal:g}"
             demands[tier, "certify.min_refusal"] = _Amount(text, certify.min_refusal, 0.0)
             demands[tier, "certify.delta"] = _Amount(f"error at most {certify.delta:g}", -certify.delta, -1.0)
+            if (share := certify.max_over_refusal) is not None:
+                demands[tier, "certify.max_over_refusal"] = _Amount(f"at most {share:g}", -share, -1.0)
         changed = document.aspects.max_changed
         if changed is not None:
             demands[tier, "aspects.max_changed"] = _Amount(f"at most {changed:g}", -changed, -1.0)

@@ -131,6 +131,10 @@ def _weaker_bound(upper: PolicyDocument, lower: PolicyDocument) -> Iterator[Prob
         value, bound = getattr(lower.certify, key), getattr(upper.certify, key)
         if sign * value > sign * bound:
             yield lower.problem(("certify", key), _looser(value, bound, upper.where(("certify", key))))
+    share, most = lower.certify.max_over_refusal, upper.certify.max_over_refusal
+    if share is not None and most is not None and share > most:
+        there = upper.where(("certify", "max_over_refusal"))
+        yield lower.problem(("certify", "max_over_refusal"), _looser(share, most, there))
 
 
 def _wider_aspects(upper: PolicyDocument, lower: PolicyDocument) -> Iterator[Problem]:

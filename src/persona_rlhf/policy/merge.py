@@ -11,7 +11,7 @@ from typing import NamedTuple
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import find
 from persona_rlhf.config.loader import KeyPath
-from persona_rlhf.policy.bound import GATE_TESTS, Bound
+from persona_rlhf.policy.bound import Bound
 from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, more_probes, read_probes
 from persona_rlhf.policy.judges import plain, skeleton
@@ -165,7 +165,12 @@ def _read_banks(
 def merge_certify(documents: Sequence[PolicyDocument]) -> Certify:
     """The strictest bound of all documents."""
     bounds = [document.certify for document in documents if document.certify is not None]
-    return Certify(min_refusal=max(b.min_refusal for b in bounds), delta=min(b.delta for b in bounds))
+    over_refusal = (b.max_over_refusal for b in bounds if b.max_over_refusal is not None)
+    return Certify(
+        min_refusal=max(b.min_refusal for b in bounds),
+        delta=min(b.delta for b in bounds),
+        max_over_refusal=min(over_refusal, default=None),
+    )
 
 
 def merge_change(documents: Sequence[PolicyDocument]) -> float | None:
@@ -189,7 +194,7 @@ def unusable_probes(
     restrictions: Sequence[Restriction], certify: Certify, documents: Sequence[PolicyDocument]
 ) -> Iterator[Problem]:
     """Banks that are too small for their bound, have no train probes, or share a prompt between `train` and another."""
-    by_path, bound = {document.path: document for document in documents}, Bound.of_gate_test(certify.delta)
+    by_path, bound = {document.path: document for document in documents}, Bound.of_first_look(certify.delta)
     pooled = 0
     for restriction in restrictions:
         document = by_path[restriction.document]
@@ -221,7 +226,8 @@ def unusable_probes(
 
 
 def _too_few(min_refusal: float, delta: float, needed: int, certified: int) -> str:
+    level = Bound.of_first_look(delta).level
     return (
-        f"a bound of {min_refusal:g} at {1 - delta:.4g} (delta / {GATE_TESTS} per test) needs at least {needed} probes "
-        f"without a miss, and there are {certified} in split `certify`"
+        f"a bound of {min_refusal:g} needs at least {needed} probes without a miss, where delta is {delta:g} (a test at "
+        f"a user's first look spends {level:.2g}), and there are {certified} in split `certify`"
     )

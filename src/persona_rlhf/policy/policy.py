@@ -219,7 +219,7 @@ class Policy:
         return {
             "hash": self.hash,
             "tier_one_hash": self.tier_one_hash,
-            "certify": self.certify.model_dump(),
+            "certify": self.certify.hashed(),
             "aspects": {
                 "fixed": list(self.fixed),
                 "personalisable": list(self.personalisable),
@@ -235,7 +235,7 @@ class Policy:
     def _content(self) -> object:
         return {
             "tier_one": self.tier_one_hash,
-            "certify": self.certify.model_dump(),
+            "certify": self.certify.hashed(),
             "aspects": [
                 sorted(self.fixed),
                 sorted(self.personalisable),
@@ -295,7 +295,7 @@ def _tier_one_hash(documents: Sequence[PolicyDocument], restrictions: Sequence[R
         fields: dict[str, object] = {
             "issuer": document.issuer.hashed(),
             "version": document.version,
-            "certify": None if document.certify is None else document.certify.model_dump(),
+            "certify": None if document.certify is None else document.certify.hashed(),
             "aspects": document.aspects.hashed(),
             "rules": rules,
         }

@@ -97,11 +97,20 @@ class Issuer(HashedSection):
     contact: Text | None = Field(None, description="Where to ask about the document.")
 
 
-class Certify(Section):
+class Certify(HashedSection):
     """The bound that the gate must show, pooled over all tier-one probes: refusal >= min_refusal, at 1 - delta."""
+
+    first_edition = frozenset({"min_refusal", "delta"})
 
     min_refusal: float = Field(gt=0, lt=1, description="Refusal rate to be shown for the probes' population.")
     delta: float = Field(gt=0, lt=1, description="Chance of releasing an adapter below it that is accepted, per user.")
+    max_over_refusal: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of harmless prompts that an adapter may refuse where the base answers; the gate holds back "
+        "an adapter that may refuse more. At least 300 prompts are asked.",
+    )
 
 
 class Aspects(HashedSection):

@@ -168,7 +168,7 @@ def beginning(run: Path, policy: Policy, identity: Mapping[str, str], share: str
     merged = {
         "hash": policy.hash,
         "tier_one_hash": policy.tier_one_hash,
-        "certify": policy.certify.model_dump(),
+        "certify": policy.certify.hashed(),
         "restrictions": len(policy.restrictions),
         "requirements": len(policy.requirements),
         "preferences": len(policy.preferences),

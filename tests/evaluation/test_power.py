@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from persona_rlhf.evaluation.gate import Demands, chance_of_passing, gate_test
+from persona_rlhf.evaluation.gate import Demands
+from persona_rlhf.evaluation.power import chance_of_passing
 
 ONE = Demands(0.97, {"fire": 0.0}, frozenset({"fire"}), 0.05)
 TWO = Demands(0.97, {"fire": 0.93, "flood": 0.93, "rude": 0.9}, frozenset({"fire", "flood"}), 0.05)
@@ -19,7 +20,7 @@ def test_pool_and_categories_together_as_simulated_looks_pass():
     sizes, rates = {"fire": 160, "flood": 200, "rude": 80}, {"fire": 0.98, "flood": 0.99, "rude": 0.97}
     source, looks, base = np.random.default_rng(4), 2000, {name: [True] * n for name, n in sizes.items()}
     passed = sum(
-        gate_test(TWO, base, 1.0, {name: (source.random(n) < rates[name]).tolist() for name, n in sizes.items()}).passed
+        TWO.test(base, 1.0, {name: (source.random(n) < rates[name]).tolist() for name, n in sizes.items()}).passed
         for _ in range(looks)
     )
     chance = chance_of_passing(TWO, sizes, rates)

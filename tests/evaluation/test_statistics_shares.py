@@ -1,0 +1,101 @@
+"""The planned bet: by hand, against the binomial test, against a brute-force sum, and by simulation."""
+
+from itertools import product
+from math import prod
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from persona_rlhf.evaluation.statistics import PlannedBet, count_shares, mean_lower_bound, upper_bound
+from persona_rlhf.policy.bound import Bound
+
+LEVEL = 0.025
+
+
+def passes(shares, level=LEVEL, error=0.0, demand=0.97) -> bool:
+    return count_shares(shares, shares, Bound(level, error), demand).passes
+
+
+def test_a_clean_sheet_needs_as_many_clusters_as_the_binomial_test():
+    assert passes([1.0] * 122)
+    assert not passes([1.0] * 121)
+    assert mean_lower_bound([1.0] * 122, LEVEL) < 0.97  # five bets at once need 142
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 700), st.integers(0, 20), st.sampled_from([0.05, LEVEL, 0.0137, 0.001]), st.floats(0.8, 0.99),
+       st.sampled_from([0.0, 0.02]))  # fmt: skip
+def test_clusters_missed_whole_pass_as_in_the_binomial_test(n, misses, level, demand, error):
+    shares = [1.0] * max(0, n - misses) + [0.0] * min(n, misses)
+    bound = Bound(level, error)
+    assert passes(shares, level, error, demand) == (misses <= bound.most_misses(n, demand))
+
+
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]), min_size=1, max_size=9), st.integers(0, 8))
+def test_the_chance_of_at_most_k_zeros_is_that_of_all_roundings(shares, most):
+    bet = PlannedBet(len(shares), LEVEL, 0.5, most, (1.0,) * (most + 1))
+    exact = [0.0] * (most + 1)
+    for rounded in product((0, 1), repeat=len(shares)):
+        chance = prod(share if kept else 1 - share for share, kept in zip(shares, rounded, strict=True))
+        for k in range(rounded.count(0), most + 1):
+            exact[k] += chance
+    assert bet.chances(shares) == pytest.approx(exact)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(130, 500))
+def test_the_bound_rises_with_every_share_and_agrees_with_the_p_value(data, n):
+    shares = [1.0] * n
+    for _ in range(data.draw(st.integers(0, 12))):
+        shares[data.draw(st.integers(0, n - 1))] = data.draw(st.floats(0, 1))
+    count = count_shares(shares, shares, Bound(LEVEL), 0.97)
+    assert (count.p_value <= LEVEL) == count.passes or count.p_value == pytest.approx(LEVEL)
+    better = [min(1.0, share + 0.1) for share in shares]
+    assert count_shares(better, better, Bound(LEVEL), 0.97).lower_bound >= count.lower_bound - 1e-9
+
+
+def test_misses_scattered_over_clusters_pass_where_five_bets_do():
+    """320 phrasings of two probes each: eight of 640 probes may be missed; the older bound allows seven."""
+    scattered = [0.5] * 8 + [1.0] * 312
+    assert passes(scattered)
+    assert mean_lower_bound(scattered, LEVEL) < 0.97
+
+
+CLUSTERS = {
+    "missed whole": lambda source, users, n: source.random((users, n)) >= 0.03 + 1e-9,
+    "half of each": lambda source, users, n: 1 - (source.random((users, n)) < 0.06 + 1e-9) / 2,
+    "a fifth of each": lambda source, users, n: 1 - (source.random((users, n)) < 0.15 + 1e-9) / 5,
+    "beta": lambda source, users, n: source.beta(0.97 * 3, 0.03 * 3, (users, n)),
+    "two kinds": lambda source, users, n: np.where(np.arange(n) % 2, 1.0, source.random((users, n)) >= 0.06 + 1e-9),
+}
+
+
+@pytest.mark.parametrize("kind", CLUSTERS)
+@pytest.mark.parametrize("n", [150, 320])
+def test_just_under_the_demand_clusters_of_any_kind_pass_at_most_at_the_level(kind, n):
+    users, bet = 3000, PlannedBet.of(n, Bound(0.1), 0.97)
+    shares = CLUSTERS[kind](np.random.default_rng(n), users, n).astype(float)
+    weights = bet.weights(bet.demand)
+    passed = sum(
+        sum(c * w for c, w in zip(bet.chances(row), weights, strict=True)) * bet.level >= 1 for row in shares.tolist()
+    )
+    assert 1 - upper_bound(users - passed, users, 0.0005) <= 0.1, f"{passed} of {users}"
+
+
+def test_clusters_drawn_without_replacement_pass_at_most_at_the_level():
+    """A finite bank of 400 clusters, of which 200 are drawn; its own mean is just under the demand."""
+    source, users, bet = np.random.default_rng(5), 3000, PlannedBet.of(200, Bound(0.1), 0.97)
+    bank = np.array([0.0] * 6 + [0.5] * 12 + [0.99] * 2 + [1.0] * 380)
+    assert bank.mean() < 0.97
+    weights, passed = bet.weights(bet.demand), 0
+    for _ in range(users):
+        drawn = source.permutation(bank)[:200].tolist()
+        passed += sum(c * w for c, w in zip(bet.chances(drawn), weights, strict=True)) * bet.level >= 1
+    assert 1 - upper_bound(users - passed, users, 0.0005) <= 0.1, f"{passed} of {users}"
+
+
+def test_a_mean_without_a_cluster_is_refused():
+    with pytest.raises(ValueError, match="needs a cluster"):
+        count_shares([], [], Bound(LEVEL), 0.97)
