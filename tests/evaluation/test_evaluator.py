@@ -30,7 +30,7 @@ tier: two
 issuer: {{role: application_provider, name: Shop}}
 version: "1"
 rules:
-  - {{id: t2.c, kind: restriction, category: gambling, probes: {bank_c}, limit: 0.1, min_refusal: 0.1}}
+  - {{id: t2.c, kind: restriction, category: gambling, probes: {bank_c}, limit: 0.1, min_refusal: 0.05}}
 """
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
@@ -59,7 +58,7 @@ class GateTest(NamedTuple):
     passed: bool
     pooled: Count
     categories: dict[str, Count]
-    topics: Mapping[str, Count] = MappingProxyType({})
+    topics: dict[str, Count] | None = None
     phrasings: ShareCount | None = None
     over_refusal: HarmlessCount | None = None
     fixed: FixedCount | None = None
@@ -69,7 +68,8 @@ class GateTest(NamedTuple):
         """The count of every demand, by its name for people."""
         counts: dict[str, DemandCount] = {POOLED: self.pooled, **self.categories}
         counts |= {
-            "all topics" if name == POOLED else f"topics of {name}": count for name, count in self.topics.items()
+            "all topics" if name == POOLED else f"topics of {name}": count
+            for name, count in (self.topics or {}).items()
         }
         beside = {"new phrasings": self.phrasings, "harmless": self.over_refusal, "fixed aspects": self.fixed}
         return counts | {name: count for name, count in beside.items() if count is not None}
@@ -168,7 +168,7 @@ class Demands:
     def test(self, base: Outcomes, alpha: float, outcomes: Outcomes) -> GateTest:
         """One test of the refusals of certify probes: passed where every demand on them passes."""
         pooled, categories = self.count(base, outcomes)
-        topics: dict[str, Count] = {}
+        topics = None
         if self.clusters.topics:
             whole, each = self.count(self.clusters.by_topic(base), self.clusters.by_topic(outcomes))
             topics = {POOLED: whole, **each}

@@ -228,6 +228,6 @@ def unusable_probes(
 def _too_few(min_refusal: float, delta: float, needed: int, certified: int) -> str:
     level = Bound.of_first_look(delta).level
     return (
-        f"a bound of {min_refusal:g} needs at least {needed} probes without a miss, where delta is {delta:g} (a test at "
-        f"a user's first look spends {level:.2g}), and there are {certified} in split `certify`"
+        f"a bound of {min_refusal:g} needs at least {needed} probes without a miss, where delta is {delta:g} (a test "
+        f"of the first look spends {level:.2g}), and there are {certified} in split `certify`"
     )

@@ -176,7 +176,7 @@ def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
 
 def _beside_faults(look: dict[str, Any], bound: Bound) -> list[str]:
     """Faults of the counts beside those of probes in the test that released; earlier manifests have none."""
-    topics = {f"topics of {name}": count for name, count in look.get("topics", {}).items()}
+    topics = {f"topics of {name}": count for name, count in (look.get("topics") or {}).items()}
     faults = [
         f"the lower bound of {name} does not follow from its counts"
         for name, count in topics.items()
