@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import secrets
@@ -12,10 +11,10 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import SplitResult, urlsplit
+
+import httpx
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, find, is_hub_id, write_folder
@@ -103,7 +102,7 @@ _COMPLETIONS = "/v1/chat/completions"
 class VllmGenerator(NamedTuple):
     """The TextGenerator over a vLLM server at `address`. Its error messages are not passed on."""
 
-    address: SplitResult
+    address: httpx.URL
     key: str | None
 
     def generate(
@@ -111,41 +110,37 @@ class VllmGenerator(NamedTuple):
     ) -> Iterator[TextChunk]:
         """See `TextGenerator.generate`."""
         model = BASE_NAME if adapter is None else adapter.slug
-        connection, response = self._post(_body(model, messages, sampling))
-        return _chunks(connection, response)
-
-    def _post(self, body: dict[str, Any]) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        connection = connect(self.address, _TIMEOUT_SECONDS)
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        client = httpx.Client(base_url=self.address, headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=False)
+        request = client.build_request("POST", _COMPLETIONS, json=_body(model, messages, sampling))
         try:
-            connection.request("POST", self.address.path.rstrip("/") + _COMPLETIONS, json.dumps(body), headers)
-            response = connection.getresponse()
-        except (OSError, http.client.HTTPException):
-            connection.close()
+            response = client.send(request, stream=True)
+        except httpx.HTTPError:
+            client.close()
             raise APIError(502, "The engine behind this server cannot be reached.", "engine_unreachable") from None
-        if response.status != 200:
-            response.close()
-            connection.close()
-            if response.status == 400:
+        if response.status_code != 200:
+            client.close()
+            if response.status_code == 400:
                 raise APIError(400, "The engine rejected this request; is it too long?", "invalid_value")
             raise APIError(502, "The engine behind this server failed.", "engine_failed")
-        return connection, response
+        return _chunks(client, response)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the server answers its health check."""
+        try:
+            return httpx.get(self.address.join("/health"), timeout=5.0, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
 
 
-def upstream_address(url: str) -> SplitResult:
+def upstream_address(url: str) -> httpx.URL:
     """The address of an upstream server. Raises InputError if the URL is not one."""
-    address = urlsplit(url)
-    if address.scheme not in ("http", "https") or not address.hostname:
+    address = httpx.URL(url)
+    if address.scheme not in ("http", "https") or not address.host:
         sentence = f"`{url}` is no address; it has the form http://127.0.0.1:8001"
         raise InputError([Problem("serve", None, "--upstream", sentence)])
     return address
-
-
-def connect(address: SplitResult, timeout: float) -> http.client.HTTPConnection:
-    """A connection to a server, not opened yet; the timeout is in seconds."""
-    kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
-    assert address.hostname is not None
-    return kind(address.hostname, address.port, timeout=timeout)
 
 
 def _body(model: str, messages: Prompt, sampling: SamplingParams) -> dict[str, Any]:
@@ -167,11 +162,11 @@ def _body(model: str, messages: Prompt, sampling: SamplingParams) -> dict[str, A
     return body
 
 
-def _chunks(connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> Iterator[TextChunk]:
+def _chunks(client: httpx.Client, response: httpx.Response) -> Iterator[TextChunk]:
     """The events of an answer as chunks; the last one waits for the token counts, which come after it."""
     finish: Finish | None = None
     usage = None
-    with closing(connection), response:
+    with closing(client), closing(response):
         try:
             for event in _events(response):
                 if (counted := event.get("usage")) is not None:
@@ -181,19 +176,19 @@ def _chunks(connection: http.client.HTTPConnection, response: http.client.HTTPRe
                         yield TextChunk(str(text))
                     if (reason := choice.get("finish_reason")) is not None:
                         finish = "length" if reason == "length" else "stop"
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError):
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError):
             raise APIError(502, "The engine behind this server failed.", "engine_failed") from None
     if finish is None:
         raise APIError(502, "The engine behind this server ended without an end of its answer.", "engine_failed")
     yield TextChunk("", finish, usage)
 
 
-def _events(response: http.client.HTTPResponse) -> Iterator[Mapping[str, Any]]:
-    for line in response:
-        name, _, value = line.partition(b":")
-        if name == b"data" and value.strip() == b"[DONE]":
+def _events(response: httpx.Response) -> Iterator[Mapping[str, Any]]:
+    for line in response.iter_lines():
+        name, _, value = line.partition(":")
+        if name == "data" and value.strip() == "[DONE]":
             return
-        if name == b"data":
+        if name == "data":
             yield json.loads(value)
 
 
@@ -233,7 +228,7 @@ def _running(script: Path, url: str) -> Iterator[VllmGenerator]:
     process = subprocess.Popen([script.resolve()], env=os.environ | {KEY: upstream.key or ""})
     try:
         deadline = time.monotonic() + _START_SECONDS
-        while not _healthy(upstream):
+        while not upstream.healthy:
             if process.poll() is not None or time.monotonic() > deadline:
                 sentence = f"vLLM did not start (exit code {process.poll()}); its own messages are above"
                 raise InputError([Problem(str(script), None, None, sentence)])
@@ -242,15 +237,3 @@ def _running(script: Path, url: str) -> Iterator[VllmGenerator]:
     finally:
         process.terminate()
         process.wait()
-
-
-def _healthy(upstream: VllmGenerator) -> bool:
-    connection = connect(upstream.address, 5.0)
-    try:
-        connection.request("GET", "/health")
-        with connection.getresponse() as response:
-            return response.status == 200
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
