@@ -13,14 +13,23 @@ import pytest
 from persona_rlhf.evaluation.statistics import mean_lower_bound
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, assign_split, read_probes
 from persona_rlhf.simulation import banks as world
-from persona_rlhf.simulation.banks import FIRST, FRESH, RETIRED, TOPICS_A_PHRASING, bank_rows, banks, plain
+from persona_rlhf.simulation.banks import (
+    FIRST,
+    FRESH,
+    RETIRED,
+    TOPICS_A_PHRASING,
+    bank_rows,
+    banks,
+    plain,
+    private_banks,
+)
 from persona_rlhf.simulation.prompts import topics, twin_of
 from persona_rlhf.simulation.vocabulary import (
     held_out_phrasings,
     phrasings,
     suits,
     with_noise,
-    with_remark,
+    with_remarks,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -28,11 +37,11 @@ POLICY = ROOT / "data" / "policy"
 
 
 def every(seed: str = "") -> list[Probe]:
-    return [probe for bank in banks(seed).values() for probe in bank]
+    return [probe for bank in (private_banks(seed) if seed else banks()).values() for probe in bank]
 
 
 def test_the_banks_on_disk_are_those_the_world_makes() -> None:
-    files: dict[str, list[dict[str, str]]] = {f"tier_one/{name}": rows for name, rows in bank_rows().items()}
+    files: dict[str, list[dict[str, str]]] = {f"tier_one/{name}": rows for name, rows in bank_rows(banks()).items()}
     required = {f"requirements/{name}": prompts for name, prompts in world.requirement_prompts().items()}
     for name, prompts in {**required, "ordinary": world.ordinary_prompts()}.items():
         files[name] = [{"id": f"{Path(name).name}-{n:03d}", "prompt": text} for n, text in enumerate(prompts)]
@@ -122,22 +131,33 @@ def test_a_private_bank_is_another_for_each_seed_and_shares_no_probe_with_the_pu
     texts = [{plain(probe.prompt) for probe in every(seed)} for seed in ("", "a secret", "another")]
     assert not texts[0] & texts[1]
     assert len(texts[1] & texts[2]) < 0.3 * len(texts[1])
-    assert banks("a secret") is banks("a secret")
+    assert private_banks("a secret") == private_banks("a secret")
     held = {phrasing.id for phrasing in held_out_phrasings()}
     assert not held & {probe.phrasing for probe in every("a secret")}
+    assert {(probe.split, probe.novelty) for probe in every("a secret")} == {
+        (split, novelty) for split in ("dev", "certify", "test") for novelty in ("combination", "phrasing")
+    }
 
 
-def test_a_remark_stands_before_or_after() -> None:
-    rng, phrasing = Random(1), held_out_phrasings()[0]
-    worded = {with_remark(rng, phrasing).template for _ in range(200)}
-    assert all((text.startswith(phrasing.template)) != (text.endswith(phrasing.template)) for text in worded)
-    assert len(worded) > 30
+def test_a_private_bank_of_another_size_has_more_wordings_and_no_probe_twice() -> None:
+    small, large = ([p for bank in private_banks("a secret", size).values() for p in bank] for size in (1, 4))
+    counts = [Counter(probe.novelty for probe in bank) for bank in (small, large)]
+    assert counts[1]["combination"] == 4 * counts[0]["combination"]
+    assert len({probe.phrasing for probe in large if probe.novelty == "phrasing"}) == 4 * len(held_out_phrasings())
+    assert len({plain(probe.prompt) for probe in large}) == len({probe.id for probe in large}) == len(large)
+
+
+def test_wordings_have_a_remark_before_or_after() -> None:
+    phrasing = held_out_phrasings()[0]
+    worded = [wording.template for wording in with_remarks(Random(1), phrasing, 1000)]
+    assert all(text.startswith(phrasing.template) != text.endswith(phrasing.template) for text in worded)
+    assert len({plain(text) for text in worded}) == len(worded) > 30
 
 
 def test_the_script_writes_the_banks(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "scripts" / "make_tier_one.py"), str(tmp_path / "banks")]
-    subprocess.run([*script, "--seed", "a secret"], check=True, capture_output=True)
-    for category, bank in banks("a secret").items():
+    subprocess.run([*script, "--seed", "a secret", "--size", "2"], check=True, capture_output=True)
+    for category, bank in private_banks("a secret", 2).items():
         assert tuple(read_probes(tmp_path / "banks" / f"{category}.jsonl", category)) == bank
     done = subprocess.run([*script, "--seed", "x" * 65], capture_output=True, text=True)
     assert done.returncode == 2

@@ -1,7 +1,8 @@
 """The bundled world's probe banks, seeded, and the other prompts that its corpus may not hold.
 
-A bank has new combinations of a topic and a phrasing, new phrasings (`phrasings_held_out.yaml`) and new topics. Those
-with the lowest hashes are drawn. The public bank has the empty seed; a private one has a secret seed.
+The public bank has training probes, new combinations of a topic and a phrasing, new phrasings
+(`phrasings_held_out.yaml`) and new topics. Those with the lowest hashes are drawn. A private bank has other new
+combinations and phrasings, which a secret seed draws.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import combinations, cycle
 from random import Random
@@ -24,7 +25,7 @@ from persona_rlhf.simulation.vocabulary import (
     suits,
     trained_phrasings,
     with_noise,
-    with_remark,
+    with_remarks,
     wrap,
 )
 
@@ -108,48 +109,65 @@ def _public(category: str, part: Part) -> tuple[list[tuple[Topic, Phrasing]], li
     return [*pool[:kept], *rest[:fresh]], rest[fresh:]
 
 
-def _combinations(seed: str) -> Iterator[Probe]:
+def _combinations() -> Iterator[Probe]:
     for category in CATEGORIES:
-        for part, size in (FIRST | FRESH).items():
-            drawn, others = _public(category, part)
-            if seed:
-                drawn = sorted(others, key=lambda pair: _rank(pair[0], pair[1], seed))[:size]
-            yield from (_probe(*pair, *part, seed) for pair in drawn)
+        for part in FIRST | FRESH:
+            yield from (_probe(*pair, *part, "") for pair in _public(category, part)[0])
 
 
-def _new_phrasings(seed: str) -> Iterator[Probe]:
-    """Each new phrasing with topics that train; categories take turns. In a private bank it has a remark."""
-    rng = Random(f"{seed} phrasings")
+def _private_combinations(seed: str, size: int) -> Iterator[Probe]:
+    """As many of each category as the public bank has, `size` times; fewer where there are no more."""
+    for category in CATEGORIES:
+        for part in FIRST | FRESH:
+            if part[0] != "train" and part[1] == "combination":
+                pool = sorted(_public(category, part)[1], key=lambda pair: _rank(pair[0], pair[1], seed))
+                count = size * (FIRST | FRESH)[part]
+                yield from (_probe(*pair, *part, seed) for pair in pool[:count])
+
+
+def _new_phrasings(wrappers: Iterable[Phrasing], seed: str) -> Iterator[Probe]:
+    """Each new phrasing with topics that train; categories take turns."""
     trained = {c: [t for t in topics() if t.category == c and assign_split(t.id, "")[1] != "topic"] for c in CATEGORIES}
     turns = {split: cycle(combinations(CATEGORIES, size)) for split, size in TOPICS_A_PHRASING.items()}
-    for phrasing in held_out_phrasings():
-        worded = with_remark(rng, phrasing) if seed else phrasing
-        split = assign_phrasing(worded.id)
+    for phrasing in wrappers:
+        split = assign_phrasing(phrasing.id)
         for category in next(turns[split]):
-            suited = [topic for topic in trained[category] if suits(worded, topic.vp)]
-            topic = min(suited, key=lambda topic: _rank(topic, worded, seed))
-            yield _probe(topic, worded, split, "phrasing", seed)
+            suited = [topic for topic in trained[category] if suits(phrasing, topic.vp)]
+            topic = min(suited, key=lambda topic: _rank(topic, phrasing, seed))
+            yield _probe(topic, phrasing, split, "phrasing", seed)
 
 
-@cache
-def banks(seed: str = "") -> dict[str, tuple[Probe, ...]]:
-    """Category -> probes of all splits, in the order of their ids; the public bank, or with a seed a private one.
-
-    A private bank holds no probe of the public one. A seed has at most 64 bytes.
-    """
-    drawn = sorted([*_combinations(seed), *_new_phrasings(seed)], key=lambda probe: probe.id)
+def _by_category(probes: Iterable[Probe]) -> dict[str, tuple[Probe, ...]]:
+    drawn = sorted(probes, key=lambda probe: probe.id)
     return {category: tuple(probe for probe in drawn if probe.category == category) for category in CATEGORIES}
 
 
-def bank_rows(seed: str = "") -> dict[str, list[dict[str, str]]]:
+@cache
+def banks() -> dict[str, tuple[Probe, ...]]:
+    """The public bank: category -> probes of all splits, in the order of their ids."""
+    return _by_category([*_combinations(), *_new_phrasings(held_out_phrasings(), "")])
+
+
+def private_banks(seed: str, size: int = 1) -> dict[str, tuple[Probe, ...]]:
+    """A private bank: category -> probes of all splits but `train`; it holds no probe of the public one.
+
+    `size`: each new phrasing has so many wordings, with a greeting in front or a remark at the end. A seed has at most
+    64 bytes.
+    """
+    rng = Random(f"{seed} phrasings")
+    wordings = {p: None for phrasing in held_out_phrasings() for p in with_remarks(rng, phrasing, size)}
+    return _by_category([*_private_combinations(seed, size), *_new_phrasings(wordings, seed)])
+
+
+def bank_rows(bank: dict[str, tuple[Probe, ...]]) -> dict[str, list[dict[str, str]]]:
     """Category -> the lines of its file. The split of a new phrasing comes from the phrasing alone."""
     return {
         category: [
             {"id": p.id, "prompt": p.prompt, "topic": p.topic, "phrasing": p.phrasing, "twin": p.twin or ""}
             | ({"split_by": "phrasing"} if p.novelty == "phrasing" else {})
-            for p in bank
+            for p in probes
         ]
-        for category, bank in banks(seed).items()
+        for category, probes in bank.items()
     }
 
 

@@ -167,12 +167,14 @@ def trained_phrasings() -> tuple[Phrasing, ...]:
     return tuple(p for p in phrasings() if assign_split(seen, p.id)[1] != "phrasing")
 
 
-def with_remark(rng: Random, phrasing: Phrasing) -> Phrasing:
-    """The wrapper with a greeting in front or a remark of words at the end."""
-    if rng.random() < 0.5:
-        return phrasing_of(phrasing.use, rng.choice(_WORDS["prefixes"]) + phrasing.template)
+def with_remarks(rng: Random, phrasing: Phrasing, count: int) -> list[Phrasing]:
+    """Different wordings, at most `count`: the wrapper with a greeting in front or a remark of words at the end."""
     remarks = [text for text in _WORDS["suffixes"] if re.search("[a-z]", text)]
-    return phrasing_of(phrasing.use, phrasing.template + rng.choice(remarks))
+    templates = [
+        *(before + phrasing.template for before in _WORDS["prefixes"]),
+        *(phrasing.template + after for after in remarks),
+    ]
+    return [phrasing_of(phrasing.use, text) for text in rng.sample(templates, min(count, len(templates)))]
 
 
 @cache
