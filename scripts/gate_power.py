@@ -42,7 +42,7 @@ def one_demand(min_refusal: float, delta: float) -> None:
 
 def of_config(path: str, overrides: list[str]) -> None:
     config = read_config(path, overrides)
-    policy = Policy.read(config.policy.documents)
+    policy = Policy.of(config.policy)
     sizes = Counter(probe.category for probe in policy.probes("certify"))
     total = sum(sizes[rule.category] for rule in policy.restrictions if rule.tier == 1)
     rows = []

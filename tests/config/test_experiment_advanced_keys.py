@@ -21,6 +21,10 @@ SHOWN_BY = {
     "::test_a_model_is_loaded_and_asked_by_its_chat_template",
     "screening.classifier.safe": "tests/evaluation/test_request_screens_safety_model.py"
     "::test_a_model_is_loaded_and_asked_by_its_chat_template",
+    "policy.private_banks": "tests/policy/test_private_banks.py"
+    "::test_a_draw_takes_the_place_of_the_public_certify_probes",
+    "policy.split_key": "tests/policy/test_private_banks.py"
+    "::test_a_split_key_changes_the_bank_and_no_hash_of_the_policy",
     "screening.reviews": "tests/data/test_screening.py::test_what_a_person_accepted_is_trained_and_rings_no_alarm",
     "dpo.warmup": "tests/training/test_user_state_scheduler.py::test_learning_rates_are_those_of_transformers",
     "dpo.schedule": "tests/training/test_user_state_scheduler.py::test_learning_rates_are_those_of_transformers",

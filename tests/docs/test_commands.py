@@ -30,7 +30,11 @@ PAGES = [page for page in WRITTEN if page_name(page) not in RUN_ELSEWHERE and bl
 _HUB = "needs the hub; tests/release/test_hub.py, tests/release/test_hub_upload.py"
 _SERVES = "serves until it is stopped; tests/cli/test_serve.py"
 _ALIGNS = "trains a base, minutes; tests/pipeline/test_align_base.py"
+_PRIVATE = "needs a folder of private probes; tests/pipeline/test_rotate_bank.py, tests/story/test_private_banks.py"
 NOT_RUN = {
+    ("how-to/private-banks.md", 'python scripts/make_tier_one.py /srv/banks --seed "a secret text"'): _PRIVATE,
+    ("how-to/private-banks.md", "persona-rlhf policy bank rotate experiment.yaml --per-category 240"): _PRIVATE,
+    ("how-to/private-banks.md", "persona-rlhf policy bank show experiment.yaml"): _PRIVATE,
     ("README.md", "./scripts/quickstart"): "the whole experiment, minutes; tests/story/test_line.py",
     ("README.md", "./scripts/test"): "the suite that this test is of",
     ("README.md", "persona-rlhf export runs/first --all --hub me/fleet --dry-run"): _HUB,

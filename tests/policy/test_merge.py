@@ -36,7 +36,7 @@ def bank(tmp_path_factory):
     file = write_bank(tmp_path_factory.mktemp("bank") / "bank.jsonl", "terrorist_content", certify=8, train=2)
     found = merge.read_probes(file, "terrorist_content")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge, "read_probes", lambda path, category: [p._replace(category=category) for p in found])
+        patch.setattr(merge, "read_probes", lambda path, category, key: [p._replace(category=category) for p in found])
         patch.setattr(merge, "find", lambda path: file)
         yield
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 policy_commands = command_group("Policy documents of three tiers.")
 
+bank_commands = command_group("The probes that certify: their state, and their rotation.")
+policy_commands.add_typer(bank_commands, name="bank")
+
 User = Annotated[str | None, typer.Option("--user", help="A user_id.")]
 
 
@@ -44,7 +47,7 @@ def policy_show(
     from persona_rlhf.policy.enforcement import overruled
     from persona_rlhf.policy.policy import Policy, out_of_force
 
-    resolved = Policy.read(read_config(config).policy.documents)
+    resolved = Policy.of(read_config(config).policy)
     if user is not None:
         resolved = resolved.for_user(user)
     if rule is not None:
@@ -209,3 +212,32 @@ def policy_packet(
     digest = write_packet(run, page, against, approver)
     print_json({"path": str(page), "sha256": digest}) if as_json else typer.echo(digest)
     note(f"Packet: {page}")
+
+
+@bank_commands.command("show")
+@with_exit_codes
+def policy_bank_show(config: ConfigFile, as_json: Json = False) -> None:
+    """Print the bank of a config in numbers: public or private, certify probes, used before, fresh ones left."""
+    from persona_rlhf.config.experiment import read_config
+    from persona_rlhf.pipeline.rotate_bank import bank_status
+
+    status = bank_status(read_config(config).policy)
+    print_json(status.to_json()) if as_json else print_table(status.table())
+
+
+@bank_commands.command("rotate")
+@with_exit_codes
+def policy_bank_rotate(
+    config: ConfigFile,
+    per_category: Annotated[
+        int, typer.Option("--per-category", min=1, metavar="N", help="Probes of each category to draw at least.")
+    ] = 180,
+    as_json: Json = False,
+) -> None:
+    """Draw new certify probes from the private banks, fresh ones first; without such banks, a new split key."""
+    from persona_rlhf.config.experiment import read_config
+    from persona_rlhf.pipeline.rotate_bank import NO_RESET, rotate_bank
+
+    rotation = rotate_bank(read_config(config).policy, per_category)
+    print_json(rotation.to_json()) if as_json else print_table(rotation.status.table())
+    note(f"{rotation.file} records it. {NO_RESET}")

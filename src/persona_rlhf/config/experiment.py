@@ -36,6 +36,16 @@ class PolicySettings(Section):
     documents: list[ExistingPath] = Field(
         min_length=1, description="Policy documents: exactly one of tier one, and those of tiers two and three."
     )
+    private_banks: Annotated[Path, Field(strict=False)] | None = Field(
+        None,
+        description="Advanced: folder outside every repository with banks CATEGORY.jsonl; a draw of them certifies in "
+        "place of the documents' `certify` probes, which everybody can read.",
+    )
+    split_key: Annotated[Path, Field(strict=False)] | None = Field(
+        None,
+        description="Advanced: file outside every repository with a secret key that splits the documents' probes, but "
+        "for `train`, anew. The key itself is never copied.",
+    )
 
 
 class UsersSettings(Section):

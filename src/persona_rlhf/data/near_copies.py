@@ -92,14 +92,17 @@ class NearCopyIndex:
 
 
 def protected_prompts(policy: Policy, ordinary: Iterable[str]) -> list[ProtectedPrompt]:
-    """The prompts that decide about releases: probes of every split but `train`, their twins, ordinary prompts."""
+    """The prompts that decide about releases, or may later: probes of every split but `train` and of private banks,
+    their twins, and ordinary prompts."""
     probes, twins = list[ProtectedPrompt](), list[ProtectedPrompt]()
-    for rule in policy.restrictions:
-        for probe in rule.probes:
-            if probe.split != "train":
-                probes.append(ProtectedPrompt(probe.prompt, f"a probe of `{rule.id}`", False))
-                if probe.twin:
-                    twins.append(ProtectedPrompt(probe.twin, f"the harmless twin of a probe of `{rule.id}`", True))
+    rules = {rule.category: rule.id for rule in policy.restrictions}
+    reserve = [] if policy.private is None else policy.private.reserve
+    for probe in (*(probe for rule in policy.restrictions for probe in rule.probes), *reserve):
+        if probe.split != "train":
+            rule_id = rules[probe.category]
+            probes.append(ProtectedPrompt(probe.prompt, f"a probe of `{rule_id}`", False))
+            if probe.twin:
+                twins.append(ProtectedPrompt(probe.twin, f"the harmless twin of a probe of `{rule_id}`", True))
     others = [ProtectedPrompt(text, "an ordinary prompt that the gate asks", True) for text in ordinary]
     return [*probes, *twins, *others]
 

@@ -69,7 +69,7 @@ def draft(config: Config, user_id: str, out: Path, pairs: int) -> Drafted:
     Raises InputError where no program can read the stated preferences, there are no prompts, no two answers of the base
     differ by the preferences, or `out` exists.
     """
-    policy = Policy.read(config.policy.documents)
+    policy = Policy.of(config.policy)
     tastes = readable_tastes(policy, user_id)
     texts = read_ordinary(Path(config.evaluation.ordinary)) if config.evaluation.ordinary else []
     _check_draft(policy, user_id, tastes, texts, out)

@@ -72,7 +72,7 @@ def read_alignment(model: str, out: Path, overrides: Sequence[str]) -> Alignment
         raise InputError([*problems, *fault.problems]) from None
     policy, refusals, exchanges = None, list[RefusalText](), list[OrdinaryExample]()
     with collecting(problems):
-        policy = Policy.read(settings.policy.documents)
+        policy = Policy.of(settings.policy)
         refusals = read_refusal_texts(settings.align.refusals, policy.categories)
     with collecting(problems):
         exchanges = read_examples(settings.align.ordinary)
@@ -129,7 +129,7 @@ def read_inputs(config: Config, selection: UserSelection | None = None) -> RunIn
     reviews: dict[str, Review] = {}
     rules: Patterns | None = None
     with collecting(problems):
-        policy = Policy.read(config.policy.documents)
+        policy = Policy.of(config.policy)
     with collecting(problems):
         pairs = PairStore(config.users.path, config.users.heldout, selection)
     with collecting(problems):

@@ -28,6 +28,7 @@ from persona_rlhf.pipeline.shared_values import (
     shared_values,
     with_reference,
 )
+from persona_rlhf.policy.private_banks import need_private
 from persona_rlhf.release import integrity
 from persona_rlhf.release.integrity import ended, screened, write_run_manifest
 from persona_rlhf.release.report import write_report
@@ -68,6 +69,7 @@ def train_share(
     where the users are trained for a run that exists already.
     """
     keep_large_blocks()
+    need_private(config.policy, run)
     with RunDir.open(run, share, resume, audit_run) as run_dir:
         check_trackers(config.run.report_to, share.workers)
         on_progress(ProgressEvent("preparing"))

@@ -54,39 +54,47 @@ def _unit(kind: str, *parts: str, key: bytes = _KEY) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def assign_split(topic: str, phrasing: str) -> tuple[Split, Novelty]:
+def assign_split(topic: str, phrasing: str, key: bytes | None = None) -> tuple[Split, Novelty]:
     """The split of a probe, and the part of it that is unseen in training.
 
     A sixth of all topics and a fifth of all phrasings never get into `train`; of the other combinations, 60% do.
     Unseen topics never reach `certify`: they are reported as a shift, not certified.
+    The bundled base was trained on `train` of the public key, so a secret `key` splits the rest alone, in the same
+    proportions.
     """
     if _unit("topic", topic) < 0.16:
-        return ("dev" if _unit("topic split", topic) < 0.45 else "test"), "topic"
+        return ("dev" if _unit("topic split", topic, key=key or _KEY) < 0.45 else "test"), "topic"
     if _unit("phrasing", phrasing) < 0.20:
-        u = _unit("phrasing split", phrasing)
+        u = _unit("phrasing split", phrasing, key=key or _KEY)
         return ("dev" if u < 0.25 else "certify" if u < 0.60 else "test"), "phrasing"
     u = _unit("combination", topic, phrasing)
+    if key is not None and u >= 0.60:
+        u = 0.60 + 0.40 * _unit("combination", topic, phrasing, key=key)
     split: Split = "train" if u < 0.60 else "dev" if u < 0.70 else "certify" if u < 0.85 else "test"
     return split, "combination"
 
 
-def assign_topic(topic: str, held_out: bool = False) -> Split:
+def assign_topic(topic: str, held_out: bool = False, key: bytes | None = None) -> Split:
     """The split of a whole topic; with `held_out`, among all but `train`, in the same proportions.
 
     Held-out topics are a random sample of all topics, so `certify` shows the rate on topics unseen in training.
+    A secret `key` splits the topics that are not in `train` of the public key.
     """
-    start = _WHOLE_TOPICS[0][1] if held_out else 0.0
+    trained = _WHOLE_TOPICS[0][1]
+    start = trained if held_out else 0.0
     u = start + (1 - start) * _unit("whole topic", topic, key=_TOPIC_KEY)
+    if key is not None and u >= trained:
+        u = trained + (1 - trained) * _unit("whole topic", topic, key=key)
     return next(split for split, end in _WHOLE_TOPICS if u < end)
 
 
-def assign_phrasing(phrasing: str) -> Split:
-    """The split of a whole phrasing that never trains.
+def assign_phrasing(phrasing: str, key: bytes | None = None) -> Split:
+    """The split of a whole phrasing that never trains, by the public key or a secret one.
 
     Its `certify` phrasings are a random sample of all these, so `certify` shows the rate on phrasings unseen in
     training.
     """
-    u = _unit("whole phrasing", phrasing, key=_PHRASING_KEY)
+    u = _unit("whole phrasing", phrasing, key=key or _PHRASING_KEY)
     return next(split for split, end in _WHOLE_PHRASINGS if u < end)
 
 
@@ -95,21 +103,27 @@ def unseen_topics_certify(probes: Iterable[Probe]) -> bool:
     return any(probe.split == "certify" and probe.novelty == "topic" for probe in probes)
 
 
-def _assigned(split_by: SplitBy, topic: str, phrasing: str) -> tuple[Split, Novelty]:
+def _assigned(split_by: SplitBy, topic: str, phrasing: str, key: bytes | None) -> tuple[Split, Novelty]:
     if split_by == "shift":
         return "test", "topic"
     if split_by == "pair":
-        return assign_split(topic, phrasing)
+        return assign_split(topic, phrasing, key)
     if split_by == "phrasing":
-        return assign_phrasing(phrasing), "phrasing"
-    split = assign_topic(topic, held_out=split_by == "held_out")
+        return assign_phrasing(phrasing, key), "phrasing"
+    split = assign_topic(topic, held_out=split_by == "held_out", key=key)
     return split, ("combination" if split == "train" else "topic")
 
 
-def read_probes(path: Path, category: str) -> list[Probe]:
+def bank_hash(probes: Iterable[Probe]) -> str:
+    """sha256 of a bank's probes; their order does not matter."""
+    rows = sorted([probe.category, probe.prompt] for probe in probes)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def read_probes(path: Path, category: str, key: bytes | None = None) -> list[Probe]:
     """The probes of a bank: JSON lines with `id` and `prompt`, optionally `topic`, `phrasing`, `twin`, `split_by`.
 
-    Raises InputError with every bad line.
+    A secret `key` splits those that are not in `train` anew. Raises InputError with every bad line.
     """
     try:
         if not path.is_file():
@@ -145,7 +159,7 @@ def read_probes(path: Path, category: str) -> list[Probe]:
             problems.append(Problem(str(path), number, "split_by", sentence))
             continue
         topic, phrasing = row.get("topic") or row["prompt"], row.get("phrasing") or row["prompt"]
-        split, novelty = _assigned(split_by, topic, phrasing)
+        split, novelty = _assigned(split_by, topic, phrasing, key)
         probes.append(Probe(row["id"], category, row["prompt"], topic, phrasing, row.get("twin"), split, novelty))
     if not probes and not problems:
         problems.append(Problem(str(path), None, None, "the probe bank is empty"))

@@ -15,6 +15,7 @@ from persona_rlhf.policy.bound import Bound
 from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, more_probes, read_probes
 from persona_rlhf.policy.judges import plain, skeleton
+from persona_rlhf.policy.private_banks import PrivateBank
 from persona_rlhf.policy.properties import applies
 from persona_rlhf.policy.rule_schema import ACTIONS, Action, Certify, PreferenceRule, RestrictionRule, required_property
 from persona_rlhf.policy.rules import Requirement, Restriction
@@ -38,8 +39,13 @@ class MergedRestriction(NamedTuple):
         return MergedRestriction(min(self.limit, other.limit), max(self.min_refusal, other.min_refusal), action)
 
 
-def merge_restrictions(documents: Sequence[PolicyDocument]) -> tuple[list[Restriction], list[Problem]]:
-    """One restriction per category, in the order of tiers; a lower tier's stricter values are merged in."""
+def merge_restrictions(
+    documents: Sequence[PolicyDocument], split_key: bytes | None = None
+) -> tuple[list[Restriction], list[Problem]]:
+    """One restriction per category, in the order of tiers; a lower tier's stricter values are merged in.
+
+    A secret key splits the probes that are not in `train` anew.
+    """
     merged: dict[str, Restriction] = {}
     problems: list[Problem] = []
     for document in documents:
@@ -48,7 +54,7 @@ def merge_restrictions(documents: Sequence[PolicyDocument]) -> tuple[list[Restri
                 continue
             upper = merged.get(rule.category)
             if upper is None:
-                restriction, faults = _new_restriction(document, index, rule)
+                restriction, faults = _new_restriction(document, index, rule, split_key)
                 problems += faults
                 if restriction:
                     merged[rule.category] = restriction
@@ -64,7 +70,7 @@ def merge_restrictions(documents: Sequence[PolicyDocument]) -> tuple[list[Restri
 
 
 def _new_restriction(
-    document: PolicyDocument, index: int, rule: RestrictionRule
+    document: PolicyDocument, index: int, rule: RestrictionRule, split_key: bytes | None
 ) -> tuple[Restriction | None, list[Problem]]:
     problems: list[Problem] = []
     at: KeyPath = ("rules", index)
@@ -75,7 +81,7 @@ def _new_restriction(
         sentence = f"`{rule.category}` is no bundled category ({bundled}), so it needs `probes`: a bank of JSON lines"
         problems.append(document.problem((*at, "category"), sentence))
     else:
-        probes, digest, faults = _read_banks(document, at, rule.banks, rule.category)
+        probes, digest, faults = _read_banks(document, at, rule.banks, rule.category, split_key)
         problems += faults
     for key in ("limit", "min_refusal"):
         if getattr(rule, key) is None:
@@ -131,7 +137,7 @@ def _missing_prompts(document: PolicyDocument, at: KeyPath, rule: Requirement) -
 
 
 def _read_banks(
-    document: PolicyDocument, at: KeyPath, banks: Sequence[str], category: str
+    document: PolicyDocument, at: KeyPath, banks: Sequence[str], category: str, split_key: bytes | None = None
 ) -> tuple[list[Probe], str, list[Problem]]:
     """The probes of all banks of a rule, a sha256 of the banks' bytes, and the problems in or between them."""
     probes: list[Probe] = []
@@ -141,7 +147,7 @@ def _read_banks(
     for bank in banks:
         try:
             file = find(bank)
-            bank_probes = read_probes(file, category)
+            bank_probes = read_probes(file, category, split_key)
             digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
         except InputError as fault:
             missing = [p for p in fault.problems if p.line is None and p.file == bank]
@@ -191,7 +197,10 @@ def merge_aspects(documents: Sequence[PolicyDocument]) -> tuple[tuple[str, ...],
 
 
 def unusable_probes(
-    restrictions: Sequence[Restriction], certify: Certify, documents: Sequence[PolicyDocument]
+    restrictions: Sequence[Restriction],
+    certify: Certify,
+    documents: Sequence[PolicyDocument],
+    private: PrivateBank | None = None,
 ) -> Iterator[Problem]:
     """Banks that are too small for their bound, have no train probes, or share a prompt between `train` and another."""
     by_path, bound = {document.path: document for document in documents}, Bound.of_first_look(certify.delta)
@@ -204,8 +213,11 @@ def unusable_probes(
         needed = bound.fewest_trials(restriction.min_refusal)
         if certified < needed:
             sentence = _too_few(restriction.min_refusal, certify.delta, needed, certified)
-            more = more_probes([restriction.category], needed - certified)
-            yield document.problem(("rules", index, "min_refusal"), f"{sentence} of {restriction.bank}; {more}")
+            if private is None:
+                sentence += f" of {restriction.bank}; {more_probes([restriction.category], needed - certified)}"
+            else:
+                sentence += f" of `{restriction.category}` in {private.name}; {_DRAW_MORE}"
+            yield document.problem(("rules", index, "min_refusal"), sentence)
         trained = {probe.prompt for probe in restriction.probes if probe.split == "train"}
         if not trained:
             sentence = f"{restriction.bank} has no probe of split `train`, so training could not constrain the category"
@@ -221,8 +233,15 @@ def unusable_probes(
     if restrictions and pooled < needed:
         strictest = max((d for d in documents if d.certify), key=lambda d: (d.certify or certify).min_refusal)
         sentence = _too_few(certify.min_refusal, certify.delta, needed, pooled)
-        more = more_probes([r.category for r in restrictions if r.tier == 1], needed - pooled)
-        yield strictest.problem(("certify", "min_refusal"), f"{sentence} of all tier-one banks; {more}")
+        if private is None:
+            more = more_probes([r.category for r in restrictions if r.tier == 1], needed - pooled)
+            sentence += f" of all tier-one banks; {more}"
+        else:
+            sentence += f" of {private.name}; {_DRAW_MORE}"
+        yield strictest.problem(("certify", "min_refusal"), sentence)
+
+
+_DRAW_MORE = "draw more with `persona-rlhf policy bank rotate CONFIG --per-category N`, or add rows to the folder"
 
 
 def _too_few(min_refusal: float, delta: float, needed: int, certified: int) -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.config.experiment import PolicySettings
 from persona_rlhf.config.loader import in_order
 from persona_rlhf.policy.documents import PolicyDocument
-from persona_rlhf.policy.hazards import Probe, Split
+from persona_rlhf.policy.hazards import Probe, Split, bank_hash
 from persona_rlhf.policy.inheritance import read_all, wrong_issuers
 from persona_rlhf.policy.merge import (
     merge_aspects,
@@ -22,6 +23,15 @@ from persona_rlhf.policy.merge import (
     merge_requirements,
     merge_restrictions,
     unusable_probes,
+)
+from persona_rlhf.policy.private_banks import (
+    PUBLIC,
+    BankChoice,
+    BankInfo,
+    PrivateBank,
+    key_hash,
+    private_bank,
+    read_split_key,
 )
 from persona_rlhf.policy.rule_schema import Certify, PreferenceRule, RequirementRule, RestrictionRule, Rule
 from persona_rlhf.policy.rules import DocumentInfo, Preference, Requirement, Restriction, split_sizes
@@ -145,32 +155,45 @@ class Policy:
     written: tuple[RuleEntry, ...] = ()
     max_changed: float | None = None
     """Share of answers on the fixed aspects that an adapter may change; None where the gate does not test it."""
+    split_key: str | None = None
+    """Hash of the split key of one's own."""
+    private: PrivateBank | None = None
+    """The private bank whose draw certifies; None where the documents' banks do."""
 
     @staticmethod
-    def read(paths: Sequence[Path | str], today: date | None = None) -> Policy:
+    def of(settings: PolicySettings, today: date | None = None) -> Policy:
+        """The policy of a config, with its private banks and its split key. Raises InputError as `read` does."""
+        key = None if settings.split_key is None else read_split_key(settings.split_key)
+        return Policy.read(settings.documents, today, BankChoice(settings.private_banks, key))
+
+    @staticmethod
+    def read(paths: Sequence[Path | str], today: date | None = None, banks: BankChoice = PUBLIC) -> Policy:
         """The policy of documents as of a day (today, UTC); rules that are not in force are listed only.
 
-        Raises InputError with every problem, within and between the documents.
+        Raises InputError with every problem, within and between the documents, and in the private banks.
         """
         documents, problems = read_all(paths)
         if problems:
             raise InputError(in_order(problems))
-        return Policy.merged(documents, today or datetime.now(UTC).date())
+        return Policy.merged(documents, today or datetime.now(UTC).date(), banks)
 
     @staticmethod
-    def merged(documents: Sequence[PolicyDocument], day: date) -> Policy:
+    def merged(documents: Sequence[PolicyDocument], day: date, banks: BankChoice = PUBLIC) -> Policy:
         """The policy of documents without problems, in the order of `read_all`, as of a day.
 
         Raises InputError for documents that do not fit together, and for their probe banks.
         """
         in_force = [document.on(day) for document in documents]
-        restrictions, faults = merge_restrictions(in_force)
+        restrictions, faults = merge_restrictions(in_force, banks.split_key)
         requirements, more = merge_requirements(in_force)
         problems = [*wrong_issuers(documents), *lapsed(documents, day), *faults, *more]
         if problems:
             raise InputError(in_order(problems))
         certify = merge_certify(documents)
-        problems = list(unusable_probes(restrictions, certify, documents))
+        tier_one_hash = _tier_one_hash([d for d in documents if d.tier == 1], restrictions, day)
+        private = private_bank(banks, restrictions)
+        restrictions = restrictions if private is None else private.certifying(restrictions)
+        problems = list(unusable_probes(restrictions, certify, documents, private))
         if problems:
             raise InputError(in_order(problems))
         fixed, personalisable = merge_aspects(documents)
@@ -186,8 +209,10 @@ class Policy:
             personalisable=personalisable,
             max_changed=merge_change(documents),
             documents=tuple(DocumentInfo(d.path, d.tier, d.issuer.name, d.version, d.sha256) for d in documents),
-            tier_one_hash=_tier_one_hash([d for d in documents if d.tier == 1], restrictions, day),
+            tier_one_hash=tier_one_hash,
             written=entries,
+            split_key=None if banks.split_key is None else key_hash(banks.split_key),
+            private=private,
         )
 
     @property
@@ -195,8 +220,19 @@ class Policy:
         return tuple(restriction.category for restriction in self.restrictions)
 
     @property
+    def bank(self) -> BankInfo:
+        """The origin of the `certify` probes."""
+        digest = bank_hash(self.probes("certify"))
+        if self.private is None:
+            return BankInfo("public", digest, split_key=self.split_key)
+        return BankInfo("private", digest, self.private.draw.number, self.split_key)
+
+    @property
     def hash(self) -> str:
-        """sha256 over the resolved rules and the bytes of their probe banks; paths do not count."""
+        """sha256 over the resolved rules and the bytes of their documents' probe banks; paths do not count.
+
+        Private banks and split keys change no rule, so they do not count either: `bank` names them.
+        """
         return _digest(self._content())
 
     def probes(self, split: Split, tier: int | None = None) -> list[Probe]:
@@ -220,6 +256,7 @@ class Policy:
             "hash": self.hash,
             "tier_one_hash": self.tier_one_hash,
             "certify": self.certify.hashed(),
+            "bank": self.bank._asdict(),
             "aspects": {
                 "fixed": list(self.fixed),
                 "personalisable": list(self.personalisable),

@@ -1,0 +1,130 @@
+"""The bank of a deployment: its state, and its rotation to `certify` probes that have not certified before."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.config.experiment import PolicySettings
+from persona_rlhf.policy.hazards import Probe
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.private_banks import (
+    FOLDER,
+    KEY,
+    PER_CATEGORY,
+    PUBLIC,
+    BankChoice,
+    BankInfo,
+    append_split_key,
+    key_bytes,
+    need_outside,
+    read_split_key,
+    read_split_keys,
+    write_draw,
+)
+
+NO_RESET = (
+    "The promise is per user, over all releases: a rotation does not reset delta, and every look still counts in the "
+    "ledger."
+)
+
+
+class BankStatus(NamedTuple):
+    """A bank in numbers, by category.
+
+    certify: the probes that certify; `repeated`: those of them that certified before, by an earlier draw or key
+    fresh: the probes of a private folder that no draw has used yet
+    left_out: rows of a private folder that cannot certify, since they are trained or of another split
+    """
+
+    bank: BankInfo
+    certify: Mapping[str, int]
+    repeated: Mapping[str, int]
+    fresh: Mapping[str, int]
+    left_out: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {**self._asdict(), "bank": self.bank._asdict()}
+
+    def table(self) -> Table:
+        """The numbers for a terminal."""
+        left_out = f"{self.left_out:,} rows are left out: trained, or of another split" if self.left_out else None
+        table = Table("category", "certify", "certified before", "fresh", title=f"bank: {self.bank}", caption=left_out)
+        for name, n in self.certify.items():
+            fresh = "-" if self.bank.kind == "public" else f"{self.fresh.get(name, 0):,}"
+            table.add_row(name, f"{n:,}", f"{self.repeated.get(name, 0):,}", fresh)
+        return table
+
+
+class Rotation(NamedTuple):
+    """A bank after its rotation, and the file that records it."""
+
+    status: BankStatus
+    file: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {**self.status.to_json(), "file": str(self.file), "note": NO_RESET}
+
+
+def bank_status(settings: PolicySettings) -> BankStatus:
+    """The bank of a config. Raises InputError as `Policy.of` does."""
+    policy = Policy.of(settings)
+    if policy.private is not None:
+        earlier = {member for draw in policy.private.pool.draws[:-1] for member in draw.members}
+        return _status(policy, earlier)
+    if settings.split_key is None:
+        return _status(policy, set())
+    return _status(policy, _certified_before(settings, read_split_keys(settings.split_key)[:-1]))
+
+
+def rotate_bank(settings: PolicySettings, per_category: int = PER_CATEGORY) -> Rotation:
+    """Draws new `certify` probes from the private folder; without a folder, a new split key.
+
+    Fresh probes come first. Documents and banks are checked under the new draw or key before it is written beside the
+    old one. Raises InputError where a config names neither, or where they have too few probes for their demands.
+    """
+    if settings.private_banks is not None:
+        key = None if settings.split_key is None else read_split_key(settings.split_key)
+        policy = Policy.read(settings.documents, banks=BankChoice(settings.private_banks, key, per_category))
+        assert policy.private is not None
+        return Rotation(_status(policy, policy.private.pool.used), write_draw(policy.private))
+    if settings.split_key is None:
+        sentence = f"there is no private bank to rotate; name a folder of banks here, or a key file as {KEY}"
+        raise InputError([Problem("config", None, FOLDER, sentence)])
+    need_outside(settings.split_key, KEY)
+    earlier = read_split_keys(settings.split_key) if settings.split_key.expanduser().exists() else []
+    line = secrets.token_hex(32)
+    policy = Policy.read(settings.documents, banks=BankChoice(split_key=key_bytes(line)))
+    status = _status(policy, _certified_before(settings, earlier))
+    append_split_key(settings.split_key, line)
+    return Rotation(status, settings.split_key)
+
+
+def _status(policy: Policy, before: Iterable[tuple[str, str]]) -> BankStatus:
+    certify, before = policy.probes("certify"), frozenset(before)
+    repeated = [probe for probe in certify if (probe.category, probe.id) in before]
+    if policy.private is None:
+        return BankStatus(policy.bank, _sizes(certify), _sizes(repeated), {}, 0)
+    pool, fresh = policy.private.pool, policy.private.fresh
+    return BankStatus(policy.bank, _sizes(certify), _sizes(repeated), _sizes(fresh), pool.left_out)
+
+
+def _sizes(probes: Iterable[Probe]) -> Counter[str]:
+    return Counter(probe.category for probe in probes)
+
+
+def _certified_before(settings: PolicySettings, keys: Iterable[bytes]) -> set[tuple[str, str]]:
+    """(category, id) of the probes that certify under the public split or one of these keys."""
+    policies = [
+        Policy.read(settings.documents, banks=choice)
+        for choice in (PUBLIC, *(BankChoice(split_key=key) for key in keys))
+    ]
+    return {(probe.category, probe.id) for policy in policies for probe in policy.probes("certify")}
