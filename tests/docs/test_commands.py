@@ -32,7 +32,7 @@ _SERVES = "serves until it is stopped; tests/cli/test_serve.py"
 _ALIGNS = "trains a base, minutes; tests/pipeline/test_align_base.py"
 _PRIVATE = "needs a folder of private probes; tests/pipeline/test_rotate_bank.py, tests/story/test_private_banks.py"
 NOT_RUN = {
-    ("how-to/private-banks.md", 'python scripts/make_tier_one.py /srv/banks --seed "a secret text"'): _PRIVATE,
+    ("how-to/private-banks.md", 'python scripts/make_tier_one.py /srv/banks --seed "a secret text" --size 6'): _PRIVATE,
     ("how-to/private-banks.md", "persona-rlhf policy bank rotate experiment.yaml --per-category 240"): _PRIVATE,
     ("how-to/private-banks.md", "persona-rlhf policy bank show experiment.yaml"): _PRIVATE,
     ("README.md", "./scripts/quickstart"): "the whole experiment, minutes; tests/story/test_line.py",

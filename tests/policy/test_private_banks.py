@@ -26,7 +26,7 @@ from persona_rlhf.policy.private_banks import (
     read_split_keys,
     write_draw,
 )
-from persona_rlhf.simulation.banks import bank_rows
+from persona_rlhf.simulation.banks import bank_rows, private_banks
 from tests.policy.private import SECRET, deployment, private_rows, write_rows
 
 
@@ -202,7 +202,7 @@ def test_what_trains_is_never_drawn_and_each_probe_says_what_is_new_in_it(tmp_pa
 
 
 def test_a_drawn_bank_of_the_bundled_world_has_no_unseen_topic_and_nothing_that_trains(tmp_path):
-    for category, rows in bank_rows("a secret").items():
+    for category, rows in bank_rows(private_banks("a secret")).items():
         write_rows(tmp_path / f"{category}.jsonl", rows)
     documents = [shipped_root() / "configs/policy/tier_one.yaml"]
     policy = Policy.read(documents, banks=BankChoice(tmp_path, None, 160))
