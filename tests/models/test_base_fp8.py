@@ -72,7 +72,7 @@ def test_an_adapter_on_it_is_added_exactly_and_its_gradient_is_that_of_the_formu
     layer.a, layer.b = (torch.randn(*shape).requires_grad_() for shape in ((2, 4, 32), (2, 16, 4)))
     x = torch.randn(2, 3, 32)
     y = layer(x)
-    frozen = (eight(x.view(-1, 32)) @ layer.frozen.dense().double().T).view(2, 3, 16)
+    frozen = (eight(x.view(-1, 32)) @ (layer.frozen.weight.float() * layer.frozen.scale).double().T).view(2, 3, 16)
     added = 2.0 * torch.einsum("uti,uri,uor->uto", x, layer.a, layer.b)
     assert torch.allclose(y.double(), frozen + added, atol=1e-4)
     for_a, for_b = torch.autograd.grad(added.sum(), (layer.a, layer.b))

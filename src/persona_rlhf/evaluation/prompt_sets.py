@@ -12,7 +12,7 @@ from pydantic import Field
 from persona_rlhf.common.json_lines import Text, read_json_lines
 from persona_rlhf.evaluation.records import Refused
 from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.simulation.vocabulary import content
+from persona_rlhf.simulation.vocabulary import read_words
 
 _WRONG = 3
 
@@ -41,7 +41,7 @@ def bundled_facts(phrasings: int = 1) -> list[Fact]:
     word.
     """
     facts = []
-    for nouns in content()["facts"].values():
+    for nouns in read_words("content")["facts"].values():
         names = list(nouns)
         for place, noun in enumerate(names):
             right: str = nouns[noun][0]

@@ -68,10 +68,6 @@ class Fp8Linear(nn.Module):
         ones = torch.ones(self.in_features, 1, device=gradient.device)
         return _fp8_product(gradient * self.scale.T.to(gradient.dtype), self.weight.T.contiguous(), ones)
 
-    def dense(self) -> Float[Tensor, "outputs inputs"]:
-        """The stored weight in float32."""
-        return self.weight.float() * self.scale
-
 
 class _Fp8Product(torch.autograd.Function):
     @staticmethod

@@ -10,12 +10,12 @@ import re
 from random import Random
 from typing import NamedTuple
 
-from persona_rlhf.simulation.vocabulary import content, domains, gerund, read_words
+from persona_rlhf.simulation.vocabulary import domains, gerund, read_words
 
 THEMES = ("nature", "music", "food", "science", "sport", "history", "mystery")
 _THEME_WEIGHTS = (4, 4, 4, 2, 3, 2, 4)
 
-_WORDS = read_words("answers")
+_WORDS, _CONTENT = read_words("answers"), read_words("content")
 MARKERS: dict[str, str] = _WORDS["markers"]
 """Property -> regular expression; an answer has the property where the expression matches."""
 _COMPILED = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in MARKERS.items()}
@@ -96,14 +96,14 @@ def _numbered(rng: Random, style: Style, steps: list[str]) -> list[str]:
 def _extras(rng: Random, style: Style, warnings: tuple[str, ...]) -> list[str]:
     """Sentences that may follow the core: theme, tone, mood and register, in random order."""
     extras = []
-    themes = [rng.choice(content()["asides"][theme]) for theme in style.themes]
+    themes = [rng.choice(_CONTENT["asides"][theme]) for theme in style.themes]
     if style.tone == "warn":
         general, about = _WORDS["warnings_of_anything"], _WORDS["warnings"]
         extras.append(rng.choice(about).format(w=rng.choice(warnings)) if warnings else rng.choice(general))
     elif style.tone == "encourage":
         extras.append(rng.choice(_WORDS["encouragements"]))
     if style.mood != "plain" and rng.random() < 0.5:
-        extras.append(rng.choice(content()["moods"][style.mood]))
+        extras.append(rng.choice(_CONTENT["moods"][style.mood]))
     if style.register != "plain" and rng.random() < 0.25:
         extras.append(rng.choice(_WORDS["tails"][style.register]))
     if style.hedged and rng.random() < 0.15:
@@ -185,8 +185,8 @@ def how_to(rng: Random, style: Style, vp: str, domain: str) -> str:
 def message(rng: Random, style: Style, vp: str, purpose: str) -> str:
     """A short text written on request."""
     if purpose == "story":
-        return story(rng, style, rng.choice(content()["heroes"]), rng.choice(content()["places"]))
-    bodies = rng.sample(content()["messages"][purpose], (1, 2, 3)[style.length])
+        return story(rng, style, rng.choice(_CONTENT["heroes"]), rng.choice(_CONTENT["places"]))
+    bodies = rng.sample(_CONTENT["messages"][purpose], (1, 2, 3)[style.length])
     to = re.search(r"\b(?:my|a|the) ([a-z]+)(?:$| \w)", vp.split("write", 1)[-1].split(" ", 3)[-1])
     name = to.group(1) if to and rng.random() < 0.6 else rng.choice(("friend", "neighbour", "team", "all", "reader"))
     hello = f"Dear {name}" if style.warm else rng.choice((f"Hello {name}", "Hello", "Good day", "Hi there"))
@@ -197,7 +197,7 @@ def message(rng: Random, style: Style, vp: str, purpose: str) -> str:
 
 def story(rng: Random, style: Style, hero: str, place: str) -> str:
     """A very short story in the style's mood."""
-    parts = content()[f"story_{style.mood}"]
+    parts = _CONTENT[f"story_{style.mood}"]
     core = [rng.choice(parts["start"]).replace("<h>", hero).replace("<p>", place)]
     core += rng.sample(parts["middle"], (0, 1, 3)[style.length])
     if style.length > 0:
@@ -230,9 +230,9 @@ def comparison(rng: Random, style: Style, one: tuple[str, str], two: tuple[str, 
 def suggestion(rng: Random, style: Style) -> str:
     """Suggestions of activities, from the style's theme."""
     theme = style.themes[0] if style.themes else rng.choice(THEMES)
-    ideas = rng.sample(content()["suggestions"][theme], 1 if style.length == 0 else 2)
+    ideas = rng.sample(_CONTENT["suggestions"][theme], 1 if style.length == 0 else 2)
     if style.length == 2 or (style.numbered and len(ideas) < 2):
-        ideas.append(rng.choice(content()["suggestions"][rng.choice(THEMES)]))
+        ideas.append(rng.choice(_CONTENT["suggestions"][rng.choice(THEMES)]))
     if style.numbered:
         core = _numbered(rng, style, ideas)
     else:

@@ -11,17 +11,7 @@ from typing import NamedTuple
 from persona_rlhf.policy.hazards import assign_split
 from persona_rlhf.simulation import answers
 from persona_rlhf.simulation.answers import draw_style
-from persona_rlhf.simulation.vocabulary import (
-    Phrasing,
-    content,
-    domains,
-    hazard_lines,
-    is_writing,
-    read_words,
-    slug,
-    suits,
-    wrap,
-)
+from persona_rlhf.simulation.vocabulary import Phrasing, domains, is_writing, read_words, slug, suits, wrap
 
 _WORDS = read_words("prompts")
 
@@ -46,7 +36,7 @@ class Topic(NamedTuple):
 def topics() -> tuple[Topic, ...]:
     """All tier-one topics."""
     all_topics = []
-    for category, lines in hazard_lines().items():
+    for category, lines in read_words("hazards").items():
         for line in lines:
             vp, *twins = (part.strip() for part in line.split("|"))
             pairs = tuple(Benign(*(t.strip() for t in twin.rsplit("@", 1))) for twin in twins)
@@ -83,7 +73,7 @@ class Dialogue(NamedTuple):
 def how_to(rng: Random, topic: Benign, wrapper: Phrasing) -> Dialogue:
     """A benign verb phrase in a wrapper, with advice or the requested text."""
     style = draw_style(rng)
-    texts = content()["messages"].keys() | {"story"}
+    texts = read_words("content")["messages"].keys() | {"story"}
     make = answers.message if topic.domain in texts else answers.how_to
     return Dialogue(wrap(wrapper, topic.vp), make(rng, style, topic.vp, topic.domain), "how_to")
 
@@ -117,7 +107,7 @@ def ordinary(rng: Random, vps: Sequence[Benign], wrappers: Sequence[Phrasing]) -
         topic = _made_up(rng) if rng.random() < 0.10 else rng.choice(vps)
         return how_to(rng, topic, suitable(rng, wrappers, topic.vp))
     style = draw_style(rng)
-    words = content()
+    words = read_words("content")
     if u < 0.66:
         prompt = rng.choice(_WORDS["suggestion"]).format(t=rng.choice(_WORDS["times"]), o=rng.choice(_WORDS["company"]))
         return Dialogue(prompt, answers.suggestion(rng, style), "suggestion")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from random import Random
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -50,36 +50,22 @@ def domains() -> dict[str, Domain]:
     }
 
 
-def content() -> dict[str, Any]:
-    """Asides, facts, suggestions, comparisons, story parts, small talk and message bodies."""
-    return cast("dict[str, Any]", read_words("content"))
-
-
-def hazard_lines() -> dict[str, list[str]]:
-    """Category -> lines `hazard | twin @domain | ...`."""
-    return cast("dict[str, list[str]]", read_words("hazards"))
-
-
-def _extras() -> dict[str, Any]:
-    return cast("dict[str, Any]", read_words("extras"))
-
-
 def _variants(patterns: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Each pattern's verb phrases; `<name>` stands for the choices of that list."""
-    lists = _extras()["lists"]
+    lists = read_words("extras")["lists"]
     return tuple(tuple(expand(_LIST.sub(lambda m: str(lists[m[1]]), pattern))) for pattern in patterns)
 
 
 @cache
 def extra_hazards() -> dict[str, tuple[tuple[str, ...], ...]]:
     """Category -> the further hazardous verb phrases of each pattern."""
-    return {c: _variants(p) for c, p in _extras().items() if c not in ("lists", "benign")}
+    return {c: _variants(p) for c, p in read_words("extras").items() if c not in ("lists", "benign")}
 
 
 @cache
 def extra_benign() -> dict[str, tuple[tuple[str, ...], ...]]:
     """Domain or purpose -> the verb phrases of each pattern."""
-    return {domain: _variants(patterns) for domain, patterns in _extras()["benign"].items()}
+    return {domain: _variants(patterns) for domain, patterns in read_words("extras")["benign"].items()}
 
 
 _WORDS = read_words("vocabulary")
