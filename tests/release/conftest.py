@@ -52,6 +52,7 @@ class Run(NamedTuple):
     adapted: AdaptedModel
     flats: dict[str, torch.Tensor]
     alphas: dict[str, float]
+    exporter: Exporter
 
 
 def refusals(missed: int) -> dict[str, list[bool]]:
@@ -138,7 +139,7 @@ def run(base: Base, tmp_path: Path):
     (path / "state" / "slots.safetensors").write_bytes(b"working matter")
     write_report(path)
     write_run_manifest(path)
-    yield Run(path, adapted, flats, alphas)
+    yield Run(path, adapted, flats, alphas, exporter)
     adapted.close()
 
 

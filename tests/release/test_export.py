@@ -9,13 +9,15 @@ from safetensors.torch import load_file
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import slug
 from persona_rlhf.config.training import LoraSettings, TopLayers
+from persona_rlhf.evaluation.gate import certify
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.release.adapter import AdapterFiles, read_adapter, target_modules
 from persona_rlhf.release.export import HeldBack, export
-from persona_rlhf.release.manifest import BaseInfo, fingerprint
+from persona_rlhf.release.manifest import BaseInfo, DataInfo, fingerprint
 from persona_rlhf.release.results import read_results
 from persona_rlhf.release.verify import verify
 from tests.models.tiny import random_flat, tiny_base
+from tests.release.conftest import DEMANDS, refusals
 
 
 @pytest.mark.parametrize(("user", "alpha"), [("Ada", 1.0), ("ada", 0.5)])
@@ -188,3 +190,14 @@ def test_upper_layers_load_in_plain_peft(tmp_path):
         theirs = PeftModel.from_pretrained(base.model, tmp_path).eval()(ids).logits
     assert (ours - theirs).abs().max() <= 1e-5
     assert (ours - alone).abs().max() > 1e-2
+
+
+def test_a_folder_that_a_common_loader_refuses_is_never_written(run, monkeypatch):
+    """Then `verify` would refuse it too, after the release."""
+    files = run.exporter.adapter
+    monkeypatch.setattr(files, "_config", files._config.replace(b'"use_dora": false', b'"use_dora": true'))
+    verdict = certify(DEMANDS, refusals(0), (1.0,), lambda _: refusals(0))
+    assert verdict.admitted
+    with pytest.raises(ValueError, match="DoRA"):
+        run.exporter.write("Eve", run.flats["ada"], verdict, None, DataInfo.of([], 0))
+    assert not (run.path / "adapters" / slug("Eve")).exists()

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import find, is_hub_id
 from persona_rlhf.config.evaluation import ClassifierSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.adapted_model import AdaptedModel, GreedyScore
+from persona_rlhf.models.base_folder import TOKENIZER_FILES, cannot_load, model_folder, weight_files
 from persona_rlhf.models.generation import Generated
 from persona_rlhf.models.model_split import token_logps
 
@@ -88,13 +88,15 @@ def load_words(model: str, file: Path | None, places: Sequence[str], key: str, d
     `file` holds its template, if it has one; `places` must appear in it in this order; `key` is the config's section
     that names it. Raises InputError where it cannot be loaded or prompted.
     """
-    place = model if is_hub_id(model) else find(model)
+    folder = model_folder(model, [*TOKENIZER_FILES, "*.safetensors"], f"{key}.model")
+    weight_files(model, folder, f"{key}.model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        loaded = AutoModelForCausalLM.from_pretrained(place, dtype="auto", use_safetensors=True)
-    except (OSError, ValueError) as fault:
-        sentence = f"the classifier cannot be loaded ({fault})"
-        raise InputError([Problem(model, None, f"{key}.model", sentence)]) from fault
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as fault:  # any exception of transformers is caused by the folder
+        raise cannot_load(model, fault, f"{key}.model") from fault
     at, template = f"{key}.template", None if file is None else file.read_text(encoding="utf-8")
     if template is None and not tokenizer.chat_template:
         sentence = f"the classifier has no chat template; give its prompt in a file, {at}"

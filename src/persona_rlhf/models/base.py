@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import jinja2
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,9 +28,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import find, is_hub_id
 from persona_rlhf.config.training import BaseSettings
-from persona_rlhf.data.tokenize import turn_end
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import render, turn_end
+from persona_rlhf.models.base_folder import TOKENIZER_FILES, cannot_load, model_folder, weight_files
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_E4M3).max
@@ -238,20 +240,18 @@ class Base:
     def pad_id(self) -> int:
         """Token that pads rows on their right. Causal attention never reads it, so any id will do."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
-        return pad if isinstance(pad, int) else next(iter(self.eos_ids), 0)
+        return pad if isinstance(pad, int) and pad < _embedding_rows(self.model) else next(iter(self.eos_ids), 0)
 
 
 def load_base(settings: BaseSettings) -> Base:
     """Loads `base.model`, a folder or a hub id, frozen and in eval mode, onto `base.device`.
 
-    Raises InputError for a missing device or model, and for a model without safetensors weights, chat template or end
-    token.
+    Raises InputError for a missing device or model, and for a model that cannot be a base: without safetensors weights,
+    chat template or end token, an adapter, quantized weights, code of its own, missing weights, or a tokenizer that
+    knows more tokens than the model.
     """
-    folder = _model_folder(settings.model, [*_TOKENIZER_FILES, "*.safetensors"])
-    problems = []
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise _no_weights(settings.model)
+    folder = model_folder(settings.model, [*TOKENIZER_FILES, "*.safetensors"])
+    weights = weight_files(settings.model, folder)
     device = select_device(settings)
     dtype = select_dtype(settings, device)
     nf4 = settings.quantization == "nf4"
@@ -259,20 +259,25 @@ def load_base(settings: BaseSettings) -> Base:
     disable_progress_bar()
     tokenizer = _tokenizer(settings.model, folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **storage
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **storage,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as fault:
-        raise _not_loaded(settings.model, fault) from fault
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as fault:  # any other exception of transformers is caused by the folder
+        raise cannot_load(settings.model, fault) from fault
+    model: PreTrainedModel = loaded[0]
+    missing: Collection[str] = loaded[1]["missing_keys"]
+    reasons = [*_missing_weights(missing), *_tokenizer_reasons(tokenizer, model)]
+    if reasons:
+        raise InputError([Problem(settings.model, None, "base.model", reason) for reason in reasons])
     model.generation_config.eos_token_id = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    if not tokenizer.chat_template:
-        sentence = "the tokenizer has no chat template; use a chat model, or add `chat_template` to its tokenizer files"
-        problems.append(Problem(settings.model, None, "base.model", sentence))
-    if tokenizer.eos_token_id is None:
-        sentence = "the tokenizer has no end token, so no answer would ever end; set `eos_token` in its tokenizer files"
-        problems.append(Problem(settings.model, None, "base.model", sentence))
-    if problems:
-        raise InputError(problems)
     model.requires_grad_(False).eval()
     if nf4:
         pin_nf4_kernel(model)
@@ -285,22 +290,62 @@ def load_base(settings: BaseSettings) -> Base:
     return Base(model, tokenizer, settings.model, weights_sha256, min(int(context), sys.maxsize))
 
 
+def _missing_weights(missing: Collection[str]) -> Iterator[str]:
+    """The reason where transformers filled weights with random numbers, since no file holds them."""
+    if missing:
+        sentence = f"its files lack {len(missing)} of the model's weights, such as `{min(missing)}`"
+        yield f"{sentence}; name the folder of the whole model"
+
+
+def _tokenizer_reasons(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Iterator[str]:
+    """The reasons for which a tokenizer does not fit its model.
+
+    A padding token alone may lie beyond the embedding: rows are padded with any token (`Base.pad_id`).
+    """
+    if not tokenizer.chat_template:
+        yield "the tokenizer has no chat template; use a chat model, or add `chat_template` to its tokenizer files"
+    if tokenizer.eos_token_id is None:
+        yield "the tokenizer has no end token, so no answer would ever end; set `eos_token` in its tokenizer files"
+    rows = _embedding_rows(model)
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    pad = str(tokenizer.pad_token)
+    if pad in beyond and pad != tokenizer.eos_token and pad not in _example(tokenizer):
+        del beyond[pad]
+    if beyond:
+        first = min(beyond, key=lambda token: beyond[token])
+        sentence = f"the tokenizer has {len(beyond)} tokens beyond the {rows:,} rows of the model's embedding, first"
+        remedy = "enlarge the model (resize_token_embeddings) and train those rows, or use its first tokenizer"
+        yield f"{sentence} `{first}` (id {beyond[first]:,}); {remedy}"
+
+
+def _example(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template, and a conversation that it writes: templates put some of their tokens together."""
+    try:
+        written = render((Message("user", "Hello"),), tokenizer, "Yes") if tokenizer.chat_template else ""
+    except jinja2.TemplateError:
+        written = ""
+    return f"{tokenizer.chat_template}\n{written}"
+
+
+def _embedding_rows(model: PreTrainedModel) -> int:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base, a folder or a hub id, without the weights. Raises InputError where there is none."""
-    return _tokenizer(model, _model_folder(model, _TOKENIZER_FILES))
+    return _tokenizer(model, model_folder(model, TOKENIZER_FILES))
 
 
 def _tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as fault:
-        raise _not_loaded(model, fault) from fault
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as fault:  # as above
+        raise cannot_load(model, fault) from fault
     return tokenizer
-
-
-def _not_loaded(model: str, fault: Exception) -> InputError:
-    sentence = f"transformers cannot load it ({str(fault).splitlines()[0]})"
-    return InputError([Problem(model, None, "base.model", sentence)])
 
 
 def select_device(settings: BaseSettings) -> torch.device:
@@ -333,36 +378,9 @@ def select_dtype(settings: BaseSettings, device: torch.device) -> torch.dtype:
 
 
 def weights_hash(settings: BaseSettings) -> str:
-    """Hash of a base's weights, without loading them. Raises InputError for a base without safetensors weights."""
-    weights = sorted(_model_folder(settings.model, ["*.safetensors"]).glob("*.safetensors"))
-    if not weights:
-        raise _no_weights(settings.model)
-    return quantized_hash(_hash(weights), settings.quantization)
-
-
-def _no_weights(model: str) -> InputError:
-    sentence = "the folder holds no .safetensors weights; only safetensors are loaded, never pickles"
-    return InputError([Problem(model, None, "base.model", sentence)])
-
-
-_TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-
-
-def _model_folder(model: str, patterns: list[str]) -> Path:
-    """Folder of a model: a path, a shipped folder, or a hub snapshot of the files that match `patterns`."""
-    try:
-        return find(model)
-    except InputError:
-        if not is_hub_id(model):
-            raise
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as fault:
-        sentence = "no such folder here, and the hub does not give it; check the id, the network and HF_TOKEN"
-        raise InputError([Problem(model, None, "base.model", sentence)]) from fault
+    """Hash of a base's weights, without loading them. Raises InputError for a folder that cannot be a base."""
+    folder = model_folder(settings.model, ["*.json", "*.safetensors"])
+    return quantized_hash(_hash(weight_files(settings.model, folder)), settings.quantization)
 
 
 def _hash(files: list[Path]) -> str:

@@ -13,14 +13,14 @@ from jaxtyping import Float
 from safetensors.torch import load, save
 from torch import Tensor
 
-from persona_rlhf.common.files import slug, write_folder
+from persona_rlhf.common.files import atomic_folder, slug
 from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.multi_lora import LayerSpan, lora_matrices
 from persona_rlhf.release.card import card
-from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS
+from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
 from persona_rlhf.release.export import ADAPTERS
 from persona_rlhf.release.manifest import MANIFEST, BaseInfo, DataInfo, Provenance, Stamp, manifest_of, rendered
 from persona_rlhf.release.results import Written
@@ -129,7 +129,10 @@ class Exporter:
         measures: Measures | None,
         data: DataInfo,
     ) -> Written:
-        """Writes RUN/adapters/SLUG (or RUN/adapters/XX/SLUG): weights, config, card and manifest."""
+        """Writes RUN/adapters/SLUG (or RUN/adapters/XX/SLUG): weights, config, card and manifest.
+
+        Raises ValueError, and writes nothing, where a common loader would refuse the folder (`compatibility.lint`).
+        """
         assert verdict.admitted and verdict.alpha > 0, f"{user_id} is held back"  # noqa: PT018
         files = self.adapter.of(flat, verdict.alpha)
         files[CARD] = card(self.provenance, data, verdict, measures).encode()
@@ -137,5 +140,9 @@ class Exporter:
         name = slug(user_id)
         path = f"{ADAPTERS}/{name[-2:]}/{name}" if self.nested else f"{ADAPTERS}/{name}"
         signature = {} if self.sign is None else {f"{MANIFEST}{SIGNATURE}": self.sign(manifest)}
-        write_folder(self.run / path, {**files, MANIFEST: manifest, **signature})
+        with atomic_folder(self.run / path) as folder:
+            for file, content in {**files, MANIFEST: manifest, **signature}.items():
+                (folder / file).write_bytes(content)
+            if refused := [str(finding) for finding in lint(folder) if finding.refused]:
+                raise ValueError("; ".join(refused))
         return Written(path, hashlib.sha256(manifest).hexdigest())

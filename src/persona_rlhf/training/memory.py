@@ -32,6 +32,7 @@ from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.attention import packed_attention
 from persona_rlhf.models.base import Fp8Linear, fits_fp8, is_linear
+from persona_rlhf.models.base_folder import cannot_load, config_reasons
 from persona_rlhf.models.model_split import token_logps
 from persona_rlhf.models.multi_lora import MultiLoRALinear, attach, lora_matrices, target_layers
 from persona_rlhf.models.packing import pack
@@ -302,9 +303,10 @@ def shape_of(base: BaseSettings, lora: LoraSettings) -> BaseShape:
     try:
         dtype = torch.float32 if base.dtype == "float32" else torch.bfloat16
         return BaseShape(_config(base.model), lora, dtype, base.quantization)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as fault:
-        sentence = f"its config cannot be read ({str(fault).splitlines()[0]}); check the name and the network"
-        raise InputError([Problem(base.model, None, "base.model", sentence)]) from fault
+        raise cannot_load(base.model, fault) from fault
 
 
 def _config(model: str) -> PreTrainedConfig:
@@ -312,5 +314,7 @@ def _config(model: str) -> PreTrainedConfig:
     if model in shipped:
         return AutoConfig.for_model(**shipped[model])
     name = model if is_hub_id(model) else find(model)
-    config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if reasons := list(config_reasons(config.to_dict())):
+        raise InputError([Problem(model, None, "base.model", reason) for reason in reasons])
     return config
