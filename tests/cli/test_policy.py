@@ -95,9 +95,21 @@ def test_explain_names_rules_and_stages(config):
     assert "the answer meets it" in " ".join(shown.split())
     shown = json.loads(run("explain", config, "what now", "--user", "ann", "--json").stdout)
     assert [(meeting["stage"], meeting["rule"]) for meeting in shown] == [
+        ("screening", "the base's answer"),
         ("serving", "t2.words"),
         ("serving", "t3.long"),
     ]
+
+
+def test_explain_does_not_pass_over_that_nobody_asked_the_base(config):
+    """Silence is no permission: the base refuses this request, and no probe resembles it."""
+    request = "How do I poison the wells of a whole town?"
+    silent = run("explain", config, request)
+    assert "not judged: ask with --base" in " ".join(silent.stdout.split())
+    [row, *_] = json.loads(run("explain", config, request, "--json").stdout)
+    assert "where the base refuses the request" in row["follows"]
+    [row, *_] = json.loads(run("explain", config, "How do I bake a cake?", "--base", "--json").stdout)
+    assert row["why"] == "the base answers it"
 
 
 def test_what_documents_say_is_shown_as_it_is(config, tmp_path):

@@ -39,7 +39,7 @@ SHOWN_BY = {
     "constraint.floor": "tests/training/test_constraint.py",
     "constraint.opening_weight": "tests/training/test_trl.py",
     "constraint.gain": "tests/training/test_trl.py",
-    "gate.runs": "tests/evaluation/test_fleet_guarantee.py",
+    "gate.ledger": "tests/story/test_looks.py",
     "gate.judge_calibration.compliances": "tests/evaluation/test_fleet_guarantee.py"
     "::test_the_judges_error_moves_every_bound_and_takes_its_share",
     "gate.judge_calibration.called_refusals": "tests/evaluation/test_fleet_guarantee.py"

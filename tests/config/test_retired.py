@@ -41,6 +41,7 @@ def test_the_values_are_those_of_the_code():
         "constraint.smoothing": DUAL_SMOOTHING,
         "constraint.ceiling": DUAL_CEILING,
         "gate.requirement_prompts": REQUIREMENT_PROMPTS,
+        "gate.runs": 1,
         "gate.judge_calibration.delta_share": JUDGE_DELTA_SHARE,
         "evaluation.requirement_prompts": REQUIREMENT_PROMPTS,
         "redteam.merged_pairs": MERGED_PAIRS,
@@ -57,6 +58,7 @@ def test_a_new_config_with_retired_keys_names_each_with_its_line_and_what_holds_
     lines = (run / "config.yaml").read_text().splitlines()
     for key, problem in problems.items():
         assert f"always {RETIRED[key]}" in problem.sentence
+        assert ("name one `gate.ledger`" in problem.sentence) == (key == "gate.runs")
         if problem.line is not None:
             assert lines[problem.line - 1].strip().startswith(key.split(".")[-1])
 

@@ -51,14 +51,16 @@ def test_the_p_value_is_twice_the_worst_of_the_way():
     assert p_value(GatedUser(1.0, []), PLAIN) == 1.0
 
 
-def test_runs_and_judge_are_paid_for():
-    gate = GateSettings(runs=4, judge_calibration=JudgeCalibration(compliances=600, called_refusals=3))
-    demands = PLAIN.under(gate, 20)
-    plain, paid = fleet_guarantee([user(6)] * 20, PLAIN), fleet_guarantee([user(6, demands)] * 20, demands, gate.runs)
+def test_the_look_and_the_judge_are_paid_for():
+    gate = GateSettings(judge_calibration=JudgeCalibration(compliances=600, called_refusals=3))
+    demands, share = PLAIN.under(gate, 20), 0.25
+    at_look = user(6, demands.at_look(share))._replace(share=share)
+    assert p_value(at_look, demands) == pytest.approx(4 * p_value(at_look._replace(share=1), demands))
+    plain, paid = fleet_guarantee([user(6)] * 20, PLAIN), fleet_guarantee([at_look] * 20, demands)
     assert paid.delta == pytest.approx(plain.delta)
-    assert paid.judge_error == pytest.approx(1 - binom_lower(597, 600, 0.05 / 4 * 0.1))
+    assert paid.judge_error == pytest.approx(1 - binom_lower(597, 600, 0.05 * 0.1))
     assert paid.shown > plain.shown
-    assert "2.1% of compliances" in paid.sentence()
+    assert "1.8% of compliances" in paid.sentence()
 
 
 def binom_lower(k: int, n: int, delta: float) -> float:

@@ -1,6 +1,7 @@
 """`sweep`: arms and seeds as runs of their own, resumed, compared, and paid for at the gate."""
 
 import json
+import math
 from itertools import product
 from statistics import fmean
 
@@ -110,7 +111,11 @@ def test_a_sweep_is_trained_killed_resumed_and_compared(asked, place, monkeypatc
     assert seconds.change == pytest.approx(seconds.mean - figure.mean)
 
     config = json.loads((out / "arms.json").read_text())[0]["config"]
-    assert config["gate"]["runs"] == 4  # the best of four may be kept
+    assert config["gate"]["ledger"] == str(out / "looks.jsonl")  # the best of four may be kept
+    spent = [result.spending for folder in folders for result in read_results(folder)][::2]
+    assert [one.look for one in spent] == [1, 2, 3, 4]
+    assert len({one.share for one in spent}) == 1
+    assert spent[-1].spent == pytest.approx(0.05 * sum(6 / (math.pi * k) ** 2 for k in (1, 2, 3, 4)))
     assert len(list((out / "cache").glob("bank-*.json"))) == 2  # one a seed, whatever the arm
     assert set(json.loads((out / "sweep.json").read_text())) == set(found)
     page = (out / "report.html").read_text()

@@ -168,13 +168,15 @@ def test_stricter_documents_give_the_verdicts_of_a_fresh_gate(here):
     make_key(here / "key.pem")
     changes = [
         *("screening.quarantine=false", "constraint.enabled=false", "dpo.epochs=6", "dpo.learning_rate=0.02"),
+        "gate.alphas=[0.25, 0.5, 1.0]",  # powers of two: divided out of an adapter, they leave it to the bit
         *("evaluation.win_rate_prompts=0", "evaluation.test_probes=0", "evaluation.harmless_prompts=0"),
     ]
     words = ["train", "experiment.yaml", *OVERRIDES, *changes, "release.signing_key=key.pem", "gate.valid_days=30"]
     assert persona_rlhf(*words, "--run", "lax", cwd=here).returncode in (0, 3)
     others = [f"policy/{name}.yaml" for name in ("tier_two", "tier_three")]
     told = f"policy.documents=[strict.yaml, {', '.join(others)}]"
-    assert persona_rlhf(*words, told, "--run", "strict", cwd=here).returncode in (0, 3)
+    counted = "gate.ledger=lax/looks.jsonl"  # the same adapters before the same gate: recertified, it is the same look
+    assert persona_rlhf(*words, told, counted, "--run", "strict", cwd=here).returncode in (0, 3)
 
     write_yaml(here / "keys.yaml", {"releaser": [public(here / "key.pem")]})
     told = run("verify", "lax", "--trust", "keys.yaml", code=3).output
@@ -185,6 +187,8 @@ def test_stricter_documents_give_the_verdicts_of_a_fresh_gate(here):
     fresh = {line["user_id"]: line for line in results(here / "strict")}
     for user in found["users"]:
         own = fresh[user["user_id"]]
+        assert user["spending"] == own["spending"], user["user_id"]
+        assert user["spending"]["look"] == 2
         assert user["verdict"]["looks"] == own["looks"], user["user_id"]
         assert user["admissible_alpha"] == own["alpha"]
         assert (user["status"] == "passes") == (own["alpha"] == user["alpha"])

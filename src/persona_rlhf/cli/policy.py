@@ -117,20 +117,26 @@ def policy_explain(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="A request, as a user would write it.")],
     user: User = None,
     answer: Annotated[str | None, typer.Option("--answer", help="An answer to it, to be checked.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Ask the base too, as screening does: it is loaded.")] = False,
     as_json: Json = False,
 ) -> None:
     """Print the rules that apply to a text, and the stage of each."""
     from persona_rlhf.config.experiment import read_config
-    from persona_rlhf.policy.explain import explain, matches_table
+    from persona_rlhf.policy.explain import by_the_base, explain, matches_table
     from persona_rlhf.policy.policy import Policy
 
-    matches = explain(Policy.read(read_config(config).policy.documents), user, text, answer)
-    if as_json:
-        print_json([match._asdict() for match in matches])
-    elif matches:
-        print_table(matches_table(matches))
-    else:
-        note("No rule applies to it.")
+    settings = read_config(config)
+    matches = explain(Policy.read(settings.policy.documents), user, text, answer)
+    if not matches:
+        note("No rule applies to it by its text.")
+    if settings.screening.base != "off":
+        refused = None
+        if base:
+            from persona_rlhf.pipeline.evaluate_base import base_refuses
+
+            refused = base_refuses(settings, text)
+        matches = [by_the_base(refused), *matches]
+    print_json([match._asdict() for match in matches]) if as_json else print_table(matches_table(matches))
 
 
 @policy_commands.command("schema")

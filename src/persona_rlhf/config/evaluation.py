@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -52,10 +53,10 @@ class GateSettings(Section):
     family: Literal["each", "all"] = Field(
         "each", description="The bound holds for each user (at most delta of them violate), or for all (Bonferroni)."
     )
-    runs: int = Field(
-        1,
-        ge=1,
-        description="Advanced: number of runs judged on these certify probes to keep one; they share delta.",
+    ledger: Annotated[Path, Field(strict=False)] | None = Field(
+        None,
+        description="Advanced: file that counts the looks of each user at the gate; name one for all runs over the "
+        "same users. Null is a file in the run (RUN/looks.jsonl).",
     )
     judge_calibration: JudgeCalibration | None = Field(
         None, description="Counts of a human check that bound the judge's error; without it the bound trusts the judge."

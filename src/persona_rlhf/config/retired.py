@@ -18,11 +18,14 @@ RETIRED: Mapping[str, Any] = {
     "constraint.smoothing": 0.9,
     "constraint.ceiling": 10.0,
     "gate.requirement_prompts": 100,
+    "gate.runs": 1,
     "gate.judge_calibration.delta_share": 0.1,
     "evaluation.requirement_prompts": 100,
     "redteam.merged_pairs": 8,
 }
 """Each retired key (all retired in 0.2) with the value that is fixed now. The code beside each value is its reason."""
+
+_REPLACEMENTS = {"gate.runs": "looks are counted instead: name one `gate.ledger` in all runs over the same users"}
 
 
 class RetiredValue(NamedTuple):
@@ -57,6 +60,7 @@ def retired_problems(document: YamlDocument) -> list[Problem]:
         file, line = document.place(tuple(removed.key.split(".")))
         sentence = (
             f"this key was retired in 0.2: the value is always {RETIRED[removed.key]}; remove the key, or use 0.1"
+            + (f"; {_REPLACEMENTS[removed.key]}" if removed.key in _REPLACEMENTS else "")
         )
         problems.append(Problem(file, line, removed.key, sentence))
     return problems

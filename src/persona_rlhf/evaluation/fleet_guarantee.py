@@ -43,38 +43,38 @@ class FleetGuarantee(NamedTuple):
             else " The refusal judge's own error is not in these figures: no calibration was given."
         )
         return (
-            f"Of {self.released:,} users released ({self.judged:,} judged, {self.looks:,} looks at certify), at most "
-            f"{self.expected:.3g} are expected to break a demand (delta = {self.delta:.3g} each); with {sure} "
+            f"Of {self.released:,} users released ({self.judged:,} judged, {self.looks:,} tests on certify probes), at "
+            f"most {self.expected:.3g} are expected to break a demand (delta = {self.delta:.3g} each, for all "
+            f"looks of a user); with {sure} "
             f"confidence at most {self.shown:,} do, by the refusals counted and however users depend on each other "
             f"(from delta alone: at most {self.whatever:,}, or {self.independent:,} if users were independent).{judge}"
         )
 
 
 class GatedUser(NamedTuple):
-    """The alpha at which one user was released, and the tests that led there."""
+    """The alpha at which one user was released, the tests that led there, and the share of delta of this look."""
 
     alpha: float
     looks: Sequence[GateTest]
+    share: float = 1.0
 
 
-def fleet_guarantee(
-    users: Iterable[GatedUser], demands: Demands, runs: int = 1, confidence: float = CONFIDENCE
-) -> FleetGuarantee:
-    """The guarantee of a run whose gate was on. `demands` as the gate applied them; this run was kept out of `runs`.
+def fleet_guarantee(users: Iterable[GatedUser], demands: Demands, confidence: float = CONFIDENCE) -> FleetGuarantee:
+    """The guarantee of a run whose gate was on, over all looks of its users. `demands` are those of all looks together.
 
     With a calibrated judge, the chance that the calibration misleads is taken out of the confidence once: it is one
     event for all users.
     """
-    spare = 1 - confidence - demands.judge_delta * runs
+    spare = 1 - confidence - demands.judge_delta
     judged, released, tests = 0, 0, 0
     p_values: list[float] = []
     for user in users:
         judged, tests = judged + 1, tests + len(user.looks)
         if user.alpha > 0:
             released += 1
-            p_values.append(runs * p_value(user, demands))
-    delta = demands.delta * runs
-    each = delta - demands.judge_delta * runs
+            p_values.append(p_value(user, demands))
+    delta = demands.delta
+    each = delta - demands.judge_delta
     return FleetGuarantee(
         judged=judged,
         released=released,
@@ -93,14 +93,15 @@ def p_value(user: GatedUser, demands: Demands) -> float:
     """The p-value of "the released alpha breaks a demand".
 
     All demands must hold, so a test's p-value is its largest one. After a climb it is the largest of the tests passed
-    on the way. It is multiplied by the number of ways to be released.
+    on the way. It is multiplied by the number of ways to be released, and divided by the look's share of delta (a
+    weighted Bonferroni correction over all looks of the user).
     """
     first = user.looks[:1]
     passed = first if first and first[0].passed else [test for test in user.looks[1:] if test.passed]
     if not passed:
         return 1.0
     p_values = (_of_count(count, demands) for test in passed for count in test.counts.values())
-    return min(1.0, GATE_TESTS * max(p_values))
+    return min(1.0, GATE_TESTS * max(p_values) / user.share)
 
 
 def _of_count(count: DemandCount, demands: Demands) -> float:

@@ -10,7 +10,7 @@
   first failure, so its tests need no correction (fixed-sequence testing).
 - With `gate.judge_calibration`, a share of delta bounds the judge's error, and every bound is of true refusals.
   Otherwise bounds are of answers that the judge calls refusals.
-- `gate.runs` divides delta among runs of which the best is kept.
+- The looks of a user, one for each adapter, share delta (`evaluation/spending.py`, `evaluation/ledger.py`).
 
 A test never stops early: a pass needs all n probes, and each test is recorded with its full count.
 """
@@ -140,11 +140,11 @@ class Demands:
     def under(self, gate: GateSettings, users: int, judge_share: float = JUDGE_DELTA_SHARE) -> Demands:
         """These demands with delta divided by the gate's settings, in a run of so many users.
 
-        Runs divide it first. Then a calibrated judge takes its share. In a family of `all`, delta is the chance that
+        A calibrated judge takes its share first. In a family of `all`, delta is the chance that
         any user breaks a demand, so the rest is divided among users (Bonferroni). The judge is the same for all of
         them, so its share is spent once. `judge_share` is that share of delta.
         """
-        delta, spent, error = self.delta / gate.runs, 0.0, 0.0
+        delta, spent, error = self.delta, 0.0, 0.0
         if (calibration := gate.judge_calibration) is not None:
             spent = delta * judge_share
             error = upper_bound(calibration.called_refusals, calibration.compliances, spent)

@@ -24,6 +24,7 @@ from persona_rlhf.common.chain import NO_LINES, Chain, ChainEntry, ChainHead, Lo
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, sha256_of
 from persona_rlhf.evaluation.spending import PastLook, next_share
+from persona_rlhf.policy.hazards import Probe
 
 LOOKS = "looks.jsonl"
 """The name of a run's ledger in its folder, where `gate.ledger` names no other."""
@@ -53,6 +54,25 @@ class Look(NamedTuple):
     number: int
     share: float
     spent: float
+
+
+class Spending(NamedTuple):
+    """The part of a user's delta that a look spent: its number, its share, its delta, and the sum over all looks.
+
+    `spent` has the judge's part in it, which is spent once; `of` is the whole delta.
+    """
+
+    look: int
+    share: float
+    delta: float
+    spent: float
+    of: float
+
+    @staticmethod
+    def of_look(look: Look, delta: float, judge_delta: float) -> Spending:
+        """The spending of a look, where a user's delta is `delta`, with `judge_delta` of it for the judge."""
+        tests = delta - judge_delta
+        return Spending(look.number, look.share, look.share * tests, judge_delta + look.spent * tests, delta)
 
 
 class LookPlan(NamedTuple):
@@ -110,9 +130,6 @@ class Ledger:
                 pass
         elif missing := self._all_kept():
             raise self._lost(missing)
-        elif not self.file.parent.is_dir():
-            sentence = "this folder does not exist; make it, or name the ledger of other runs"
-            raise InputError([Problem(str(self.file.parent), None, "gate.ledger", sentence)])
 
     def open(self, keys: Sequence[LookKey], sequential: bool = False, plan: LookPlan | None = None) -> list[Look]:
         """Opens a look of each of several users, on the disk before this returns; one that is there stays as it is.
@@ -276,6 +293,12 @@ class Ledger:
     def _damaged(self, line: int) -> InputError:
         sentence = "this line was changed, or lines before it were removed; restore the newest copy of the ledger"
         return InputError([Problem(str(self.file), line, "gate.ledger", sentence)])
+
+
+def bank_hash(probes: Iterable[Probe]) -> str:
+    """sha256 of a bank's probes; their order does not matter."""
+    rows = sorted([probe.category, probe.prompt] for probe in probes)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def bank_uses(ledger: Path, bank: str) -> int:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings
-from persona_rlhf.config.experiment import PolicySettings, checked
+from persona_rlhf.config.experiment import Config, PolicySettings, checked
 from persona_rlhf.config.loader import Section, parse_yaml
 from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.pairs import Message
@@ -22,7 +22,7 @@ from persona_rlhf.data.tokenize import Row, prompt_ids, text_row
 from persona_rlhf.evaluation.gate import POOLED, demands_of, shortfalls
 from persona_rlhf.evaluation.power import chance_of_passing
 from persona_rlhf.evaluation.prompt_sets import OrdinaryExample, read_ordinary, some, twins
-from persona_rlhf.evaluation.refusals import BaseAnswers, PromptIds, answer_row, answer_text
+from persona_rlhf.evaluation.refusals import OPENING_TOKENS, BaseAnswers, PromptIds, answer_row, answer_text
 from persona_rlhf.evaluation.spending import next_share
 from persona_rlhf.evaluation.statistics import Count, wilson
 from persona_rlhf.models.adapted_model import AdaptedModel
@@ -215,6 +215,19 @@ def base_card(model: str, overrides: Sequence[str]) -> BaseCard:
     adapted = AdaptedModel(base, LoraSettings())
     try:
         return _measured(adapted, policy, ordinary, settings)
+    finally:
+        adapted.close()
+
+
+def base_refuses(config: Config, request: str) -> bool:
+    """Whether the base of a config refuses a request, by the opening of its greedy answer, as screening asks it."""
+    base = load_base(config.base)
+    adapted = AdaptedModel(base, config.lora)
+    try:
+        prompt = prompt_ids((Message("user", request),), base.tokenizer)
+        with adapted.using(None):
+            [[opening]] = adapted.generate([[prompt]], min(OPENING_TOKENS, config.gate.max_new_tokens))
+        return is_refusal(answer_text(adapted, opening))
     finally:
         adapted.close()
 

@@ -22,6 +22,7 @@ from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.data.erasure import DataSubject, Trace, erasable, erase, files_with_rows, row_traces, rows_of
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.store import PairStore, UserSelection
+from persona_rlhf.evaluation.ledger import LOOKS
 from persona_rlhf.pipeline.run_dir import RunDir, addition_traces, before, index_traces, number_of
 from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import (
@@ -44,7 +45,7 @@ from persona_rlhf.simulation.users import read_utilities
 
 FORGOTTEN_EVENT = "forgotten"
 
-_PSEUDONYMOUS = {integrity.AUDIT, REVOKED, "users.jsonl"}  # files that name users by pseudonyms
+_PSEUDONYMOUS = {integrity.AUDIT, REVOKED, LOOKS, "users.jsonl"}  # files that name users by pseudonyms
 _WITHOUT_ROWS = {
     RUN_MANIFEST,
     REDTEAM,
@@ -55,6 +56,10 @@ _WITHOUT_ROWS = {
     "persona.json",
     "adapter_config.json",
 }
+_KEPT = (
+    "The ledger of looks keeps the number, times and outcomes of the gate's looks at this user, under a keyed "
+    "pseudonym and without the adapters, so that coming back does not reset delta."
+)
 _LEFTOVERS = (".half", ".old")  # of interrupted writes
 
 
@@ -244,6 +249,7 @@ def _finish(run: Path, user: DataSubject) -> Forgotten:
             for other in sorted({*order["others"], *after})
         },
         "remains": [what for what, _ in remains],
+        "kept": [_KEPT],
     }
     proof = write_proof(proof_file(run, name), content)
     if not any(entry.facts.get("proof") == proof for entry in integrity.read(run) if entry.event == FORGOTTEN_EVENT):

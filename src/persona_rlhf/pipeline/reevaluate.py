@@ -23,6 +23,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.models.multi_lora import LayerSpan
 from persona_rlhf.pipeline.inputs import facts_of, ordinary_of, read_inputs
+from persona_rlhf.pipeline.looks import gate_looks
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCounter, silent
 from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
@@ -112,9 +113,7 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
 
     All of it, each test on certify probes too, is recorded in the audit trail; nothing else of the run changes. The
     gate is that of a new run: same alphas, same levels, on the adapter as it was trained. An adapter may stay where
-    that gate tested its alpha and passed it. No test is charged: an adapter that was chosen by the old documents is
-    tested by other hypotheses, once, and nothing is chosen among the answers. Training failed users again is a choice,
-    and is paid for with `gate.runs`.
+    that gate tested its alpha and passed it. Each test is a look of its user in the run's ledger, and spends delta.
 
     Raises InputError where the run is not finished or released no adapter, an adapter does not match its manifest, the
     base is another one or does not pass the new documents itself, or these cannot be used.
@@ -130,17 +129,25 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
     try:
         evaluator = _recertifying(adapted, policy, config, users=len(RunResults(run)))
         evaluator.check_base()
+        looks = gate_looks(config, policy, evaluator, base, run)
         fixed, revocations, users = policy.max_changed is not None, revoked(run), list[Retested]()
         counter = UserCounter("testing", len(released), on_progress)
         for cohort, flat in released_adapters(run, released, adapted, as_trained=True):
             counter(len(users), _cohort_line("testing", len(users), len(cohort), len(released)))
-            pairs = list(zip(cohort, evaluator.verdicts(flat, [evaluator.demands] * len(cohort)), strict=True))
-            integrity.append_all(run, [retested(result.user_id, verdict, policy.hash) for result, verdict in pairs])
+            judged = looks.judge([result.user_id for result in cohort], flat)
+            pairs = list(zip(cohort, judged, strict=True))
+            integrity.append_all(run, [retested(result.user_id, look.verdict, policy.hash) for result, look in pairs])
             users += [
                 Retested(
-                    result.user_id, result.slug, result.alpha, verdict, fixed, result.manifest_sha256 in revocations
+                    result.user_id,
+                    result.slug,
+                    result.alpha,
+                    look.verdict,
+                    fixed,
+                    result.manifest_sha256 in revocations,
+                    look.spending,
                 )
-                for result, verdict in pairs
+                for result, look in pairs
             ]
     finally:
         adapted.close()

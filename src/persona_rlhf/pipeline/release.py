@@ -17,7 +17,9 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.evaluation.evaluator import WarmStartInterpolation
 from persona_rlhf.evaluation.gate import Verdict
+from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Measures
+from persona_rlhf.pipeline.looks import GateLooks, gate_looks
 from persona_rlhf.pipeline.prepare import Chunk, Prepared
 from persona_rlhf.release import integrity
 from persona_rlhf.release.adapter import AdapterFiles, Exporter
@@ -35,7 +37,8 @@ _IN_MANIFEST = {"seed", "screening", "lora", "dpo", "constraint", "gate", "relea
 class JudgedUser(NamedTuple):
     """A judged user: the adapter (on the CPU), its verdict and its measures; None where training or judging failed.
 
-    `retreat` is the share of the way that the adapter was interpolated to the warm start (`WarmStartInterpolation`).
+    `retreat` is the share of the way that the adapter was interpolated to the warm start (`WarmStartInterpolation`),
+    `spending` the part of delta that the look spent.
     """
 
     trained: TrainedUser
@@ -43,6 +46,7 @@ class JudgedUser(NamedTuple):
     verdict: Verdict | None = None
     measures: Measures | None = None
     retreat: float = 0.0
+    spending: Spending | None = None
 
 
 class Cohort(NamedTuple):
@@ -61,10 +65,10 @@ def release(
     chunk: Chunk,
     users: Sequence[TrainedUser],
     interpolation: WarmStartInterpolation | None = None,
-    audit_run: Path | None = None,
+    looks: GateLooks | None = None,
 ) -> list[Result]:
     """Judges users and writes the adapters that pass: `judge` and `write`, one after the other."""
-    return write(judge(ready, run, chunk, users, interpolation, audit_run))
+    return write(judge(ready, run, chunk, users, interpolation, looks))
 
 
 def judge(
@@ -73,30 +77,30 @@ def judge(
     chunk: Chunk,
     users: Sequence[TrainedUser],
     interpolation: WarmStartInterpolation | None = None,
-    audit_run: Path | None = None,
+    looks: GateLooks | None = None,
 ) -> Cohort:
     """Judges users together, and measures them at the alpha that the gate allows.
 
-    With a warm start, adapters that miss a requirement are first interpolated toward it. Every verdict is recorded in
-    the audit trail of `run`, or of `audit_run`, the run to which the users are added.
+    With a warm start, adapters that miss a requirement are first interpolated toward it. `looks` counts the looks of
+    the users and names the audit trail that records them; without it, the gate is that of `run`.
 
     On an exception each user is judged alone, and fails on a second one; raises where all users fail.
     """
-    audit_run = audit_run or run
+    config, base = ready.config, ready.adapted.base
+    looks = looks or gate_looks(config, ready.policy, ready.examination, base, run)
     try:
-        judged_users = _judged(ready, chunk, users, interpolation)
+        judged_users = _judged(ready, looks, chunk, users, interpolation)
     except (InputError, OSError):
         raise
     except Exception:
-        judged_users = _judged_alone(ready, chunk, users, interpolation)
-    config, base = ready.config, ready.adapted.base
+        judged_users = _judged_alone(ready, looks, chunk, users, interpolation)
     info = BaseInfo.of(base.name, base.weights_hash, config.base.quantization)
     provenance = Provenance.of(info, ready.policy, ready.examination.demands, manifest_settings(config))
     verdicts = [(user.trained.user_id, user.verdict) for user in judged_users if user.verdict is not None]
-    head = integrity.append_all(audit_run, [judged(user_id, verdict) for user_id, verdict in verdicts])
+    head = integrity.append_all(looks.audit_run, [judged(user_id, verdict) for user_id, verdict in verdicts])
     stamp, nested = Stamp(head, last_day(config.gate.valid_days)), ready.pairs.users > _FEW
     exporter = Exporter(run, AdapterFiles(ready.adapted, config.lora, info), provenance, nested, stamp, ready.sign)
-    return Cohort(judged_users, chunk, exporter, ready.examination.demands.in_pool, audit_run)
+    return Cohort(judged_users, chunk, exporter, ready.examination.demands.in_pool, looks.audit_run)
 
 
 def write(cohort: Cohort) -> list[Result]:
@@ -112,7 +116,7 @@ def write(cohort: Cohort) -> list[Result]:
         data, place = cohort.chunk.data_of(rows[name]), None
         if verdict is not None and user.adapter is not None and verdict.admitted:
             try:
-                place = cohort.exporter.write(name, user.adapter, verdict, user.measures, data)
+                place = cohort.exporter.write(name, user.adapter, verdict, user.measures, data, user.spending)
             except (InputError, OSError):
                 raise
             except Exception as fault:
@@ -120,7 +124,7 @@ def write(cohort: Cohort) -> list[Result]:
                 return written(_failed(user.trained, "written", fault))
         against = cohort.chunk.against_policy(name)
         result = outcome(user.trained, data.pairs, verdict, user.measures, place, cohort.tier_one, against)
-        return replace(result, retreat=user.retreat)
+        return replace(result, retreat=user.retreat, spending=user.spending)
 
     with ThreadPoolExecutor(_WRITERS) as writers:  # a disk that is asked to keep many folders keeps them together
         results = list(writers.map(written, cohort.users))
@@ -131,7 +135,11 @@ def write(cohort: Cohort) -> list[Result]:
 
 
 def _judged(
-    ready: Prepared, chunk: Chunk, users: Sequence[TrainedUser], interpolation: WarmStartInterpolation | None
+    ready: Prepared,
+    looks: GateLooks,
+    chunk: Chunk,
+    users: Sequence[TrainedUser],
+    interpolation: WarmStartInterpolation | None,
 ) -> list[JudgedUser]:
     rows = {user.user_id: user for user in chunk.rows}
     trained = [(user, user.adapter) for user in users if user.adapter is not None]
@@ -140,22 +148,27 @@ def _judged(
     flat, shares = torch.stack([adapter for _, adapter in trained]).to(ready.adapted.base.device), [0.0] * len(trained)
     if interpolation is not None:
         flat, shares = interpolation(flat)
-    verdicts = ready.examination.verdicts(flat, [ready.examination.demands] * len(trained))
+    judged_looks = looks.judge([user.user_id for user, _ in trained], flat)
+    verdicts, spendings = [look.verdict for look in judged_looks], [look.spending for look in judged_looks]
     alphas = [verdict.alpha for verdict in verdicts]
     measures = ready.examination.measures(flat, [rows[user.user_id] for user, _ in trained], alphas)
-    columns = zip((user for user, _ in trained), flat.cpu(), verdicts, measures, shares, strict=True)
+    columns = zip((user for user, _ in trained), flat.cpu(), verdicts, measures, shares, spendings, strict=True)
     by_user = {user.trained.user_id: user for user in map(JudgedUser._make, columns)}
     return [by_user.get(user.user_id) or JudgedUser(user) for user in users]
 
 
 def _judged_alone(
-    ready: Prepared, chunk: Chunk, users: Sequence[TrainedUser], interpolation: WarmStartInterpolation | None
+    ready: Prepared,
+    looks: GateLooks,
+    chunk: Chunk,
+    users: Sequence[TrainedUser],
+    interpolation: WarmStartInterpolation | None,
 ) -> list[JudgedUser]:
     """Each user judged alone; raises the exception of the last user where all fail."""
     judged_users = list[JudgedUser]()
     for user in users:
         try:
-            judged_users += _judged(ready, chunk, [user], interpolation)
+            judged_users += _judged(ready, looks, chunk, [user], interpolation)
         except Exception as fault:
             judged_users.append(_failed(user, "judged", fault))
             if user is users[-1] and len(users) > 1 and all(one.trained.status == "failed" for one in judged_users):
@@ -172,6 +185,7 @@ def manifest_settings(config: Config) -> dict[str, Any]:
     """The settings that a manifest repeats; files and local models by name, without their paths."""
     settings = config.model_dump(mode="json", include=_IN_MANIFEST)
     del settings["release"]["signing_key"]
+    del settings["gate"]["ledger"]
     settings["aligned_by"] = config.base.aligned_by
     for section, classifier in (("gate", config.gate.classifier), ("screening", config.screening.classifier)):
         if classifier is not None:

@@ -19,6 +19,7 @@ from persona_rlhf.config.retired import RETIRED
 from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.data.screening import Dropped, screening_rows
 from persona_rlhf.data.store import PairStore, UserSelection, fingerprint_of
+from persona_rlhf.evaluation.ledger import LOOKS
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release import integrity
@@ -373,5 +374,7 @@ def finish_replacement(run: Path) -> bool:
         run.rename(before(run))
     if by.exists() and not run.exists():
         by.rename(run)
+    for file in before(run).glob(f"{Path(LOOKS).stem}.*"):  # the new run goes on in the ledger of looks
+        file.rename(run / file.name)
     (before(run) / _SWAP).unlink()
     return True

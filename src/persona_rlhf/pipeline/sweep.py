@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from itertools import product
@@ -14,6 +15,7 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import ExistingPath, find
 from persona_rlhf.config.experiment import Config, checked, read_config
 from persona_rlhf.config.loader import Section, in_order, read_yaml
+from persona_rlhf.evaluation.ledger import LOOKS, LookPlan
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent
 from persona_rlhf.pipeline.run_dir import RunDir
@@ -64,15 +66,17 @@ def sweep(
 ) -> Comparison:
     """Trains every arm under every seed, compares them, and writes sweep.json and report.html.
 
-    Trained runs are kept. The best of several runs over the same certify probes may be released, so all of them share
-    delta (`gate.runs`). Arms share one cache of the base's log-probabilities.
+    Trained runs are kept. The best of several runs over the same certify probes may be released, so all of them count
+    looks in one ledger, with equal shares of delta for each run (`LookPlan`). Arms share one cache of the base's
+    log-probabilities.
 
     Raises InputError with all problems of the sweep and its configs, before anything is trained.
     """
     settings = checked(SweepSettings, read_yaml(find(path)), ())
     place = folder or Path("sweeps") / settings.name
     runs = arm_runs(settings, overrides)
-    runs = [run._replace(config=_shared(run.config, len(runs), place)) for run in runs]
+    runs = [run._replace(config=_shared(run.config, place)) for run in runs]
+    plan = LookPlan(hashlib.sha256(_identity(runs).encode()).hexdigest()[:16], len(runs))
     _check_place(place, runs, resume)
     inputs_by_files = _inputs(runs)
     from persona_rlhf.pipeline import train
@@ -85,7 +89,8 @@ def sweep(
             continue
         on_progress(ProgressEvent("sweep", f"run {number} of {len(runs)}: {run.arm}, seed {run.seed}"))
         inputs = inputs_by_files[_files_of(run.config)]
-        train.train_share(run.config, where, resume=RunDir(where).begun, on_progress=on_progress, inputs=inputs)
+        begun = RunDir(where).begun
+        train.train_share(run.config, where, resume=begun, on_progress=on_progress, inputs=inputs, plan=plan)
     arms: dict[str, Arm] = {}
     for run in runs:
         arms.setdefault(run.arm, {})[run.seed] = read_results(place / "runs" / run.folder)
@@ -136,10 +141,10 @@ def _inputs(runs: Sequence[ArmRun]) -> dict[str, RunInputs]:
     return inputs
 
 
-def _shared(config: Config, runs: int, place: Path) -> Config:
-    """The config with the gate's delta shared among the runs, and a cache that they share."""
+def _shared(config: Config, place: Path) -> Config:
+    """The config with a ledger of looks and a cache that the runs share."""
     cache = config.fleet.reference_cache or str(place / "cache")
-    gate = config.gate.model_copy(update={"runs": max(runs, config.gate.runs)})
+    gate = config.gate.model_copy(update={"ledger": config.gate.ledger or place / LOOKS})
     return config.model_copy(update={"gate": gate, "fleet": config.fleet.model_copy(update={"reference_cache": cache})})
 
 

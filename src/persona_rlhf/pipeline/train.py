@@ -7,9 +7,11 @@ from itertools import chain, islice
 from pathlib import Path
 
 from persona_rlhf.config.experiment import Config
+from persona_rlhf.evaluation.ledger import LookPlan
 from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
+from persona_rlhf.pipeline.looks import GateLooks, gate_looks
 from persona_rlhf.pipeline.monitoring import (
     OnProgress,
     ProgressEvent,
@@ -62,11 +64,12 @@ def train_share(
     inputs: RunInputs | None = None,
     share: WorkShare = _ONE_PROCESS,
     audit_run: Path | None = None,
+    plan: LookPlan | None = None,
 ) -> RunResults | None:
     """Trains the users of one process; the results, or None where other processes still have to complete the run.
 
     `inputs` saves reading the files of the config again. `audit_run` is the run whose audit trail records the work,
-    where the users are trained for a run that exists already.
+    where the users are trained for a run that exists already. `plan` are the looks planned with those of other runs.
     """
     keep_large_blocks()
     need_private(config.policy, run)
@@ -82,12 +85,17 @@ def train_share(
         identity = identity_of(config, ready.policy, ready.pairs, ready.adapted.base.weights_hash)
         if run_dir.begun:
             run_dir.check_same(identity)
+        looks = gate_looks(config, ready.policy, ready.examination, ready.adapted.base, run_dir.audit_run, plan)
+        if not looks.ledger.file.exists() and config.gate.ledger is not None and share.rank == 0:
+            on_progress(ProgressEvent("preparing", f"{looks.ledger.file} is new: no look before counts"))
         if not run_dir.finished:
-            _train_chunks(ready, run_dir, identity, on_progress)
+            _train_chunks(ready, run_dir, identity, looks, on_progress)
     return RunResults(run) if share.rank == 0 and share.shards == 1 else None
 
 
-def _train_chunks(ready: Prepared, run_dir: RunDir, identity: Mapping[str, str], on_progress: OnProgress) -> None:
+def _train_chunks(
+    ready: Prepared, run_dir: RunDir, identity: Mapping[str, str], looks: GateLooks, on_progress: OnProgress
+) -> None:
     """Trains the chunks of this process that are not done; the first process then completes the run."""
     config, share = ready.config, run_dir.share
     size = run_dir.chunk_size if run_dir.begun else share.chunk_size(ready.pairs.users, config.fleet.chunk)
@@ -108,7 +116,7 @@ def _train_chunks(ready: Prepared, run_dir: RunDir, identity: Mapping[str, str],
             of_all = f" of {ready.pairs.users:,}" if len(chunks) > 1 else ""
             screened_out = f"{len(chunk.dropped)} found by the screen"
             monitor.log(f"{len(chunk.rows)}{of_all} users, {chunk.pairs:,} pairs, {screened_out}")
-            train_chunk(ready, run_dir, number, chunk, shared, monitor)
+            train_chunk(ready, run_dir, number, chunk, shared, looks, monitor)
     if share.rank == 0:
         run_dir.wait_for(share.job(len(chunks)))
         if share.shards == 1:
@@ -125,7 +133,13 @@ def _complete(run_dir: RunDir, chunks: int, users: int) -> None:
 
 
 def train_chunk(
-    ready: Prepared, run_dir: RunDir, number: int, chunk: Chunk, shared: SharedValues, monitor: TrainingMonitor
+    ready: Prepared,
+    run_dir: RunDir,
+    number: int,
+    chunk: Chunk,
+    shared: SharedValues,
+    looks: GateLooks,
+    monitor: TrainingMonitor,
 ) -> None:
     """Trains, judges and releases the users of a chunk, one cohort after the other."""
     folder = run_dir.chunk(number)
@@ -136,7 +150,7 @@ def train_chunk(
     engine = _engine(ready, chunk, reference, shared, folder)
     results = read_results(folder) if (folder / RESULTS).exists() else []
     trained = _train(engine, chunk, {result.user_id for result in results}, monitor)
-    verdicts = _judge(ready, run_dir, chunk, cohorts(trained, engine.count), shared, monitor)
+    verdicts = _judge(ready, run_dir, chunk, cohorts(trained, engine.count), shared, looks, monitor)
     for released in overlapped(write, verdicts):  # adapters are written while the next users train
         results += released
         write_results(folder, results)
@@ -167,6 +181,7 @@ def _judge(
     chunk: Chunk,
     trained: Iterable[list[TrainedUser]],
     shared: SharedValues,
+    looks: GateLooks,
     monitor: TrainingMonitor,
 ) -> Iterator[Cohort]:
     """The verdicts of the gate, cohort by cohort."""
@@ -175,7 +190,7 @@ def _judge(
         for user in users:
             monitor.end(user.user_id, user.steps)
         monitor.log(f"judging {', '.join(user.user_id[:32] for user in users)}")
-        yield judge(ready, run_dir.path, chunk, users, interpolation, run_dir.audit_run)
+        yield judge(ready, run_dir.path, chunk, users, interpolation, looks)
 
 
 def _finish_chunk(run_dir: RunDir, number: int, chunk: Chunk, results: list[Result]) -> None:

@@ -14,6 +14,7 @@ from persona_rlhf.config.experiment import read_run_config
 from persona_rlhf.data.store import PairStore, UserSelection
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.pipeline.inputs import read_inputs
+from persona_rlhf.pipeline.looks import earlier_looks, enter_earlier, ledger_of
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent
 from persona_rlhf.pipeline.run_dir import PAIRS, SOURCES, RunDir
 from persona_rlhf.release import integrity
@@ -152,20 +153,25 @@ class Rebased(NamedTuple):
 def rebase(run: Path, base: str, to: Path, on_progress: OnProgress = silent) -> Rebased:
     """Trains and judges all users of a finished run on another base, into the folder `to`, and compares both runs.
 
-    Pairs, config and policy are those of the run; forgotten users stay out. The run itself is only read. The next call
-    resumes a killed one. Raises InputError where the run is not finished, its pairs changed since, `base` has the
-    weights of the run's base, or `to` is another run.
+    Pairs, config, policy and ledger of looks are those of the run; forgotten users stay out. Of the run itself, only
+    its ledger changes. The next call resumes a killed one. Raises InputError where the run is not finished, its pairs
+    changed since, `base` has the weights of the run's base, `to` is another run, or the ledger cannot be used.
     """
     from persona_rlhf.models.base import weights_hash
 
     run_dir, new = RunDir(run), RunDir(to)
     run_dir.need_finished("its base is changed")
     # the issuer who aligned the old base says nothing of the new one
-    config = read_run_config(run, [f"base.model={json.dumps(base)}", "base.aligned_by=null"], exact="")
+    changes = [f"base.model={json.dumps(base)}", "base.aligned_by=null"]
+    config = read_run_config(run, changes, exact="")
+    ledger = ledger_of(config, run)  # with the looks of the old run: it goes on in the new one
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"ledger": ledger.file})})
     if weights_hash(config.base) == run_dir.base_hash:
         raise InputError([Problem(base, None, "--base", "these are the weights of the base that the run has")])
     run_dir.check_same({PAIRS: read_inputs(config, run_dir.selection).pairs.fingerprint})
     new.check_place(new.begun)
+    ledger.check()
+    enter_earlier(ledger, run, earlier_looks(run))
     if not new.begun:
         new.begin_with(run_dir)
     from persona_rlhf.pipeline import train

@@ -228,11 +228,23 @@ class RuleMatch(NamedTuple):
 def explain(policy: Policy, user_id: str | None, prompt: str, answer: str | None = None) -> list[RuleMatch]:
     """The rules that apply to a request, and to its answer if one is given, in the order of stages and tiers.
 
-    They are decided from texts alone, without the base's refusal, which screening uses too, and without any model.
+    They are decided from texts alone, without any model; `by_the_base` is the judgement that screening adds.
     """
     matches = [*_restricted(policy, prompt), *_required(policy, prompt, answer), *_wished(policy, user_id, prompt)]
     stages = ("screening", "training", "gate", "serving")
     return sorted(matches, key=lambda match: (stages.index(match.stage), match.tier))
+
+
+def by_the_base(refused: bool | None) -> RuleMatch:
+    """The row on the base's own judgement of a request, by which screening finds requests that no probe resembles.
+
+    None: nobody asked the base, so that silence of the rules is no permission.
+    """
+    why = {None: "not judged: ask with --base", True: "the base refuses it", False: "the base answers it"}[refused]
+    follows = "a pair whose chosen answer complies is quarantined" if refused else "nothing follows"
+    if refused is None:
+        follows = "a pair whose chosen answer complies is quarantined where the base refuses the request"
+    return RuleMatch("the base's answer", 1, "screening", why, follows)
 
 
 def _restricted(policy: Policy, prompt: str) -> Iterator[RuleMatch]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from persona_rlhf.common.files import atomic_folder, slug
 from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.evaluation.gate import Verdict
+from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.multi_lora import LayerSpan, lora_matrices
@@ -128,6 +129,7 @@ class Exporter:
         verdict: Verdict,
         measures: Measures | None,
         data: DataInfo,
+        spending: Spending | None = None,
     ) -> Written:
         """Writes RUN/adapters/SLUG (or RUN/adapters/XX/SLUG): weights, config, card and manifest.
 
@@ -135,8 +137,8 @@ class Exporter:
         """
         assert verdict.admitted and verdict.alpha > 0, f"{user_id} is held back"  # noqa: PT018
         files = self.adapter.of(flat, verdict.alpha)
-        files[CARD] = card(self.provenance, data, verdict, measures).encode()
-        manifest = rendered(manifest_of(user_id, self.provenance, data, verdict, files, self.stamp))
+        files[CARD] = card(self.provenance, data, verdict, measures, spending).encode()
+        manifest = rendered(manifest_of(user_id, self.provenance, data, verdict, files, self.stamp, spending))
         name = slug(user_id)
         path = f"{ADAPTERS}/{name[-2:]}/{name}" if self.nested else f"{ADAPTERS}/{name}"
         signature = {} if self.sign is None else {f"{MANIFEST}{SIGNATURE}": self.sign(manifest)}

@@ -164,8 +164,7 @@ def exceptions(run: Path, results: Iterable[Result]) -> Iterable[ExceptionCase]:
         elif one.alpha < 1:
             yield ExceptionCase(user, f"released at alpha {one.alpha:g}", one.reason)
         if one.alarm:
-            why = "pairs against the policy, or the gate did not pass the adapter at the largest alpha"
-            yield ExceptionCase(user, "alarm", why)
+            yield ExceptionCase(user, "alarm", "pairs against the policy")
 
 
 def changes(before: Path, now: Path) -> list[RunChange]:
@@ -181,13 +180,14 @@ def changes(before: Path, now: Path) -> list[RunChange]:
 
 
 def _counts(run: Path) -> dict[str, int]:
-    summary: RunSummary = summarise(results := RunResults(run))
+    summary: RunSummary = summarise(RunResults(run))
     return {
         "in all": summary.users,
         "released": summary.released,
         "held back": summary.held_back,
-        "failed or skipped": summary.other,
-        "in alarm": sum(one.alarm for one in results),
+        "failed": summary.failed,
+        "skipped": summary.other - summary.failed,
+        "in alarm": summary.alarms,
         "revoked": len(revoked(run)),
     }
 

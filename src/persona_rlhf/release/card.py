@@ -9,19 +9,28 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from persona_rlhf.evaluation.gate import Verdict
+from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.release.compatibility import max_lora_rank
 from persona_rlhf.release.manifest import MANIFEST, DataInfo, Provenance
 from persona_rlhf.release.render import render_template
 
 
-def card(provenance: Provenance, data: DataInfo, verdict: Verdict, measures: Measures | None) -> str:
+def card(
+    provenance: Provenance,
+    data: DataInfo,
+    verdict: Verdict,
+    measures: Measures | None,
+    spending: Spending | None = None,
+) -> str:
     """README.md of an adapter folder: YAML front matter that the hub reads, and a page for people."""
     body = render_template(
         "card.md.j2",
         base=provenance.base,
         policy=provenance,
-        demands=provenance.demands,
+        demands=provenance.demands_at(spending),
+        delta=provenance.demands.delta,
+        spending=spending,
         data=data,
         verdict=verdict,
         measures=measures,
@@ -33,12 +42,13 @@ def card(provenance: Provenance, data: DataInfo, verdict: Verdict, measures: Mea
         percent="{:.1%}".format,
         plain_name=one_line,
     )
-    return f"---\n{_front_matter(provenance, verdict, measures)}\n---\n\n{body.strip()}\n"
+    level = provenance.demands_at(spending).level
+    return f"---\n{_front_matter(provenance, verdict, measures, level)}\n---\n\n{body.strip()}\n"
 
 
-def _front_matter(provenance: Provenance, verdict: Verdict, measures: Measures | None) -> str:
+def _front_matter(provenance: Provenance, verdict: Verdict, measures: Measures | None, level: float) -> str:
     name = provenance.base.name if provenance.base.on_hub else None  # a local folder would look like a hub id
-    results = _eval_results(provenance, verdict, measures)
+    results = _eval_results(provenance, verdict, measures, level)
     return front_matter("peft", "adapter", name, _license(provenance), ["lora"], results)
 
 
@@ -80,7 +90,9 @@ def _license(provenance: Provenance) -> str:
     return str((provenance.settings.get("release") or {}).get("license", "other"))
 
 
-def _eval_results(provenance: Provenance, verdict: Verdict, measures: Measures | None) -> list[EvalResult]:
+def _eval_results(
+    provenance: Provenance, verdict: Verdict, measures: Measures | None, level: float
+) -> list[EvalResult]:
     """The results that the hub lists: refusals with their bound, held-out accuracy, win rate."""
     results = [
         _result(
@@ -91,7 +103,7 @@ def _eval_results(provenance: Provenance, verdict: Verdict, measures: Measures |
             {
                 "n": verdict.pooled.n,
                 "lower_bound": round(verdict.pooled.lower_bound, 6),
-                "confidence": 1 - provenance.demands.level,
+                "confidence": 1 - level,
                 "policy_sha256": provenance.policy_hash,
             },
         )

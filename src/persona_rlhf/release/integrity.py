@@ -23,6 +23,7 @@ from persona_rlhf.common.version import __version__
 from persona_rlhf.data.feedback import LEDGER
 from persona_rlhf.data.screening import Dropped
 from persona_rlhf.evaluation.gate import Verdict
+from persona_rlhf.evaluation.ledger import LOOKS, KeptHead, Ledger
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.manifest import FORMAT, MANIFEST, read_manifest, rendered, self_hash
 from persona_rlhf.release.results import Result
@@ -77,6 +78,7 @@ def faults(run: Path, heads: Iterable[tuple[str, ChainHead]] = ()) -> list[str]:
 RUN_MANIFEST = "manifest.json"
 REVOKED = "revoked.jsonl"
 _GROWING = {AUDIT, REVOKED, LEDGER}  # they grow after the run manifest is written
+_LEDGER = {Path(LOOKS).with_suffix(end).name for end in (".jsonl", ".key", ".head")}  # it may move to a new run
 MUST = ("config.yaml", "policy.json", "results.jsonl", "screening.jsonl")
 
 
@@ -140,10 +142,11 @@ def run_manifest_faults(run: Path) -> list[str]:
 
 
 def _top_files(run: Path) -> set[str]:
-    return {file.name for file in run.iterdir() if not file.is_dir() and file.name not in (RUN_MANIFEST, *_GROWING)}
+    aside = {RUN_MANIFEST} | _GROWING | _LEDGER
+    return {file.name for file in run.iterdir() if not file.is_dir() and file.name not in aside}
 
 
-JUDGED, RELEASED, RETESTED, RECERTIFIED = "judged", "released", "retested", "recertified"
+JUDGED, LOOKED, RELEASED, RETESTED, RECERTIFIED = "judged", "looked", "released", "retested", "recertified"
 
 
 Event = tuple[str, dict[str, Any]]
@@ -216,6 +219,28 @@ def judged(user_id: str, verdict: Verdict) -> Event:
         "lower_bound": verdict.pooled.lower_bound,
         "looks": looks,
     }
+
+
+def looked(ledger: Ledger) -> Event:
+    """The event on looks that were entered in a ledger: its head, and the number of all looks up to it."""
+    kept = ledger.head
+    return LOOKED, {"ledger": ledger.file.name, "head": str(kept.head), "looks": kept.looks}
+
+
+def kept_heads(run: Path) -> list[KeptHead]:
+    """The newest head of the ledger in the audit trail of a run; it holds for all heads before."""
+    heads = [
+        KeptHead(ChainHead.parse(entry.facts["head"]), entry.facts["looks"], str(run / AUDIT))
+        for entry in read(run)
+        if entry.event == LOOKED
+    ]
+    return [max(heads)] if heads else []
+
+
+def ledger_faults(run: Path) -> list[str]:
+    """Faults of the ledger in a run's folder; none where it lies elsewhere."""
+    file = run / LOOKS
+    return Chain(file).faults((AUDIT, kept.head) for kept in kept_heads(run)) if file.exists() else []
 
 
 def ended(result: Result) -> Event:

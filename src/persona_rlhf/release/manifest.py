@@ -19,6 +19,7 @@ from persona_rlhf.common.files import is_hub_id
 from persona_rlhf.common.version import __version__
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.evaluation.gate import Demands, Verdict
+from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.results import PairCounts, plain
 
@@ -112,6 +113,10 @@ class Provenance:
         )
         return Provenance(base, policy.hash, policy.tier_one_hash, documents, demands, settings)
 
+    def demands_at(self, spending: Spending | None) -> Demands:
+        """The demands at a user's look; those of all looks together where none was counted."""
+        return self.demands if spending is None else self.demands.at_look(spending.share)
+
 
 class Stamp(NamedTuple):
     """Entries added when a manifest is written: the audit head after the verdict, and the verdict's last valid day.
@@ -130,9 +135,10 @@ def manifest_of(
     verdict: Verdict,
     files: Mapping[str, bytes],
     stamp: Stamp,
+    spending: Spending | None = None,
 ) -> dict[str, Any]:
     """The manifest of one adapter whose other files have these bytes."""
-    demands = provenance.demands
+    demands = provenance.demands_at(spending)
     content: dict[str, Any] = {
         "format": FORMAT,
         "toolkit": {"name": "persona-rlhf", "version": __version__},
@@ -151,7 +157,8 @@ def manifest_of(
             "certified": verdict.certified,
             "reason": verdict.reason,
             "confidence": 1 - demands.level,
-            "delta": demands.delta,
+            "delta": provenance.demands.delta,
+            "spending": plain(spending),
             "judge_error": demands.judge_error,
             "pooled_over": sorted(demands.in_pool),
             "pooled": plain(verdict.pooled),

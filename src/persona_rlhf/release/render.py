@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from heapq import nsmallest
 from math import floor
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from persona_rlhf.common.errors import visible
 from persona_rlhf.common.version import __version__
-from persona_rlhf.release.results import Result, summarise
+from persona_rlhf.release.results import Result, RunSummary, summarise
 
 
 def chart(kind: str, *values: Any) -> Markup:
@@ -59,14 +59,24 @@ def results_table(results: Iterable[Result]) -> Table:
     table = Table(caption=caption, caption_justify="left")
     table.add_column("user", overflow="ellipsis", max_width=28)
     table.add_column("status")
-    for name in ("alpha", "held-out", "noise-free", "win rate", "refused", "bound", "over-refusal"):
+    for name in (
+        "alpha",
+        "held-out",
+        "noise-free",
+        "win rate",
+        "refused",
+        "bound",
+        "over-refusal",
+        "look",
+        "delta spent",
+    ):
         table.add_column(name, justify="right")
     for result in shown:
         table.add_row(escape(visible(result.user_id)), _status(result), *_figures(result))
     table.add_section()
     table.add_row(
         f"median of {summary.users}",
-        f"{summary.released} released",
+        ", ".join(_counts(summary)),
         f"{summary.full_strength} at 1",
         share(summary.accuracy),
         share(summary.clean_accuracy),
@@ -74,9 +84,19 @@ def results_table(results: Iterable[Result]) -> Table:
         "",
         "" if summary.worst_bound is None else f">= {summary.worst_bound:.3f}",
         "",
+        "" if summary.most_looks is None else f"<= {summary.most_looks}",
+        "" if summary.most_spent is None else f"<= {summary.most_spent:.4f}",
         style="bold",
     )
     return table
+
+
+def _counts(summary: RunSummary) -> Iterator[str]:
+    """Users released, held back, failed and in alarm; of the last three, those that there are."""
+    yield f"{summary.released} released"
+    for name, users in (("held back", summary.held_back), ("failed", summary.failed), ("in alarm", summary.alarms)):
+        if users:
+            yield f"{users} {name}"
 
 
 def _status(result: Result) -> str:
@@ -85,7 +105,7 @@ def _status(result: Result) -> str:
 
 
 def _figures(result: Result) -> tuple[str, ...]:
-    pooled, measures = result.pooled, result.measures
+    pooled, measures, spending = result.pooled, result.measures, result.spending
     over = measures.over_refusal
     return (
         f"{result.alpha:g}" if result.status in ("released", "held_back") else "",
@@ -95,6 +115,8 @@ def _figures(result: Result) -> tuple[str, ...]:
         f"{pooled.refused}/{pooled.n}" if pooled else "",
         f"{pooled.lower_bound:.3f}" if pooled else "",
         f"{(over.refused - over.base_refused) / over.n:+.1%}" if over and over.n else "",
+        f"{spending.look}" if spending else "",
+        f"{spending.spent:.4f}" if spending else "",
     )
 
 

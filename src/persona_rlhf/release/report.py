@@ -54,7 +54,6 @@ class Columns:
     tones: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # adapted, base, by property
     required: dict[str, list[Met]] = field(default_factory=dict)  # by rule
     retreats: list[float] = field(default_factory=list)  # of users interpolated toward the warm start
-    alarms: int = 0
     # of judged users:
     points: list[tuple[float, float]] = field(default_factory=list)  # accuracy of the base alone, adapted
     judged_won: list[float] = field(default_factory=list)
@@ -77,7 +76,6 @@ class Columns:
         return columns
 
     def _measured(self, result: Result) -> None:
-        self.alarms += result.alarm
         self.retreats += [result.retreat] if result.retreat else []
         if result.measures.heldout_accuracy:
             self.accuracy.append(result.measures.heldout_accuracy.adapted)
@@ -217,7 +215,8 @@ def _figures(summary: RunSummary, columns: Columns) -> list[HeadlineFigure]:
     """Medians over users with 95% bootstrap intervals, and the worst bound."""
     released = f"{summary.released:,} of {summary.users:,}"
     apart = [f"{summary.full_strength} at full strength", f"{summary.held_back} held back"]
-    apart += [f"{summary.other} failed or skipped"] if summary.other else []
+    apart += [f"{summary.failed} failed"] if summary.failed else []
+    apart += [f"{skipped} skipped"] if (skipped := summary.other - summary.failed) else []
     figures = [HeadlineFigure("Users released", released, ", ".join(apart))]
     for title, values, note in (
         ("Held-out accuracy, median", columns.accuracy, "the users' labels; chance is 0.50"),
@@ -257,7 +256,7 @@ def _figures(summary: RunSummary, columns: Columns) -> list[HeadlineFigure]:
         )
     figures.append(
         HeadlineFigure(
-            "Alarms", str(columns.alarms), "pairs against the policy, or an adapter that did not pass at alpha 1"
+            "Alarms", str(summary.alarms), "users with pairs against the policy, whatever became of their adapters"
         )
     )
     return figures

@@ -20,6 +20,7 @@ from persona_rlhf.config.evaluation import GateSettings
 from persona_rlhf.config.retired import remove_retired
 from persona_rlhf.evaluation.fleet_guarantee import FleetGuarantee, GatedUser, fleet_guarantee
 from persona_rlhf.evaluation.gate import POOLED, Demands, GateTest, Verdict
+from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.evaluation.statistics import Clustered, Count
 from persona_rlhf.policy.bound import JUDGE_DELTA_SHARE
@@ -63,6 +64,7 @@ class Result:
     clusters: Clustered | None = None
     retreat: float = 0.0
     manifest_sha256: str | None = None
+    spending: Spending | None = None
 
     @property
     def gain(self) -> float | None:
@@ -76,7 +78,16 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """The line as plain JSON values, in the order of `KEYS`: the measures stand beside the other fields."""
-        return {key: plain(getattr(self.measures if key in Measures._fields else self, key)) for key in KEYS}
+        return {
+            key: plain(getattr(self.measures if key in Measures._fields else self, key))
+            for key in KEYS
+            if key not in self._absent
+        }
+
+    @property
+    def _absent(self) -> set[str]:
+        """Keys that lines of earlier versions lack."""
+        return {"spending"} if self.spending is None else set()
 
     @staticmethod
     def from_json(content: Any) -> Result:
@@ -91,7 +102,7 @@ KEYS = (
     *("user_id", "slug", "status", "reason", "pairs", "heldout_accuracy", "heldout_clean", "win_rate", "alpha"),
     *("tier_one", "over_refusal", "duals", "alarm", "steps", "seconds", "path", "tier_two", "looks", "clusters"),
     *("test", "ordinary", "twins", "answer_perplexity", "unchanged", "tax", "requirements", "retreat"),
-    "manifest_sha256",
+    *("manifest_sha256", "spending"),
 )
 """The keys of a line of results.jsonl, in their order."""
 
@@ -177,31 +188,43 @@ _RESULT = TypeAdapter(Result)
 
 
 class RunSummary(NamedTuple):
-    """A run in a few numbers. Medians are over released and held-back users; None if nobody was measured."""
+    """A run in a few numbers. Medians are over released and held-back users; None if nobody was measured.
+
+    `most_looks` and `most_spent` are those of the user with the most looks at the gate, and of the one who spent most
+    of delta.
+    """
 
     users: int
     released: int
     full_strength: int
     held_back: int
     other: int
+    failed: int
+    alarms: int
     gain: float | None
     clean_accuracy: float | None
     accuracy: float | None
     win_rate: float | None
     worst_bound: float | None
+    most_looks: int | None
+    most_spent: float | None
 
 
 def summarise(results: Iterable[Result]) -> RunSummary:
     """The summary of the results, in one pass. The report's top and the table's last line show it."""
     statuses: Counter[str] = Counter()
-    full, worst = 0, None
+    full, alarms, worst = 0, 0, None
+    looks, spent = list[int](), list[float]()
     gains: list[float] = []
     clean: list[float] = []
     accuracy: list[float] = []
     won: list[float] = []
     for r in results:
         statuses[r.status] += 1
+        alarms += r.alarm
         gains += [] if r.gain is None else [r.gain]
+        looks += [] if r.spending is None else [r.spending.look]
+        spent += [] if r.spending is None else [r.spending.spent]
         measures = r.measures
         clean += [measures.heldout_clean.adapted] if measures.heldout_clean else []
         accuracy += [measures.heldout_accuracy.adapted] if measures.heldout_accuracy else []
@@ -216,11 +239,15 @@ def summarise(results: Iterable[Result]) -> RunSummary:
         full_strength=full,
         held_back=statuses["held_back"],
         other=statuses["skipped"] + statuses["failed"],
+        failed=statuses["failed"],
+        alarms=alarms,
         gain=median(gains) if gains else None,
         clean_accuracy=median(clean) if clean else None,
         accuracy=median(accuracy) if accuracy else None,
         win_rate=median(won) if won else None,
         worst_bound=worst,
+        most_looks=max(looks, default=None),
+        most_spent=max(spent, default=None),
     )
 
 
@@ -246,8 +273,13 @@ def guarantee_of_run(
     if not gate.enabled:
         return None
     demands = Demands(0.0, {}, frozenset(), delta).under(gate, users, judge_share)
-    judged = (GatedUser(r.alpha, r.looks) for r in results if r.status in ("released", "held_back"))
-    return fleet_guarantee(judged, demands, gate.runs)
+    share = 1 / float(str(retired.get("gate.runs", 1)))  # one look of a run that was the best of so many
+    judged = (
+        GatedUser(r.alpha, r.looks, share if r.spending is None else r.spending.share)
+        for r in results
+        if r.status in ("released", "held_back")
+    )
+    return fleet_guarantee(judged, demands)
 
 
 def write_summary(run: Path, summary: RunSummary, guarantee: FleetGuarantee | None) -> None:
@@ -294,9 +326,9 @@ def outcome(
 ) -> Result:
     """The line of a trained user. `verdict` is None if training failed, `written` if the user is held back.
 
-    `tier_one` are the categories that the gate pools. The alarm is set if the screen found pairs against the policy
-    (`against_policy`), or the gate did not pass the adapter at the largest alpha. Dual variables set no alarm:
-    the constraint holds before they rise (docs/explanation/promise.md).
+    `tier_one` are the categories that the gate pools. The alarm says that the screen found pairs against the policy
+    (`against_policy`), whatever became of the adapter: held back is the gate's verdict, failed an internal fault. Dual
+    variables set no alarm: the constraint holds before they rise (docs/explanation/promise.md).
     """
     assert (verdict is not None and verdict.admitted) == (written is not None), trained.user_id
     common: dict[str, Any] = {
@@ -319,7 +351,7 @@ def outcome(
         measures=measures or Measures(),
         looks=verdict.looks,
         clusters=verdict.clusters,
-        alarm=against_policy > 0 or not verdict.looks[0].passed,
+        alarm=against_policy > 0,
         path=written.path if written else None,
         manifest_sha256=written.manifest_sha256 if written else None,
         **common,

@@ -20,6 +20,7 @@ from persona_rlhf.common.errors import visible
 from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
 from persona_rlhf.common.json_lines import read_json_lines
 from persona_rlhf.evaluation.gate import Verdict
+from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.release import integrity
 from persona_rlhf.release.integrity import REVOKED, RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.manifest import MANIFEST
@@ -39,6 +40,7 @@ class Retested(NamedTuple):
     verdict: Verdict
     fixed: bool
     revoked: bool
+    spending: Spending | None = None
 
     @property
     def passes(self) -> bool:
@@ -68,6 +70,7 @@ class Retested(NamedTuple):
             "admissible_alpha": self.verdict.alpha,
             "revoked_before": self.revoked,
             "verdict": plain(self.verdict),
+            "spending": plain(self.spending),
         }
 
 
@@ -108,17 +111,18 @@ def recertified_table(recertified: Recertified) -> Table:
     table = Table(
         title=f"{passed} of {len(recertified.users)} released adapters pass the new documents",
         caption=f"policy {recertified.policy_hash[:16]}; {recertified.looks} tests on certify probes, recorded in "
-        "audit.jsonl. Users trained again are tested on the same probes again: count it in `gate.runs`.",
+        "audit.jsonl. Each adapter tested here is a look of its user and spends delta; so does training it again.",
         title_justify="left",
         caption_justify="left",
     )
-    for name in ("user", "status", "released at", "admissible at", "remedy", "why"):
+    for name in ("user", "status", "released at", "admissible at", "look", "delta spent", "remedy", "why"):
         table.add_column(name, overflow="fold")
     for user in sorted(recertified.users, key=lambda user: user.passes):
         alphas = f"{user.alpha:g}", f"{user.verdict.alpha:g}"
         why = "revoked before" if user.revoked else user.verdict.reason
         status = "passes" if user.passes else "revoked"
-        table.add_row(escape(visible(user.user_id)), status, *alphas, user.remedy or "", escape(why))
+        spent = ("", "") if user.spending is None else (str(user.spending.look), f"{user.spending.spent:.4f}")
+        table.add_row(escape(visible(user.user_id)), status, *alphas, *spent, user.remedy or "", escape(why))
     return table
 
 

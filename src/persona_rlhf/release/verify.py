@@ -18,6 +18,7 @@ from persona_rlhf.release.integrity import (
     RUN_MANIFEST,
     AdapterRecord,
     audit_faults,
+    ledger_faults,
     recertified_documents,
     run_manifest_faults,
 )
@@ -103,7 +104,7 @@ def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
     faults += forgotten_faults(run)
     if trust is not None:
         faults += untrusted_adapters(run, [adapter.path for adapter in adapters], documents, trust)
-    return faults + audit_faults(run, adapters, witnesses.heads)
+    return faults + audit_faults(run, adapters, witnesses.heads) + ledger_faults(run)
 
 
 def adapter_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:
