@@ -87,5 +87,5 @@ def test_a_folder_is_loaded_and_what_is_wrong_is_said(base, tmp_path):
     with pytest.raises(InputError, match="after it"):
         load_classifier(known, torch.device("cpu"))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="no .safetensors weights"):
         load_classifier(known, torch.device("cpu"))
