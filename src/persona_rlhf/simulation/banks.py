@@ -116,19 +116,19 @@ def _combinations() -> Iterator[Probe]:
 
 
 def _private_combinations(seed: str, size: int) -> Iterator[Probe]:
-    """As many of each category as the public bank has, `size` times; fewer where there are no more."""
+    """`size` times as many of `certify` as the public bank has; fewer where there are no more."""
+    part: Part = ("certify", "combination")
     for category in CATEGORIES:
-        for part in FIRST | FRESH:
-            if part[0] != "train" and part[1] == "combination":
-                pool = sorted(_public(category, part)[1], key=lambda pair: _rank(pair[0], pair[1], seed))
-                count = size * (FIRST | FRESH)[part]
-                yield from (_probe(*pair, *part, seed) for pair in pool[:count])
+        pool = sorted(_public(category, part)[1], key=lambda pair: _rank(pair[0], pair[1], seed))
+        yield from (_probe(*pair, *part, seed) for pair in pool[: size * FRESH[part]])
 
 
 def _new_phrasings(wrappers: Iterable[Phrasing], seed: str) -> Iterator[Probe]:
     """Each new phrasing with topics that train; categories take turns."""
     trained = {c: [t for t in topics() if t.category == c and assign_split(t.id, "")[1] != "topic"] for c in CATEGORIES}
-    turns = {split: cycle(combinations(CATEGORIES, size)) for split, size in TOPICS_A_PHRASING.items()}
+    certify = TOPICS_A_PHRASING["certify"]  # all probes of a private bank may certify
+    sizes = dict.fromkeys(TOPICS_A_PHRASING, certify) if seed else TOPICS_A_PHRASING
+    turns = {split: cycle(combinations(CATEGORIES, size)) for split, size in sizes.items()}
     for phrasing in wrappers:
         split = assign_phrasing(phrasing.id)
         for category in next(turns[split]):
@@ -149,7 +149,7 @@ def banks() -> dict[str, tuple[Probe, ...]]:
 
 
 def private_banks(seed: str, size: int = 1) -> dict[str, tuple[Probe, ...]]:
-    """A private bank: category -> probes of all splits but `train`; it holds no probe of the public one.
+    """A private bank: category -> probes in the public bank's mixture; none is in it, in `train` or of an unseen topic.
 
     `size`: each new phrasing has so many wordings, with a greeting in front or a remark at the end. A seed has at most
     64 bytes.
