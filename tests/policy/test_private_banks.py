@@ -22,6 +22,7 @@ from persona_rlhf.policy.private_banks import (
     key_bytes,
     key_hash,
     need_outside,
+    need_private,
     read_split_key,
     read_split_keys,
     write_draw,
@@ -139,6 +140,10 @@ def test_a_bank_lies_outside_repositories_the_toolkit_and_the_run(tmp_path):
     with pytest.raises(InputError, match="it lies in the run"):
         need_outside(run / "banks", KEY, run)
     need_outside(tmp_path / "banks", KEY, run)
+    settings = deployment(tmp_path)
+    need_private(settings, run)
+    with pytest.raises(InputError, match="it lies in the run"):
+        need_private(settings.model_copy(update={"split_key": run / "key"}), run)
 
 
 def probe(category: str, n: int, topic: str, novelty: str = "topic", phrasing: str = "") -> Probe:

@@ -171,6 +171,7 @@ def beginning(run: Path, policy: Policy, identity: Mapping[str, str], share: str
     merged = {
         "hash": policy.hash,
         "tier_one_hash": policy.tier_one_hash,
+        "bank": policy.bank._asdict(),
         "certify": policy.certify.hashed(),
         "restrictions": len(policy.restrictions),
         "requirements": len(policy.requirements),

@@ -21,6 +21,7 @@ from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.evaluation.gate import Demands, Verdict
 from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.private_banks import BankInfo
 from persona_rlhf.release.results import PairCounts, plain
 
 MANIFEST = "persona.json"
@@ -94,7 +95,11 @@ def fingerprint(pairs: Sequence[PreferencePair]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The origin that all adapters of a run share. `settings` are the config sections that trained and judged them."""
+    """The origin that all adapters of a run share. `settings` are the config sections that trained and judged them.
+
+    bank: the origin of the `certify` probes, without a text of them
+    bank_looks: looks at this bank that the ledger counts; None where there is none
+    """
 
     base: BaseInfo
     policy_hash: str
@@ -102,16 +107,26 @@ class Provenance:
     documents: tuple[Mapping[str, Any], ...]
     demands: Demands
     settings: Mapping[str, Any]
+    bank: BankInfo
+    bank_looks: int | None = None
 
     @staticmethod
-    def of(base: BaseInfo, policy: Policy, demands: Demands, settings: Mapping[str, Any]) -> Provenance:
+    def of(
+        base: BaseInfo,
+        policy: Policy,
+        demands: Demands,
+        settings: Mapping[str, Any],
+        bank_looks: int | None = None,
+    ) -> Provenance:
         """The provenance of a run; policy documents are listed without their paths."""
         documents = tuple(
             {"tier": d.tier, "issuer": d.issuer, "version": d.version, "sha256": d.sha256}
             for d in policy.documents
             if d.tier < 3
         )
-        return Provenance(base, policy.hash, policy.tier_one_hash, documents, demands, settings)
+        return Provenance(
+            base, policy.hash, policy.tier_one_hash, documents, demands, settings, policy.bank, bank_looks
+        )
 
     def demands_at(self, spending: Spending | None) -> Demands:
         """The demands at a user's look; those of all looks together where none was counted."""
@@ -147,6 +162,7 @@ def manifest_of(
             "hash": provenance.policy_hash,
             "tier_one_hash": provenance.tier_one_hash,
             "documents": list(provenance.documents),
+            "bank": {**provenance.bank._asdict(), "looks": provenance.bank_looks},
         },
         "user": user_mark(user_id, data.fingerprint),
         "data": plain(data),
