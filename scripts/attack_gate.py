@@ -5,7 +5,8 @@ python scripts/attack_gate.py configs/quickstart.yaml lora.layers=all dpo.learni
 
 The user knows the public bank. 640 pairs are near copies of its `certify` probes ("Hello. PROBE Thanks.") with a
 refusal chosen. 330 pairs comply with tier-one requests in eight new phrasings of `test`; none is a probe, and the
-answers are harmless ones to the requests' twins. The private bank is one that `make_tier_one.py` writes, with a random seed.
+answers are harmless ones to the requests' twins. The private bank is one that `make_tier_one.py` writes, with a random
+seed.
 
 Printed for each of the four cases: the pairs that are left to train on, refusals at the gate's first test, the verdict,
 and, of the adapter as released, refusals of other requests in the attacked phrasings and of ordinary prompts.

@@ -8,6 +8,7 @@ import pytest
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import shipped_root
 from persona_rlhf.config.experiment import PolicySettings
+from persona_rlhf.evaluation.ledger import Ledger, LookKey
 from persona_rlhf.pipeline.rotate_bank import NO_RESET, bank_status, rotate_bank
 from persona_rlhf.policy.hazards import CATEGORIES
 from persona_rlhf.policy.policy import Policy
@@ -77,3 +78,14 @@ def test_a_split_key_is_rotated_where_there_is_no_folder(tmp_path):
     assert file.read_text().split()[0] == key
     assert len(file.read_text().split()) == 2
     assert bank_status(settings).bank == Policy.of(settings).bank != first.status.bank
+
+
+def test_the_state_counts_the_looks_of_a_ledger_at_this_draw_alone(tmp_path):
+    settings, ledger = deployment(tmp_path), Ledger(tmp_path / "looks.jsonl")
+    for draws in (1, 2):
+        rotate_bank(settings, 60)
+        bank = Policy.of(settings).bank.sha256
+        ledger.open([LookKey(f"user {n}", "adapter", bank, "exam") for n in range(draws)])
+    assert bank_status(settings, ledger.file).looks == 2
+    assert bank_status(settings).looks is None
+    assert "used for 2 looks" in str(bank_status(settings, ledger.file).table().title)

@@ -53,7 +53,8 @@ def test_a_run_certifies_on_private_probes_and_holds_no_text_of_them(deployment,
     assert result["tier_one"]["pooled"]["n"] == len(certify)
     manifests = list((folder / "run").glob("adapters/*/persona.json"))
     for file in manifests:
-        assert json.loads(file.read_bytes())["policy"]["bank"]["sha256"] == bank["sha256"]
+        named = json.loads(file.read_bytes())["policy"]["bank"]
+        assert (named["sha256"], named["looks"]) == (bank["sha256"], 1)
     secrets = {KEY, *(text for probe in policy.private.pool.probes for text in (probe.prompt, probe.id))}
     written = [path for path in (folder / "run").rglob("*") if path.is_file()]
     content = b"\n".join(path.read_bytes() for path in written).decode("utf-8", "replace") + done.stdout + done.stderr

@@ -227,7 +227,8 @@ def policy_bank_show(config: ConfigFile, as_json: Json = False) -> None:
     from persona_rlhf.config.experiment import read_config
     from persona_rlhf.pipeline.rotate_bank import bank_status
 
-    status = bank_status(read_config(config).policy)
+    settings = read_config(config)
+    status = bank_status(settings.policy, settings.gate.ledger)
     print_json(status.to_json()) if as_json else print_table(status.table())
 
 

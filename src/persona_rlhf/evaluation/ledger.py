@@ -24,7 +24,6 @@ from persona_rlhf.common.chain import NO_LINES, Chain, ChainEntry, ChainHead, Lo
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, sha256_of
 from persona_rlhf.evaluation.spending import PastLook, next_share
-from persona_rlhf.policy.hazards import Probe
 
 LOOKS = "looks.jsonl"
 """The name of a run's ledger in its folder, where `gate.ledger` names no other."""
@@ -293,12 +292,6 @@ class Ledger:
     def _damaged(self, line: int) -> InputError:
         sentence = "this line was changed, or lines before it were removed; restore the newest copy of the ledger"
         return InputError([Problem(str(self.file), line, "gate.ledger", sentence)])
-
-
-def bank_hash(probes: Iterable[Probe]) -> str:
-    """sha256 of a bank's probes; their order does not matter."""
-    rows = sorted([probe.category, probe.prompt] for probe in probes)
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def bank_uses(ledger: Path, bank: str) -> int:

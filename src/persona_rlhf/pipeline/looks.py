@@ -19,7 +19,7 @@ from persona_rlhf.common.files import pseudonym
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.gate import Verdict
-from persona_rlhf.evaluation.ledger import LOOKS, Ledger, LookKey, LookPlan, Spending, bank_hash
+from persona_rlhf.evaluation.ledger import LOOKS, Ledger, LookKey, LookPlan, Spending
 from persona_rlhf.models.base import Base
 from persona_rlhf.pipeline.inputs import facts_of
 from persona_rlhf.policy.policy import Policy
@@ -86,7 +86,7 @@ def gate_looks(
     """The gate of a run. Raises InputError for a ledger that cannot be used; nothing is written."""
     ledger = ledger_of(config, audit_run)
     ledger.check()
-    bank = bank_hash(policy.probes("certify"))
+    bank = policy.bank.sha256
     exam = _exam(config, policy, evaluator, base, bank)
     return GateLooks(evaluator, ledger, audit_run, bank, exam, earlier_looks(audit_run), plan)
 

@@ -17,7 +17,7 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.evaluation.evaluator import WarmStartInterpolation
 from persona_rlhf.evaluation.gate import Verdict
-from persona_rlhf.evaluation.ledger import Spending
+from persona_rlhf.evaluation.ledger import Spending, bank_uses
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.pipeline.looks import GateLooks, gate_looks
 from persona_rlhf.pipeline.prepare import Chunk, Prepared
@@ -95,7 +95,8 @@ def judge(
     except Exception:
         judged_users = _judged_alone(ready, looks, chunk, users, interpolation)
     info = BaseInfo.of(base.name, base.weights_hash, config.base.quantization)
-    provenance = Provenance.of(info, ready.policy, ready.examination.demands, manifest_settings(config))
+    used = bank_uses(looks.ledger.file, looks.bank)
+    provenance = Provenance.of(info, ready.policy, ready.examination.demands, manifest_settings(config), used)
     verdicts = [(user.trained.user_id, user.verdict) for user in judged_users if user.verdict is not None]
     head = integrity.append_all(looks.audit_run, [judged(user_id, verdict) for user_id, verdict in verdicts])
     stamp, nested = Stamp(head, last_day(config.gate.valid_days)), ready.pairs.users > _FEW

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.experiment import PolicySettings
+from persona_rlhf.evaluation.ledger import bank_uses
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.private_banks import (
@@ -41,6 +42,7 @@ class BankStatus(NamedTuple):
     certify: the probes that certify; `repeated`: those of them that certified before, by an earlier draw or key
     fresh: the probes of a private folder that no draw has used yet
     left_out: rows of a private folder that cannot certify, since they are trained or of another split
+    looks: looks at the bank that the ledger of the config counts; None where it names none
     """
 
     bank: BankInfo
@@ -48,6 +50,7 @@ class BankStatus(NamedTuple):
     repeated: Mapping[str, int]
     fresh: Mapping[str, int]
     left_out: int
+    looks: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -56,7 +59,8 @@ class BankStatus(NamedTuple):
     def table(self) -> Table:
         """The numbers for a terminal."""
         left_out = f"{self.left_out:,} rows are left out: trained, or of another split" if self.left_out else None
-        table = Table("category", "certify", "certified before", "fresh", title=f"bank: {self.bank}", caption=left_out)
+        title = f"bank: {self.bank}" + ("" if self.looks is None else f", used for {self.looks:,} looks")
+        table = Table("category", "certify", "certified before", "fresh", title=title, caption=left_out)
         for name, n in self.certify.items():
             fresh = "-" if self.bank.kind == "public" else f"{self.fresh.get(name, 0):,}"
             table.add_row(name, f"{n:,}", f"{self.repeated.get(name, 0):,}", fresh)
@@ -74,15 +78,15 @@ class Rotation(NamedTuple):
         return {**self.status.to_json(), "file": str(self.file), "note": NO_RESET}
 
 
-def bank_status(settings: PolicySettings) -> BankStatus:
-    """The bank of a config. Raises InputError as `Policy.of` does."""
-    policy = Policy.of(settings)
+def bank_status(settings: PolicySettings, ledger: Path | None = None) -> BankStatus:
+    """The bank of a config, and its looks in a ledger. Raises InputError as `Policy.of` does."""
+    policy, earlier = Policy.of(settings), set[tuple[str, str]]()
     if policy.private is not None:
         earlier = {member for draw in policy.private.pool.draws[:-1] for member in draw.members}
-        return _status(policy, earlier)
-    if settings.split_key is None:
-        return _status(policy, set())
-    return _status(policy, _certified_before(settings, read_split_keys(settings.split_key)[:-1]))
+    elif settings.split_key is not None:
+        earlier = _certified_before(settings, read_split_keys(settings.split_key)[:-1])
+    status = _status(policy, earlier)
+    return status if ledger is None else status._replace(looks=bank_uses(ledger, policy.bank.sha256))
 
 
 def rotate_bank(settings: PolicySettings, per_category: int = PER_CATEGORY) -> Rotation:
