@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import stat
 
 import pytest
@@ -49,23 +50,58 @@ def test_the_bytes_are_on_the_disk_before_the_file_has_its_name(tmp_path, monkey
 def test_a_private_file_is_its_owners_from_the_first_byte(tmp_path):
     (tmp_path / ".a.half").write_bytes(b"left over, readable by all")
     with pytest.raises(KeyboardInterrupt):
-        atomic_write(tmp_path / "a", mode_then_fail(tmp_path / ".a.half"), private=True)
+        atomic_write(tmp_path / "a", mode_then_fail(tmp_path), private=True)
     atomic_write(tmp_path / "a", b"secret", private=True)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
 
 
-def mode_then_fail(file):
+def mode_then_fail(folder):
+    [file] = folder.glob(".a.*")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     yield b"secret"
     raise KeyboardInterrupt
 
 
 def test_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
-    with atomic_path(tmp_path / "a", writer="1") as one, atomic_path(tmp_path / "a", writer="2") as two:
+    with atomic_path(tmp_path / "a") as one, atomic_path(tmp_path / "a") as two:
         one.write_bytes(b"1")
         two.write_bytes(b"2")
     assert (tmp_path / "a").read_bytes() == b"1"  # the outer block ended last
     assert names(tmp_path) == ["a"]
+
+
+def test_writers_of_one_folder_do_not_share_a_temporary_folder(tmp_path):
+    with atomic_folder(tmp_path / "f") as one, atomic_folder(tmp_path / "f") as two:
+        (one / "a").write_bytes(b"1")
+        (two / "b").write_bytes(b"2")
+    assert names(tmp_path) == ["f"]
+    assert names(tmp_path / "f") == ["a"]
+
+
+def killed(work):
+    """Runs `work` in a process of its own that is killed inside."""
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    def in_a_file():
+        with atomic_path(tmp_path / "a"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def in_a_folder():
+        with atomic_folder(tmp_path / "f"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    killed(in_a_file)
+    killed(in_a_folder)
+    assert len(names(tmp_path)) == 2
+    atomic_write(tmp_path / "a", b"new")
+    write_folder(tmp_path / "f", {"new": b"2"})
+    assert names(tmp_path) == ["a", "f"]
 
 
 def test_a_full_disk_is_an_os_error_also_where_safetensors_reports_it(tmp_path):

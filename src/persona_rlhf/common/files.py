@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated
@@ -156,22 +159,21 @@ def atomic_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
     if not replace:
         need_vacant(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("half", "old"))
-    for left_over in (temporary, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            _flush(path)
-        if not replace:
-            need_vacant(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
+    _remove_abandoned(folder)
+    old = _beside(folder, "old")
+    with _claimed(folder, os.mkdir) as temporary:
+        try:
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                _flush(path)
+            if not replace:
+                need_vacant(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
     _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -185,48 +187,90 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Removes a folder. It is renamed first, so a killed process leaves either all of it or a left-over `.old`."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    _remove_abandoned(folder)
+    old = _beside(folder, "old")
     folder.rename(old)
     shutil.rmtree(old)
 
 
 @contextmanager
-def atomic_path(file: Path, *, writer: str = "") -> Iterator[Path]:
+def atomic_path(file: Path, *, private: bool = False) -> Iterator[Path]:
     """A temporary path beside `file` for code that writes by itself; flushed and renamed to `file` at the end.
 
-    Give each of several processes that may write `file` at once its own `writer`. If the block raises, the temporary
-    file is removed and `file` is unchanged. Raises OSError for a full disk, also where safetensors reported it.
+    Its name is unique, so that several processes may write `file` at once: the last one stands. A `private` file is
+    readable by its owner only, from the first byte. If the block raises, the temporary file is removed and `file` is
+    unchanged. Raises OSError for a full disk, also where safetensors reported it.
     """
-    temporary = file.with_name(f".{file.name}.{writer}.half" if writer else f".{file.name}.half")
+    _remove_abandoned(file)
+    with _claimed(file, lambda temporary: temporary.touch(0o600 if private else 0o666, exist_ok=False)) as temporary:
+        try:
+            yield temporary
+            _flush(temporary)
+            temporary.replace(file)
+        except SafetensorError as fault:
+            temporary.unlink(missing_ok=True)
+            code = re.search(r"os error (\d+)", str(fault))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from fault
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def atomic_write(file: Path, content: str | bytes | Iterable[str | bytes], *, private: bool = False) -> None:
+    """Writes text (UTF-8), bytes or an iterable of either to a file, whole or not at all, by `atomic_path`."""
+    parts = [content] if isinstance(content, str | bytes) else content
+    with atomic_path(file, private=private) as temporary, temporary.open("wb") as stream:
+        stream.writelines(part.encode() if isinstance(part, str) else part for part in parts)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A new hidden name beside a path: `.NAME.XXXXXXXX.half` for unfinished writes, `.old` for what they replace."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+
+
+@contextmanager
+def _claimed(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """A new temporary path for `path`, made and locked, so that other processes do not take it for an abandoned one."""
+    while True:
+        temporary = _beside(path, "half")
+        make(temporary)
+        try:
+            handle = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:  # it was taken for an abandoned one before it was locked
+            continue
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if temporary.exists():
+            break
+        os.close(handle)
     try:
         yield temporary
-        _flush(temporary)
-        temporary.replace(file)
-    except SafetensorError as fault:
-        temporary.unlink(missing_ok=True)
-        code = re.search(r"os error (\d+)", str(fault))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from fault
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        os.close(handle)
 
 
-def atomic_write(
-    file: Path, content: str | bytes | Iterable[str | bytes], *, writer: str = "", private: bool = False
-) -> None:
-    """Writes text (UTF-8), bytes or an iterable of either to a file, whole or not at all, by `atomic_path`.
+def _remove_abandoned(path: Path) -> None:
+    """Removes the unfinished writes of a path whose processes ended, and what they replaced."""
+    if not path.parent.is_dir():
+        return
+    with os.scandir(path.parent) as entries:
+        leftovers = [entry.path for entry in entries if entry.name.startswith(f".{path.name}.")]
+    for leftover in leftovers:
+        if leftover.endswith((".half", ".old")):
+            with contextlib.suppress(OSError):  # it is in use, or another process removed it
+                _remove_unclaimed(Path(leftover))
 
-    A `private` file is readable by its owner only, from the first byte.
-    """
-    parts = [content] if isinstance(content, str | bytes) else content
-    with (
-        atomic_path(file, writer=writer) as temporary,
-        _owner_only(temporary) if private else temporary.open("wb") as stream,
-    ):
-        stream.writelines(part.encode() if isinstance(part, str) else part for part in parts)
+
+def _remove_unclaimed(path: Path) -> None:
+    """Removes a file or folder. Raises OSError where a process holds it, or it cannot be removed."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    finally:
+        os.close(handle)
 
 
 def flush(stream: IO[bytes] | IO[str]) -> None:
@@ -239,12 +283,6 @@ def sha256_of(file: Path) -> str:
     """The sha256 of a file in hex, read block by block."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _owner_only(file: Path) -> IO[bytes]:
-    """Opens a new file that nobody but its owner may read; one that is there already is removed first."""
-    file.unlink(missing_ok=True)
-    return open(file, "xb", opener=lambda path, flags: os.open(path, flags, 0o600))
 
 
 def _flush(path: Path) -> None:

@@ -99,7 +99,7 @@ class Reference:
             "base": np.frombuffer(self._identity.encode(), dtype=np.uint8),
         }
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file, writer=str(os.getpid())) as temporary:
+        with atomic_path(file) as temporary:
             save_file(tensors, temporary)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,5 +151,5 @@ def cached_constraint_data(
     except (OSError, ValueError):
         data = make()
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(file, constraint_data_to_json(data), writer=str(os.getpid()))
+    atomic_write(file, constraint_data_to_json(data))
     return data
