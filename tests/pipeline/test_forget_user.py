@@ -219,7 +219,8 @@ def test_cut_short_anywhere_it_is_finished_by_the_next_start(planted, tmp_path, 
         if pending_file(copy, pseudonym(ID)).exists():
             cut += 1
             assert any("not finished" in fault for fault in verify(copy)), at
-            open_run(copy)
+            with open_run(copy, "verify", 0, shared=True):
+                pass
         elif not proof_file(copy, pseudonym(ID)).exists():
             forget(copy, ID)  # nothing was promised yet, and nothing gone
         assert held(copy) == {}, at

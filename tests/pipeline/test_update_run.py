@@ -128,7 +128,8 @@ def test_killed_before_any_change_it_is_finished_by_the_next_start(joining, tmp_
         shutil.copytree(path, copy)
         met = cut_short(lambda copy=copy: complete_addition(copy), at)
         assert met in (DONE, KILLED)
-        open_run(copy)
+        with open_run(copy, "verify", 0, shared=True):
+            pass
         for left_over in copy.glob("state/.adding.*"):
             shutil.rmtree(left_over)  # the next `add` removes it
         check(copy, whole, others, at)

@@ -13,6 +13,7 @@ from persona_rlhf.cli.console import (
     Json,
     Overrides,
     RunArgument,
+    Wait,
     command_group,
     exit_if_withheld,
     note,
@@ -29,6 +30,7 @@ from persona_rlhf.cli.export import export
 from persona_rlhf.cli.policy import policy_commands
 from persona_rlhf.cli.runs import add, audit, forget, rebase, recertify, verify
 from persona_rlhf.cli.serve import serving_commands
+from persona_rlhf.common.run_lock import WAIT_SECONDS
 from persona_rlhf.common.version import __version__
 
 base_commands = command_group("The shared base model.")
@@ -167,11 +169,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     shard: Annotated[str | None, typer.Option(metavar="i/n", help="Train the i-th of n parts of the users.")] = None,
     as_json: Json = False,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Run the whole pipeline: screen, train one adapter per user, gate, release."""
     from persona_rlhf.cli.train import start
 
-    folder, results = start(config, overrides or [], run, resume, shard, as_json)
+    folder, results = start(config, overrides or [], run, resume, shard, as_json, wait)
     if results is None:
         return
     print_results(results, as_json)
@@ -188,13 +191,14 @@ def sweep(
     run: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the sweep (default: sweeps/NAME).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted sweep.")] = False,
     as_json: Json = False,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Train an experiment under many settings and seeds, and compare them in one table."""
     from persona_rlhf.pipeline import sweep as sweeping
     from persona_rlhf.release.comparison import comparison_table, to_json
 
     with progress_display() as display:
-        comparison = sweeping.sweep(path, overrides or [], run, resume, display)
+        comparison = sweeping.sweep(path, overrides or [], run, resume, display, wait=wait, tell=note)
     print_json(to_json(comparison)) if as_json else print_table(comparison_table(comparison))
 
 
@@ -213,6 +217,7 @@ def evaluate(
         str | None, typer.Option("--base", metavar="MODEL", help="Measure a base alone, without a run.")
     ] = None,
     as_json: Json = False,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Measure a run again, from its released adapters; or attack them; or measure a base before any run."""
     arguments = overrides or []
@@ -229,8 +234,7 @@ def evaluate(
         from persona_rlhf.pipeline import reevaluate
         from persona_rlhf.release.redteam_report import redteam_table
 
-        open_run(run)
-        with progress_display() as display:
+        with open_run(run, "evaluate --redteam", wait), progress_display() as display:
             report, file = reevaluate.red_team(run, arguments, display)
         print_json(json.loads(file.read_bytes())) if as_json else print_table(redteam_table(report))
         note(f"Red team: {file}")
@@ -239,8 +243,7 @@ def evaluate(
     else:
         from persona_rlhf.pipeline import reevaluate
 
-        open_run(run)
-        with progress_display() as display:
+        with open_run(run, "evaluate", wait, shared=True), progress_display() as display:
             results = reevaluate.evaluate(run, display)
         print_results(results, as_json)
         exit_if_withheld(results)
@@ -248,12 +251,12 @@ def evaluate(
 
 @app.command()
 @with_exit_codes
-def report(run: RunArgument) -> None:
+def report(run: RunArgument, wait: Wait = WAIT_SECONDS) -> None:
     """Write RUN/report.html, a page that needs no network."""
     from persona_rlhf.release.report import write_report
 
-    open_run(run)
-    page = write_report(run)
+    with open_run(run, "report", wait):
+        page = write_report(run)
     print_guarantee(run)
     note(f"Report: {page}")
 

@@ -8,13 +8,15 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
 from persona_rlhf.common.errors import InputError, visible
+from persona_rlhf.common.run_lock import run_lock
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
 if TYPE_CHECKING:
@@ -31,6 +33,10 @@ P = ParamSpec("P")
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of an experiment (YAML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Changes to the config, as in YAML.")
+]
+Wait = Annotated[
+    float,
+    typer.Option("--wait", metavar="SECONDS", min=0, help="How long to wait for a program at work in the same run."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 
@@ -156,16 +162,30 @@ def exit_if_withheld(results: Iterable[Result]) -> None:
         raise typer.Exit(HELD_BACK)
 
 
-def open_run(run: Path) -> None:
-    """Finishes the additions, deletions and replacements that were interrupted in a run.
+@contextmanager
+def open_run(run: Path, verb: str, wait: float, *, shared: bool = False, part: str | None = None) -> Iterator[None]:
+    """Holds the lock of a run for a verb, alone, `shared` with readers, or as a `part` (see `run_lock`).
 
-    Raises InputError if one cannot be finished, OSError if the disk is full.
+    Additions, deletions and replacements that were interrupted in the run are finished first. Raises InputError if one
+    cannot be finished, or another program holds the lock for longer than `wait` seconds; OSError if the disk is full.
     """
     from persona_rlhf.pipeline.run_dir import RunDir, finish_replacement
     from persona_rlhf.release.deletion_records import pending
 
-    if finish_replacement(run):
+    if finish_replacement(run, wait, note):
         note(f"Finished an interrupted replacement: {run}")
+    if RunDir(run).addition_trained.is_file() or pending(run):  # or they are under way: the lock tells
+        with run_lock(run, verb, wait=wait, tell=note):
+            _finish_interrupted(run)
+    with run_lock(run, verb, shared=shared, part=part, wait=wait, tell=note):
+        yield
+
+
+def _finish_interrupted(run: Path) -> None:
+    """Finishes the addition and the deletions that a killed program left in a locked run."""
+    from persona_rlhf.pipeline.run_dir import RunDir
+    from persona_rlhf.release.deletion_records import pending
+
     if RunDir(run).addition_trained.is_file():
         from persona_rlhf.pipeline.update_run import complete_addition
 

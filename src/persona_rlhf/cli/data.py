@@ -12,6 +12,7 @@ from persona_rlhf.cli.console import (
     Json,
     Overrides,
     RunArgument,
+    Wait,
     command_group,
     note,
     open_run,
@@ -19,6 +20,7 @@ from persona_rlhf.cli.console import (
     print_table,
     with_exit_codes,
 )
+from persona_rlhf.common.run_lock import WAIT_SECONDS
 from persona_rlhf.data.importers import format_list
 
 data_commands = command_group("Preference files.")
@@ -115,19 +117,21 @@ def data_review(
     reason: Annotated[str | None, typer.Option(help="The reason, for the audit trail.")] = None,
     reviewer: Annotated[str | None, typer.Option(help="The person who decides.")] = None,
     as_json: Json = False,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Show the quarantine of a finished run, or decide about one pair; a later run is given the decisions."""
     from persona_rlhf.pipeline import curate
 
-    open_run(run)
     if pair is None:
-        quarantined = curate.quarantine(run, user)
+        with open_run(run, "data review", wait, shared=True):
+            quarantined = curate.quarantine(run, user)
         as_rows = [entry.to_json() for entry in quarantined]
         print_json(as_rows) if as_json else print_table(curate.render_reviews(quarantined))
         return
     if user is None or decision is None or not (reason and reason.strip()) or not (reviewer and reviewer.strip()):
         raise typer.BadParameter("to decide about a pair: --user, --pair, --decide accept|reject, --reason, --reviewer")
-    review = curate.review(run, user, pair, decision, reason, reviewer)
+    with open_run(run, "data review", wait):
+        review = curate.review(run, user, pair, decision, reason, reviewer)
     if as_json:
         print_json(review._asdict())
     past = {"accept": "Accepted", "reject": "Rejected"}[decision]

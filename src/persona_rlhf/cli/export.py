@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from persona_rlhf.cli.console import RunArgument, note, open_run
+from persona_rlhf.cli.console import RunArgument, Wait, note, open_run
+from persona_rlhf.common.run_lock import WAIT_SECONDS
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def export(
     public: Annotated[
         bool, typer.Option("--public", help="With --hub: make it readable by everybody; asks for its name again.")
     ] = False,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Copy released adapters out of a run: to a folder, as a model or a GGUF file, or to the hub."""
     _check_options(user, all_users, to, hub, merge or form != "peft", per_user, dry_run or public or revision != "main")
@@ -50,12 +52,12 @@ def export(
         raise typer.BadParameter("--merge and --format gguf do not go together")
     from persona_rlhf.release.export import HeldBack
 
-    open_run(run)
     try:
-        if hub is not None:
-            _to_hub(run, user, hub, revision, per_user, dry_run, public)
-        elif user is not None and to is not None:
-            _to_folder(run, user, to, merge, form)
+        with open_run(run, "export", wait, shared=True):  # an upload only appends to the audit trail
+            if hub is not None:
+                _to_hub(run, user, hub, revision, per_user, dry_run, public)
+            elif user is not None and to is not None:
+                _to_folder(run, user, to, merge, form)
     except HeldBack as reason:
         note(str(reason))
         raise typer.Exit(HELD_BACK) from None

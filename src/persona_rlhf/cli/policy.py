@@ -11,6 +11,7 @@ from persona_rlhf.cli.console import (
     ConfigFile,
     Json,
     RunArgument,
+    Wait,
     command_group,
     note,
     open_run,
@@ -19,6 +20,7 @@ from persona_rlhf.cli.console import (
     with_exit_codes,
 )
 from persona_rlhf.common.errors import InputError, visible
+from persona_rlhf.common.run_lock import WAIT_SECONDS
 
 if TYPE_CHECKING:
     from persona_rlhf.policy.documents import PolicyDocument
@@ -209,13 +211,14 @@ def policy_packet(
     ] = None,
     approver: Annotated[str | None, typer.Option("--approver", help="Name and role of the approver.")] = None,
     as_json: Json = False,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Write the sign-off packet of a finished run: one page with rules, bounds, exceptions, counts and what changed."""
     from persona_rlhf.release.approval_packet import write_packet
 
-    open_run(run)
     page = out or run.resolve().with_name(f"{run.resolve().name}-packet.html")
-    digest = write_packet(run, page, against, approver)
+    with open_run(run, "policy packet", wait, shared=True):
+        digest = write_packet(run, page, against, approver)
     print_json({"path": str(page), "sha256": digest}) if as_json else typer.echo(digest)
     note(f"Packet: {page}")
 

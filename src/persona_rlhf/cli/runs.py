@@ -10,6 +10,7 @@ import typer
 from persona_rlhf.cli.console import (
     Json,
     RunArgument,
+    Wait,
     exit_if_withheld,
     note,
     open_run,
@@ -20,6 +21,7 @@ from persona_rlhf.cli.console import (
     print_table,
     progress_display,
 )
+from persona_rlhf.common.run_lock import WAIT_SECONDS
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
 
@@ -28,16 +30,17 @@ def forget(
     user: Annotated[str, typer.Option("--user", help="A user_id.")],
     data: Annotated[bool, typer.Option("--data", help="Remove the user's rows from the source files too.")] = False,
     as_json: Json = False,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Delete one user everywhere and write a proof."""
     from persona_rlhf.common.files import pseudonym
     from persona_rlhf.pipeline import forget_user
     from persona_rlhf.release.deletion_records import proof_file
 
-    open_run(run)
-    for sentence in forget_user.forget_uploads(run, user):
-        note(sentence)
-    done = forget_user.forget(run, user, data)
+    with open_run(run, "forget", wait):
+        for sentence in forget_user.forget_uploads(run, user):
+            note(sentence)
+        done = forget_user.forget(run, user, data)
     if done is None:
         note(f"`{user}` was forgotten already; the proof is {proof_file(run, pseudonym(user))}")
         return
@@ -56,14 +59,16 @@ def add(
         str, typer.Option("--users", metavar="PATH", help="New or changed users, each with all of their pairs.")
     ],
     as_json: Json = False,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Train new or changed users into a finished run; other users' files do not change."""
-    open_run(run)
+    with open_run(run, "add", wait, shared=True):
+        pass
     from persona_rlhf.pipeline.update_run import add as train
     from persona_rlhf.release.deletion_records import FORGOTTEN
 
     with progress_display() as display:
-        done = train(run, users, display)
+        done = train(run, users, display, wait=wait, tell=note)
     if done.results or as_json:
         print_results(done.results, as_json)
     else:
@@ -87,28 +92,29 @@ def rebase(
         bool, typer.Option("--replace", help="Move the old run to RUN.before, and the new run to RUN.")
     ] = False,
     as_json: Json = False,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Train all users of a run again on a new base, and print the change for each of them."""
-    open_run(run)
     from persona_rlhf.pipeline import update_run
     from persona_rlhf.pipeline.run_dir import before, check_replacement, replace_run
     from persona_rlhf.release.comparison import comparison_table, rebase_table
     from persona_rlhf.release.results import RunResults
 
     folder = to or run.with_name(f"{run.name}.rebased")
-    if replace:
-        check_replacement(run, folder)
-    with progress_display() as display:
-        done = update_run.rebase(run, base, folder, display)
-    if as_json:
-        print_json(done.to_json())
-    else:
-        print_table(rebase_table(done.users))
-        print_table(comparison_table(done.figures))
-    if replace:
-        replace_run(run, folder)
-        folder = run
-        note(f"{run} is on the new base now; the old run is {before(run)}.")
+    with open_run(run, "rebase", wait, shared=not replace):
+        if replace:
+            check_replacement(run, folder)
+        with progress_display() as display:
+            done = update_run.rebase(run, base, folder, display, wait=wait, tell=note)
+        if as_json:
+            print_json(done.to_json())
+        else:
+            print_table(rebase_table(done.users))
+            print_table(comparison_table(done.figures))
+        if replace:
+            replace_run(run, folder)
+            note(f"{run} is on the new base now; the old run is {before(run)}.")
+    folder = run if replace else folder
     note(f"Report:   {folder / 'report.html'}\nAdapters: {folder / 'adapters'}")
     exit_if_withheld(RunResults(folder))
 
@@ -128,6 +134,7 @@ def verify(
         Path | None, typer.Option(metavar="LIST", help="A list of revocations beside the run's own.")
     ] = None,
     as_json: Json = False,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Check hashes, policy, verdict and audit trail again; exit 3 if there is a fault."""
     from persona_rlhf.common.files import is_hub_id
@@ -136,23 +143,27 @@ def verify(
     from persona_rlhf.release.integrity import read_head
     from persona_rlhf.release.revocation import read_list
     from persona_rlhf.release.signing import SELF_DECLARED, read_trust
-    from persona_rlhf.release.verify import TrustedEvidence
+    from persona_rlhf.release.verify import TrustedEvidence, is_adapter
     from persona_rlhf.release.verify import verify as faults_of
 
     folder = Path(place)
     if folder.is_file():
         _report(place, packet_faults(folder), [], as_json)
         return
-    if folder.exists():
-        open_run(folder)
     witnesses = TrustedEvidence(
         [read_head(text) for text in head or []],
         None if trust is None else read_trust(trust),
         {} if revoked is None else read_list(revoked),
     )
     notes = [SELF_DECLARED] if trust is None else []
-    remote = is_hub_id(place) and not folder.exists()
-    _report(place, verify_remote(place, witnesses) if remote else faults_of(folder, witnesses), notes, as_json)
+    if is_hub_id(place) and not folder.exists():
+        faults = verify_remote(place, witnesses)
+    elif is_adapter(folder):
+        faults = faults_of(folder, witnesses)
+    else:
+        with open_run(folder, "verify", wait, shared=True):
+            faults = faults_of(folder, witnesses)
+    _report(place, faults, notes, as_json)
 
 
 def _report(place: str, faults: list[str], notes: list[str], as_json: bool) -> None:
@@ -171,19 +182,20 @@ def audit(
     run: RunArgument,
     head: Annotated[bool, typer.Option("--head", help="Print only the head, to be kept elsewhere.")] = False,
     as_json: Json = False,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Print the audit trail of a run, or its head; exit 3 if the chain is broken."""
     from persona_rlhf.release import integrity as trail
     from persona_rlhf.release.integrity import audit_table
 
-    open_run(run)
-    last, faults = trail.need_head(run), trail.faults(run)
-    if head:
-        print_json(last._asdict()) if as_json else typer.echo(str(last))
-    elif as_json:
-        print_json_list(entry._asdict() for entry in trail.read(run))
-    else:
-        print_table(audit_table(trail.read(run)))
+    with open_run(run, "audit", wait, shared=True):
+        last, faults = trail.need_head(run), trail.faults(run)
+        if head:
+            print_json(last._asdict()) if as_json else typer.echo(str(last))
+        elif as_json:
+            print_json_list(entry._asdict() for entry in trail.read(run))
+        else:
+            print_table(audit_table(trail.read(run)))
     for fault in faults:
         note(fault)
     if faults:
@@ -197,13 +209,13 @@ def recertify(
         typer.Option("--policy", metavar="DOC", help="A new policy document; repeat it for all of them."),
     ],
     as_json: Json = False,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Test every released adapter against new policy documents, without training; failing ones are revoked (exit 3)."""
     from persona_rlhf.pipeline import reevaluate
     from persona_rlhf.release.revocation import recertified_table
 
-    open_run(run)
-    with progress_display() as display:
+    with open_run(run, "recertify", wait), progress_display() as display:
         outcome = reevaluate.recertify(run, policy, display)
     print_json(outcome.to_json()) if as_json else print_table(recertified_table(outcome))
     if outcome.failed:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from persona_rlhf.cli.console import RunArgument, command_group, console, note, open_run, with_exit_codes
+from persona_rlhf.cli.console import RunArgument, Wait, command_group, console, note, open_run, with_exit_codes
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.run_lock import WAIT_SECONDS
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
 if TYPE_CHECKING:
@@ -45,10 +46,12 @@ def serve(
         Path | None, typer.Option("--to", metavar="DIR", help="vllm: folder for adapters and script.")
     ] = None,
     upstream: Annotated[str | None, typer.Option(metavar="URL", help="vllm: the URL of a running server.")] = None,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Serve an OpenAI-style API: each user's token opens that user's adapter."""
     if make:
-        _print_new_tokens(run, tokens)
+        with open_run(run, "serve --make-tokens", wait):
+            _print_new_tokens(run, tokens)
         return
     targets = [target for target in (to, upstream) if target is not None]
     if engine == "vllm" and len(targets) != 1:
@@ -58,9 +61,9 @@ def serve(
     from persona_rlhf.serving.access import Limits, read_tokens
     from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
 
-    open_run(run)
-    hashes, config = read_tokens(tokens), read_run_config(run)
-    policy_filter = PolicyFilter.of(policy_of_run(run, config.policy.documents))
+    with open_run(run, "serve", wait, shared=True):
+        hashes, config = read_tokens(tokens), read_run_config(run)
+        policy_filter = PolicyFilter.of(policy_of_run(run, config.policy.documents))
     limits = Limits(tokens=max_tokens, rate=rate, concurrent=concurrent)
     if host not in ("127.0.0.1", "::1", "localhost"):
         note(f"Warning: {host} can be reached from other machines, and this is plain HTTP: put TLS before it.")
@@ -116,12 +119,13 @@ def chat(
         Literal["base"] | None, typer.Option(help="Show the base's answers beside the adapter's.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
+    wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Chat with one user's adapter in the terminal; `/pair` saves a preference to the run's ledger."""
     from persona_rlhf.release.export import find_user
 
-    open_run(run)
-    result = find_user(run, user)
+    with open_run(run, "chat", wait, shared=True):
+        result = find_user(run, user)
     from persona_rlhf.config.experiment import read_run_config
     from persona_rlhf.serving.chat import COMMANDS, Chat, ChatTerminal
     from persona_rlhf.serving.local_engine import local_run

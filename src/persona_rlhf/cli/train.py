@@ -11,10 +11,10 @@ import typer
 
 from persona_rlhf.cli.console import note, open_run, progress_display
 from persona_rlhf.common.errors import visible
-from persona_rlhf.config.experiment import read_config
+from persona_rlhf.config.experiment import Config, read_config
 from persona_rlhf.pipeline import distributed
 from persona_rlhf.pipeline.distributed import work_share_of
-from persona_rlhf.pipeline.inputs import read_inputs
+from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
 from persona_rlhf.pipeline.run_dir import RunDir
 from persona_rlhf.policy.policy import out_of_force
 
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 
 def start(
-    config: Path, overrides: Sequence[str], run: Path | None, resume: bool, shard: str | None, as_json: bool
+    config: Path,
+    overrides: Sequence[str],
+    run: Path | None,
+    resume: bool,
+    shard: str | None,
+    as_json: bool,
+    wait: float,
 ) -> tuple[Path, RunResults | None]:
     """Trains in this process, or in several that it launches.
 
@@ -34,21 +40,31 @@ def start(
     settings = read_config(config, overrides)
     folder = run or settings.run_dir
     words = [str(config), *overrides, "--run", str(folder)]
-    open_run(folder)
-    RunDir(folder, share).check_place(resume)
-    inputs = read_inputs(settings, RunDir(folder).selection)
-    if share.rank == 0:
-        for sentence in out_of_force(inputs.policy.written):
-            note(visible(sentence))
-    if settings.fleet.processes > 1 and share.world == 1:
-        flags = [*["--resume"] * resume, *(["--shard", shard] if shard else []), *["--json"] * as_json]
-        raise typer.Exit(distributed.launch(["train", *words, *flags], settings.fleet.processes, note))
+    run_dir = RunDir(folder, share)
+    with open_run(folder, "train", wait, part=run_dir.part):
+        run_dir.check_place(resume)
+        inputs = read_inputs(settings, run_dir.selection)
+        if share.rank == 0:
+            for sentence in out_of_force(inputs.policy.written):
+                note(visible(sentence))
+        if settings.fleet.processes == 1 or share.world > 1:
+            return folder, _train(settings, run_dir, resume, inputs, words, shard)
+    flags = [*["--resume"] * resume, *(["--shard", shard] if shard else []), *["--json"] * as_json]
+    words += [*flags, "--wait", f"{wait:g}"]
+    raise typer.Exit(distributed.launch(["train", *words], settings.fleet.processes, note))
+
+
+def _train(
+    settings: Config, run_dir: RunDir, resume: bool, inputs: RunInputs, words: Sequence[str], shard: str | None
+) -> RunResults | None:
+    """Trains the users of this process; says how to go on after Ctrl-C, and after one of several shards."""
     from persona_rlhf.pipeline import train
 
+    share = run_dir.share
     try:
         with distributed.ended_as_by_ctrl_c(), progress_display(share) as display:
             results = train.train_share(
-                settings, folder, resume=resume, on_progress=display, inputs=inputs, share=share
+                settings, run_dir.path, resume=resume, on_progress=display, inputs=inputs, share=share
             )
     except KeyboardInterrupt:
         if share.rank == 0:
@@ -57,4 +73,4 @@ def start(
     if results is None and share.rank == 0:
         command = shlex.join([*words, "--resume"])
         note(f"Shard {shard} is done. When all are, merge them with: persona-rlhf train {command}")
-    return folder, results
+    return results

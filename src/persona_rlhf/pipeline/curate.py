@@ -14,6 +14,7 @@ from rich.table import Table
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean, visible
 from persona_rlhf.common.files import atomic_write, pseudonym
+from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.config.experiment import Config, read_run_config
 from persona_rlhf.data.feedback import REVIEWS, Decision, Review, decide, mark_of, read_reviews
 from persona_rlhf.data.pairs import Message, PreferencePair
@@ -178,6 +179,7 @@ def quarantine(run: Path, user_id: str | None = None) -> list[QuarantinedPair]:
     ]
 
 
+@locks_run("data review")
 def review(run: Path, user_id: str, pair_id: str, decision: Decision, reason: str, reviewer: str) -> Review:
     """Decides about one quarantined pair of a user, in RUN/reviews.jsonl and in the audit trail.
 

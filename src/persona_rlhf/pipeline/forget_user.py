@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.common.files import pseudonym
+from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.data.erasure import DataSubject, Trace, erasable, erase, files_with_rows, row_traces, rows_of
 from persona_rlhf.data.pairs import PreferencePair
@@ -179,6 +180,7 @@ class Forgotten(NamedTuple):
     remains: list[str]
 
 
+@locks_run("forget")
 def forget(run: Path, user_id: str, data: bool = False) -> Forgotten | None:
     """Erases a user from a run, with `data` also from the run's source files; None where it was done before.
 
@@ -218,6 +220,7 @@ def forget_uploads(run: Path, user_id: str) -> list[str]:
     return sentences
 
 
+@locks_run("forget")
 def finish_forgetting(run: Path) -> list[Forgotten]:
     """Completes every interrupted deletion of a run."""
     return [_finish(run, DataSubject(name)) for name in pending(run)]

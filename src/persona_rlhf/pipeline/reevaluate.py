@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.config.experiment import Config, read_run_config
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.redteam import RedTeam, mean_adapter, widened
@@ -83,6 +84,7 @@ def _adapter(run: Path, result: Result, spans: Sequence[LayerSpan], alpha: float
         raise InputError([Problem(str(folder), None, None, sentence)]) from fault
 
 
+@locks_run("evaluate", shared=True)
 def evaluate(run: Path, on_progress: OnProgress = silent) -> list[Result]:
     """Measures the users of a run again, from the adapters in their folders; the gate's verdicts stay as they are.
 
@@ -108,6 +110,7 @@ def evaluate(run: Path, on_progress: OnProgress = silent) -> list[Result]:
     return results
 
 
+@locks_run("recertify")
 def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = silent) -> Recertified:
     """Tests every released adapter by the gate of new documents, and revokes adapters that may not stay as they are.
 
@@ -187,6 +190,7 @@ def _documents(policy: Policy) -> str:
     return "; ".join(f"tier {d.tier}: {d.issuer}, version {d.version}" for d in policy.documents if d.tier < 3)
 
 
+@locks_run("evaluate --redteam")
 def red_team(run: Path, overrides: Sequence[str], on_progress: OnProgress = silent) -> tuple[RedTeamResult, Path]:
     """Attacks every released adapter, and the means of some pairs, and writes RUN/redteam.json, sealed with the run.
 

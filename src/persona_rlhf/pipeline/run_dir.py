@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_path, atomic_write, remove_folder
+from persona_rlhf.common.run_lock import is_lock, run_lock, tell_nobody
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.retired import RETIRED
 from persona_rlhf.data.erasure import DataSubject, Trace
@@ -61,15 +62,22 @@ class RunDir:
     def open(
         cls, path: Path, share: WorkShare | None = None, resume: bool = False, audit_run: Path | None = None
     ) -> Iterator[RunDir]:
-        """The folder of a run for a training process; a clean exit clears the chunks of a finished run.
+        """The locked folder of a run for a training process; a clean exit clears the chunks of a finished run.
 
-        Raises InputError for a folder that `check_place` refuses.
+        The processes of one run share its lock (`run_lock`). Raises InputError for a folder that `check_place` refuses,
+        and where another program is at work there.
         """
         run_dir = cls(path, share, audit_run)
-        run_dir.check_place(resume)
-        yield run_dir
-        if run_dir.finished:
-            shutil.rmtree(run_dir.state / "chunks", ignore_errors=True)
+        with run_lock(path, "train", part=run_dir.part):
+            run_dir.check_place(resume)
+            yield run_dir
+            if run_dir.finished:
+                shutil.rmtree(run_dir.state / "chunks", ignore_errors=True)
+
+    @property
+    def part(self) -> str | None:
+        """The name of this process among those that train the run together; None where it is alone."""
+        return self.share.name if self.share.workers > 1 else None
 
     @property
     def begun(self) -> bool:
@@ -142,9 +150,14 @@ class RunDir:
             return
         if resume and not self.begun:
             raise InputError([Problem(str(self.path), None, "--resume", "there is no run here to go on with")])
-        if not resume and self.path.is_dir() and any(file.name not in _ALLOWED_BEFORE for file in self.path.iterdir()):
+        if not resume and self.path.is_dir() and not self._vacant:
             sentence = "this run folder is not empty; give --resume to go on with it, or --run another folder"
             raise InputError([Problem(str(self.path), None, None, sentence)])
+
+    @property
+    def _vacant(self) -> bool:
+        """Whether a new run may begin in the folder."""
+        return all(file.name in _ALLOWED_BEFORE or is_lock(file.name) for file in self.path.iterdir())
 
     def check_same(self, identity: Mapping[str, str]) -> None:
         """Raises InputError where a resumed run would mix two experiments."""
@@ -228,7 +241,7 @@ class RunDir:
 
     def write(self, file: Path, text: str) -> None:
         """Writes a small file whole or not at all, while other processes may write the same one."""
-        atomic_write(file, text.encode("utf-8", "surrogatepass"), writer=self.share.name)
+        atomic_write(file, text.encode("utf-8", "surrogatepass"))
 
     def _join(self, whole: Path, parts: Sequence[Path]) -> None:
         with atomic_path(whole) as half, half.open("wb") as out:
@@ -359,13 +372,25 @@ def check_replacement(run: Path, by: Path) -> None:
 
 def replace_run(run: Path, by: Path) -> None:
     """Replaces a run by another with two renames; a mark lets `finish_replacement` complete an interrupted swap."""
-    check_replacement(run, by)
-    atomic_write(run / _SWAP, json.dumps({"by": by.name}).encode())
-    finish_replacement(run)
+    with run_lock(run, "rebase --replace"), run_lock(by, "rebase --replace"):
+        check_replacement(run, by)
+        atomic_write(run / _SWAP, json.dumps({"by": by.name}).encode())
+        _finish_replacement(run)
 
 
-def finish_replacement(run: Path) -> bool:
-    """Completes an interrupted swap of two runs; whether there was one."""
+def finish_replacement(run: Path, wait: float = 0.0, tell: Callable[[str], None] = tell_nobody) -> bool:
+    """Completes an interrupted swap of two runs; whether there was one.
+
+    Raises InputError where the swap is not interrupted but under way.
+    """
+    old = run if (run / _SWAP).is_file() else before(run)
+    if not (old / _SWAP).is_file():
+        return False
+    with run_lock(old, "rebase --replace", wait=wait, tell=tell):
+        return _finish_replacement(run)
+
+
+def _finish_replacement(run: Path) -> bool:
     old = run if (run / _SWAP).is_file() else before(run)
     if not (old / _SWAP).is_file():
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import ExistingPath, find
+from persona_rlhf.common.run_lock import is_lock, run_lock, tell_nobody
 from persona_rlhf.config.experiment import Config, checked, read_config
 from persona_rlhf.config.loader import Section, in_order, read_yaml
 from persona_rlhf.evaluation.ledger import LOOKS, LookPlan
@@ -62,7 +63,14 @@ class ArmRun(NamedTuple):
 
 
 def sweep(
-    path: Path, overrides: Sequence[str], folder: Path | None, resume: bool, on_progress: OnProgress = silent
+    path: Path,
+    overrides: Sequence[str],
+    folder: Path | None,
+    resume: bool,
+    on_progress: OnProgress = silent,
+    *,
+    wait: float = 0.0,
+    tell: Callable[[str], None] = tell_nobody,
 ) -> Comparison:
     """Trains every arm under every seed, compares them, and writes sweep.json and report.html.
 
@@ -76,12 +84,17 @@ def sweep(
     place = folder or Path("sweeps") / settings.name
     runs = arm_runs(settings, overrides)
     runs = [run._replace(config=_shared(run.config, place)) for run in runs]
+    with run_lock(place, "sweep", wait=wait, tell=tell):
+        return _sweep(settings.name, place, runs, resume, on_progress)
+
+
+def _sweep(name: str, place: Path, runs: Sequence[ArmRun], resume: bool, on_progress: OnProgress) -> Comparison:
+    """Trains the arms that are not trained yet in a locked folder, and compares all of them."""
     plan = LookPlan(hashlib.sha256(_identity(runs).encode()).hexdigest()[:16], len(runs))
     _check_place(place, runs, resume)
     inputs_by_files = _inputs(runs)
     from persona_rlhf.pipeline import train
 
-    place.mkdir(parents=True, exist_ok=True)
     (place / "arms.json").write_text(_identity(runs), encoding="utf-8")
     for number, run in enumerate(runs, 1):
         where = place / "runs" / run.folder
@@ -95,7 +108,7 @@ def sweep(
     for run in runs:
         arms.setdefault(run.arm, {})[run.seed] = read_results(place / "runs" / run.folder)
     comparison = compare(arms)
-    write_comparison(place, settings.name, comparison)
+    write_comparison(place, name, comparison)
     return comparison
 
 
@@ -155,7 +168,7 @@ def _check_place(place: Path, runs: Sequence[ArmRun], resume: bool) -> None:
     begun = (place / "arms.json").is_file()
     if resume and not begun:
         raise InputError([Problem(str(place), None, "--resume", "there is no sweep here to go on with")])
-    if not resume and place.is_dir() and any(place.iterdir()):
+    if not resume and place.is_dir() and not all(is_lock(file.name) for file in place.iterdir()):
         sentence = "this folder is not empty; give --resume to go on with a sweep, or --run another folder"
         raise InputError([Problem(str(place), None, None, sentence)])
     if resume and (place / "arms.json").read_text(encoding="utf-8") != _identity(runs):

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, pseudonym, remove_folder, write_folder
+from persona_rlhf.common.run_lock import locks_run, run_lock, tell_nobody
 from persona_rlhf.config.experiment import read_run_config
+from persona_rlhf.data.erasure import DataSubject
 from persona_rlhf.data.store import PairStore, UserSelection
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.pipeline.inputs import read_inputs
 from persona_rlhf.pipeline.looks import earlier_looks, enter_earlier, ledger_of
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent
-from persona_rlhf.pipeline.run_dir import PAIRS, SOURCES, RunDir
+from persona_rlhf.pipeline.run_dir import PAIRS, SOURCES, RunDir, number_of
 from persona_rlhf.release import integrity
 from persona_rlhf.release.comparison import Comparison, RebasedUser, compare, rebased_users, to_json, write_rebase
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
@@ -37,7 +39,14 @@ class Added(NamedTuple):
     forgotten: int
 
 
-def add(run: Path, source: str, on_progress: OnProgress = silent) -> Added:
+def add(
+    run: Path,
+    source: str,
+    on_progress: OnProgress = silent,
+    *,
+    wait: float = 0.0,
+    tell: Callable[[str], None] = tell_nobody,
+) -> Added:
     """Trains users of `source` whose pairs are new to a finished run, or changed, and makes them users of the run.
 
     `source` holds all pairs of each of its users: they replace the pairs that the run has. Config, base and policy are
@@ -46,6 +55,22 @@ def add(run: Path, source: str, on_progress: OnProgress = silent) -> Added:
     Raises InputError where the run is not finished, its base, policy or config changed since, its gate shares delta
     among all users, or the source cannot be read; nothing is changed then.
     """
+    with run_lock(run, "add", part="adding", wait=wait, tell=tell):  # readers may go on while the users are trained
+        added = _train_addition(run, source, on_progress)
+    if not added.results:
+        return added
+    with run_lock(run, "add", wait=wait, tell=tell):
+        if RunDir(run).addition_trained.is_file():  # else another program completed it
+            complete_addition(run)
+        users = RunDir(run).selection.user_digests
+    if any(number_of(users, DataSubject(pseudonym(result.user_id))) is None for result in added.results):
+        sentence = "a user of this addition was forgotten before its end, so none of it was added; give `add` again"
+        raise InputError([Problem(str(run), None, "--users", sentence)])
+    return added
+
+
+def _train_addition(run: Path, source: str, on_progress: OnProgress) -> Added:
+    """Trains the new and changed users in the run inside, and marks them as trained."""
     run_dir = RunDir(run)
     inner = RunDir(run_dir.addition)
     run_dir.need_finished("users are added")
@@ -72,7 +97,6 @@ def add(run: Path, source: str, on_progress: OnProgress = silent) -> Added:
     train.train_share(config, inner.path, resume=True, on_progress=on_progress, inputs=inputs, audit_run=run)
     results = read_results(inner.path)
     mark_trained(run, source)
-    complete_addition(run)
     return Added(results, len(in_source) - len(changed), store.left_out)
 
 
@@ -81,6 +105,7 @@ def mark_trained(run: Path, source: str) -> None:
     atomic_write(RunDir(run).addition_trained, json.dumps({"source": source}).encode())
 
 
+@locks_run("add")
 def complete_addition(run: Path) -> None:
     """Makes the trained users of an addition users of the run: adapters, lines, report, seal, and one audit event.
 
@@ -150,17 +175,34 @@ class Rebased(NamedTuple):
         return {"users": plain(self.users), "figures": to_json(self.figures)}
 
 
-def rebase(run: Path, base: str, to: Path, on_progress: OnProgress = silent) -> Rebased:
+def rebase(
+    run: Path,
+    base: str,
+    to: Path,
+    on_progress: OnProgress = silent,
+    *,
+    wait: float = 0.0,
+    tell: Callable[[str], None] = tell_nobody,
+) -> Rebased:
     """Trains and judges all users of a finished run on another base, into the folder `to`, and compares both runs.
 
     Pairs, config, policy and ledger of looks are those of the run; forgotten users stay out. Of the run itself, only
     its ledger changes. The next call resumes a killed one. Raises InputError where the run is not finished, its pairs
     changed since, `base` has the weights of the run's base, `to` is another run, or the ledger cannot be used.
     """
+    with run_lock(run, "rebase", shared=True, wait=wait, tell=tell):
+        RunDir(run).need_finished("its base is changed")
+        if to.resolve() == run.resolve():
+            sentence = "the run on the new base needs a folder of its own; name another with --run"
+            raise InputError([Problem(str(to), None, "--run", sentence)])
+        with run_lock(to, "rebase", wait=wait, tell=tell):
+            return _rebase(run, base, to, on_progress)
+
+
+def _rebase(run: Path, base: str, to: Path, on_progress: OnProgress) -> Rebased:
     from persona_rlhf.models.base import weights_hash
 
     run_dir, new = RunDir(run), RunDir(to)
-    run_dir.need_finished("its base is changed")
     # the issuer who aligned the old base says nothing of the new one
     changes = [f"base.model={json.dumps(base)}", "base.aligned_by=null"]
     config = read_run_config(run, changes, exact="")

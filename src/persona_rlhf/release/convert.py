@@ -59,7 +59,7 @@ def to_gguf(adapter: Path, base: str, to: Path) -> Path:
             text=True,
             check=False,
         )
-        if done.returncode != 0 or not temporary.is_file():
+        if done.returncode != 0 or temporary.stat().st_size == 0:
             why = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
             raise InputError([Problem(str(script), None, None, f"the converter failed: {why}")])
     return to

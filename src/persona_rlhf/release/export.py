@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.common.files import need_vacant, write_folder
+from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.release.results import Result, RunResults
 from persona_rlhf.release.revocation import revoked
 from persona_rlhf.release.verify import adapter_faults
@@ -71,6 +72,7 @@ def exportable(run: Path) -> Exportable:
     return Exportable(folders, held_back)
 
 
+@locks_run("export", shared=True)
 def export(run: Path, user_id: str, to: Path) -> Path:
     """Copies a released adapter, and nothing else of the run, to the new or empty folder `to`.
 

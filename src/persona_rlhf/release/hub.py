@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from persona_rlhf.common.files import pseudonym
+from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.release import integrity
 from persona_rlhf.release.card import shared_card
 from persona_rlhf.release.hub_repository import (
@@ -106,6 +107,7 @@ def preview(run: Path, plan: RepositoryUpload, public: bool) -> UploadDifference
     return difference(remote.files, plan.files(), _folders(run, plan, remote))
 
 
+@locks_run("export", shared=True)
 def upload(
     run: Path, plan: RepositoryUpload, public: bool, log: Callable[[str], None], per_commit: int = PER_COMMIT
 ) -> str:

@@ -19,6 +19,7 @@ from rich.table import Table
 from persona_rlhf.common.chain import Chain, ChainEntry, ChainHead
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
+from persona_rlhf.common.run_lock import is_lock
 from persona_rlhf.common.version import __version__
 from persona_rlhf.data.feedback import LEDGER
 from persona_rlhf.data.screening import Dropped
@@ -143,7 +144,7 @@ def run_manifest_faults(run: Path) -> list[str]:
 
 def _top_files(run: Path) -> set[str]:
     aside = {RUN_MANIFEST} | _GROWING | _LEDGER
-    return {file.name for file in run.iterdir() if not file.is_dir() and file.name not in aside}
+    return {file.name for file in run.iterdir() if not (file.is_dir() or file.name in aside or is_lock(file.name))}
 
 
 JUDGED, LOOKED, RELEASED, RETESTED, RECERTIFIED = "judged", "looked", "released", "retested", "recertified"

@@ -19,6 +19,7 @@ from persona_rlhf.common.chain import ChainHead
 from persona_rlhf.common.errors import visible
 from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
 from persona_rlhf.common.json_lines import read_json_lines
+from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.release import integrity
@@ -152,6 +153,7 @@ class Revocation(NamedTuple):
         return f"it was revoked on {self.day}: {self.reason}"
 
 
+@locks_run("recertify")
 def revoke(run: Path, results: Iterable[Result], reason: str) -> list[Revocation]:
     """Adds released adapters to the revocations of a run, for one reason without any user's text; the new entries.
 

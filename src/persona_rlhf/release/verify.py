@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from persona_rlhf.common.chain import ChainHead
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import sha256_of, slug
+from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.policy.bound import Bound
 from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
@@ -54,7 +55,7 @@ def verify(folder: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
 
     Raises InputError if the folder is neither, or an audit head is given for an adapter, which has no audit.jsonl.
     """
-    if any((folder / name).exists() for name in (*ADAPTER_FILES[1:], MANIFEST)):
+    if is_adapter(folder):
         if witnesses.heads:
             sentence = "a head belongs to the audit.jsonl of a run; give RUN, not an adapter's folder"
             raise InputError([Problem(str(folder), None, "--head", sentence)])
@@ -66,6 +67,12 @@ def verify(folder: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
     raise InputError([Problem(str(folder), None, None, sentence)])
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is that of an adapter, and not of a run."""
+    return any((folder / name).exists() for name in (*ADAPTER_FILES[1:], MANIFEST))
+
+
+@locks_run("verify", shared=True)
 def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
     """Faults of a run: of its files, documents, results and audit.jsonl, and of every adapter against its result."""
     faults = run_manifest_faults(run)

@@ -13,9 +13,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import pseudonym
+from persona_rlhf.common.run_lock import WAIT_SECONDS, run_lock
 from persona_rlhf.data.feedback import append_pair
-from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.pairs import Message, PreferencePair
+from persona_rlhf.release.deletion_records import forgotten
 from persona_rlhf.release.results import Result
 from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, SamplingParams, TextChunk, TextGenerator
 from persona_rlhf.serving.policy_filter import PolicyFilter
@@ -171,7 +174,15 @@ class Chat:
         else:
             better = 0 if words == ["1"] else 1
             chosen, rejected = self._candidates[better], self._candidates[1 - better]
-            pair = append_pair(self._run, self._user.user_id, self._history[:-1], chosen, rejected, "chat")
+            pair = self._saved(chosen, rejected)
             self._history[-1] = Message("assistant", chosen)
             self._candidates = []
             self._note(f"Saved: answer {better + 1} is better than answer {2 - better} ({pair.file}).")
+
+    def _saved(self, chosen: str, rejected: str) -> PreferencePair:
+        """A pair added to the ledger of the run. Raises InputError where the user was forgotten meanwhile."""
+        with run_lock(self._run, "chat", shared=True, wait=WAIT_SECONDS, tell=self._note):
+            if pseudonym(self._user.user_id) in forgotten(self._run):
+                sentence = "this user was forgotten, so nothing is saved"
+                raise InputError([Problem(str(self._run), None, "--user", sentence)])
+            return append_pair(self._run, self._user.user_id, self._history[:-1], chosen, rejected, "chat")
