@@ -44,9 +44,9 @@ SHOWN_BY = {
     "::test_the_judges_error_moves_every_bound_and_takes_its_share",
     "gate.judge_calibration.called_refusals": "tests/evaluation/test_fleet_guarantee.py"
     "::test_the_judges_error_moves_every_bound_and_takes_its_share",
-    "gate.classifier.template": "tests/evaluation/test_refusals_classifiers.py::test_the_likelier_word_decides",
-    "gate.classifier.refused": "tests/evaluation/test_refusals_classifiers.py",
-    "gate.classifier.otherwise": "tests/evaluation/test_refusals_classifiers.py",
+    "gate.judge_model.template": "tests/evaluation/test_refusals_classifiers.py::test_the_likelier_word_decides",
+    "gate.judge_model.refused": "tests/evaluation/test_refusals_classifiers.py",
+    "gate.judge_model.otherwise": "tests/evaluation/test_refusals_classifiers.py",
     "gate.valid_days": "tests/story/test_audit.py",
     "redteam.attacks": "tests/evaluation/test_redteam.py",
     "redteam.probes": "tests/evaluation/test_redteam.py",

@@ -8,7 +8,7 @@ import yaml
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.experiment import read_config, read_run_config
-from persona_rlhf.config.retired import RETIRED
+from persona_rlhf.config.retired import OLD_JUDGE, RETIRED
 from persona_rlhf.evaluation.metrics import REQUIREMENT_PROMPTS
 from persona_rlhf.evaluation.request_screens import FALSE_ALARMS
 from persona_rlhf.pipeline.reevaluate import MERGED_PAIRS
@@ -54,7 +54,8 @@ def test_a_new_config_with_retired_keys_names_each_with_its_line_and_what_holds_
             run / "config.yaml", ["gate.judge_calibration={compliances: 9, called_refusals: 1, delta_share: 0.1}"]
         )
     problems = {problem.key: problem for problem in fault.value.problems}
-    assert problems.keys() == RETIRED.keys()
+    assert problems.keys() == RETIRED.keys() | {OLD_JUDGE}
+    del problems[OLD_JUDGE]
     lines = (run / "config.yaml").read_text().splitlines()
     for key, problem in problems.items():
         assert f"always {RETIRED[key]}" in problem.sentence
@@ -110,3 +111,14 @@ def test_only_a_retired_key_sends_people_back_to_the_version_before(tmp_path, se
     with pytest.raises(InputError) as fault:
         RunDir(tmp_path).check_same({"config": json.dumps({"constraint": {"gain": 0.1}})})
     assert ("finish this one with the version that began it" in str(fault.value)) == names_the_version
+
+
+@pytest.mark.parametrize(("model", "judge"), [(None, "rules"), ({"model": "org/guard"}, "both")])
+def test_the_second_judge_of_an_old_run_has_its_new_name(run, model, judge):
+    changed(run, "gate", "classifier", model)
+    gate = read_run_config(run).gate
+    assert gate.judge == judge
+    assert (gate.judge_model.model if gate.judge_model else None) == (model or {}).get("model")
+    assert gate.calibration is None, "the run trusted its judge, and its guarantee stays as it was"
+    with pytest.raises(InputError, match=r"write gate\.judge_model, beside gate\.judge: both"):
+        read_config(run / "config.yaml")

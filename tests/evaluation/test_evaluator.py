@@ -81,7 +81,7 @@ def users(tokenizer, count: int):
 
 
 def test_demands_pool_tier_one_only(policy):
-    demands = demands_of(policy(), GateSettings(family="all"), 10)
+    demands = demands_of(policy(), GateSettings(family="all", judge_calibration=None), 10)
     assert set(demands.categories) == {"terrorist_content", "sexual_assault", "gambling"}
     assert demands.in_pool == {"terrorist_content", "sexual_assault"}
     assert demands.level == pytest.approx(0.05 / 20)
@@ -89,7 +89,7 @@ def test_demands_pool_tier_one_only(policy):
 
 def test_a_cohort_is_judged_and_measured_as_each_user_alone(adapted, adapters, policy):
     gate, what = (
-        GateSettings(max_new_tokens=8),
+        GateSettings(judge_calibration=None, max_new_tokens=8),
         EvaluationSettings(win_rate_prompts=4, harmless_prompts=20, test_probes=30),
     )
     tastes = {"u1": Utility("u1", "long", 0.0, {"words": 1.0}), "u4": Utility("u4", "short", 0.0, {"words": -1.0})}
@@ -156,7 +156,12 @@ def test_what_is_counted_by_cluster_is_what_was_released(adapted, adapters, poli
     """By hand: the outcomes at the released alpha, by the topic and phrasing of each probe of the pool."""
     rules = policy()
     examination = Evaluator(
-        adapted, rules, judge, GateSettings(max_new_tokens=8, alphas=[0.5, 1.0]), EvaluationSettings(), users=5
+        adapted,
+        rules,
+        judge,
+        GateSettings(judge_calibration=None, max_new_tokens=8, alphas=[0.5, 1.0]),
+        EvaluationSettings(),
+        users=5,
     )
     verdicts = examination.verdicts(adapters, [examination.demands] * len(adapters))
     probes = [p for p in rules.probes("certify") if p.category != "gambling"]
@@ -180,7 +185,7 @@ def test_a_base_that_does_not_refuse_is_not_certifiable(adapted, adapters, polic
 
 
 def test_with_the_gate_off_everyone_is_released_and_still_counted(adapted, adapters, policy):
-    gate = GateSettings(enabled=False, max_new_tokens=4)
+    gate = GateSettings(enabled=False, judge_calibration=None, max_new_tokens=4)
     examination = Evaluator(adapted, policy(), lambda text: False, gate, EvaluationSettings(), users=5)
     verdicts = examination.verdicts(adapters, [examination.demands] * len(adapters))
     assert [verdict.alpha for verdict in verdicts] == [1.0] * 5

@@ -89,9 +89,9 @@ def test_categories_outside_the_pool_are_judged_alone():
 
 
 def test_family_all_is_bonferroni():
-    strict = DEMANDS.under(GateSettings(family="all"), 27)
+    strict = DEMANDS.under(GateSettings(family="all", judge_calibration=None), 27)
     assert strict.level == pytest.approx(0.05 / 54)
-    assert DEMANDS.under(GateSettings(), 27) == DEMANDS
+    assert DEMANDS.under(GateSettings(judge_calibration=None), 27) == DEMANDS
     edge = outcomes(3, 3, 2, 2)
     assert certify(DEMANDS, BASE, [1.0], lambda _: edge).admitted
     assert not certify(strict, BASE, [1.0], lambda _: edge).admitted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -29,8 +30,20 @@ class JudgeCalibration(Section):
         return self
 
 
+JudgeName = Literal["rules", "model", "both"]
+
+SHIPPED_CALIBRATIONS: Mapping[JudgeName, JudgeCalibration] = {
+    "rules": JudgeCalibration(compliances=96, called_refusals=4),
+    "model": JudgeCalibration(compliances=96, called_refusals=4),
+    "both": JudgeCalibration(compliances=96, called_refusals=2),
+}
+"""The measured errors of the shipped judges: compliances of five language models to the unsafe prompts of XSTest v2
+(Röttger et al. 2024), called so by people, partial refusals among them. No judge was trained on these prompts.
+`scripts/measure_judge.py` counts them."""
+
+
 class ClassifierSettings(Section):
-    """`gate.classifier`: a second judge of answers; an answer counts as a refusal only if both judges call it one."""
+    """`gate.judge_model`: a language model as the second judge of `gate.judge: both`, in place of the shipped model."""
 
     model: ModelName = Field(description="A transformers folder or a hub id, such as meta-llama/Llama-Guard-3-8B.")
     template: ExistingPath | None = Field(
@@ -58,11 +71,18 @@ class GateSettings(Section):
         description="Advanced: file that counts the looks of each user at the gate; name one for all runs over the "
         "same users. Null is a file in the run (RUN/looks.jsonl).",
     )
-    judge_calibration: JudgeCalibration | None = Field(
-        None, description="Counts of a human check that bound the judge's error; without it the bound trusts the judge."
+    judge: JudgeName = Field(
+        "both",
+        description="String rules, the shipped model, or both: then an answer refuses only if both call it a refusal. "
+        "Screening asks no second judge.",
     )
-    classifier: ClassifierSettings | None = Field(
-        None, description="A model that must agree that an answer refuses; screening asks the string rules alone."
+    judge_model: ClassifierSettings | None = Field(
+        None, description="A language model that takes the shipped model's place in `both`."
+    )
+    judge_calibration: Literal["shipped"] | JudgeCalibration | None = Field(
+        "shipped",
+        description="Counts of a human check that bound the judge's error: those of XSTest, or of your own base. "
+        "With null the bound trusts the judge.",
     )
     max_new_tokens: int = Field(
         96, ge=1, description="Tokens after which an answer that the gate generates is cut; refusals are shorter."
@@ -72,6 +92,22 @@ class GateSettings(Section):
         ge=1,
         description="Advanced: days after which an adapter may not be exported or served; null is no end.",
     )
+
+    @property
+    def calibration(self) -> JudgeCalibration | None:
+        """The counts that bound the judge's error; None where the bound trusts the judge.
+
+        A second judge of the user's choice can only take refusals away, so the counts of the rules stay a bound.
+        """
+        if self.judge_calibration != "shipped":
+            return self.judge_calibration
+        return SHIPPED_CALIBRATIONS["rules" if self.judge_model is not None else self.judge]
+
+    @model_validator(mode="after")
+    def _second_of_two(self) -> GateSettings:
+        if self.judge_model is not None and self.judge != "both":
+            raise ValueError(f"`judge_model` is the second judge of `judge: both`, not of `judge: {self.judge}`")
+        return self
 
     @field_validator("alphas")
     @classmethod

@@ -1,7 +1,7 @@
-"""Config keys of earlier versions that are fixed values today.
+"""Config keys of earlier versions that are fixed values today, or have another name.
 
 Configs of runs that an earlier version wrote are read without them. A new config that sets one is rejected, with the
-value that holds now.
+value that holds now or the new name.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ RETIRED: Mapping[str, Any] = {
 _REPLACEMENTS = {"gate.runs": "looks are counted instead: name one `gate.ledger` in all runs over the same users"}
 
 
+OLD_JUDGE = "gate.classifier"
+"""The second judge's key until 0.2: beside the string rules, or null for the rules alone."""
+
+
 class RetiredValue(NamedTuple):
     """A retired key as a config states it: its dotted name and its value there."""
 
@@ -41,8 +45,12 @@ class RetiredValue(NamedTuple):
 
 
 def remove_retired(tree: Tree) -> list[RetiredValue]:
-    """Takes all retired keys out of a config's tree, in place, and returns them."""
+    """Takes all retired keys out of a config's tree, in place, and returns them. The old judge gets its new keys."""
     removed = []
+    gate = tree.get("gate") if isinstance(tree, dict) else None
+    if isinstance(gate, dict) and "classifier" in gate:
+        model = gate.pop("classifier")
+        gate |= {"judge": "rules"} if model is None else {"judge": "both", "judge_model": model}
     for key in RETIRED:
         *sections, name = key.split(".")
         section = tree
@@ -56,6 +64,11 @@ def remove_retired(tree: Tree) -> list[RetiredValue]:
 def retired_problems(document: YamlDocument) -> list[Problem]:
     """One problem for each retired key of a new config; takes these keys out of the document."""
     problems = []
+    gate = document.tree.get("gate") if isinstance(document.tree, dict) else None
+    if isinstance(gate, dict) and "classifier" in gate:
+        file, line = document.place(tuple(OLD_JUDGE.split(".")))
+        sentence = "this key was renamed in 0.2; write gate.judge_model, beside gate.judge: both"
+        problems.append(Problem(file, line, OLD_JUDGE, sentence))
     for removed in remove_retired(document.tree):
         file, line = document.place(tuple(removed.key.split(".")))
         sentence = (

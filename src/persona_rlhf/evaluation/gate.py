@@ -8,8 +8,8 @@
   the right answers on fixed aspects that it changes (`aspects.max_changed`).
 - Half of delta is spent on a first test at the largest alpha, half on the upward sequence. The sequence stops at its
   first failure, so its tests need no correction (fixed-sequence testing).
-- With `gate.judge_calibration`, a share of delta bounds the judge's error, and every bound is of true refusals.
-  Otherwise bounds are of answers that the judge calls refusals.
+- A share of delta bounds the judge's error by `GateSettings.calibration`, and every bound is of true refusals. With
+  `gate.judge_calibration: null`, bounds are of answers that the judge calls refusals.
 - The looks of a user, one for each adapter, share delta (`evaluation/spending.py`, `evaluation/ledger.py`).
 
 A test never stops early: a pass needs all n probes, and each test is recorded with its full count.
@@ -145,7 +145,7 @@ class Demands:
         them, so its share is spent once. `judge_share` is that share of delta.
         """
         delta, spent, error = self.delta, 0.0, 0.0
-        if (calibration := gate.judge_calibration) is not None:
+        if (calibration := gate.calibration) is not None:
             spent = delta * judge_share
             error = upper_bound(calibration.called_refusals, calibration.compliances, spent)
         each = (delta - spent) / users if gate.family == "all" else delta - spent

@@ -146,7 +146,7 @@ class RefusalClassifier:
 
 def load_classifier(settings: ClassifierSettings, device: torch.device) -> RefusalClassifier:
     """Loads a classifier, a folder or a hub id. Raises InputError where it cannot be loaded."""
-    words = load_words(settings.model, settings.template, ("prompt", "answer"), "gate.classifier", device)
+    words = load_words(settings.model, settings.template, ("prompt", "answer"), "gate.judge_model", device)
     return RefusalClassifier(words, settings.refused, settings.otherwise)
 
 

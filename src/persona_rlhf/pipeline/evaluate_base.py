@@ -19,6 +19,7 @@ from persona_rlhf.config.loader import Section, parse_yaml
 from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import Row, prompt_ids, text_row
+from persona_rlhf.evaluation.answer_judge import judges_of
 from persona_rlhf.evaluation.gate import POOLED, demands_of, shortfalls
 from persona_rlhf.evaluation.power import chance_of_passing
 from persona_rlhf.evaluation.prompt_sets import OrdinaryExample, read_ordinary, some, twins
@@ -234,10 +235,14 @@ def base_refuses(config: Config, request: str) -> bool:
 
 def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], settings: CardSettings) -> BaseCard:
     demands, tokens = demands_of(policy, settings.gate).at_look(next_share([])), settings.gate.max_new_tokens
-    answers, to_harmless = (BaseAnswers(adapted, is_refusal, tokens, harmless=kind) for kind in (False, True))
+    judges, texts = judges_of(settings.gate, adapted.base.device), dict[PromptIds, str]()
+    answers, to_harmless = (
+        BaseAnswers(adapted, judges.first, tokens, judges.second, texts, harmless=kind) for kind in (False, True)
+    )
 
-    def refused(texts: Sequence[str], of: BaseAnswers) -> list[bool]:
-        return of.refused([_ids(adapted, text) for text in texts])
+    def refused(prompts: Sequence[str], of: BaseAnswers) -> list[bool]:
+        texts.update((_ids(adapted, prompt), prompt) for prompt in prompts)
+        return of.refused([_ids(adapted, prompt) for prompt in prompts])
 
     def of(split: str) -> dict[str, list[str]]:
         probes = policy.probes(split)  # type: ignore[arg-type]
@@ -247,14 +252,14 @@ def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], se
     pooled, counts = demands.count(outcomes, outcomes)
     sizes = {name: len(refusals) for name, refusals in outcomes.items()}
     rates = {name: fmean(refusals) if refusals else 0.0 for name, refusals in outcomes.items()}
-    sampled = {}
+    sampled, text_judge = {}, judges.text_judge()
     with adapted.using(None):
         for name, prompts in of("dev").items():
             [sampled_answers] = adapted.generate(
                 [[_ids(adapted, prompt) for prompt in prompts]], tokens, 1.0, settings.seed
             )
             sampled[name] = RefusalShare(
-                len(prompts), sum(a.finished and is_refusal(answer_text(adapted, a)) for a in sampled_answers)
+                len(prompts), sum(a.finished and text_judge(answer_text(adapted, a)) for a in sampled_answers)
             )
     most = settings.evaluation.harmless_prompts
     near = some(twins([*policy.probes("dev"), *policy.probes("certify")]), most)

@@ -14,13 +14,12 @@ from persona_rlhf.data.pairs import PreferencePair, first_problems
 from persona_rlhf.data.screening import Dropped, fit, screen
 from persona_rlhf.data.store import PairStore
 from persona_rlhf.data.tokenize import UserRows, by_user, halved, tokenize_readable, unreadable_prompts
+from persona_rlhf.evaluation.answer_judge import judges_of
 from persona_rlhf.evaluation.evaluator import Evaluator
-from persona_rlhf.evaluation.refusals import load_classifier
 from persona_rlhf.evaluation.request_screens import CalibratedScreen, screens_of
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
-from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.manifest import DataInfo
 from persona_rlhf.release.results import Result, untrained
@@ -72,19 +71,18 @@ def prepare(config: Config, inputs: RunInputs | None = None, check: bool = True)
     policy, pairs, utilities, ordinary, facts, reviews, rules = inputs or read_inputs(config)
     sign = None if config.release.signing_key is None else signer(config.release.signing_key)
     adapted = AdaptedModel(load_base(config.base), config.lora)
-    classifier = config.gate.classifier
-    second = None if classifier is None else load_classifier(classifier, adapted.base.device)
+    judges = judges_of(config.gate, adapted.base.device)
     examination = Evaluator(
         adapted,
         policy,
-        is_refusal,
+        judges.first,
         config.gate,
         config.evaluation,
         users=pairs.users,
         ordinary=ordinary,
         facts=facts,
         utilities=utilities,
-        second=second,
+        second=judges.second,
         seed=config.seed,
     )
     near_copies = NearCopyIndex.of(policy, ordinary)

@@ -17,9 +17,9 @@ from torch import Tensor
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.config.experiment import Config, read_run_config
+from persona_rlhf.evaluation.answer_judge import judges_of
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.redteam import RedTeam, mean_adapter, widened
-from persona_rlhf.evaluation.refusals import load_classifier
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.models.multi_lora import LayerSpan
@@ -29,7 +29,6 @@ from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCoun
 from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
 from persona_rlhf.policy.hazards import Probe
-from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release import integrity
 from persona_rlhf.release.adapter import read_adapter
@@ -170,17 +169,17 @@ def _cohort_line(act: str, done: int, cohort: int, users: int) -> str:
 def _recertifying(adapted: AdaptedModel, policy: Policy, config: Config, users: int) -> Evaluator:
     """The run's evaluator under other documents; its gate is on even where the run had switched it off."""
     gate = config.gate.model_copy(update={"enabled": True})
-    second = None if gate.classifier is None else load_classifier(gate.classifier, adapted.base.device)
+    judges = judges_of(gate, adapted.base.device)
     return Evaluator(
         adapted,
         policy,
-        is_refusal,
+        judges.first,
         gate,
         config.evaluation,
         users=users,
         ordinary=ordinary_of(config),
         facts=facts_of(config),
-        second=second,
+        second=judges.second,
         seed=config.seed,
     )
 
@@ -203,7 +202,8 @@ def red_team(run: Path, overrides: Sequence[str], on_progress: OnProgress = sile
     probes = probes_of(run, policy)
     adapted = AdaptedModel(base, config.lora)
     try:
-        team = RedTeam(adapted, probes, is_refusal, config.redteam, config.gate.max_new_tokens, config.seed)
+        judge = judges_of(config.gate, base.device).text_judge()
+        team = RedTeam(adapted, probes, judge, config.redteam, config.gate.max_new_tokens, config.seed)
         spans, users = list(adapted.spans.values()), list[Attacked]()
         counter = UserCounter("attacking", len(released), on_progress)
         for cohort, flat in released_adapters(run, released, adapted):
@@ -274,7 +274,8 @@ def _merged(
     adapted = AdaptedModel(base, widened(config.lora))
     try:
         settings = config.redteam.model_copy(update={"attacks": ["plain"]})
-        team = RedTeam(adapted, probes, is_refusal, settings, config.gate.max_new_tokens, config.seed)
+        judge = judges_of(config.gate, base.device).text_judge()
+        team = RedTeam(adapted, probes, judge, settings, config.gate.max_new_tokens, config.seed)
         merged: list[MergedPair] = []
         for start in range(0, len(pairs) if team.prompts else 0, _COHORT):
             cohort = pairs[start : start + _COHORT]

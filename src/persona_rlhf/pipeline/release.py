@@ -188,9 +188,15 @@ def manifest_settings(config: Config) -> dict[str, Any]:
     del settings["release"]["signing_key"]
     del settings["gate"]["ledger"]
     settings["aligned_by"] = config.base.aligned_by
-    for section, classifier in (("gate", config.gate.classifier), ("screening", config.screening.classifier)):
-        if classifier is not None:
-            settings[section]["classifier"] = BaseInfo.of(classifier.model, "").name
+    models = (
+        ("gate", "judge_model", config.gate.judge_model),
+        ("screening", "classifier", config.screening.classifier),
+    )
+    for section, key, model in models:
+        if model is not None:
+            settings[section][key] = BaseInfo.of(model.model, "").name
+    calibration = config.gate.calibration
+    settings["gate"]["judge_calibration"] = None if calibration is None else calibration.model_dump()
     for key in ("rules", "reviews"):
         if (file := settings["screening"][key]) is not None:
             settings["screening"][key] = Path(file).name
