@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,35 @@ output_dir: ./outputs/lora-out
 """
 
 
+LLAMA_FACTORY_FILE = """
+model_name_or_path: model
+adapter_name_or_path: saves/sft
+trust_remote_code: true
+stage: dpo
+do_train: true
+finetuning_type: lora
+lora_rank: 4
+lora_target: q_proj, v_proj
+pref_beta: 0.2
+pref_loss: ipo
+dataset: mine, other
+dataset_dir: theirs
+template: qwen3
+cutoff_len: 2048
+quantization_bit: 4
+val_size: 0.1
+output_dir: saves/x
+plot_loss: true
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 5.0e-6
+num_train_epochs: 2.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+"""
+
+
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """Writes their file beside the files that it names."""
@@ -114,6 +144,60 @@ def test_a_config_of_axolotl(written):
     assert left == ["datasets", "sequence_len", "optimizer", "warmup_steps", "wandb_project"]
 
 
+def test_a_config_of_llama_factory(written):
+    Path("theirs").mkdir()
+    info = {"mine": {"file_name": "../pairs.jsonl", "columns": {"prompt": "instruction", "chosen": "good"}}}
+    Path("theirs/dataset_info.json").write_text(json.dumps(info))
+    found = import_config(written(LLAMA_FACTORY_FILE))
+    config = _read(found.text)
+    assert (config.name, config.seed, config.base.model, config.base.quantization) == ("x", 42, "model", "nf4")
+    assert (str(config.users.path), config.users.heldout) == ("theirs/../pairs.jsonl", 0.1)
+    assert "rename its columns `good` to `chosen`; its rows need a `user_id`" in found.text
+    assert (config.lora.rank, config.lora.alpha, config.lora.target_modules) == (4, 8, ["q_proj", "v_proj"])
+    dpo = config.dpo
+    assert (dpo.loss, dpo.beta, dpo.epochs, dpo.pairs_per_step) == ("ipo", 0.2, 2, 8)
+    assert (dpo.learning_rate, dpo.warmup, dpo.schedule) == (5e-6, 0.1, "cosine")
+    assert str(config.policy.documents[0]).endswith("configs/policy/real/tier_one.yaml")
+    left = dict(line.split(": ", 1) for line in found.left_out)
+    assert list(left) == ["adapter_name_or_path", "trust_remote_code", "dataset", "template", "cutoff_len", "plot_loss"]
+    assert "merge this adapter into it first" in left["adapter_name_or_path"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "path"),
+    [({"hf_hub_url": "someone/prefs"}, "someone/prefs"), ({"file_name": "a.json"}, "data/a.json"), (None, "a")],
+)
+def test_a_data_set_of_llama_factory_is_looked_up_by_its_name(written, entry, path):
+    if entry is not None:
+        Path("data").mkdir()
+        Path("data/dataset_info.json").write_text(json.dumps({"a": entry}))
+    found = import_config(written("model_name_or_path: model\nstage: dpo\nlora_rank: 16\ndataset: a\n"))
+    tree = yaml.safe_load(found.text)
+    assert tree["users"]["path"] == path
+    assert found.left_out == []
+    assert (tree["lora"]["alpha"], float(tree["dpo"]["learning_rate"]), tree["dpo"]["pairs_per_step"]) == (32, 5e-5, 8)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "left"),
+    [
+        ("dataset_mixer:\n  pairs.jsonl: 1.0\n", []),
+        ("dataset_mixer:\n  pairs.jsonl: 0.5\n  other/set: 0.5\n", ["dataset_mixer"]),
+        ("dataset_mixture:\n  datasets:\n    - id: pairs.jsonl\n", []),
+        ("dataset_mixture:\n  datasets:\n    - id: pairs.jsonl\n      weight: 0.5\n  seed: 1\n", ["dataset_mixture"]),
+    ],
+)
+def test_a_mixture_of_the_alignment_handbook_gives_its_first_data_set(written, mixture, left):
+    found = import_config(written(f"model_name_or_path: model\n{mixture}"))
+    assert str(_read(found.text).users.path) == "pairs.jsonl"
+    assert [line.split(": ")[0] for line in found.left_out] == left
+
+
+def test_the_bundled_base_gets_its_own_policy(written):
+    found = import_config(written("model_name_or_path: data/base\ndataset_name: pairs.jsonl\n"))
+    assert yaml.safe_load(found.text)["policy"]["documents"] == ["configs/policy/tier_one.yaml"]
+
+
 def test_what_a_file_leaves_out_is_what_its_program_would_take(written):
     least = import_config(written("model_name_or_path: model\ndataset_name: pairs.jsonl\n"))
     dpo = _read(least.text).dpo
@@ -157,7 +241,7 @@ def test_the_defaults_and_keys_of_trl_are_those_of_the_installed_one():
     assert {*trl.keys, *trl.same} - set(fields) <= {"torch_dtype", "warmup_ratio"}  # of earlier versions
 
 
-@pytest.mark.parametrize("dialect", [dialects().trl, dialects().axolotl])
+@pytest.mark.parametrize("dialect", [dialects().trl, dialects().axolotl, dialects().llama_factory])
 def test_every_counterpart_is_a_key_of_ours(dialect):
     for ours in {*dialect.keys.values(), *dialect.defaults, *dialect.values, *dialects().values}:
         section, _, field = ours.rpartition(".")
@@ -177,7 +261,14 @@ def test_files_that_are_not_here_are_said_beside_their_value(written):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("lora: {r: 8}\n", "neither `model_name_or_path` (TRL), nor `base_model` and `rl: dpo` (Axolotl)"),
+        ("lora: {r: 8}\n", "neither `model_name_or_path` (TRL, LLaMA-Factory), nor `base_model` and `rl: dpo`"),
+        (
+            "model_name_or_path: model\nstage: sft\ndataset: a\n",
+            "this LLaMA-Factory config has `stage: sft`; `stage: dpo`",
+        ),
+        ("model_name_or_path: model\npref_beta: 0.1\ndataset: a\n", "this LLaMA-Factory config has no `stage`"),
+        ("model_name_or_path: model\nstage: dpo\n", "theirs.yaml: dataset: no data set is named"),
+        ("model_name_or_path: model\ndataset_mixer: {}\n", "no data set is named"),
         ("base_model: model\ndatasets: []\n", "has no `rl`"),
         ("base_model: model\nrl: kto\n", "has `rl: kto`"),
         ("base_model: model\nrl: dpo\n", "theirs.yaml: datasets: no data set is named"),

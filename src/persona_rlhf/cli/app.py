@@ -86,10 +86,10 @@ def config_group() -> None:
 @config_commands.command("import")
 @with_exit_codes
 def config_import(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="A DPO config of TRL or Axolotl (YAML).")],
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A DPO config of TRL, Axolotl or LLaMA-Factory.")],
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="A new file (default: stdout).")] = None,
 ) -> None:
-    """Read a DPO config of TRL or Axolotl into ours, naming each key that has no counterpart."""
+    """Read a DPO config of TRL, Axolotl or LLaMA-Factory into ours, naming each key that has no counterpart."""
     from persona_rlhf.config.convert import import_config, write_new
 
     converted = import_config(source)

@@ -1,4 +1,4 @@
-"""Conversion of DPO configs of TRL and Axolotl to ours, for `config import`.
+"""Conversion of DPO configs of TRL, the alignment-handbook, Axolotl and LLaMA-Factory, for `config import`.
 
 Keys with a counterpart are written out; every other key is named with the reason. The tables are in `dialects.yaml`.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.config.data_sets import data_set
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.loader import (
     KeyPath,
@@ -44,11 +45,13 @@ class Dialect(Section):
     same: dict[str, list[str | bool]]
     defaults: dict[str, str | int | float]
     values: dict[str, dict[str, str]]
+    alpha_per_rank: int | None = None
 
 
 class _Dialects(Section):
     trl: Dialect
     axolotl: Dialect
+    llama_factory: Dialect
     values: dict[str, dict[str, str]]
     reasons: dict[str, str]
 
@@ -99,9 +102,9 @@ def _clip(value: Tree) -> Tree:
 def _modules(value: Tree) -> Tree:
     if value is False:
         raise NoCounterpart("lora.target_modules is all-linear, or names the layers")
-    if value is True or value in ("all-linear", ["all-linear"]):
+    if value is True or value in ("all-linear", ["all-linear"], "all"):
         return "all-linear"
-    return [value] if isinstance(value, str) else value
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 _READERS: Mapping[str, Callable[[Tree], Tree]] = {
@@ -131,7 +134,8 @@ def _read(ours: str, value: Tree, dialect: Dialect) -> Tree:
     return names[name]
 
 
-_POLICY = "configs/policy/tier_one.yaml"
+_POLICY = "configs/policy/real/tier_one.yaml"
+_BUNDLED = {"data/base": "configs/policy/tier_one.yaml"}  # the tiny base has probes in words that it knows
 _FILES = ("base.model", "users.path")  # files that may still be missing
 
 
@@ -151,7 +155,7 @@ class _Entry(NamedTuple):
 
 
 def import_config(path: Path) -> ImportedConfig:
-    """Reads a DPO config of TRL or Axolotl. Raises InputError if it is neither, or has an impossible value."""
+    """Reads a DPO config of another trainer. Raises InputError if it is of none, or has an impossible value."""
     document = read_yaml(path)
     if document.problems:
         raise InputError(document.problems)
@@ -184,17 +188,30 @@ def write_new(text: str, out: Path) -> None:
         raise InputError([Problem(str(out), None, None, "this folder does not exist; make it first")]) from None
 
 
+_LLAMA_FACTORY = frozenset({"stage", "finetuning_type", "pref_beta", "pref_loss"})
+
+
 def _dialect(name: str, theirs: Mapping[str, Tree]) -> Dialect:
-    """The trainer that a config is for. Raises InputError if it is neither TRL nor Axolotl."""
+    """The trainer that a config is for. Raises InputError if it is for none, or not for DPO."""
+    if theirs.keys() & _LLAMA_FACTORY:
+        _need(name, theirs, "stage", ("dpo",), "LLaMA-Factory")
+        return dialects().llama_factory
     if "model_name_or_path" in theirs:
         return dialects().trl
     if "base_model" not in theirs:
-        wanted = "`model_name_or_path` (TRL), nor `base_model` and `rl: dpo` (Axolotl)"
-        raise InputError([Problem(name, None, None, f"no DPO config of TRL or Axolotl: it has neither {wanted}")])
-    if theirs.get("rl") not in ("dpo", "ipo"):
-        value = f"`rl: {theirs['rl']}`" if "rl" in theirs else "no `rl`"
-        raise InputError([Problem(name, None, "rl", f"this Axolotl config has {value}; `rl: dpo` or ipo can be read")])
+        wanted = "`model_name_or_path` (TRL, LLaMA-Factory), nor `base_model` and `rl: dpo` (Axolotl)"
+        sentence = f"no DPO config of TRL, Axolotl or LLaMA-Factory: it has neither {wanted}"
+        raise InputError([Problem(name, None, None, sentence)])
+    _need(name, theirs, "rl", ("dpo", "ipo"), "Axolotl")
     return dialects().axolotl
+
+
+def _need(name: str, theirs: Mapping[str, Tree], key: str, values: Sequence[str], title: str) -> None:
+    """Raises InputError unless a key says that the config is for DPO."""
+    if theirs.get(key) not in values:
+        value = f"`{key}: {theirs[key]}`" if key in theirs else f"no `{key}`"
+        sentence = f"this {title} config has {value}; `{key}: {'` or `'.join(values)}` can be read"
+        raise InputError([Problem(name, None, key, sentence)])
 
 
 def _translated(
@@ -202,7 +219,10 @@ def _translated(
 ) -> tuple[dict[str, _Entry], list[str]]:
     """Entries by our keys, in the order of our config, and one line for each key without a counterpart."""
     entries, left_out = dict(_of_many_keys(document, theirs, dialect)), dict[str, str]()
-    handled = {*dialect.keys, *dialect.batch, *_datasets_in_one(theirs)}
+    data = data_set(document, theirs)
+    if data is not None:
+        entries["users.path"] = _Entry(data.path, document.place(data.place), data.comment)
+    handled = {*dialect.keys, *dialect.batch, *(data.whole if data is not None else ())}
     for key, value in theirs.items():
         if key not in handled and value not in dialect.same.get(key, ()):
             left_out[key] = _reason(key)
@@ -220,7 +240,8 @@ def _translated(
     here = document.place(())
     output = str(theirs.get("output_dir") or Path(document.name).stem)
     entries.setdefault("name", _Entry(_as_name(output.rstrip("/").split("/")[-1]), here, "names the run"))
-    entries["policy.documents"] = _Entry([_POLICY], here, "theirs names no policy; this is the shipped tier one")
+    policy = _BUNDLED.get(str(theirs.get("model_name_or_path", theirs.get("base_model"))), _POLICY)
+    entries["policy.documents"] = _Entry([policy], here, "theirs names no policy; this is the shipped tier one")
     unread = {ours for key, ours in dialect.keys.items() if key in left_out}
     for ours in dialect.defaults.keys() - unread:
         entries.setdefault(ours, _Entry(dialect.defaults[ours], here, f"default of {dialect.title}"))
@@ -242,24 +263,17 @@ def _our_keys() -> Iterator[str]:
 
 
 def _of_many_keys(document: YamlDocument, theirs: Mapping[str, Tree], dialect: Dialect) -> Iterator[tuple[str, _Entry]]:
-    """Entries that several keys decide: the pairs of a step, and the first of several data sets."""
+    """Entries that several keys decide: the pairs of a step, and `lora.alpha` as a multiple of the rank."""
     counts = {key: theirs.get(key, default) for key, default in dialect.batch.items()}
     wrong = [key for key, count in counts.items() if type(count) is not int]
     product = counts[wrong[0]] if wrong else math.prod(counts.values())  # type: ignore[arg-type]
     comment = " x ".join(f"{key} {count}" for key, count in counts.items())
     yield "dpo.pairs_per_step", _Entry(product, document.place(tuple(wrong[:1] or counts)[:1]), comment)
-    sets = theirs.get("datasets")
-    if isinstance(sets, list) and sets and isinstance(sets[0], dict) and "path" in sets[0]:
-        first = sets[0]
-        field = "data_files" if isinstance(first.get("data_files"), str) else "path"
-        yield "users.path", _Entry(first[field], document.place(("datasets", 0, field)), f"datasets[0].{field}")
-
-
-def _datasets_in_one(theirs: Mapping[str, Tree]) -> list[str]:
-    """`datasets`, if it only names one path."""
-    sets = theirs.get("datasets")
-    plain = isinstance(sets, list) and len(sets) == 1 and isinstance(sets[0], dict) and set(sets[0]) == {"path"}
-    return ["datasets"] if plain else []
+    theirs_of = {ours: key for key, ours in dialect.keys.items()}
+    rank = theirs.get(theirs_of["lora.rank"], dialect.defaults.get("lora.rank"))
+    if dialect.alpha_per_rank is not None and theirs_of["lora.alpha"] not in theirs and isinstance(rank, int):
+        comment = f"default of {dialect.title}: {dialect.alpha_per_rank} x rank"
+        yield "lora.alpha", _Entry(dialect.alpha_per_rank * rank, document.place(()), comment)
 
 
 def _check(name: str, entries: Mapping[str, _Entry]) -> list[Problem]:
