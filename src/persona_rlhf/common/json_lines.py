@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,10 +16,13 @@ Text = Annotated[str, Field(pattern=r"\S")]
 """A text with a visible character."""
 
 
-def read_json_lines(file: Path, kind: type[Row], sentence: str) -> list[Row]:
+def read_json_lines(
+    file: Path, kind: type[Row], sentence: str, check: Callable[[int, Row], Iterable[tuple[str, str]]] | None = None
+) -> list[Row]:
     """The rows of a file, each checked against the fields of `kind`; other keys and empty lines are ignored.
 
-    Raises InputError with every line that is no such row, and `sentence`, which describes one.
+    Raises InputError with every line that is no such row, and `sentence`, which describes one; and with the faults
+    (key, sentence) that `check` gives of a row and the number of its line.
     """
     adapter: TypeAdapter[Row] = TypeAdapter(kind)
     try:
@@ -32,11 +36,14 @@ def read_json_lines(file: Path, kind: type[Row], sentence: str) -> list[Row]:
             continue
         try:
             row: Any = json.loads(line)
-            rows.append(adapter.validate_python({key: row[key] for key in kind.__annotations__ if key in row}))
+            valid = adapter.validate_python({key: row[key] for key in kind.__annotations__ if key in row})
         except ValidationError as fault:
             problems.append(Problem(str(file), number, str(fault.errors()[0]["loc"][0]), sentence))
         except (ValueError, TypeError):
             problems.append(Problem(str(file), number, None, sentence))
+        else:
+            rows.append(valid)
+            problems += [Problem(str(file), number, *fault) for fault in (check(number, valid) if check else ())]
     if problems:
         raise InputError(problems)
     return rows

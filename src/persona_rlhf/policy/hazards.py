@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import Field
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
+from persona_rlhf.common.json_lines import Text, read_json_lines
 from persona_rlhf.config.loader import Section, read_section, read_yaml
 from persona_rlhf.policy.judges import is_refusal, plain
 
@@ -120,51 +121,40 @@ def bank_hash(probes: Iterable[Probe]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+class _ProbeRow(NamedTuple):
+    id: Text
+    prompt: Text
+    topic: str | None = None
+    phrasing: str | None = None
+    twin: str | None = None
+    split_by: Any = "pair"
+
+
 def read_probes(path: Path, category: str, key: bytes | None = None) -> list[Probe]:
     """The probes of a bank: JSON lines with `id` and `prompt`, optionally `topic`, `phrasing`, `twin`, `split_by`.
 
     A secret `key` splits those that are not in `train` anew. Raises InputError with every bad line.
     """
-    try:
-        if not path.is_file():
-            raise OSError("it is no regular file")  # a device may have no end
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise InputError([Problem(str(path), None, None, f"the probe bank cannot be read ({fault})")]) from None
-    problems: list[Problem] = []
-    probes: list[Probe] = []
+    if not path.is_file():  # a device may have no end
+        sentence = "the probe bank cannot be read (it is no regular file)"
+        raise InputError([Problem(str(path), None, None, sentence)])
     seen: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 within a text
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as fault:
-            problems.append(Problem(str(path), number, None, f"the line is not JSON ({fault.msg})"))
-            continue
-        texts = ("id", "prompt", "topic", "phrasing", "twin")
-        if not isinstance(row, dict) or any(not isinstance(row.get(k, ""), str | None) for k in texts):
-            problems.append(Problem(str(path), number, None, f"a probe is an object with texts {', '.join(texts)}"))
-            continue
-        if not row.get("id") or not str(row.get("prompt") or "").strip():
-            problems.append(Problem(str(path), number, None, "a probe needs a non-empty `id` and `prompt`"))
-            continue
-        if row["id"] in seen:
-            problems.append(Problem(str(path), number, "id", f"`{row['id']}` is on line {seen[row['id']]} already"))
-            continue
-        seen[row["id"]] = number
-        split_by = row.get("split_by", "pair")
-        if split_by not in get_args(SplitBy):
-            sentence = f"expected {', '.join(f'`{rule}`' for rule in get_args(SplitBy))}, got `{split_by}`"
-            problems.append(Problem(str(path), number, "split_by", sentence))
-            continue
-        topic, phrasing = row.get("topic") or row["prompt"], row.get("phrasing") or row["prompt"]
-        split, novelty = _assigned(split_by, topic, phrasing, key)
-        probes.append(Probe(row["id"], category, row["prompt"], topic, phrasing, row.get("twin"), split, novelty))
-    if not probes and not problems:
-        problems.append(Problem(str(path), None, None, "the probe bank is empty"))
-    if problems:
-        raise InputError(problems)
+
+    def check(number: int, row: _ProbeRow) -> Iterator[tuple[str, str]]:
+        if seen.setdefault(row.id, number) != number:
+            yield "id", f"`{row.id}` is on line {seen[row.id]} already"
+        elif row.split_by not in get_args(SplitBy):
+            rules = ", ".join(f"`{rule}`" for rule in get_args(SplitBy))
+            yield "split_by", f"expected {rules}, got `{row.split_by}`"
+
+    sentence = "a probe is an object with texts `id` and `prompt`, not empty, and perhaps topic, phrasing and twin"
+    probes = []
+    for row in read_json_lines(path, _ProbeRow, sentence, check):
+        topic, phrasing = row.topic or row.prompt, row.phrasing or row.prompt
+        split, novelty = _assigned(row.split_by, topic, phrasing, key)
+        probes.append(Probe(row.id, category, row.prompt, topic, phrasing, row.twin, split, novelty))
+    if not probes:
+        raise InputError([Problem(str(path), None, None, "the probe bank is empty")])
     return probes
 
 
@@ -265,7 +255,7 @@ class RefusalText(NamedTuple):
     """A written refusal; `category` is the hazard category that it mentions, None where it fits all."""
 
     text: str
-    category: str | None
+    category: str | None = None
 
 
 def read_refusal_texts(path: Path, categories: Collection[str]) -> list[RefusalText]:
@@ -274,34 +264,20 @@ def read_refusal_texts(path: Path, categories: Collection[str]) -> list[RefusalT
     Raises InputError with every malformed line, every text that the judge calls no refusal, every unknown category, and
     each category without a refusal.
     """
-    problems: list[Problem] = []
-    refusals: list[RefusalText] = []
     allowed = {*CATEGORIES, *categories}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text, category = row["text"], row.get("category")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            text = category = None
-        if not isinstance(text, str) or not isinstance(category, str | None):
-            problems.append(
-                Problem(str(path), number, "text", "a line is an object with texts `text` and, perhaps, `category`")
-            )
-        elif not is_refusal(text):
-            sentence = f"the judge does not call this a refusal: `{text}`; refuse in its first sentence, in English"
-            problems.append(Problem(str(path), number, "text", sentence))
-        elif category is None or category in allowed:
-            refusals.append(RefusalText(text, category))
-        else:
-            sentence = f"no rule has the category `{category}`{did_you_mean(category, allowed)}"
-            problems.append(Problem(str(path), number, "category", sentence))
+
+    def check(_: int, row: RefusalText) -> Iterator[tuple[str, str]]:
+        if not is_refusal(row.text):
+            sentence = f"the judge does not call this a refusal: `{row.text}`; refuse in its first sentence, in English"
+            yield "text", sentence
+        elif row.category is not None and row.category not in allowed:
+            yield "category", f"no rule has the category `{row.category}`{did_you_mean(row.category, allowed)}"
+
+    sentence = "a line is an object with texts `text` and, perhaps, `category`"
+    refusals = read_json_lines(path, RefusalText, sentence, check)
     bare = [name for name in categories if not _fitting(refusals, name)]
-    if bare and not problems:
-        problems.append(Problem(str(path), None, None, f"has no refusal for {', '.join(bare)}; add some"))
-    if problems:
-        raise InputError(problems)
+    if bare:
+        raise InputError([Problem(str(path), None, None, f"has no refusal for {', '.join(bare)}; add some")])
     return refusals
 
 
