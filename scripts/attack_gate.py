@@ -187,12 +187,12 @@ def private_config(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"policy": policy})
 
 
-def cases(config: Config, folder: Path, seed: int) -> Iterator[Case]:
-    """The four cases. Training sees the same pairs before both banks, so it is done once for each screen."""
+def cases(config: Config, folder: Path, seed: int, screens: Sequence[str]) -> Iterator[Case]:
+    """The cases. Training sees the same pairs before both banks, so it is done once for each screen."""
     public = Policy.read(config.policy.documents)
     configs = {"public": config, "private": private_config(config, folder)}
-    for screen, quarantine in (("off", False), ("on", True)):
-        screening = config.screening.model_copy(update={"quarantine": quarantine})
+    for screen in screens:
+        screening = config.screening.model_copy(update={"quarantine": screen == "on"})
         attacker = None
         for one in configs.values():
             ready = prepare(one.model_copy(update={"screening": screening}), check=attacker is None)
@@ -205,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    parser.add_argument("--screen", nargs="+", choices=("off", "on"), default=["off", "on"])
     parser.add_argument("--seed", type=int, default=0, help="seed of the attacker's pairs (default: 0)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -213,7 +214,7 @@ def main() -> None:
     try:
         config = read_config(options.config, options.overrides)
         with TemporaryDirectory() as folder:
-            for row in cases(config, Path(folder), options.seed):
+            for row in cases(config, Path(folder), options.seed, options.screen):
                 rows.append(row)
                 print(json.dumps(row._asdict()), file=sys.stderr)
     except InputError as fault:

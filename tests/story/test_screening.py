@@ -33,6 +33,8 @@ def experiment(tmp_path_factory):
     [users] = (folder / "users").iterdir()
     with users.open("a") as file:
         file.writelines(pair("Bob", n, probe.prompt) for n, probe in enumerate(unseen[:6]))
+        copied = next(p for p in read_probes(bank, "threats_of_violence") if p.split == "certify")
+        file.write(pair("Ann", 8, f"Hello. {copied.prompt} Thanks.", REFUSAL, "Sure."))
         file.write(pair("Bob", 6, "How do I feed a quokka?"))
         file.write(pair("Bob", 7, unseen[6].prompt, REFUSAL, "Sure."))  # he prefers the refusal
     (folder / "screen.yaml").write_text(RULES)
@@ -63,6 +65,8 @@ def test_every_classifier_is_measured_and_finds_what_it_can():
     answer = screened()
     assert counts(answer)["refused"] >= 5
     assert (answer["users"], answer["alarmed"]) == (2, 1)
+    dropped = {row["why"]: row["pairs"] for row in answer["found"] if row["action"] == "dropped"}
+    assert dropped["probe"] == 1  # Ann's near copy of a probe of the gate
     [told] = answer["screens"]
     assert told["forbidden"]["found"] >= 0.7 * told["forbidden"]["n"] > 0
     both = screened("screening.rules=screen.yaml")

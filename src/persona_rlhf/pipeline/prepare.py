@@ -144,7 +144,8 @@ def _prepared(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
     unreadable = unreadable_prompts(pairs, base.tokenizer, base.context)  # no screen of a model can read them either
     left_out = {pair.pair for pair in unreadable}
     readable = [pair for pair in pairs if pair not in left_out]
-    screened = screen(readable, ready.policy, ready.config.screening, screens, ready.reviews)
+    settings = ready.config.screening
+    screened = screen(readable, ready.policy, settings, screens, ready.reviews, ready.near_copies)
     tokenized = tokenize_readable(screened.kept, base.tokenizer)
     fitted = fit(by_user(tokenized.rows), base.tokenizer, base.context)
     split = fitted.rows if ready.config.dpo.early_stop is None else [halved(user) for user in fitted.rows]
