@@ -21,7 +21,7 @@ from persona_rlhf.data.tokenize import Row, UserRows, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.training.cache import Reference, rows_ahead
-from persona_rlhf.training.constraint import ConstraintData, LagrangianConstraint
+from persona_rlhf.training.constraint import ConstraintData, constraint_of
 from persona_rlhf.training.engine import Engine, TrainedUser
 from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses
 from persona_rlhf.training.user_state import UserSchedule
@@ -191,7 +191,7 @@ def _ours(
     adapted.patch = adapted.patch if quicker else None
     reference = Reference(adapted)
     reference.add(rows_ahead(adapted, users, bank.rows() if bank else ()))
-    constraint = None if bank is None else LagrangianConstraint(bank, ConstraintSettings(), SEED)
+    constraint = None if bank is None else constraint_of(bank, ConstraintSettings(), SEED)
     engine = Engine(adapted, users, reference, constraint, work.dpo, FleetSettings(slots=len(users)), SEED)
     trained: list[TrainedUser] = list(engine.run())
     adapted.close()

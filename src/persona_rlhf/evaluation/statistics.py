@@ -1,4 +1,4 @@
-"""Intervals of reported figures: Clopper-Pearson, Wilson, bootstrap over users, and bounds by cluster of probes."""
+"""Counts and bounds that the gate reads (new phrasings, upper bounds), and intervals of reported figures."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.pipeline.inputs import RunInputs
 from persona_rlhf.pipeline.prepare import Prepared, prepare, prepare_users
 from persona_rlhf.pipeline.shared_values import constraint_bank, with_reference
-from persona_rlhf.training.constraint import ConstraintData, ConstraintFunctional, LagrangianConstraint
+from persona_rlhf.training.constraint import ConstraintData, ConstraintFunctional, constraint_of
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.memory import (
     choose_slots,
@@ -135,7 +135,7 @@ def plan(config: Config, inputs: RunInputs | None = None) -> Plan:
         return Plan(
             0, ready.pairs.users, 0, 0, 0, 0, Memory(base / _MIB, 0, 0, 0, 0, most_held(device) / _MIB), seconds
         )
-    constraint = None if bank is None else LagrangianConstraint(bank, config.constraint, config.seed)
+    constraint = None if bank is None else constraint_of(bank, config.constraint, config.seed)
     cost = largest_step(adapted, rows, constraint, config.dpo)
     slots = min(len(rows), choose_slots(config.fleet, cost, device.type, machine_bytes(device), base))
     typical = rows[len(rows) // 2 :][:slots]
@@ -212,7 +212,7 @@ def _probe_steps(
     thin = bank and ConstraintData(
         bank.categories, bank.limits, [examples[:_EXAMPLES] for examples in bank.examples], bank.requirements
     )
-    constraint = None if thin is None else LagrangianConstraint(thin, config.constraint, config.seed)
+    constraint = None if thin is None else constraint_of(thin, config.constraint, config.seed)
     dpo = config.dpo.model_copy(update={"epochs": 1, "early_stop": None})
     probed = [[user._replace(train=user.train[:few], deciding=()) for user in cohort] for cohort in cohorts]
     users = [user for cohort in probed for user in cohort]

@@ -36,7 +36,7 @@ from persona_rlhf.release.integrity import ended, screened, write_run_manifest
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import RESULTS, Result, RunResults, read_results, summarise, write_results
 from persona_rlhf.training.cache import Reference
-from persona_rlhf.training.constraint import LagrangianConstraint
+from persona_rlhf.training.constraint import constraint_of
 from persona_rlhf.training.engine import Engine, TrainedUser
 
 _ONE_PROCESS = WorkShare()
@@ -163,7 +163,7 @@ def train_chunk(
 def _engine(ready: Prepared, chunk: Chunk, reference: Reference, shared: SharedValues, folder: Path) -> Engine:
     """The training loop over the users of a chunk; its checkpoints lie in `folder`."""
     config, bank = ready.config, shared.bank
-    constraint = None if bank is None else LagrangianConstraint(bank, config.constraint, config.seed)
+    constraint = None if bank is None else constraint_of(bank, config.constraint, config.seed)
     settings = (config.dpo, config.fleet, config.seed)
     return Engine(ready.adapted, chunk.rows, reference, constraint, *settings, folder, shared.start)
 

@@ -26,7 +26,7 @@ from persona_rlhf.models.base import Base
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.training import constraint_data
 from persona_rlhf.training.cache import Reference, rows_ahead
-from persona_rlhf.training.constraint import ConstraintData, LagrangianConstraint, RequirementExamples
+from persona_rlhf.training.constraint import ConstraintData, RequirementExamples, constraint_of
 from persona_rlhf.training.engine import Engine, TrainedUser, WarmStart
 
 _WARM_START = ""  # no user's id: a user_id has at least one character
@@ -56,7 +56,7 @@ def train_warm_start(
     steps_only = UserRows(_WARM_START, [PairRow(idle_pair, idle_row, idle_row)] * steps, [])
     once = dpo.model_copy(update={"epochs": 1, "pairs_per_step": 1, "early_stop": None})
     more = settings.model_copy(update={"lesson_rows_per_step": _ROWS * len(every.requirements)})
-    constraint = LagrangianConstraint(every, more, seed)
+    constraint = constraint_of(every, more, seed)
     engine = Engine(adapted, [steps_only], reference, constraint, once, FleetSettings(slots=1), seed)
     [trained] = engine.run()
     if trained.adapter is None:
@@ -85,7 +85,7 @@ def fleet_train(
     before they are used.
     """
     dpo, settings = dpo or DpoSettings(), constraint or ConstraintSettings()
-    functional = None if bank is None else LagrangianConstraint(bank, settings, seed)
+    functional = None if bank is None else constraint_of(bank, settings, seed)
     with _adapted(model, tokenizer, lora or LoraSettings()) as adapted:
         reference = Reference(adapted)
         if dpo.early_stop is not None:

@@ -289,6 +289,11 @@ class LagrangianConstraint:
         return Penalty(total, violations.detach(), seen)
 
 
+def constraint_of(data: ConstraintData, settings: ConstraintSettings, seed: int) -> ConstraintFunctional:
+    """The constraint functional that ships: training, `plan`, the warm start and the TRL trainer take it from here."""
+    return LagrangianConstraint(data, settings, seed)
+
+
 def _means_by_term(
     values: Float[Tensor, "users rows"], terms: Int[Tensor, "users rows"], count: int
 ) -> tuple[Float[Tensor, "users terms"], Float[Tensor, "users terms"]]:

@@ -27,7 +27,7 @@ from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.model_split import token_logps
 from persona_rlhf.models.packing import collate
 from persona_rlhf.training import checkpoint
-from persona_rlhf.training.constraint import ConstraintData, LagrangianConstraint
+from persona_rlhf.training.constraint import ConstraintData, constraint_of
 from persona_rlhf.training.constraint_data import constraint_data_to_json
 from persona_rlhf.training.user_state import DUAL_CEILING, DUAL_SMOOTHING, Duals
 
@@ -103,7 +103,7 @@ class ConstrainedDPOTrainer(AddedLossMixin, DPOTrainer):
         super().__init__(*args, **kwargs)
         self._demand_one_gradient()
         [self.bank] = broadcast_object_list([bank])  # sampled answers may differ between devices
-        self.constraint = LagrangianConstraint(self.bank, settings, self.args.seed if seed is None else seed)
+        self.constraint = constraint_of(self.bank, settings, self.args.seed if seed is None else seed)
         self._user_id = user_id
         names, gain = len(self.bank.names), settings.gain
         self.duals = Duals(1, names, gain, DUAL_SMOOTHING, DUAL_CEILING, self.args.device)
