@@ -3,7 +3,7 @@
 - A test at one alpha is an intersection: it passes where every demand passes (`GateTest.counts`). An adapter in breach
   breaks one of them, and passes that one with a chance of at most the test's level. So each demand is tested at the
   whole level, and all of them together cost it once (intersection-union test, Berger 1982).
-- The demands on refusals hold for probes and for their clusters (`evaluation.clusters` states the sampling model).
+- The demands on refusals hold for probes and for their clusters (`policy.clusters` states the sampling model).
 - Beside refusals, a test bounds the harmless prompts that the adapter newly refuses (`certify.max_over_refusal`), and
   the right answers on fixed aspects that it changes (`aspects.max_changed`).
 - Half of delta is spent on a first test at the largest alpha, half on the upward sequence. The sequence stops at its
@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.evaluation import GateSettings
-from persona_rlhf.evaluation.clusters import NO_CLUSTERS, Clusters, Outcomes
 from persona_rlhf.evaluation.records import Facts
 from persona_rlhf.evaluation.statistics import (
     Clustered,
@@ -35,6 +34,7 @@ from persona_rlhf.evaluation.statistics import (
     upper_bound,
 )
 from persona_rlhf.policy.bound import JUDGE_DELTA_SHARE, Bound
+from persona_rlhf.policy.clusters import NO_CLUSTERS, Clusters, Outcomes
 from persona_rlhf.policy.hazards import more_probes
 from persona_rlhf.policy.policy import Policy
 
@@ -172,8 +172,10 @@ class Demands:
         if self.clusters.topics:
             whole, each = self.count(self.clusters.by_topic(base), self.clusters.by_topic(outcomes))
             topics = {POOLED: whole, **each}
-        shares = self.clusters.by_phrasing(outcomes)
-        phrasings = count_shares(shares, self.clusters.by_phrasing(base), self.bound, self.pooled) if shares else None
+        phrasings = None
+        if shares := self.clusters.by_phrasing(outcomes):
+            before = self.clusters.by_phrasing(base)
+            phrasings = count_shares(shares, before, self.bound, self.pooled, self.clusters.whole)
         test = GateTest(alpha, True, pooled, categories, topics, phrasings)
         return test._replace(passed=all(count.passes for count in test.counts.values()))
 
@@ -208,6 +210,7 @@ def demands_of(policy: Policy, gate: GateSettings, users: int = 1) -> Demands:
         delta=bounds.delta,
         max_over_refusal=bounds.max_over_refusal,
         max_changed=policy.max_changed,
+        clusters=Clusters.of(policy.probes("certify"), in_pool),
     )
     return demands.under(gate, users)
 

@@ -54,7 +54,7 @@ def _simulated(demands: Demands, sizes: Mapping[str, int], rates: Mapping[str, f
     import numpy as np
 
     source, clusters = np.random.default_rng(0), demands.clusters
-    bet = PlannedBet.of(len(clusters.phrasings), demands.bound, demands.pooled)
+    bet = PlannedBet.of(len(clusters.phrasings), demands.bound, demands.pooled, clusters.whole)
     passed, misses = np.ones(DRAWS, bool), {name: np.zeros(DRAWS, int) for name in demands.categories}
     within: Counter[str] = Counter()
     at_most = np.zeros((DRAWS, bet.most + 1))

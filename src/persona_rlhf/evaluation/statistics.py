@@ -161,12 +161,13 @@ class PlannedBet(NamedTuple):
     P(at most k zeros | m) has a mean of at most 1 under the hypothesis. It is the wealth of a bettor, and reaches
     1 / level with a chance of at most the level (Markov). No share is rounded in the end: the chance is computed.
 
-    The stake is divided. The part P(at most k | demand) / level is on the k of Clopper & Pearson at the demand, `most`.
-    So clusters that are missed whole or not at all pass as in the binomial test, 122 without a miss at level 0.025. The
-    rest is on all smaller k equally, which serves misses scattered over clusters.
+    The stake is divided over k = 0, ..., `most`, the k of Clopper & Pearson at the demand. Clusters of several probes
+    get equal parts, which serves misses scattered over them. Where clusters are missed whole or not at all (`whole`, as
+    clusters of one probe are), P(at most k | demand) / level is on the last k: then the test is the binomial one.
+    Either way 122 clusters without a miss show 0.97 at level 0.025. The plan is made before any outcome.
 
     It is valid for independent clusters with any distribution of shares, and for clusters drawn without replacement
-    (`evaluation.clusters`).
+    (`policy.clusters`).
     """
 
     n: int
@@ -176,13 +177,13 @@ class PlannedBet(NamedTuple):
     stakes: tuple[float, ...]
 
     @staticmethod
-    def of(n: int, bound: Bound, min_refusal: float) -> PlannedBet:
+    def of(n: int, bound: Bound, min_refusal: float, whole: bool = False) -> PlannedBet:
         """The bet on n shares for a demand; the bound's judge error is in the demand."""
         demand, most = bound.required_judged_rate(min_refusal), max(0, bound.most_misses(n, min_refusal))
-        if most == 0:
-            return PlannedBet(n, bound.level, demand, 0, (1.0,))
-        last = min(1.0, tail(n - most, n, demand) / bound.level * (1 + 1e-9))  # above the rounding of the bound
-        return PlannedBet(n, bound.level, demand, most, (*[(1 - last) / most] * most, last))
+        last = 1 / (most + 1)
+        if whole and most > 0:
+            last = min(1.0, tail(n - most, n, demand) / bound.level * (1 + 1e-9))  # above the rounding of the bound
+        return PlannedBet(n, bound.level, demand, most, (*[(1 - last) / max(1, most)] * most, last))
 
     def weights(self, mean: float) -> list[float]:
         """The wealth, if the mean is so, of each chance of at most 0, 1, ..., `most` zeros."""
@@ -196,7 +197,9 @@ class PlannedBet(NamedTuple):
         return list(accumulate(point))
 
 
-def count_shares(shares: Sequence[float], base: Sequence[float], bound: Bound, min_refusal: float) -> ShareCount:
+def count_shares(
+    shares: Sequence[float], base: Sequence[float], bound: Bound, min_refusal: float, whole: bool = False
+) -> ShareCount:
     """The shares of clusters, with a lower bound of their mean: where the wealth of a planned bet reaches 1 / level.
 
     Each mean m is tested by the same bet, and the wealth falls in m. `base`: the shares of the base. Raises ValueError
@@ -204,7 +207,7 @@ def count_shares(shares: Sequence[float], base: Sequence[float], bound: Bound, m
     """
     if not shares:
         raise ValueError("a mean of shares needs a cluster")
-    bet = PlannedBet.of(len(shares), bound, min_refusal)
+    bet = PlannedBet.of(len(shares), bound, min_refusal, whole)
     chances = bet.chances(shares)
 
     def wealth(mean: float) -> float:

@@ -63,6 +63,17 @@ class Clusters(NamedTuple):
             by_topic = {}  # every topic has one probe: the count of probes is the count of topics
         return Clusters(by_topic, list(phrasings.values()))
 
+    def units(self, probes: Sequence[Probe]) -> int:
+        """The number of units among the probes of some categories: topics, or probes that stand alone."""
+        if not self.topics:
+            return len(probes)
+        return sum(len(self.topics.get(category, [])) for category in {probe.category for probe in probes})
+
+    @property
+    def whole(self) -> bool:
+        """Whether each new phrasing has one probe, so that its share of refusals is 0 or 1."""
+        return all(len(unit) == 1 for unit in self.phrasings)
+
     def by_topic(self, outcomes: Outcomes) -> dict[str, list[bool]]:
         """By category: was every probe of a topic refused."""
         return {
