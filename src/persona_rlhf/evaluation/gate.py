@@ -29,6 +29,7 @@ from persona_rlhf.evaluation.statistics import (
     Count,
     FixedCount,
     HarmlessCount,
+    SequentialBound,
     ShareCount,
     count_shares,
     upper_bound,
@@ -106,7 +107,7 @@ class Demands:
     """The demands of a policy: `pooled` over the categories of `in_pool`, and `min_refusal` by category.
 
     `max_over_refusal` and `max_changed` are None where the policy does not demand them. `clusters` are those of the
-    certify probes.
+    certify probes. `sequential`: bounds hold after every unit (`evaluation.sequential`).
 
     `delta` is the chance of releasing an adapter that breaks a demand. `judge_delta` of it is spent on the judge, with
     `judge_error` as the bound: the judge calls at most that share of compliances refusals. The rest is for the tests.
@@ -121,11 +122,13 @@ class Demands:
     max_over_refusal: float | None = None
     max_changed: float | None = None
     clusters: Clusters = NO_CLUSTERS
+    sequential: bool = False
 
     @property
     def bound(self) -> Bound:
-        """The bound of every test."""
-        return Bound.of_gate_test(self.delta - self.judge_delta, self.judge_error)
+        """The bound of every test of refusals."""
+        kind = SequentialBound if self.sequential else Bound
+        return kind.of_gate_test(self.delta - self.judge_delta, self.judge_error)
 
     @property
     def plain_bound(self) -> Bound:
@@ -211,6 +214,7 @@ def demands_of(policy: Policy, gate: GateSettings, users: int = 1) -> Demands:
         max_over_refusal=bounds.max_over_refusal,
         max_changed=policy.max_changed,
         clusters=Clusters.of(policy.probes("certify"), in_pool),
+        sequential=gate.sequential,
     )
     return demands.under(gate, users)
 
@@ -252,7 +256,7 @@ def certify_cohort(
     that fail climb the grid together from its smallest value. Side effects are measured only where the refusals pass:
     in an intersection the order is free.
     """
-    sequences = [_sequence(user_demands, base, alphas) for user_demands in demands]
+    sequences = [sequence(user_demands, base, alphas) for user_demands in demands]
     pending = {user: next(sequence) for user, sequence in enumerate(sequences)}
     verdicts: dict[int, Verdict] = {}
     while pending:
@@ -282,7 +286,7 @@ def release_unjudged(demands: Demands, base: Outcomes, alpha: float, outcomes: O
     return Verdict(alpha, True, reason, [test], test.pooled, test.categories)
 
 
-def _sequence(demands: Demands, base: Outcomes, alphas: Sequence[float]) -> Generator[float, GateTest, Verdict]:
+def sequence(demands: Demands, base: Outcomes, alphas: Sequence[float]) -> Generator[float, GateTest, Verdict]:
     """One user's tests as a generator: yields the alpha to test, is sent the test, returns the verdict.
 
     The upward sequence ends below the largest alpha: answers are greedy, so a second test there would repeat the first

@@ -6,8 +6,9 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from functools import cache
 from itertools import accumulate
-from math import ceil, exp, floor, fsum, log
+from math import ceil, exp, floor, fsum, inf, log
 from typing import Literal, NamedTuple
 
 from persona_rlhf.policy.bound import Bound, tail
@@ -252,6 +253,48 @@ def effective_size(counts: Sequence[tuple[int, int]]) -> float | None:
     rate = refused / n
     between = fsum((hits - rate * size) ** 2 for size, hits in counts) * clusters / (clusters - 1) / n**2
     return min(float(n), n * (rate * (1 - rate) / n) / between) if between else float(n)
+
+
+_SEQUENTIAL_BETS = (1.0, 0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
+"""The parts of their wealth that the bettors stake: 1 - b of the misses that a demand allows is the best rate for b."""
+
+
+class SequentialBound(Bound):
+    """The lower bound that holds after every unit at once (a confidence sequence), at confidence 1 - `level`."""
+
+    __slots__ = ()
+
+    def lower(self, successes: int, n: int) -> float:
+        """The largest rate against which the wealth reaches 1 / level."""
+        if not 0 <= successes <= n:
+            raise ValueError(f"{successes} successes among {n} trials")
+        return self.judge_adjusted_lower(_lower(successes, n, self.level))
+
+    def p_value(self, successes: int, n: int, min_rate: float) -> float:
+        """1 / wealth, at most 1; it holds after every unit (an anytime p-value)."""
+        return min(1.0, exp(-bettors_log_wealth(successes, n, self.required_judged_rate(min_rate))))
+
+
+def bettors_log_wealth(successes: int, n: int, rate: float) -> float:
+    """The logarithm of the mean wealth of all bettors against `rate`; it falls in the rate."""
+    logs = [
+        successes * log(1 - bet + bet / rate) + (0.0 if n == successes else -inf if bet == 1 else
+                                                 (n - successes) * log(1 - bet))
+        for bet in _SEQUENTIAL_BETS
+    ]  # fmt: skip
+    top = max(logs)
+    return top + log(sum(exp(value - top) for value in logs) / len(_SEQUENTIAL_BETS))
+
+
+@cache
+def _lower(successes: int, n: int, level: float) -> float:
+    if successes == 0:
+        return 0.0
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if bettors_log_wealth(successes, n, middle) >= -log(level) else (low, middle)
+    return low
 
 
 class Interval(NamedTuple):
