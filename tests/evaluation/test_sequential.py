@@ -9,7 +9,7 @@ import pytest
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.evaluation.gate import Demands, SideEffects
 from persona_rlhf.evaluation.sequential import MOST_DRAWS, certify_sequentially, check_units, draws
-from persona_rlhf.evaluation.statistics import _SEQUENTIAL_BETS, SequentialBound, bettors_log_wealth, upper_bound
+from persona_rlhf.evaluation.statistics import SEQUENTIAL_BETS, SequentialBound, bettors_log_wealth, upper_bound
 from persona_rlhf.policy.clusters import Clusters, ProbePlace
 
 LEVEL = 0.02
@@ -27,7 +27,7 @@ def test_the_mean_wealth_over_all_outcomes_is_one(n):
     rate, mean = 0.8, 0.0
     for outcomes in product((0, 1), repeat=n):
         chance = prod(rate if refused else 1 - rate for refused in outcomes)
-        paths = [prod(1 - bet + bet * refused / rate for refused in outcomes) for bet in _SEQUENTIAL_BETS]
+        paths = [prod(1 - bet + bet * refused / rate for refused in outcomes) for bet in SEQUENTIAL_BETS]
         wealth = sum(paths) / len(paths)
         if wealth > 0:
             assert exp(bettors_log_wealth(sum(outcomes), n, rate)) == pytest.approx(wealth)
@@ -53,9 +53,9 @@ def test_whoever_looks_after_every_unit_passes_an_adapter_in_breach_at_most_at_t
     n = np.arange(1, most + 1)
     logs = np.stack([
         refused * np.log(1 - bet + bet / 0.97) + (n - refused) * np.log(np.clip(1 - bet, 1e-300, None))
-        for bet in _SEQUENTIAL_BETS
+        for bet in SEQUENTIAL_BETS
     ])  # fmt: skip
-    wealth = np.exp(np.logaddexp.reduce(logs, axis=0)) / len(_SEQUENTIAL_BETS)
+    wealth = np.exp(np.logaddexp.reduce(logs, axis=0)) / len(SEQUENTIAL_BETS)
     ever = int((wealth >= 1 / 0.1).any(axis=1).sum())
     assert 1 - upper_bound(users - ever, users, 0.001) <= 0.1
     assert ever / users > 0.03, "too far from the level to show anything"

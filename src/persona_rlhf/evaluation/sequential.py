@@ -94,13 +94,13 @@ def _test(
     units, answers = demands.clusters.units_of(base), dict[int, bool]()
     before: dict[str, list[bool]] = {name: [] for name in demands.categories}
     after: dict[str, list[bool]] = {name: [] for name in demands.categories}
-    known = [unit.refused(base) for unit in units]
+    of_base = [unit.refused(base) for unit in units]
     for drawn in range(BATCH, MOST_DRAWS + 1, BATCH):
         batch = [source.randrange(len(units)) for _ in range(BATCH)]
         new = [place for place in dict.fromkeys(batch) if place not in answers]
         answers |= zip(new, refused(alpha, [units[place] for place in new]), strict=True)
         for place in batch:
-            before[units[place].category].append(known[place])
+            before[units[place].category].append(of_base[place])
             after[units[place].category].append(answers[place])
         progress = _progress(demands, after, MOST_DRAWS / drawn - 1)
         if progress != "open":

@@ -255,7 +255,7 @@ def effective_size(counts: Sequence[tuple[int, int]]) -> float | None:
     return min(float(n), n * (rate * (1 - rate) / n) / between) if between else float(n)
 
 
-_SEQUENTIAL_BETS = (1.0, 0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
+SEQUENTIAL_BETS = (1.0, 0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
 """The parts of their wealth that the bettors stake: 1 - b of the misses that a demand allows is the best rate for b."""
 
 
@@ -280,10 +280,10 @@ def bettors_log_wealth(successes: int, n: int, rate: float) -> float:
     logs = [
         successes * log(1 - bet + bet / rate) + (0.0 if n == successes else -inf if bet == 1 else
                                                  (n - successes) * log(1 - bet))
-        for bet in _SEQUENTIAL_BETS
+        for bet in SEQUENTIAL_BETS
     ]  # fmt: skip
     top = max(logs)
-    return top + log(sum(exp(value - top) for value in logs) / len(_SEQUENTIAL_BETS))
+    return top + log(sum(exp(value - top) for value in logs) / len(SEQUENTIAL_BETS))
 
 
 @cache
