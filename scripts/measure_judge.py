@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 from collections.abc import Iterable
+from itertools import dropwhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,9 +58,9 @@ def share(hits: int, n: int) -> str:
 
 
 def pyrit(file: Path) -> list[Labelled]:
-    """PyRIT's answers with the labels of people; its first line is a comment."""
+    """PyRIT's answers with the labels of people; comments come before the names of the columns."""
     with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(line for line in lines if not line.startswith("# dataset_version")))
+        rows = list(csv.DictReader(dropwhile(lambda line: line.startswith("#"), lines)))
     return [Labelled(row["assistant_response"].strip(), float(row["human_score"]) == 1) for row in rows]
 
 

@@ -60,6 +60,7 @@ SHOWN_BY = {
     "fleet.chunk": "tests/story/test_scale.py",
     "release.signing_key": "tests/story/test_audit.py",
     "release.license": "tests/config/test_experiment_advanced_keys.py::test_the_license_stands_on_the_card",
+    "gate.sequential": "tests/evaluation/test_sequential.py",
     "run.report_to": "tests/pipeline/test_monitoring_trackers.py",
 }
 """The test of each advanced key: with another value, something else happens there."""

@@ -14,13 +14,14 @@ from persona_rlhf.policy.bound import Bound
 LEVEL = 0.025
 
 
-def passes(shares, level=LEVEL, error=0.0, demand=0.97) -> bool:
-    return count_shares(shares, shares, Bound(level, error), demand).passes
+def passes(shares, level=LEVEL, error=0.0, demand=0.97, whole=False) -> bool:
+    return count_shares(shares, shares, Bound(level, error), demand, whole).passes
 
 
-def test_a_clean_sheet_needs_as_many_clusters_as_the_binomial_test():
-    assert passes([1.0] * 122)
-    assert not passes([1.0] * 121)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_clean_sheet_needs_as_many_clusters_as_the_binomial_test(whole):
+    assert passes([1.0] * 122, whole=whole)
+    assert not passes([1.0] * 121, whole=whole)
     assert mean_lower_bound([1.0] * 122, LEVEL) < 0.97  # five bets at once need 142
 
 
@@ -30,7 +31,7 @@ def test_a_clean_sheet_needs_as_many_clusters_as_the_binomial_test():
 def test_clusters_missed_whole_pass_as_in_the_binomial_test(n, misses, level, demand, error):
     shares = [1.0] * max(0, n - misses) + [0.0] * min(n, misses)
     bound = Bound(level, error)
-    assert passes(shares, level, error, demand) == (misses <= bound.most_misses(n, demand))
+    assert passes(shares, level, error, demand, whole=True) == (misses <= bound.most_misses(n, demand))
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]), min_size=1, max_size=9), st.integers(0, 8))
@@ -57,7 +58,7 @@ def test_the_bound_rises_with_every_share_and_agrees_with_the_p_value(data, n):
 
 
 def test_misses_scattered_over_clusters_pass_where_five_bets_do():
-    """320 phrasings of two probes each: eight of 640 probes may be missed; the older bound allows seven."""
+    """320 phrasings of two probes each: eight of 640 probes may be missed; five bets at once allow seven."""
     scattered = [0.5] * 8 + [1.0] * 312
     assert passes(scattered)
     assert mean_lower_bound(scattered, LEVEL) < 0.97
@@ -73,9 +74,9 @@ CLUSTERS = {
 
 
 @pytest.mark.parametrize("kind", CLUSTERS)
-@pytest.mark.parametrize("n", [150, 320])
-def test_just_under_the_demand_clusters_of_any_kind_pass_at_most_at_the_level(kind, n):
-    users, bet = 3000, PlannedBet.of(n, Bound(0.1), 0.97)
+@pytest.mark.parametrize(("n", "whole"), [(150, False), (320, False), (320, True)])
+def test_just_under_the_demand_clusters_of_any_kind_pass_at_most_at_the_level(kind, n, whole):
+    users, bet = 3000, PlannedBet.of(n, Bound(0.1), 0.97, whole)
     shares = CLUSTERS[kind](np.random.default_rng(n), users, n).astype(float)
     weights = bet.weights(bet.demand)
     passed = sum(

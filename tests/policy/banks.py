@@ -14,7 +14,7 @@ from persona_rlhf.policy.hazards import CATEGORIES, assign_split
 
 
 def write_bank(file: Path, category: str, certify: int = 60, train: int = 5) -> Path:
-    """A bank with exactly that many probes in `certify` and `train`, and none elsewhere."""
+    """A bank with exactly that many probes in `certify` and `train`, none elsewhere, and no new phrasing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(_bank(category, certify, train))
     return file
@@ -25,8 +25,8 @@ def _bank(category: str, certify: int, train: int) -> str:
     left = {"certify": certify, "train": train}
     rows = []
     for topic, phrasing in itertools.product(range(60), range(60)):
-        split, _ = assign_split(f"{category} {topic}", f"phrasing {phrasing}")
-        if left.get(split, 0) > 0:
+        split, novelty = assign_split(f"{category} {topic}", f"phrasing {phrasing}")
+        if novelty == "combination" and left.get(split, 0) > 0:
             left[split] -= 1
             name = f"{category}-{topic}-{phrasing}"
             text = {"id": name, "prompt": name, "topic": f"{category} {topic}", "phrasing": f"phrasing {phrasing}"}

@@ -192,7 +192,7 @@ def test_what_trains_is_never_drawn_and_each_probe_says_what_is_new_in_it(tmp_pa
     known = {"topic": one.topic, "phrasing": one.phrasing}
     write_rows(settings.private_banks / "sexual_assault.jsonl", [
         {"id": "trained", "prompt": f"{SECRET} a", **known},
-        {"id": "new wording", "prompt": f"{SECRET} b", "topic": one.topic, "phrasing": "w", "split_by": "pair"},
+        {"id": "new wording", "prompt": f"{SECRET} b", "topic": one.topic, "split_by": "pair"},
         {"id": "new topic", "prompt": f"{SECRET} c", "topic": "t", "phrasing": one.phrasing},
         {"id": "trained topic", "prompt": f"{SECRET} d", "topic": one.topic, "split_by": "held_out"},
         *private_rows("sexual_assault", 60),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from persona_rlhf.common.errors import InputError, visible
 from persona_rlhf.common.run_lock import WAIT_SECONDS
 
 if TYPE_CHECKING:
+    from persona_rlhf.evaluation.power import PowerRow
     from persona_rlhf.policy.documents import PolicyDocument
 
 policy_commands = command_group("Policy documents of three tiers.")
@@ -72,6 +74,9 @@ def policy_show(
 def policy_check(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Documents, or folders of them.")],
     as_json: Json = False,
+    power: Annotated[
+        bool, typer.Option("--power", help="The chance that good adapters pass the gate, by look and refusal rate.")
+    ] = False,
 ) -> None:
     """Validate policy documents (or folders of them), alone and against each other."""
     from persona_rlhf.policy.policy import check_documents
@@ -82,11 +87,28 @@ def policy_check(
         if as_json:
             print_json({"problems": [problem._asdict() for problem in fault.problems], "notes": []})
         raise
+    rows = _power(paths) if power else []
     if as_json:
-        print_json({"problems": [], "notes": notes})
+        shown = {"power": [row._asdict() for row in rows]} if power else {}
+        print_json({"problems": [], "notes": notes, **shown})
         return
     for line in notes:
         note(visible(line))
+    if rows:
+        from persona_rlhf.evaluation.power import power_table
+
+        print_table(power_table(rows))
+
+
+def _power(paths: Sequence[Path]) -> list[PowerRow]:
+    """The power of the gate of these documents. Raises InputError where no tier one is among them."""
+    from persona_rlhf.config.evaluation import GateSettings
+    from persona_rlhf.evaluation.gate import demands_of
+    from persona_rlhf.evaluation.power import power
+    from persona_rlhf.policy.policy import Policy, document_files
+
+    policy = Policy.read(document_files(paths))
+    return power(demands_of(policy, GateSettings()), policy.probes("certify"))
 
 
 @policy_commands.command("diff")

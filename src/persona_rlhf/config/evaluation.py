@@ -87,6 +87,11 @@ class GateSettings(Section):
     max_new_tokens: int = Field(
         96, ge=1, description="Tokens after which an answer that the gate generates is cut; refusals are shorter."
     )
+    sequential: bool = Field(
+        False,
+        description="Advanced: draw fresh probes for each look from a private bank, so that only failed looks spend "
+        "delta; for users who give feedback for years.",
+    )
     valid_days: int | None = Field(
         None,
         ge=1,

@@ -13,7 +13,6 @@ from torch import Tensor
 from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import UserRows, prompt_ids
-from persona_rlhf.evaluation.clusters import Outcomes
 from persona_rlhf.evaluation.gate import (
     HARMLESS_PROMPTS,
     Demands,
@@ -56,6 +55,7 @@ from persona_rlhf.evaluation.refusals import (
 from persona_rlhf.evaluation.spending import next_share
 from persona_rlhf.evaluation.statistics import Clustered, by_cluster
 from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.policy.clusters import Outcomes
 from persona_rlhf.policy.hazards import Probe, Split, unseen_topics_certify
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.properties import REPAIRED

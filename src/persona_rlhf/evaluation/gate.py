@@ -3,7 +3,7 @@
 - A test at one alpha is an intersection: it passes where every demand passes (`GateTest.counts`). An adapter in breach
   breaks one of them, and passes that one with a chance of at most the test's level. So each demand is tested at the
   whole level, and all of them together cost it once (intersection-union test, Berger 1982).
-- The demands on refusals hold for probes and for their clusters (`evaluation.clusters` states the sampling model).
+- The demands on refusals hold for probes and for their clusters (`policy.clusters` states the sampling model).
 - Beside refusals, a test bounds the harmless prompts that the adapter newly refuses (`certify.max_over_refusal`), and
   the right answers on fixed aspects that it changes (`aspects.max_changed`).
 - Half of delta is spent on a first test at the largest alpha, half on the upward sequence. The sequence stops at its
@@ -23,18 +23,19 @@ from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.evaluation import GateSettings
-from persona_rlhf.evaluation.clusters import NO_CLUSTERS, Clusters, Outcomes
 from persona_rlhf.evaluation.records import Facts
 from persona_rlhf.evaluation.statistics import (
     Clustered,
     Count,
     FixedCount,
     HarmlessCount,
+    SequentialBound,
     ShareCount,
     count_shares,
     upper_bound,
 )
 from persona_rlhf.policy.bound import JUDGE_DELTA_SHARE, Bound
+from persona_rlhf.policy.clusters import NO_CLUSTERS, Clusters, Outcomes
 from persona_rlhf.policy.hazards import more_probes
 from persona_rlhf.policy.policy import Policy
 
@@ -106,7 +107,7 @@ class Demands:
     """The demands of a policy: `pooled` over the categories of `in_pool`, and `min_refusal` by category.
 
     `max_over_refusal` and `max_changed` are None where the policy does not demand them. `clusters` are those of the
-    certify probes.
+    certify probes. `sequential`: bounds hold after every unit (`evaluation.sequential`).
 
     `delta` is the chance of releasing an adapter that breaks a demand. `judge_delta` of it is spent on the judge, with
     `judge_error` as the bound: the judge calls at most that share of compliances refusals. The rest is for the tests.
@@ -121,11 +122,13 @@ class Demands:
     max_over_refusal: float | None = None
     max_changed: float | None = None
     clusters: Clusters = NO_CLUSTERS
+    sequential: bool = False
 
     @property
     def bound(self) -> Bound:
-        """The bound of every test."""
-        return Bound.of_gate_test(self.delta - self.judge_delta, self.judge_error)
+        """The bound of every test of refusals."""
+        kind = SequentialBound if self.sequential else Bound
+        return kind.of_gate_test(self.delta - self.judge_delta, self.judge_error)
 
     @property
     def plain_bound(self) -> Bound:
@@ -172,8 +175,10 @@ class Demands:
         if self.clusters.topics:
             whole, each = self.count(self.clusters.by_topic(base), self.clusters.by_topic(outcomes))
             topics = {POOLED: whole, **each}
-        shares = self.clusters.by_phrasing(outcomes)
-        phrasings = count_shares(shares, self.clusters.by_phrasing(base), self.bound, self.pooled) if shares else None
+        phrasings = None
+        if shares := self.clusters.by_phrasing(outcomes):
+            before = self.clusters.by_phrasing(base)
+            phrasings = count_shares(shares, before, self.bound, self.pooled, self.clusters.whole)
         test = GateTest(alpha, True, pooled, categories, topics, phrasings)
         return test._replace(passed=all(count.passes for count in test.counts.values()))
 
@@ -208,6 +213,8 @@ def demands_of(policy: Policy, gate: GateSettings, users: int = 1) -> Demands:
         delta=bounds.delta,
         max_over_refusal=bounds.max_over_refusal,
         max_changed=policy.max_changed,
+        clusters=Clusters.of(policy.probes("certify"), in_pool),
+        sequential=gate.sequential,
     )
     return demands.under(gate, users)
 
@@ -249,7 +256,7 @@ def certify_cohort(
     that fail climb the grid together from its smallest value. Side effects are measured only where the refusals pass:
     in an intersection the order is free.
     """
-    sequences = [_sequence(user_demands, base, alphas) for user_demands in demands]
+    sequences = [sequence(user_demands, base, alphas) for user_demands in demands]
     pending = {user: next(sequence) for user, sequence in enumerate(sequences)}
     verdicts: dict[int, Verdict] = {}
     while pending:
@@ -279,7 +286,7 @@ def release_unjudged(demands: Demands, base: Outcomes, alpha: float, outcomes: O
     return Verdict(alpha, True, reason, [test], test.pooled, test.categories)
 
 
-def _sequence(demands: Demands, base: Outcomes, alphas: Sequence[float]) -> Generator[float, GateTest, Verdict]:
+def sequence(demands: Demands, base: Outcomes, alphas: Sequence[float]) -> Generator[float, GateTest, Verdict]:
     """One user's tests as a generator: yields the alpha to test, is sent the test, returns the verdict.
 
     The upward sequence ends below the largest alpha: answers are greedy, so a second test there would repeat the first

@@ -3,14 +3,62 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from persona_rlhf.evaluation.gate import Demands
+from rich.table import Table
+
+from persona_rlhf.evaluation.gate import HARMLESS_PROMPTS, Demands
 from persona_rlhf.evaluation.statistics import PlannedBet
-from persona_rlhf.policy.bound import Bound
+from persona_rlhf.policy.bound import Bound, look_share
+from persona_rlhf.policy.hazards import Probe
 
 DRAWS = 20_000
 """Simulated adapters of a chance that has no closed form: its standard error is at most 0.0035."""
+
+LOOKS = (1, 2, 5, 10)
+RATES = (0.99, 0.995, 0.999)
+NEWLY_REFUSED = 0.005
+"""The share of harmless prompts that an adapter newly refuses, in tables of power."""
+
+
+class PowerRow(NamedTuple):
+    """The chances of passing a user's look, by true rate; and the misses that it allows in the pool."""
+
+    look: int
+    misses: int
+    chances: dict[str, float]
+
+
+def power(demands: Demands, probes: Sequence[Probe], looks: Sequence[int] = LOOKS) -> list[PowerRow]:
+    """The power of a bank: rows by look, chances by rate, all demands together. `demands` are those of all looks.
+
+    Every unit (topic, or probe) is refused with the rate, and judged rightly; the bound of the judge's error is in the
+    demands. A user who fails at the largest alpha may pass at a smaller one, which only adds to these chances.
+    """
+    sizes = Counter(probe.category for probe in probes)
+    units = {name: len(topics) for name, topics in demands.clusters.topics.items()} or sizes
+    total = sum(units[name] for name in demands.in_pool)
+    rows = []
+    for look in looks:
+        at_look = demands.at_look(look_share(look))
+        chances = {
+            f"{rate:g}": chance_of_passing(at_look, sizes, dict.fromkeys(sizes, rate), HARMLESS_PROMPTS, NEWLY_REFUSED)
+            for rate in RATES
+        }
+        rows.append(PowerRow(look, at_look.bound.most_misses(total, demands.pooled), chances))
+    return rows
+
+
+def power_table(rows: Sequence[PowerRow]) -> Table:
+    """The power of a bank as a table."""
+    heads = [f"refuses {float(rate):.1%}" for rate in rows[0].chances]
+    caption = "The chance that an adapter passes at alpha 1, all demands together; smaller alphas add to it."
+    table = Table("look", "misses allowed", *heads, caption=caption, caption_justify="left")
+    for row in rows:
+        allowed = f"{row.misses}" if row.misses >= 0 else "too few probes"
+        table.add_row(f"{row.look}", allowed, *(f"{chance:.3f}" for chance in row.chances.values()))
+    return table
 
 
 def chance_of_passing(
@@ -54,7 +102,7 @@ def _simulated(demands: Demands, sizes: Mapping[str, int], rates: Mapping[str, f
     import numpy as np
 
     source, clusters = np.random.default_rng(0), demands.clusters
-    bet = PlannedBet.of(len(clusters.phrasings), demands.bound, demands.pooled)
+    bet = PlannedBet.of(len(clusters.phrasings), demands.bound, demands.pooled, clusters.whole)
     passed, misses = np.ones(DRAWS, bool), {name: np.zeros(DRAWS, int) for name in demands.categories}
     within: Counter[str] = Counter()
     at_most = np.zeros((DRAWS, bet.most + 1))

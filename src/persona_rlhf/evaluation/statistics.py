@@ -6,8 +6,9 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from functools import cache
 from itertools import accumulate
-from math import ceil, exp, floor, fsum, log
+from math import ceil, exp, floor, fsum, inf, log
 from typing import Literal, NamedTuple
 
 from persona_rlhf.policy.bound import Bound, tail
@@ -161,12 +162,13 @@ class PlannedBet(NamedTuple):
     P(at most k zeros | m) has a mean of at most 1 under the hypothesis. It is the wealth of a bettor, and reaches
     1 / level with a chance of at most the level (Markov). No share is rounded in the end: the chance is computed.
 
-    The stake is divided. The part P(at most k | demand) / level is on the k of Clopper & Pearson at the demand, `most`.
-    So clusters that are missed whole or not at all pass as in the binomial test, 122 without a miss at level 0.025. The
-    rest is on all smaller k equally, which serves misses scattered over clusters.
+    The stake is divided over k = 0, ..., `most`, the k of Clopper & Pearson at the demand. Clusters of several probes
+    get equal parts, which serves misses scattered over them. Where clusters are missed whole or not at all (`whole`, as
+    clusters of one probe are), P(at most k | demand) / level is on the last k: then the test is the binomial one.
+    Either way 122 clusters without a miss show 0.97 at level 0.025. The plan is made before any outcome.
 
     It is valid for independent clusters with any distribution of shares, and for clusters drawn without replacement
-    (`evaluation.clusters`).
+    (`policy.clusters`).
     """
 
     n: int
@@ -176,13 +178,13 @@ class PlannedBet(NamedTuple):
     stakes: tuple[float, ...]
 
     @staticmethod
-    def of(n: int, bound: Bound, min_refusal: float) -> PlannedBet:
+    def of(n: int, bound: Bound, min_refusal: float, whole: bool = False) -> PlannedBet:
         """The bet on n shares for a demand; the bound's judge error is in the demand."""
         demand, most = bound.required_judged_rate(min_refusal), max(0, bound.most_misses(n, min_refusal))
-        if most == 0:
-            return PlannedBet(n, bound.level, demand, 0, (1.0,))
-        last = min(1.0, tail(n - most, n, demand) / bound.level * (1 + 1e-9))  # above the rounding of the bound
-        return PlannedBet(n, bound.level, demand, most, (*[(1 - last) / most] * most, last))
+        last = 1 / (most + 1)
+        if whole and most > 0:
+            last = min(1.0, tail(n - most, n, demand) / bound.level * (1 + 1e-9))  # above the rounding of the bound
+        return PlannedBet(n, bound.level, demand, most, (*[(1 - last) / max(1, most)] * most, last))
 
     def weights(self, mean: float) -> list[float]:
         """The wealth, if the mean is so, of each chance of at most 0, 1, ..., `most` zeros."""
@@ -196,7 +198,9 @@ class PlannedBet(NamedTuple):
         return list(accumulate(point))
 
 
-def count_shares(shares: Sequence[float], base: Sequence[float], bound: Bound, min_refusal: float) -> ShareCount:
+def count_shares(
+    shares: Sequence[float], base: Sequence[float], bound: Bound, min_refusal: float, whole: bool = False
+) -> ShareCount:
     """The shares of clusters, with a lower bound of their mean: where the wealth of a planned bet reaches 1 / level.
 
     Each mean m is tested by the same bet, and the wealth falls in m. `base`: the shares of the base. Raises ValueError
@@ -204,7 +208,7 @@ def count_shares(shares: Sequence[float], base: Sequence[float], bound: Bound, m
     """
     if not shares:
         raise ValueError("a mean of shares needs a cluster")
-    bet = PlannedBet.of(len(shares), bound, min_refusal)
+    bet = PlannedBet.of(len(shares), bound, min_refusal, whole)
     chances = bet.chances(shares)
 
     def wealth(mean: float) -> float:
@@ -249,6 +253,48 @@ def effective_size(counts: Sequence[tuple[int, int]]) -> float | None:
     rate = refused / n
     between = fsum((hits - rate * size) ** 2 for size, hits in counts) * clusters / (clusters - 1) / n**2
     return min(float(n), n * (rate * (1 - rate) / n) / between) if between else float(n)
+
+
+SEQUENTIAL_BETS = (1.0, 0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
+"""The parts of their wealth that the bettors stake: 1 - b of the misses that a demand allows is the best rate for b."""
+
+
+class SequentialBound(Bound):
+    """The lower bound that holds after every unit at once (a confidence sequence), at confidence 1 - `level`."""
+
+    __slots__ = ()
+
+    def lower(self, successes: int, n: int) -> float:
+        """The largest rate against which the wealth reaches 1 / level."""
+        if not 0 <= successes <= n:
+            raise ValueError(f"{successes} successes among {n} trials")
+        return self.judge_adjusted_lower(_lower(successes, n, self.level))
+
+    def p_value(self, successes: int, n: int, min_rate: float) -> float:
+        """1 / wealth, at most 1; it holds after every unit (an anytime p-value)."""
+        return min(1.0, exp(-bettors_log_wealth(successes, n, self.required_judged_rate(min_rate))))
+
+
+def bettors_log_wealth(successes: int, n: int, rate: float) -> float:
+    """The logarithm of the mean wealth of all bettors against `rate`; it falls in the rate."""
+    logs = [
+        successes * log(1 - bet + bet / rate) + (0.0 if n == successes else -inf if bet == 1 else
+                                                 (n - successes) * log(1 - bet))
+        for bet in SEQUENTIAL_BETS
+    ]  # fmt: skip
+    top = max(logs)
+    return top + log(sum(exp(value - top) for value in logs) / len(SEQUENTIAL_BETS))
+
+
+@cache
+def _lower(successes: int, n: int, level: float) -> float:
+    if successes == 0:
+        return 0.0
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if bettors_log_wealth(successes, n, middle) >= -log(level) else (low, middle)
+    return low
 
 
 class Interval(NamedTuple):

@@ -14,11 +14,12 @@ Of many users the first thousand are measured; the others are assumed to be like
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import ceil
 from statistics import fmean, linear_regression
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from rich.table import Table
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.training import DpoSettings
 from persona_rlhf.data.tokenize import UserRows, both_rows
+from persona_rlhf.evaluation.power import power
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.pipeline.inputs import RunInputs
@@ -82,7 +84,8 @@ class Seconds(NamedTuple):
 class Plan(NamedTuple):
     """Size of a run: users to train, users skipped, pairs, tokens without padding, steps of single users, slots.
 
-    `notice` names layers of the base that cannot be adapted.
+    `notice` names layers of the base that cannot be adapted. `held_back`: the users that the gate would be expected to
+    hold back at their first look, if all of them refused so much of what it asks (by that rate).
     """
 
     users: int
@@ -94,13 +97,15 @@ class Plan(NamedTuple):
     memory: Memory
     seconds: Seconds
     notice: str | None = None
+    held_back: Mapping[str, float] = MappingProxyType({})
 
     def to_json(self) -> dict[str, Any]:
         seconds = self.seconds._asdict() | {"total": self.seconds.total}
         parts = {"memory_mib": self.memory._asdict(), "seconds": seconds}
         counts = {key: value for key, value in self._asdict().items() if isinstance(value, int)}
         rounded = {part: {key: round(value, 1) for key, value in values.items()} for part, values in parts.items()}
-        return {**counts, **rounded, "notice": self.notice}
+        held_back = {rate: round(users, 2) for rate, users in self.held_back.items()}
+        return {**counts, **rounded, "notice": self.notice, "expected_held_back": held_back}
 
 
 class StepTime(NamedTuple):
@@ -173,7 +178,16 @@ def plan(config: Config, inputs: RunInputs | None = None) -> Plan:
             judging=judging,
         ),
         notice=adapted.notice,
+        held_back=_held_back(ready, users),
     )
+
+
+def _held_back(ready: Prepared, users: int) -> dict[str, float]:
+    """The expected number of users held back at a first look, by their refusal rate; empty where the gate is off."""
+    if not ready.examination.gate.enabled:
+        return {}
+    [first] = power(ready.examination.demands, ready.policy.probes("certify"), looks=[1])
+    return {rate: users * (1 - chance) for rate, chance in first.chances.items()}
 
 
 class CohortStep(NamedTuple):
@@ -301,5 +315,8 @@ def render(plan: Plan) -> Table:
     for name, mib in plan.memory._asdict().items():
         table.add_row(f"memory: {name}", f"{mib:,.1f} MiB", end_section=name == "peak")
     for name, seconds in (*plan.seconds._asdict().items(), ("total", plan.seconds.total)):
-        table.add_row(f"time: {name}", f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 60:,.1f} min")
+        show = f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 60:,.1f} min"
+        table.add_row(f"time: {name}", show, end_section=name == "total")
+    for rate, held in plan.held_back.items():
+        table.add_row(f"held back at first, if all refuse {float(rate):.1%}", f"{held:,.1f} users")
     return table

@@ -12,6 +12,7 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import find
 from persona_rlhf.config.loader import KeyPath
 from persona_rlhf.policy.bound import Bound
+from persona_rlhf.policy.clusters import Clusters
 from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, more_probes, read_probes
 from persona_rlhf.policy.judges import plain, skeleton
@@ -202,19 +203,21 @@ def unusable_probes(
     documents: Sequence[PolicyDocument],
     private: PrivateBank | None = None,
 ) -> Iterator[Problem]:
-    """Banks that are too small for their bound, have no train probes, or share a prompt between `train` and another."""
+    """Banks with too few probes, topics or phrasings for their bound, without train probes, or with a trained prompt in
+    another split."""
     by_path, bound = {document.path: document for document in documents}, Bound.of_first_look(certify.delta)
-    pooled = 0
+    pooled: list[Probe] = []
     for restriction in restrictions:
         document = by_path[restriction.document]
         index = next(i for i, rule in document.rules if rule.id == restriction.id)
-        certified = sum(probe.split == "certify" for probe in restriction.probes)
-        pooled += certified if restriction.tier == 1 else 0
+        probes = [probe for probe in restriction.probes if probe.split == "certify"]
+        pooled += probes if restriction.tier == 1 else []
+        units = Clusters.of(probes, ()).units(probes)
         needed = bound.fewest_trials(restriction.min_refusal)
-        if certified < needed:
-            sentence = _too_few(restriction.min_refusal, certify.delta, needed, certified)
+        if units < needed:
+            sentence = _too_few(restriction.min_refusal, certify.delta, needed, units, _unit(units, probes))
             if private is None:
-                sentence += f" of {restriction.bank}; {more_probes([restriction.category], needed - certified)}"
+                sentence += f" of {restriction.bank}; {more_probes([restriction.category], needed - units)}"
             else:
                 sentence += f" of `{restriction.category}` in {private.name}; {_DRAW_MORE}"
             yield document.problem(("rules", index, "min_refusal"), sentence)
@@ -229,24 +232,32 @@ def unusable_probes(
                 )
                 yield document.problem(("rules", index, "probes"), sentence)
                 break
-    needed = bound.fewest_trials(certify.min_refusal)
-    if restrictions and pooled < needed:
+    needed, clusters = bound.fewest_trials(certify.min_refusal), Clusters.of(pooled, {p.category for p in pooled})
+    units, phrasings = clusters.units(pooled), len(clusters.phrasings)
+    where = "all tier-one banks" if private is None else private.name
+    sentence = more = ""
+    if restrictions and units < needed:
+        sentence = _too_few(certify.min_refusal, certify.delta, needed, units, _unit(units, pooled))
+        more = more_probes([r.category for r in restrictions if r.tier == 1], needed - units)
+    elif 0 < phrasings < needed:
+        sentence = _too_few(certify.min_refusal, certify.delta, needed, phrasings, "new phrasings")
+        more = "write more of them, or split the banks by topic (`split_by: topic`)"
+    if sentence:
         strictest = max((d for d in documents if d.certify), key=lambda d: (d.certify or certify).min_refusal)
-        sentence = _too_few(certify.min_refusal, certify.delta, needed, pooled)
-        if private is None:
-            more = more_probes([r.category for r in restrictions if r.tier == 1], needed - pooled)
-            sentence += f" of all tier-one banks; {more}"
-        else:
-            sentence += f" of {private.name}; {_DRAW_MORE}"
-        yield strictest.problem(("certify", "min_refusal"), sentence)
+        more = more if private is None else _DRAW_MORE
+        yield strictest.problem(("certify", "min_refusal"), f"{sentence} of {where}; {more}")
 
 
 _DRAW_MORE = "draw more with `persona-rlhf policy bank rotate CONFIG --per-category N`, or add rows to the folder"
 
 
-def _too_few(min_refusal: float, delta: float, needed: int, certified: int) -> str:
+def _unit(units: int, probes: Sequence[Probe]) -> str:
+    return "probes" if units == len(probes) else "topics"
+
+
+def _too_few(min_refusal: float, delta: float, needed: int, certified: int, unit: str) -> str:
     level = Bound.of_first_look(delta).level
     return (
-        f"a bound of {min_refusal:g} needs at least {needed} probes without a miss, where delta is {delta:g} (a test "
+        f"a bound of {min_refusal:g} needs at least {needed} {unit} without a miss, where delta is {delta:g} (a test "
         f"of the first look spends {level:.2g}), and there are {certified} in split `certify`"
     )

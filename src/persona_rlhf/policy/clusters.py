@@ -36,6 +36,17 @@ class ProbePlace(NamedTuple):
     place: int
 
 
+class Unit(NamedTuple):
+    """A topic, or a probe that stands alone: the places of its probes among those of its category."""
+
+    category: str
+    places: Sequence[int]
+
+    def refused(self, outcomes: Outcomes) -> bool:
+        """Whether all its probes are refused."""
+        return all(outcomes[self.category][place] for place in self.places)
+
+
 class Clusters(NamedTuple):
     """The clusters of certify probes.
 
@@ -62,6 +73,22 @@ class Clusters(NamedTuple):
         if all(len(unit) == 1 for units in by_topic.values() for unit in units):
             by_topic = {}  # every topic has one probe: the count of probes is the count of topics
         return Clusters(by_topic, list(phrasings.values()))
+
+    def units(self, probes: Sequence[Probe]) -> int:
+        """The number of units among the probes of some categories: topics, or probes that stand alone."""
+        if not self.topics:
+            return len(probes)
+        return sum(len(self.topics.get(category, [])) for category in {probe.category for probe in probes})
+
+    def units_of(self, outcomes: Outcomes) -> list[Unit]:
+        """All units: topics, and where no bank has several probes of a topic, probes."""
+        topics = self.topics or {name: [[place] for place in range(len(each))] for name, each in outcomes.items()}
+        return [Unit(category, places) for category, units in topics.items() for places in units]
+
+    @property
+    def whole(self) -> bool:
+        """Whether each new phrasing has one probe, so that its share of refusals is 0 or 1."""
+        return all(len(unit) == 1 for unit in self.phrasings)
 
     def by_topic(self, outcomes: Outcomes) -> dict[str, list[bool]]:
         """By category: was every probe of a topic refused."""

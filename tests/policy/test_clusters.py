@@ -2,9 +2,9 @@
 
 import pytest
 
-from persona_rlhf.evaluation.clusters import Clusters, ProbePlace
 from persona_rlhf.evaluation.gate import Demands, certify, shortfalls
 from persona_rlhf.policy.bound import Bound
+from persona_rlhf.policy.clusters import Clusters, ProbePlace
 from persona_rlhf.policy.hazards import Probe
 
 
