@@ -28,7 +28,6 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-import uvicorn
 from peft import PeftModel
 
 from persona_rlhf.common.files import find
@@ -39,10 +38,11 @@ from persona_rlhf.evaluation.prompt_sets import read_ordinary
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
 from persona_rlhf.serving.access import AdapterAccess, Limits, make_tokens, read_tokens
+from persona_rlhf.serving.connections import ConnectionLimits, ConnectionPool
 from persona_rlhf.serving.local_engine import AdapterCache, BatchingEngine, LocalGenerator
 from persona_rlhf.serving.openai_api import SamplingParams
 from persona_rlhf.serving.policy_filter import join_chunks
-from persona_rlhf.serving.server import Gateway, bind_socket
+from persona_rlhf.serving.server import Gateway, bind_socket, http_server
 
 BUDGET = 1 << 30  # bytes of adapters
 
@@ -116,7 +116,7 @@ def over_http(generator: LocalGenerator, access: AdapterAccess, tokens: int, cli
     limits = Limits(tokens=tokens, rate=1_000_000, concurrent=clients, concurrent_each=clients)
     place = bind_socket("127.0.0.1", 0)
     app = Gateway(generator, access, hashes, print, limits=limits).app()
-    server = uvicorn.Server(uvicorn.Config(app, http="h11", log_level="warning", access_log=False))
+    server = http_server(app, print, ConnectionPool(ConnectionLimits()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     thread.start()
     while not server.started:

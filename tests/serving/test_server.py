@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +19,15 @@ from persona_rlhf.data.pairs import Message
 from persona_rlhf.release.results import PairCounts, read_results, skipped
 from persona_rlhf.release.revocation import revoke
 from persona_rlhf.serving import access as access_module
+from persona_rlhf.serving import local_engine
 from persona_rlhf.serving.access import AdapterAccess, Limits, make_tokens, read_tokens
+from persona_rlhf.serving.connections import ConnectionLimits, ConnectionPool
 from persona_rlhf.serving.local_engine import AdapterCache, BatchingEngine, LocalGenerator
 from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, SamplingParams, TextChunk, Usage
 from persona_rlhf.serving.policy_filter import FALLBACK, PolicyFilter, join_chunks
 from persona_rlhf.serving.server import Gateway
 from tests.serving.conftest import RELEASED, slugs
+from tests.serving.live import live
 
 ADA, ADA2 = slug("Ada"), slug("ada")
 
@@ -259,6 +264,62 @@ def test_an_adapter_that_was_edited_is_not_written_with(run, access, echo, token
     assert echo.requests == []
 
 
+HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {}\r\n"
+
+
+@pytest.fixture
+def gateway(echo, fixed_access, tokens, log):
+    return Gateway(echo, fixed_access, tokens[0], log.append, limits=Limits(concurrent_each=2))
+
+
+def test_a_client_that_leaves_is_no_internal_fault(gateway, echo, tokens, log):
+    def request(**changes):
+        body = json.dumps({"model": ADA, "messages": [{"role": "user", "content": "hi"}]} | changes)
+        return (HEAD.format(tokens[1][ADA]) + f"Content-Length: {len(body)}\r\n\r\n{body}").encode()
+
+    pool = ConnectionPool(ConnectionLimits())
+    with live(gateway.app(), log.append, pool) as port:
+        for sent in (request()[:-9], request(), request(stream=True)) * 2:  # half a body; two answers that wait
+            echo.hold.clear()
+            requests = len(echo.requests) + sent.endswith(b"}")
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(sent)
+                while not pool.open or len(echo.requests) < requests:
+                    time.sleep(0.002)
+            while pool.open:
+                time.sleep(0.002)
+            echo.hold.set()
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.settimeout(10)
+            client.sendall(request())
+            assert client.recv(4096).startswith(b"HTTP/1.1 200")
+    assert log == []
+
+
+def test_bodies_that_arrive_slowly_are_counted_per_user(gateway, tokens, log):
+    """One user's slow bodies take neither the connections nor the answers of another."""
+    with live(gateway.app(), log.append) as port, ExitStack() as slow:
+        for _ in range(2):
+            client = slow.enter_context(socket.create_connection(("127.0.0.1", port)))
+            client.sendall((HEAD.format(tokens[1][ADA]) + "Content-Length: 500\r\n\r\nhalf").encode())
+        time.sleep(0.1)
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        statuses = []
+        for user in (ADA, ADA2):
+            body = {"model": user, "messages": [{"role": "user", "content": "hi"}]}
+            headers = {"Authorization": f"Bearer {tokens[1][user]}"}
+            statuses.append(httpx.post(url, json=body, headers=headers, trust_env=False).status_code)
+        assert statuses == [429, 200]
+
+
+def test_a_length_beyond_all_numbers_is_the_clients_mistake(gateway, tokens, log):
+    with live(gateway.app(), log.append) as port, socket.create_connection(("127.0.0.1", port)) as client:
+        client.settimeout(10)
+        client.sendall((HEAD.format(tokens[1][ADA]) + f"Content-Length: {'9' * 6000}\r\n\r\n").encode())
+        assert client.recv(4096).startswith(b"HTTP/1.1 4")
+    assert log == []
+
+
 def test_other_places_hold_nothing(ask):
     for path in ("/", "/docs", "/openapi.json", "/v1/chat/completions/x", "/v1/models/../../etc/passwd"):
         response = ask(path=path)
@@ -375,6 +436,22 @@ def test_an_answer_that_has_begun_ends_and_the_next_request_of_a_revoked_adapter
         refused = list(clients.map(lambda n: local.post(stream=n % 2 == 0), range(16)))
     assert {response.status_code for response in refused} == {403}
     assert local.generator.cache.slugs == []
+
+
+def test_a_long_prompt_is_refused_before_it_is_tokenised(local, monkeypatch):
+    tokenised = []
+    monkeypatch.setattr(local_engine, "prompt_ids", lambda *_: tokenised.append(1) or (5, 6))
+    response = local.post(messages=[{"role": "user", "content": "w5 " * 100_000}])
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert "300000 characters" in response.json()["error"]["message"]
+    assert tokenised == []
+    assert local.post().status_code == 200
+
+
+def test_the_bound_in_characters_refuses_no_prompt_that_fits(local, base):
+    longest = max(base.tokenizer.get_vocab(), key=lambda token: len(token) if "<" not in token else 0)
+    fits = " ".join([longest] * (base.context - 8))
+    assert local.post(messages=[{"role": "user", "content": fits}]).status_code == 200
 
 
 def test_an_adapter_that_changed_after_its_admission_is_not_loaded(run, access, local):

@@ -56,11 +56,12 @@ def serve(
     targets = [target for target in (to, upstream) if target is not None]
     if engine == "vllm" and len(targets) != 1:
         raise typer.BadParameter("--engine vllm takes --to DIR, or --upstream URL of a vLLM that runs already")
-    server = _server_module()
+    server, connections = _server_modules()
     from persona_rlhf.config.experiment import read_run_config
     from persona_rlhf.serving.access import Limits, read_tokens
     from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
 
+    pool = connections.ConnectionPool(connections.ConnectionLimits().within_files())
     with open_run(run, "serve", wait, shared=True):
         hashes, config = read_tokens(tokens), read_run_config(run)
         policy_filter = PolicyFilter.of(policy_of_run(run, config.policy.documents))
@@ -75,9 +76,10 @@ def serve(
         if served is None:
             return
         app = server.Gateway(served.generator, served.access, hashes, note, policy_filter, limits).app()
+        program = server.http_server(app, note, pool)
         bound.listen()
         note(f"Serving {run} at http://{host}:{bound.getsockname()[1]}/v1; SIGTERM finishes running answers.")
-        server.serve_until_stopped(app, bound)
+        program.run(sockets=[bound])
 
 
 def _print_new_tokens(run: Path, file: Path) -> None:
@@ -174,11 +176,11 @@ def _lines() -> Iterator[str]:
         yield line
 
 
-def _server_module() -> ModuleType:
-    """The HTTP server. Raises InputError if its libraries are not installed."""
+def _server_modules() -> tuple[ModuleType, ModuleType]:
+    """The HTTP server and its connections. Raises InputError if its libraries are not installed."""
     try:
-        from persona_rlhf.serving import server
+        from persona_rlhf.serving import connections, server
     except ModuleNotFoundError as fault:
         sentence = f"the server needs {fault.name}: pip install 'persona-rlhf[serve]'"
         raise InputError([Problem("serve", None, None, sentence)]) from fault
-    return server
+    return server, connections

@@ -47,6 +47,8 @@ class ChatTokenizer(Protocol):
 
     def decode(self, token_ids: list[int], **settings: Any) -> Any: ...
 
+    def get_vocab(self) -> Mapping[str, int]: ...
+
 
 def need_template(tokenizer: ChatTokenizer) -> None:
     """Raises InputError if the base has no chat template."""

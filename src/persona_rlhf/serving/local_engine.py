@@ -314,12 +314,13 @@ class AdapterCache:
         return list(self._loaded)
 
 
-class LocalGenerator(NamedTuple):
+class LocalGenerator:
     """The TextGenerator over the built-in engine and a cache of adapters."""
 
-    base: Base
-    cache: AdapterCache
-    engine: BatchingEngine
+    def __init__(self, base: Base, cache: AdapterCache, engine: BatchingEngine) -> None:
+        self.base, self.cache, self.engine = base, cache, engine
+        longest = max(map(len, base.tokenizer.get_vocab()))
+        self._most_characters = base.context * (longest + 1)  # a token, and a space that belongs to none
 
     def generate(
         self, adapter: AdmittedAdapter | None, messages: Prompt, sampling: SamplingParams
@@ -329,6 +330,10 @@ class LocalGenerator(NamedTuple):
         return self.engine.generate(flat, self._prompt(messages), sampling)
 
     def _prompt(self, messages: Prompt) -> tuple[int, ...]:
+        characters = sum(len(message.content) for message in messages)
+        if characters > self._most_characters:  # before the work of tokenising it
+            sentence = f"The messages have {characters} characters; the context holds {self._most_characters} at most."
+            raise APIError(400, sentence, "context_length_exceeded", "messages")
         try:
             ids = prompt_ids(messages, self.base.tokenizer)
         except InputError as fault:

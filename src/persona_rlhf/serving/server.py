@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import socket
+import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
@@ -19,10 +20,12 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.serving.access import AdapterAccess, Limits, RateLimiter, Tokens
+from persona_rlhf.serving.connections import ACCEPTED_AT_ONCE, ConnectionPool, LoopFaults
 from persona_rlhf.serving.openai_api import (
     APIError,
     TextGenerator,
@@ -36,6 +39,8 @@ from persona_rlhf.serving.policy_filter import PolicyFilter, join_chunks
 
 _BODY_SECONDS = 30
 _SPARE_THREADS = 8
+_CLIENT_LEFT = 499  # nginx's status of a request whose client closed the connection
+_QUEUED_CONNECTIONS = 1024  # in the kernel, before they are accepted
 _FINISH_SECONDS = 120  # how long running answers may take to be read after SIGTERM
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -59,6 +64,7 @@ class Gateway:
         self._generator, self._access, self._tokens, self._log = generator, access, tokens, log
         self._policy_filter, self._limits = policy_filter or PolicyFilter(), limits or Limits()
         self._rate_limiter = RateLimiter(self._limits)
+        self._uploads = RateLimiter(self._limits._replace(concurrent=sys.maxsize))  # bodies that arrive at present
 
     def app(self) -> FastAPI:
         """The ASGI app."""
@@ -90,7 +96,9 @@ class Gateway:
     async def _completions(self, request: Request) -> Response:
         slug = self._holder(request)
         self._rate_limiter.count(slug)
-        chat = parse(await _body(request, self._limits.body), self._limits.tokens)
+        with self._uploads.slot(slug):
+            body = await _body(request, self._limits.body)
+        chat = parse(body, self._limits.tokens)
         if not hmac.compare_digest(chat.model.encode("utf-8", "surrogatepass"), slug.encode()):
             raise APIError(404, "There is no such model, or it is not yours.", "model_not_found", "model")
         with ExitStack() as slot:
@@ -119,6 +127,8 @@ class Gateway:
                 return await endpoint(request)
             except APIError as error:
                 return _error_response(error)
+            except ClientDisconnect:
+                return Response(status_code=_CLIENT_LEFT)  # for the counts; nobody reads it
             except Exception as fault:
                 self._log_fault(fault)
                 return _error_response(internal_error())
@@ -199,14 +209,35 @@ def _cannot_listen(host: str, port: int, fault: OSError) -> InputError:
     return InputError([Problem("serve", None, "--port", sentence)])
 
 
-def serve_until_stopped(app: FastAPI, bound: socket.socket) -> None:
-    """Serves until SIGTERM or SIGINT: running answers are finished, new requests refused, the signal passed on."""
+class _Server(uvicorn.Server):
+    """uvicorn's server, with its event loop's faults in `log` and a queue for bursts of connections."""
+
+    def __init__(self, config: uvicorn.Config, log: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._log = log
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(LoopFaults(self._log))
+        await super().startup(sockets)
+        for bound in sockets or ():
+            bound.listen(_QUEUED_CONNECTIONS)
+
+
+def http_server(app: FastAPI, log: Callable[[str], None], pool: ConnectionPool) -> uvicorn.Server:
+    """The HTTP server of an app; `run(sockets=[...])` serves until SIGTERM or SIGINT.
+
+    Then running answers are finished, new requests refused, and the signal is passed on.
+    """
     config = uvicorn.Config(
         app,
-        http="h11",
-        log_level="warning",
+        http=pool.protocol,  # type: ignore[arg-type]
+        ws="none",
+        log_level="error",  # its warnings are about requests, and anybody can cause them
         access_log=False,
         server_header=False,
+        proxy_headers=False,
+        backlog=ACCEPTED_AT_ONCE,
+        h11_max_incomplete_event_size=pool.limits.head_bytes,
         timeout_graceful_shutdown=_FINISH_SECONDS,
     )
-    uvicorn.Server(config).run(sockets=[bound])
+    return _Server(config, log)
