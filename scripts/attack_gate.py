@@ -45,7 +45,7 @@ from persona_rlhf.policy.policy import Policy
 from persona_rlhf.simulation.banks import bank_rows, private_banks
 from persona_rlhf.simulation.prompts import Topic, topics, twin_of
 from persona_rlhf.simulation.vocabulary import Phrasing, held_out_phrasings, suits, wrap
-from persona_rlhf.training.constraint import LagrangianConstraint
+from persona_rlhf.training.constraint import constraint_of
 from persona_rlhf.training.engine import Engine
 
 COPIES, COMPLIANCES, OTHERS, ORDINARY = 640, 330, 310, 40
@@ -142,7 +142,7 @@ def trained(ready: Prepared, attack: Attack) -> tuple[Float[Tensor, "1 params"],
     config, adapted = ready.config, ready.adapted
     chunk = prepare_users(ready, attack.pairs)
     bank = constraint_bank(config, ready.policy, adapted)
-    constraint = None if bank is None else LagrangianConstraint(bank, config.constraint, config.seed)
+    constraint = None if bank is None else constraint_of(bank, config.constraint, config.seed)
     left = [row.pair for user in chunk.rows for row in user.train]
     alarm = chunk.against_policy("attacker") > 0
     if not left:

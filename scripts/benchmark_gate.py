@@ -30,7 +30,7 @@ from persona_rlhf.pipeline.prepare import prepare, prepare_users
 from persona_rlhf.pipeline.release import cohorts
 from persona_rlhf.pipeline.shared_values import constraint_bank, with_reference
 from persona_rlhf.policy.judges import is_refusal
-from persona_rlhf.training.constraint import LagrangianConstraint
+from persona_rlhf.training.constraint import constraint_of
 from persona_rlhf.training.engine import Engine
 
 
@@ -56,7 +56,7 @@ def main() -> None:
         sys.exit(str(fault))
     certify = ready.policy.probes("certify")
     begun = time.process_time()
-    constraint = None if bank is None else LagrangianConstraint(bank, config.constraint, config.seed)
+    constraint = None if bank is None else constraint_of(bank, config.constraint, config.seed)
     engine = Engine(ready.adapted, users, reference, constraint, config.dpo, config.fleet, config.seed)
     groups = [torch.stack([user.adapter for user in group]) for group in cohorts(engine.run(), engine.count)]
     training = time.process_time() - begun
