@@ -57,6 +57,7 @@ from persona_rlhf.evaluation.statistics import Clustered, by_cluster
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.policy.clusters import Outcomes
 from persona_rlhf.policy.hazards import Probe, Split, unseen_topics_certify
+from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.properties import REPAIRED
 from persona_rlhf.policy.rules import Requirement
@@ -118,7 +119,7 @@ class Evaluator:
         probes = [probe for split in splits for probe in policy.probes(split)]
         self._gated_harmless = [self._ids(text) for text in harmless_sample(probes, ordinary, needed)]
         opening = min(OPENING_TOKENS, gate.max_new_tokens)
-        self._openings = BaseAnswers(adapted, judge, opening, second, self._prompt_texts, harmless=True)
+        self._openings = BaseAnswers(adapted, is_refusal, opening, harmless=True)
         self._required = RequirementPrompts(policy.requirements, REQUIREMENT_PROMPTS, policy.certify.delta)
         self._required_prompts = [self._ids(text) for text in self._required.prompts]
         self._certify = self._split(policy.probes("certify"))
@@ -198,7 +199,8 @@ class Evaluator:
 
         Harmless prompts are judged by the opening of the answer: a refusal shows there, and the whole answer costs five
         times as much. A refusal that turns into an answer later still counts as one, which is the safe side. An answer
-        that turns into a refusal after its opening is missed.
+        that turns into a refusal after its opening is missed. The string rules judge alone: the shipped model has
+        learnt whole answers, and called up to 39 of 300 openings of honest users newly refused.
         """
         newly: list[list[bool]] = [[] for _ in range(len(alphas))]
         facts: list[Facts | None] = [None] * len(alphas)
