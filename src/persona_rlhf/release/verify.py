@@ -12,6 +12,7 @@ from persona_rlhf.common.chain import ChainHead
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import sha256_of, slug
 from persona_rlhf.common.run_lock import locks_run
+from persona_rlhf.evaluation.statistics import SequentialBound
 from persona_rlhf.policy.bound import Bound
 from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
@@ -171,7 +172,8 @@ def _file_faults(folder: Path, files: dict[str, Any]) -> list[str]:
 def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
     """Bounds that do not follow from the counts, and a verdict that does not follow from the bounds."""
     verdict = manifest["verdict"]
-    bound = Bound(1 - verdict["confidence"], verdict.get("judge_error", 0.0))  # earlier manifests have no judge_error
+    kind = SequentialBound if manifest["settings"].get("gate", {}).get("sequential") else Bound
+    bound = kind(1 - verdict["confidence"], verdict.get("judge_error", 0.0))  # earlier manifests have no judge_error
     if not 0 <= bound.judge_error < 1:
         return ["the judge error is not between 0 and 1"]
     counts = {"pooled": verdict["pooled"], **verdict["categories"]}
