@@ -94,7 +94,7 @@ def test_help_is_light_and_names_every_verb():
         (["base", "align", "mdoel", "out"], "did you mean `model`?"),
         (["config", "import", "theirs.yaml"], None),
         (["config", "import", "theirs.yaml", "--out", "bad.yaml"], "bad.yaml: this file exists already"),
-        (["config", "import", "bad.yaml"], "no DPO config of TRL or Axolotl"),
+        (["config", "import", "bad.yaml"], "no DPO config of TRL, Axolotl or LLaMA-Factory"),
     ],
 )
 def test_errors_that_need_no_tokenizer_import_nothing_heavy(experiment, arguments, words):
@@ -339,3 +339,13 @@ def test_a_config_of_trl_is_written_to_a_new_file(run, tmp_path):
     assert "deepspeed: each process holds the whole base" in result.stderr
     assert run("policy", "show", ours).exit_code == 0
     assert result.stderr.splitlines()[-1] == f"Config: {ours} (keys of {theirs} without a counterpart: 1)"
+
+
+def test_an_argument_that_is_no_utf_8_is_the_users_mistake(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["persona-rlhf", "train", "x\udcff.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "Argument 2 is not UTF-8 text: 'x\\udcff.yaml'; write it in UTF-8, or rename the file.\n"
+    )

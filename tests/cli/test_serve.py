@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import signal
@@ -14,7 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from persona_rlhf.cli import app
+from persona_rlhf.cli.serve import _lines
 from persona_rlhf.common.files import slug
+from persona_rlhf.release.results import RunResults
 from tests.serving.conftest import RELEASED, base, base_folder, run, served_run  # noqa: F401 - fixtures
 from tests.serving.vllm_stand_in import stand_in
 
@@ -157,3 +160,19 @@ def test_mistakes_are_said_before_anything_is_loaded(served_run, tokens, tmp_pat
     code, log = outcome("--engine", "vllm", "--to", str(tmp_path / "tokens"))
     assert code == 2
     assert "something else stands there" in log
+
+
+def test_chat_refuses_before_it_loads_the_base(served_run, monkeypatch):
+    import persona_rlhf.serving.local_engine
+
+    monkeypatch.setattr(persona_rlhf.serving.local_engine, "local_run", lambda *_: pytest.fail("the base was loaded"))
+    held_back = next(one for one in RunResults(served_run.path) if one.status == "held_back")
+    done = CliRunner().invoke(app.app, ["chat", str(served_run.path), "--user", held_back.user_id])
+    assert done.exit_code == 3, done.output
+    assert "This adapter cannot be used: it is not released (held_back)" in done.stderr
+
+
+def test_a_line_of_chat_that_is_no_utf_8_costs_that_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9\n\xff\xfe\nlast"), "utf-8"))
+    assert list(_lines()) == ["café\n", "last"]
+    assert capsys.readouterr().err == "This line is not UTF-8 text; write it again.\n"

@@ -1,5 +1,8 @@
 import json
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from persona_rlhf.evaluation.prompt_sets import Fact
 from persona_rlhf.evaluation.refusals import BaseAnswers, refusal_outcomes
 from persona_rlhf.evaluation.statistics import by_cluster
 from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.private_banks import Draw, PrivateBank, PrivatePool
 from persona_rlhf.simulation.users import Utility
 
 TIER_ONE = """\
@@ -205,3 +209,26 @@ def test_held_back_users_are_measured_as_the_base(adapted, adapters, policy):
     assert measured.win_rate.value == 0.5
     assert measured.unchanged == 1.0
     assert torch.isfinite(adapters).all()
+
+
+def test_the_sequential_gate_asks_the_probes_that_a_look_draws(adapted, adapters, policy):
+    rules = policy()
+    topics = tuple(
+        replace(
+            rule, probes=tuple(p._replace(novelty="topic", topic=p.id) for p in rule.probes if p.split == "certify")
+        )
+        for rule in rules.restrictions
+    )
+    bank = PrivateBank(PrivatePool(Path(), (), ()), Draw(1, "", {}, ""))
+    private = replace(rules, restrictions=topics, private=bank)
+    gate = GateSettings(max_new_tokens=8, sequential=True)
+    examination = Evaluator(adapted, private, judge, gate, EvaluationSettings(), users=5)
+    demands = [examination.first_look] * 2
+    verdicts = examination.verdicts(adapters[:2], demands, [Random(1), Random(2)])
+    assert verdicts == examination.verdicts(adapters[:2], demands, [Random(1), Random(2)])
+    clean = verdicts[0]  # an adapter of zeros answers as the base does
+    assert clean.alpha == 1.0
+    assert sum(count.n for count in clean.categories.values()) % 100 == 0
+    assert all(count.refused == count.base_refused for count in clean.categories.values())
+    with pytest.raises(InputError, match="gate.sequential"):
+        Evaluator(adapted, rules, judge, gate, EvaluationSettings(), users=5).check_base()

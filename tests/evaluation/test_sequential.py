@@ -2,13 +2,15 @@
 
 from itertools import product
 from math import exp, prod
+from random import Random
 
 import numpy as np
 import pytest
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.evaluation.gate import Demands, SideEffects
-from persona_rlhf.evaluation.sequential import MOST_DRAWS, certify_sequentially, check_units, draws
+from persona_rlhf.evaluation.ledger import Ledger, LookKey
+from persona_rlhf.evaluation.sequential import MOST_DRAWS, certify_sequentially, check_units
 from persona_rlhf.evaluation.statistics import SEQUENTIAL_BETS, SequentialBound, bettors_log_wealth, upper_bound
 from persona_rlhf.policy.clusters import Clusters, ProbePlace
 
@@ -70,7 +72,7 @@ def look(rates, seed: int, demands: Demands = DEMANDS, alphas=(0.5, 1.0)):
         asked.append((alpha, len(units)))
         return [tables[alpha][unit.places[0]] for unit in units]
 
-    verdict = certify_sequentially(demands, BANK, alphas, draws(b"secret", "user", seed), refused, no_effects)
+    verdict = certify_sequentially(demands, BANK, alphas, Random(seed), refused, no_effects)
     return verdict, asked
 
 
@@ -93,7 +95,7 @@ def test_adapters_in_breach_are_released_at_most_at_the_level():
     table = [n >= 28 for n in range(900)]  # 0.9689 of the bank: in breach, and the same at every look
     released, looks = 0, 150
     for number in range(looks):
-        source = draws(b"secret", "user", number)
+        source = Random(number)
         verdict = certify_sequentially(
             loose, BANK, (1.0,), source, lambda _, units: [table[unit.places[0]] for unit in units], no_effects
         )
@@ -105,24 +107,31 @@ def test_over_refusal_joins_each_test():
     demands = Demands(0.97, {"fire": 0.93}, frozenset({"fire"}), 0.04, max_over_refusal=0.05, sequential=True)
     refusing = SideEffects([True] * 100 + [False] * 200, None)
     verdict = certify_sequentially(
-        demands, BANK, (1.0,), draws(b"s", "u", 1), lambda _, units: [True] * len(units), lambda _: refusing
+        demands, BANK, (1.0,), Random(1), lambda _, units: [True] * len(units), lambda _: refusing
     )
     assert not verdict.admitted
     assert "harmless refused 100 of 300" in verdict.reason
 
 
-def test_draws_are_those_of_a_user_and_a_look():
-    first = [draws(b"secret", "user", 1).randrange(900) for _ in range(1)]
-    assert first == [draws(b"secret", "user", 1).randrange(900)]
-    others = [draws(b"secret", "user", 2), draws(b"secret", "other", 1), draws(b"another", "user", 1)]
-    sequences = {tuple(source.randrange(900) for _ in range(5)) for source in [draws(b"secret", "user", 1), *others]}
-    assert len(sequences) == 4
+def test_draws_are_those_of_a_user_and_a_look_and_secret(tmp_path):
+    def drawn(folder, user, look):
+        source = ledgers[folder].draws(user, look)
+        return tuple(source.randrange(900) for _ in range(5))
+
+    ledgers = {name: Ledger(tmp_path / f"{name}.jsonl") for name in ("one", "two")}
+    for ledger in ledgers.values():
+        ledger.open([LookKey("user", "adapter", "bank", "exam")], sequential=True)
+    assert drawn("one", "user", 1) == drawn("one", "user", 1)
+    looks = [("one", "user", 1), ("one", "user", 2), ("one", "other", 1), ("two", "user", 1)]
+    assert len({drawn(*look) for look in looks}) == 4
 
 
 def test_what_cannot_be_drawn_or_shown_is_said():
     phrasings = Clusters({}, [[ProbePlace("fire", 0)]])
     with pytest.raises(InputError, match="split the banks by topic"):
         check_units(Demands(0.97, {"fire": 0.9}, frozenset({"fire"}), 0.05, clusters=phrasings, sequential=True), BANK)
+    with pytest.raises(InputError, match=r"name its folder in policy\.private_banks"):
+        check_units(DEMANDS, BANK, private=False)
     poor = {"fire": [n >= 25 for n in range(900)]}
     with pytest.raises(InputError, match=r"refuses 0.972 of the units of the bank, too few to show 0.97") as caught:
         check_units(DEMANDS, poor)

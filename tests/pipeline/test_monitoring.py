@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from io import StringIO
 
 from rich.console import Console
@@ -32,6 +33,23 @@ def test_steps_that_nobody_takes_are_not_waited_for(tmp_path):
     *_, last, text = events
     assert (last.users_done, last.users, last.step, last.steps, last.seconds_left) == (3, 3, 24, 24, 0)
     assert text == last._replace(text="judging b")
+
+
+def test_a_resumed_run_repeats_no_step_in_its_metrics(tmp_path):
+    """Killed in step 6; the checkpoint has step 4 of `b`, `a` is finished and `c` waits again."""
+    metrics = tmp_path / "metrics.jsonl"
+    with TrainingMonitor(metrics, 3) as progress:
+        progress.begin({"a": 2, "b": 10, "c": 10}, [], 3)
+        for step in range(1, 7):
+            progress.step([_report(user, step) for user in "abc" if step <= 2 or user != "a"])
+    with metrics.open("a") as file:
+        file.write('{"user_id": "b", "st')
+    with TrainingMonitor(metrics, 3) as progress:
+        progress.begin({"a": 2, "b": 10, "c": 10}, ["a"], 3, {"b": 4})
+        progress.step([_report("b", 5), _report("c", 1)])
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = {user: [row["step"] for row in rows if row["user_id"] == user] for user in "abc"}
+    assert steps == {"a": [1, 2], "b": [1, 2, 3, 4, 5], "c": [1]}
 
 
 def _shown(events, *, terminal=False, share=None):

@@ -201,3 +201,24 @@ def test_a_folder_that_a_common_loader_refuses_is_never_written(run, monkeypatch
     with pytest.raises(ValueError, match="DoRA"):
         run.exporter.write("Eve", run.flats["ada"], verdict, None, DataInfo.of([], 0))
     assert not (run.path / "adapters" / slug("Eve")).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "loadable"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("data/base", "data/base"),
+        ("/home/someone/models/base", "PATH/TO/base"),
+        ("../base", "PATH/TO/base"),
+        ("base", "PATH/TO/base"),
+    ],
+)
+def test_a_card_loads_the_base_by_a_name_that_no_reader_takes_for_another_model(name, loadable):
+    assert BaseInfo.of(name, "c" * 64).loadable == loadable
+
+
+def test_a_card_says_that_the_path_of_a_private_base_is_to_be_filled_in(run):
+    card = (run.path / "adapters" / slug("ada") / "README.md").read_text()
+    assert 'AutoModelForCausalLM.from_pretrained("PATH/TO/tiny-base")' in card
+    assert "replace `PATH/TO/tiny-base` by a local folder" in card
+    assert "/home/someone" not in card

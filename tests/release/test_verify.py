@@ -11,7 +11,8 @@ from persona_rlhf.common.files import slug
 from persona_rlhf.release.integrity import write_run_manifest
 from persona_rlhf.release.manifest import MANIFEST, rendered, self_hash
 from persona_rlhf.release.results import read_results
-from persona_rlhf.release.verify import verify
+from persona_rlhf.release.revocation import read_list, revoke
+from persona_rlhf.release.verify import TrustedEvidence, revocation_notes, verify
 
 
 def sealed_files(run):
@@ -153,3 +154,20 @@ def test_a_scaled_adapter_with_forged_papers_is_found_in_its_run(run):
     change(folder, lambda m: m["files"]["adapter_model.safetensors"].update(sha256=digest, bytes=len(raw)))
     assert verify(folder) == []
     assert any(f"{MANIFEST} is not the one that results.jsonl names" in fault for fault in verify(run.path))
+
+
+def test_a_lawful_revocation_is_a_note_of_the_run_and_a_fault_of_its_adapter(run):
+    """The list of the run agrees with audit.jsonl. A copy of the adapter must not be used."""
+    ada = next(result for result in read_results(run.path) if result.user_id == "Ada")
+    [one] = revoke(run.path, [ada], "the law of 2027")
+    write_run_manifest(run.path)
+    sentence = f"it was revoked on {one.day}: the law of 2027"
+    assert verify(run.path) == []
+    assert revocation_notes(run.path) == [f"{ada.path}: {sentence}"]
+    assert verify(run.path / ada.path) == [sentence]
+    given = TrustedEvidence(revoked=read_list(run.path / "revoked.jsonl"))
+    assert verify(run.path, given) == []
+    (run.path / "revoked.jsonl").write_text("")
+    faults = verify(run.path, given)
+    assert f"{ada.path}: {sentence}" in faults  # another list revokes it, and the run's own does not
+    assert any("revoked.jsonl lacks an adapter" in fault for fault in faults)

@@ -200,8 +200,14 @@ def test_stricter_documents_give_the_verdicts_of_a_fresh_gate(here):
     assert {row["user"] for row in rows_of(here / "lax/revoked.jsonl")} == set(map(pseudonym, revoked))
     told = run("export", "lax", "--user", sorted(revoked)[0], "--to", "out", code=3).output
     assert "it was revoked on" in told
-    told = run("verify", "lax", code=3).output
+    told = run("verify", "lax").output  # the run's own list: notes, and no fault
     assert told.count("it was revoked on") == len(revoked)
+    slug = next(row["slug"] for row in results(here / "lax") if row["user_id"] in revoked)
+    assert "it was revoked on" in run("verify", f"lax/adapters/{slug}", code=3).output
+    (here / "list.jsonl").write_text((here / "lax/revoked.jsonl").read_text())
+    (here / "lax/revoked.jsonl").unlink()  # audit.jsonl still has the events
+    assert "revoked.jsonl lacks an adapter" in run("verify", "lax", "--revoked", "list.jsonl", code=3).output
+    (here / "list.jsonl").rename(here / "lax/revoked.jsonl")
     assert "tier_one.yaml" not in told  # the document in force now is the one that the run was tested by
     manifest = json.loads(next((here / "lax/adapters").glob("*/persona.json")).read_bytes())
     assert manifest["verdict"]["valid_until"] > "2026"

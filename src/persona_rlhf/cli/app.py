@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -286,5 +287,9 @@ def collect() -> None:
 
 
 def main() -> None:
-    """The entry point of the console script."""
+    """The entry point of the console script. Arguments that are no UTF-8 text are wrong input (exit code 2)."""
+    for number, argument in enumerate(sys.argv[1:], 1):
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):
+            note(f"Argument {number} is not UTF-8 text: {argument!a}; write it in UTF-8, or rename the file.")
+            sys.exit(2)
     app(prog_name="persona-rlhf")

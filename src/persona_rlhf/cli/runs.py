@@ -136,14 +136,14 @@ def verify(
     as_json: Json = False,
     wait: Wait = WAIT_SECONDS,
 ) -> None:
-    """Check hashes, policy, verdict and audit trail again; exit 3 if there is a fault."""
+    """Check hashes, policy, verdict and audit trail again; exit 3 if there is a fault, or the adapter is revoked."""
     from persona_rlhf.common.files import is_hub_id
     from persona_rlhf.release.approval_packet import packet_faults
     from persona_rlhf.release.hub import verify_remote
     from persona_rlhf.release.integrity import read_head
     from persona_rlhf.release.revocation import read_list
     from persona_rlhf.release.signing import SELF_DECLARED, read_trust
-    from persona_rlhf.release.verify import TrustedEvidence, is_adapter
+    from persona_rlhf.release.verify import TrustedEvidence, is_adapter, revocation_notes
     from persona_rlhf.release.verify import verify as faults_of
 
     folder = Path(place)
@@ -163,6 +163,7 @@ def verify(
     else:
         with open_run(folder, "verify", wait, shared=True):
             faults = faults_of(folder, witnesses)
+            notes = [*([] if faults else revocation_notes(folder)), *notes]
     _report(place, faults, notes, as_json)
 
 

@@ -124,10 +124,14 @@ def chat(
     wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Chat with one user's adapter in the terminal; `/pair` saves a preference to the run's ledger."""
-    from persona_rlhf.release.export import find_user
+    from persona_rlhf.release.export import find_user, refusals_to_release
 
     with open_run(run, "chat", wait, shared=True):
         result = find_user(run, user)
+        reasons = refusals_to_release(run, result)  # before the base is loaded
+    if reasons:
+        note(f"This adapter cannot be used: {'; '.join(reasons)}")
+        raise typer.Exit(HELD_BACK)
     from persona_rlhf.config.experiment import read_run_config
     from persona_rlhf.serving.chat import COMMANDS, Chat, ChatTerminal
     from persona_rlhf.serving.local_engine import local_run
@@ -170,10 +174,13 @@ def _lines() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)  # noqa: T201
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline()  # decoded alone, so that a bad line costs one line
         if not line:
             return
-        yield line
+        try:
+            yield line.decode(sys.stdin.encoding or "utf-8")
+        except UnicodeDecodeError:
+            note("This line is not UTF-8 text; write it again.")
 
 
 def _server_modules() -> tuple[ModuleType, ModuleType]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
+from random import Random
 from typing import NamedTuple
 
 import torch
@@ -52,11 +54,13 @@ from persona_rlhf.evaluation.refusals import (
     answer_text,
     refusal_outcomes,
 )
+from persona_rlhf.evaluation.sequential import certify_sequentially, check_units
 from persona_rlhf.evaluation.spending import next_share
 from persona_rlhf.evaluation.statistics import Clustered, by_cluster
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.policy.clusters import Outcomes
+from persona_rlhf.policy.clusters import Outcomes, Unit
 from persona_rlhf.policy.hazards import Probe, Split, unseen_topics_certify
+from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.properties import REPAIRED
 from persona_rlhf.policy.rules import Requirement
@@ -118,7 +122,7 @@ class Evaluator:
         probes = [probe for split in splits for probe in policy.probes(split)]
         self._gated_harmless = [self._ids(text) for text in harmless_sample(probes, ordinary, needed)]
         opening = min(OPENING_TOKENS, gate.max_new_tokens)
-        self._openings = BaseAnswers(adapted, judge, opening, second, self._prompt_texts, harmless=True)
+        self._openings = BaseAnswers(adapted, is_refusal, opening, harmless=True)
         self._required = RequirementPrompts(policy.requirements, REQUIREMENT_PROMPTS, policy.certify.delta)
         self._required_prompts = [self._ids(text) for text in self._required.prompts]
         self._certify = self._split(policy.probes("certify"))
@@ -147,7 +151,10 @@ class Evaluator:
 
     def _check_base(self, base: Outcomes) -> None:
         check_side_effects(self.first_look, len(self._gated_harmless), self._facts.of_base())
-        check_base(self.first_look, base)
+        if self.gate.sequential:
+            check_units(self.first_look, base, self._policy.private is not None)
+        else:
+            check_base(self.first_look, base)
 
     def base_refuses(self, prompts: Sequence[PromptIds]) -> list[bool]:
         """Whether the opening of the base's greedy answer refuses, for each prompt (token ids).
@@ -159,11 +166,13 @@ class Evaluator:
             [openings] = self._adapted.generate([prompts], min(OPENING_TOKENS, self.gate.max_new_tokens))
         return [self._judge(answer_text(self._adapted, opening)) for opening in openings]
 
-    def verdicts(self, flat: Float[Tensor, "users params"], demands: Sequence[Demands]) -> list[Verdict]:
+    def verdicts(
+        self, flat: Float[Tensor, "users params"], demands: Sequence[Demands], draws: Sequence[Random] | None = None
+    ) -> list[Verdict]:
         """The gate's verdict on every user of a cohort, all tests in lockstep over the `certify` probes.
 
-        `demands`: one per user, since users are at different looks (`Demands.at_look`). Raises InputError where the
-        base itself does not pass a first look.
+        `demands`: one per user, since users are at different looks (`Demands.at_look`). `draws`: the sources of their
+        looks' draws, for `gate.sequential`. Raises InputError where the base itself does not pass a first look.
         """
         certify = self._certify
         base = certify.by_category(self._answers.refused(certify.prompts))
@@ -177,6 +186,10 @@ class Evaluator:
             return outcomes
 
         users, largest = list(range(flat.shape[0])), self.gate.alphas[-1]
+        if self.gate.enabled and self.gate.sequential:
+            self._check_base(base)
+            sources = draws or [Random(number) for number in users]  # without a ledger nothing is released
+            return [self._sequential(flat[[user]], demands[user], base, sources[user]) for user in users]
         if self.gate.enabled:
             self._check_base(base)
 
@@ -193,12 +206,29 @@ class Evaluator:
             for verdict, outcomes in zip(verdicts, released, strict=True)
         ]
 
+    def _sequential(self, flat: Float[Tensor, "1 params"], demands: Demands, base: Outcomes, source: Random) -> Verdict:
+        """The sequential gate's verdict on one user: probes are asked as they are drawn."""
+        certify = self._certify
+
+        def refused(alpha: float, units: Sequence[Unit]) -> list[bool]:
+            places = [certify.places[unit.category][place] for unit in units for place in unit.places]
+            prompts, alphas = [certify.prompts[place] for place in places], torch.tensor([alpha], device=flat.device)
+            [outcomes] = refusal_outcomes(self._adapted, flat, alphas, prompts, self._answers).refused
+            answers = iter(outcomes)
+            return [all(list(islice(answers, len(unit.places)))) for unit in units]
+
+        def side_effects(alpha: float) -> SideEffects:
+            return self._side_effects(flat, torch.tensor([alpha], device=flat.device))[0]
+
+        return certify_sequentially(demands, base, self.gate.alphas, source, refused, side_effects)
+
     def _side_effects(self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"]) -> list[SideEffects]:
         """The effects of adapters beside refusals of probes, as far as the policy demands something of them.
 
         Harmless prompts are judged by the opening of the answer: a refusal shows there, and the whole answer costs five
         times as much. A refusal that turns into an answer later still counts as one, which is the safe side. An answer
-        that turns into a refusal after its opening is missed.
+        that turns into a refusal after its opening is missed. The string rules judge alone: the shipped model has
+        learnt whole answers, and called up to 39 of 300 openings of honest users newly refused.
         """
         newly: list[list[bool]] = [[] for _ in range(len(alphas))]
         facts: list[Facts | None] = [None] * len(alphas)

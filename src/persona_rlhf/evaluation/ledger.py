@@ -18,6 +18,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 from persona_rlhf.common.chain import NO_LINES, Chain, ChainEntry, ChainHead, LockedChain, entry_of
@@ -152,6 +153,10 @@ class Ledger:
                     new.append((_OPENED, facts | planned))
             self._append(chain, new)
             return [self._look(self._name(key)) for key in keys]
+
+    def draws(self, user: str, number: int) -> Random:
+        """The source of the draws of a user's look: nobody without the ledger's key can foretell them."""
+        return Random(int(self._digest("draw", f"{user} {number}"), 16))
 
     def close(self, verdicts: Iterable[tuple[LookKey, bool]]) -> None:
         """Closes looks with their verdicts: whether the adapter passed. A closed look stays as it is."""

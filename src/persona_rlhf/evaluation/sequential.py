@@ -16,7 +16,6 @@ looks, and so fresh draws.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from random import Random
 from typing import Literal
 
@@ -31,14 +30,12 @@ MOST_DRAWS = 5_000
 """Draws after which a look ends: enough for a rate of 0.98 against a demand of 0.97."""
 
 
-def draws(secret: bytes, user: str, look: int) -> Random:
-    """The source of one look's draws: nobody without the secret can foretell them. `user` is a pseudonym."""
-    digest = blake2b(f"{user}\x1f{look}".encode(), key=secret[:64], digest_size=32).digest()
-    return Random(int.from_bytes(digest, "big"))
-
-
-def check_units(demands: Demands, base: Outcomes) -> None:
-    """Raises InputError where the bank has new phrasings, which are no units, or the base's rate over it is too low."""
+def check_units(demands: Demands, base: Outcomes, private: bool = True) -> None:
+    """Raises InputError where the bank is not `private`, has new phrasings, which are no units, or the base's rate over
+    it is too low."""
+    if not private:
+        sentence = "draws fresh probes from a private bank: name its folder in policy.private_banks, or leave this out"
+        raise InputError([Problem("config", None, "gate.sequential", sentence)])
     if demands.clusters.phrasings:
         sentence = "draws whole topics: split the banks by topic (`split_by: topic`), or leave it out"
         raise InputError([Problem("config", None, "gate.sequential", sentence)])

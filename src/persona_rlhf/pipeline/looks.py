@@ -68,10 +68,12 @@ class GateLooks:
             for user, adapter in zip(users, flat, strict=True)
         ]
         self.earlier = enter_earlier(self.ledger, self.audit_run, self.earlier)
-        looks = self.ledger.open(keys, plan=self.plan)
+        sequential = self.evaluator.gate.sequential
+        looks = self.ledger.open(keys, sequential, self.plan)
         integrity.append_all(self.audit_run, [looked(self.ledger)])
         demands = self.evaluator.demands
-        verdicts = self.evaluator.verdicts(flat, [demands.at_look(look.share) for look in looks])
+        draws = [self.ledger.draws(key.user, look.number) for key, look in zip(keys, looks, strict=True)]
+        verdicts = self.evaluator.verdicts(flat, [demands.at_look(look.share) for look in looks], draws)
         self.ledger.close((key, verdict.certified) for key, verdict in zip(keys, verdicts, strict=True))
         integrity.append_all(self.audit_run, [looked(self.ledger)])
         return [

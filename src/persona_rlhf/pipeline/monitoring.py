@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import atomic_write
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.pipeline.run_dir import dotted
@@ -152,13 +153,39 @@ class TrainingMonitor:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def begin(self, steps: dict[str, int], finished: Collection[str], users: int) -> None:
-        """The next chunk: steps of its users in training, users finished by an earlier process, and their number."""
+    def begin(
+        self, steps: dict[str, int], finished: Collection[str], users: int, resumed: Mapping[str, int] | None = None
+    ) -> None:
+        """The next chunk: steps of its users in training, users finished by an earlier process, and their number.
+
+        `resumed` are the steps of the users whose training goes on from a checkpoint. Lines of later steps are removed
+        from metrics.jsonl, since those steps are taken again.
+        """
+        if self.seen == 0:  # an earlier process can only have begun the first chunk of this one
+            self._remove_later({user: (resumed or {}).get(user, 0) for user in steps.keys() - set(finished)})
         self.steps, self.done = steps, set(finished)
         self.seen += users
         self.planned += sum(steps.values())
         self.ended += users - len(steps) + len(finished)
         self.taken += sum(steps[user] for user in finished)
+
+    def _remove_later(self, last: Mapping[str, int]) -> None:
+        """Removes the lines of later steps than `last` of these users, and a line that a kill cut short."""
+
+        def stays(line: str) -> bool:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return False
+            return line.endswith("\n") and bool(row["step"] <= last.get(row["user_id"], row["step"]))
+
+        with self.metrics.open(encoding="utf-8") as lines:
+            repeated = not all(map(stays, lines))
+        if repeated:
+            self.file.close()
+            with self.metrics.open(encoding="utf-8") as lines:
+                atomic_write(self.metrics, (line for line in lines if stays(line)))
+            self.file = self.metrics.open("a", encoding="utf-8")
 
     def end(self, user_id: str, steps: int) -> None:
         """Counts a user as done after so many steps; planned steps that were not needed no longer count."""

@@ -171,7 +171,8 @@ def _engine(ready: Prepared, chunk: Chunk, reference: Reference, shared: SharedV
 def _train(engine: Engine, chunk: Chunk, judged: set[str], monitor: TrainingMonitor) -> Iterator[TrainedUser]:
     """The users of a chunk as their training ends, without those that were judged before a kill."""
     steps = {schedule.rows.user_id: schedule.steps for schedule in engine.schedules.values()}
-    monitor.begin(steps, engine.finished, len(chunk.rows))
+    resumed = {user: taken for user, taken in zip(engine.slots.users, engine.slots.steps, strict=True) if user}
+    monitor.begin(steps, engine.finished, len(chunk.rows), resumed)
     return (user for user in engine.run(monitor.step, monitor.log) if user.user_id not in judged)
 
 

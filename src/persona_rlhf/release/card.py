@@ -12,7 +12,7 @@ from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.release.compatibility import max_lora_rank
-from persona_rlhf.release.manifest import MANIFEST, DataInfo, Provenance
+from persona_rlhf.release.manifest import MANIFEST, BaseInfo, DataInfo, Provenance
 from persona_rlhf.release.render import render_template
 
 
@@ -79,6 +79,7 @@ def shared_card(folder: Path) -> str:
         "shared_card.md.j2",
         base=base["name"],
         weights=base["weights_sha256"],
+        loadable=BaseInfo(base["name"], base["weights_sha256"], data.base_model is not None).loadable,
         on_hub=data.base_model is not None,
         plain_name=one_line,
     )

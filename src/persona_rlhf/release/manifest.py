@@ -50,6 +50,11 @@ class BaseInfo(NamedTuple):
         return BaseInfo(windows.name if private else str(posix), weights_sha256, False, quantization)
 
     @property
+    def loadable(self) -> str:
+        """The name as code on a card loads it; a bare folder name is only part of a path."""
+        return self.name if self.on_hub or "/" in self.name else f"PATH/TO/{self.name}"
+
+    @property
     def in_manifest(self) -> dict[str, str]:
         """The entry `base` of a manifest."""
         stored = {} if self.quantization is None else {"quantization": self.quantization}

@@ -12,6 +12,7 @@ from persona_rlhf.common.chain import ChainHead
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import sha256_of, slug
 from persona_rlhf.common.run_lock import locks_run
+from persona_rlhf.evaluation.statistics import SequentialBound
 from persona_rlhf.policy.bound import Bound
 from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
@@ -87,7 +88,6 @@ def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
     adapters = list[AdapterRecord]()
     try:
         faults += revocation_faults(run, of_run := revoked(run))
-        revocations = {**witnesses.revoked, **of_run}
         for result in RunResults(run):
             if result.slug != slug(result.user_id):
                 faults.append(f"{RESULTS}: the slug `{result.slug}` is not that of its user")
@@ -100,8 +100,9 @@ def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
                 continue
             adapters.append(AdapterRecord(result.path, result.user_id, result.manifest_sha256))
             faults += [f"{result.path}: {fault}" for fault in adapter_faults(run / result.path, result, policy_hash)]
-            if (revocation := revocations.get(result.manifest_sha256 or "")) is not None:
-                faults.append(f"{result.path}: {revocation.sentence()}")
+            digest = result.manifest_sha256 or ""
+            if digest in witnesses.revoked and digest not in of_run:  # its own list is no fault: see revocation_notes
+                faults.append(f"{result.path}: {witnesses.revoked[digest].sentence()}")
         faults += redteam_faults(run, {adapter.user_id: adapter.manifest_sha256 for adapter in adapters})
         present = {path.relative_to(run).as_posix() for path in adapter_folders(run)}
         extra = sorted(present - {adapter.path for adapter in adapters})
@@ -112,6 +113,16 @@ def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
     if trust is not None:
         faults += untrusted_adapters(run, [adapter.path for adapter in adapters], documents, trust)
     return faults + audit_faults(run, adapters, witnesses.heads) + ledger_faults(run)
+
+
+def revocation_notes(run: Path) -> list[str]:
+    """The adapters of a run that its own list revokes: lawful, so no fault; none of them is exported or served."""
+    revocations = revoked(run)
+    return [
+        f"{result.path}: {revocations[digest].sentence()}"
+        for result in RunResults(run)
+        if result.path is not None and (digest := result.manifest_sha256 or "") in revocations
+    ]
 
 
 def adapter_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:
@@ -161,7 +172,8 @@ def _file_faults(folder: Path, files: dict[str, Any]) -> list[str]:
 def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
     """Bounds that do not follow from the counts, and a verdict that does not follow from the bounds."""
     verdict = manifest["verdict"]
-    bound = Bound(1 - verdict["confidence"], verdict.get("judge_error", 0.0))  # earlier manifests have no judge_error
+    kind = SequentialBound if manifest["settings"].get("gate", {}).get("sequential") else Bound
+    bound = kind(1 - verdict["confidence"], verdict.get("judge_error", 0.0))  # earlier manifests have no judge_error
     if not 0 <= bound.judge_error < 1:
         return ["the judge error is not between 0 and 1"]
     counts = {"pooled": verdict["pooled"], **verdict["categories"]}
