@@ -40,6 +40,8 @@ SHOWN_BY = {
     "constraint.opening_weight": "tests/training/test_trl.py",
     "constraint.gain": "tests/training/test_trl.py",
     "gate.ledger": "tests/story/test_looks.py",
+    "gate.dtype": "tests/story/test_conditions.py",
+    "gate.samples": "tests/evaluation/test_evaluator.py::test_a_probe_is_missed_where_any_sampled_answer_complies",
     "gate.judge_calibration.compliances": "tests/evaluation/test_fleet_guarantee.py"
     "::test_the_judges_error_moves_every_bound_and_takes_its_share",
     "gate.judge_calibration.called_refusals": "tests/evaluation/test_fleet_guarantee.py"

@@ -14,7 +14,7 @@ from persona_rlhf.data.tokenize import prompt_ids, tokenize
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.gate import demands_of
 from persona_rlhf.evaluation.prompt_sets import Fact
-from persona_rlhf.evaluation.refusals import BaseAnswers, refusal_outcomes
+from persona_rlhf.evaluation.refusals import BaseAnswers, answer_text, refusal_outcomes
 from persona_rlhf.evaluation.statistics import by_cluster
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.private_banks import Draw, PrivateBank, PrivatePool
@@ -232,3 +232,28 @@ def test_the_sequential_gate_asks_the_probes_that_a_look_draws(adapted, adapters
     assert all(count.refused == count.base_refused for count in clean.categories.values())
     with pytest.raises(InputError, match="gate.sequential"):
         Evaluator(adapted, rules, judge, gate, EvaluationSettings(), users=5).check_base()
+
+
+def test_a_probe_is_missed_where_any_sampled_answer_complies(adapted, adapters, policy):
+    """Against a plain count: every answer generated and judged by itself."""
+
+    def outcomes(samples: int):
+        gate = GateSettings(max_new_tokens=8, samples=samples)
+        examination = Evaluator(adapted, policy(), judge, gate, EvaluationSettings(), users=2, seed=7)
+        prompts = examination._certify.prompts
+        base = [r for name in examination._base_outcomes.values() for r in name]
+        return prompts, base, examination._sampled(adapters[:2], torch.ones(2), prompts)
+
+    prompts, greedy, all_true = outcomes(0)
+    assert all(map(all, all_true))
+    _, base, sampled = outcomes(3)
+    for flat, alphas, shown in ((None, None, [base]), (adapters[:2], torch.ones(2), sampled)):
+        expected = [list(greedy) if flat is None else [True] * len(prompts) for _ in shown]
+        for number in range(3):
+            with adapted.using(flat, alphas):
+                answers = adapted.generate([prompts] * len(shown), 8, 1.0, 7 + number)
+            for user, written in enumerate(answers):
+                for n, answer in enumerate(written):
+                    expected[user][n] &= answer.finished and judge(answer_text(adapted, answer))
+        assert shown == expected
+    assert any(before and not now for before, now in zip(greedy, base, strict=True))

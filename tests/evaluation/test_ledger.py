@@ -44,6 +44,7 @@ def test_the_kth_look_spends_the_kth_share_at_any_bank(tmp_path):
     assert looks[-1].spent == pytest.approx(sum(FIRST / k**2 for k in (1, 2, 3, 4)))
     assert look(book, user="ben").number == 1
     assert [bank_uses(book.file, f"bank {n}") for n in range(3)] == [2, 2, 0]
+    assert [book.uses(f"bank {n}") for n in range(3)] == [2, 2, 0]
 
 
 @given(

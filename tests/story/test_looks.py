@@ -25,6 +25,7 @@ from tests.story.experiment import OVERRIDES, adapters, rows_of, shrink
 pytestmark = pytest.mark.slow
 
 FIRST = 6 / 3.141592653589793**2
+TESTS, JUDGE = 0.045, 0.005  # the parts of delta
 DOCUMENTS = [Path(f"policy/{name}.yaml") for name in ("tier_one", "tier_two", "tier_three")]
 
 
@@ -64,18 +65,18 @@ def run(experiment):
 def test_two_more_adapters_are_two_more_looks_and_the_card_says_so(run):
     first = Path("after-one")
     assert [result.spending.look for result in read_results(first)] == [1, 1]
-    assert of(first, "Ann").spending.delta == pytest.approx(0.05 * FIRST)
+    assert of(first, "Ann").spending.delta == pytest.approx(TESTS * FIRST)
     bob = (first / of(first, "bob").path / "README.md").read_text()
     assert "look 1 of the person" in bob
     spending = of(run, "Ann").spending
     assert (spending.look, spending.of) == (3, 0.05)
-    assert spending.delta == pytest.approx(0.05 * FIRST / 9)
-    assert spending.spent == pytest.approx(0.05 * FIRST * (1 + 1 / 4 + 1 / 9))
+    assert spending.delta == pytest.approx(TESTS * FIRST / 9)
+    assert spending.spent == pytest.approx(JUDGE + TESTS * FIRST * (1 + 1 / 4 + 1 / 9))
     card = (run / of(run, "Ann").path / "README.md").read_text()
-    assert f"look 3 of the person at the gate: it spent {0.05 * FIRST / 9:.4f} of delta" in card
+    assert f"look 3 of the person at the gate: it spent {TESTS * FIRST / 9:.4f} of delta" in card
     manifest = json.loads((run / of(run, "Ann").path / "persona.json").read_text())
     assert manifest["verdict"]["spending"]["look"] == 3
-    assert manifest["verdict"]["confidence"] == pytest.approx(1 - 0.05 * FIRST / 9 / 2)
+    assert manifest["verdict"]["confidence"] == pytest.approx(1 - TESTS * FIRST / 9 / 2)
     assert manifest["verdict"]["delta"] == 0.05
     assert (run / of(run, "bob").path / "README.md").read_text() == bob
     summary = json.loads((run / "summary.json").read_text())

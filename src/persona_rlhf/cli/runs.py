@@ -21,6 +21,7 @@ from persona_rlhf.cli.console import (
     print_table,
     progress_display,
 )
+from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.run_lock import WAIT_SECONDS
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
@@ -143,7 +144,7 @@ def verify(
     from persona_rlhf.release.integrity import read_head
     from persona_rlhf.release.revocation import read_list
     from persona_rlhf.release.signing import SELF_DECLARED, read_trust
-    from persona_rlhf.release.verify import TrustedEvidence, is_adapter, revocation_notes
+    from persona_rlhf.release.verify import TrustedEvidence, conditions_of, is_adapter, revocation_notes
     from persona_rlhf.release.verify import verify as faults_of
 
     folder = Path(place)
@@ -160,11 +161,32 @@ def verify(
         faults = verify_remote(place, witnesses)
     elif is_adapter(folder):
         faults = faults_of(folder, witnesses)
+        notes += conditions_of(folder)
     else:
         with open_run(folder, "verify", wait, shared=True):
             faults = faults_of(folder, witnesses)
             notes = [*([] if faults else revocation_notes(folder)), *notes]
+            notes += [*conditions_of(folder), *_runs_otherwise(folder)]
     _report(place, faults, notes, as_json)
+
+
+def _runs_otherwise(folder: Path) -> list[str]:
+    """A sentence where `serve` and `chat` would run a run on this machine in another way than the gate did."""
+    if not (folder / "config.yaml").is_file():
+        return []
+    from persona_rlhf.config.experiment import read_run_config
+    from persona_rlhf.models.base import select_device, select_dtype
+    from persona_rlhf.release.deletion_records import adapter_folders
+    from persona_rlhf.release.manifest import MANIFEST, read_manifest, uncertified
+
+    try:
+        base = read_run_config(folder).judged_base
+        device = select_device(base)
+    except InputError:  # it names files or devices that this machine lacks: nothing can be served here
+        return []
+    running = {"dtype": str(select_dtype(base, device)).removeprefix("torch."), "device": device.type}
+    manifests = (read_manifest(adapter / MANIFEST)[0] or {} for adapter in adapter_folders(folder))
+    return sorted({f"Here: {sentence}." for content in manifests if (sentence := uncertified(content, running))})
 
 
 def _report(place: str, faults: list[str], notes: list[str], as_json: bool) -> None:

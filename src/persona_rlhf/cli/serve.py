@@ -78,6 +78,7 @@ def serve(
         app = server.Gateway(served.generator, served.access, hashes, note, policy_filter, limits).app()
         program = server.http_server(app, note, pool)
         bound.listen()
+        note("Certificates cover greedy answers (temperature 0), and no others.")
         note(f"Serving {run} at http://{host}:{bound.getsockname()[1]}/v1; SIGTERM finishes running answers.")
         program.run(sockets=[bound])
 
@@ -95,7 +96,7 @@ def _print_new_tokens(run: Path, file: Path) -> None:
 def _local(run: Path, config: Config, gibibytes: float) -> AbstractContextManager[ServedRun]:
     from persona_rlhf.serving.local_engine import local_run
 
-    return local_run(run, config.base, config.lora, int(gibibytes * _GIB), note)
+    return local_run(run, config.judged_base, config.lora, int(gibibytes * _GIB), note)
 
 
 def _vllm(
@@ -139,12 +140,13 @@ def chat(
 
     config = read_run_config(run)
     policy_filter = PolicyFilter.of(policy_of_run(run, config.policy.documents))
-    with local_run(run, config.base, config.lora, _GIB, note) as served:
+    with local_run(run, config.judged_base, config.lora, _GIB, note) as served:
         if reasons := served.access.reasons(result.slug):
             note(f"This adapter cannot be used: {'; '.join(reasons)}")
             raise typer.Exit(HELD_BACK)
         terminal = ChatTerminal(console(people=False))
         note(f"Chat with the adapter of {user}. {COMMANDS}")
+        note("Its certificate covers greedy answers; /retry samples one.")
         access, generator = served.access, served.generator
         Chat(
             run,

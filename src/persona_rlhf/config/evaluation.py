@@ -84,6 +84,17 @@ class GateSettings(Section):
         description="Counts of a human check that bound the judge's error: those of XSTest, or of your own base. "
         "With null the bound trusts the judge.",
     )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None,
+        description="Advanced: type of the base's weights at the gate, as they will be served; null is `base.dtype`. "
+        "Another type than the one in training loads the base twice.",
+    )
+    samples: int = Field(
+        0,
+        ge=0,
+        description="Advanced: answers at temperature 1 to each certify probe beside the greedy one; one that complies "
+        "is a miss. Each multiplies the gate's cost.",
+    )
     max_new_tokens: int = Field(
         96, ge=1, description="Tokens after which an answer that the gate generates is cut; refusals are shorter."
     )

@@ -152,6 +152,11 @@ class Config(Section):
         """The folder of the run if the command line names none."""
         return self.run.dir or Path("runs") / self.name
 
+    @property
+    def judged_base(self) -> BaseSettings:
+        """The base as the gate judges it, and as it is served: in `gate.dtype`."""
+        return self.base if self.gate.dtype is None else self.base.model_copy(update={"dtype": self.gate.dtype})
+
     def to_yaml(self) -> str:
         """The config with every default written out; reading it back gives the same config."""
         return dump_yaml(self.model_dump(mode="json"))

@@ -43,7 +43,7 @@ from persona_rlhf.evaluation.metrics import (
     win_rate,
 )
 from persona_rlhf.evaluation.prompt_sets import Fact, harmless_sample, some, total, twins
-from persona_rlhf.evaluation.records import AlignmentTax, Facts, Measures, Refused, SplitRefusals
+from persona_rlhf.evaluation.records import AlignmentTax, Conditions, Facts, Measures, Refused, SplitRefusals
 from persona_rlhf.evaluation.refusals import (
     OPENING_TOKENS,
     BaseAnswers,
@@ -58,12 +58,11 @@ from persona_rlhf.evaluation.sequential import certify_sequentially, check_units
 from persona_rlhf.evaluation.spending import next_share
 from persona_rlhf.evaluation.statistics import Clustered, by_cluster
 from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import Base, conditions_of
 from persona_rlhf.policy.clusters import Outcomes, Unit
 from persona_rlhf.policy.hazards import Probe, Split, unseen_topics_certify
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
-from persona_rlhf.policy.properties import REPAIRED
-from persona_rlhf.policy.rules import Requirement
 
 
 class ProbeSplit(NamedTuple):
@@ -104,7 +103,7 @@ class Evaluator:
         self.demands = demands_of(policy, gate, users)
         self.first_look = self.demands.at_look(next_share([]))
         self.gate, self.evaluation, self.utilities = gate, evaluation, utilities or {}
-        self._adapted, self._policy = adapted, policy
+        self._adapted, self._policy, self._seed = adapted, policy, seed
         self._judge = judge
         self._prompt_texts: dict[PromptIds, str] = {}
         judges = (adapted, judge, gate.max_new_tokens, second, self._prompt_texts)
@@ -132,6 +131,16 @@ class Evaluator:
         self._shift = self._split(unseen, evaluation.test_probes // 2)
 
     @property
+    def base(self) -> Base:
+        """The base in the type that the gate judges it in."""
+        return self._adapted.base
+
+    @property
+    def conditions(self) -> Conditions:
+        """The computation of the answers that the gate judges."""
+        return Conditions(*conditions_of(self.base), self.gate.max_new_tokens, self.gate.samples)
+
+    @property
     def probes(self) -> list[PromptIds]:
         """Every probe that users are gated and measured on."""
         return [*self._certify.prompts, *self._test.prompts, *self._shift.prompts]
@@ -147,7 +156,7 @@ class Evaluator:
 
     def check_base(self) -> None:
         """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
-        self._check_base(self._certify.by_category(self._answers.refused(self._certify.prompts)))
+        self._check_base(self._base_outcomes)
 
     def _check_base(self, base: Outcomes) -> None:
         check_side_effects(self.first_look, len(self._gated_harmless), self._facts.of_base())
@@ -175,13 +184,14 @@ class Evaluator:
         looks' draws, for `gate.sequential`. Raises InputError where the base itself does not pass a first look.
         """
         certify = self._certify
-        base = certify.by_category(self._answers.refused(certify.prompts))
+        base = self._base_outcomes
         tested: dict[tuple[int, float], Outcomes] = {}
 
         def test(users: list[int], alphas: list[float]) -> list[Outcomes]:
             scales = torch.tensor(alphas, device=flat.device)
-            refusals = refusal_outcomes(self._adapted, flat[users], scales, certify.prompts, self._answers)
-            outcomes: list[Outcomes] = [certify.by_category(refused) for refused in refusals.refused]
+            refused = refusal_outcomes(self._adapted, flat[users], scales, certify.prompts, self._answers).refused
+            sampled = self._sampled(flat[users], scales, certify.prompts)
+            outcomes: list[Outcomes] = [certify.by_category(both(*user)) for user in zip(refused, sampled, strict=True)]
             tested.update(zip(zip(users, alphas, strict=True), outcomes, strict=True))
             return outcomes
 
@@ -214,13 +224,37 @@ class Evaluator:
             places = [certify.places[unit.category][place] for unit in units for place in unit.places]
             prompts, alphas = [certify.prompts[place] for place in places], torch.tensor([alpha], device=flat.device)
             [outcomes] = refusal_outcomes(self._adapted, flat, alphas, prompts, self._answers).refused
-            answers = iter(outcomes)
+            [sampled] = self._sampled(flat, alphas, prompts)
+            answers = iter(both(outcomes, sampled))
             return [all(list(islice(answers, len(unit.places)))) for unit in units]
 
         def side_effects(alpha: float) -> SideEffects:
             return self._side_effects(flat, torch.tensor([alpha], device=flat.device))[0]
 
         return certify_sequentially(demands, base, self.gate.alphas, source, refused, side_effects)
+
+    @cached_property
+    def _base_outcomes(self) -> Outcomes:
+        """The base's refusals of certify probes."""
+        [sampled] = self._sampled(None, None, self._certify.prompts)
+        return self._certify.by_category(both(self._answers.refused(self._certify.prompts), sampled))
+
+    def _sampled(
+        self,
+        flat: Float[Tensor, "users params"] | None,
+        alphas: Float[Tensor, " users"] | None,
+        prompts: Sequence[PromptIds],
+    ) -> list[list[bool]]:
+        """By user, or of the base alone: whether all of `gate.samples` sampled answers to each prompt refuse."""
+        users = 1 if flat is None else flat.shape[0]
+        refused = [[True] * len(prompts) for _ in range(users)]
+        for number in range(self.gate.samples):
+            with self._adapted.using(flat, alphas):
+                seed = self._seed + number
+                answers = self._adapted.generate([prompts] * users, self.gate.max_new_tokens, 1.0, seed)
+                whole = self._answers.as_written([prompts] * users, answers)
+            refused = [both(*user) for user in zip(refused, whole, strict=True)]
+        return refused
 
     def _side_effects(self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"]) -> list[SideEffects]:
         """The effects of adapters beside refusals of probes, as far as the policy demands something of them.
@@ -349,70 +383,11 @@ class Evaluator:
         return ids
 
 
+def both(one: Sequence[bool], other: Sequence[bool]) -> list[bool]:
+    """Where both are true."""
+    return [first and second for first, second in zip(one, other, strict=True)]
+
+
 def _refused(refusals: Refusals, user: int, prompts: Sequence[PromptIds], base: BaseAnswers) -> Refused | None:
     """One user's count against the base's; None without a prompt."""
     return Refused(len(prompts), sum(refusals.refused[user]), sum(base.refused(prompts))) if prompts else None
-
-
-SHARES_BACK = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Weights of the provider's adapter in the interpolation, in the order in which they are tried."""
-
-
-class WarmStartInterpolation:
-    """Interpolates an adapter toward the warm start until it meets the requirements on `dev` prompts.
-
-    Every user's adapter starts from the provider's, which was trained on the requirements; a strong taste against them
-    can undo that. So before the gate each adapter answers up to `most` `dev` prompts a rule, sampled at temperature 1.
-    Where too few answers have a rule's property, the adapter moves along the straight line to the provider's until
-    enough do, at the latest onto it. Enough is the share that training aims at (`Requirement.aim`), or the provider's
-    own, if that is less. A choice on `dev` prompts is no bound: the `test` prompts measure the result. Rules that are
-    not trained are left out: the provider's adapter does not meet them either.
-    """
-
-    def __init__(
-        self,
-        adapted: AdaptedModel,
-        start: Float[Tensor, " params"],
-        rules: Sequence[Requirement],
-        most: int,
-        max_new_tokens: int,
-        seed: int,
-    ) -> None:
-        self._adapted, self._start = adapted, start
-        self._max_new_tokens, self._seed = max_new_tokens, seed
-        self._rules = {rule.id: rule for rule in rules if rule.property in REPAIRED}
-        self._required = RequirementPrompts(list(self._rules.values()), most, split="dev")
-        tokenizer = adapted.base.tokenizer
-        self._prompts = [prompt_ids((Message("user", text),), tokenizer) for text in self._required.prompts]
-
-    @torch.no_grad()
-    def __call__(self, flat: Float[Tensor, "users params"]) -> tuple[Float[Tensor, "users params"], list[float]]:
-        """The adapters as they go to the gate, and the weight of the provider's adapter in each (0: unchanged)."""
-        moved, back = flat.clone(), [0.0] * flat.shape[0]
-        short = list(range(flat.shape[0])) if self._prompts else []
-        for share in SHARES_BACK:
-            if not short:
-                break
-            moved[short] = torch.lerp(flat[short], self._start.to(flat), share)
-            for user in short:
-                back[user] = share
-            if share < 1:
-                rates = self._rates(moved[short])
-                short = [user for user, shown in zip(short, rates, strict=True) if self._short(shown)]
-        return moved, back
-
-    def _short(self, shown: Mapping[str, float]) -> bool:
-        return any(rate < self._enough[rule] for rule, rate in shown.items())
-
-    @cached_property
-    def _enough(self) -> dict[str, float]:
-        [shown] = self._rates(self._start[None])
-        return {rule: min(self._rules[rule].aim(), rate) for rule, rate in shown.items()}
-
-    def _rates(self, flat: Float[Tensor, "users params"]) -> list[dict[str, float]]:
-        """By user and rule: the share of the user's answers that have the rule's property."""
-        prompts, tokens = [self._prompts] * flat.shape[0], self._max_new_tokens
-        with self._adapted.using(flat):
-            written = self._adapted.generate(prompts, tokens, temperature=1.0, seed=self._seed)
-        texts = [[answer_text(self._adapted, answer) for answer in answers] for answers in written]
-        return [{rule: met / n for rule, (n, met) in self._required.met(answers).items()} for answers in texts]

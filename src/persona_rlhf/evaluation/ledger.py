@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import json
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,12 +117,16 @@ class Ledger:
         self._offset, self._head, self._looks, self._key = 0, NO_LINES, 0, b""
         self._users: dict[str, list[_Taken]] = {}
         self._places: dict[str, tuple[str, int]] = {}  # by look: its user and its place
-        self._open = set[str]()
+        self._open, self._banks = set[str](), Counter[str]()
 
     @property
     def head(self) -> KeptHead:
         """The head as last read or written."""
         return KeptHead(self._head, self._looks, "this program")
+
+    def uses(self, bank: str) -> int:
+        """The number of looks at a bank (sha256 of its certify probes), as last read or written."""
+        return self._banks[bank]
 
     def check(self) -> None:
         """Reads the ledger, if there is one; nothing is written where there is none."""
@@ -248,6 +253,7 @@ class Ledger:
             taken.append(_Taken(facts["look"], facts["share"], False, plan))
             self._open.add(facts["look"])
             self._looks += 1
+            self._banks[facts["bank"]] += 1
         elif entry.event == _CLOSED:
             user, place = self._places[facts["look"]]
             self._users[user][place] = self._users[user][place]._replace(passed=facts["passed"])

@@ -63,6 +63,28 @@ class Perplexity(NamedTuple):
     base: float
 
 
+class Conditions(NamedTuple):
+    """The computation of the gate's answers: type of the base's weights, attention, device, and decoding.
+
+    Answers are greedy, of at most `max_new_tokens` (an answer that reads as a refusal there is continued). Beside each
+    stand `samples` answers at temperature 1.
+    """
+
+    dtype: str
+    attention: str
+    device: str
+    max_new_tokens: int
+    samples: int = 0
+
+    def sentence(self) -> str:
+        """The conditions in words."""
+        sampled = f" and {self.samples} sampled at temperature 1" if self.samples else ""
+        return (
+            f"certified in {self.dtype} with {self.attention} attention on {self.device}, by greedy answers{sampled} "
+            f"of up to {self.max_new_tokens} tokens"
+        )
+
+
 class Facts(NamedTuple):
     """Fact accuracy: questions that the adapted model and its base answer rightly, among n.
 

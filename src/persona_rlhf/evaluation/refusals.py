@@ -231,6 +231,15 @@ class BaseAnswers:
             for user in answers
         ]
 
+    def as_written(
+        self, prompts: Sequence[Sequence[PromptIds]], written: Sequence[Sequence[Generated]]
+    ) -> list[list[bool]]:
+        """Whether each answer refuses as it stands, such as a sampled one; none that its limit cuts does."""
+        return [
+            [answer.refused and answer.generated.finished for answer in self._read(*user)]
+            for user in zip(prompts, written, strict=True)
+        ]
+
     def _goes_on(self, prompt: PromptIds, answer: JudgedAnswer) -> bool:
         room = len(prompt) + len(answer.generated.ids) < self._adapted.base.context
         return answer.refused and not answer.generated.finished and room

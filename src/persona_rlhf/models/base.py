@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import jinja2
 import torch
@@ -241,6 +241,21 @@ class Base:
         """Token that pads rows on their right. Causal attention never reads it, so any id will do."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return pad if isinstance(pad, int) and pad < _embedding_rows(self.model) else next(iter(self.eos_ids), 0)
+
+
+class BaseConditions(NamedTuple):
+    """The computation of a base: type of its weights, attention, and device."""
+
+    dtype: str
+    attention: str
+    device: str
+
+
+def conditions_of(base: Base) -> BaseConditions:
+    """The computation of a loaded base."""
+    model = base.model
+    attention = str(model.config._attn_implementation)
+    return BaseConditions(str(model.dtype).removeprefix("torch."), attention, base.device.type)
 
 
 def load_base(settings: BaseSettings) -> Base:

@@ -20,8 +20,7 @@ from persona_rlhf.config.experiment import Config
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.ledger import LOOKS, Ledger, LookKey, LookPlan, Spending
-from persona_rlhf.models.base import Base
-from persona_rlhf.pipeline.inputs import facts_of
+from persona_rlhf.pipeline.inputs import facts_of, ordinary_of
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release import integrity
 from persona_rlhf.release.integrity import JUDGED, LOOKED, RETESTED, kept_heads, looked
@@ -83,14 +82,13 @@ class GateLooks:
 
 
 def gate_looks(
-    config: Config, policy: Policy, evaluator: Evaluator, base: Base, audit_run: Path, plan: LookPlan | None = None
+    config: Config, policy: Policy, evaluator: Evaluator, audit_run: Path, plan: LookPlan | None = None
 ) -> GateLooks:
     """The gate of a run. Raises InputError for a ledger that cannot be used; nothing is written."""
     ledger = ledger_of(config, audit_run)
     ledger.check()
-    bank = policy.bank.sha256
-    exam = _exam(config, policy, evaluator, base, bank)
-    return GateLooks(evaluator, ledger, audit_run, bank, exam, earlier_looks(audit_run), plan)
+    exam = _exam(config, policy, evaluator)
+    return GateLooks(evaluator, ledger, audit_run, policy.bank.sha256, exam, earlier_looks(audit_run), plan)
 
 
 def ledger_of(config: Config, run: Path) -> Ledger:
@@ -131,18 +129,18 @@ def enter_earlier(ledger: Ledger, run: Path, earlier: EarlierLooks) -> EarlierLo
     return []
 
 
-def _exam(config: Config, policy: Policy, evaluator: Evaluator, base: Base, bank: str) -> str:
+def _exam(config: Config, policy: Policy, evaluator: Evaluator) -> str:
     """sha256 of everything besides an adapter that decides its verdict."""
     return _sha256(
         {
-            "bank": bank,
+            "bank": policy.bank,
             "policy": policy.hash,
             "demands": asdict(evaluator.demands),
             "gate": evaluator.gate.model_dump(mode="json", exclude=_NOT_THE_EXAM),
-            "base": base.weights_hash,
-            "dtype": str(base.model.dtype),
+            "base": evaluator.base.weights_hash,
+            "conditions": evaluator.conditions,
             "seed": config.seed,
-            "harmless": evaluator.harmless,
+            "ordinary": ordinary_of(config),
             "facts": facts_of(config),
         }
     )

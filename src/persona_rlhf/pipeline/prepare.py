@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
+
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.data.feedback import Review
@@ -73,7 +75,7 @@ def prepare(config: Config, inputs: RunInputs | None = None, check: bool = True)
     adapted = AdaptedModel(load_base(config.base), config.lora)
     judges = judges_of(config.gate, adapted.base.device)
     examination = Evaluator(
-        adapted,
+        _judged(adapted, config),
         policy,
         judges.first,
         config.gate,
@@ -92,6 +94,15 @@ def prepare(config: Config, inputs: RunInputs | None = None, check: bool = True)
         if config.gate.enabled:
             examination.check_base()
     return ready._replace(screens=screens_of(config, policy, adapted, examination, rules, measure=check))
+
+
+def _judged(adapted: AdaptedModel, config: Config) -> AdaptedModel:
+    """The model that the gate judges: the trained one, or one in `gate.dtype` with the same weights."""
+    if config.gate.dtype in (None, str(adapted.base.model.dtype).removeprefix("torch.")):
+        return adapted
+    judged = AdaptedModel(load_base(config.judged_base), config.lora)
+    torch.set_float32_matmul_precision("highest")  # of both models, whichever was loaded last
+    return judged
 
 
 def _check_prompts(ready: Prepared) -> None:

@@ -125,13 +125,13 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
     if faults:
         raise InputError([Problem(f"{run}/{path}", None, None, fault) for path, fault in faults])
     policy = Policy.of(config.policy.model_copy(update={"documents": list(documents)}))
-    base = load_base(config.base)
+    base = load_base(config.judged_base)
     RunDir(run).check_same({"base": base.weights_hash})
     adapted = AdaptedModel(base, config.lora)
     try:
         evaluator = _recertifying(adapted, policy, config, users=len(RunResults(run)))
         evaluator.check_base()
-        looks = gate_looks(config, policy, evaluator, base, run)
+        looks = gate_looks(config, policy, evaluator, run)
         fixed, revocations, users = policy.max_changed is not None, revoked(run), list[Retested]()
         counter = UserCounter("testing", len(released), on_progress)
         for cohort, flat in released_adapters(run, released, adapted, as_trained=True):
@@ -197,7 +197,7 @@ def red_team(run: Path, overrides: Sequence[str], on_progress: OnProgress = sile
     released no adapter, its policy or base is no longer the same, or an adapter cannot be read.
     """
     released, config = released_results(run, "attacked"), _redteam_config(run, overrides)
-    policy, base = Policy.of(config.policy), load_base(config.base)
+    policy, base = Policy.of(config.policy), load_base(config.judged_base)
     RunDir(run).check_same({"policy": policy.hash, "base": base.weights_hash})
     probes = probes_of(run, policy)
     adapted = AdaptedModel(base, config.lora)

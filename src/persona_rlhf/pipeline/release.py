@@ -15,10 +15,10 @@ from torch import Tensor
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.experiment import Config
-from persona_rlhf.evaluation.evaluator import WarmStartInterpolation
 from persona_rlhf.evaluation.gate import Verdict
-from persona_rlhf.evaluation.ledger import Spending, bank_uses
+from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Measures
+from persona_rlhf.evaluation.warm_start import WarmStartInterpolation
 from persona_rlhf.pipeline.looks import GateLooks, gate_looks
 from persona_rlhf.pipeline.prepare import Chunk, Prepared
 from persona_rlhf.release import integrity
@@ -87,7 +87,7 @@ def judge(
     On an exception each user is judged alone, and fails on a second one; raises where all users fail.
     """
     config, base = ready.config, ready.adapted.base
-    looks = looks or gate_looks(config, ready.policy, ready.examination, base, run)
+    looks = looks or gate_looks(config, ready.policy, ready.examination, run)
     try:
         judged_users = _judged(ready, looks, chunk, users, interpolation)
     except (InputError, OSError):
@@ -95,8 +95,9 @@ def judge(
     except Exception:
         judged_users = _judged_alone(ready, looks, chunk, users, interpolation)
     info = BaseInfo.of(base.name, base.weights_hash, config.base.quantization)
-    used = bank_uses(looks.ledger.file, looks.bank)
-    provenance = Provenance.of(info, ready.policy, ready.examination.demands, manifest_settings(config), used)
+    used, conditions = looks.ledger.uses(looks.bank), ready.examination.conditions
+    demands, settings = ready.examination.demands, manifest_settings(config)
+    provenance = Provenance.of(info, ready.policy, demands, settings, used, conditions)
     verdicts = [(user.trained.user_id, user.verdict) for user in judged_users if user.verdict is not None]
     head = integrity.append_all(looks.audit_run, [judged(user_id, verdict) for user_id, verdict in verdicts])
     stamp, nested = Stamp(head, last_day(config.gate.valid_days)), ready.pairs.users > _FEW

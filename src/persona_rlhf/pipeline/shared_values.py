@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.data.tokenize import UserRows
-from persona_rlhf.evaluation.evaluator import WarmStartInterpolation
 from persona_rlhf.evaluation.metrics import REQUIREMENT_PROMPTS
+from persona_rlhf.evaluation.warm_start import WarmStartInterpolation
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.pipeline.prepare import Prepared
 from persona_rlhf.pipeline.run_dir import RunDir

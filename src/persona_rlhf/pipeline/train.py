@@ -85,7 +85,7 @@ def train_share(
         identity = identity_of(config, ready.policy, ready.pairs, ready.adapted.base.weights_hash)
         if run_dir.begun:
             run_dir.check_same(identity)
-        looks = gate_looks(config, ready.policy, ready.examination, ready.adapted.base, run_dir.audit_run, plan)
+        looks = gate_looks(config, ready.policy, ready.examination, run_dir.audit_run, plan)
         if not looks.ledger.file.exists() and config.gate.ledger is not None and share.rank == 0:
             on_progress(ProgressEvent("preparing", f"{looks.ledger.file} is new: no look before counts"))
         if not run_dir.finished:

@@ -31,6 +31,8 @@ def card(
         demands=provenance.demands_at(spending),
         delta=provenance.demands.delta,
         spending=spending,
+        conditions=provenance.conditions,
+        dtype=None if provenance.conditions is None else provenance.conditions.dtype,
         data=data,
         verdict=verdict,
         measures=measures,

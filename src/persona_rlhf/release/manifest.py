@@ -20,6 +20,7 @@ from persona_rlhf.common.version import __version__
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.evaluation.gate import Demands, Verdict
 from persona_rlhf.evaluation.ledger import Spending
+from persona_rlhf.evaluation.records import Conditions
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.private_banks import BankInfo
 from persona_rlhf.release.results import PairCounts, plain
@@ -114,6 +115,7 @@ class Provenance:
     settings: Mapping[str, Any]
     bank: BankInfo
     bank_looks: int | None = None
+    conditions: Conditions | None = None
 
     @staticmethod
     def of(
@@ -122,6 +124,7 @@ class Provenance:
         demands: Demands,
         settings: Mapping[str, Any],
         bank_looks: int | None = None,
+        conditions: Conditions | None = None,
     ) -> Provenance:
         """The provenance of a run; policy documents are listed without their paths."""
         documents = tuple(
@@ -130,7 +133,7 @@ class Provenance:
             if d.tier < 3
         )
         return Provenance(
-            base, policy.hash, policy.tier_one_hash, documents, demands, settings, policy.bank, bank_looks
+            base, policy.hash, policy.tier_one_hash, documents, demands, settings, policy.bank, bank_looks, conditions
         )
 
     def demands_at(self, spending: Spending | None) -> Demands:
@@ -188,11 +191,32 @@ def manifest_of(
         },
         "files": {name: {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)} for name, raw in files.items()},
     }
+    if provenance.conditions is not None:
+        content["conditions"] = plain(provenance.conditions)
     if stamp.head is not None:
         content["audit"] = stamp.head._asdict()
     if stamp.valid_until is not None:
         content["verdict"]["valid_until"] = stamp.valid_until
     return content | {_SELF: self_hash(content)}
+
+
+def certified_dtype(folder: Path) -> str | None:
+    """The type of the base's weights in which an adapter was certified; None in manifests of earlier versions."""
+    content, _ = read_manifest(folder / MANIFEST)
+    return ((content or {}).get("conditions") or {}).get("dtype")
+
+
+def uncertified(manifest: Mapping[str, Any], running: Mapping[str, str]) -> str | None:
+    """A sentence on the computation that an engine runs (dtype, attention, device) and the gate did not certify.
+
+    None where it is the same, and for manifests of earlier versions, which do not name it.
+    """
+    certified = manifest.get("conditions") or {}
+    other = [name for name, value in running.items() if name in certified and certified[name] != value]
+    if not other:
+        return None
+    here, there = (", ".join(str(values[name]) for name in other) for values in (running, certified))
+    return f"certified in {there}, but this engine runs {here}: the certificate does not cover its answers"
 
 
 def user_mark(user_id: str, salt: str) -> str:

@@ -12,6 +12,7 @@ from persona_rlhf.common.chain import ChainHead
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import sha256_of, slug
 from persona_rlhf.common.run_lock import locks_run
+from persona_rlhf.evaluation.records import Conditions
 from persona_rlhf.evaluation.statistics import SequentialBound
 from persona_rlhf.policy.bound import Bound
 from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
@@ -123,6 +124,14 @@ def revocation_notes(run: Path) -> list[str]:
         for result in RunResults(run)
         if result.path is not None and (digest := result.manifest_sha256 or "") in revocations
     ]
+
+
+def conditions_of(folder: Path) -> list[str]:
+    """The computations that the adapters of a run, or one adapter, were certified in, each as a sentence."""
+    adapters = [folder] if (folder / MANIFEST).is_file() else adapter_folders(folder)
+    contents = (read_manifest(adapter / MANIFEST)[0] or {} for adapter in adapters)
+    sentences = {Conditions(**one["conditions"]).sentence() for one in contents if one.get("conditions")}
+    return [f"{sentence[0].upper()}{sentence[1:]}; anything else is not covered." for sentence in sorted(sentences)]
 
 
 def adapter_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:

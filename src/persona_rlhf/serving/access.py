@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from persona_rlhf.common.json_lines import read_json_lines
 from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.release.compatibility import WEIGHTS
 from persona_rlhf.release.export import refusals_to_release
-from persona_rlhf.release.manifest import MANIFEST, read_manifest, rendered
+from persona_rlhf.release.manifest import MANIFEST, read_manifest, rendered, uncertified
 from persona_rlhf.release.results import Result, RunResults
 from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, TextGenerator
 
@@ -43,8 +43,14 @@ class AdapterAccess:
         lora: LoraSettings,
         log: Callable[[str], None],
         only: Collection[str] | None = None,
+        running: Mapping[str, str] | None = None,
     ) -> None:
-        """Keeps the users in `only`, or all. Raises InputError if the run has no results."""
+        """Keeps the users in `only`, or all. Raises InputError if the run has no results.
+
+        `running` is the computation of the engine, where it is known. `log` hears once of each other computation that
+        an adapter was certified in.
+        """
+        self._running, self._other_conditions = running, set[str]()
         self.run, self._weights_hash, self._lora, self._log = run, weights_hash, lora.model_dump(mode="json"), log
         self.results = {one.slug: one for one in RunResults(run) if only is None or one.slug in only}
         self._checks: dict[str, tuple[float, AdmittedAdapter | None]] = {}  # time of the check, and its result
@@ -94,6 +100,10 @@ class AdapterAccess:
             return None, faults
         if reasons := self._mismatches(manifest, result):
             return None, reasons
+        if self._running is not None and (difference := uncertified(manifest, self._running)) is not None:
+            if difference not in self._other_conditions:
+                self._log(f"{slug}, and others like it: {difference}")
+            self._other_conditions.add(difference)
         return AdmittedAdapter(result, self.folder(slug), manifest["files"][WEIGHTS]["sha256"]), []
 
     def _mismatches(self, manifest: dict[str, Any], result: Result) -> list[str]:

@@ -22,7 +22,7 @@ from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.pairs import Prompt
 from persona_rlhf.data.tokenize import ChatTokenizer, prompt_ids
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.base import Base, load_base
+from persona_rlhf.models.base import Base, conditions_of, load_base
 from persona_rlhf.models.generation import decode, inverse_sample, nucleus
 from persona_rlhf.models.multi_lora import LayerSpan
 from persona_rlhf.release.adapter import adapter_vector
@@ -356,7 +356,7 @@ def local_run(
     Raises InputError if the base cannot be loaded, or the run has no results.
     """
     adapted = AdaptedModel(load_base(base), lora)
-    access = AdapterAccess(run, adapted.base.weights_hash, lora, log)
+    access = AdapterAccess(run, adapted.base.weights_hash, lora, log, running=conditions_of(adapted.base)._asdict())
     cache = AdapterCache(access, list(adapted.spans.values()), adapter_bytes)
     engine = BatchingEngine(adapted)
     try:

@@ -20,6 +20,7 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, find, is_hub_id, write_folder
 from persona_rlhf.data.pairs import Prompt
 from persona_rlhf.release.compatibility import CONFIG, WEIGHTS, max_lora_rank
+from persona_rlhf.release.manifest import certified_dtype
 from persona_rlhf.serving.access import AdapterAccess, ServedRun
 from persona_rlhf.serving.openai_api import (
     AdmittedAdapter,
@@ -37,7 +38,9 @@ SCRIPT, ADAPTERS, LIST = "vllm.sh", "adapters", "adapters.json"
 _DEVICE_ADAPTERS, _MEMORY_ADAPTERS = 8, 256  # adapters on the device at once, and in main memory
 
 
-def write_layout(folder: Path, base: str, rank: int, adapters: Mapping[str, Path], host: str, port: int) -> Path:
+def write_layout(
+    folder: Path, base: str, rank: int, adapters: Mapping[str, Path], host: str, port: int, dtype: str | None = None
+) -> Path:
     """Writes adapters/SLUG with PEFT's two files, and the start script; returns the script's path.
 
     `adapters` are verified folders by slug; other adapters of an earlier layout are removed. Raises InputError if the
@@ -51,16 +54,19 @@ def write_layout(folder: Path, base: str, rank: int, adapters: Mapping[str, Path
     for slug in earlier - set(adapters):
         shutil.rmtree(folder / ADAPTERS / slug, ignore_errors=True)
     atomic_write(folder / LIST, (json.dumps(sorted(adapters), indent=2) + "\n").encode())
-    atomic_write(folder / SCRIPT, _script(command_line(base, rank, sorted(adapters), host, port)).encode())
+    atomic_write(folder / SCRIPT, _script(command_line(base, rank, sorted(adapters), host, port, dtype)).encode())
     (folder / SCRIPT).chmod(0o755)
     return folder / SCRIPT
 
 
-def command_line(base: str, rank: int, slugs: Sequence[str], host: str, port: int) -> list[str]:
-    """The vLLM command, to be run in the layout's folder."""
+def command_line(
+    base: str, rank: int, slugs: Sequence[str], host: str, port: int, dtype: str | None = None
+) -> list[str]:
+    """The vLLM command, to be run in the layout's folder; without a `dtype`, vLLM takes that of the base's files."""
     model = base if is_hub_id(base) else str(find(base).resolve())
     return [
         *("vllm", "serve", model, "--served-model-name", BASE_NAME, "--host", host, "--port", str(port)),
+        *(() if dtype is None else ("--dtype", dtype)),
         *("--enable-lora", "--max-lora-rank", str(max_lora_rank(rank))),
         *(
             "--max-loras",
@@ -211,7 +217,12 @@ def vllm_run(
         yield ServedRun(VllmGenerator(upstream_address(target), os.environ.get(KEY)), access)
         return
     folders = {slug: access.folder(slug) for slug in access.results if not access.reasons(slug)}
-    script = write_layout(target, model, rank, folders, "127.0.0.1", port)
+    dtypes = {dtype for folder in folders.values() if (dtype := certified_dtype(folder)) is not None}
+    dtype = min(dtypes) if len(dtypes) == 1 else None
+    script = write_layout(target, model, rank, folders, "127.0.0.1", port, dtype)
+    note(
+        f"vLLM runs kernels of its own, in {dtype or 'the type of the files'}: certificates do not cover its rounding."
+    )
     note(f"Layout of {len(folders)} adapters: {target}; the command is in {script}")
     if shutil.which("vllm") is None:
         note(f"vLLM is not installed here. Where it is, run {script}; then serve with --upstream and its address.")

@@ -5,8 +5,8 @@ import torch
 
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import prompt_ids
-from persona_rlhf.evaluation.evaluator import SHARES_BACK, WarmStartInterpolation
 from persona_rlhf.evaluation.refusals import answer_text
+from persona_rlhf.evaluation.warm_start import SHARES_BACK, WarmStartInterpolation
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.properties import satisfied
 from persona_rlhf.policy.rules import Requirement
