@@ -17,7 +17,9 @@ class StandIn(BaseHTTPRequestHandler):
     """`server.fault` is a status to fail with, or `half`, `nonsense` or `error`: a stream that goes wrong."""
 
     def do_GET(self) -> None:
-        self._answer(200 if self.path == "/health" else 404, "application/json", b"{}")
+        names = {"data": [{"id": name} for name in ("base", *self.server.adapters)]}
+        known = self.path in ("/health", "/v1/models")
+        self._answer(200 if known else 404, "application/json", json.dumps(names).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -26,7 +28,7 @@ class StandIn(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             self._answer(fault, "application/json", b'{"error": {"message": "a traceback, and the words of bob"}}')
             return
-        words = [f"{body['model']} ", "says ", body["messages"][-1]["content"]]
+        words = [f"{self.server.mixed_up(body['model'])} ", "says ", body["messages"][-1]["content"]]
         events = [{"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]} for word in words]
         if fault == "error":
             events.append({"error": {"message": "the words of bob"}})
@@ -54,6 +56,7 @@ def stand_in() -> Iterator[ThreadingHTTPServer]:
     """One that runs on a free port."""
     with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as server:
         server.requests, server.fault = [], None
+        server.adapters, server.mixed_up = [], lambda name: name
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -69,4 +72,6 @@ if __name__ == "__main__":  # as the command `vllm`
     Path("asked.json").write_text(json.dumps(seen))
     with ThreadingHTTPServer(("127.0.0.1", int(place)), StandIn) as server:
         server.requests, server.fault = [], None
+        server.mixed_up = lambda name: name
+        server.adapters = [word.partition("=")[0] for word in sys.argv if "=adapters/" in word]
         server.serve_forever()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,9 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.run_lock import WAIT_SECONDS
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
+if TYPE_CHECKING:
+    from persona_rlhf.pipeline.forget_user import Forgotten
+
 
 def forget(
     run: RunArgument,
@@ -39,12 +42,19 @@ def forget(
     from persona_rlhf.release.deletion_records import proof_file
 
     with open_run(run, "forget", wait):
-        for sentence in forget_user.forget_uploads(run, user):
-            note(sentence)
         done = forget_user.forget(run, user, data)
+        uploads = forget_user.forget_uploads(run)  # last: a hub that does not answer keeps nothing else waiting
     if done is None:
         note(f"`{user}` was forgotten already; the proof is {proof_file(run, pseudonym(user))}")
-        return
+    else:
+        _print_deletion(user, done, as_json)
+    for upload in uploads:
+        note(upload.sentence)
+    if not all(upload.done for upload in uploads):
+        raise typer.Exit(HELD_BACK)
+
+
+def _print_deletion(user: str, done: Forgotten, as_json: bool) -> None:
     if as_json:
         print_json(done.content)
     removed = sum(trace["count"] for trace in done.content["removed"])

@@ -65,6 +65,7 @@ def serve(
     with open_run(run, "serve", wait, shared=True):
         hashes, config = read_tokens(tokens), read_run_config(run)
         policy_filter = PolicyFilter.of(policy_of_run(run, config.policy.documents))
+        _note_places(run, tokens, *targets)
     limits = Limits(tokens=max_tokens, rate=rate, concurrent=concurrent)
     if host not in ("127.0.0.1", "::1", "localhost"):
         note(f"Warning: {host} can be reached from other machines, and this is plain HTTP: put TLS before it.")
@@ -88,9 +89,21 @@ def _print_new_tokens(run: Path, file: Path) -> None:
     from persona_rlhf.serving.access import make_tokens
 
     released = {one.slug: one.user_id for one in RunResults(run) if one.status == "released"}
+    _note_places(run, file)
     for slug, token in make_tokens(file, released).items():
         typer.echo(json.dumps({"user_id": released[slug], "model": slug, "token": token}))
     note(f"Tokens: {file} (hashes only: the tokens printed here are stored nowhere)")
+
+
+def _note_places(run: Path, tokens: Path, engine: Path | str | None = None) -> None:
+    """Notes where slugs of the run's users lie, for `forget`."""
+    from persona_rlhf.release.served_places import note_place
+
+    notes = [note_place(run, "tokens", tokens)]
+    if engine is not None:
+        notes.append(note_place(run, "layout" if isinstance(engine, Path) else "engine", engine))
+    for sentence in filter(None, notes):
+        note(sentence)
 
 
 def _local(run: Path, config: Config, gibibytes: float) -> AbstractContextManager[ServedRun]:

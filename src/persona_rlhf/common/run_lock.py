@@ -14,6 +14,7 @@ import errno
 import fcntl
 import functools
 import json
+import math
 import os
 import socket
 import time
@@ -37,7 +38,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_held: ContextVar[Mapping[Path, bool]] = ContextVar("locks that this thread holds", default=MappingProxyType({}))
+_held: ContextVar[Mapping[Path, _Mode]] = ContextVar("locks that this thread holds", default=MappingProxyType({}))
 
 
 class Holder(NamedTuple):
@@ -90,11 +91,11 @@ def run_lock(
     over, and for a file system without locks.
     """
     verb = verb if part is None else f"{verb}, part {part}"
-    with _locked(run / LOCK, verb, part is None and not shared, wait, tell):
+    with _locked(run / LOCK, verb, _Mode(part is None and not shared, not shared), wait, tell):
         if part is None:
             yield
         else:
-            with _locked(run / f"{LOCK}-{part}", verb, True, wait, tell):
+            with _locked(run / f"{LOCK}-{part}", verb, _Mode(True, True), wait, tell):
                 yield
 
 
@@ -119,16 +120,23 @@ def is_lock(name: str) -> bool:
     return name.startswith(LOCK)
 
 
+class _Mode(NamedTuple):
+    """How a lock is held: alone or with others, and for writing or only for reading."""
+
+    alone: bool
+    writes: bool
+
+
 @contextmanager
-def _locked(file: Path, verb: str, exclusive: bool, wait: float, tell: Callable[[str], None]) -> Iterator[None]:
+def _locked(file: Path, verb: str, mode: _Mode, wait: float, tell: Callable[[str], None]) -> Iterator[None]:
     key, held = file.parent.resolve() / file.name, _held.get()
     if key in held:
-        assert held[key] or not exclusive, f"{verb} writes to a run that it holds for reading"
+        assert held[key].alone or not mode.alone, f"{verb} writes to a run that it holds for reading"
         yield
         return
-    made = [folder for folder in (key.parent, *key.parent.parents) if not folder.exists()] if exclusive else []
-    handle = _acquired(key, verb, exclusive, wait, tell)
-    reset = _held.set({**held, key: exclusive})
+    made = [folder for folder in (key.parent, *key.parent.parents) if not folder.exists()] if mode.writes else []
+    handle = _acquired(key, verb, mode, wait, tell)
+    reset = _held.set({**held, key: mode})
     try:
         yield
     finally:
@@ -140,15 +148,15 @@ def _locked(file: Path, verb: str, exclusive: bool, wait: float, tell: Callable[
                 folder.rmdir()
 
 
-def _acquired(file: Path, verb: str, exclusive: bool, wait: float, tell: Callable[[str], None]) -> int | None:
+def _acquired(file: Path, verb: str, mode: _Mode, wait: float, tell: Callable[[str], None]) -> int | None:
     """The handle of a locked file; None where there is nothing to read, or a reader may not write to the folder."""
     end, waiting = time.monotonic() + wait, False
     while True:
-        handle = _opened(file, exclusive)
+        handle = _opened(file, mode.writes)
         if handle is None:
             return None
         try:
-            fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_EX if mode.alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
             holders = _holders(handle)
         except OSError as fault:
@@ -158,7 +166,7 @@ def _acquired(file: Path, verb: str, exclusive: bool, wait: float, tell: Callabl
             raise InputError([Problem(str(file.parent), None, None, sentence)]) from fault
         else:
             if _is_at(handle, file):
-                _enter(handle, verb, exclusive)
+                _enter(handle, verb, mode.alone)
                 return handle
             os.close(handle)
             continue
@@ -169,21 +177,22 @@ def _acquired(file: Path, verb: str, exclusive: bool, wait: float, tell: Callabl
             sentence += "--wait SECONDS"
             raise InputError([Problem(str(file.parent), None, None, sentence)])
         if not waiting:
-            tell(f"Waiting up to {wait:g} seconds for {names} in {file.parent}")
+            limit = "" if wait == math.inf else f" up to {wait:g} seconds"
+            tell(f"Waiting{limit} for {names} in {file.parent}")
             waiting = True
         time.sleep(min(_POLL_SECONDS, max(0.0, end - time.monotonic())))
 
 
-def _opened(file: Path, exclusive: bool) -> int | None:
+def _opened(file: Path, writes: bool) -> int | None:
     """The lock's file, made if need be; None where a reader finds no folder, or one that it may not write to."""
     try:
-        if exclusive:
+        if writes:
             file.parent.mkdir(parents=True, exist_ok=True)
         return os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except (NotADirectoryError, FileExistsError):  # RUN is a file: the verb says so
         return None
     except OSError:
-        if exclusive:
+        if writes:
             raise
     try:
         return os.open(file, os.O_RDONLY)
@@ -199,12 +208,12 @@ def _is_at(handle: int, file: Path) -> bool:
         return False
 
 
-def _enter(handle: int, verb: str, exclusive: bool) -> None:
+def _enter(handle: int, verb: str, alone: bool) -> None:
     """Writes the holder's line: alone in the file, or after those of other readers."""
     since = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     line = json.dumps(Holder(os.getpid(), socket.gethostname(), verb, since)._asdict()) + "\n"
     with contextlib.suppress(OSError):  # a reader may not write here, or the disk is full: the lock holds all the same
-        if exclusive:
+        if alone:
             os.ftruncate(handle, 0)
         os.lseek(handle, 0, os.SEEK_END)
         os.write(handle, line.encode())

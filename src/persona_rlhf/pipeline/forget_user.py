@@ -29,6 +29,7 @@ from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import (
     FORGOTTEN,
     adapter_traces,
+    forgotten,
     others_adapters,
     pending,
     pending_file,
@@ -42,6 +43,7 @@ from persona_rlhf.release.manifest import read_manifest
 from persona_rlhf.release.redteam_report import REDTEAM, redteam_traces
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import SUMMARY, RunResults
+from persona_rlhf.release.served_places import served_remains, served_traces
 from persona_rlhf.simulation.users import read_utilities
 
 FORGOTTEN_EVENT = "forgotten"
@@ -77,6 +79,7 @@ def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
         from persona_rlhf.training.checkpoint import checkpoint_traces  # it needs torch
 
         yield from checkpoint_traces(run, user)
+    yield from served_traces(run, user)
     yield from row_traces(filter(partial(_may_hold_rows, run), sorted(run.rglob("*"))), user)
     yield from index_traces(run, user)
 
@@ -207,17 +210,30 @@ def forget(run: Path, user_id: str, data: bool = False) -> Forgotten | None:
     return _finish(run, user)
 
 
-def forget_uploads(run: Path, user_id: str) -> list[str]:
-    """Deletes the user's uploads from the hub; a sentence on each of them."""
-    sentences = []
-    for upload in uploads_of(run, pseudonym(user_id)):
-        try:
-            deleted = delete_upload(run, upload)
-        except InputError as fault:
-            sentences.append(f"Not deleted: {'; '.join(str(problem) for problem in fault.problems)}")
-        else:
-            sentences.append(f"{upload.repo}: the adapter {'is deleted' if deleted else 'was not there any more'}")
-    return sentences
+class UploadDeletion(NamedTuple):
+    """An attempt to delete an upload of a forgotten user: whether it is gone, and a sentence on it."""
+
+    done: bool
+    sentence: str
+
+
+@locks_run("forget")
+def forget_uploads(run: Path) -> list[UploadDeletion]:
+    """Deletes the uploads of all forgotten users from the hub; the next call tries again where it fails."""
+    attempts = []
+    for name in sorted(forgotten(run)):
+        for upload in uploads_of(run, name):
+            try:
+                was_there = delete_upload(run, upload)
+            except InputError as fault:
+                why = "; ".join(str(problem) for problem in fault.problems)
+                attempts.append(
+                    UploadDeletion(False, f"Not deleted from the hub: {why}; the next `forget` tries again")
+                )
+            else:
+                what = "is deleted" if was_there else "was not there any more"
+                attempts.append(UploadDeletion(True, f"{upload.repo}: the adapter {what}"))
+    return attempts
 
 
 @locks_run("forget")
@@ -251,7 +267,7 @@ def _finish(run: Path, user: DataSubject) -> Forgotten:
             other: {"before": order["others"].get(other), "after": after.get(other)}
             for other in sorted({*order["others"], *after})
         },
-        "remains": [what for what, _ in remains],
+        "remains": [*(what for what, _ in remains), *("an upload" for _ in uploads_of(run, name))],
         "kept": [_KEPT],
     }
     proof = write_proof(proof_file(run, name), content)
@@ -287,9 +303,7 @@ def _remains(run: Path, outside: ExternalPaths, run_dir: RunDir, user: DataSubje
     for beside in (before(run), run.with_name(f"{run.name}.rebased")):
         if beside.is_dir():
             yield "a run on another base", f"{beside} is this run on another base: forget the user there too"
-    for upload in uploads_of(run, user.pseudonym):
-        sentence = f"{upload.repo} on the hub has, or had, the adapter: forget the user again, or delete it there"
-        yield "an upload", sentence
+    yield from served_remains(run, user)
     copies = "copies that left the run, and backups, are not known to it"
     yield copies, f"{copies}: delete those that were made"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_path, atomic_write, remove_folder
-from persona_rlhf.common.run_lock import is_lock, run_lock, tell_nobody
+from persona_rlhf.common.run_lock import LOCK, is_lock, run_lock, tell_nobody
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.retired import RETIRED
 from persona_rlhf.data.erasure import DataSubject, Trace
@@ -402,4 +402,5 @@ def _finish_replacement(run: Path) -> bool:
     for file in before(run).glob(f"{Path(LOOKS).stem}.*"):  # the new run goes on in the ledger of looks
         file.rename(run / file.name)
     (before(run) / _SWAP).unlink()
+    (before(run) / LOCK).unlink(missing_ok=True)  # held by this process; it was made as the lock of RUN
     return True

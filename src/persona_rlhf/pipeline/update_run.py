@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ def add(
         added = _train_addition(run, source, on_progress)
     if not added.results:
         return added
-    with run_lock(run, "add", wait=wait, tell=tell):
+    with run_lock(run, "add", wait=math.inf, tell=tell):  # the work is done; a reader will not be long
         if RunDir(run).addition_trained.is_file():  # else another program completed it
             complete_addition(run)
         users = RunDir(run).selection.user_digests

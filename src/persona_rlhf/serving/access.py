@@ -54,6 +54,7 @@ class AdapterAccess:
         self.run, self._weights_hash, self._lora, self._log = run, weights_hash, lora.model_dump(mode="json"), log
         self.results = {one.slug: one for one in RunResults(run) if only is None or one.slug in only}
         self._checks: dict[str, tuple[float, AdmittedAdapter | None]] = {}  # time of the check, and its result
+        self._withheld: dict[str, str] = {}
         self._refusal_hooks: list[Callable[[str], None]] = []
         self._lock = threading.Lock()
 
@@ -75,6 +76,12 @@ class AdapterAccess:
             raise APIError(403, "The adapter behind this model may not be served at present.", "adapter_not_served")
         return adapter
 
+    def withhold(self, slug: str, reason: str) -> None:
+        """Refuses an adapter from now on, for a reason that its files do not show."""
+        with self._lock:
+            self._withheld[slug] = reason
+            self._checks.pop(slug, None)
+
     def on_refusal(self, hook: Callable[[str], None]) -> None:
         """Calls `hook` with the slug of every adapter that is refused, so that caches can drop it."""
         self._refusal_hooks.append(hook)
@@ -93,6 +100,8 @@ class AdapterAccess:
         result = self.results.get(slug)
         if result is None:
             return None, ["the run has no such user"]
+        if slug in self._withheld:
+            return None, [self._withheld[slug]]
         if reasons := refusals_to_release(self.run, result):
             return None, reasons
         manifest, faults = read_manifest(self.folder(slug) / MANIFEST)

@@ -1,15 +1,15 @@
-"""vLLM as the engine of `serve`: adapter layout, launcher, and the proxy to its API."""
+"""vLLM as the engine of `serve`: launcher, and the proxy to its API."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
-import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import httpx
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import atomic_write, find, is_hub_id, write_folder
-from persona_rlhf.data.pairs import Prompt
-from persona_rlhf.release.compatibility import CONFIG, WEIGHTS, max_lora_rank
+from persona_rlhf.data.pairs import Message, Prompt
+from persona_rlhf.release.engine_layout import ZERO_NAME, engine_name, write_layout
 from persona_rlhf.release.manifest import certified_dtype
 from persona_rlhf.serving.access import AdapterAccess, ServedRun
 from persona_rlhf.serving.openai_api import (
@@ -30,76 +29,7 @@ from persona_rlhf.serving.openai_api import (
     TextChunk,
     Usage,
 )
-
-BASE_NAME = "base"
-"""The base's model name beside the adapters; a slug always has a hash, so it differs."""
-
-SCRIPT, ADAPTERS, LIST = "vllm.sh", "adapters", "adapters.json"
-_DEVICE_ADAPTERS, _MEMORY_ADAPTERS = 8, 256  # adapters on the device at once, and in main memory
-
-
-def write_layout(
-    folder: Path, base: str, rank: int, adapters: Mapping[str, Path], host: str, port: int, dtype: str | None = None
-) -> Path:
-    """Writes adapters/SLUG with PEFT's two files, and the start script; returns the script's path.
-
-    `adapters` are verified folders by slug; other adapters of an earlier layout are removed. Raises InputError if the
-    folder holds something else, or there is no adapter to serve.
-    """
-    if not adapters:
-        raise InputError([Problem(str(folder), None, "--to", "no user with a token has an adapter that may be served")])
-    earlier = _earlier_layout(folder)
-    for slug, source in adapters.items():
-        write_folder(folder / ADAPTERS / slug, {name: (source / name).read_bytes() for name in (CONFIG, WEIGHTS)})
-    for slug in earlier - set(adapters):
-        shutil.rmtree(folder / ADAPTERS / slug, ignore_errors=True)
-    atomic_write(folder / LIST, (json.dumps(sorted(adapters), indent=2) + "\n").encode())
-    atomic_write(folder / SCRIPT, _script(command_line(base, rank, sorted(adapters), host, port, dtype)).encode())
-    (folder / SCRIPT).chmod(0o755)
-    return folder / SCRIPT
-
-
-def command_line(
-    base: str, rank: int, slugs: Sequence[str], host: str, port: int, dtype: str | None = None
-) -> list[str]:
-    """The vLLM command, to be run in the layout's folder; without a `dtype`, vLLM takes that of the base's files."""
-    model = base if is_hub_id(base) else str(find(base).resolve())
-    return [
-        *("vllm", "serve", model, "--served-model-name", BASE_NAME, "--host", host, "--port", str(port)),
-        *(() if dtype is None else ("--dtype", dtype)),
-        *("--enable-lora", "--max-lora-rank", str(max_lora_rank(rank))),
-        *(
-            "--max-loras",
-            str(min(_DEVICE_ADAPTERS, len(slugs))),
-            "--max-cpu-loras",
-            str(min(_MEMORY_ADAPTERS, len(slugs))),
-        ),
-        *("--lora-modules", *(f"{slug}={ADAPTERS}/{slug}" for slug in slugs)),
-    ]
-
-
-def _earlier_layout(folder: Path) -> set[str]:
-    """The adapters of an earlier layout in a folder. Raises InputError if the folder holds something else."""
-    try:
-        return set(json.loads((folder / LIST).read_bytes()))
-    except FileNotFoundError:
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return set()
-    except (OSError, ValueError, TypeError):
-        pass
-    raise InputError([Problem(str(folder), None, "--to", "something else stands there; name a new or empty folder")])
-
-
-def _script(command: Sequence[str]) -> str:
-    lines = [
-        "#!/bin/sh",
-        "# Serves the adapters of this folder. Anyone who reaches this port can use every user's adapter: let only",
-        "# `persona-rlhf serve RUN --engine vllm --upstream URL` reach it, and give both the same VLLM_API_KEY.",
-        'cd "$(dirname "$0")" || exit 1',
-        f'exec {shlex.join(command)} "$@"',
-    ]
-    return "\n".join(lines) + "\n"
-
+from persona_rlhf.serving.policy_filter import join_chunks
 
 _TIMEOUT_SECONDS = 300.0
 _COMPLETIONS = "/v1/chat/completions"
@@ -115,7 +45,7 @@ class VllmGenerator(NamedTuple):
         self, adapter: AdmittedAdapter | None, messages: Prompt, sampling: SamplingParams
     ) -> Iterator[TextChunk]:
         """See `TextGenerator.generate`."""
-        model = BASE_NAME if adapter is None else adapter.slug
+        model = ZERO_NAME if adapter is None else engine_name(adapter.slug, adapter.weights_sha256)
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         client = httpx.Client(base_url=self.address, headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=False)
         request = client.build_request("POST", _COMPLETIONS, json=_body(model, messages, sampling))
@@ -130,6 +60,20 @@ class VllmGenerator(NamedTuple):
                 raise APIError(400, "The engine rejected this request; is it too long?", "invalid_value")
             raise APIError(502, "The engine behind this server failed.", "engine_failed")
         return _chunks(client, response)
+
+    def probe(self, adapter: AdmittedAdapter | None) -> str:
+        """The first words of a greedy answer to one fixed prompt. Raises APIError if the engine gives none."""
+        return join_chunks(self.generate(adapter, _PROBE, SamplingParams(_PROBE_TOKENS))).text
+
+    def models(self) -> set[str]:
+        """The names of the base and of all adapters that the engine has. Raises InputError if it cannot be asked."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        try:
+            response = httpx.get(f"{str(self.address).rstrip('/')}/v1/models", headers=headers, trust_env=False)
+            return {str(model["id"]) for model in response.raise_for_status().json()["data"]}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as fault:
+            sentence = f"the engine does not list its models ({type(fault).__name__}); is it vLLM, with this key?"
+            raise InputError([Problem(str(self.address), None, "--upstream", sentence)]) from fault
 
     @property
     def healthy(self) -> bool:
@@ -208,13 +152,15 @@ _START_SECONDS = 1_800  # a large base is read from a slow disk, and compiled
 def vllm_run(
     access: AdapterAccess, model: str, rank: int, target: Path | str, port: int, note: Callable[[str], None]
 ) -> Iterator[ServedRun | None]:
-    """vLLM over the adapters that may be served now.
+    """vLLM over the adapters that may be served now, checked (`withhold_mixed_up`) before it is used.
 
     A `target` URL names a running server. For a `target` folder, the layout is written there and vLLM is started at
-    `port`; None if vLLM is not installed. Raises InputError if it does not start.
+    `port`; None if vLLM is not installed. Raises InputError if it does not start, or has no layout of this version.
     """
     if isinstance(target, str):
-        yield ServedRun(VllmGenerator(upstream_address(target), os.environ.get(KEY)), access)
+        upstream = VllmGenerator(upstream_address(target), os.environ.get(KEY))
+        withhold_mixed_up(upstream, access)
+        yield ServedRun(upstream, access)
         return
     folders = {slug: access.folder(slug) for slug in access.results if not access.reasons(slug)}
     dtypes = {dtype for folder in folders.values() if (dtype := certified_dtype(folder)) is not None}
@@ -229,7 +175,42 @@ def vllm_run(
         yield None
         return
     with _running(script, f"http://127.0.0.1:{port}") as upstream:
+        withhold_mixed_up(upstream, access)
         yield ServedRun(upstream, access)
+
+
+_PROBE = (Message("user", "Hello! Please introduce yourself in one sentence."),)
+_PROBE_TOKENS = 8  # few: rounding may differ with the batch, and a difference grows from token to token
+_TOGETHER = 8  # adapters that answer at the same time, as many as the device holds
+
+
+def withhold_mixed_up(upstream: VllmGenerator, access: AdapterAccess) -> None:
+    """Withholds adapters that the engine does not have under the hash of their manifest, or mixes up with others.
+
+    Each adapter answers one prompt alone, and again while others and the base answer it; both answers must be equal.
+    Raises InputError where the engine has no zero adapter, cannot be reached, or mixes up the base itself.
+    """
+    loaded, url = upstream.models(), str(upstream.address)
+    if ZERO_NAME not in loaded:
+        sentence = f"this engine has no adapter {ZERO_NAME}; write the layout again with --to, and start vLLM from it"
+        raise InputError([Problem(url, None, "--upstream", sentence)])
+    adapters = [None, *(access.admit(slug) for slug in access.results if not access.reasons(slug))]
+    present = [one for one in adapters if one is None or engine_name(one.slug, one.weights_sha256) in loaded]
+    for one in adapters:
+        if one is not None and one not in present:
+            access.withhold(one.slug, "the engine has not loaded the adapter of its manifest; write the layout again")
+    try:
+        alone = [upstream.probe(one) for one in present]
+        with ThreadPoolExecutor(_TOGETHER) as clients:
+            together = list(clients.map(upstream.probe, present))
+    except APIError as error:
+        raise InputError([Problem(url, None, "--upstream", error.message)]) from error
+    for one, first, second in zip(present, alone, together, strict=True):
+        if first != second and one is None:
+            sentence = "the base answers otherwise while adapters are used beside it; use vLLM 0.33 or later"
+            raise InputError([Problem(url, None, "--upstream", sentence)])
+        if first != second and one is not None:
+            access.withhold(one.slug, "the engine answers otherwise while other adapters are used beside this one")
 
 
 @contextmanager
