@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_rlhf.models.generation import nucleus
-from persona_rlhf.serving.local_engine import sample_tokens
+from persona_rlhf.serving.local_engine import BatchingEngine, sample_tokens, token_logprob
 from persona_rlhf.serving.openai_api import SamplingParams
+from persona_rlhf.serving.policy_filter import join_chunks
 
 
 def streams(count):
@@ -57,3 +58,29 @@ def test_tokens_come_as_often_as_the_cut_distribution_says():
     assert expected[2] == 0
     assert shares[2:].sum() == 0
     assert shares[0].item() == pytest.approx(expected[0].item(), abs=0.03)
+
+
+@pytest.mark.parametrize("user", [None, 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_log_probabilities_are_those_of_a_whole_forward_pass(fleet, user, temperature):
+    """Whatever else is in the batch, and at temperature 1 however the tokens were drawn."""
+    engine, prompt, base = BatchingEngine(fleet.adapted), (5, 6, 7), fleet.adapted.base
+    flat = None if user is None else fleet.flat[user]
+    plain = engine.generate(fleet.flat[1], (8, 9, 10, 11, 12), SamplingParams(9))
+    answer = join_chunks(engine.generate(flat, prompt, SamplingParams(6, temperature, seed=1, stream=True, logprobs=2)))
+    assert join_chunks(plain).logprobs == ()
+    engine.close()
+    ids = [*prompt, *base.tokenizer.convert_tokens_to_ids([one.token for one in answer.logprobs])]
+    with torch.inference_mode(), fleet.adapted.using(None if flat is None else flat[None]):
+        logits = base.model(input_ids=torch.tensor([ids])).logits[0].float()
+    logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+    assert len(answer.logprobs) >= 4
+    for one, row, token in zip(answer.logprobs, logprobs, ids[len(prompt) :], strict=True):
+        assert one.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [value for _, value in one.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+
+
+def test_an_impossible_token_has_a_number_that_json_can_hold(base):
+    logits = torch.full((len(base.tokenizer),), -torch.inf)
+    logits[3] = 0.0
+    assert token_logprob(logits, 4, 0, base.tokenizer).logprob == -9999.0

@@ -24,7 +24,7 @@ from persona_rlhf.release.engine_layout import (
     write_layout,
 )
 from persona_rlhf.release.results import PairCounts, Result
-from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, SamplingParams, TextChunk, Usage
+from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, SamplingParams, TextChunk, TokenLogprob, Usage
 from persona_rlhf.serving.policy_filter import join_chunks
 from persona_rlhf.serving.vllm import VllmGenerator, upstream_address, vllm_run, withhold_mixed_up
 from tests.serving.conftest import slugs
@@ -270,3 +270,11 @@ def test_a_vllm_that_does_not_come_up_is_said(access, tmp_path, log, vllm):
         vllm_run(access, "o/b", 4, tmp_path / "out", free_port(), log.append),
     ):
         pass
+
+
+def test_log_probabilities_are_requested_and_come_back(server, upstream):
+    sampling = SamplingParams(5, logprobs=2)
+    answer = join_chunks(upstream.generate(None, (Message("user", "hi"),), sampling))
+    assert (server.requests[-1][2]["logprobs"], server.requests[-1][2]["top_logprobs"]) == (True, 2)
+    words = ["base ", "says ", "hi"]
+    assert answer.logprobs == tuple(TokenLogprob(word, -1.5, (("x", -0.5),) * 2) for word in words)

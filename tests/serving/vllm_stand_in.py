@@ -30,6 +30,11 @@ class StandIn(BaseHTTPRequestHandler):
             return
         words = [f"{self.server.mixed_up(body['model'])} ", "says ", body["messages"][-1]["content"]]
         events = [{"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]} for word in words]
+        if body.get("logprobs"):
+            top = [{"token": "x", "logprob": -0.5, "bytes": [120]}] * body["top_logprobs"]
+            for event, word in zip(events, words, strict=True):
+                content = [{"token": word, "logprob": -1.5, "bytes": None, "top_logprobs": top}]
+                event["choices"][0]["logprobs"] = {"content": content}
         if fault == "error":
             events.append({"error": {"message": "the words of bob"}})
         elif fault != "half":

@@ -28,7 +28,15 @@ from persona_rlhf.models.multi_lora import LayerSpan
 from persona_rlhf.release.adapter import adapter_vector
 from persona_rlhf.release.compatibility import WEIGHTS
 from persona_rlhf.serving.access import AdapterAccess, ServedRun
-from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, Finish, SamplingParams, TextChunk, Usage
+from persona_rlhf.serving.openai_api import (
+    AdmittedAdapter,
+    APIError,
+    Finish,
+    SamplingParams,
+    TextChunk,
+    TokenLogprob,
+    Usage,
+)
 
 
 def sample_tokens(
@@ -47,6 +55,19 @@ def sample_tokens(
     kept = nucleus(logits[sampled] / temperatures[:, None], shares)
     tokens[sampled] = inverse_sample(kept, draws.to(logits.device))  # draws lie in (0, 1]: none selects a zero
     return tokens
+
+
+_LEAST_LOGPROB = -9999.0  # of an impossible token: JSON has no -inf, and OpenAI writes this number
+
+
+def token_logprob(
+    logits: Float[Tensor, " vocabulary"], token: int, most: int, tokenizer: ChatTokenizer
+) -> TokenLogprob:
+    """A token's log-probability under these logits, and those of the `most` likeliest tokens."""
+    logprobs = torch.log_softmax(logits, dim=-1).clamp(min=_LEAST_LOGPROB)
+    values, ids = logprobs.topk(min(most, len(logprobs)))
+    texts = [str(tokenizer.decode([one])) for one in (token, *ids.tolist())]
+    return TokenLogprob(texts[0], float(logprobs[token]), tuple(zip(texts[1:], values.tolist(), strict=True)))
 
 
 _REPLACEMENT = "\ufffd"  # decoded from the first bytes of an incomplete character
@@ -188,7 +209,12 @@ class BatchingEngine:
         ends, done = set(base.eos_ids), [False] * len(batch)
 
         def choose(logits: Float[Tensor, "rows vocabulary"], rows: Sequence[int]) -> Tensor:
-            return sample_tokens(logits, [batch[row].sampling for row in rows], [batch[row].generator for row in rows])
+            jobs = [batch[row] for row in rows]
+            tokens = sample_tokens(logits, [job.sampling for job in jobs], [job.generator for job in jobs])
+            for job, scores, token in zip(jobs, logits, tokens.tolist(), strict=True):
+                if job.sampling.logprobs is not None:
+                    job.logprob = token_logprob(scores, token, job.sampling.logprobs, base.tokenizer)
+            return tokens
 
         with self._adapted.using(flat):
             for step in decode(base, len(batch), [job.prompt for job in batch], choose, done, self._adapted.keep_users):
@@ -213,6 +239,8 @@ class _Job:
             self.generator.manual_seed(sampling.seed)
         self._most = min(sampling.max_tokens, room)
         self._decoder, self._held = StreamDecoder(adapted.base.tokenizer, sampling.stop), ""
+        self.logprob: TokenLogprob | None = None  # of the next token to be added
+        self._logprobs: list[TokenLogprob] = []  # of the tokens since the last chunk
         self._generated = 0
         self._cancelled = False
 
@@ -227,6 +255,8 @@ class _Job:
             return True
         self._generated += 1
         if not ends:
+            if self.logprob is not None:
+                self._logprobs.append(self.logprob)
             self._emit(self._decoder.add(token))
         finish: Finish | None = (
             "stop" if ends or self._decoder.stopped else "length" if self._generated >= self._most else None
@@ -234,14 +264,15 @@ class _Job:
         if finish is None:
             return False
         usage = Usage(len(self.prompt), self._generated)
-        self.chunks.put(TextChunk(self._held + self._decoder.end(), finish, usage))
+        self.chunks.put(TextChunk(self._held + self._decoder.end(), finish, usage, tuple(self._logprobs)))
         return True
 
     def _emit(self, text: str) -> None:
         if not self.sampling.stream:
             self._held += text
         elif text:
-            self.chunks.put(TextChunk(text))
+            self.chunks.put(TextChunk(text, logprobs=tuple(self._logprobs)))
+            self._logprobs.clear()
 
     def listen(self) -> Iterator[TextChunk]:
         """The chunks as they come; closing the iterator before the last one cancels the request."""

@@ -1,17 +1,15 @@
-"""Request and response types of the OpenAI API, and the TextGenerator protocol that every engine implements."""
+"""Responses of the OpenAI API, types of a generated answer, and the TextGenerator protocol that engines implement."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from persona_rlhf.data.pairs import Prompt, prompt_of
+from persona_rlhf.data.pairs import Prompt
 from persona_rlhf.release.results import Result
 
 Finish = Literal["stop", "length", "content_filter"]
@@ -38,7 +36,8 @@ class SamplingParams(NamedTuple):
     """How an answer is generated.
 
     `temperature` 0 is greedy; `seed` None draws differently each time. With `stream` the chunks come as they are
-    generated, else all text comes in one.
+    generated, else all text comes in one. `logprobs` is the number of alternatives to each token that come with its
+    log-probability; None is no log-probabilities.
     """
 
     max_tokens: int
@@ -47,6 +46,7 @@ class SamplingParams(NamedTuple):
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stream: bool = False
+    logprobs: int | None = None
 
 
 class Usage(NamedTuple):
@@ -56,12 +56,24 @@ class Usage(NamedTuple):
     completion: int
 
 
+class TokenLogprob(NamedTuple):
+    """A token's text, its natural log-probability at temperature 1, and the most likely tokens in its place."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
 class TextChunk(NamedTuple):
-    """Part of an answer's text; the last one holds the finish reason and the usage."""
+    """Part of an answer's text; the last one holds the finish reason and the usage.
+
+    `logprobs` are those of the tokens since the last chunk, without the end token; empty if they were not requested.
+    """
 
     text: str
     finish: Finish | None = None
     usage: Usage | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @runtime_checkable  # for beartype in the tests
@@ -102,35 +114,81 @@ class APIError(Exception):
 OWNER = "persona-rlhf"
 
 
+def model_object(slug: str) -> dict[str, Any]:
+    """A user's model."""
+    return {"id": slug, "object": "model", "created": 0, "owned_by": OWNER}
+
+
 def model_list(slugs: Iterable[str]) -> dict[str, Any]:
     """The list of a user's models."""
-    return {"object": "list", "data": [{"id": s, "object": "model", "created": 0, "owned_by": OWNER} for s in slugs]}
+    return {"object": "list", "data": [model_object(slug) for slug in slugs]}
 
 
-def completion(model: str, answer: TextChunk) -> dict[str, Any]:
-    """The response with a whole answer."""
-    message = {"role": "assistant", "content": answer.text}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish}
-    return {**_head("chat.completion", model), "choices": [choice], "usage": _usage(answer.usage)}
+class AnswerHead(NamedTuple):
+    """The model of a response, the fingerprint of its weights, and whether log-probabilities were requested."""
+
+    model: str
+    fingerprint: str
+    with_logprobs: bool = False
+
+    def to_json(self, kind: str) -> dict[str, Any]:
+        """The keys that all objects of a response share; each call makes another id."""
+        return {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    def logprobs(self, chunk: TextChunk) -> dict[str, Any] | None:
+        """The log-probabilities of a choice."""
+        if not self.with_logprobs:
+            return None
+        content = [
+            _logprob(one.token, one.logprob) | {"top_logprobs": [_logprob(*top) for top in one.top]}
+            for one in chunk.logprobs
+        ]
+        return {"content": content, "refusal": None}
+
+
+def completion(head: AnswerHead, answers: Sequence[TextChunk]) -> dict[str, Any]:
+    """The response with whole answers, one a choice."""
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": answer.text},
+            "logprobs": head.logprobs(answer),
+            "finish_reason": answer.finish,
+        }
+        for index, answer in enumerate(answers)
+    ]
+    return {**head.to_json("chat.completion"), "choices": choices, "usage": _usage([one.usage for one in answers])}
 
 
 def events(
-    model: str, chunks: Iterable[TextChunk], with_usage: bool, log: Callable[[Exception], None]
+    head: AnswerHead, answers: Sequence[Iterator[TextChunk]], with_usage: bool, log: Callable[[Exception], None]
 ) -> Iterator[bytes]:
-    """The server-sent events of a streamed answer.
+    """The server-sent events of streamed answers, one a choice.
 
     A fault ends the stream with an error event and without `[DONE]`; internal ones go to `log`.
     """
-    head = _head("chat.completion.chunk", model)
-    yield _event(head | {"choices": [_delta({"role": "assistant", "content": ""}, None)]})
-    usage = None
+    start = head.to_json("chat.completion.chunk") | ({"usage": None} if with_usage else {})
+
+    def event(index: int, delta: dict[str, str], chunk: TextChunk, finish: Finish | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": head.logprobs(chunk), "finish_reason": finish}
+        return _event(start | {"choices": [choice]})
+
+    for index in range(len(answers)):
+        yield event(index, {"role": "assistant", "content": ""}, TextChunk(""))
+    usages = []
     try:
-        for chunk in chunks:
-            if chunk.text:
-                yield _event(head | {"choices": [_delta({"content": chunk.text}, None)]})
+        for index, chunk in interleaved(answers):
+            if chunk.text or chunk.logprobs:
+                yield event(index, {"content": chunk.text}, chunk)
             if chunk.finish is not None:
-                usage = chunk.usage
-                yield _event(head | {"choices": [_delta({}, chunk.finish)]})
+                usages.append(chunk.usage)
+                yield event(index, {}, TextChunk(""), chunk.finish)
     except APIError as fault:
         yield _event(fault.to_json())
         return
@@ -139,8 +197,20 @@ def events(
         yield _event(internal_error().to_json())
         return
     if with_usage:
-        yield _event(head | {"choices": [], "usage": _usage(usage)})
+        yield _event(start | {"choices": [], "usage": _usage(usages)})
     yield b"data: [DONE]\n\n"
+
+
+def interleaved(answers: Sequence[Iterator[TextChunk]]) -> Iterator[tuple[int, TextChunk]]:
+    """The chunks of several answers in turns, each with the number of its answer, until all have ended."""
+    running = dict(enumerate(answers))
+    while running:
+        for index, chunks in list(running.items()):
+            chunk = next(chunks, None)
+            if chunk is None or chunk.finish is not None:
+                del running[index]
+            if chunk is not None:
+                yield index, chunk
 
 
 def internal_error() -> APIError:
@@ -148,104 +218,19 @@ def internal_error() -> APIError:
     return APIError(500, "The server failed at this request.", "internal_error")
 
 
-def _head(kind: str, model: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model}
+def _logprob(token: str, logprob: float) -> dict[str, Any]:
+    """A token in OpenAI's form; part of a character has no bytes of its own."""
+    return {"token": token, "logprob": logprob, "bytes": None if "\ufffd" in token else list(token.encode())}
 
 
-def _delta(delta: dict[str, str], finish: str | None) -> dict[str, Any]:
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-
-
-def _usage(usage: Usage | None) -> dict[str, int] | None:
-    if usage is None:
+def _usage(usages: Sequence[Usage | None]) -> dict[str, int] | None:
+    """The tokens of a request: its prompt once, and all its answers."""
+    counted = [usage for usage in usages if usage is not None]
+    if not counted:
         return None
-    total = usage.prompt + usage.completion
-    return {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": total}
+    prompt, written = max(one.prompt for one in counted), sum(one.completion for one in counted)
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
 def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(content).encode() + b"\n\n"
-
-
-_DEFAULT_TOKENS = 256
-
-
-class ChatRequest(NamedTuple):
-    """A parsed chat completion request. `with_usage`: the stream ends with its token counts."""
-
-    model: str
-    messages: Prompt
-    sampling: SamplingParams
-    with_usage: bool
-
-
-class _StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    include_usage: bool = False
-
-
-class _Body(BaseModel):
-    """The JSON body. Unsupported parameters may only have the value that changes nothing."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    model: str
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=1_000)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-    n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-
-
-def parse(body: bytes, most_tokens: int) -> ChatRequest:
-    """A body as a request for at most `most_tokens` tokens. Raises APIError (400) naming the first mistake."""
-    try:
-        fields = _Body.model_validate_json(body)
-    except ValidationError as fault:
-        raise _validation_error(fault) from None
-    messages = prompt_of(fields.messages)
-    if isinstance(messages, list):
-        raise _invalid(f"{messages[0].key} {messages[0].sentence}", "messages")
-    stop = tuple([fields.stop] if isinstance(fields.stop, str) else fields.stop or ())
-    if len(stop) > 4 or not all(0 < len(text) <= 100 for text in stop):
-        raise _invalid("stop takes up to 4 texts of 1 to 100 characters", "stop")
-    tokens = fields.max_completion_tokens or fields.max_tokens or min(_DEFAULT_TOKENS, most_tokens)
-    if tokens > most_tokens:
-        raise _invalid(f"max_tokens is {tokens}; this server writes at most {most_tokens}", "max_tokens")
-    sampling = SamplingParams(
-        max_tokens=tokens,
-        temperature=1.0 if fields.temperature is None else fields.temperature,
-        top_p=1.0 if fields.top_p is None else fields.top_p,
-        seed=fields.seed,
-        stop=stop,
-        stream=bool(fields.stream),
-    )
-    return ChatRequest(
-        fields.model, messages, sampling, bool(fields.stream_options and fields.stream_options.include_usage)
-    )
-
-
-def _validation_error(fault: ValidationError) -> APIError:
-    first = fault.errors(include_url=False, include_input=False)[0]
-    key = ".".join(str(part) for part in first["loc"][:1])
-    if first["type"] == "extra_forbidden":
-        return _invalid(f"{key[:60]} is not supported by this server; leave it out", key[:60])
-    if not key:
-        return _invalid("The body is not a JSON object of OpenAI's chat completions.", None)
-    return _invalid(f"{key}: {first['msg']}", key)
-
-
-def _invalid(message: str, param: str | None) -> APIError:
-    return APIError(400, message, "invalid_value", param)

@@ -13,7 +13,15 @@ from persona_rlhf.data.pairs import Message, Prompt
 from persona_rlhf.policy.enforcement import Redirects, post_check, system_prompt
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.properties import checkable
-from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, SamplingParams, TextChunk, TextGenerator, Usage
+from persona_rlhf.serving.openai_api import (
+    AdmittedAdapter,
+    APIError,
+    SamplingParams,
+    TextChunk,
+    TextGenerator,
+    TokenLogprob,
+    Usage,
+)
 
 FALLBACK = "I cannot give an answer to that here."
 """The answer if neither the user's adapter nor the base gives one that passes the check."""
@@ -101,9 +109,11 @@ def policy_of_run(run: Path, documents: Sequence[Path | str]) -> Policy:
 
 def join_chunks(chunks: Iterator[TextChunk]) -> TextChunk:
     """An answer in one chunk. Raises APIError if its end is missing."""
-    texts = []
+    texts: list[str] = []
+    logprobs: list[TokenLogprob] = []
     for chunk in chunks:
         texts.append(chunk.text)
+        logprobs += chunk.logprobs
         if chunk.finish is not None:
-            return chunk._replace(text="".join(texts))
+            return chunk._replace(text="".join(texts), logprobs=tuple(logprobs))
     raise APIError(502, "The engine ended without an end of its answer.", "engine_failed")

@@ -6,12 +6,15 @@ It needs the extra `serve`; no other module imports FastAPI or uvicorn.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
+import secrets
 import socket
 import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -19,21 +22,26 @@ from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.version import __version__
 from persona_rlhf.serving.access import AdapterAccess, Limits, RateLimiter, Tokens
+from persona_rlhf.serving.chat_request import parse
 from persona_rlhf.serving.connections import ACCEPTED_AT_ONCE, ConnectionPool, LoopFaults
 from persona_rlhf.serving.openai_api import (
+    AdmittedAdapter,
+    AnswerHead,
     APIError,
     TextGenerator,
     completion,
     events,
     internal_error,
     model_list,
-    parse,
+    model_object,
 )
 from persona_rlhf.serving.policy_filter import PolicyFilter, join_chunks
 
@@ -71,8 +79,10 @@ class Gateway:
         app = FastAPI(title="persona-rlhf", openapi_url=None, docs_url=None, redoc_url=None, lifespan=self._threads)
         app.add_api_route("/health", self._health, methods=["GET"])
         app.add_api_route("/v1/models", self._with_errors(self._models), methods=["GET"])
+        app.add_api_route("/v1/models/{model}", self._with_errors(self._model), methods=["GET"])
         app.add_api_route("/v1/chat/completions", self._with_errors(self._completions), methods=["POST"])
         app.add_exception_handler(HTTPException, _not_found)
+        app.add_middleware(_RequestIds)
         return app
 
     @asynccontextmanager
@@ -93,24 +103,43 @@ class Gateway:
             return JSONResponse(model_list([]))
         return JSONResponse(model_list([slug]))
 
+    async def _model(self, request: Request) -> Response:
+        slug = self._holder(request)
+        self._rate_limiter.count(slug)
+        _check_model(request.path_params["model"], slug)
+        await run_in_threadpool(self._access.admit, slug)
+        return JSONResponse(model_object(slug))
+
     async def _completions(self, request: Request) -> Response:
         slug = self._holder(request)
         self._rate_limiter.count(slug)
         with self._uploads.slot(slug):
             body = await _body(request, self._limits.body)
-        chat = parse(body, self._limits.tokens)
-        if not hmac.compare_digest(chat.model.encode("utf-8", "surrogatepass"), slug.encode()):
-            raise APIError(404, "There is no such model, or it is not yours.", "model_not_found", "model")
-        with ExitStack() as slot:
-            slot.enter_context(self._rate_limiter.slot(slug))
+        chat = parse(body, self._limits.tokens, self._limits.concurrent_each)
+        _check_model(chat.model, slug)
+        with ExitStack() as slots:
+            for number in range(chat.choices):
+                if number:
+                    self._rate_limiter.count(slug)
+                slots.enter_context(self._rate_limiter.slot(slug))
             adapter = await run_in_threadpool(self._access.admit, slug)
-            user_id = adapter.result.user_id
-            chunks = await run_in_threadpool(
-                self._policy_filter.answer, self._generator, user_id, adapter, chat.messages, chat.sampling
-            )
+            head = AnswerHead(slug, _fingerprint(adapter), chat.sampling.logprobs is not None)
+            answers = [
+                await run_in_threadpool(
+                    self._policy_filter.answer,
+                    self._generator,
+                    adapter.result.user_id,
+                    adapter,
+                    chat.messages,
+                    sampling,
+                )
+                for sampling in chat.samplings()
+            ]
             if chat.sampling.stream:
-                return _Events(events(slug, chunks, chat.with_usage, self._log_fault), slot.pop_all())
-            return JSONResponse(completion(slug, await run_in_threadpool(join_chunks, chunks)))
+                stream = events(head, answers, chat.with_usage, partial(self._log_fault, request))
+                return _Events(stream, slots.pop_all())
+            whole = [await run_in_threadpool(join_chunks, chunks) for chunks in answers]
+            return JSONResponse(completion(head, whole))
 
     def _holder(self, request: Request) -> str:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -130,15 +159,37 @@ class Gateway:
             except ClientDisconnect:
                 return Response(status_code=_CLIENT_LEFT)  # for the counts; nobody reads it
             except Exception as fault:
-                self._log_fault(fault)
+                self._log_fault(request, fault)
                 return _error_response(internal_error())
 
         return respond
 
-    def _log_fault(self, fault: Exception) -> None:
-        """Logs type and place of a fault; its message may hold users' text."""
+    def _log_fault(self, request: Request, fault: Exception) -> None:
+        """Logs a request's id, and type and place of its fault; the fault's message may hold users' text."""
         last = traceback.extract_tb(fault.__traceback__)[-1]
-        self._log(f"Internal fault: {type(fault).__name__} at {Path(last.filename).name}:{last.lineno}")
+        place = f"{type(fault).__name__} at {Path(last.filename).name}:{last.lineno}"
+        self._log(f"Internal fault in {request.state.request_id}: {place}")
+
+
+class _RequestIds:
+    """ASGI middleware: a random `x-request-id` in the header of every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = f"req_{secrets.token_hex(16)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
 
 
 class _Events(StreamingResponse):
@@ -151,6 +202,17 @@ class _Events(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._slot:
             await super().__call__(scope, receive, send)
+
+
+def _check_model(model: str, slug: str) -> None:
+    """Raises APIError (404) for every model but the user's."""
+    if not hmac.compare_digest(model.encode("utf-8", "surrogatepass"), slug.encode()):
+        raise APIError(404, "There is no such model, or it is not yours.", "model_not_found", "model")
+
+
+def _fingerprint(adapter: AdmittedAdapter) -> str:
+    """A name of the weights and the program: with equal ones, seed and request, an engine answers the same."""
+    return f"fp_{hashlib.sha256(f'{__version__} {adapter.weights_sha256}'.encode()).hexdigest()[:12]}"
 
 
 async def _body(request: Request, most: int) -> bytes:

@@ -27,6 +27,7 @@ from persona_rlhf.serving.openai_api import (
     Finish,
     SamplingParams,
     TextChunk,
+    TokenLogprob,
     Usage,
 )
 from persona_rlhf.serving.policy_filter import join_chunks
@@ -107,6 +108,8 @@ def _body(model: str, messages: Prompt, sampling: SamplingParams) -> dict[str, A
     }
     if sampling.stop:
         body["stop"] = list(sampling.stop)
+    if sampling.logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
     if sampling.seed is not None:
         body["seed"] = sampling.seed
     return body
@@ -122,8 +125,9 @@ def _chunks(client: httpx.Client, response: httpx.Response) -> Iterator[TextChun
                 if (counted := event.get("usage")) is not None:
                     usage = Usage(int(counted["prompt_tokens"]), int(counted["completion_tokens"]))
                 for choice in event["choices"]:
-                    if text := choice["delta"].get("content"):
-                        yield TextChunk(str(text))
+                    text, logprobs = choice["delta"].get("content"), _logprobs(choice)
+                    if text or logprobs:
+                        yield TextChunk(str(text or ""), logprobs=logprobs)
                     if (reason := choice.get("finish_reason")) is not None:
                         finish = "length" if reason == "length" else "stop"
         except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError):
@@ -131,6 +135,17 @@ def _chunks(client: httpx.Client, response: httpx.Response) -> Iterator[TextChun
     if finish is None:
         raise APIError(502, "The engine behind this server ended without an end of its answer.", "engine_failed")
     yield TextChunk("", finish, usage)
+
+
+def _logprobs(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(
+            str(one["token"]),
+            float(one["logprob"]),
+            tuple((str(top["token"]), float(top["logprob"])) for top in one["top_logprobs"]),
+        )
+        for one in (choice.get("logprobs") or {}).get("content") or ()
+    )
 
 
 def _events(response: httpx.Response) -> Iterator[Mapping[str, Any]]:
