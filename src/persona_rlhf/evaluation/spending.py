@@ -1,9 +1,10 @@
 """The share of delta that a user's next look may spend. A look is one adapter of a user before the gate.
 
 **One bank for all looks** (the default). The k-th look spends 6 / (pi^2 k^2). The shares of all looks sum to one, so by
-the union bound a user who never stops retraining is released in breach with a chance of at most delta. This holds for
-any dependence between looks, also on the same probes. It asks that an adapter depends on the probes only through the
-passes and failures of earlier looks; `sequential` lifts that condition.
+the union bound a user who retrains until the first release is released in breach with a chance of at most delta. This
+holds for any dependence between looks, also on the same probes: until then every earlier look failed, so the k-th
+adapter is fixed beforehand. After a release, later adapters may be chosen by what passed, and the sum is exact only for
+adapters that do not depend on the probes; `sequential` lifts that condition.
 
 **Fresh probes for each look** (`sequential`). Only failures spend: the share of a look is 6 / (pi^2 (f + 1)^2) after f
 failures, and a pass hands its share on to the next look. Proof. Let B be the part of delta that failures left over, and
