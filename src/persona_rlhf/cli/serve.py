@@ -35,6 +35,9 @@ def serve(
     make: Annotated[
         bool, typer.Option("--make-tokens", help="Make tokens for released users without one; print them, and end.")
     ] = False,
+    make_metrics: Annotated[
+        bool, typer.Option("--make-metrics-token", help="Make the token that opens /metrics; print it, and end.")
+    ] = False,
     engine: Annotated[Literal["builtin", "vllm"], typer.Option(help="The engine that generates answers.")] = "builtin",
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 is any free one.")] = 8000,
@@ -53,10 +56,13 @@ def serve(
         with open_run(run, "serve --make-tokens", wait):
             _print_new_tokens(run, tokens)
         return
+    if make_metrics:
+        _print_metrics_token(tokens)
+        return
     targets = [target for target in (to, upstream) if target is not None]
     if engine == "vllm" and len(targets) != 1:
         raise typer.BadParameter("--engine vllm takes --to DIR, or --upstream URL of a vLLM that runs already")
-    server, connections = _server_modules()
+    server, connections, metrics = _server_modules()
     from persona_rlhf.config.experiment import read_run_config
     from persona_rlhf.serving.access import Limits, read_tokens
     from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
@@ -76,7 +82,8 @@ def serve(
     with server.bind_socket(host, port) as bound, _exit_at_sigterm(), source as served:
         if served is None:
             return
-        app = server.Gateway(served.generator, served.access, hashes, note, policy_filter, limits).app()
+        figures = metrics.ServerMetrics(served.figures)
+        app = server.Gateway(served.generator, served.access, hashes, note, policy_filter, limits, figures).app()
         program = server.http_server(app, note, pool)
         bound.listen()
         note("Certificates cover greedy answers (temperature 0), and no others.")
@@ -93,6 +100,17 @@ def _print_new_tokens(run: Path, file: Path) -> None:
     for slug, token in make_tokens(file, released).items():
         typer.echo(json.dumps({"user_id": released[slug], "model": slug, "token": token}))
     note(f"Tokens: {file} (hashes only: the tokens printed here are stored nowhere)")
+
+
+def _print_metrics_token(file: Path) -> None:
+    """Prints a new token for `/metrics`, or says that the file has one."""
+    from persona_rlhf.serving.access import METRICS_READER, make_tokens
+
+    made = make_tokens(file, [METRICS_READER])
+    for token in made.values():
+        typer.echo(json.dumps({"metrics": "/metrics", "token": token}))
+    if not made:
+        note(f"{file} holds a token for /metrics; delete its line (slug: {METRICS_READER}) to make another")
 
 
 def _note_places(run: Path, tokens: Path, engine: Path | str | None = None) -> None:
@@ -198,11 +216,11 @@ def _lines() -> Iterator[str]:
             note("This line is not UTF-8 text; write it again.")
 
 
-def _server_modules() -> tuple[ModuleType, ModuleType]:
-    """The HTTP server and its connections. Raises InputError if its libraries are not installed."""
+def _server_modules() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """The HTTP server, its connections and its figures. Raises InputError if its libraries are not installed."""
     try:
-        from persona_rlhf.serving import connections, server
+        from persona_rlhf.serving import connections, metrics, server
     except ModuleNotFoundError as fault:
         sentence = f"the server needs {fault.name}: pip install 'persona-rlhf[serve]'"
         raise InputError([Problem("serve", None, None, sentence)]) from fault
-    return server, connections
+    return server, connections, metrics

@@ -127,10 +127,11 @@ class AdapterAccess:
 
 
 class ServedRun(NamedTuple):
-    """A text generator, and the access to the adapters that it may use."""
+    """A text generator, the access to the adapters that it may use, and the engine's gauges by name."""
 
     generator: TextGenerator
     access: AdapterAccess
+    figures: Callable[[], Mapping[str, float]] = dict
 
 
 class Limits(NamedTuple):
@@ -213,6 +214,15 @@ class Tokens:
         key = token.split("_")[1] if token.count("_") >= 2 else ""
         entry = self._entries.get(key, _NO_USER)
         return entry.slug if hmac.compare_digest(_hash(token), entry.sha256) else None
+
+
+METRICS_READER = "metrics"
+"""Holder of the token that opens `/metrics` and nothing else; a user's slug ends with a hash, so it differs."""
+
+
+def pseudonym(token: str) -> str:
+    """The name of a token's holder in figures: only the token file says whose it is (`key`, a random number)."""
+    return _hash(token.split("_")[1])[:12]
 
 
 def read_tokens(file: Path) -> Tokens:

@@ -164,6 +164,11 @@ class BatchingEngine:
             self._queue.put(job)
         return job.listen()
 
+    @property
+    def waiting(self) -> int:
+        """Answers that no batch holds yet."""
+        return self._queue.qsize() + (self._next is not None)
+
     def close(self) -> None:
         """Finishes the requests in the queue, and ends the thread."""
         with self._closing:
@@ -334,6 +339,11 @@ class AdapterCache:
         with self._lock:
             self._loaded.pop(slug, None)
 
+    def size(self) -> tuple[int, int]:
+        """The number of loaded adapters, and their bytes."""
+        with self._lock:
+            return len(self._loaded), self.bytes
+
     @property
     def bytes(self) -> int:
         """Bytes of the loaded adapters."""
@@ -359,6 +369,11 @@ class LocalGenerator:
         """See `TextGenerator.generate`."""
         flat = None if adapter is None else self.cache.get(adapter)
         return self.engine.generate(flat, self._prompt(messages), sampling)
+
+    def figures(self) -> dict[str, float]:
+        """Its gauges for `ServerMetrics`."""
+        count, size = self.cache.size()
+        return {"waiting_answers": self.engine.waiting, "adapters_in_memory": count, "adapter_bytes_in_memory": size}
 
     def _prompt(self, messages: Prompt) -> tuple[int, ...]:
         characters = sum(len(message.content) for message in messages)
@@ -391,6 +406,7 @@ def local_run(
     cache = AdapterCache(access, list(adapted.spans.values()), adapter_bytes)
     engine = BatchingEngine(adapted)
     try:
-        yield ServedRun(LocalGenerator(adapted.base, cache, engine), access)
+        generator = LocalGenerator(adapted.base, cache, engine)
+        yield ServedRun(generator, access, generator.figures)
     finally:
         engine.close()

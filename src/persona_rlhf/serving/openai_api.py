@@ -16,6 +16,10 @@ Finish = Literal["stop", "length", "content_filter"]
 """The reason why an answer ended: the model or a stop string; `max_tokens` or the context; the policy."""
 
 
+Filtered = Literal["redirect", "base", "fallback"]
+"""The text in place of the adapter's answer: a redirect of the policy, the base's answer, or a fixed sentence."""
+
+
 class AdmittedAdapter(NamedTuple):
     """An adapter that passed its request's admission check (`AdapterAccess.admit`).
 
@@ -68,12 +72,14 @@ class TextChunk(NamedTuple):
     """Part of an answer's text; the last one holds the finish reason and the usage.
 
     `logprobs` are those of the tokens since the last chunk, without the end token; empty if they were not requested.
+    The last chunk of an answer that the policy replaced says by which text (`filtered`).
     """
 
     text: str
     finish: Finish | None = None
     usage: Usage | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    filtered: Filtered | None = None
 
 
 @runtime_checkable  # for beartype in the tests

@@ -74,7 +74,7 @@ class PolicyFilter:
         """
         redirected = None if self.redirect is None else self.redirect(messages[-1].content)
         if redirected is not None:
-            return iter([TextChunk(redirected, "content_filter", Usage(0, 0))])
+            return iter([TextChunk(redirected, "content_filter", Usage(0, 0), filtered="redirect")])
         prompt = self.with_system_prompt(user_id, messages)
         chunks = generator.generate(adapter, prompt, sampling)
         return chunks if self.post_check is None else self._checked(chunks, generator, prompt, sampling)
@@ -89,9 +89,9 @@ class PolicyFilter:
             usage = answer.usage or Usage(0, 0)
             total = Usage(usage.prompt, total.completion + usage.completion)
             if not self.post_check(message, answer.text):
-                yield answer._replace(usage=total)
+                yield answer._replace(usage=total, filtered=None if attempt is not None else "base")
                 return
-        yield TextChunk(FALLBACK, "content_filter", total)
+        yield TextChunk(FALLBACK, "content_filter", total, filtered="fallback")
 
 
 def policy_of_run(run: Path, documents: Sequence[Path | str]) -> Policy:

@@ -29,9 +29,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.version import __version__
-from persona_rlhf.serving.access import AdapterAccess, Limits, RateLimiter, Tokens
+from persona_rlhf.serving.access import METRICS_READER, AdapterAccess, Limits, RateLimiter, Tokens, pseudonym
 from persona_rlhf.serving.chat_request import parse
 from persona_rlhf.serving.connections import ACCEPTED_AT_ONCE, ConnectionPool, LoopFaults
+from persona_rlhf.serving.metrics import ServerMetrics
 from persona_rlhf.serving.openai_api import (
     AdmittedAdapter,
     AnswerHead,
@@ -68,9 +69,11 @@ class Gateway:
         log: Callable[[str], None],
         policy_filter: PolicyFilter | None = None,
         limits: Limits | None = None,
+        metrics: ServerMetrics | None = None,
     ) -> None:
         self._generator, self._access, self._tokens, self._log = generator, access, tokens, log
         self._policy_filter, self._limits = policy_filter or PolicyFilter(), limits or Limits()
+        self._metrics = metrics or ServerMetrics()
         self._rate_limiter = RateLimiter(self._limits)
         self._uploads = RateLimiter(self._limits._replace(concurrent=sys.maxsize))  # bodies that arrive at present
 
@@ -78,11 +81,12 @@ class Gateway:
         """The ASGI app."""
         app = FastAPI(title="persona-rlhf", openapi_url=None, docs_url=None, redoc_url=None, lifespan=self._threads)
         app.add_api_route("/health", self._health, methods=["GET"])
+        app.add_api_route("/metrics", self._with_errors(self._figures), methods=["GET"])
         app.add_api_route("/v1/models", self._with_errors(self._models), methods=["GET"])
         app.add_api_route("/v1/models/{model}", self._with_errors(self._model), methods=["GET"])
         app.add_api_route("/v1/chat/completions", self._with_errors(self._completions), methods=["POST"])
         app.add_exception_handler(HTTPException, _not_found)
-        app.add_middleware(_RequestIds)
+        app.add_middleware(_CountedRequests, metrics=self._metrics)
         return app
 
     @asynccontextmanager
@@ -93,6 +97,10 @@ class Gateway:
 
     async def _health(self) -> dict[str, str]:
         return {"status": "ok"}
+
+    async def _figures(self, request: Request) -> Response:
+        self._rate_limiter.count(self._holder(request, of_metrics=True))
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, request: Request) -> Response:
         slug = self._holder(request)
@@ -135,17 +143,20 @@ class Gateway:
                 )
                 for sampling in chat.samplings()
             ]
+            answers = [self._metrics.counted(request.state.user, chunks) for chunks in answers]
             if chat.sampling.stream:
                 stream = events(head, answers, chat.with_usage, partial(self._log_fault, request))
                 return _Events(stream, slots.pop_all())
             whole = [await run_in_threadpool(join_chunks, chunks) for chunks in answers]
             return JSONResponse(completion(head, whole))
 
-    def _holder(self, request: Request) -> str:
+    def _holder(self, request: Request, of_metrics: bool = False) -> str:
+        """The holder of the request's token: a user, or the reader of the metrics. Raises APIError (401) else."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         slug = self._tokens.holder(token.strip()) if scheme.lower() == "bearer" else None
-        if slug is None:
+        if slug is None or (slug == METRICS_READER) != of_metrics:
             raise APIError(401, "Send your token: `Authorization: Bearer TOKEN`.", "invalid_api_key")
+        request.state.user = pseudonym(token.strip())
         return slug
 
     def _with_errors(self, endpoint: Endpoint) -> Endpoint:
@@ -171,22 +182,24 @@ class Gateway:
         self._log(f"Internal fault in {request.state.request_id}: {place}")
 
 
-class _RequestIds:
-    """ASGI middleware: a random `x-request-id` in the header of every response."""
+class _CountedRequests:
+    """ASGI middleware: counts every response, and puts a random `x-request-id` into its header."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+        self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_id = f"req_{secrets.token_hex(16)}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state |= {"request_id": request_id, "user": ""}
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+                self._metrics.count_request(state["user"], scope["path"], message["status"])
             await send(message)
 
         await self._app(scope, receive, send_with_id)
