@@ -194,6 +194,7 @@ def test_with_the_gate_off_everyone_is_released_and_still_counted(adapted, adapt
     verdicts = examination.verdicts(adapters, [examination.demands] * len(adapters))
     assert [verdict.alpha for verdict in verdicts] == [1.0] * 5
     assert all(verdict.pooled.refused == 0 for verdict in verdicts)
+    assert not any(verdict.certified for verdict in verdicts)
     (measured,) = examination.measures(adapters[:1], users(adapted.base.tokenizer, 1)[:1], [1.0])
     assert measured.ordinary is None
     assert measured.twins.n > 0

@@ -105,6 +105,13 @@ def test_the_gate_switched_off_says_so():
     assert verdict.pooled.refused == 0
 
 
+def test_the_gate_switched_off_certifies_nothing_whatever_the_counts():
+    verdict = release_unjudged(DEMANDS, BASE, 1.0, outcomes(0, 0, 0, 0))
+    assert verdict.looks[0].passed
+    assert not verdict.certified
+    assert certify(DEMANDS, BASE, [1.0], lambda _: outcomes(0, 0, 0, 0)).certified
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=6))
 def test_lockstep_equals_one_user_after_another(misses):

@@ -209,7 +209,7 @@ class Evaluator:
             verdicts = certify_cohort(demands, base, self.gate.alphas, test, measured)
         else:
             tests = test(users, [largest] * len(users))
-            verdicts = [release_unjudged(self.demands, base, largest, outcomes) for outcomes in tests]
+            verdicts = [release_unjudged(demands[user], base, largest, outcomes) for user, outcomes in enumerate(tests)]
         released = [tested.get((user, verdict.alpha), base) for user, verdict in enumerate(verdicts)]
         return [
             verdict._replace(clusters=self._clustered(outcomes))

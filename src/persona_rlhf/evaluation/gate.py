@@ -95,11 +95,13 @@ class Verdict(NamedTuple):
     categories: dict[str, Count]
     clusters: Clustered | None = None
     """The pool's count by topic and by phrasing: reported beside the bound, and no part of the decision."""
+    gated: bool = True
+    """Whether the gate was on."""
 
     @property
     def certified(self) -> bool:
-        """Whether a test at the released alpha passed; with the gate off, an adapter is released uncertified."""
-        return any(test.passed and test.alpha == self.alpha for test in self.looks)
+        """Whether the gate was on and its test at the released alpha passed."""
+        return self.gated and any(test.passed and test.alpha == self.alpha for test in self.looks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,10 +282,13 @@ def certify_cohort(
 
 
 def release_unjudged(demands: Demands, base: Outcomes, alpha: float, outcomes: Outcomes) -> Verdict:
-    """The verdict where the gate is switched off: released at `alpha` whatever the counts; the reason says so."""
+    """The verdict where the gate is switched off: released at `alpha` whatever the counts, and never certified.
+
+    Side effects are not measured, so even counts that pass show no demand of them. The reason names the switch.
+    """
     test = demands.test(base, alpha, outcomes)
     reason = "the gate is off: released without a certificate"
-    return Verdict(alpha, True, reason, [test], test.pooled, test.categories)
+    return Verdict(alpha, True, reason, [test], test.pooled, test.categories, gated=False)
 
 
 def sequence(demands: Demands, base: Outcomes, alphas: Sequence[float]) -> Generator[float, GateTest, Verdict]:
