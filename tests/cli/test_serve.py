@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import io
 import json
@@ -17,7 +18,9 @@ from typer.testing import CliRunner
 from persona_rlhf.cli import app
 from persona_rlhf.cli.serve import _lines
 from persona_rlhf.common.files import slug
+from persona_rlhf.release.engine_layout import ZERO_NAME, engine_name
 from persona_rlhf.release.results import RunResults
+from persona_rlhf.serving.access import METRICS_READER, read_tokens
 from tests.serving.conftest import RELEASED, base, base_folder, run, served_run  # noqa: F401 - fixtures
 from tests.serving.vllm_stand_in import stand_in
 
@@ -130,10 +133,14 @@ def test_the_gateway_before_a_vllm_that_runs_already(served_run, tokens, tmp_pat
     """In a process of its own, with a stand-in for vLLM."""
     with stand_in() as vllm:
         url = f"http://127.0.0.1:{vllm.server_port}"
+        weights = (served_run.path / "adapters" / ADA / "adapter_model.safetensors").read_bytes()
+        ada = engine_name(ADA, hashlib.sha256(weights).hexdigest())
+        vllm.adapters = [ZERO_NAME, ada]
         server = Server(cli_words(served_run, tmp_path, "--engine", "vllm", "--upstream", url))
+        vllm.requests.clear()  # those of the start
         try:
             status, answered = read(server.ask(tokens[ADA], max_tokens=5))
-            assert (status, answered["choices"][0]["message"]["content"]) == (200, f"{ADA} says w5 w6")
+            assert (status, answered["choices"][0]["message"]["content"]) == (200, f"{ada} says w5 w6")
             assert read(server.ask(tokens[slug("ada")]))[0] == 404
             assert len(vllm.requests) == 1
             assert server.stop() == 0
@@ -141,6 +148,15 @@ def test_the_gateway_before_a_vllm_that_runs_already(served_run, tokens, tmp_pat
             server.process.kill()
             server.process.wait()
             server.process.stderr.close()
+
+
+def test_the_token_of_the_metrics_is_made_once_and_is_no_users(served_run, tokens, tmp_path):
+    words = cli_words(served_run, tmp_path, "--make-metrics-token")
+    first, second = CliRunner().invoke(app.app, words), CliRunner().invoke(app.app, words)
+    token = json.loads(first.stdout)["token"]
+    assert read_tokens(tmp_path / "tokens").holder(token) == METRICS_READER
+    assert (second.exit_code, second.stdout) == (0, "")
+    assert token not in (tmp_path / "tokens").read_text()
 
 
 def test_mistakes_are_said_before_anything_is_loaded(served_run, tokens, tmp_path):

@@ -276,5 +276,5 @@ def test_log_probabilities_are_requested_and_come_back(server, upstream):
     sampling = SamplingParams(5, logprobs=2)
     answer = join_chunks(upstream.generate(None, (Message("user", "hi"),), sampling))
     assert (server.requests[-1][2]["logprobs"], server.requests[-1][2]["top_logprobs"]) == (True, 2)
-    words = ["base ", "says ", "hi"]
+    words = ["base@zero ", "says ", "hi"]
     assert answer.logprobs == tuple(TokenLogprob(word, -1.5, (("x", -0.5),) * 2) for word in words)
