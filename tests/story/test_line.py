@@ -41,13 +41,16 @@ def test_train_releases_and_prints_nothing_but_json(trained):
 
 
 def test_a_line_of_the_results_holds_what_is_promised(trained):
+    [near_copy] = map(json.loads, (trained.run / "screening.jsonl").read_text(encoding="utf-8").splitlines())
+    assert near_copy["reason"] == "probe: near copy of an ordinary prompt that the gate asks"
     for line in results(trained.run):
         assert set(line) >= KEYS
-        assert line["pairs"] == {"train": 12, "heldout": 5, "screened_out": 0}
+        out = int(line["user_id"] == near_copy["user_id"])
+        assert line["pairs"] == {"train": 12, "heldout": 5 - out, "screened_out": out}
         assert line["steps"] == 6
         assert line["seconds"] > 0
         assert set(line["heldout_accuracy"]) == {"reference_free", "adapted", "n", "low", "high"}
-        assert line["heldout_accuracy"]["n"] == line["heldout_clean"]["n"] == 5
+        assert line["heldout_accuracy"]["n"] == line["heldout_clean"]["n"] == 5 - out
         assert set(line["win_rate"]) == {"value", "n", "low", "high"}
         assert line["win_rate"]["n"] == 2
         assert set(line["tier_one"]) == {"pooled", *CATEGORIES}
