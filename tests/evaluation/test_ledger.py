@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from persona_rlhf.common.chain import Chain
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import pseudonym
-from persona_rlhf.evaluation.ledger import Ledger, LookKey, LookPlan, bank_uses
+from persona_rlhf.evaluation.ledger import Family, Ledger, LookKey, LookPlan, bank_uses
 
 FIRST = 6 / math.pi**2
 
@@ -97,6 +97,53 @@ def test_with_fresh_probes_only_failures_spend(tmp_path):
         book.close([(key(adapter=str(n), bank=str(n)), passed)])
         shares.append(one.share)
     assert shares == pytest.approx([FIRST, FIRST, FIRST, FIRST / 4, FIRST / 4])
+
+
+def test_a_closed_look_keeps_its_first_outcome(tmp_path):
+    book = ledger(tmp_path)
+    outcomes = {"failed": 0.0, "half": 0.5, "whole": 1.0}
+    for adapter, alpha in outcomes.items():
+        book.open([key(adapter=adapter)])
+        assert book.close([(key(adapter=adapter), alpha)]) == [alpha]
+    for reader in (book, ledger(tmp_path)):
+        for adapter, alpha in outcomes.items():
+            for again in (0.0, 0.25, 1.0):
+                assert reader.close([(key(adapter=adapter), again)]) == [alpha]
+    assert [entry.event for entry in Chain(book.file)].count("closed") == 3
+
+
+@pytest.mark.parametrize(("passed", "alpha"), [(True, 1.0), (False, 0.0)])
+def test_a_line_of_an_early_version_has_no_alpha(tmp_path, passed, alpha):
+    book = ledger(tmp_path)
+    book.open([key()])
+    [name] = [entry.facts["look"] for entry in Chain(book.file) if entry.event == "opened"]
+    Chain(book.file).append([("closed", {"look": name, "passed": passed})])
+    assert ledger(tmp_path).close([(key(), 0.75)]) == [alpha]
+
+
+def test_a_family_shares_its_ledger_with_nobody(tmp_path):
+    """Runs of one user each, or of some of the users, would spend the whole delta each."""
+    ada, ben = pseudonym("ada"), pseudonym("ben")
+    both = Family.of([ada, ben])
+    book = ledger(tmp_path)
+    book.check(both)
+    book.open([key("ada")], family=both)
+    ledger(tmp_path).check(Family.of([ben, ada]))  # the run goes on, or is repeated
+    ledger(tmp_path).open([key("ben")], family=both)
+    for other in (Family.of([ada]), Family.of([ben]), Family.of([ada, ben, pseudonym("cleo")])):
+        for act in (ledger(tmp_path).check, lambda family: ledger(tmp_path).open([key(adapter="b")], family=family)):
+            with pytest.raises(InputError, match="2 of the 2 users in this ledger are not of this run") as fault:
+                act(other)
+            assert fault.value.problems[0].key == "gate.ledger"
+    assert bank_uses(book.file, "bank") == 2
+    assert both.name not in book.file.read_text()
+
+
+def test_a_ledger_without_families_is_open_to_its_users(tmp_path):
+    look(ledger(tmp_path), user="ada")
+    ledger(tmp_path).check(Family.of([pseudonym("ada"), pseudonym("ben")]))
+    with pytest.raises(InputError, match="1 of the 1 users"):
+        ledger(tmp_path).check(Family.of([pseudonym("ben")]))
 
 
 def test_the_ledger_alone_names_nobody(tmp_path):

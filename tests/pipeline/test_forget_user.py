@@ -240,6 +240,20 @@ def test_interrupted_twice_it_is_still_finished(planted):
     assert finish_forgetting(planted) == []
 
 
+def test_a_file_beside_the_results_is_hashed_again(planted):
+    rows = [row(user, 0, user == ID) for user in ("Ada", ID)]
+    for name, of in (("extra.csv", rows), ("other.csv", rows[:1])):
+        (planted / name).write_text("\n".join([",".join(rows[0]), *(",".join(one.values()) for one in of)]) + "\n")
+    write_run_manifest(planted)
+    (planted / "other.csv").write_text("changed by somebody else\n")
+    assert cut_short(lambda: forget(planted, ID), 30) == KILLED
+    assert len(finish_forgetting(planted)) == 1
+    assert ID not in (planted / "extra.csv").read_text()
+    assert [fault for fault in verify(planted) if ".csv" in fault] == [
+        "other.csv was changed: its sha256 is not the one in manifest.json"
+    ]
+
+
 def test_rows_go_out_of_every_kind_of_file(planted):
     from pyarrow import Table, parquet
 

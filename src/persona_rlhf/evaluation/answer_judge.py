@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.numpy import load_file
 
-from persona_rlhf.common.files import find
+from persona_rlhf.common.files import find, sha256_of
 from persona_rlhf.config.evaluation import GateSettings
-from persona_rlhf.evaluation.refusals import AnsweredPrompt, Judge, SecondJudge, load_classifier
+from persona_rlhf.evaluation.refusals import AnsweredPrompt, Judge, SecondJudge, classifier_files, load_classifier
+from persona_rlhf.policy import judges
 from persona_rlhf.policy.judges import folded, is_refusal
 
 WEIGHTS = Path("data/judge/judge.safetensors")
@@ -116,3 +117,16 @@ def judges_of(gate: GateSettings, device: torch.device) -> GateJudges:
         return [shipped(one.answer) for one in answered]
 
     return GateJudges(is_refusal, second)
+
+
+def judge_hashes(gate: GateSettings) -> list[str]:
+    """sha256 of every file that decides the verdicts of a gate's judges: rules, weights, files of `gate.judge_model`.
+
+    Another content of one of them is another judge. Raises InputError where a file of `gate.judge_model` is missing.
+    """
+    files = [Path(judges.__file__)]
+    if gate.judge_model is not None:
+        files += classifier_files(gate.judge_model)
+    elif gate.judge != "rules":
+        files += [Path(__file__), find(WEIGHTS)]
+    return [sha256_of(file) for file in files]

@@ -56,7 +56,7 @@ from persona_rlhf.evaluation.refusals import (
 )
 from persona_rlhf.evaluation.sequential import certify_sequentially, check_units
 from persona_rlhf.evaluation.spending import next_share
-from persona_rlhf.evaluation.statistics import Clustered, by_cluster
+from persona_rlhf.evaluation.statistics import Clustered, Count, by_cluster
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, conditions_of
 from persona_rlhf.policy.clusters import Outcomes, Unit
@@ -164,6 +164,10 @@ class Evaluator:
             check_units(self.first_look, base, self._policy.private is not None)
         else:
             check_base(self.first_look, base)
+
+    def base_counts(self, demands: Demands) -> tuple[Count, dict[str, Count]]:
+        """The base's own refusals of certify probes, pooled and by category: those of a user who gets no adapter."""
+        return demands.count(self._base_outcomes, self._base_outcomes)
 
     def base_refuses(self, prompts: Sequence[PromptIds]) -> list[bool]:
         """Whether the opening of the base's greedy answer refuses, for each prompt (token ids).

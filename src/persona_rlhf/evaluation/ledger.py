@@ -1,9 +1,11 @@
 """The ledger of looks: every adapter of a user that the gate tested, so that all looks of a user share one delta.
 
-A look is written before the probes are asked, and closed with its verdict. The same adapter before the same exam is the
-same look: its verdict is the same, so a killed and resumed run pays once. Another adapter, probe, demand or judge makes
-a new look. The ledger is chained (`common/chain.py`); heads of it are kept beside it and in the runs that use it, and a
-ledger that lacks one of them is an error: a restored backup would have forgotten looks.
+A look is written before the probes are asked, and closed with the alpha that its verdict allows. The same adapter
+before the same exam is the same look, so a killed and resumed run pays once. A closed look keeps its first outcome: a
+judgement that is repeated allows no more. Another adapter, probe, demand or judge makes a new look.
+
+The ledger is chained (`common/chain.py`); heads of it are kept beside it and in the runs that use it. A ledger that
+lacks one of them is an error: a restored backup would have forgotten looks.
 
 Three files lie side by side, such as looks.jsonl, looks.key and looks.head. Users and adapters are named by HMACs
 (RFC 2104) under the key, so that looks.jsonl alone names nobody. Deleting a user leaves these lines as they are.
@@ -83,6 +85,19 @@ class LookPlan(NamedTuple):
     looks: int
 
 
+class Family(NamedTuple):
+    """The users who share one delta (`gate.family: all`), by pseudonym, and a name made of all of them."""
+
+    name: str
+    users: frozenset[str]
+
+    @staticmethod
+    def of(users: Iterable[str]) -> Family:
+        """The family of these users, named by sha256 of their pseudonyms."""
+        members = frozenset(users)
+        return Family(hashlib.sha256("\x1f".join(sorted(members)).encode()).hexdigest(), members)
+
+
 class KeptHead(NamedTuple):
     """A head of a ledger, the number of looks up to it, and the place that keeps it."""
 
@@ -92,12 +107,16 @@ class KeptHead(NamedTuple):
 
 
 class _Taken(NamedTuple):
-    """A look of a user as the ledger has it; open looks count as failed."""
+    """A look of a user as the ledger has it. `released` is the alpha that its verdict allows: 0 if failed or open.
+
+    `family` is the digest of the family that it spends the delta of; empty where there is none, or none was recorded.
+    """
 
     look: str
     share: float
-    passed: bool
+    released: float
     plan: LookPlan | None
+    family: str
 
 
 class Ledger:
@@ -117,7 +136,7 @@ class Ledger:
         self._offset, self._head, self._looks, self._key = 0, NO_LINES, 0, b""
         self._users: dict[str, list[_Taken]] = {}
         self._places: dict[str, tuple[str, int]] = {}  # by look: its user and its place
-        self._open, self._banks = set[str](), Counter[str]()
+        self._open, self._banks, self._families = set[str](), Counter[str](), set[str]()
 
     @property
     def head(self) -> KeptHead:
@@ -128,21 +147,32 @@ class Ledger:
         """The number of looks at a bank (sha256 of its certify probes), as last read or written."""
         return self._banks[bank]
 
-    def check(self) -> None:
-        """Reads the ledger, if there is one; nothing is written where there is none."""
+    def check(self, family: Family | None = None) -> None:
+        """Reads the ledger, if there is one; nothing is written where there is none.
+
+        Raises InputError where it has looks of other users than those of a `family`.
+        """
         if self.file.exists():
             with self._locked():
-                pass
+                self._check_family(family)
         elif missing := self._all_kept():
             raise self._lost(missing)
 
-    def open(self, keys: Sequence[LookKey], sequential: bool = False, plan: LookPlan | None = None) -> list[Look]:
+    def open(
+        self,
+        keys: Sequence[LookKey],
+        sequential: bool = False,
+        plan: LookPlan | None = None,
+        family: Family | None = None,
+    ) -> list[Look]:
         """Opens a look of each of several users, on the disk before this returns; one that is there stays as it is.
 
-        `sequential` as in `next_share`.
+        `sequential` as in `next_share`. `family`: the users who share delta with these; raises as `check` does.
         """
         assert len({key.user for key in keys}) == len(keys), "two looks of one user at once"
         with self._locked() as chain:
+            self._check_family(family)
+            shared = {} if family is None else {"family": self._digest("family", family.name)}
             new = list[tuple[str, dict[str, Any]]]()
             for key in keys:
                 if (name := self._name(key)) not in self._places:
@@ -155,7 +185,7 @@ class Ledger:
                         "number": len(self._users.get(user, ())) + 1,
                         "share": self._share(user, sequential, plan),
                     }
-                    new.append((_OPENED, facts | planned))
+                    new.append((_OPENED, facts | planned | shared))
             self._append(chain, new)
             return [self._look(self._name(key)) for key in keys]
 
@@ -163,12 +193,24 @@ class Ledger:
         """The source of the draws of a user's look: nobody without the ledger's key can foretell them."""
         return Random(int(self._digest("draw", f"{user} {number}"), 16))
 
-    def close(self, verdicts: Iterable[tuple[LookKey, bool]]) -> None:
-        """Closes looks with their verdicts: whether the adapter passed. A closed look stays as it is."""
+    def close(self, verdicts: Iterable[tuple[LookKey, float]]) -> list[float]:
+        """Closes looks with the alphas that their verdicts allow, 0 for failed ones; returns the alphas recorded.
+
+        A closed look stays as it is: its first verdict is the one returned. Lines of early versions have no alpha; a
+        pass is then returned as 1, which bounds nothing.
+        """
         with self._locked() as chain:
-            named = ((self._name(key), passed) for key, passed in verdicts)
-            events = [(_CLOSED, {"look": name, "passed": passed}) for name, passed in named if name in self._open]
-            self._append(chain, events)
+            named = [(self._name(key), alpha) for key, alpha in verdicts]
+            self._append(
+                chain,
+                [
+                    (_CLOSED, {"look": name, "passed": alpha > 0, "alpha": float(alpha)})
+                    for name, alpha in named
+                    if name in self._open
+                ],
+            )
+            places = [self._places[name] for name, _ in named]
+            return [self._users[user][place].released for user, place in places]
 
     def _share(self, user: str, sequential: bool, plan: LookPlan | None) -> float:
         """The share of a user's next look.
@@ -177,7 +219,7 @@ class Ledger:
         taken yet are reserved.
         """
         taken = self._users.get(user, [])
-        history = [PastLook(past.share, past.passed) for past in taken]
+        history = [PastLook(past.share, past.released > 0) for past in taken]
         plans: dict[LookPlan, list[float]] = {}
         for past in taken:
             if past.plan is not None:
@@ -199,6 +241,22 @@ class Ledger:
         user, place = self._places[name]
         taken = self._users[user][: place + 1]
         return Look(place + 1, taken[-1].share, sum(past.share for past in taken))
+
+    def _check_family(self, family: Family | None) -> None:
+        """Raises InputError for a look that spent the delta of another family, or is of a user outside this one."""
+        if family is None or self._families <= (digests := {self._digest("family", family.name)}):
+            return
+        members = {self._digest("user", user) for user in family.users}
+        foreign = sum(
+            any(past.family not in digests and (past.family or user not in members) for past in taken)
+            for user, taken in self._users.items()
+        )
+        if foreign:
+            sentence = (
+                f"{foreign} of the {len(self._users)} users in this ledger are not of this run, or shared delta with "
+                "others; with `gate.family: all` the users of one run share one delta, so name another ledger, or none"
+            )
+            raise InputError([Problem(str(self.file), None, "gate.ledger", sentence)])
 
     @contextmanager
     def _locked(self) -> Iterator[LockedChain]:
@@ -250,13 +308,16 @@ class Ledger:
             plan = LookPlan(facts["plan"], facts["planned"]) if "plan" in facts else None
             taken = self._users.setdefault(facts["user"], [])
             self._places[facts["look"]] = facts["user"], len(taken)
-            taken.append(_Taken(facts["look"], facts["share"], False, plan))
+            family = facts.get("family", "")
+            taken.append(_Taken(facts["look"], facts["share"], 0.0, plan, family))
+            self._families.add(family)
             self._open.add(facts["look"])
             self._looks += 1
             self._banks[facts["bank"]] += 1
         elif entry.event == _CLOSED:
             user, place = self._places[facts["look"]]
-            self._users[user][place] = self._users[user][place]._replace(passed=facts["passed"])
+            alpha = float(facts.get("alpha", facts["passed"]))
+            self._users[user][place] = self._users[user][place]._replace(released=alpha)
             self._open.discard(facts["look"])
 
     def _read_key(self, digest: str) -> bytes:

@@ -150,6 +150,18 @@ def load_classifier(settings: ClassifierSettings, device: torch.device) -> Refus
     return RefusalClassifier(words, settings.refused, settings.otherwise)
 
 
+def classifier_files(settings: ClassifierSettings) -> list[Path]:
+    """The files that decide a classifier's verdicts: its weights, config and tokenizer, and its template.
+
+    Raises InputError for a folder without whole weights.
+    """
+    key = "gate.judge_model.model"
+    folder = model_folder(settings.model, [*TOKENIZER_FILES, "*.safetensors"], key)
+    texts = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}
+    template = [] if settings.template is None else [settings.template]
+    return [*weight_files(settings.model, folder, key), *sorted(texts), *template]
+
+
 class BaseAnswer(NamedTuple):
     """The base's greedy answer as a row (with its end token if it ended), its verdict, and its text."""
 

@@ -257,7 +257,9 @@ def _finish(run: Path, user: DataSubject) -> Forgotten:
             trace.remove()
     if run_dir.finished:
         write_report(run)
-        for changed in (*(file.name for file in run.glob("*.jsonl")), "policy.json", REDTEAM):
+        named, _ = read_manifest(run / RUN_MANIFEST)
+        erased = {entry["path"] for entry in order["removed"]} & set((named or {}).get("files", ()))
+        for changed in sorted({*(file.name for file in run.glob("*.jsonl")), "policy.json", REDTEAM, *erased}):
             write_run_manifest(run, only=changed)
     remains = list(_remains(run, outside, run_dir, user))
     after = others_adapters(run, name)

@@ -16,16 +16,21 @@ from torch import Tensor
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import pseudonym
+from persona_rlhf.common.version import __version__
 from persona_rlhf.config.experiment import Config
+from persona_rlhf.data.store import PairStore
+from persona_rlhf.evaluation.answer_judge import judge_hashes
 from persona_rlhf.evaluation.evaluator import Evaluator
-from persona_rlhf.evaluation.gate import Verdict
-from persona_rlhf.evaluation.ledger import LOOKS, Ledger, LookKey, LookPlan, Spending
+from persona_rlhf.evaluation.gate import Demands, Verdict
+from persona_rlhf.evaluation.ledger import LOOKS, Family, Ledger, LookKey, LookPlan, Spending
 from persona_rlhf.pipeline.inputs import facts_of, ordinary_of
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release import integrity
+from persona_rlhf.release.deletion_records import forgotten
 from persona_rlhf.release.integrity import JUDGED, LOOKED, RETESTED, kept_heads, looked
 
-_NOT_THE_EXAM = {"ledger", "valid_days"}  # keys of `gate` that change no verdict
+_NOT_THE_EXAM: dict[str, bool | set[str]] = {"ledger": True, "valid_days": True, "judge_model": {"model", "template"}}
+"""Keys of `gate` that change no verdict, and paths whose files `judge_hashes` covers."""
 
 
 EarlierLooks = list[list[tuple[LookKey, bool]]]
@@ -46,6 +51,7 @@ class GateLooks:
     bank, exam: as in `LookKey`
     earlier: looks of the run before there was a ledger (`earlier_looks`), entered before the first
     plan: looks that the run shares with others, such as those of a sweep
+    family: the users who share one delta (`gate.family: all`)
     """
 
     evaluator: Evaluator
@@ -55,12 +61,14 @@ class GateLooks:
     exam: str
     earlier: EarlierLooks
     plan: LookPlan | None = None
+    family: Family | None = None
 
     def judge(self, users: Sequence[str], flat: Float[Tensor, "users params"]) -> list[JudgedLook]:
         """The gate's verdicts on one adapter of each user, at the level of the user's look.
 
-        The look is on the disk before the first probe is asked, and its head in the audit trail. Raises InputError for
-        a ledger that has forgotten looks.
+        The look is on the disk before the first probe is asked, and its head in the audit trail. Of a look that was
+        closed before, the first verdict stands: a failed adapter stays held back, and one that passed is released at
+        most at the alpha recorded. Raises InputError for a ledger that has forgotten looks.
         """
         keys = [
             LookKey(pseudonym(user), _digest(adapter), self.bank, self.exam)
@@ -68,27 +76,62 @@ class GateLooks:
         ]
         self.earlier = enter_earlier(self.ledger, self.audit_run, self.earlier)
         sequential = self.evaluator.gate.sequential
-        looks = self.ledger.open(keys, sequential, self.plan)
+        looks = self.ledger.open(keys, sequential, self.plan, self.family)
         integrity.append_all(self.audit_run, [looked(self.ledger)])
         demands = self.evaluator.demands
         draws = [self.ledger.draws(key.user, look.number) for key, look in zip(keys, looks, strict=True)]
-        verdicts = self.evaluator.verdicts(flat, [demands.at_look(look.share) for look in looks], draws)
-        self.ledger.close((key, verdict.certified) for key, verdict in zip(keys, verdicts, strict=True))
+        of_looks = [demands.at_look(look.share) for look in looks]
+        verdicts = self.evaluator.verdicts(flat, of_looks, draws)
+        allowed = (verdict.alpha if verdict.certified else 0.0 for verdict in verdicts)
+        recorded = self.ledger.close(zip(keys, allowed, strict=True))
+        if self.evaluator.gate.enabled:
+            verdicts = [self._at_most(*of_user) for of_user in zip(verdicts, recorded, of_looks, strict=True)]
         integrity.append_all(self.audit_run, [looked(self.ledger)])
         return [
             JudgedLook(verdict, Spending.of_look(look, demands.delta, demands.judge_delta))
             for verdict, look in zip(verdicts, looks, strict=True)
         ]
 
+    def _at_most(self, verdict: Verdict, recorded: float, demands: Demands) -> Verdict:
+        """A verdict that allows no more than the alpha that the ledger recorded for its look."""
+        if verdict.alpha <= recorded:
+            return verdict
+        lower = [test for test in verdict.looks if test.passed and test.alpha <= recorded]
+        if lower:
+            test = max(lower, key=lambda one: one.alpha)
+            reason = f"passed up to alpha {test.alpha:g}; an earlier verdict at this look of the adapter allows no more"
+            return verdict._replace(alpha=test.alpha, reason=reason, pooled=test.pooled, categories=test.categories)
+        earlier = f"allowed alpha {recorded:g} only, which was not tested now" if recorded else "held it back"
+        reason = f"held back: the earlier verdict at this look of the adapter decides, and it {earlier}"
+        pooled, categories = self.evaluator.base_counts(demands)
+        return verdict._replace(
+            alpha=0.0, admitted=False, reason=reason, pooled=pooled, categories=categories, clusters=None
+        )
+
 
 def gate_looks(
-    config: Config, policy: Policy, evaluator: Evaluator, audit_run: Path, plan: LookPlan | None = None
+    config: Config,
+    policy: Policy,
+    evaluator: Evaluator,
+    audit_run: Path,
+    users: Iterable[str],
+    plan: LookPlan | None = None,
 ) -> GateLooks:
-    """The gate of a run. Raises InputError for a ledger that cannot be used; nothing is written."""
-    ledger = ledger_of(config, audit_run)
-    ledger.check()
+    """The gate of a run over `users` (pseudonyms); the run's forgotten users count as its users too.
+
+    Raises InputError for a ledger that cannot be used; nothing is written.
+    """
+    gate, ledger = evaluator.gate, ledger_of(config, audit_run)
+    shared = gate.enabled and gate.family == "all"
+    family = Family.of({*users, *forgotten(audit_run)}) if shared else None
+    ledger.check(family)
     exam = _exam(config, policy, evaluator)
-    return GateLooks(evaluator, ledger, audit_run, policy.bank.sha256, exam, earlier_looks(audit_run), plan)
+    return GateLooks(evaluator, ledger, audit_run, policy.bank.sha256, exam, earlier_looks(audit_run), plan, family)
+
+
+def users_of(pairs: PairStore) -> list[str]:
+    """The pseudonyms of the users who have pairs."""
+    return [user[0] for user in pairs.user_digests if user is not None]
 
 
 def ledger_of(config: Config, run: Path) -> Ledger:
@@ -137,7 +180,10 @@ def _exam(config: Config, policy: Policy, evaluator: Evaluator) -> str:
             "policy": policy.hash,
             "demands": asdict(evaluator.demands),
             "gate": evaluator.gate.model_dump(mode="json", exclude=_NOT_THE_EXAM),
+            "judges": judge_hashes(evaluator.gate),
+            "toolkit": __version__,
             "base": evaluator.base.weights_hash,
+            "lora": config.lora.model_dump(mode="json"),
             "conditions": evaluator.conditions,
             "seed": config.seed,
             "ordinary": ordinary_of(config),

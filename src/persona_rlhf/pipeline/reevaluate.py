@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import pseudonym
 from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.config.experiment import Config, read_run_config
 from persona_rlhf.evaluation.answer_judge import judges_of
@@ -131,7 +132,8 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
     try:
         evaluator = _recertifying(adapted, policy, config, users=len(RunResults(run)))
         evaluator.check_base()
-        looks = gate_looks(config, policy, evaluator, run)
+        users_of_run = (pseudonym(result.user_id) for result in RunResults(run))
+        looks = gate_looks(config, policy, evaluator, run, users_of_run)
         fixed, revocations, users = policy.max_changed is not None, revoked(run), list[Retested]()
         counter = UserCounter("testing", len(released), on_progress)
         for cohort, flat in released_adapters(run, released, adapted, as_trained=True):

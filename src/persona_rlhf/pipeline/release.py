@@ -19,7 +19,7 @@ from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.evaluation.warm_start import WarmStartInterpolation
-from persona_rlhf.pipeline.looks import GateLooks, gate_looks
+from persona_rlhf.pipeline.looks import GateLooks, gate_looks, users_of
 from persona_rlhf.pipeline.prepare import Chunk, Prepared
 from persona_rlhf.release import integrity
 from persona_rlhf.release.adapter import AdapterFiles, Exporter
@@ -87,7 +87,7 @@ def judge(
     On an exception each user is judged alone, and fails on a second one; raises where all users fail.
     """
     config, base = ready.config, ready.adapted.base
-    looks = looks or gate_looks(config, ready.policy, ready.examination, run)
+    looks = looks or gate_looks(config, ready.policy, ready.examination, run, users_of(ready.pairs))
     try:
         judged_users = _judged(ready, looks, chunk, users, interpolation)
     except (InputError, OSError):

@@ -11,7 +11,7 @@ from persona_rlhf.evaluation.ledger import LookPlan
 from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
-from persona_rlhf.pipeline.looks import GateLooks, gate_looks
+from persona_rlhf.pipeline.looks import GateLooks, gate_looks, users_of
 from persona_rlhf.pipeline.monitoring import (
     OnProgress,
     ProgressEvent,
@@ -85,7 +85,8 @@ def train_share(
         identity = identity_of(config, ready.policy, ready.pairs, ready.adapted.base.weights_hash)
         if run_dir.begun:
             run_dir.check_same(identity)
-        looks = gate_looks(config, ready.policy, ready.examination, run_dir.audit_run, plan)
+        users = users_of(ready.pairs)
+        looks = gate_looks(config, ready.policy, ready.examination, run_dir.audit_run, users, plan)
         if not looks.ledger.file.exists() and config.gate.ledger is not None and share.rank == 0:
             on_progress(ProgressEvent("preparing", f"{looks.ledger.file} is new: no look before counts"))
         if not run_dir.finished:

@@ -1,0 +1,150 @@
+"""A look that was closed is not decided again: no repeated judgement releases more than the first verdict allowed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from persona_rlhf.config.evaluation import ClassifierSettings, GateSettings
+from persona_rlhf.config.experiment import read_config, scaffold
+from persona_rlhf.evaluation.evaluator import Evaluator
+from persona_rlhf.evaluation.gate import Demands, certify, release_unjudged
+from persona_rlhf.evaluation.ledger import Ledger
+from persona_rlhf.pipeline import looks as module
+from persona_rlhf.pipeline.looks import GateLooks
+from persona_rlhf.policy.policy import Policy
+
+DEMANDS = Demands(pooled=0.9, categories={"c": 0.9}, in_pool=frozenset("c"), delta=0.05)
+BASE = {"c": [True] * 400}
+ALPHAS = [0.25, 0.5, 1.0]
+ADAPTER = torch.ones(1, 3)
+
+
+@dataclass
+class Scripted(Evaluator):
+    """An evaluator of adapters that refuse every probe at the alphas of `refusing`, and none at others."""
+
+    refusing: set[float] = field(default_factory=set)
+    gate: GateSettings = field(default_factory=lambda: GateSettings(alphas=ALPHAS))
+    demands: Demands = DEMANDS
+    before: Any = None
+    base = SimpleNamespace(weights_hash="0" * 64)
+    conditions = ("float32",)
+
+    def verdicts(self, flat, demands, draws):
+        if self.before is not None:
+            self.before()
+
+        def refused(alpha):
+            return {"c": [alpha in self.refusing] * 400}
+
+        if not self.gate.enabled:
+            return [release_unjudged(demands[0], BASE, 1.0, refused(1.0))]
+        return [certify(demands[0], BASE, ALPHAS, refused)]
+
+    def base_counts(self, demands):
+        return demands.count(BASE, BASE)
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """Judges the same adapter by a scripted evaluator; each time in a new program."""
+
+    def judge(*refusing, **settings):
+        evaluator = Scripted(set(refusing), **settings)
+        looks = GateLooks(evaluator, Ledger(tmp_path / "looks.jsonl"), tmp_path, "bank", "exam", [])
+        [look] = looks.judge(["ada"], ADAPTER)
+        assert look.spending.look == 1
+        return look.verdict
+
+    return judge
+
+
+def test_a_recorded_failure_is_never_released(judged):
+    assert judged().alpha == 0
+    for refusing in (ALPHAS, [0.25], []):
+        again = judged(*refusing)
+        assert (again.alpha, again.admitted, again.certified) == (0, False, False)
+        assert again.pooled.refused == again.pooled.base_refused == 400
+    assert "earlier verdict at this look of the adapter decides, and it held it back" in judged(*ALPHAS).reason
+
+
+def test_a_recorded_pass_is_released_at_most_at_its_alpha(judged):
+    first = judged(0.25)
+    assert (first.alpha, first.admitted) == (0.25, True)
+    assert judged(0.25) == first
+    climbed = judged(0.25, 0.5)
+    assert (climbed.alpha, climbed.certified, climbed.pooled.refused) == (0.25, True, 400)
+    assert "an earlier verdict at this look of the adapter allows no more" in climbed.reason
+    at_once = judged(*ALPHAS)  # alpha 0.25 is not tested then
+    assert (at_once.alpha, at_once.certified) == (0, False)
+    assert "allowed alpha 0.25 only, which was not tested now" in at_once.reason
+
+
+def test_a_repeated_judgement_may_allow_less(judged):
+    assert judged(*ALPHAS).alpha == 1
+    assert judged(0.25).alpha == 0.25
+    assert judged().alpha == 0
+    assert judged(*ALPHAS).reason == "passed at the first look"
+
+
+def test_cut_short_before_the_verdict_nothing_is_decided(judged):
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judged(before=killed)
+    assert judged(*ALPHAS).alpha == 1
+
+
+def test_of_two_programs_at_one_look_the_first_to_end_decides(judged):
+    assert judged(*ALPHAS, before=judged).alpha == 0
+
+
+def test_with_the_gate_off_nothing_is_held_back(judged):
+    off = GateSettings(alphas=ALPHAS, enabled=False)
+    assert [judged(gate=off).alpha, judged(gate=off).alpha] == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exam") / "mine"
+    scaffold(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield read_config("experiment.yaml")
+
+
+def exam_of(config):
+    return module._exam(config, Policy.of(config.policy), Scripted(gate=config.gate))
+
+
+def changed(config, section, **values):
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def test_all_that_decides_is_part_of_the_exam(config, monkeypatch, tmp_path):
+    first = exam_of(config)
+    assert exam_of(changed(config, "gate", ledger=tmp_path / "looks.jsonl", valid_days=3)) == first
+    assert exam_of(changed(config, "lora", alpha=config.lora.alpha + 1)) != first
+    assert exam_of(changed(config, "gate", judge="rules")) != first
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "__version__", "another")
+        assert exam_of(config) != first
+    folder = tmp_path / "judge"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    settings = ClassifierSettings(model=str(folder))
+    by_model = exam_of(changed(config, "gate", judge_model=settings))
+    moved = folder.rename(tmp_path / "elsewhere")
+    settings = changed(config, "gate", judge_model=settings.model_copy(update={"model": str(moved)}))
+    assert exam_of(settings) == by_model
+    for file in sorted(moved.iterdir()):
+        file.write_text("{ }")
+        assert exam_of(settings) not in (first, by_model)
+        file.write_text("{}")
