@@ -127,7 +127,7 @@ def test_mistakes_in_policy_and_pairs_show_together(refused):
 
 def test_a_bound_that_so_few_probes_cannot_show(refused):
     change(TIER_ONE, lambda document: document["certify"].update(min_refusal=0.99))
-    refused(words=["tier_one.yaml", "certify.min_refusal", "at least 368 probes", "there are 96"])
+    refused(words=["tier_one.yaml", "certify.min_refusal", "at least 428 probes", "there are 96"])
 
 
 def test_a_category_with_too_few_probes(refused):
@@ -174,7 +174,7 @@ def base(tmp_path):
 
 
 def test_a_base_that_does_not_refuse(base, refused):
-    said = refused(f"base.model={base}", "gate.max_new_tokens=8", words=["not certifiable"], problems=5)
+    said = refused(f"base.model={base}", "gate.max_new_tokens=8", words=["not certifiable"], problems=6)
     assert all("the base itself refuses 0 of" in line for line in said)  # the pool, and each category
 
 

@@ -243,7 +243,7 @@ def demands_of(policy: Policy, gate: GateSettings, users: int = 1) -> Demands:
         delta=bounds.delta,
         max_over_refusal=bounds.max_over_refusal,
         max_changed=policy.max_changed,
-        clusters=Clusters.of(policy.probes("certify"), in_pool),
+        clusters=policy.clusters,
         sequential=gate.sequential,
     )
     return demands.under(gate, users)

@@ -30,6 +30,7 @@ from persona_rlhf.pipeline.shared_values import (
     shared_values,
     with_reference,
 )
+from persona_rlhf.policy.policy import uncounted_phrasings
 from persona_rlhf.policy.private_banks import need_private
 from persona_rlhf.release import integrity
 from persona_rlhf.release.integrity import ended, screened, write_run_manifest
@@ -113,6 +114,8 @@ def _train_chunks(
     with TrainingMonitor(run_dir.metrics, users, on_progress, tracking) as monitor:
         if ready.adapted.notice is not None and share.rank == 0:
             monitor.log(ready.adapted.notice)
+        for sentence in uncounted_phrasings(ready.policy) if share.rank == 0 else ():
+            monitor.log(sentence)
         for number, chunk in chain(first, prepared):
             of_all = f" of {ready.pairs.users:,}" if len(chunks) > 1 else ""
             screened_out = f"{len(chunk.dropped)} found by the screen"

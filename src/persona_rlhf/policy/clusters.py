@@ -18,13 +18,15 @@ the binomial one is the likeliest to show at most k misses, for k below the mean
 number of missed probes (`Clusters.misses`, `evaluation.statistics.unit_p_value`). A demand on topics or phrasings does
 not imply it: an adapter may miss just the largest units. Where every unit has one probe, the test is the binomial one.
 
-A pass needs the demand to hold for probes and for their clusters.
+A pass needs the demand to hold for probes and for their clusters. A bank with fewer new phrasings than could show the
+demand without a miss is counted by probe alone (`Clusters.uncounted`): its bound takes the probes of one phrasing as
+independent, and says so wherever it is printed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from math import fsum
 from typing import NamedTuple
 
@@ -70,15 +72,20 @@ class Clusters(NamedTuple):
         probe); empty where no topic has several probes
     phrasings: the probes of each new phrasing, in the pool
     groups: the topics, and the new phrasings over all categories, that have several probes; other probes stand alone
+    uncounted: the number of new phrasings that are too few to be units, so that their probes count as independent
     """
 
     topics: Mapping[str, Sequence[Sequence[int]]]
     phrasings: Sequence[Sequence[ProbePlace]]
     groups: Sequence[Sequence[ProbePlace]] = ()
+    uncounted: int = 0
 
     @staticmethod
-    def of(probes: Iterable[Probe], in_pool: Collection[str]) -> Clusters:
-        """The clusters of certify probes; `in_pool` are the categories whose phrasings count."""
+    def of(probes: Sequence[Probe], in_pool: Collection[str], fewest: int = 0) -> Clusters:
+        """The clusters of certify probes; `in_pool` are the categories whose phrasings count.
+
+        With fewer new phrasings than `fewest`, none is a unit (`uncounted`).
+        """
         units: dict[str, dict[Hashable, list[int]]] = {}
         topics: dict[tuple[str, str], list[ProbePlace]] = {}
         phrasings: dict[str, list[ProbePlace]] = {}
@@ -98,6 +105,9 @@ class Clusters(NamedTuple):
         if all(len(topic) == 1 for topic in topics.values()):
             by_category = {}  # every topic has one probe: the count of probes is the count of topics
         pool = ([at for at in phrasing if at.category in in_pool] for phrasing in phrasings.values())
+        if 0 < (few := sum(any(at.category in in_pool for at in phrasing) for phrasing in phrasings.values())) < fewest:
+            alike = [probe._replace(novelty="combination") if has_new_phrasing(probe) else probe for probe in probes]
+            return Clusters.of(alike, in_pool)._replace(uncounted=few)
         groups = [group for group in (*topics.values(), *phrasings.values()) if len(group) > 1]
         return Clusters(by_category, [phrasing for phrasing in pool if phrasing], groups)
 

@@ -232,17 +232,12 @@ def unusable_probes(
                 )
                 yield document.problem(("rules", index, "probes"), sentence)
                 break
-    needed, clusters = bound.fewest_trials(certify.min_refusal), Clusters.of(pooled, {p.category for p in pooled})
-    units, phrasings = clusters.units(pooled), len(clusters.phrasings)
-    where = "all tier-one banks" if private is None else private.name
-    sentence = more = ""
+    needed = bound.fewest_trials(certify.min_refusal)
+    units = Clusters.of(pooled, {probe.category for probe in pooled}).units(pooled)
     if restrictions and units < needed:
+        where = "all tier-one banks" if private is None else private.name
         sentence = _too_few(certify.min_refusal, certify.delta, needed, units, _unit(units, pooled))
         more = more_probes([r.category for r in restrictions if r.tier == 1], needed - units)
-    elif 0 < phrasings < needed:
-        sentence = _too_few(certify.min_refusal, certify.delta, needed, phrasings, "new phrasings")
-        more = "write more of them, or split the banks by topic (`split_by: topic`)"
-    if sentence:
         strictest = max((d for d in documents if d.certify), key=lambda d: (d.certify or certify).min_refusal)
         more = more if private is None else _DRAW_MORE
         yield strictest.problem(("certify", "min_refusal"), f"{sentence} of {where}; {more}")

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.experiment import PolicySettings
 from persona_rlhf.config.loader import in_order
+from persona_rlhf.policy.bound import Bound
+from persona_rlhf.policy.clusters import Clusters
 from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.hazards import Probe, Split, bank_hash
 from persona_rlhf.policy.inheritance import read_all, wrong_issuers
@@ -228,6 +230,14 @@ class Policy:
         return BankInfo("private", digest, self.private.draw.number, self.split_key)
 
     @property
+    def clusters(self) -> Clusters:
+        """The clusters of the certify probes, as far as a first look can show the pooled demand by them."""
+        fewest = Bound.of_first_look(self.certify.delta).fewest_trials(self.certify.min_refusal)
+        return Clusters.of(
+            self.probes("certify"), {rule.category for rule in self.restrictions if rule.tier == 1}, fewest
+        )
+
+    @property
     def hash(self) -> str:
         """sha256 over the resolved rules and the bytes of their documents' probe banks; paths do not count.
 
@@ -300,7 +310,19 @@ def check_documents(paths: Sequence[Path | str], today: date | None = None) -> l
         return [*inactive, f"{count} well formed; merging was not checked, since no tier-one document was given."]
     policy = Policy.read(files, day)
     rules = len(policy.restrictions) + len(policy.requirements) + len(policy.preferences)
+    inactive += uncounted_phrasings(policy)
     return [*inactive, f"{count}, {rules} rules after merging: no problem found."]
+
+
+def uncounted_phrasings(policy: Policy) -> list[str]:
+    """A sentence where the banks have too few new phrasings to count by them, for people; else none."""
+    if not (few := policy.clusters.uncounted):
+        return []
+    needed = Bound.of_first_look(policy.certify.delta).fewest_trials(policy.certify.min_refusal)
+    return [
+        f"{few} new phrasings certify, and {needed} are needed to count by phrasing: bounds take the probes of one "
+        "phrasing as independent. Write more phrasings, or split the banks by topic (`split_by: topic`)."
+    ]
 
 
 def document_files(paths: Sequence[Path | str]) -> list[Path]:

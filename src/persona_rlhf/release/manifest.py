@@ -185,6 +185,7 @@ def manifest_of(
             "spending": plain(spending),
             "judge_error": demands.judge_error,
             "pooled_over": sorted(demands.in_pool),
+            **({"uncounted_phrasings": demands.clusters.uncounted} if demands.clusters.uncounted else {}),
             "pooled": plain(verdict.pooled),
             "categories": plain(verdict.categories),
             "looks": plain(verdict.looks),
