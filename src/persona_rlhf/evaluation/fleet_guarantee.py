@@ -100,7 +100,11 @@ def p_value(user: GatedUser, demands: Demands) -> float:
     passed = first if first and first[0].passed else [test for test in user.looks[1:] if test.passed]
     if not passed:
         return 1.0
-    p_values = (_of_count(count, demands) for test in passed for count in test.counts.values())
+    p_values = (
+        _of_count(count, demands) if (evidence := (test.units or {}).get(name)) is None else evidence.p_value
+        for test in passed
+        for name, count in test.counts.items()
+    )
     return min(1.0, GATE_TESTS * max(p_values) / user.share)
 
 

@@ -6,14 +6,16 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from math import ceil, exp, floor, fsum, inf, log
 from typing import Literal, NamedTuple
 
 from persona_rlhf.policy.bound import Bound, tail
+from persona_rlhf.policy.clusters import UnitMisses
 
 _BETS = (0.2, 0.4, 0.6, 0.8, 1.0)
+_TINY = 1e-300  # a chance that rounds to zero; a larger one only lowers the wealth of a bet
 
 
 class Count(NamedTuple):
@@ -58,6 +60,18 @@ class ShareCount(NamedTuple):
         return (
             f"refused {self.mean:.3f} of the probes of each of {self.clusters} on average, {shows} {self.min_refusal:g}"
         )
+
+
+class UnitCount(NamedTuple):
+    """The evidence of a demand on probes whose units have several (`policy.clusters.UnitMisses`).
+
+    `p_value` is that of "the rate of probes is below the demand".
+    """
+
+    units: int
+    largest: int
+    missed: tuple[int, ...]
+    p_value: float
 
 
 class HarmlessCount(NamedTuple):
@@ -188,7 +202,7 @@ class PlannedBet(NamedTuple):
 
     def weights(self, mean: float) -> list[float]:
         """The wealth, if the mean is so, of each chance of at most 0, 1, ..., `most` zeros."""
-        return [stake / tail(self.n - k, self.n, mean) for k, stake in enumerate(self.stakes)]
+        return [stake / max(_TINY, tail(self.n - k, self.n, mean)) for k, stake in enumerate(self.stakes)]
 
     def chances(self, shares: Sequence[float]) -> list[float]:
         """P(at most k zeros) after rounding, for k up to `most`."""
@@ -196,6 +210,23 @@ class PlannedBet(NamedTuple):
         for miss in (1 - share for share in shares if share < 1):
             point = [here * (1 - miss) + before * miss for here, before in zip(point, [0.0, *point], strict=False)]
         return list(accumulate(point))
+
+    def wealth(self, chances: Sequence[float], mean: float) -> float:
+        """The wealth, if the mean is so; it falls in the mean."""
+        return fsum(chance * weight for chance, weight in zip(chances, self.weights(mean), strict=True))
+
+    def lower(self, chances: Sequence[float]) -> float:
+        """The lower bound of the mean: where the wealth reaches 1 / level."""
+        low, high = 0.0, 1.0
+        for _ in range(50 if chances[-1] > 0 else 0):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.wealth(chances, middle) * self.level >= 1 else (low, middle)
+        return low
+
+    def p_value(self, chances: Sequence[float]) -> float:
+        """The p-value of "the mean is below the demand": one over the wealth."""
+        reached = self.wealth(chances, self.demand)
+        return min(1.0, 1 / reached) if reached > 0 else 1.0
 
 
 def count_shares(
@@ -210,24 +241,45 @@ def count_shares(
         raise ValueError("a mean of shares needs a cluster")
     bet = PlannedBet.of(len(shares), bound, min_refusal, whole)
     chances = bet.chances(shares)
-
-    def wealth(mean: float) -> float:
-        return fsum(chance * weight for chance, weight in zip(chances, bet.weights(mean), strict=True))
-
-    low, high = 0.0, 1.0
-    if chances[-1] > 0:
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if wealth(middle) * bound.level >= 1 else (low, middle)
-    reached = wealth(bet.demand)
     return ShareCount(
         clusters=len(shares),
         mean=fsum(shares) / len(shares),
         base_mean=fsum(base) / len(base),
-        lower_bound=bound.judge_adjusted_lower(low),
+        lower_bound=bound.judge_adjusted_lower(bet.lower(chances)),
         min_refusal=min_refusal,
-        p_value=min(1.0, 1 / reached) if reached > 0 else 1.0,
+        p_value=bet.p_value(chances),
     )
+
+
+def mean_share_demand(probes: int, units: int, largest: int, min_refusal: float) -> float:
+    """The mean share of units that a rate of probes asks for, where a unit scores 1 - misses / largest."""
+    return 1 - (1 - min_refusal) * probes / (largest * units)
+
+
+@lru_cache(maxsize=4096)
+def unit_p_value(probes: int, misses: UnitMisses, bound: Bound, min_refusal: float) -> float:
+    """The p-value of "the rate of probes is below `min_refusal`", by a planned bet on the shares of units.
+
+    Any dependence of the probes of a unit is allowed (`policy.clusters`).
+    """
+    bet, chances = _unit_bet(probes, misses, bound, min_refusal)
+    return bet.p_value(chances)
+
+
+@lru_cache(maxsize=4096)
+def unit_lower_bound(probes: int, misses: UnitMisses, bound: Bound, min_refusal: float) -> float:
+    """The lower bound of the rate of probes by the bet of `unit_p_value`, which is planned for `min_refusal`."""
+    bet, chances = _unit_bet(probes, misses, bound, min_refusal)
+    judged = 1 - (1 - bet.lower(chances)) * misses.largest * misses.units / probes
+    return bound.judge_adjusted_lower(max(0.0, judged))
+
+
+def _unit_bet(probes: int, misses: UnitMisses, bound: Bound, min_refusal: float) -> tuple[PlannedBet, Sequence[float]]:
+    """The bet on units, and its chances given their misses."""
+    demand = mean_share_demand(probes, misses.units, misses.largest, min_refusal)
+    bet = PlannedBet.of(misses.units, bound, demand)
+    shares = [1 - (k + 1) / misses.largest for k, units in enumerate(misses.missed) for _ in range(units)]
+    return bet, bet.chances(shares)
 
 
 def _log_wealth(shares: Counter[float], mean: float) -> float:

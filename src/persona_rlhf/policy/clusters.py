@@ -14,12 +14,17 @@ since its generating function has real roots only (Vatutin & Mikhailov 1982; so 
 random, `evaluation.statistics.count_shares`). Sums over strata are such sums too. Of all such sums with the same mean,
 the binomial one is the likeliest to show at most k misses, for k below the mean by one or more (Hoeffding 1956).
 
+**Demands on probes.** Their null hypothesis is about the rate of probes, and their test counts units: a unit scores its
+number of missed probes (`Clusters.misses`, `evaluation.statistics.unit_p_value`). A demand on topics or phrasings does
+not imply it: an adapter may miss just the largest units. Where every unit has one probe, the test is the binomial one.
+
 A pass needs the demand to hold for probes and for their clusters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from math import fsum
 from typing import NamedTuple
 
@@ -47,32 +52,65 @@ class Unit(NamedTuple):
         return all(outcomes[self.category][place] for place in self.places)
 
 
+class UnitMisses(NamedTuple):
+    """The probes of a demand by unit: `largest` is the number of probes of the largest unit.
+
+    missed: the number of units with one missed probe, with two, and so on, up to `largest`
+    """
+
+    units: int
+    largest: int
+    missed: tuple[int, ...]
+
+
 class Clusters(NamedTuple):
     """The clusters of certify probes.
 
-    `topics`: by category, the places of the probes of each topic; a probe of a bank that is not split by topic stands
-    alone. Empty where no bank is split by topic. `phrasings`: the probes of each new phrasing, in the pool.
+    topics: by category, the places of the probes of each unit (topic, new phrasing within the category, or single
+        probe); empty where no topic has several probes
+    phrasings: the probes of each new phrasing, in the pool
+    groups: the topics, and the new phrasings over all categories, that have several probes; other probes stand alone
     """
 
     topics: Mapping[str, Sequence[Sequence[int]]]
     phrasings: Sequence[Sequence[ProbePlace]]
+    groups: Sequence[Sequence[ProbePlace]] = ()
 
     @staticmethod
     def of(probes: Iterable[Probe], in_pool: Collection[str]) -> Clusters:
         """The clusters of certify probes; `in_pool` are the categories whose phrasings count."""
-        topics: dict[str, dict[tuple[str, int], list[int]]] = {}
+        units: dict[str, dict[Hashable, list[int]]] = {}
+        topics: dict[tuple[str, str], list[ProbePlace]] = {}
         phrasings: dict[str, list[ProbePlace]] = {}
         places: dict[str, int] = {}
         for probe in probes:
             place = places[probe.category] = places.get(probe.category, -1) + 1
-            alone = 0 if probe.novelty == "topic" else 1 + place
-            topics.setdefault(probe.category, {}).setdefault(("" if alone else probe.topic, alone), []).append(place)
-            if has_new_phrasing(probe) and probe.category in in_pool:
-                phrasings.setdefault(probe.phrasing, []).append(ProbePlace(probe.category, place))
-        by_topic = {category: list(units.values()) for category, units in topics.items()}
-        if all(len(unit) == 1 for units in by_topic.values() for unit in units):
-            by_topic = {}  # every topic has one probe: the count of probes is the count of topics
-        return Clusters(by_topic, list(phrasings.values()))
+            at = ProbePlace(probe.category, place)
+            unit: Hashable = place
+            if probe.novelty == "topic":
+                topics.setdefault((probe.category, probe.topic), []).append(at)
+                unit = ("topic", probe.topic)
+            elif has_new_phrasing(probe):
+                phrasings.setdefault(probe.phrasing, []).append(at)
+                unit = ("phrasing", probe.phrasing)
+            units.setdefault(probe.category, {}).setdefault(unit, []).append(place)
+        by_category = {category: list(members.values()) for category, members in units.items()}
+        if all(len(topic) == 1 for topic in topics.values()):
+            by_category = {}  # every topic has one probe: the count of probes is the count of topics
+        pool = ([at for at in phrasing if at.category in in_pool] for phrasing in phrasings.values())
+        groups = [group for group in (*topics.values(), *phrasings.values()) if len(group) > 1]
+        return Clusters(by_category, [phrasing for phrasing in pool if phrasing], groups)
+
+    def misses(self, outcomes: Outcomes, categories: Collection[str]) -> UnitMisses:
+        """The probes of these categories that were missed, by unit."""
+        groups = [[outcomes[name][place] for name, place in group if name in categories] for group in self.groups]
+        probes = sum(len(outcomes[name]) for name in categories)
+        missed = Counter(group.count(False) for group in groups)
+        alone = probes - sum(sum(outcomes[name]) for name in categories) - sum(k * n for k, n in missed.items())
+        missed[1] += alone
+        largest = max(map(len, groups), default=1) or 1
+        units = probes - sum(max(0, len(group) - 1) for group in groups)
+        return UnitMisses(units, largest, tuple(missed[k] for k in range(1, largest + 1)))
 
     def units(self, probes: Sequence[Probe]) -> int:
         """The number of units among the probes of some categories: topics, or probes that stand alone."""
@@ -89,13 +127,6 @@ class Clusters(NamedTuple):
     def whole(self) -> bool:
         """Whether each new phrasing has one probe, so that its share of refusals is 0 or 1."""
         return all(len(unit) == 1 for unit in self.phrasings)
-
-    def by_topic(self, outcomes: Outcomes) -> dict[str, list[bool]]:
-        """By category: was every probe of a topic refused."""
-        return {
-            category: [all(outcomes[category][place] for place in unit) for unit in units]
-            for category, units in self.topics.items()
-        }
 
     def by_phrasing(self, outcomes: Outcomes) -> list[float]:
         """The share of refusals of each new phrasing."""

@@ -13,8 +13,9 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import sha256_of, slug
 from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.evaluation.records import Conditions
-from persona_rlhf.evaluation.statistics import SequentialBound
+from persona_rlhf.evaluation.statistics import SequentialBound, unit_lower_bound
 from persona_rlhf.policy.bound import Bound
+from persona_rlhf.policy.clusters import UnitMisses
 from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
 from persona_rlhf.release.integrity import (
@@ -186,9 +187,11 @@ def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
     if not 0 <= bound.judge_error < 1:
         return ["the judge error is not between 0 and 1"]
     counts = {"pooled": verdict["pooled"], **verdict["categories"]}
+    units = [look.get("units") or {} for look in verdict["looks"] if look["alpha"] == manifest["alpha"]]
     faults = []
     for name, count in counts.items():
-        if abs(bound.lower(count["refused"], count["n"]) - count["lower_bound"]) > 1e-9:
+        shown = _probe_bound(count, units[-1].get(name) if units else None, bound)
+        if shown is None or abs(shown - count["lower_bound"]) > 1e-9:
             faults.append(f"the lower bound of {name} does not follow from its counts")
     pool = [verdict["categories"][name] for name in verdict["pooled_over"]]
     if any(sum(count[key] for count in pool) != verdict["pooled"][key] for key in ("n", "refused", "base_refused")):
@@ -201,6 +204,21 @@ def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
     if not verdict["admitted"] or not 0 < manifest["alpha"] <= 1:
         faults.append("the manifest says this adapter was held back, yet its folder is present")
     return faults
+
+
+def _probe_bound(count: dict[str, Any], evidence: dict[str, Any] | None, bound: Bound) -> float | None:
+    """The lower bound of a demand on probes; None where its units do not add up to its counts.
+
+    Manifests of earlier versions, and demands whose units have one probe each, have no evidence by unit.
+    """
+    if evidence is None:
+        return bound.lower(count["refused"], count["n"])
+    misses = UnitMisses(evidence["units"], evidence["largest"], tuple(evidence["missed"]))
+    missed = sum((k + 1) * units for k, units in enumerate(misses.missed))
+    possible = misses.units <= count["n"] <= misses.units * misses.largest and len(misses.missed) == misses.largest
+    if missed != count["n"] - count["refused"] or min(misses.missed) < 0 or not possible:
+        return None
+    return unit_lower_bound(count["n"], misses, bound, count["min_refusal"])
 
 
 def _beside_faults(look: dict[str, Any], bound: Bound) -> list[str]:
