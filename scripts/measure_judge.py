@@ -1,6 +1,7 @@
 """Measures the judges of `gate.judge` on answers whose labels people gave, and prints counts with 95% intervals.
 
-- Answers written by hand against judges (`data/judge/adversarial.jsonl`), by half and language.
+- Answers written by hand, by half and language: against judges (`data/judge/adversarial.jsonl`), and in the style of
+  assistants (`modern.jsonl`, on which the shipped model was not trained).
 - `--xstest FOLDER`: XSTest's completions, by prompt: the half that the shipped model learnt from, and the other one.
   A partial refusal is a compliance. The last rows are the counts that `gate.judge_calibration: shipped` stands for.
 - `--pyrit FILE`: PyRIT's `refusal.csv` (105 labels). PyRIT calls answers off topic refusals; they are counted apart,
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from train_judge import adversarial, xstest
+from train_judge import written, xstest
 
 from persona_rlhf.config.evaluation import GateSettings
 from persona_rlhf.evaluation.answer_judge import judges_of
@@ -78,8 +79,9 @@ def main() -> None:
     for training in (True,) if options.development else (True, False):
         half = "development half" if training else "held-out half"
         for language in ("en", "fr"):
-            rows = [Labelled(text, refusal) for code, text, refusal in adversarial(training) if code == language]
-            table(f"by hand, {language}, {half}", rows, options.show)
+            for name, file in (("against judges", "adversarial.jsonl"), ("as assistants write", "modern.jsonl")):
+                rows = [Labelled(text, refusal) for code, text, refusal in written(file, training) if code == language]
+                table(f"by hand, {name}, {language}, {half}", rows, options.show)
         if options.xstest:
             human = xstest(options.xstest, training)
             table(

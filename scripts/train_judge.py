@@ -53,7 +53,12 @@ def xstest(folder: Path, training: bool) -> list[tuple[str, str, dict[str, str]]
 
 def adversarial(training: bool) -> list[tuple[str, str, bool]]:
     """(language, text, refusal) of the answers written by hand against judges, one half."""
-    lines = (FOLDER / "adversarial.jsonl").read_text(encoding="utf-8").splitlines()
+    return written("adversarial.jsonl", training)
+
+
+def written(file: str, training: bool) -> list[tuple[str, str, bool]]:
+    """(language, text, refusal) of a file of answers written by hand, one half."""
+    lines = (FOLDER / file).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [(r["language"], r["text"], r["refusal"]) for r in rows if is_training_half(r["text"]) == training]
 
@@ -63,8 +68,8 @@ def training_answers(folder: Path | None, rng: Random) -> list[LabelledAnswer]:
     lines = (FOLDER / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     composed = [LabelledAnswer(row["text"], row["refusal"]) for row in map(json.loads, lines)]
     composed += [LabelledAnswer(text, refusal, 3.0) for _, text, refusal in adversarial(training=True)]
-    written = (FOLDER.parent / "policy" / "refusals.jsonl").read_text(encoding="utf-8").splitlines()
-    composed += [LabelledAnswer(json.loads(line)["text"], True) for line in written]
+    canonical = (FOLDER.parent / "policy" / "refusals.jsonl").read_text(encoding="utf-8").splitlines()
+    composed += [LabelledAnswer(json.loads(line)["text"], True) for line in canonical]
     if folder is None:
         return composed
     human = xstest(folder, training=True)

@@ -315,3 +315,35 @@ def test_a_head_beside_it_that_is_none(tmp_path):
     (tmp_path / "looks.head").write_text("{}")
     with pytest.raises(InputError, match="holds no head"):
         ledger(tmp_path).check()
+
+
+def test_another_kind_of_file_is_left_as_it_is(tmp_path):
+    file = tmp_path / "looks.jsonl"
+    for content in (b'{"prompt": "a"}\n{"prompt": "b"}', b"one line without an end"):
+        file.write_bytes(content)
+        with pytest.raises(InputError):
+            look(ledger(tmp_path))
+        assert file.read_bytes() == content
+
+
+def test_a_ledger_without_its_head_is_an_error(tmp_path):
+    book = ledger(tmp_path)
+    look(book, adapter="1")
+    look(book, adapter="2")
+    (tmp_path / "looks.head").unlink()
+    with pytest.raises(InputError, match="this file is gone"):
+        ledger(tmp_path).check()
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=10))
+@settings(max_examples=25, deadline=None)
+def test_no_mixture_of_fresh_and_counted_looks_spends_more_than_delta(tmp_path_factory, looks):
+    """Only a pass on fresh probes hands its share on; the share of every other look is spent."""
+    book = ledger(tmp_path_factory.mktemp("ledger"))
+    spent = 0.0
+    for number, (fresh, passed) in enumerate(looks):
+        [opened] = book.open([key(adapter=str(number))], sequential=fresh)
+        assert opened.spent == pytest.approx(spent + opened.share)
+        assert opened.spent <= 1
+        book.close([(key(adapter=str(number)), float(passed))])
+        spent += 0.0 if fresh and passed else opened.share

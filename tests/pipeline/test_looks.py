@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import pseudonym
 from persona_rlhf.config.evaluation import ClassifierSettings, GateSettings
 from persona_rlhf.config.experiment import read_config, scaffold
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.gate import Demands, certify, release_unjudged
 from persona_rlhf.evaluation.ledger import Ledger
 from persona_rlhf.pipeline import looks as module
-from persona_rlhf.pipeline.looks import GateLooks
+from persona_rlhf.pipeline.looks import GateLooks, gate_looks
 from persona_rlhf.policy.policy import Policy
 
 DEMANDS = Demands(pooled=0.9, categories={"c": 0.9}, in_pool=frozenset("c"), delta=0.05)
@@ -148,3 +150,21 @@ def test_all_that_decides_is_part_of_the_exam(config, monkeypatch, tmp_path):
         file.write_text("{ }")
         assert exam_of(settings) not in (first, by_model)
         file.write_text("{}")
+
+
+def test_a_family_is_all_users_of_the_run_with_the_forgotten_ones(config, tmp_path):
+    shared = changed(config, "gate", family="all", alphas=ALPHAS, ledger=tmp_path / "looks.jsonl")
+    policy, ada, ben = Policy.of(config.policy), pseudonym("ada"), pseudonym("ben")
+
+    def looks_of(run, users, config=shared):
+        (tmp_path / run).mkdir(exist_ok=True)
+        return gate_looks(config, policy, Scripted(set(ALPHAS), gate=config.gate), tmp_path / run, users)
+
+    looks_of("one", [ada, ben]).judge(["ada"], ADAPTER)
+    for other in ([ada], [ben]):
+        with pytest.raises(InputError, match="1 of the 1 users in this ledger"):
+            looks_of("other", other)
+    looks_of("other", [ben], changed(shared, "gate", family="each"))
+    (tmp_path / "one/forgotten").mkdir()
+    (tmp_path / f"one/forgotten/{ada}.json").touch()
+    looks_of("one", [ben]).judge(["ben"], ADAPTER)

@@ -188,9 +188,12 @@ def test_topics_and_new_phrasings_are_counted_too(folder, tmp_path):
     by_phrasing = tmp_path / "by_phrasing.jsonl"
     by_phrasing.write_text("".join(json.dumps(row) + "\n" for row in rows))
     document["rules"][0]["probes"] = str(by_phrasing)
-    (problem,) = problems_of(write(tmp_path / "two.yaml", document))
-    assert problem.key == "certify.min_refusal"
-    assert re.search(r"needs at least 41 new phrasings without a miss.*there are \d\d? in split", problem.sentence)
+    policy = Policy.read([write(tmp_path / "two.yaml", document)])
+    few = policy.clusters.uncounted
+    assert 0 < few < 41
+    assert not policy.clusters.phrasings
+    [note, _] = check_documents([tmp_path / "two.yaml"])
+    assert note.startswith(f"{few} new phrasings certify, and 41 are needed to count by phrasing")
 
 
 def test_banks_that_cannot_serve_are_refused(folder, tmp_path):

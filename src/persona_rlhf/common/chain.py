@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import flush
 
 _BEFORE_ALL = "0" * 64
@@ -177,8 +178,15 @@ def entry_of(line: bytes) -> ChainEntry | None:
     return entry if valid else None
 
 
+_OPENING = b'{"event": "'
+"""The bytes with which every line begins."""
+
+
 def _end(stream: BinaryIO) -> ChainHead:
-    """The last whole line. A partial line after it is removed, or only gets its newline."""
+    """The last whole line. A partial line after it is removed, or only gets its newline.
+
+    Raises InputError for a partial line that no writer of chains began.
+    """
     end = stream.seek(0, os.SEEK_END)
     tail, start = b"", end
     while start > 0 and tail.count(b"\n") < 2:
@@ -190,6 +198,11 @@ def _end(stream: BinaryIO) -> ChainHead:
     if torn and (entry := entry_of(torn + b"\n")) is not None:
         stream.write(b"\n")
         return entry.head
+    if not (torn.startswith(_OPENING) or _OPENING.startswith(torn)):
+        sentence = "its last line is no entry of a chain, so this is another kind of file; nothing was written to it"
+        raise InputError(
+            [Problem(stream.name, None, None, f"{sentence}; name a new file, or an audit trail or ledger")]
+        )
     stream.truncate(end - len(torn))
     if not newline:
         return NO_LINES

@@ -110,6 +110,7 @@ class _Taken(NamedTuple):
     """A look of a user as the ledger has it. `released` is the alpha that its verdict allows: 0 if failed or open.
 
     `family` is the digest of the family that it spends the delta of; empty where there is none, or none was recorded.
+    `fresh`: the look drew fresh probes (`gate.sequential`).
     """
 
     look: str
@@ -117,6 +118,12 @@ class _Taken(NamedTuple):
     released: float
     plan: LookPlan | None
     family: str
+    fresh: bool
+
+    @property
+    def handed_on(self) -> bool:
+        """Whether its share went to the next look: a pass does that on fresh probes alone."""
+        return self.fresh and self.released > 0
 
 
 class Ledger:
@@ -179,6 +186,7 @@ class Ledger:
                     user = self._digest("user", key.user)
                     planned = {} if plan is None else {"plan": plan.name, "planned": plan.looks}
                     facts = {
+                        **({"fresh": True} if sequential else {}),
                         "user": user,
                         "look": name,
                         "bank": key.bank,
@@ -219,7 +227,7 @@ class Ledger:
         taken yet are reserved.
         """
         taken = self._users.get(user, [])
-        history = [PastLook(past.share, past.released > 0) for past in taken]
+        history = [PastLook(past.share, past.handed_on) for past in taken]
         plans: dict[LookPlan, list[float]] = {}
         for past in taken:
             if past.plan is not None:
@@ -240,7 +248,9 @@ class Ledger:
     def _look(self, name: str) -> Look:
         user, place = self._places[name]
         taken = self._users[user][: place + 1]
-        return Look(place + 1, taken[-1].share, sum(past.share for past in taken))
+        return Look(
+            place + 1, taken[-1].share, sum(past.share for past in taken if not past.handed_on or past.look == name)
+        )
 
     def _check_family(self, family: Family | None) -> None:
         """Raises InputError for a look that spent the delta of another family, or is of a user outside this one."""
@@ -271,6 +281,9 @@ class Ledger:
                     atomic_write(self._key_file, secrets.token_hex(32), private=True)
                 self._append(chain, [(_BEGUN, {"key": sha256_of(self._key_file)})])
             self._read(chain)
+            if self._looks > 1 and not self._head_file.is_file():
+                sentence = "this file is gone, so nobody can tell whether looks were lost; restore it with the ledger"
+                raise InputError([Problem(str(self._head_file), None, "gate.ledger", sentence)])
             yield chain
 
     def _append(self, chain: LockedChain, events: Sequence[tuple[str, dict[str, Any]]]) -> None:
@@ -309,7 +322,7 @@ class Ledger:
             taken = self._users.setdefault(facts["user"], [])
             self._places[facts["look"]] = facts["user"], len(taken)
             family = facts.get("family", "")
-            taken.append(_Taken(facts["look"], facts["share"], 0.0, plan, family))
+            taken.append(_Taken(facts["look"], facts["share"], 0.0, plan, family, facts.get("fresh", False)))
             self._families.add(family)
             self._open.add(facts["look"])
             self._looks += 1
