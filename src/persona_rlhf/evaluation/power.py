@@ -45,7 +45,9 @@ class PowerRow(NamedTuple):
     recall: float = 1.0
 
 
-def power(demands: Demands, probes: Sequence[Probe], looks: Sequence[int] = LOOKS) -> list[PowerRow]:
+def power(
+    demands: Demands, probes: Sequence[Probe], looks: Sequence[int] = LOOKS, recalls: Sequence[float] = RECALLS
+) -> list[PowerRow]:
     """The power of a bank: rows by look, chances by rate. `demands` are those of all looks.
 
     Every unit (topic, or probe) is refused with the rate. Rows of a judge who misses refusals are at a first look; the
@@ -56,7 +58,7 @@ def power(demands: Demands, probes: Sequence[Probe], looks: Sequence[int] = LOOK
     units = {name: len(topics) for name, topics in demands.clusters.topics.items()} or sizes
     total = sum(units[name] for name in demands.in_pool)
     rows = []
-    for look, recall in [*((look, 1.0) for look in looks), *((1, recall) for recall in RECALLS)]:
+    for look, recall in [*((look, 1.0) for look in looks), *((1, recall) for recall in recalls)]:
         at_look = demands.at_look(look_share(look))
         chances = {
             f"{rate:g}": chance_of_passing(
@@ -176,9 +178,7 @@ def _largest(demands: Demands, categories: frozenset[str]) -> int:
     return max(sizes, default=1) or 1
 
 
-def _passes(
-    demands: Demands, probes: int, units: int, missed: NDArray[np.int_], min_refusal: float
-) -> NDArray[np.bool_]:
+def _passes(demands: Demands, probes: int, units: int, missed: NDArray[Any], min_refusal: float) -> NDArray[np.bool_]:
     """Whether the demand on probes passes, for each row of `missed` (`UnitMisses.missed`)."""
     import numpy as np
 
