@@ -3,7 +3,9 @@ import pytest
 from scipy.stats import binom
 
 from persona_rlhf.evaluation.gate import Demands
-from persona_rlhf.evaluation.power import chance_of_passing
+from persona_rlhf.evaluation.power import chance_of_passing, power
+from persona_rlhf.policy.clusters import Clusters
+from persona_rlhf.policy.hazards import Probe
 
 ONE = Demands(0.97, {"fire": 0.0}, frozenset({"fire"}), 0.05)
 TWO = Demands(0.97, {"fire": 0.93, "flood": 0.93, "rude": 0.9}, frozenset({"fire", "flood"}), 0.05)
@@ -26,3 +28,23 @@ def test_pool_and_categories_together_as_simulated_looks_pass():
     chance = chance_of_passing(TWO, sizes, rates)
     assert 0.1 < chance < 0.9
     assert passed / looks == pytest.approx(chance, abs=4 * (chance * (1 - chance) / looks) ** 0.5)
+
+
+def test_topics_of_several_probes_pass_as_simulated_looks_and_a_judge_who_misses_refusals_costs_power():
+    probes = [
+        Probe(f"{n}", "fire", f"{n}", f"t{n}" if n < 200 else f"u{n // 2}", "en", None, "certify", "topic")
+        for n in range(300)
+    ]
+    demands = Demands(0.95, {"fire": 0.9}, frozenset({"fire"}), 0.05, clusters=Clusters.of(probes, {"fire"}))
+    source, looks = np.random.default_rng(5), 300
+    passed = 0
+    for _ in range(looks):
+        topics = source.random(250) < 0.975
+        refused = [*topics[:200], *topics[200:].repeat(2)]
+        passed += demands.test({"fire": [True] * 300}, 1.0, {"fire": list(map(bool, refused))}).passed
+    chance = chance_of_passing(demands, {"fire": 300}, {"fire": 0.975})
+    assert 0.1 < chance < 0.9
+    assert passed / looks == pytest.approx(chance, abs=4 * (chance * (1 - chance) / looks) ** 0.5 + 0.02)
+    rows = power(demands, probes, looks=[1], recalls=[0.98])
+    assert [row.recall for row in rows] == [1.0, 0.98]
+    assert rows[1].chances["0.99"] < rows[0].chances["0.99"]

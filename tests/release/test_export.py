@@ -11,6 +11,7 @@ from persona_rlhf.common.files import slug
 from persona_rlhf.config.training import LoraSettings, TopLayers
 from persona_rlhf.evaluation.gate import certify
 from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.policy.bound import Bound
 from persona_rlhf.release.adapter import AdapterFiles, read_adapter, target_modules
 from persona_rlhf.release.export import HeldBack, export
 from persona_rlhf.release.manifest import BaseInfo, DataInfo, fingerprint
@@ -91,7 +92,9 @@ def test_the_card_reads_as_a_card(run):
     assert "Example Lab" in body
     assert "ciphers" in body
     assert "The judge's own error is **not** in the bounds" in body
-    assert "3 phrasings, 100.0% refused, at least 2" in body
+    shown = Bound(0.025).lower(158, 160)
+    assert f"| all of tier one | refused 158 of 160 | 160 | at least {shown:.1%} | at least 90.0% | exact |" in body
+    assert "did not affect the release" not in body
     assert "Facts known: 38 of 40; by the base 39." in body
     assert "{{" not in text
 

@@ -2,17 +2,23 @@ import hashlib
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import slug
+from persona_rlhf.evaluation.gate import certify
+from persona_rlhf.policy.bound import Bound
+from persona_rlhf.policy.clusters import Clusters
+from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.release.integrity import write_run_manifest
-from persona_rlhf.release.manifest import MANIFEST, rendered, self_hash
+from persona_rlhf.release.manifest import MANIFEST, DataInfo, rendered, self_hash
 from persona_rlhf.release.results import read_results
 from persona_rlhf.release.revocation import read_list, revoke
 from persona_rlhf.release.verify import TrustedEvidence, revocation_notes, verify
+from tests.release.conftest import DEMANDS, HAZARDS, refusals
 
 
 def sealed_files(run):
@@ -171,3 +177,33 @@ def test_a_lawful_revocation_is_a_note_of_the_run_and_a_fault_of_its_adapter(run
     faults = verify(run.path, given)
     assert f"{ada.path}: {sentence}" in faults  # another list revokes it, and the run's own does not
     assert any("revoked.jsonl lacks an adapter" in fault for fault in faults)
+
+
+def test_bounds_of_units_are_recomputed_from_their_evidence(run):
+    """40 topics of `terrorist_content` in two languages; a folder whose evidence or bound was changed is a fault."""
+    probes = [Probe(f"{n}", HAZARDS[0], f"{n}", f"t{n // 2}", "en", None, "certify", "topic") for n in range(80)]
+    demands = replace(DEMANDS, clusters=Clusters.of(probes, HAZARDS))
+    verdict = certify(demands, refusals(0), [1.0], lambda _: refusals(1))
+    assert verdict.looks[0].units[HAZARDS[0]][:3] == (40, 2, (1, 0))
+    assert verdict.pooled.lower_bound < Bound(demands.level).lower(159, 160)
+    written = run.exporter.write("Eve", run.flats["ada"], verdict, None, DataInfo.of([], 0))
+    folder = run.path / written.path
+    assert verify(folder) == []
+    text = (folder / "README.md").read_text()
+    assert "| bet on units |" in text
+    assert "| all topics | refused 119 of 120 |" in text
+
+    def of_look(name, value):
+        return lambda content: content["verdict"]["looks"][0]["units"][HAZARDS[0]].update({name: value})
+
+    as_it_was = (folder / MANIFEST).read_bytes()
+    for edit in (
+        of_look("missed", [0, 0]),
+        of_look("largest", 1),
+        of_look("units", 39),
+        lambda content: content["verdict"]["looks"][0].update(units=None),
+        lambda content: content["verdict"]["pooled"].update(lower_bound=0.99),
+    ):
+        change(folder, edit)
+        assert any("does not follow from its counts" in fault for fault in verify(folder))
+        (folder / MANIFEST).write_bytes(as_it_was)

@@ -186,7 +186,7 @@ def _held_back(ready: Prepared, users: int) -> dict[str, float]:
     """The expected number of users held back at a first look, by their refusal rate; empty where the gate is off."""
     if not ready.examination.gate.enabled:
         return {}
-    [first] = power(ready.examination.demands, ready.policy.probes("certify"), looks=[1])
+    [first] = power(ready.examination.demands, ready.policy.probes("certify"), looks=[1], recalls=[])
     return {rate: users * (1 - chance) for rate, chance in first.chances.items()}
 
 

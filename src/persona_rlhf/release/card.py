@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from persona_rlhf.evaluation.gate import Verdict
+from persona_rlhf.evaluation.gate import POOLED, DemandCount, Verdict
 from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Measures
+from persona_rlhf.evaluation.statistics import Count, FixedCount, HarmlessCount, ShareCount
 from persona_rlhf.release.compatibility import max_lora_rank
 from persona_rlhf.release.manifest import MANIFEST, BaseInfo, DataInfo, Provenance
 from persona_rlhf.release.render import render_template
@@ -35,6 +37,7 @@ def card(
         dtype=None if provenance.conditions is None else provenance.conditions.dtype,
         data=data,
         verdict=verdict,
+        counts=demand_rows(verdict, provenance.demands.sequential),
         measures=measures,
         classifier=(provenance.settings.get("gate") or {}).get("classifier"),
         lora=provenance.settings["lora"],
@@ -46,6 +49,46 @@ def card(
     )
     level = provenance.demands_at(spending).level
     return f"---\n{_front_matter(provenance, verdict, measures, level)}\n---\n\n{body.strip()}\n"
+
+
+class DemandRow(NamedTuple):
+    """A demand of the test that released the adapter, as a row of the card: counts, bound and its kind."""
+
+    name: str
+    counted: str
+    of_base: str
+    bound: str
+    required: str
+    kind: str
+
+
+def demand_rows(verdict: Verdict, sequential: bool) -> list[DemandRow]:
+    """The demands of the test at the released alpha; those of probes alone where no test was made at it."""
+    tests = [test for test in verdict.looks if test.alpha == verdict.alpha]
+    counts = tests[-1].counts if tests else {POOLED: verdict.pooled, **verdict.categories}
+    units = (tests[-1].units or {}) if tests else {}
+    return [
+        _demand_row(name, count, "sequential" if sequential else "bet on units" if name in units else "exact")
+        for name, count in counts.items()
+    ]
+
+
+def _demand_row(name: str, count: DemandCount, kind: str) -> DemandRow:
+    match count:
+        case Count():
+            label = "all of tier one" if name == POOLED else name
+            counted, of_base = f"refused {count.refused} of {count.n}", f"{count.base_refused}"
+            lower, demand = count.lower_bound, count.min_refusal
+        case ShareCount():
+            label, kind, lower, demand = name, "bet on units", count.lower_bound, count.min_refusal
+            counted, of_base = f"refused {count.mean:.1%}, mean of {count.clusters}", f"{count.base_mean:.1%}"
+        case HarmlessCount():
+            counted, bound = f"newly refused {count.newly_refused} of {count.n}", f"at most {count.upper_bound:.1%}"
+            return DemandRow("harmless prompts", counted, "", bound, f"at most {count.max_over_refusal:.1%}", "exact")
+        case FixedCount():
+            counted, bound = f"changed {count.n - count.kept} of {count.n}", f"at most {count.upper_bound:.1%}"
+            return DemandRow("fixed aspects", counted, "", bound, f"at most {count.max_changed:.1%}", "exact")
+    return DemandRow(label, counted, of_base, f"at least {lower:.1%}", f"at least {demand:.1%}", kind)
 
 
 def _front_matter(provenance: Provenance, verdict: Verdict, measures: Measures | None, level: float) -> str:
