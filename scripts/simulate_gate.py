@@ -388,9 +388,9 @@ class Simulation:
             self._regions[key] = Region(one.bank, self.demands(one, delta, called, share))
         return self._regions[key]
 
-    def drawn(self, one: Scenario, users: int) -> Iterator[tuple[int, Drawn]]:
+    def drawn(self, one: Scenario, users: int, seed: int = 0) -> Iterator[tuple[int, Drawn]]:
         """Two tests of each look, with the number of the look."""
-        source = np.random.default_rng(0)
+        source = np.random.default_rng(seed)
         kinds = [seen_by_judge(kind, one.judge_error or 0.0) for kind in one.kinds]
         common = None
         if one.same:
@@ -448,7 +448,7 @@ class Simulation:
         """Users who retrain until a pass, by a real `Ledger`: that of one run, or one that new runs open."""
         users, delta = self.ledger_users, DELTAS[CHECKED]
         called, released, wrong = self.called(one, users), np.zeros(users, bool), 0
-        draws = self.drawn(one, users)
+        draws = self.drawn(one, users, seed=1 + new_runs)
         with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
             ledger = Ledger(Path(folder) / LOOKS)
             for look in range(1, one.tries + 1):
