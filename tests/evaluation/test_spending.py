@@ -1,5 +1,6 @@
 """The shares of delta that looks spend: sums by hand, and the promise over adaptive users."""
 
+from dataclasses import replace
 from math import pi
 
 import numpy as np
@@ -55,3 +56,15 @@ def test_a_look_divides_the_part_of_the_tests_and_leaves_the_judge_whole():
     assert look.delta == pytest.approx(0.005 + 0.5 * 0.045)
     assert look.level == pytest.approx(0.5 * 0.045 / 2)
     assert demands.at_look(1.0) == demands
+
+
+def test_demands_on_fixed_prompts_spend_at_every_look():
+    """After nine passes and no failure the draws are fresh, and the harmless prompts are not."""
+    counted = Demands(0.97, {"fire": 0.93}, frozenset({"fire"}), 0.05)
+    fresh = replace(counted, sequential=True)
+    tenth = fresh.at_look(next_share([PastLook(0.5, True)] * 9, sequential=True), 10)
+    assert tenth.level == fresh.at_look(next_share([]), 1).level
+    assert tenth.plain_bound.level == pytest.approx(tenth.level / 100)
+    assert fresh.at_look(next_share([]), 1).plain_bound.level == tenth.level
+    look = counted.at_look(next_share([PastLook(0.5, True)] * 9), 10)
+    assert look.plain_bound.level == look.level

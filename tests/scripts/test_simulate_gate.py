@@ -77,21 +77,22 @@ def test_comonotone_draws_go_together_and_keep_their_rates(simulated):
 
 FAST = [
     "independent probes, at the edge",
-    "languages correlated 0.5",
+    "only topics in two languages missed, in both",
     "topics missed in one language",
     "one category in breach",
     "3% of phrasings fail whole",
+    "1.6% fail whole, and combinations",
     "harmless prompts newly refused (5.01%)",
     "fixed aspects changed (2.01%)",
 ]
 
 
 def test_the_shipped_gate_keeps_to_its_entitlement(simulated, banks):
-    simulation = simulated.Simulation(1000, 20, 30)
+    simulation = simulated.Simulation(500, 8, 30)
     rows = {one.name: simulation.row(one) for one in simulated.scenarios(banks, 0.01) if one.name in FAST}
     assert list(rows) == FAST
     assert [row for row in rows.values() if not row.as_it_should] == []
-    assert rows["languages correlated 0.5"].old[1] > 0.05
+    assert rows["3% of phrasings fail whole"].old[1] > 0.4
     assert rows["independent probes, at the edge"].cells[0].share > 0.08
     for new_runs in (False, True):
         retrains = simulated.Scenario("", banks.alone, [simulated.correlated(0.98)], tries=4)
@@ -101,9 +102,9 @@ def test_the_shipped_gate_keeps_to_its_entitlement(simulated, banks):
 
 
 def test_planted_faults_are_caught(simulated, banks):
-    rows = simulated.planted(banks, simulated.Simulation(500, 0, 80))
+    rows = simulated.planted(banks, simulated.Simulation(400, 0, 80))
     assert [row.name for row in rows if not row.as_it_should] == []
-    assert len(rows) >= 6
+    assert len(rows) == 7
 
 
 def test_verdicts_that_disagree_with_the_region_are_a_fault(simulated, banks, monkeypatch):

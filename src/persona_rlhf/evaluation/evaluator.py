@@ -167,7 +167,7 @@ class Evaluator:
 
     def base_counts(self, demands: Demands) -> tuple[Count, dict[str, Count]]:
         """The base's own refusals of certify probes, pooled and by category: those of a user who gets no adapter."""
-        return demands.count(self._base_outcomes, self._base_outcomes)
+        return demands.count_probes(self._base_outcomes, self._base_outcomes)[:2]
 
     def base_refuses(self, prompts: Sequence[PromptIds]) -> list[bool]:
         """Whether the opening of the base's greedy answer refuses, for each prompt (token ids).

@@ -2,6 +2,7 @@
 
 Each look draws units (topics, or probes that stand alone) from a private bank, with replacement, by a secret key: fresh
 draws, whatever the looks before it told. So the promise is about the rate over the bank. Asking a unit again is free.
+It bounds the rate of refused units only, and no rate of probes: a topic in two languages counts once.
 
 A bettor stakes a part b of the wealth, at even odds against "the rate is m", on each unit: the wealth is multiplied by
 1 - b + b x / m, where x is 1 for a unit that is refused, else 0. If the rate is at most m, the mean wealth of all

@@ -13,6 +13,9 @@ p <= s, given all that went before, since its probes are fresh; then the mean of
 other adapter leaves B or B - s. So M is a supermartingale that starts at delta, and reaches 1 with a chance of at most
 delta (Ville). Tian & Ramdas (2021, "Online control of the familywise error rate") call such a rule online fallback.
 Theirs moves along its series of shares at every look; here only a failure moves along, so years of passes cost nothing.
+
+Harmless prompts and questions of fixed aspects are the same at every look, so no look renews them. With `sequential`,
+demands on them spend by the counted series, whatever passes (`Demands.at_look`).
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class GateLooks:
         integrity.append_all(self.audit_run, [looked(self.ledger)])
         demands = self.evaluator.demands
         draws = [self.ledger.draws(key.user, look.number) for key, look in zip(keys, looks, strict=True)]
-        of_looks = [demands.at_look(look.share) for look in looks]
+        of_looks = [demands.at_look(look.share, look.number) for look in looks]
         verdicts = self.evaluator.verdicts(flat, of_looks, draws)
         allowed = (verdict.alpha if verdict.certified else 0.0 for verdict in verdicts)
         recorded = self.ledger.close(zip(keys, allowed, strict=True))

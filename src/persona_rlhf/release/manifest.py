@@ -138,7 +138,7 @@ class Provenance:
 
     def demands_at(self, spending: Spending | None) -> Demands:
         """The demands at a user's look; those of all looks together where none was counted."""
-        return self.demands if spending is None else self.demands.at_look(spending.share)
+        return self.demands if spending is None else self.demands.at_look(spending.share, spending.look)
 
 
 class Stamp(NamedTuple):

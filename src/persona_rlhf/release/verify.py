@@ -14,7 +14,7 @@ from persona_rlhf.common.files import sha256_of, slug
 from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.evaluation.records import Conditions
 from persona_rlhf.evaluation.statistics import SequentialBound, unit_lower_bound
-from persona_rlhf.policy.bound import Bound
+from persona_rlhf.policy.bound import Bound, look_share
 from persona_rlhf.policy.clusters import UnitMisses
 from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
@@ -200,7 +200,10 @@ def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
     if verdict["certified"] and not passes:
         faults.append("it is marked certified, but a bound is below the policy's min_refusal")
     released = [look for look in verdict["looks"] if look["passed"] and look["alpha"] == manifest["alpha"]]
-    faults += [fault for look in released for fault in _beside_faults(look, bound)]
+    fixed = Bound(bound.level)
+    if kind is SequentialBound and (spending := verdict.get("spending")):
+        fixed = Bound(bound.level * min(1.0, look_share(spending["look"]) / spending["share"]))
+    faults += [fault for look in released for fault in _beside_faults(look, bound, fixed)]
     if not verdict["admitted"] or not 0 < manifest["alpha"] <= 1:
         faults.append("the manifest says this adapter was held back, yet its folder is present")
     return faults
@@ -221,8 +224,11 @@ def _probe_bound(count: dict[str, Any], evidence: dict[str, Any] | None, bound: 
     return unit_lower_bound(count["n"], misses, bound, count["min_refusal"])
 
 
-def _beside_faults(look: dict[str, Any], bound: Bound) -> list[str]:
-    """Faults of the counts beside those of probes in the test that released; earlier manifests have none."""
+def _beside_faults(look: dict[str, Any], bound: Bound, fixed: Bound) -> list[str]:
+    """Faults of the counts beside those of probes in the test that released; earlier manifests have none.
+
+    `fixed` is the bound of demands on fixed sets of prompts.
+    """
     topics = {f"topics of {name}": count for name, count in (look.get("topics") or {}).items()}
     faults = [
         f"the lower bound of {name} does not follow from its counts"
@@ -234,7 +240,7 @@ def _beside_faults(look: dict[str, Any], bound: Bound) -> list[str]:
     for key, kept, most in (("over_refusal", "newly_refused", "max_over_refusal"), ("fixed", "kept", "max_changed")):
         if count := look.get(key):
             right = count["n"] - count[kept] if key == "over_refusal" else count[kept]
-            if abs(1 - Bound(bound.level).lower(right, count["n"]) - count["upper_bound"]) > 1e-9:
+            if abs(1 - fixed.lower(right, count["n"]) - count["upper_bound"]) > 1e-9:
                 faults.append(f"the upper bound of {key} does not follow from its counts")
             passes = passes and count["upper_bound"] <= count[most]
     return faults if passes else [*faults, "it passed, but a bound beside those of probes misses its demand"]
