@@ -834,7 +834,11 @@ def table(users: int, through_gate: int, ledger_users: int, learnt: float = 0.01
     rows = [simulation.row(one) for one in scenarios(banks, learnt)]
     for name, new_runs in (("one run", False), ("new runs", True)):
         retrains = Scenario(
-            f"... {ledger_users} users, the ledger of {name}", banks.alone, [correlated(UNDER)], None, TRIES
+            f"retrains, {TRIES} tries, {ledger_users} users, the ledger of {name}",
+            banks.alone,
+            [correlated(UNDER)],
+            None,
+            TRIES,
         )
         rows.append(simulation.ledger_row(retrains, new_runs))
     for passes in (0, TRIES // 2):
