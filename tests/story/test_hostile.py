@@ -175,7 +175,8 @@ def base(tmp_path):
 
 def test_a_base_that_does_not_refuse(base, refused):
     said = refused(f"base.model={base}", "gate.max_new_tokens=8", words=["not certifiable"], problems=6)
-    assert all("the base itself refuses 0 of" in line for line in said)  # the pool, and each category
+    assert sum("the base itself refused 0 of" in line for line in said) == 5  # the pool, and each category
+    assert "of topics" in said[-1] or "phrasings" in said[-1] or "units" in said[-1]
 
 
 def test_without_the_gate_a_base_that_does_not_refuse_has_nothing_to_be_held_to(base, refused):
