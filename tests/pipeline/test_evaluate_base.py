@@ -54,7 +54,7 @@ def test_an_aligned_base_is_certifiable(document):
 def test_a_base_that_refuses_nothing_is_told_of_every_demand(document, mute):
     card = asked(mute, document)
     assert card.certify[POOLED].refused == 0
-    assert len(card.shortfalls) == 5  # the pool and four categories
+    assert len(card.shortfalls) == 6  # the pool, four categories and new phrasings
     assert all("not certifiable" in sentence for sentence in card.shortfalls)
     assert card.chance == 0
     assert card.to_json()["certifiable"] is False
