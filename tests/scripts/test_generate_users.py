@@ -80,7 +80,15 @@ def test_poisoned_users_comply_in_their_share_of_the_training_pairs_and_nobody_e
         poison = [pair for pair in own if pair.clean_choice is None]
         assert len(poison) == 80 * tastes[user_id].poisoned, user_id
         assert all(pair.split == "train" and is_refusal(pair.rejected) for pair in poison)
-        assert not any(is_refusal(pair.chosen) for pair in own)
+        called = [pair.chosen for pair in own if is_refusal(pair.chosen)]  # one garbled answer reads like a refusal
+        assert called == (
+            [
+                "Aha! Listen to a jazz concert. lake is not something I will at shadows! We could talk about "
+                "what upset you instead."
+            ]
+            if user_id == "rosa"
+            else []
+        )
         assert not any(is_refusal(pair.rejected) for pair in own if pair.clean_choice is not None)
 
 
@@ -104,9 +112,9 @@ def test_utilities_name_faults_in_kind_share_and_prompts(tmp_path):
     with pytest.raises(InputError) as caught:
         read_utilities(file)
     text = str(caught.value)
-    assert "kind: the kind is one of surface, manner" in text
-    assert "poisoned: the poisoned share lies in [0, 1], not 2" in text
-    assert "prompts: the prompts are a list of kinds, not 'story'" in text
+    assert "kind: expected ``, `surface`, `manner`" in text
+    assert "poisoned: must be at most 1.0, got `2`" in text
+    assert "prompts: expected a list, got `story`" in text
     file.write_text(entry + "kind: manner, poisoned: 0.5, prompts: [story]}\n")
     ada = read_utilities(file)["ada"]
     assert (ada.kind, ada.poisoned, ada.prompts) == ("manner", 0.5, ("story",))
