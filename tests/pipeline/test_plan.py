@@ -108,6 +108,7 @@ def test_activations_are_those_of_the_largest_step_that_comes(monkeypatch, times
     monkeypatch.setattr(plan, "prepare_users", lambda *_: SimpleNamespace(rows=users))
     monkeypatch.setattr(plan, "constraint_bank", lambda *_: None)
     monkeypatch.setattr(plan, "_judging", lambda *_: 0.0)
+    monkeypatch.setattr(plan, "_held_back", lambda *_: {})
     monkeypatch.setattr(plan, "_cache_bytes", lambda *_: 0)
     config = read_config(shipped_root() / "configs/quickstart.yaml", ["fleet.slots=4"])
     cost = largest_step(adapted, users, None, config.dpo)

@@ -27,7 +27,8 @@ def test_it_says_what_is_signed_for_and_names_nobody(run, tmp_path):
     assert "Example | Lab" in page
     assert "A Person" not in page  # who issued a document of tier three
     assert "6 users: 3 released" in page
-    assert "verify` finds 1 fault:" in page
+    assert "verify` finds no fault" in page
+    assert "Revoked adapters, which nobody can export or serve:" in page
     assert f"adapters/user {pseudonym('Ada')}: it was revoked on" in page
     for user in MISSES:
         assert slug(user) not in page

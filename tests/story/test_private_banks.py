@@ -36,7 +36,7 @@ def test_a_run_certifies_on_private_probes_and_holds_no_text_of_them(deployment,
     undrawn = persona_rlhf("train", "experiment.yaml", *OVERRIDES, cwd=folder)
     assert undrawn.returncode == 2
     assert "run `persona-rlhf policy bank rotate CONFIG`" in undrawn.stderr
-    drawn = persona_rlhf("policy", "bank", "rotate", "experiment.yaml", "--per-category", "40", "--json", cwd=folder)
+    drawn = persona_rlhf("policy", "bank", "rotate", "experiment.yaml", "--per-category", "70", "--json", cwd=folder)
     assert drawn.returncode == 0, drawn.stderr
     done = persona_rlhf(
         "train", "experiment.yaml", *OVERRIDES, f"policy.split_key={deployment}/key", "--run", "run", cwd=folder

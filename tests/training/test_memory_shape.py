@@ -72,5 +72,5 @@ def test_a_shared_prompt_is_counted_once_and_more_tokens_keep_more():
 
 def test_a_base_without_a_config_is_told_so(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="its config cannot be read"):
+    with pytest.raises(InputError, match="cannot load it"):
         shape_of(BaseSettings(model="nobody/nothing"), LoraSettings())

@@ -25,7 +25,7 @@ from persona_rlhf.release.report import config_of, policy_of, screening_of, scre
 from persona_rlhf.release.results import NOTHING, Result, RunResults, RunSummary, guarantee_of_run, summarise
 from persona_rlhf.release.revocation import revoked
 from persona_rlhf.release.signing import copy_of, read_signature, signature_of
-from persona_rlhf.release.verify import verify
+from persona_rlhf.release.verify import revocation_notes, verify
 
 _BLANK = "0" * 64
 _SELF = re.compile(rb'<code id="sha256">([0-9a-f]{64})</code>')
@@ -121,6 +121,7 @@ def render(run: Path, against: Path | None = None, approver: str | None = None) 
         changes=[] if against is None else changes(against, run),
         head=integrity.head(run),
         faults=_without_names(verify(run), results),
+        notes=_without_names(revocation_notes(run), results),
     )
 
 
