@@ -15,6 +15,7 @@ from persona_rlhf.data.near_copies import (
     ProtectedPrompt,
     _ContainmentIndex,
     _letters,
+    _plain,
     _sequences,
     _windows,
     protected_prompts,
@@ -125,7 +126,7 @@ def test_sequences_of_a_short_text_are_the_text() -> None:
     assert _sequences("") == frozenset()
     assert _sequences("abcde") == {"abcd", "bcde"}
     assert LETTERS == 4
-    assert _letters("A. b\u200b-Ç 0") == "abco"
+    assert _letters(_plain("A. b\u200b-Ç 0")) == "abco"
 
 
 @cache

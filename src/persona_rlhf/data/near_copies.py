@@ -45,10 +45,9 @@ class ProtectedPrompt(NamedTuple):
     name: str
     harmless: bool
 
-    @property
-    def likeness(self) -> Likeness:
-        """The shares that make a text its near copy."""
-        return HARMLESS_LIKENESS if self.harmless or len(_letters(self.text)) < SHORT else PROBE_LIKENESS
+    def likeness(self, letters: int) -> Likeness:
+        """The shares that make a text its near copy, where the prompt has so many letters."""
+        return HARMLESS_LIKENESS if self.harmless or letters < SHORT else PROBE_LIKENESS
 
 
 class NearCopyIndex:
@@ -64,11 +63,11 @@ class NearCopyIndex:
 
     def __init__(self, protected: Iterable[ProtectedPrompt]) -> None:
         self._protected = list(dict.fromkeys(protected))
-        letters = [_letters(prompt.text) for prompt in self._protected]
-        words = [_words(prompt.text) for prompt in self._protected]
+        texts = [_plain(prompt.text) for prompt in self._protected]
+        letters, words = list(map(_letters, texts)), list(map(_words, texts))
         self._letter_window = max(_LETTER_WINDOW, 2 * max(map(len, letters), default=0))
         self._word_window = max(_WORD_WINDOW, 2 * max(map(len, words), default=0))
-        likeness = [prompt.likeness for prompt in self._protected]
+        likeness = [prompt.likeness(len(each)) for prompt, each in zip(self._protected, letters, strict=True)]
         self._letters = _ContainmentIndex(list(map(_sequences, letters)), [share.letters for share in likeness])
         bags = [frozenset(each) for each in words]
         few = [bag if len(bag) >= FEWEST_WORDS else frozenset() for bag in bags]
@@ -84,6 +83,7 @@ class NearCopyIndex:
 
     def find(self, text: str) -> ProtectedPrompt | None:
         """The first protected prompt of which the text has a near copy; probes come before harmless prompts."""
+        text = _plain(text)
         passages = [_sequences(part) for part in _windows(_letters(text), self._letter_window)]
         places = [place for passage in passages if (place := self._letters.first(passage)) is not None]
         parts = [frozenset(part) for part in _windows(_words(text), self._word_window)]
@@ -136,12 +136,12 @@ def _plain(text: str) -> str:
     return skeleton(text).translate(_LEET)
 
 
-def _letters(text: str) -> str:
-    return "".join(character for character in _plain(text) if character.isalnum())
+def _letters(plain: str) -> str:
+    return "".join(character for character in plain if character.isalnum())
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", _plain(text))
+def _words(plain: str) -> list[str]:
+    return re.findall(r"[^\W_]+", plain)
 
 
 def _sequences(letters: str) -> frozenset[str]:

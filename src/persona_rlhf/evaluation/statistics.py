@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import statistics
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
-from math import ceil, exp, floor, fsum, inf, log
+from math import ceil, exp, floor, fsum, log
 from typing import Literal, NamedTuple
 
 from persona_rlhf.policy.bound import Bound, tail
@@ -158,13 +158,16 @@ def mean_lower_bound(shares: Sequence[float], delta: float) -> float:
         raise ValueError(f"delta must lie between 0 and 1, not {delta}")
     if not shares or max(shares) == 0:
         return 0.0
-    low, high, times = 0.0, 1.0, Counter(shares)
+    times = Counter(shares)
+    return _largest_mean(lambda mean: _log_wealth(times, mean, _BETS) >= -log(delta))
+
+
+def _largest_mean(reaches: Callable[[float], bool]) -> float:
+    """The largest mean in [0, 1], by bisection, against which a wealth that falls in the mean reaches its goal."""
+    low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        if _log_wealth(times, middle) >= -log(delta):
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if reaches(middle) else (low, middle)
     return low
 
 
@@ -217,11 +220,7 @@ class PlannedBet(NamedTuple):
 
     def lower(self, chances: Sequence[float]) -> float:
         """The lower bound of the mean: where the wealth reaches 1 / level."""
-        low, high = 0.0, 1.0
-        for _ in range(50 if chances[-1] > 0 else 0):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.wealth(chances, middle) * self.level >= 1 else (low, middle)
-        return low
+        return _largest_mean(lambda mean: self.wealth(chances, mean) * self.level >= 1) if chances[-1] > 0 else 0.0
 
     def p_value(self, chances: Sequence[float]) -> float:
         """The p-value of "the mean is below the demand": one over the wealth."""
@@ -282,12 +281,13 @@ def _unit_bet(probes: int, misses: UnitMisses, bound: Bound, min_refusal: float)
     return bet, bet.chances(shares)
 
 
-def _log_wealth(shares: Counter[float], mean: float) -> float:
-    """The logarithm of the mean wealth of all bettors; it falls as the mean grows."""
+def _log_wealth(shares: Mapping[float, int], mean: float, bets: Sequence[float]) -> float:
+    """The logarithm of the mean wealth of bettors with these stakes, after `shares` (share: times); it falls in the
+    mean."""
     logs = []
-    for bet in _BETS:
-        factors = [(1 - bet + bet * share / mean, times) for share, times in shares.items()]
-        bankrupt = min(factors)[0] <= 0
+    for bet in bets:
+        factors = [(1 - bet + bet * share / mean, times) for share, times in shares.items() if times]
+        bankrupt = any(factor <= 0 for factor, _ in factors)
         logs.append(float("-inf") if bankrupt else fsum(times * log(factor) for factor, times in factors))
     top = max(logs)
     return top + log(fsum(exp(value - top) for value in logs) / len(logs)) if top > float("-inf") else top
@@ -329,24 +329,14 @@ class SequentialBound(Bound):
 
 def bettors_log_wealth(successes: int, n: int, rate: float) -> float:
     """The logarithm of the mean wealth of all bettors against `rate`; it falls in the rate."""
-    logs = [
-        successes * log(1 - bet + bet / rate) + (0.0 if n == successes else -inf if bet == 1 else
-                                                 (n - successes) * log(1 - bet))
-        for bet in SEQUENTIAL_BETS
-    ]  # fmt: skip
-    top = max(logs)
-    return top + log(sum(exp(value - top) for value in logs) / len(SEQUENTIAL_BETS))
+    return _log_wealth({1.0: successes, 0.0: n - successes}, rate, SEQUENTIAL_BETS)
 
 
 @cache
 def _lower(successes: int, n: int, level: float) -> float:
     if successes == 0:
         return 0.0
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if bettors_log_wealth(successes, n, middle) >= -log(level) else (low, middle)
-    return low
+    return _largest_mean(lambda rate: bettors_log_wealth(successes, n, rate) >= -log(level))
 
 
 class Interval(NamedTuple):

@@ -197,6 +197,11 @@ def merge_aspects(documents: Sequence[PolicyDocument]) -> tuple[tuple[str, ...],
     return tuple(reversed(fixed.values())), tuple(open_to_taste)
 
 
+def fewest_units(certify: Certify) -> int:
+    """The fewest units that show the pooled demand without a miss at a user's first look."""
+    return Bound.of_first_look(certify.delta).fewest_trials(certify.min_refusal)
+
+
 def unusable_probes(
     restrictions: Sequence[Restriction],
     certify: Certify,
@@ -232,7 +237,7 @@ def unusable_probes(
                 )
                 yield document.problem(("rules", index, "probes"), sentence)
                 break
-    needed = bound.fewest_trials(certify.min_refusal)
+    needed = fewest_units(certify)
     units = Clusters.of(pooled, {probe.category for probe in pooled}).units(pooled)
     if restrictions and units < needed:
         where = "all tier-one banks" if private is None else private.name

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.experiment import PolicySettings
 from persona_rlhf.config.loader import in_order
-from persona_rlhf.policy.bound import Bound
 from persona_rlhf.policy.clusters import Clusters
 from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.hazards import Probe, Split, bank_hash
 from persona_rlhf.policy.inheritance import read_all, wrong_issuers
 from persona_rlhf.policy.merge import (
+    fewest_units,
     merge_aspects,
     merge_certify,
     merge_change,
@@ -232,10 +232,8 @@ class Policy:
     @property
     def clusters(self) -> Clusters:
         """The clusters of the certify probes, as far as a first look can show the pooled demand by them."""
-        fewest = Bound.of_first_look(self.certify.delta).fewest_trials(self.certify.min_refusal)
-        return Clusters.of(
-            self.probes("certify"), {rule.category for rule in self.restrictions if rule.tier == 1}, fewest
-        )
+        pool = {rule.category for rule in self.restrictions if rule.tier == 1}
+        return Clusters.of(self.probes("certify"), pool, fewest_units(self.certify))
 
     @property
     def hash(self) -> str:
@@ -318,10 +316,10 @@ def uncounted_phrasings(policy: Policy) -> list[str]:
     """A sentence where the banks have too few new phrasings to count by them, for people; else none."""
     if not (few := policy.clusters.uncounted):
         return []
-    needed = Bound.of_first_look(policy.certify.delta).fewest_trials(policy.certify.min_refusal)
     return [
-        f"{few} new phrasings certify, and {needed} are needed to count by phrasing: bounds take the probes of one "
-        "phrasing as independent. Write more phrasings, or split the banks by topic (`split_by: topic`)."
+        f"{few} new phrasings certify, and {fewest_units(policy.certify)} are needed to count by phrasing: bounds take "
+        "the probes of one phrasing as independent. Write more phrasings, or split the banks by topic "
+        "(`split_by: topic`)."
     ]
 
 

@@ -115,12 +115,14 @@ class PrivateBank(NamedTuple):
     @property
     def drawn(self) -> list[Probe]:
         """The probes of the draw."""
-        return [probe for probe in self.pool.probes if (probe.category, probe.id) in self.draw.members]
+        members = self.draw.members
+        return [probe for probe in self.pool.probes if (probe.category, probe.id) in members]
 
     @property
     def reserve(self) -> list[Probe]:
         """The rest of the pool, which certifies nothing now."""
-        return [probe for probe in self.pool.probes if (probe.category, probe.id) not in self.draw.members]
+        members = self.draw.members
+        return [probe for probe in self.pool.probes if (probe.category, probe.id) not in members]
 
     @property
     def fresh(self) -> list[Probe]:
