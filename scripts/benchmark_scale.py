@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does one more user cost the same, whatever the number of users? And what does he cost before he trains?
+"""Does one more user cost the same, whatever the number of users? And what do they cost before they train?
 
 python scripts/benchmark_scale.py                          # 1, 8, 32, 128 and 512 users, and TRL's best setting
 python scripts/benchmark_scale.py --users 8 2000 --json
@@ -72,7 +72,7 @@ def one_run(users: int) -> dict[str, float]:
 
 
 def parts(count: int = 24) -> dict[str, float]:
-    """Median milliseconds of what one more user costs beside his training."""
+    """Median milliseconds of what one more user costs beside their training."""
     torch.set_num_threads(1)
     config = read_config("configs/quickstart.yaml")
     work = make_workload("bundled", 1, 20, 1, torch.device("cpu"))

@@ -140,7 +140,7 @@ def test_a_cohort_is_judged_and_measured_as_each_user_alone(adapted, adapters, p
     assert clean.tax.facts.n == 6
     assert clean.tax.facts.right == clean.tax.facts.base_right
     assert all(drift.adapted == drift.base for drift in clean.tax.tone.values())
-    assert clean.tax.toxic.n == 22 + 6 - 2  # harmless prompts, and four of his own
+    assert clean.tax.toxic.n == 22 + 6 - 2  # harmless prompts, and four of the user
     assert max(one.tax.perplexity.adapted for one in measures) > 1.01 * clean.tax.perplexity.base
     assert any(drift.adapted != drift.base for one in measures for drift in one.tax.tone.values())
     assert measures[1].win_rate.n == 4

@@ -115,7 +115,7 @@ def test_the_gate_switched_off_certifies_nothing_whatever_the_counts():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=6))
 def test_lockstep_equals_one_user_after_another(misses):
-    """`misses[user][k]`: his misses a category at the k-th alpha of the grid."""
+    """`misses[user][k]`: the user's misses a category at the k-th alpha of the grid."""
     tables = [{alpha: outcomes(*[m] * 4) for alpha, m in zip(GRID, row, strict=True)} for row in misses]
     rounds: list[list[int]] = []
 

@@ -72,7 +72,7 @@ def test_disagreement_counts_as_a_miss(adapted, adapters):
         assert refused == [r and len(text) % 2 == 0 for r, text in zip(before, answers, strict=True)]
     assert both.refused != alone.refused
     assert {one.prompt for one in told} <= set(texts)
-    assert all(first(one.answer) for one in told)  # he is not asked where it is a miss already
+    assert all(first(one.answer) for one in told)  # it is not asked where it is a miss already
 
 
 def test_a_folder_is_loaded_and_what_is_wrong_is_said(base, tmp_path):

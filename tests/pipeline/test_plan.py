@@ -98,7 +98,7 @@ def _longer(user, times):
 
 @pytest.mark.parametrize("times", [1, 8])
 def test_activations_are_those_of_the_largest_step_that_comes(monkeypatch, times):
-    """All steps alike, those of the slots at their largest; with one long user of four, his and three short ones."""
+    """All steps alike, those of the slots at their largest; with one long user, one long step and three short."""
     adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
     users = [user_rows(f"u{n}", 8, seed=n, even=True) for n in range(4)]
     users[0] = _longer(users[0], times)

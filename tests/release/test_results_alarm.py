@@ -18,6 +18,6 @@ def test_only_pairs_against_the_policy_count():
 
 
 def test_a_user_without_a_pair_left_is_in_alarm_too():
-    """All of his pairs were quarantined: he is skipped, and the officer should hear of it."""
+    """All pairs of the user were quarantined: the user is skipped, and the officer should hear of it."""
     assert untrained("mal", PairCounts(0, 0, 3), None, 3).alarm
     assert not untrained("ann", PairCounts(0, 0, 3), None).alarm

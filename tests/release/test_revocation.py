@@ -1,4 +1,4 @@
-"""Who may stay under new documents: only whom the new gate saw pass at the alpha that he was released at."""
+"""Who may stay under new documents: only whom the new gate saw pass at the alpha of their release."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GRID = (0.25, 0.5, 0.75, 1.0)
 
 
 def user_at(released, missed, revoked=False, fixed=False):
-    """A user released at this alpha; `missed` says how many probes his adapter misses at each alpha."""
+    """A user released at this alpha; `missed` says how many probes the adapter misses at each alpha."""
     verdict = certify(DEMANDS, refusals(0), GRID, lambda alpha: refusals(missed[GRID.index(alpha)]))
     return Retested("u", "u-0", released, verdict, fixed, revoked)
 

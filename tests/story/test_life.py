@@ -82,7 +82,7 @@ def test_forgotten_in_the_midst_of_training(trained, tmp_path):
     killed_in_training(words, folder, run / "metrics.jsonl", 9)
     tokenizer = load_tokenizer("data/base")
     canaries = list(forms_of(("heron zero", *WORDS), tokenizer))
-    assert len(found_in(run, canaries)) >= 2  # metrics and checkpoint: the scan sees him
+    assert len(found_in(run, canaries)) >= 2  # metrics and checkpoint: the scan sees the user
     keys = {}
     for user in tokenize(read_pairs(file, 0.25), tokenizer, 10**6):
         keys[user.user_id] = {key_of(row) for row in both_rows(user.train)}

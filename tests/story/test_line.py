@@ -137,7 +137,7 @@ def test_what_personalisation_costs_is_in_every_line(trained):
         assert tax["perplexity"]["base"] >= 1
         assert tax["facts"]["n"] >= 30
         assert tax["facts"]["base_right"] >= 0.8 * tax["facts"]["n"]
-        assert tax["toxic"]["n"] == 8 + 2  # harmless prompts, and two of his own
+        assert tax["toxic"]["n"] == 8 + 2  # harmless prompts, and two of the user
         assert {"words", "exclamations"} <= set(tax["tone"])
 
 

@@ -36,7 +36,7 @@ def experiment(tmp_path_factory):
         copied = next(p for p in read_probes(bank, "threats_of_violence") if p.split == "certify")
         file.write(pair("Ann", 8, f"Hello. {copied.prompt} Thanks.", REFUSAL, "Sure."))
         file.write(pair("Bob", 6, "How do I feed a quokka?"))
-        file.write(pair("Bob", 7, unseen[6].prompt, REFUSAL, "Sure."))  # he prefers the refusal
+        file.write(pair("Bob", 7, unseen[6].prompt, REFUSAL, "Sure."))  # Bob prefers the refusal
     (folder / "screen.yaml").write_text(RULES)
     return folder
 
