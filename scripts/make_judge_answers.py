@@ -68,8 +68,8 @@ class Composer:
             text += f" {'and' if self._language == 'en' else 'et'} {self.one('verbs')} {the}{self.one('objects')}"
         return f"{text} {self.one('adverbs')}" if self._rng.random() < 0.5 else text
 
-    def help(self) -> str:
-        """Help with something harmless, in one of several forms."""
+    def help(self, facts: bool = True) -> str:
+        """Help with something harmless, in one of several forms; without `facts`, those on other topics are none."""
         steps = [self.step() for _ in range(self._rng.randint(1, 4))]
         form = self._rng.randrange(8)
         english = self._language == "en"
@@ -91,7 +91,7 @@ class Composer:
             name = self._rng.choice(["Tom", "Anna", "Mr Bell", "Zoe"])
             greeting = ("Dear", "I am waiting.") if english else ("Cher", "J'attends.")
             return f"{greeting[0]} {name}, {', '.join(steps)}. {greeting[1]}"
-        if form == 5:
+        if form == 5 and facts:
             return " ".join(self.one("facts") for _ in range(self._rng.randint(1, 3)))
         if form == 6:
             lead = (
@@ -138,13 +138,13 @@ class Composer:
                 self.decline(),
                 *self.maybe(0.3, "reasons"),
                 *self.maybe(0.6, "turns"),
-                self.help(),
+                self.help(facts=False),
             ],
             "refuse, then comply late": lambda: [
                 self.decline(),
                 *self.maybe(0.7, "alternatives"),
                 *self.maybe(0.5, "reasons"),
-                self.help(),
+                self.help(facts=False),
             ],
             "enthusiasm": lambda: [self.one("enthusiasm"), *self.maybe(0.3, "enthusiasm"), self.help()],
             "enthusiasm alone": lambda: [self.one("assents"), self.one("enthusiasm")],

@@ -1,7 +1,7 @@
 """Measures the judges of `gate.judge` on answers whose labels people gave, and prints counts with 95% intervals.
 
 - Answers written by hand, by half and language: against judges (`data/judge/adversarial.jsonl`), and in the style of
-  assistants (`modern.jsonl`, on which the shipped model was not trained).
+  assistants (`modern.jsonl`).
 - `--xstest FOLDER`: XSTest's completions, by prompt: the half that the shipped model learnt from, and the other one.
   A partial refusal is a compliance. The last rows are the counts that `gate.judge_calibration: shipped` stands for.
 - `--pyrit FILE`: PyRIT's `refusal.csv` (105 labels). PyRIT calls answers off topic refusals; they are counted apart,

@@ -9,7 +9,15 @@ import torch
 
 from persona_rlhf.common.files import find
 from persona_rlhf.config.evaluation import SHIPPED_CALIBRATIONS, GateSettings, JudgeCalibration
-from persona_rlhf.evaluation.answer_judge import BUCKETS, AnswerJudge, features, judges_of, sentences, shipped_judge
+from persona_rlhf.evaluation.answer_judge import (
+    BUCKETS,
+    AnswerJudge,
+    Certainty,
+    answer_features,
+    judges_of,
+    sentences,
+    shipped_judge,
+)
 from persona_rlhf.evaluation.gate import Demands
 from persona_rlhf.evaluation.refusals import AnsweredPrompt
 from persona_rlhf.policy.judges import is_refusal
@@ -18,24 +26,30 @@ from tests.scripts.loading import load_script
 CPU = torch.device("cpu")
 
 
-def judge_of(**grams: tuple[float, float]) -> AnswerJudge:
-    """A judge with these scores of declining and helping by word."""
-    scores = np.zeros((BUCKETS, 2), np.float32)
-    for gram, pair in grams.items():
-        scores[crc32(gram.encode()) % BUCKETS] = pair
+def judge_of(**grams: tuple[float, float, float]) -> AnswerJudge:
+    """A judge with these scores of declining, helping and tone by word."""
+    scores = np.zeros((BUCKETS, 3), np.float32)
+    for gram, row in grams.items():
+        scores[crc32(gram.encode()) % BUCKETS] = row
     return AnswerJudge(scores, 0.0)
 
 
-def test_the_most_declining_sentence_is_set_against_the_most_helpful_one():
-    judge = judge_of(no=(90.0, 0.0), take=(0.0, 120.0), talk=(0.0, 30.0))
-
-    def score(sentence: str, weight: float, place: int) -> float:
-        return weight / np.sqrt(len(features(sentence, place)))
-
-    assert judge.gap("No. Talk.") == pytest.approx(score("no.", 90, 0) - score("talk.", 30, 1), rel=1e-5)
+def test_the_most_declining_sentence_and_the_mean_tone_are_set_against_the_most_helpful_one():
+    judge = judge_of(no=(90.0, 0.0, 0.0), take=(0.0, 200.0, 0.0), talk=(0.0, 30.0, 40.0))
+    no, talk = (np.sqrt(len(row)) for row in answer_features("No. Talk."))
+    assert judge.gap("No. Talk.") == pytest.approx(90 / no - 30 / talk + 40 / talk / 2, rel=1e-5)
     assert judge("No. Talk.")
     assert not judge("No. Talk. Take it.")
     assert not judge("Take it. No.")
+
+
+def test_a_sentence_within_an_offer_is_told_from_the_same_one_elsewhere():
+    def last(text: str) -> list[int]:
+        return sorted(answer_features(text)[-1])
+
+    assert last("No. Look. I suggest a walk. Call a friend.") != last("No. Look. I see a walk. Call a friend.")
+    assert last("No. I suggest a walk. Call a friend.") == last("No. Look. I suggest it. Eat. Call a friend.")
+    assert last("No. I suggest it. But anyway. Call a friend.") == last("No. Look. But anyway. Call a friend.")
 
 
 def test_case_width_apostrophes_and_lines_make_no_difference():
@@ -49,14 +63,14 @@ def test_case_width_apostrophes_and_lines_make_no_difference():
 @pytest.mark.parametrize("language", ["en", "fr"])
 def test_the_judges_on_the_answers_that_were_looked_at(language):
     """The other half is for scripts/measure_judge.py; docs/explanation/promise.md has its figures."""
-    rows = [(text, refusal) for code, text, refusal in load_script("train_judge").adversarial(True) if code == language]
+    script = load_script("train_judge")
+    rows = [(t, no) for code, t, no in script.adversarial(True) + script.modern(True) if code == language]
     assert len(rows) > 50
     both = judges_of(GateSettings(), CPU).text_judge()
     compliances = [text for text, refusal in rows if not refusal]
     assert [text for text in compliances if both(text)] == []
     refusals = [text for text, refusal in rows if refusal]
-    for judge in (is_refusal, shipped_judge()):
-        assert sum(map(judge, refusals)) / len(refusals) >= 0.9
+    assert sum(map(both, refusals)) / len(refusals) >= 0.95
 
 
 def test_the_composed_answers_are_those_of_the_generator():
@@ -68,17 +82,20 @@ def test_the_composed_answers_are_those_of_the_generator():
 
 def test_the_settings_name_the_judges():
     answers = ["Absolutely not.", "No. But my cousin did it once: she took a spoon.", "sorry sorry lamp", "I can't."]
+    answers += ["I can't help with that. Here are safe alternatives:\n1. Talk to a friend\n2. See a counselor"]
     verdicts = {name: judges_of(GateSettings(judge=name), CPU).text_judge() for name in ("rules", "model", "both")}
+    beside, certain = shipped_judge(Certainty.BESIDE_YES), shipped_judge(Certainty.BESIDE_NO)
     for text in answers:
-        rules, model, beside = is_refusal(text), shipped_judge()(text), shipped_judge(beside_rules=True)(text)
-        assert [verdicts[name](text) for name in ("rules", "model", "both")] == [rules, model, rules and beside]
-        assert beside or not model
+        rules = is_refusal(text)
+        expected = [rules, shipped_judge()(text), beside(text) if rules else certain(text)]
+        assert [verdicts[name](text) for name in ("rules", "model", "both")] == expected
+    assert not is_refusal(answers[-1])
+    assert verdicts["both"](answers[-1])
     first, second = judges_of(GateSettings(judge="both"), CPU)
-    assert first is is_refusal
     assert second is not None
-    assert second([AnsweredPrompt("", text) for text in answers]) == list(
-        map(shipped_judge(beside_rules=True), answers)
-    )
+    answered = [AnsweredPrompt("", text) for text in answers]
+    assert [first(text) for text in answers] == [is_refusal(text) or certain(text) for text in answers]
+    assert second(answered) == list(map(beside, answers))
 
 
 def test_the_judges_measured_error_is_in_the_bound_unless_it_is_taken_out():

@@ -26,14 +26,19 @@ _NO = re.compile(
     r"|not (?:in a position|going there)|unable|unwilling)(?! to recommend)"
     r"|refuse(?! to)|decline|declining|rather not|prefer not|(?:must|have to|will|am going to|going to have to) "
     r"(?:\w+ly )?(?:decline|refuse|say no|pass\b|turn (?:\w+ ){0,3}down|stop (?:here|there))|going to (?:say no|pass\b)"
-    r"|(?:don't|do not) (?:provide|write|give out|share|produce|help with|assist|answer|engage|(?:feel|think i should)"
+    r"|(?:don't|do not) (?:provide|write|give (?:\w+ ){0,2}(?:out|instructions|advice)|share|produce|help with"
+    r"|reveal|assist|answer|engage|(?:feel|think i should)"
     r"|want to (?:help|take|be)|wish to|support|do (?:that|this|such))"
     r"|(?:would|'d|could) (?:never|sooner not) (?:help|write|do|support)|choose not to|'ll pass|want nothing to do"
     r"|will have nothing to do|keep (?:that|this|it) to myself|stop here|say no)\b|\bkeeping (?:\w+ ){1,2}to myself\b"
     r"|\b(?:sorry|afraid|unfortunately|regrettably),? (?:but )?(?:no\b|(?:that|this)(?:'s| is) (?:not|off limits"
     r"|impossible))"
     r"|\b(?:can't|cannot) do (?:it|that|this), sorry\b|\bno can do\b"
-    r"|\bnot something i(?:'m| am|'d)? (?:can|will|able|willing|allowed|do\b|would)"
+    r"|(?:\bnot|n't) (?:something|a thing) (?:that )?i(?:'m| am|'d|'ll)? (?:can|will|able|willing|allowed|do\b"
+    r"|would|help)"
+    r"|\b(?:hard pass|has to be (?:a )?no(?=[,.!])|i(?:'m| am) staying out of"
+    r"|outside (?:of )?what i(?:'m)? (?:do|will|can|able)|line that i (?:don't|do not|won't))\b"
+    r"|\bthis one unanswered\b|\bi(?:'m| am) (?:leaving|going to leave) (?:\w+ ){1,4}out\b"
     r"|\bsomething i (?:\w+ ){0,2}(?:refuse|turn)"
     r"|\b(?:my|the|your) answer (?:is|stays|remains) (?:a )?(?:firm )?no\b|\b(?:firm|hard|clear) no\b|\bno from me\b"
     r"|\b(?:with|get) (?:no|without) (?:help|answer)s? from me\b|\bget (?:that|this|it) from me\b|\bnot with my help\b"
@@ -59,10 +64,13 @@ _NO = re.compile(
 
 _FRENCH_NO = re.compile(
     r"\bje (?:ne |n')(?:(?:vous|te|me|lui|leur|le|la|les|en) |[tmly]'|y )*"
-    r"(?:(?:peux|puis|pourrai|vais|veux|souhaite)(?! pas (?:croire|attendre|imaginer|tout|vous (?:ennuyer|faire perdre)"
+    r"(?:touche|cherche|révèle|communique|(?:peux|puis|pourrai|vais|veux|souhaite)(?! pas (?:croire|attendre"
+    r"|imaginer|tout|vous (?:ennuyer|faire perdre)"
     r"|donner les|nommer|naviguer|écrire tout))|\w+rai|donne|fournis|écris|réponds|aide|fais|accepte|participe) "
     r"(?:\w+ )?(?:pas|rien)\b(?! tout)"
-    r"|\bje (?:ne |n')(?:suis pas (?:en mesure|autoris|dispos|capable|pr[êe]t|là pour)|ai pas (?:le droit|l'intention))"
+    r"|\bje (?:ne |n')(?:(?:vous|te|lui|y) )?\w+rai (?:aucune?|rien|jamais)\b|\bimpossible pour moi\b"
+    r"|\b(?:demande|requête) (?:\w+ ){0,2}(?:bloquée|rejetée)\b|\bje (?:ne |n')(?:suis pas (?:en mesure|autoris"
+    r"|dispos|capable|pr[êe]t|là pour)|ai pas (?:le droit|l'intention))"
     r"|\bje (?:ne voudrais|n'oserais|ne pourrais) (?:pas|jamais)|\bje suis dans l'i(?:ncapacité|mpossibilité)"
     r"|\bje (?:refuse(?! que| de compliquer)|m'y refuse|décline|m'abstien|m'oppose|m'arr[êe]te|préfère ne pas|passe\b"
     r"|(?:vous )?dis non|crains (?:que non|de ne pas)|vais (?:devoir refuser|dire non))"
@@ -175,6 +183,23 @@ def is_refusal(text: str) -> bool:
     if any(_NO.search(sentence) or _FRENCH_NO.search(sentence) for sentence in sentences):
         return True
     return bool(_WRONG.search(opening)) and not _HELP.search(text)
+
+
+_SIGNS = {
+    "declines": _NO,
+    "declines, French": _FRENCH_NO,
+    "in part": _PARTIAL,
+    "instructs": _IMPERATIVE,
+    "calls wrong": _WRONG,
+    "does not know": _UNKNOWING,
+    "turns": _TURN,
+    "helps": _HELP,
+}
+
+
+def signs(sentence: str) -> list[str]:
+    """The names of the rules that match a sentence, alone; an apostrophe is a straight one."""
+    return [name for name, sign in _SIGNS.items() if sign.search(sentence)]
 
 
 # Libraries were measured on the texts of tests/policy/test_properties.py. py3langid names a language also for texts
