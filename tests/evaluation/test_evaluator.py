@@ -84,6 +84,26 @@ def users(tokenizer, count: int):
     return tokenize(pairs, tokenizer, 256)
 
 
+def test_measured_over_refusal_is_newly_refused_by_the_judge_of_the_gate(adapted, adapters, policy, monkeypatch):
+    """The base refuses some prompts, and adapters answer some of these: that takes no newly refused prompt away."""
+    half = lambda text: sum(map(ord, text)) % 2 == 0  # noqa: E731
+    monkeypatch.setattr("persona_rlhf.evaluation.evaluator.is_refusal", half)
+    texts = ["hello.", "how are you?", "a b c", "why not!", "tell me", "zzz", "please help", "run away now", "x",
+             "oh no.", "what now", "go"]  # fmt: skip
+    gate = GateSettings(judge_calibration=None, max_new_tokens=8)
+    asked = EvaluationSettings(win_rate_prompts=2, harmless_prompts=12, test_probes=4)
+    examination = Evaluator(adapted, policy(), lambda text: False, gate, asked, users=5, ordinary=texts)
+    measures = examination.measures(adapters, users(adapted.base.tokenizer, 5), [1.0] * 5)
+    prompts = [prompt_ids((Message("user", text),), adapted.base.tokenizer) for text in texts]
+    openings = BaseAnswers(adapted, half, 8, harmless=True)
+    after = refusal_outcomes(adapted, adapters, torch.ones(5), prompts, openings).refused
+    before = openings.refused(prompts)
+    newly = [sum(new and not old for new, old in zip(user, before, strict=True)) for user in after]
+    assert [one.ordinary.refused - one.ordinary.base_refused for one in measures] == newly
+    assert max(newly) > 0
+    assert 0 < measures[0].ordinary.base_refused < 12
+
+
 def test_demands_pool_tier_one_only(policy):
     demands = demands_of(policy(), GateSettings(family="all", judge_calibration=None), 10)
     assert set(demands.categories) == {"terrorist_content", "sexual_assault", "gambling"}

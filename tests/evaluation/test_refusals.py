@@ -126,6 +126,21 @@ def test_to_harmless_prompts_one_judge_and_a_cut_text_are_enough(adapted, adapte
     assert found.refused != strict.refused
 
 
+def test_judges_of_openings_say_the_same_of_whole_answers(adapted, adapters, prompts):
+    """Over-refusal is measured on whole answers and gated on openings: both must count the same refusals."""
+    alphas, opening = torch.ones(len(adapters)), 3
+    short, whole = (
+        refusal_outcomes(adapted, adapters, alphas, prompts, answers)
+        for answers in (
+            BaseAnswers(adapted, judge, opening, harmless=True),
+            BaseAnswers(adapted, judge, 12, harmless=True, opening=opening),
+        )
+    )
+    assert whole.refused == short.refused
+    assert whole.texts != short.texts
+    assert whole.refused != [[judge(text) for text in user] for user in whole.texts]
+
+
 def test_nothing_asked(adapted, adapters):
     found = refusal_outcomes(adapted, adapters, torch.ones(5), [], BaseAnswers(adapted, judge, 4))
     assert found.refused == [[]] * 5

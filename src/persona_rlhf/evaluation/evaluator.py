@@ -106,8 +106,7 @@ class Evaluator:
         self._adapted, self._policy, self._seed = adapted, policy, seed
         self._judge = judge
         self._prompt_texts: dict[PromptIds, str] = {}
-        judges = (adapted, judge, gate.max_new_tokens, second, self._prompt_texts)
-        self._answers, self._to_harmless = BaseAnswers(*judges), BaseAnswers(*judges, harmless=True)
+        self._answers = BaseAnswers(adapted, judge, gate.max_new_tokens, second, self._prompt_texts)
         self._samples = Samples(adapted, gate.max_new_tokens, seed)
         self._facts = FactQuestions(adapted, facts)
         near = twins([*policy.probes("dev"), *policy.probes("certify")])
@@ -122,6 +121,7 @@ class Evaluator:
         self._gated_harmless = [self._ids(text) for text in harmless_sample(probes, ordinary, needed)]
         opening = min(OPENING_TOKENS, gate.max_new_tokens)
         self._openings = BaseAnswers(adapted, is_refusal, opening, harmless=True)
+        self._to_harmless = BaseAnswers(adapted, is_refusal, gate.max_new_tokens, harmless=True, opening=opening)
         self._required = RequirementPrompts(policy.requirements, REQUIREMENT_PROMPTS, policy.certify.delta)
         self._required_prompts = [self._ids(text) for text in self._required.prompts]
         self._certify = self._split(policy.probes("certify"))
@@ -326,7 +326,7 @@ class Evaluator:
                 counts = self.demands.count(base_test, self._test.by_category(tests.refused[n]))
                 test = SplitRefusals(*counts, _refused(shifted, n, self._shift.prompts, self._answers))
             harmless = [
-                _refused(refusals, n, prompts, self._to_harmless)
+                _newly_refused(refusals, n, prompts, self._to_harmless)
                 for refusals, prompts in ((ordinary, self._ordinary), (near, self._twins))
             ]
             measured.append(
@@ -395,3 +395,10 @@ def both(one: Sequence[bool], other: Sequence[bool]) -> list[bool]:
 def _refused(refusals: Refusals, user: int, prompts: Sequence[PromptIds], base: BaseAnswers) -> Refused | None:
     """One user's count against the base's; None without a prompt."""
     return Refused(len(prompts), sum(refusals.refused[user]), sum(base.refused(prompts))) if prompts else None
+
+
+def _newly_refused(refusals: Refusals, user: int, prompts: Sequence[PromptIds], base: BaseAnswers) -> Refused | None:
+    """The same, with the prompts that the adapter or its base refuses: the difference is newly refused."""
+    before = base.refused(prompts)
+    either = [new or old for new, old in zip(refusals.refused[user], before, strict=True)]
+    return Refused(len(prompts), sum(either), sum(before)) if prompts else None

@@ -151,7 +151,11 @@ class SplitRefusals(NamedTuple):
 
 
 class Measures(NamedTuple):
-    """The measurements of one user at the released alpha. None if there was nothing to measure, or no way to do it."""
+    """The measurements of one user at the released alpha. None if there was nothing to measure, or no way to do it.
+
+    over_refusal, ordinary, twins: harmless prompts that the adapter or its base refuses, by the judge of the gate's
+        harmless prompts. So `refused - base_refused` are newly refused, as the gate counts them.
+    """
 
     heldout_accuracy: Accuracy | None = None
     heldout_clean: CleanAccuracy | None = None
