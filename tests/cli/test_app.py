@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from persona_rlhf.cli import app
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import shipped_root
+from persona_rlhf.common.files import DiskFullError, shipped_root
 from tests.policy.banks import tier_one, tier_three, tier_two, write
 
 # Runs a verb in a fresh interpreter and reports what it imported.
@@ -270,14 +270,15 @@ def test_an_interrupted_run_says_how_to_go_on(run, experiment, line):
 
 def test_a_full_disk_is_said_in_a_sentence(run, experiment, line):
     def train(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/state/slots.safetensors")
+        raise DiskFullError(errno.ENOSPC, Path("runs/x/state/slots.safetensors"), 5 << 20)
 
     line.does(train)
     result = run("train", experiment)
     assert result.exit_code == 1
     assert len(result.stderr.splitlines()) == 1
     assert "The disk is full" in result.stderr
-    assert "runs/x/state/slots.safetensors" in result.stderr
+    assert "runs/x/state/slots.safetensors needs 5.0 MiB at least" in result.stderr
+    assert "are free there" in result.stderr
     assert "--resume" in result.stderr
 
 

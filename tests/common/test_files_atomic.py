@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import stat
 
@@ -9,7 +10,15 @@ import pytest
 from safetensors import SafetensorError
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.common.files import atomic_folder, atomic_path, atomic_write, write_folder
+from persona_rlhf.common.files import (
+    DiskFullError,
+    append_whole,
+    atomic_folder,
+    atomic_path,
+    atomic_write,
+    need_room,
+    write_folder,
+)
 
 
 def names(folder):
@@ -104,13 +113,68 @@ def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
     assert names(tmp_path) == ["a", "f"]
 
 
-def test_a_full_disk_is_an_os_error_also_where_safetensors_reports_it(tmp_path):
-    with pytest.raises(OSError, match="No space left") as fault, atomic_path(tmp_path / "a"):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-    assert (fault.value.errno, fault.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
-    with pytest.raises(SafetensorError), atomic_path(tmp_path / "a"):
-        raise SafetensorError("invalid header")
+@pytest.mark.parametrize("library", ["safetensors", "tokenizers"])
+def test_a_full_disk_is_an_os_error_also_where_a_library_reports_it_in_words(tmp_path, library):
+    kind = {"safetensors": SafetensorError, "tokenizers": Exception}[library]
+    for whole in (atomic_path, atomic_folder):
+        with pytest.raises(DiskFullError) as fault, whole(tmp_path / "a"):
+            raise kind("I/O error: No space left on device (os error 28)")
+        assert (fault.value.errno, fault.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
+        with pytest.raises(kind, match="invalid header"), whole(tmp_path / "a"):
+            raise kind("invalid header")
     assert names(tmp_path) == []
+
+
+def full_at(size, work):
+    """The sentence of the DiskFullError that `work` ends with where no file may be larger; in a process of its own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        try:
+            work()
+        except DiskFullError as fault:
+            os.write(writer, str(fault).encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as stream:
+        return stream.read()
+
+
+@pytest.mark.parametrize("content", [b"x" * 5_000, "x" * 5_000, [b"x" * 2_500] * 2])
+def test_a_file_that_does_not_fit_is_named_with_its_size_and_nothing_of_it_is_left(tmp_path, content):
+    (tmp_path / "a").write_bytes(b"before")
+    sentence = full_at(1_000, lambda: atomic_write(tmp_path / "a", content))
+    assert sentence.startswith(f"{tmp_path / 'a'} needs {'1,000' if isinstance(content, list) else '5,000'} bytes at")
+    assert (tmp_path / "a").read_bytes() == b"before"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_folder_that_does_not_fit_is_named_and_nothing_of_it_is_left(tmp_path):
+    write_folder(tmp_path / "f", {"old": b"1"})
+    sentence = full_at(1_000, lambda: write_folder(tmp_path / "f", {"one": b"x" * 900, "two": b"x" * 2_000}))
+    assert sentence.startswith(f"{tmp_path / 'f'} needs 1,900 bytes at least")
+    assert names(tmp_path) == ["f"]
+    assert names(tmp_path / "f") == ["old"]
+
+
+def test_lines_that_do_not_fit_are_taken_back_whole(tmp_path):
+    file = tmp_path / "log"
+
+    def work():
+        with file.open("ab") as stream:
+            append_whole(stream, b"first\n")
+            append_whole(stream, b"x" * 5_000 + b"\n")
+
+    assert full_at(1_000, work).startswith(f"{file} needs 5,001 bytes")
+    assert file.read_bytes() == b"first\n"
+
+
+def test_room_is_checked_before_the_work(tmp_path):
+    need_room(tmp_path / "new" / "out", 1)
+    with pytest.raises(DiskFullError, match=r"out needs .* at least, and .* are free there"):
+        need_room(tmp_path / "new" / "out", 1 << 60)
 
 
 def test_a_folder_is_replaced_whole_or_left_as_it_was(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 import typer
 
 from persona_rlhf.common.errors import InputError, visible
+from persona_rlhf.common.files import full_disk_code
 from persona_rlhf.common.run_lock import run_lock
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
@@ -52,6 +52,12 @@ def command_group(title: str) -> typer.Typer:
     )
 
 
+_AFTER_FULL_DISK = (
+    "Nothing half-written is left, and finished work is kept: free space, then give the command again (`train` with "
+    "--resume)."
+)
+
+
 def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
     """A command whose exceptions become messages and exit codes: 2 wrong input, 130 Ctrl-C, 1 an internal fault.
 
@@ -74,8 +80,8 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
             note("Interrupted.")
             raise typer.Exit(130) from None
         except Exception as fault:
-            if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
-                note(f"The disk is full ({fault}). Finished work is kept: free space, then continue (train --resume).")
+            if full_disk_code(fault) is not None:
+                note(f"The disk is full: {fault}. {_AFTER_FULL_DISK}")
                 raise typer.Exit(1) from None
             if os.environ.get("PERSONA_RLHF_DEBUG") == "1":
                 traceback.print_exc()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import flush
+from persona_rlhf.common.files import append_whole
 
 _BEFORE_ALL = "0" * 64
 _BLOCK = 1 << 16  # bytes
@@ -146,7 +146,7 @@ class LockedChain:
         self.head = _end(stream)
 
     def append(self, events: Iterable[tuple[str, Mapping[str, Any]]]) -> ChainHead:
-        """Appends events, flushed to the disk together; returns the new head."""
+        """Appends events, flushed to the disk together; returns the new head. Raises DiskFullError and appends none."""
         seq, previous = self.head
         lines = bytearray()
         for event, facts in events:
@@ -155,8 +155,7 @@ class LockedChain:
             content = {"seq": seq, "time": time, "event": event, "facts": dict(facts), "previous": previous}
             previous = _digest(content)
             lines += _rendered(content | {"hash": previous})
-        self._stream.write(lines)
-        flush(self._stream)
+        append_whole(self._stream, bytes(lines))
         self.head = ChainHead(seq, previous)
         return self.head
 

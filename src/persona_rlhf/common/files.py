@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -17,7 +18,6 @@ from typing import IO, Annotated
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
-from safetensors import SafetensorError
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 
@@ -153,19 +153,22 @@ def atomic_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
     """A temporary folder beside `folder`, flushed to the disk and renamed to `folder` at the end.
 
     An existing `folder` is replaced; with `replace=False` it must be new or empty (InputError, before and after).
-    If the block raises, the temporary folder is removed and `folder` is unchanged.
+    If the block raises, the temporary folder is removed and `folder` is unchanged. Raises DiskFullError for a full
+    disk.
     """
     folder = folder.absolute()  # `.` has no name
     if not replace:
         need_vacant(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with naming_full_disk(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     old = _beside(folder, "old")
-    with _claimed(folder, os.mkdir) as temporary:
+    with naming_full_disk(folder), _claimed(folder, os.mkdir) as temporary:
         try:
-            yield temporary
-            for path in (*temporary.rglob("*"), temporary):
-                _flush(path)
+            with naming_full_disk(folder, lambda: _size(temporary)):
+                yield temporary
+                for path in (*temporary.rglob("*"), temporary):
+                    _flush(path)
             if not replace:
                 need_vacant(folder)
         except BaseException:
@@ -194,25 +197,24 @@ def remove_folder(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_path(file: Path, *, private: bool = False) -> Iterator[Path]:
+def atomic_path(file: Path, *, private: bool = False, needed: int = 0) -> Iterator[Path]:
     """A temporary path beside `file` for code that writes by itself; flushed and renamed to `file` at the end.
 
     Its name is unique, so that several processes may write `file` at once: the last one stands. A `private` file is
     readable by its owner only, from the first byte. If the block raises, the temporary file is removed and `file` is
-    unchanged. Raises OSError for a full disk, also where safetensors reported it.
+    unchanged. Raises DiskFullError for a full disk; `needed` is the size of the file in bytes, where it is clear.
     """
+
+    def made(temporary: Path) -> None:
+        temporary.touch(0o600 if private else 0o666, exist_ok=False)
+
     _remove_abandoned(file)
-    with _claimed(file, lambda temporary: temporary.touch(0o600 if private else 0o666, exist_ok=False)) as temporary:
+    with naming_full_disk(file, lambda: needed), _claimed(file, made) as temporary:
         try:
-            yield temporary
-            _flush(temporary)
-            temporary.replace(file)
-        except SafetensorError as fault:
-            temporary.unlink(missing_ok=True)
-            code = re.search(r"os error (\d+)", str(fault))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from fault
+            with naming_full_disk(file, lambda: max(needed, _size(temporary))):
+                yield temporary
+                _flush(temporary)
+                temporary.replace(file)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -220,9 +222,95 @@ def atomic_path(file: Path, *, private: bool = False) -> Iterator[Path]:
 
 def atomic_write(file: Path, content: str | bytes | Iterable[str | bytes], *, private: bool = False) -> None:
     """Writes text (UTF-8), bytes or an iterable of either to a file, whole or not at all, by `atomic_path`."""
-    parts = [content] if isinstance(content, str | bytes) else content
-    with atomic_path(file, private=private) as temporary, temporary.open("wb") as stream:
+    content = content.encode() if isinstance(content, str) else content
+    parts, needed = ([content], len(content)) if isinstance(content, bytes) else (content, 0)
+    with atomic_path(file, private=private, needed=needed) as temporary, temporary.open("wb") as stream:
         stream.writelines(part.encode() if isinstance(part, str) else part for part in parts)
+
+
+class DiskFullError(OSError):
+    """A disk that is full, or a limit on its use, with the path that was written and the bytes that it needs at least.
+
+    The text is a sentence for people.
+    """
+
+    def __init__(self, code: int, path: Path, needed: int) -> None:
+        super().__init__(code, os.strerror(code), str(path))
+        self.path, self.needed = path, needed
+
+    def __str__(self) -> str:
+        if self.errno == errno.EFBIG:
+            return f"{self.path} needs {_mebibytes(self.needed)} at least, more than one file may have (ulimit -f)"
+        size = f"needs {_mebibytes(self.needed)} at least" if self.needed else "cannot be written"
+        return f"{self.path} {size}, and {_free(self.path)} are free there"
+
+
+def full_disk_code(fault: BaseException) -> int | None:
+    """The error number of a full disk, a quota or a limit on files; None for another fault.
+
+    Libraries in Rust (safetensors, tokenizers) report it in the text of exceptions of their own.
+    """
+    code = fault.errno if isinstance(fault, OSError) else None
+    if code is None and (reported := re.search(r"os error (\d+)", str(fault))):
+        code = int(reported[1])
+    return code if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
+
+
+@contextmanager
+def naming_full_disk(path: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Raises DiskFullError for `path` where the block meets a full disk; `needed` counts the bytes when it does."""
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as fault:
+        if (code := full_disk_code(fault)) is None:
+            raise
+        raise DiskFullError(code, path, needed()) from fault
+
+
+def need_room(path: Path, needed: int) -> None:
+    """Raises DiskFullError where the disk of a path has less free space than a file or folder will need, in bytes."""
+    if shutil.disk_usage(_nearest_folder(path)).free < needed:
+        raise DiskFullError(errno.ENOSPC, path, needed)
+
+
+def append_whole(stream: IO[bytes], content: bytes, *, durable: bool = True) -> None:
+    """Appends bytes to a file opened for appending, whole or not at all, and flushes it to the disk if `durable`.
+
+    Raises DiskFullError for a full disk; the bytes that it took are cut off again.
+    """
+    stream.flush()
+    handle, rest = stream.fileno(), memoryview(content)
+    end = os.fstat(handle).st_size
+    try:
+        with naming_full_disk(Path(stream.name), lambda: len(content)):
+            while rest:
+                rest = rest[os.write(handle, rest) :]
+            if durable:
+                os.fsync(handle)
+    except OSError:
+        os.ftruncate(handle, end)
+        raise
+
+
+def _size(path: Path) -> int:
+    """The bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _free(path: Path) -> str:
+    """The free space on the disk of a path, whose folder may not exist yet."""
+    return _mebibytes(shutil.disk_usage(_nearest_folder(path)).free)
+
+
+def _nearest_folder(path: Path) -> Path:
+    return next(folder for folder in path.absolute().parents if folder.is_dir())
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / (1 << 20):,.1f} MiB" if size >= 1 << 20 else f"{size:,} bytes"
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -271,12 +359,6 @@ def _remove_unclaimed(path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     finally:
         os.close(handle)
-
-
-def flush(stream: IO[bytes] | IO[str]) -> None:
-    """Flushes an open file to the disk, as appended logs need it."""
-    stream.flush()
-    os.fsync(stream.fileno())
 
 
 def sha256_of(file: Path) -> str:

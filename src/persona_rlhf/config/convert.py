@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.files import atomic_write
 from persona_rlhf.config.data_sets import data_set
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.loader import (
@@ -178,12 +179,11 @@ def import_config(path: Path) -> ImportedConfig:
 
 def write_new(text: str, out: Path) -> None:
     """Writes a text to a new file. Raises InputError if it exists, or its folder does not."""
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
+    if out.exists():
         sentence = "this file exists already and is not overwritten; name a new file"
-        raise InputError([Problem(str(out), None, None, sentence)]) from None
+        raise InputError([Problem(str(out), None, None, sentence)])
+    try:
+        atomic_write(out, text)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError([Problem(str(out), None, None, "this folder does not exist; make it first")]) from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.common.files import flush
+from persona_rlhf.common.files import append_whole
 from persona_rlhf.common.json_lines import read_json_lines
 from persona_rlhf.data.pairs import Message, PreferencePair, parse_row
 
@@ -42,8 +42,7 @@ def append_pair(
     with (run / LEDGER).open("ab+") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         stream.truncate(_whole_lines(stream))
-        stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        flush(stream)
+        append_whole(stream, json.dumps(row, ensure_ascii=False).encode() + b"\n")
     return pair
 
 
@@ -85,9 +84,8 @@ def decide(file: Path, pair: PreferencePair, decision: Decision, reason: str, re
     """Appends a decision to the file and flushes it to the disk; the last decision about a pair counts."""
     at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     review = Review(pair.user_id, mark_of(pair), decision, reason, reviewer, at)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(review._asdict()) + "\n")
-        flush(stream)
+    with file.open("ab") as stream:
+        append_whole(stream, json.dumps(review._asdict()).encode() + b"\n")
     return review
 
 

@@ -124,7 +124,7 @@ def _write(source: PublicSet, banks: Mapping[str, list[dict[str, str]]], out: Pa
         if former not in written:
             former.unlink()
     for path, rows in written.items():
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        atomic_write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return {path: dict(sorted(Counter(map(_split, rows)).items())) for path, rows in written.items()}
 
 

@@ -8,10 +8,11 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import gettempdir
 from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import pseudonym
+from persona_rlhf.common.files import DiskFullError, pseudonym
 from persona_rlhf.data.columns import UserSpellings
 from persona_rlhf.data.pairs import SHOWN, Message, PreferencePair, assign_splits, first_problems, parsed_rows
 
@@ -40,7 +41,7 @@ class PairStore:
         """Reads and checks everything once.
 
         `heldout` is the share of a user's prompts held out if rows have no `split`. Raises InputError naming the bad
-        rows, and OSError if the temporary folder is full.
+        rows, and DiskFullError if the temporary folder is full.
         """
         if not 0 <= heldout < 1:
             raise ValueError(f"heldout is {heldout}; the share of prompts held out lies in [0, 1)")
@@ -51,7 +52,7 @@ class PairStore:
         except sqlite3.OperationalError as fault:
             if "full" not in str(fault):
                 raise
-            raise OSError(errno.ENOSPC, "no space left for the index of the pairs", "temporary folder") from fault
+            raise DiskFullError(errno.ENOSPC, Path(gettempdir()) / "index of the pairs", 0) from fault
 
     def _read(self, path: Path | str, selection: UserSelection) -> None:
         self._rows.execute("CREATE TABLE pairs (user INTEGER, content TEXT)")

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text as Line
 
-from persona_rlhf.common.files import atomic_folder, is_hub_id
+from persona_rlhf.common.files import atomic_folder, is_hub_id, need_room
 from persona_rlhf.common.version import __version__
 from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.tokenize import Row
@@ -26,6 +26,7 @@ from persona_rlhf.release.card import one_line
 from persona_rlhf.release.manifest import BaseInfo
 from persona_rlhf.release.render import render_template
 from persona_rlhf.training.align import Demonstrations, align, make_demonstrations
+from persona_rlhf.training.memory import held_by
 
 
 def base_readme(facts: Mapping[str, Any]) -> str:
@@ -104,13 +105,15 @@ class Alignment(NamedTuple):
 def base_align(inputs: AlignmentInputs, log: Callable[[str], None]) -> Alignment:
     """Measures, aligns with TRL, writes OUT whole or not at all, and measures what was written.
 
-    Raises InputError where the model cannot be loaded or has no usable chat template.
+    Raises InputError where the model cannot be loaded or has no usable chat template, and DiskFullError, before
+    anything is trained, where the disk has no room for the weights.
     """
     settings = inputs.settings
     dtype = settings.base.dtype
     if settings.align.weights == "full" and dtype == "auto":
         dtype = "float32"  # updates of full weights are below the precision of bfloat16
     base = load_base(settings.base.model_copy(update={"dtype": dtype}))
+    need_room(inputs.out, held_by(list(base.model.parameters())))  # before hours of training
     with closing(AdaptedModel(base, settings.lora)) as adapted:
         if adapted.notice and settings.align.weights == "lora":
             log(adapted.notice)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import atomic_write
+from persona_rlhf.common.files import append_whole, atomic_write
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.pipeline.run_dir import dotted
@@ -147,7 +147,7 @@ class TrainingMonitor:
         self.last = ProgressEvent("training", users=users)
 
     def __enter__(self) -> TrainingMonitor:
-        self.file = self.metrics.open("a", encoding="utf-8")
+        self.file = self.metrics.open("ab")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -185,7 +185,7 @@ class TrainingMonitor:
             self.file.close()
             with self.metrics.open(encoding="utf-8") as lines:
                 atomic_write(self.metrics, (line for line in lines if stays(line)))
-            self.file = self.metrics.open("a", encoding="utf-8")
+            self.file = self.metrics.open("ab")
 
     def end(self, user_id: str, steps: int) -> None:
         """Counts a user as done after so many steps; planned steps that were not needed no longer count."""
@@ -195,16 +195,17 @@ class TrainingMonitor:
             self.planned -= self.steps.get(user_id, steps) - steps
 
     def step(self, reports: Sequence[StepReport]) -> None:
-        """Takes in one step of a cohort."""
+        """Takes in one step of a cohort. Raises DiskFullError where its lines do not fit."""
+        lines = bytearray()
         for report in reports:
             row = {
                 key: None if isinstance(value, float) and not math.isfinite(value) else value
                 for key, value in report._asdict().items()
             }
-            self.file.write(json.dumps(row) + "\n")
+            lines += json.dumps(row).encode() + b"\n"
             if report.step >= report.steps:
                 self.end(report.user_id, report.step)
-        self.file.flush()
+        append_whole(self.file, bytes(lines), durable=False)
         self.taken += len(reports)
         if self.tracking is not None:
             self.tracking.step(reports, self.taken)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import Field, field_validator
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import ExistingPath, find
+from persona_rlhf.common.files import ExistingPath, atomic_write, find
 from persona_rlhf.common.run_lock import is_lock, run_lock, tell_nobody
 from persona_rlhf.config.experiment import Config, checked, read_config
 from persona_rlhf.config.loader import Section, in_order, read_yaml
@@ -95,7 +95,7 @@ def _sweep(name: str, place: Path, runs: Sequence[ArmRun], resume: bool, on_prog
     inputs_by_files = _inputs(runs)
     from persona_rlhf.pipeline import train
 
-    (place / "arms.json").write_text(_identity(runs), encoding="utf-8")
+    atomic_write(place / "arms.json", _identity(runs))
     for number, run in enumerate(runs, 1):
         where = place / "runs" / run.folder
         if (where / RUN_MANIFEST).exists():

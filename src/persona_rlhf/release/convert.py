@@ -11,7 +11,15 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import atomic_folder, atomic_path, find, is_hub_id, need_vacant, sha256_of
+from persona_rlhf.common.files import (
+    atomic_folder,
+    atomic_path,
+    find,
+    is_hub_id,
+    need_room,
+    need_vacant,
+    sha256_of,
+)
 from persona_rlhf.models.base import Base
 from persona_rlhf.release.card import front_matter, one_line
 from persona_rlhf.release.export import HeldBack
@@ -79,6 +87,7 @@ def merge(base: Base, adapter: Path, to: Path) -> Path:
             f"was judged on ({judged_on[:16]}...): the certified bounds would not hold for the merged model"
         )
     need_vacant(to, "--to")
+    need_room(to, sum(weights.nbytes for weights in base.model.parameters()))
     with atomic_folder(to) as folder:
         model = PeftModel.from_pretrained(base.model, adapter).merge_and_unload()
         model.config._name_or_path = ""  # a path of this machine

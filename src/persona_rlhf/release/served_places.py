@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.common.files import atomic_write
+from persona_rlhf.common.files import append_whole, atomic_write
 from persona_rlhf.common.json_lines import read_json_lines
 from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.release.engine_layout import erase_from_layout, layout_adapters_of
@@ -39,8 +39,8 @@ def note_place(run: Path, kind: Literal["tokens", "layout", "engine"], place: Pa
         return None
     try:
         (run / SERVED).parent.mkdir(exist_ok=True)
-        with (run / SERVED).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line._asdict()) + "\n")
+        with (run / SERVED).open("ab") as stream:
+            append_whole(stream, json.dumps(line._asdict()).encode() + b"\n")
     except OSError as fault:
         return f"{run} cannot be written to ({fault.strerror}): `forget` will not know of {line.place}"
     return None

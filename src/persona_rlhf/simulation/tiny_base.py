@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from persona_rlhf.common.files import naming_full_disk
 from persona_rlhf.simulation.corpus import CorpusRow, corpus
 
 SEED = 7
@@ -178,8 +179,9 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: 
     copied.config.dtype = dtype
     copied.generation_config.do_sample = False
     copied.generation_config.max_new_tokens = 128
-    copied.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with naming_full_disk(out):
+        copied.save_pretrained(out)
+        tokenizer.save_pretrained(out)
 
 
 def build_base(

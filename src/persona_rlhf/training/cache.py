@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from persona_rlhf.common.files import atomic_path
+from persona_rlhf.common.files import atomic_path, naming_full_disk
 from persona_rlhf.data.erasure import Trace
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
@@ -160,7 +160,7 @@ class DiskStates(Mapping[Row, Float[Tensor, "_tokens hidden"]]):
     """Hidden states of rows below the adapted layers, in a file mapped into memory; read onto the base's device.
 
     The file lies in `folder`, or in the system's temporary folder. It has no name any more, so it is gone with the
-    process, however that ends. Raises OSError if the disk is full.
+    process, however that ends. Raises DiskFullError for a full disk.
     """
 
     def __init__(self, adapted: AdaptedModel, rows: Sequence[Row], folder: Path | None = None) -> None:
@@ -180,10 +180,9 @@ class DiskStates(Mapping[Row, Float[Tensor, "_tokens hidden"]]):
         hidden, dtype = adapted.base.model.config.get_text_config().hidden_size, adapted.base.model.dtype
         with tempfile.NamedTemporaryFile(dir=folder, prefix="states-") as file:
             size = tokens * hidden * dtype.itemsize
-            try:  # a mapped file with holes in it would kill the process where the disk is full
+            place = Path(f"{file.name} (fleet.trunk_disk)")
+            with naming_full_disk(place, lambda: size):  # a mapped file with holes would kill the process
                 os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
-            except OSError as fault:
-                raise OSError(fault.errno, "no space left for hidden states (fleet.trunk_disk)", file.name) from fault
             return torch.from_file(file.name, shared=True, size=tokens * hidden, dtype=dtype).view(tokens, hidden)
 
     def __getitem__(self, row: Row) -> Float[Tensor, "_tokens hidden"]:
