@@ -2,6 +2,7 @@ from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import Row, prompt_ids
 from persona_rlhf.evaluation.metrics import FactQuestions
 from persona_rlhf.evaluation.prompt_sets import Fact
+from persona_rlhf.evaluation.records import Facts
 
 PAIRS = zip("abcdefgh", "stuvwxyz", strict=True)
 FACTS = [Fact(f"what is {x}", f"{y}{x} q", (f"{x}{y} q", f"{x}{x} {y}.")) for x, y in PAIRS]
@@ -34,6 +35,17 @@ def test_a_question_is_right_where_the_right_answer_is_likeliest_per_token(adapt
     assert all(facts.kept <= min(facts.right, facts.base_right) for facts in found)
     assert any(facts.kept < facts.right for facts in found), "one must know something that the base does not"
     assert len({facts.right for facts in found}) > 1, "some adapter must forget something, or the test shows nothing"
+
+
+def test_fixed_facts_that_an_adapter_changes_are_counted(adapted, adapters):
+    for fixed in (False, True):
+        quiz = FactQuestions(adapted, FACTS, fixed)
+        with adapted.using(adapters, None):
+            each = quiz.ask(5)
+        assert [facts.broken for facts in each] == [fixed * (facts.base_right - facts.kept) for facts in each]
+        assert quiz.of_base().broken == 0
+    assert any(facts.broken for facts in each), "some adapter must change a fact, or the test shows nothing"
+    assert Facts(40, 38, 39, None, True).broken == 0, "a run of before 0.2 did not count them"
 
 
 def test_without_questions_nothing_is_asked(adapted):

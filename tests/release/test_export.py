@@ -10,15 +10,17 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import slug
 from persona_rlhf.config.training import LoraSettings, TopLayers
 from persona_rlhf.evaluation.gate import certify
+from persona_rlhf.evaluation.records import AlignmentTax, Facts
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.policy.bound import Bound
 from persona_rlhf.release.adapter import AdapterFiles, read_adapter, target_modules
+from persona_rlhf.release.card import card
 from persona_rlhf.release.export import HeldBack, export
 from persona_rlhf.release.manifest import BaseInfo, DataInfo, fingerprint
 from persona_rlhf.release.results import read_results
 from persona_rlhf.release.verify import verify
 from tests.models.tiny import random_flat, tiny_base
-from tests.release.conftest import DEMANDS, refusals
+from tests.release.conftest import DEMANDS, measures, pairs_of, refusals
 
 
 @pytest.mark.parametrize(("user", "alpha"), [("Ada", 1.0), ("ada", 0.5)])
@@ -97,6 +99,16 @@ def test_the_card_reads_as_a_card(run):
     assert "did not affect the release" not in body
     assert "Facts known: 38 of 40; by the base 39." in body
     assert "{{" not in text
+
+
+def test_the_card_says_that_fixed_facts_changed(run):
+    facts = Facts(40, 38, 39, 37, fixed=True)
+    verdict = certify(DEMANDS, refusals(0), (0.5, 1.0), lambda _: refusals(0))
+    for fixed in (False, True):
+        tax = AlignmentTax(None, facts._replace(fixed=fixed), {}, None)
+        measured = measures(0.8)._replace(tax=tax)
+        text = card(run.exporter.provenance, DataInfo.of(pairs_of("ada"), 0), verdict, measured)
+        assert ("this adapter changes 2 of the base's 39 right answers" in text) == fixed
 
 
 def test_export_copies_a_released_user_and_it_verifies_alone(run, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.evaluation.records import Accuracy, Measures, Met, WinRate
+from persona_rlhf.evaluation.records import Accuracy, Facts, Measures, Met, WinRate
 from persona_rlhf.evaluation.statistics import Count
 from persona_rlhf.release.render import results_table
 from persona_rlhf.release.report import render, write_report
@@ -19,6 +19,7 @@ from persona_rlhf.release.results import (
     read_results,
     read_sentence,
     summarise,
+    write_results,
 )
 from persona_rlhf.release.verify import verify
 
@@ -133,6 +134,23 @@ def test_the_table_ends_with_medians(run):
     assert (summary.released, summary.full_strength, summary.held_back, summary.other) == (3, 2, 1, 2)
     assert summary.clean_accuracy == pytest.approx(0.75)
     assert summary.worst_bound == min(r.pooled.lower_bound for r in results if r.status == "released")
+
+
+def test_fixed_facts_that_changed_are_marked_in_table_page_and_card(run):
+    """Two of the base's 39 right answers are other ones now; without `fixed` in the policy nobody minds."""
+    results = read_results(run.path)
+    assert not any(result.broken_facts for result in results)
+    changed = [
+        replace(r, measures=r.measures._replace(tax=r.measures.tax._replace(facts=Facts(40, 38, 39, 37, fixed=True))))
+        if r.user_id == "ada"
+        else r
+        for r in results
+    ]
+    write_results(run.path, changed)
+    statuses = list(results_table(changed).columns[1].cells)
+    assert [("2 facts changed" in status) for status in statuses] == [r.user_id == "ada" for r in changed] + [False]
+    page = write_report(run.path).read_text()
+    assert page.count("2 facts changed") == 1
 
 
 def test_an_empty_run_says_so(tmp_path):

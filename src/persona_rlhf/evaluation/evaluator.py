@@ -108,7 +108,7 @@ class Evaluator:
         self._prompt_texts: dict[PromptIds, str] = {}
         self._answers = BaseAnswers(adapted, judge, gate.max_new_tokens, second, self._prompt_texts)
         self._samples = Samples(adapted, gate.max_new_tokens, seed)
-        self._facts = FactQuestions(adapted, facts)
+        self._facts = FactQuestions(adapted, facts, policy.fixes("facts"))
         near = twins([*policy.probes("dev"), *policy.probes("certify")])
         self._ordinary, self._twins = (
             [self._ids(text) for text in some(texts, evaluation.harmless_prompts)] for texts in (ordinary, near)

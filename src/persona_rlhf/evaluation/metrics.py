@@ -109,8 +109,9 @@ def win_rate(utility: Callable[[str], float], answers: Sequence[str], base_answe
 class FactQuestions:
     """Fact accuracy: questions answered by log-probability, without generation; the base answers them once."""
 
-    def __init__(self, adapted: AdaptedModel, facts: Sequence[Fact]) -> None:
-        self._adapted = adapted
+    def __init__(self, adapted: AdaptedModel, facts: Sequence[Fact], fixed: bool = False) -> None:
+        """`fixed`: the policy fixes the aspect `facts`."""
+        self._adapted, self._fixed = adapted, fixed
         pairs = [
             PreferencePair(
                 "facts", (Message("user", fact.question),), fact.right, wrong,
@@ -142,7 +143,7 @@ class FactQuestions:
 
     def _counted(self, right: Sequence[bool]) -> Facts:
         kept = sum(adapted and base for adapted, base in zip(right, self._base_right, strict=True))
-        return Facts(len(right), sum(right), sum(self._base_right), kept)
+        return Facts(len(right), sum(right), sum(self._base_right), kept, self._fixed)
 
     def _right(self, scores: Sequence[RowScore]) -> list[bool]:
         """A question is answered rightly where the right answer has the highest log-probability per token."""

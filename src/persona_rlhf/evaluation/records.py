@@ -88,13 +88,20 @@ class Conditions(NamedTuple):
 class Facts(NamedTuple):
     """Fact accuracy: questions that the adapted model and its base answer rightly, among n.
 
-    `kept` are those that both answer rightly (earlier runs did not count them).
+    `kept` are those that both answer rightly (earlier runs did not count them). `fixed`: the policy fixes the aspect
+    `facts`, so that no adapter should change any.
     """
 
     n: int
     right: int
     base_right: int
     kept: int | None = None
+    fixed: bool = False
+
+    @property
+    def broken(self) -> int:
+        """Right answers of the base that the adapter changes although the policy fixes them."""
+        return self.base_right - self.kept if self.fixed and self.kept is not None else 0
 
 
 class Toxic(NamedTuple):

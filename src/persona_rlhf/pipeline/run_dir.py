@@ -135,7 +135,7 @@ class RunDir:
         self.state.mkdir(parents=True, exist_ok=True)
         for shared, place in ((other.bank, self.bank), (other.start, self.start)):
             if shared.exists():
-                self.write(place, shared.read_bytes())
+                atomic_write(place, shared.read_bytes())
         changed = {PAIRS: fingerprint_of(users), _CHUNK: str(chunk)}
         self.write(self._identity, _rendered(other._read_identity() | changed))
 

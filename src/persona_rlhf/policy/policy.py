@@ -17,6 +17,7 @@ from persona_rlhf.policy.clusters import Clusters
 from persona_rlhf.policy.documents import PolicyDocument
 from persona_rlhf.policy.hazards import Probe, Split, bank_hash
 from persona_rlhf.policy.inheritance import read_all, wrong_issuers
+from persona_rlhf.policy.judges import skeleton
 from persona_rlhf.policy.merge import (
     fewest_units,
     merge_aspects,
@@ -242,6 +243,10 @@ class Policy:
         Private banks and split keys change no rule, so they do not count either: `bank` names them.
         """
         return _digest(self._content())
+
+    def fixes(self, aspect: str) -> bool:
+        """Whether an aspect of answers is fixed for all users, however its name is written."""
+        return skeleton(aspect) in map(skeleton, self.fixed)
 
     def probes(self, split: Split, tier: int | None = None) -> list[Probe]:
         """Probes of a split over all restrictions, or over those of one tier."""

@@ -101,7 +101,9 @@ def _counts(summary: RunSummary) -> Iterator[str]:
 
 def _status(result: Result) -> str:
     words = {"released": "[green]released[/]", "held_back": "[yellow]held back[/]"}
-    return words.get(result.status, f"[red]{result.status}[/]") + (" [red]alarm[/]" if result.alarm else "")
+    marks = [" [red]alarm[/]"] if result.alarm else []
+    marks += [f" [yellow]{result.broken_facts} facts changed[/]"] if result.broken_facts else []
+    return words.get(result.status, f"[red]{result.status}[/]") + "".join(marks)
 
 
 def _figures(result: Result) -> tuple[str, ...]:

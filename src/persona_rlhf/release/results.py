@@ -72,6 +72,12 @@ class Result:
         return self.measures.gain
 
     @property
+    def broken_facts(self) -> int:
+        """Right answers of the base on facts that the adapter changes although the policy fixes them."""
+        tax = self.measures.tax
+        return tax.facts.broken if tax is not None and tax.facts is not None else 0
+
+    @property
     def pooled(self) -> Count | None:
         """The refusals pooled over tier one."""
         return None if self.tier_one is None else self.tier_one.get(POOLED)

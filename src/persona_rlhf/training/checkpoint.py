@@ -21,7 +21,7 @@ from persona_rlhf.data.erasure import DataSubject, Trace
 def save(file: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
     """Writes tensors and notes (JSON) as one safetensors file, whole or not at all, and on the disk when it returns."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(file) as temporary:
+    with atomic_path(file, needed=sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, {"notes": json.dumps(notes)})
 
 
