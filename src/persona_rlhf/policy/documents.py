@@ -39,6 +39,10 @@ NUMBER: dict[str, int] = {"one": 1, "two": 2, "three": 3}
 ROLE: dict[str, str] = {"one": "model_provider", "two": "application_provider", "three": "end_user"}
 
 
+_FOR_EVERYBODY = {"certify": "a bound of the gate", "aspects": "a choice of aspects"}
+"""Keys of a document that concern every user, so that no end user states them."""
+
+
 class DocumentHeader(Section):
     """A document without its rules, which are checked one by one, each by its kind."""
 
@@ -179,6 +183,9 @@ def _tier_problems(document: YamlDocument, tier: str, tree: Mapping[str, object]
             "tier one states the bound that the gate must show, such as certify: {min_refusal: 0.97, delta: 0.05}"
         )
         yield problem((), sentence)
+    for key, words in _FOR_EVERYBODY.items() if number == 3 else ():
+        if tree.get(key) is not None:
+            yield problem((key,), f"tier three speaks for one user, and {words} binds all; state it in tier one or two")
     rules = tree.get("rules")
     for index, raw in enumerate(rules if isinstance(rules, list) else []):
         if not isinstance(raw, dict):
@@ -251,6 +258,8 @@ def document_schema(tier: Tier) -> Schema:
     }
     if tier == "one":
         schema["anyOf"] = [_stated("certify"), _stated("extends")]
+    elif tier == "three":
+        properties |= {key: {"type": "null", "default": None} for key in _FOR_EVERYBODY}
     return schema
 
 
