@@ -347,3 +347,60 @@ def test_no_mixture_of_fresh_and_counted_looks_spends_more_than_delta(tmp_path_f
         assert opened.spent <= 1
         book.close([(key(adapter=str(number)), float(passed))])
         spent += 0.0 if fresh and passed else opened.share
+
+
+LINES = [
+    ("begun", {}, "needs a valid `key`"),
+    ("opened", {}, "needs a valid `user`"),
+    ("opened", {"user": "u", "look": "l", "bank": ["b"], "share": 0.5}, "needs a valid `bank`"),
+    ("opened", {"user": "u", "look": "l", "bank": "b", "share": "x"}, "needs a valid `share`"),
+    ("opened", {"user": "u", "look": "l", "bank": "b", "share": -1}, "needs a valid `share`"),
+    ("opened", {"user": "u", "look": "l", "bank": "b", "share": 0.5, "plan": "p", "planned": 0}, "`planned`"),
+    ("closed", {"look": "l"}, "needs a valid `passed`"),
+    ("closed", {"look": "l", "passed": True}, "closes a look that no line opened"),
+    ("rotated", {}, "knows no event `rotated`"),
+]
+
+
+@pytest.mark.parametrize(("event", "facts", "words"), LINES)
+def test_a_chained_line_without_its_facts_is_named_and_nothing_is_written(tmp_path, event, facts, words):
+    look(ledger(tmp_path))
+    Chain(tmp_path / "looks.jsonl").append([(event, facts)])
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for act in (ledger(tmp_path).check, lambda: ledger(tmp_path).open([key(adapter="2")])):
+        with pytest.raises(InputError) as fault:
+            act()
+        [problem] = fault.value.problems
+        assert (problem.line, problem.key) == (4, "gate.ledger")
+        assert words in problem.sentence
+    assert bank_uses(tmp_path / "looks.jsonl", "bank") == 1
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("end", ["jsonl", "key", "head"])
+def test_a_folder_in_place_of_a_file_is_named(tmp_path, end):
+    (tmp_path / f"looks.{end}").mkdir()
+    for act in (ledger(tmp_path).check, lambda: look(ledger(tmp_path))):
+        with pytest.raises(InputError, match=rf"looks\.{end}: gate\.ledger: this is no regular file"):
+            act()
+    assert [file.name for file in tmp_path.iterdir()] == [f"looks.{end}"]
+    with pytest.raises(InputError, match="no regular file"):
+        bank_uses(tmp_path, "bank")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 31])
+def test_a_key_that_can_be_guessed_is_refused(tmp_path, content):
+    (tmp_path / "looks.key").write_bytes(content)
+    with pytest.raises(InputError, match=f"this key has {len(content)} bytes"):
+        look(ledger(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["looks.key"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 200_000, b"\xff\x00", b"[]", b'{"head": 5, "looks": 1}', b'{"head": 1e999}']
+)
+def test_an_odd_head_is_named(tmp_path, content):
+    look(ledger(tmp_path))
+    (tmp_path / "looks.head").write_bytes(content)
+    with pytest.raises(InputError, match=r"looks\.head: gate\.ledger: this file holds no head"):
+        ledger(tmp_path).check()

@@ -168,3 +168,9 @@ def test_a_family_is_all_users_of_the_run_with_the_forgotten_ones(config, tmp_pa
     (tmp_path / "one/forgotten").mkdir()
     (tmp_path / f"one/forgotten/{ada}.json").touch()
     looks_of("one", [ben]).judge(["ben"], ADAPTER)
+
+
+def test_a_ledger_with_the_name_of_its_key_is_refused(config, tmp_path):
+    for name in ("looks.key", "looks.head"):
+        with pytest.raises(InputError, match="keeps its key and its head in files of such names"):
+            module.ledger_of(changed(config, "gate", ledger=tmp_path / name), tmp_path)

@@ -18,6 +18,7 @@ from persona_rlhf.policy.private_banks import (
     BankChoice,
     Draw,
     PrivatePool,
+    append_split_key,
     draw_probes,
     key_bytes,
     key_hash,
@@ -232,6 +233,61 @@ def test_a_split_key_is_the_last_line_of_its_file_and_no_error_shows_it(tmp_path
     assert read_split_keys(file) == [key_bytes("first key of some length"), key_bytes("second key of some length")]
     assert read_split_key(file) == key_bytes("second key of some length")
     assert key_hash(key_bytes("a")) != key_hash(key_bytes("b"))
+
+
+ODD_DRAWS = [
+    *(b"[" * 200_000, b"\xff\x00", b"", b"[]", b'{"number": 1, "drawn": "", "ids": {"a": 5}, "sha256": ""}'),
+    b'{"number": Infinity, "drawn": "", "ids": {}, "sha256": ""}',
+]
+
+
+@pytest.mark.parametrize("content", [*ODD_DRAWS, None])
+def test_an_odd_draw_is_named(tmp_path, content):
+    settings = deployment(tmp_path)
+    file = settings.private_banks / "draw-0001.json"
+    file.mkdir() if content is None else file.write_bytes(content)
+    assert f"{file}: policy.private_banks: this is no record of a draw" in sentences(settings)
+
+
+def test_a_line_of_brackets_in_brackets_is_no_probe(tmp_path):
+    settings = deployment(tmp_path)
+    file = settings.private_banks / "sexual_assault.more.jsonl"
+    file.write_bytes(b'{"id": "a", "prompt": "b"}\n' + b"[" * 200_000)
+    assert f"{file}:2: a probe is an object" in sentences(settings)
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (b"", "key: policy.split_key: there is no key in this file"),
+        (b" \n\n", "key: policy.split_key: there is no key in this file"),
+        (b"a key of some length\nshort\n", "key:2: policy.split_key: a key has at least 16"),
+        (b"a" * 64, "key:1: policy.split_key: a key has at least 16 printable characters, 8 of them different"),
+        (b"\0" * 64, "key:1: policy.split_key: a key has at least 16 printable characters, 8 of them different"),
+        (b"\xff\xfe\0", "key: policy.split_key: the key cannot be read (it is no text)"),
+        (None, "key: policy.split_key: the key cannot be read (Is a directory)"),
+    ],
+)
+def test_an_odd_split_key_is_named_and_stays_as_it_is(tmp_path, content, place):
+    file = tmp_path / "key"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(InputError) as fault:
+        read_split_keys(file)
+    assert place in str(fault.value)
+    if content is not None and not content.strip():
+        append_split_key(file, "a new key of some length")
+        assert read_split_key(file) == key_bytes("a new key of some length")
+        return
+    with pytest.raises(InputError):
+        append_split_key(file, "a new key of some length")
+    assert content is None or file.read_bytes() == content
+
+
+def test_a_split_key_needs_a_folder_and_a_name_that_can_be(tmp_path):
+    with pytest.raises(InputError, match="the folder of this file does not exist"):
+        append_split_key(tmp_path / "no" / "key", "a new key of some length")
+    with pytest.raises(InputError, match="this path cannot be used"):
+        read_split_keys(tmp_path / ("k" * 300))
 
 
 def test_a_split_key_changes_the_bank_and_no_hash_of_the_policy():

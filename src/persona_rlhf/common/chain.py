@@ -80,8 +80,9 @@ class Chain:
         """The file, made if need be, under an exclusive lock.
 
         An incomplete last line, left by a killed process, is removed first: no caller relied on it. Damage elsewhere
-        does not stop appending, and stays visible to `faults`.
+        does not stop appending, and stays visible to `faults`. Raises InputError for a folder or a device.
         """
+        self._need_file()
         with self.file.open("ab+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield LockedChain(stream)
@@ -132,7 +133,13 @@ class Chain:
                     breaks.append(f"{name}: {keeper} keeps the head {seq}:{digest[:16]}..., which is not in it: {why}")
         return breaks
 
+    def _need_file(self) -> None:
+        """Raises InputError where there is something at the path, and it is no regular file."""
+        if self.file.exists() and not self.file.is_file():
+            raise InputError([Problem(str(self.file), None, None, "this is no regular file; name a file here")])
+
     def _lines(self) -> Iterator[bytes]:
+        self._need_file()
         if self.file.exists():
             with self.file.open("rb") as stream:
                 yield from stream

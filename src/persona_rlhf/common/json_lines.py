@@ -39,7 +39,7 @@ def read_json_lines(
             valid = adapter.validate_python({key: row[key] for key in kind.__annotations__ if key in row})
         except ValidationError as fault:
             problems.append(Problem(str(file), number, str(fault.errors()[0]["loc"][0]), sentence))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):  # RecursionError: brackets in brackets
             problems.append(Problem(str(file), number, None, sentence))
         else:
             rows.append(valid)

@@ -27,13 +27,26 @@ from typing import Any, NamedTuple
 from persona_rlhf.common.chain import NO_LINES, Chain, ChainEntry, ChainHead, LockedChain, entry_of
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, sha256_of
+from persona_rlhf.evaluation.look_events import (
+    BEGUN,
+    CLOSED,
+    OPENED,
+    RESTORE,
+    Begun,
+    Closed,
+    Opened,
+    facts_of,
+    line_fault,
+)
 from persona_rlhf.evaluation.spending import PastLook, next_share
 
 LOOKS = "looks.jsonl"
 """The name of a run's ledger in its folder, where `gate.ledger` names no other."""
 
-_BEGUN, _OPENED, _CLOSED = "begun", "opened", "closed"
 _DIGITS = 32  # hex digits of an HMAC
+_DAMAGED = f"this line was changed, or lines before it were removed; {RESTORE}"
+_SHORTEST_KEY = 32
+"""Bytes of a key. With a shorter one, everybody who has a list of user ids could guess the key and name the users."""
 
 
 class LookKey(NamedTuple):
@@ -159,6 +172,7 @@ class Ledger:
 
         Raises InputError where it has looks of other users than those of a `family`.
         """
+        self._check_files()
         if self.file.exists():
             with self._locked():
                 self._check_family(family)
@@ -193,7 +207,7 @@ class Ledger:
                         "number": len(self._users.get(user, ())) + 1,
                         "share": self._share(user, sequential, plan),
                     }
-                    new.append((_OPENED, facts | planned | shared))
+                    new.append((OPENED, facts | planned | shared))
             self._append(chain, new)
             return [self._look(self._name(key)) for key in keys]
 
@@ -212,7 +226,7 @@ class Ledger:
             self._append(
                 chain,
                 [
-                    (_CLOSED, {"look": name, "passed": alpha > 0, "alpha": float(alpha)})
+                    (CLOSED, {"look": name, "passed": alpha > 0, "alpha": float(alpha)})
                     for name, alpha in named
                     if name in self._open
                 ],
@@ -271,6 +285,7 @@ class Ledger:
     @contextmanager
     def _locked(self) -> Iterator[LockedChain]:
         """The ledger under a lock, read up to its end; begun where there is none."""
+        self._check_files()
         if not self.file.exists() and (kept := self._all_kept()):
             raise self._lost(kept)
         with Chain(self.file).locked() as chain:
@@ -279,12 +294,25 @@ class Ledger:
                     raise self._lost(kept)
                 if not self._key_file.exists():
                     atomic_write(self._key_file, secrets.token_hex(32), private=True)
-                self._append(chain, [(_BEGUN, {"key": sha256_of(self._key_file)})])
+                self._append(chain, [(BEGUN, {"key": sha256_of(self._key_file)})])
             self._read(chain)
             if self._looks > 1 and not self._head_file.is_file():
                 sentence = "this file is gone, so nobody can tell whether looks were lost; restore it with the ledger"
                 raise InputError([Problem(str(self._head_file), None, "gate.ledger", sentence)])
             yield chain
+
+    def _check_files(self) -> None:
+        """Raises InputError where a folder or device has the name of one of the three files, or the key is short."""
+        for file in (self.file, self._key_file, self._head_file):
+            if file.exists() and not file.is_file():
+                sentence = "this is no regular file, so nothing can be kept in it; move it away, or name another ledger"
+                raise InputError([Problem(str(file), None, "gate.ledger", sentence)])
+        if self._key_file.exists() and (size := self._key_file.stat().st_size) < _SHORTEST_KEY:
+            sentence = (
+                f"this key has {size} bytes, and one of fewer than {_SHORTEST_KEY} can be guessed by everybody who "
+                "knows user ids; restore the key of the ledger, or remove this one where there is no ledger yet"
+            )
+            raise InputError([Problem(str(self._key_file), None, "gate.ledger", sentence)])
 
     def _append(self, chain: LockedChain, events: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Appends events, reads them back, and keeps the new head beside the ledger."""
@@ -308,30 +336,31 @@ class Ledger:
         if self._head == chain.head and not missing:
             return
         if before.head == NO_LINES:
-            raise self._lost(list(missing.values())) if missing else self._damaged(self._head.seq + 1)
+            raise self._lost(list(missing.values())) if missing else line_fault(self.file, self._head.seq + 1, _DAMAGED)
         self._kept.append(before)  # the file was replaced since the last time
         self._reset()
         self._read(chain)
 
     def _apply(self, entry: ChainEntry) -> None:
-        facts = entry.facts
-        if entry.event == _BEGUN:
-            self._key = self._read_key(facts["key"])
-        elif entry.event == _OPENED:
-            plan = LookPlan(facts["plan"], facts["planned"]) if "plan" in facts else None
-            taken = self._users.setdefault(facts["user"], [])
-            self._places[facts["look"]] = facts["user"], len(taken)
-            family = facts.get("family", "")
-            taken.append(_Taken(facts["look"], facts["share"], 0.0, plan, family, facts.get("fresh", False)))
-            self._families.add(family)
-            self._open.add(facts["look"])
-            self._looks += 1
-            self._banks[facts["bank"]] += 1
-        elif entry.event == _CLOSED:
-            user, place = self._places[facts["look"]]
-            alpha = float(facts.get("alpha", facts["passed"]))
-            self._users[user][place] = self._users[user][place]._replace(released=alpha)
-            self._open.discard(facts["look"])
+        match facts_of(entry, self.file):
+            case Begun(key):
+                self._key = self._read_key(key)
+            case Opened() as opened:
+                plan = None if opened.plan is None else LookPlan(opened.plan, opened.planned)
+                taken = self._users.setdefault(opened.user, [])
+                self._places[opened.look] = opened.user, len(taken)
+                taken.append(_Taken(opened.look, opened.share, 0.0, plan, opened.family, opened.fresh))
+                self._families.add(opened.family)
+                self._open.add(opened.look)
+                self._looks += 1
+                self._banks[opened.bank] += 1
+            case Closed(look, passed, alpha):
+                if look not in self._places:
+                    raise line_fault(self.file, entry.seq, f"this line closes a look that no line opened; {RESTORE}")
+                user, place = self._places[look]
+                released = float(passed) if alpha is None else alpha
+                self._users[user][place] = self._users[user][place]._replace(released=released)
+                self._open.discard(look)
 
     def _read_key(self, digest: str) -> bytes:
         """The key. Raises InputError where it is gone, or another one: every user would be new to the ledger."""
@@ -354,17 +383,17 @@ class Ledger:
             return kept
         try:
             beside = json.loads(self._head_file.read_bytes())
-            kept.append(KeptHead(ChainHead.parse(beside["head"]), int(beside["looks"]), str(self._head_file)))
-        except (ValueError, KeyError, TypeError) as fault:
-            sentence = f"this file holds no head of a ledger ({fault}); restore it, or remove it"
-            raise InputError([Problem(str(self._head_file), None, "gate.ledger", sentence)]) from fault
+            kept.append(KeptHead(ChainHead.parse(str(beside["head"])), int(beside["looks"]), str(self._head_file)))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as fault:
+            sentence = f"this file holds no head of a ledger ({type(fault).__name__}); restore it with the ledger"
+            raise InputError([Problem(str(self._head_file), None, "gate.ledger", sentence)]) from None
         return kept
 
     def _lost(self, kept: Sequence[KeptHead]) -> InputError:
         """The error that the ledger lacks heads: the newest of them counts the looks that are missing."""
         newest = max(kept, key=lambda one: one.head.seq)
         entries = list(Chain(self.file))
-        looks = newest.looks - sum(entry.event == _OPENED for entry in entries)
+        looks = newest.looks - sum(entry.event == OPENED for entry in entries)
         state = f"it ends at line {len(entries)}" if newest.head.seq > len(entries) else "that line is another one"
         amount = f"{looks} of {newest.looks} looks are missing" if looks > 0 else "looks were changed"
         sentence = (
@@ -374,11 +403,7 @@ class Ledger:
         )
         return InputError([Problem(str(self.file), None, "gate.ledger", sentence)])
 
-    def _damaged(self, line: int) -> InputError:
-        sentence = "this line was changed, or lines before it were removed; restore the newest copy of the ledger"
-        return InputError([Problem(str(self.file), line, "gate.ledger", sentence)])
-
 
 def bank_uses(ledger: Path, bank: str) -> int:
     """The number of looks at a bank (sha256 of its certify probes); 0 where there is no ledger."""
-    return sum(entry.event == _OPENED and entry.facts["bank"] == bank for entry in Chain(ledger))
+    return sum(entry.event == OPENED and entry.facts.get("bank") == bank for entry in Chain(ledger))

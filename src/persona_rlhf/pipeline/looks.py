@@ -137,12 +137,15 @@ def users_of(pairs: PairStore) -> list[str]:
 def ledger_of(config: Config, run: Path) -> Ledger:
     """The ledger that a run counts in: that of `gate.ledger`, or one in the run's folder.
 
-    Raises InputError where the folder of `gate.ledger` does not exist.
+    Raises InputError where the folder of `gate.ledger` does not exist, or its name is that of a ledger's key or head.
     """
     file = config.gate.ledger
     if file is not None and not file.parent.is_dir():
         sentence = "this folder does not exist; make it, or name the ledger of other runs"
         raise InputError([Problem(str(file.parent), None, "gate.ledger", sentence)])
+    if file is not None and file.suffix in (".key", ".head"):
+        sentence = "a ledger keeps its key and its head in files of such names; name it otherwise, such as looks.jsonl"
+        raise InputError([Problem(str(file), None, "gate.ledger", sentence)])
     return Ledger(file or run / LOOKS, kept_heads(run))
 
 

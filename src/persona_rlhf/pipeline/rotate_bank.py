@@ -23,6 +23,7 @@ from persona_rlhf.policy.private_banks import (
     BankChoice,
     BankInfo,
     append_split_key,
+    is_blank,
     key_bytes,
     need_outside,
     read_split_key,
@@ -104,7 +105,7 @@ def rotate_bank(settings: PolicySettings, per_category: int = PER_CATEGORY) -> R
         sentence = f"there is no private bank to rotate; name a folder of banks here, or a key file as {KEY}"
         raise InputError([Problem("config", None, FOLDER, sentence)])
     need_outside(settings.split_key, KEY)
-    earlier = read_split_keys(settings.split_key) if settings.split_key.expanduser().exists() else []
+    earlier = [] if is_blank(settings.split_key) else read_split_keys(settings.split_key)
     line = secrets.token_hex(32)
     policy = Policy.read(settings.documents, banks=BankChoice(split_key=key_bytes(line)))
     status = _status(policy, _certified_before(settings, earlier))

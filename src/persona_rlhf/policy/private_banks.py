@@ -32,7 +32,9 @@ DRAW = "draw-{:04}.json"
 PER_CATEGORY = 180
 """Probes of each category that a draw has by default."""
 
-_SHORTEST_KEY = 16
+_SHORTEST_KEY, _FEWEST_CHARACTERS = 16, 8
+"""Length of a split key, and its different characters. Manifests have a hash of it, by which a short one is guessed."""
+
 _ROTATE = "`persona-rlhf policy bank rotate CONFIG`"
 
 
@@ -148,8 +150,11 @@ class PrivateBank(NamedTuple):
 
 def need_outside(path: Path, key: str, run: Path | None = None) -> None:
     """Raises InputError for a path inside a repository, the toolkit's own files or a run: it would be published."""
-    place = path.expanduser().resolve()
-    inside = next((folder for folder in (place, *place.parents) if (folder / ".git").exists()), None)
+    try:
+        place = path.expanduser().resolve()
+        inside = next((folder for folder in (place, *place.parents) if (folder / ".git").exists()), None)
+    except OSError as fault:  # such as a name too long
+        raise InputError([Problem(str(path), None, key, f"this path cannot be used ({fault.strerror})")]) from None
     why = None if inside is None else f"it lies in the repository {inside}, so a commit would publish it"
     if place.is_relative_to(shipped_root().resolve()):
         why = "it lies among the toolkit's own files"
@@ -177,20 +182,33 @@ def key_hash(key: bytes) -> str:
 
 
 def read_split_keys(file: Path) -> list[bytes]:
-    """The keys of a file from the first to the one in force."""
+    """The keys of a file from the first to the one in force. Raises InputError where there is none, or a weak one."""
+    return list(map(key_bytes, _key_lines(file)))
+
+
+def _key_lines(file: Path) -> list[str]:
     need_outside(file, KEY)
     try:
         lines = [line.strip() for line in file.expanduser().read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as fault:
         why = fault.strerror if isinstance(fault, OSError) else "it is no text"
-        raise InputError(
-            [Problem(str(file), None, KEY, f"the key cannot be read ({why}); {_ROTATE} makes one")]
-        ) from None
-    keys = [line for line in lines if line]
-    if not keys or min(map(len, keys)) < _SHORTEST_KEY:
-        sentence = f"each line is a key of at least {_SHORTEST_KEY} characters; {_ROTATE} appends a random one"
-        raise InputError([Problem(str(file), None, KEY, sentence)])
-    return list(map(key_bytes, keys))
+        sentence = f"the key cannot be read ({why}); name a text file, or a new one, and {_ROTATE} makes a key"
+        raise InputError([Problem(str(file), None, KEY, sentence)]) from None
+    if not any(lines):
+        raise InputError([Problem(str(file), None, KEY, f"there is no key in this file; {_ROTATE} appends one")])
+    weak = [number for number, line in enumerate(lines, 1) if line and not _is_strong(line)]
+    if weak:
+        sentence = (
+            f"a key has at least {_SHORTEST_KEY} printable characters, {_FEWEST_CHARACTERS} of them different: "
+            "manifests have its hash, by which a weaker one can be guessed; take the line out, and "
+            f"{_ROTATE} appends a random key"
+        )
+        raise InputError([Problem(str(file), number, KEY, sentence) for number in weak])
+    return list(filter(None, lines))
+
+
+def _is_strong(key: str) -> bool:
+    return len(key) >= _SHORTEST_KEY and len(set(key)) >= _FEWEST_CHARACTERS and key.isprintable()
 
 
 def key_bytes(key: str) -> bytes:
@@ -299,7 +317,7 @@ def _read_draws(folder: Path) -> list[Draw]:
             content = json.loads(file.read_bytes())
             ids = {category: tuple(map(str, names)) for category, names in content["ids"].items()}
             draw = Draw(int(content["number"]), str(content["drawn"]), ids, str(content["sha256"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as fault:
             sentence = f"this is no record of a draw ({type(fault).__name__}); restore the file"
             raise InputError([Problem(str(file), None, FOLDER, sentence)]) from None
         if (draw.number, file.name) != (number, DRAW.format(number)):
@@ -346,6 +364,12 @@ def draw_probes(pool: PrivatePool, per_category: int, rng: Random | None = None)
     return Draw(len(pool.draws) + 1, now, ids, bank_hash(drawn))
 
 
+def is_blank(file: Path) -> bool:
+    """Whether a file of split keys is missing, or is a regular file without a key."""
+    place = file.expanduser()
+    return not place.exists() or (place.is_file() and not place.read_bytes().strip())
+
+
 def write_draw(bank: PrivateBank) -> Path:
     """Writes the draw of a bank beside the earlier ones, whole or not at all; it is in force from then on."""
     file = bank.pool.folder / DRAW.format(bank.draw.number)
@@ -354,8 +378,13 @@ def write_draw(bank: PrivateBank) -> Path:
 
 
 def append_split_key(file: Path, key: str) -> None:
-    """Appends a split key to its file, which may be new; it is in force from then on."""
+    """Appends a split key to its file, which may be new; it is in force from then on.
+
+    Raises InputError where there is no folder for it, or something that is no file of keys.
+    """
     place = file.expanduser()
-    before = place.read_text(encoding="utf-8") if place.exists() else ""
-    before += "\n" if before and not before.endswith("\n") else ""
-    atomic_write(place, f"{before}{key}\n", private=True)
+    if not place.parent.is_dir():
+        sentence = "the folder of this file does not exist; make it, or name another file"
+        raise InputError([Problem(str(file), None, KEY, sentence)])
+    lines = [] if is_blank(file) else _key_lines(file)
+    atomic_write(place, (f"{line}\n" for line in (*lines, key)), private=True)
