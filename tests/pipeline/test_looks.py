@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -174,3 +175,30 @@ def test_a_ledger_with_the_name_of_its_key_is_refused(config, tmp_path):
     for name in ("looks.key", "looks.head"):
         with pytest.raises(InputError, match="keeps its key and its head in files of such names"):
             module.ledger_of(changed(config, "gate", ledger=tmp_path / name), tmp_path)
+
+
+def test_a_ledger_restored_with_its_head_shows_against_the_runs_beside_a_new_one(config, tmp_path):
+    folder, backup = tmp_path / "private", tmp_path / "backup"
+    folder.mkdir()
+    named = changed(config, "gate", ledger=folder / "looks.jsonl")
+
+    def look(run, adapter):
+        place = tmp_path / "runs" / run
+        place.mkdir(parents=True, exist_ok=True)
+        looks = GateLooks(Scripted(), module.ledger_of(named, place), place, "bank", "exam", [])
+        [judged] = looks.judge(["ada"], ADAPTER * adapter)
+        return judged.spending.look
+
+    assert look("first", 1) == 1
+    shutil.copytree(folder, backup)
+    assert look("second", 2) == 2
+    shutil.rmtree(folder)
+    shutil.copytree(backup, folder)
+    for run in ("second", "third"):
+        with pytest.raises(InputError, match=r"second/audit\.jsonl keeps its head .* 1 of 2 looks are missing"):
+            look(run, 3)
+    assert look("../elsewhere/fourth", 3) == 2  # nobody beside it knows more
+    other = tmp_path / "other"
+    other.mkdir()
+    named = changed(config, "gate", ledger=other / "looks.jsonl")
+    assert look("third", 3) == 1  # heads of another ledger are no concern of this one

@@ -163,6 +163,11 @@ class Ledger:
         """The head as last read or written."""
         return KeptHead(self._head, self._looks, "this program")
 
+    @property
+    def mark(self) -> str:
+        """A hash that tells this ledger from every other one, and stays the same over its copies; empty without one."""
+        return sha256_of(self._key_file)[:_DIGITS] if self._key_file.is_file() else ""
+
     def uses(self, bank: str) -> int:
         """The number of looks at a bank (sha256 of its certify probes), as last read or written."""
         return self._banks[bank]

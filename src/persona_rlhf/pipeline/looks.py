@@ -27,7 +27,7 @@ from persona_rlhf.pipeline.inputs import facts_of, ordinary_of
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import forgotten
-from persona_rlhf.release.integrity import JUDGED, LOOKED, RETESTED, kept_heads, looked
+from persona_rlhf.release.integrity import JUDGED, LOOKED, RETESTED, heads_of_neighbours, kept_heads, looked
 
 _NOT_THE_EXAM: dict[str, bool | set[str]] = {"ledger": True, "valid_days": True, "judge_model": {"model", "template"}}
 """Keys of `gate` that change no verdict, and paths whose files `judge_hashes` covers."""
@@ -146,7 +146,9 @@ def ledger_of(config: Config, run: Path) -> Ledger:
     if file is not None and file.suffix in (".key", ".head"):
         sentence = "a ledger keeps its key and its head in files of such names; name it otherwise, such as looks.jsonl"
         raise InputError([Problem(str(file), None, "gate.ledger", sentence)])
-    return Ledger(file or run / LOOKS, kept_heads(run))
+    if file is None:
+        return Ledger(run / LOOKS, kept_heads(run))
+    return Ledger(file, [*kept_heads(run), *heads_of_neighbours(run, Ledger(file).mark)])
 
 
 def earlier_looks(run: Path) -> EarlierLooks:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from persona_rlhf.common.chain import Chain, ChainEntry, ChainHead
+from persona_rlhf.common.chain import Chain, ChainEntry, ChainHead, entry_of
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
 from persona_rlhf.common.run_lock import is_lock
@@ -224,19 +225,38 @@ def judged(user_id: str, verdict: Verdict) -> Event:
 
 
 def looked(ledger: Ledger) -> Event:
-    """The event on looks that were entered in a ledger: its head, and the number of all looks up to it."""
+    """The event on looks that were entered in a ledger: its head, the number of all looks up to it, and its mark."""
     kept = ledger.head
-    return LOOKED, {"ledger": ledger.file.name, "head": str(kept.head), "looks": kept.looks}
+    return LOOKED, {"ledger": ledger.file.name, "mark": ledger.mark, "head": str(kept.head), "looks": kept.looks}
 
 
 def kept_heads(run: Path) -> list[KeptHead]:
     """The newest head of the ledger in the audit trail of a run; it holds for all heads before."""
-    heads = [
-        KeptHead(ChainHead.parse(entry.facts["head"]), entry.facts["looks"], str(run / AUDIT))
-        for entry in read(run)
-        if entry.event == LOOKED
-    ]
+    heads = [_kept(run, entry) for entry in read(run) if entry.event == LOOKED]
     return [max(heads)] if heads else []
+
+
+def heads_of_neighbours(run: Path, mark: str) -> list[KeptHead]:
+    """The newest head of the ledger of this `mark` in each other run of the same folder.
+
+    A new run knows no head by itself. So a ledger that was restored from a backup, together with the head beside it,
+    shows against the runs that used it.
+    """
+    others = [audit for audit in sorted(run.absolute().parent.glob(f"*/{AUDIT}")) if audit.parent != run.absolute()]
+    heads = []
+    for audit in others if mark else ():
+        if os.access(audit, os.R_OK):
+            of_ledger = [
+                line for line in audit.read_bytes().splitlines(True) if mark.encode() in line
+            ]  # few are parsed
+            entries = filter(None, map(entry_of, reversed(of_ledger)))
+            newest = next((e for e in entries if e.event == LOOKED and e.facts.get("mark") == mark), None)
+            heads += [] if newest is None else [_kept(audit.parent, newest)]
+    return heads
+
+
+def _kept(run: Path, entry: ChainEntry) -> KeptHead:
+    return KeptHead(ChainHead.parse(entry.facts["head"]), entry.facts["looks"], str(run / AUDIT))
 
 
 def ledger_faults(run: Path) -> list[str]:
