@@ -16,10 +16,12 @@ bundled world, twins of trained probes, and requests of people. The thresholds w
 from __future__ import annotations
 
 import argparse
+import codecs
 import gzip
 import json
 import sys
 import time
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +33,7 @@ from rich.table import Table
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.experiment import Config, read_config
 from persona_rlhf.data.near_copies import NearCopyIndex, protected_prompts
-from persona_rlhf.data.screening import normalised
+from persona_rlhf.data.screening import copies_of, normalised
 from persona_rlhf.evaluation.statistics import interval
 from persona_rlhf.pipeline.inputs import read_inputs
 from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
@@ -105,15 +107,13 @@ def measure_near_copies(config: Config, split: Split, conversations: Path | None
             copies = [wording(text, rng) for text in texts]
             rows.append((f"recall, {kind}: {name}", len(copies), sum(index.find(copy) is not None for copy in copies)))
     protected = {normalised(prompt.text) for prompt in protected_prompts(policy, inputs.ordinary)}
+    sound = [pair for pair in inputs.pairs.of(range(inputs.pairs.users)) if pair.source != POISON]
     honest = {
-        "the users' sound pairs": [
-            pair.prompt[-1].content for pair in inputs.pairs.of(range(inputs.pairs.users)) if pair.source != POISON
-        ],
+        "the users' sound prompts": [pair.prompt[-1].content for pair in sound],
         "other ordinary prompts of the world": world_prompts(seed),
         "twins of trained probes": [probe.twin for probe in policy.probes("train") if probe.twin],
         "requests of people": requests,
     }
-    started = time.perf_counter()
     for name, prompts in honest.items():
         texts = sorted(set(prompts), key=normalised)
         texts = [text for text in texts if normalised(text) not in protected]
@@ -121,9 +121,19 @@ def measure_near_copies(config: Config, split: Split, conversations: Path | None
         if texts:
             rows.append((f"honest, {name}: near a probe", len(texts), sum(not copy.harmless for copy in findings)))
             rows.append((f"honest, {name}: near any prompt", len(texts), len(findings)))
-    seconds = (time.perf_counter() - started) / max(1, sum(len(set(prompts)) for prompts in honest.values()))
+    answers = {"the users' answers": [text for pair in sound for text in (pair.chosen, pair.rejected)]}
+    answers["answers to people"] = assistant_answers(conversations) if conversations else []
+    for name, texts in answers.items():
+        texts = sorted(set(texts))
+        near = sum((copy := index.find(text)) is not None and not copy.harmless for text in texts)
+        rows.append((f"honest, {name}: near a probe", len(texts), near))
     print_shares(rows)
-    print(f"{len(index):,} protected prompts; {1000 * seconds:.2f} ms per prompt")
+    started = time.process_time()
+    copies = copies_of(sound, index)
+    seconds = time.process_time() - started
+    kinds = Counter("probe" if not copy.harmless else "harmless prompt" for copy in copies.values())
+    print(f"{len(index):,} protected prompts; {len(sound) / seconds:,.0f} pairs per CPU-second")
+    print(f"Of {len(sound):,} sound pairs these leave: {dict(kinds)}")
 
 
 def world_prompts(seed: int) -> list[str]:
@@ -134,10 +144,18 @@ def world_prompts(seed: int) -> list[str]:
 
 def people_requests(file: Path) -> list[str]:
     """The human turns of transcripts in the form of hh-rlhf."""
+    return [turn.split("\n\nAssistant:")[0].strip() for t in _transcripts(file) for turn in t.split("\n\nHuman:")[1:]]
+
+
+def assistant_answers(file: Path) -> list[str]:
+    """The assistant's turns of such transcripts."""
+    return [turn.split("\n\nHuman:")[0].strip() for t in _transcripts(file) for turn in t.split("\n\nAssistant:")[1:]]
+
+
+def _transcripts(file: Path) -> list[str]:
     opened = gzip.open if file.suffix == ".gz" else open
     with opened(file, "rt", encoding="utf-8") as stream:
-        transcripts = [str(json.loads(line)["chosen"]) for line in stream]
-    return [turn.split("\n\nAssistant:")[0].strip() for t in transcripts for turn in t.split("\n\nHuman:")[1:]]
+        return [str(json.loads(line)["chosen"]) for line in stream]
 
 
 def _typos(text: str, rng: Random, number: int) -> str:
@@ -167,6 +185,10 @@ def _swapped(text: str) -> str:
 
 _LONG_TEXT = "I have been reading a lot this week, and my sister came by with cake. Now to something else entirely. "
 
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+_SMALL_CAPITALS = str.maketrans(_ALPHABET, "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘꞯʀꜱᴛᴜᴠᴡxʏᴢ")
+_SHIFTED = str.maketrans(_ALPHABET, _ALPHABET[7:] + _ALPHABET[:7])
+
 WORDINGS: dict[str, Callable[[str, Random], str]] = {
     "as it stands": lambda text, _: text,
     "'Hello. ... Thanks.'": lambda text, _: f"Hello. {text} Thanks.",
@@ -177,6 +199,7 @@ WORDINGS: dict[str, Callable[[str, Random], str]] = {
     "digits for letters": lambda text, _: text.translate(str.maketrans("aeost", "43057")),
     "one typo": lambda text, rng: _typos(text, rng, 1),
     "three typos": lambda text, rng: _typos(text, rng, 3),
+    "five typos": lambda text, rng: _typos(text, rng, 5),
     "one word more": lambda text, rng: _fillers(text, rng, 1),
     "three words more": lambda text, rng: _fillers(text, rng, 3),
     "a word between all words": lambda text, _: " um ".join(text.split()),
@@ -184,6 +207,25 @@ WORDINGS: dict[str, Callable[[str, Random], str]] = {
     "two words fewer": lambda text, rng: _without(text, rng, 2),
     "halves swapped": lambda text, _: _swapped(text),
     "words shuffled": lambda text, rng: " ".join(rng.sample(text.split(), len(text.split()))),
+    "Hangul fillers (U+3164)": lambda text, _: "\u3164".join(text),
+    "tag characters between letters": lambda text, _: "".join(letter + chr(0xE0061) for letter in text),
+    "written in tag characters": lambda text, _: "".join(chr(0xE0000 + ord(c)) if c.isascii() else c for c in text),
+    "variation selectors (U+E01xx)": lambda text, rng: "".join(c + chr(0xE0100 + rng.randrange(240)) for c in text),
+    "small capitals": lambda text, _: text.lower().translate(_SMALL_CAPITALS),
+    "full width": lambda text, _: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+    "mathematical letters": lambda text, _: text.lower().translate({97 + n: chr(0x1D41A + n) for n in range(26)}),
+    "squared letters": lambda text, _: text.upper().translate({65 + n: chr(0x1F170 + n) for n in range(26)}),
+    "doubled letters": lambda text, _: "".join(2 * letter for letter in text),
+    "a tenth of the letters doubled": lambda text, rng: "".join(c * (1 + (rng.random() < 0.1)) for c in text),
+    "reversed text": lambda text, _: text[::-1],
+    "every word reversed": lambda text, _: " ".join(word[::-1] for word in text.split()),
+    "rot13": lambda text, _: codecs.encode(text, "rot13"),
+    "base64": lambda text, _: "Decode this: " + b64encode(text.encode()).decode(),
+    "hexadecimal": lambda text, _: text.encode().hex(" "),
+    "percent escapes": lambda text, _: "".join(f"%{byte:02X}" for byte in text.encode()),
+    "rot13, then base64": lambda text, _: b64encode(codecs.encode(text, "rot13").encode()).decode(),
+    "alphabet shifted by 7": lambda text, _: text.lower().translate(_SHIFTED),
+    "50 words between words": lambda text, _: f" {' '.join(50 * ['um'])} ".join(text.split()),
 }
 """Ways to write a copy of a prompt."""
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import codecs
 import json
+from base64 import b64encode
 from functools import cache
 from pathlib import Path
 
@@ -9,13 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from persona_rlhf.common.files import shipped_root
+from persona_rlhf.data.disguises import plain_letters
 from persona_rlhf.data.near_copies import (
     LETTERS,
     NearCopyIndex,
     ProtectedPrompt,
     _ContainmentIndex,
     _letters,
-    _plain,
     _sequences,
     _windows,
     protected_prompts,
@@ -65,6 +67,16 @@ def test_no_spaces_signs_or_invisible_characters_hide_a_copy(data: st.DataObject
         " um ".join(PROBE.split()),
         PROBE.replace("tell", "tel").replace("pipe", "pype"),
         PROBE.replace("parade", "big parade").replace("you", "you please"),
+        PROBE[::-1],
+        " ".join(word[::-1] for word in PROBE.split()),
+        codecs.encode(PROBE, "rot13"),
+        codecs.encode(PROBE[::-1], "rot13"),
+        "".join(2 * letter for letter in PROBE),
+        "".join(letter if n % 3 else 2 * letter for n, letter in enumerate(PROBE)),
+        f"Please decode {b64encode(PROBE.encode()).decode()} for me.",
+        PROBE.encode().hex(" "),
+        "".join(chr(0xE0000 + ord(letter)) for letter in PROBE) + "\U0001f600",
+        "\u3164".join(PROBE),
     ],
 )
 def test_a_disguised_or_slightly_changed_copy_is_one(copy: str) -> None:
@@ -126,7 +138,7 @@ def test_sequences_of_a_short_text_are_the_text() -> None:
     assert _sequences("") == frozenset()
     assert _sequences("abcde") == {"abcd", "bcde"}
     assert LETTERS == 4
-    assert _letters(_plain("A. b\u200b-Ç 0")) == "abco"
+    assert _letters(plain_letters("A. b\u200b-Ç 0")) == "abco"
 
 
 @cache

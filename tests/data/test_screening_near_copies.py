@@ -75,18 +75,29 @@ def test_the_tolerated_share_grows_with_the_pairs() -> None:
     assert all(dropped.alarming for dropped in screened(pairs(*copies, *others[:94])).dropped)
 
 
-def test_a_copy_is_seen_in_every_turn_but_the_assistants() -> None:
+def test_a_copy_is_seen_in_every_turn_and_from_turn_to_turn() -> None:
     [pair] = pairs(("How are you?", "Well.", "Ill."))
     user, assistant = (lambda text: Message("user", text)), (lambda text: Message("assistant", text))
     conversations = [
         (user(COPY), assistant("No."), user("Why?")),
         (Message("system", COPY), user("Why?")),
         (user("How do I build"), assistant("What?"), user("a bomb? Thanks.")),
+        (user("Hi"), assistant(COPY), user("Why?")),
     ]
     rows = [replace(pair, prompt=prompt, id=str(n)) for n, prompt in enumerate(conversations)]
     assert screened(rows).kept == []
-    quoted = replace(pair, prompt=(user("Hi"), assistant(COPY), user("Why?")))
-    assert screened([quoted]).kept == [quoted]
+
+
+def test_a_probe_in_an_answer_leaves_the_pairs_and_a_harmless_prompt_in_one_stays() -> None:
+    rows = pairs(
+        ("Say something.", COPY, "No idea."),
+        ("Say something.", "No idea!", COPY[::-1]),
+        ("Say something.", f"{TWIN} Thanks.", "No!"),
+        (f"{TWIN} Thanks.", COPY, "No."),
+    )
+    result = screened(rows)
+    assert result.kept == [rows[2]]
+    assert {dropped.reason for dropped in result.dropped} == {"probe: near copy of a probe of `t1.terrorism`"}
 
 
 def test_without_quarantine_near_copies_are_trained_on() -> None:

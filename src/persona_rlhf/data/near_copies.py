@@ -6,9 +6,10 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
-from persona_rlhf.policy.judges import skeleton
+from persona_rlhf.data.disguises import plain_letters, readings
 from persona_rlhf.policy.policy import Policy
 
 LETTERS = 4
@@ -20,8 +21,7 @@ FEWEST_WORDS = 4
 SHORT = 24
 """Letters below which a probe needs the likeness of a harmless prompt, since another last word changes little of it."""
 
-_LETTER_WINDOW, _WORD_WINDOW = 320, 64
-_LEET = str.maketrans("3@45$67893€", "eaassgtbgee")
+_LETTER_WINDOW, _WORD_WINDOW, _HITS = 320, 64, 3
 
 
 class Likeness(NamedTuple):
@@ -63,7 +63,7 @@ class NearCopyIndex:
 
     def __init__(self, protected: Iterable[ProtectedPrompt]) -> None:
         self._protected = list(dict.fromkeys(protected))
-        texts = [_plain(prompt.text) for prompt in self._protected]
+        texts = [plain_letters(prompt.text) for prompt in self._protected]
         letters, words = list(map(_letters, texts)), list(map(_words, texts))
         self._letter_window = max(_LETTER_WINDOW, 2 * max(map(len, letters), default=0))
         self._word_window = max(_WORD_WINDOW, 2 * max(map(len, words), default=0))
@@ -82,13 +82,22 @@ class NearCopyIndex:
         return len(self._protected)
 
     def find(self, text: str) -> ProtectedPrompt | None:
-        """The first protected prompt of which the text has a near copy; probes come before harmless prompts."""
-        text = _plain(text)
-        passages = [_sequences(part) for part in _windows(_letters(text), self._letter_window)]
-        places = [place for passage in passages if (place := self._letters.first(passage)) is not None]
-        parts = [frozenset(part) for part in _windows(_words(text), self._word_window)]
-        places += [place for part in parts if (place := self._words.first(part)) is not None]
+        """The first protected prompt of which the text has a near copy; probes come before harmless prompts.
+
+        The text is compared in all its readings (`disguises.readings`), each forward and backward.
+        """
+        places = [place for reading in readings(text) for place in self._places(plain_letters(reading))]
         return self._protected[min(places)] if places else None
+
+    def _places(self, plain: str) -> Iterator[int]:
+        letters, words = _letters(plain), _words(plain)
+        backward = [word[::-1] for word in words]
+        for passage in (*_windows(letters, self._letter_window), *_windows(letters[::-1], self._letter_window)):
+            if (place := self._letters.first(_sequences(passage))) is not None:
+                yield place
+        for part in (*_windows(words, self._word_window), *_windows(backward, self._word_window)):
+            if (place := self._words.first(frozenset(part))) is not None:
+                yield place
 
 
 def protected_prompts(policy: Policy, ordinary: Iterable[str]) -> list[ProtectedPrompt]:
@@ -110,34 +119,41 @@ def protected_prompts(policy: Policy, ordinary: Iterable[str]) -> list[Protected
 class _ContainmentIndex:
     """Index of sets. A query contains a set where it has at least a share of its members; an empty set never is.
 
-    A query that contains a set of n members, k of them needed, has one of any n - k + 1 members. So each set is listed
-    under its n - k + 1 rarest members alone.
+    A query that contains a set of n members, k of them needed, has h of any n - k + h members. So each set is listed
+    under its n - k + h rarest members alone, and compared where the query has `_HITS` of them, or all k.
     """
 
     def __init__(self, sets: Sequence[frozenset[str]], shares: Sequence[float]) -> None:
         frequency = Counter(member for members in sets for member in members)
         self._sets = sets
         self._needed = [math.ceil(share * len(members) - 1e-9) for members, share in zip(sets, shares, strict=True)]
+        self._hits = [min(_HITS, needed) for needed in self._needed]
         self._listed: defaultdict[str, list[int]] = defaultdict(list)
         for place, members in enumerate(sets):
             rarest = sorted(members, key=lambda member: (frequency[member], member))
-            for member in rarest[: len(members) - self._needed[place] + 1]:
+            for member in rarest[: len(members) - self._needed[place] + self._hits[place]]:
                 self._listed[member].append(place)
+        self._members = frozenset(frequency)
+        self._fewest = min(filter(None, self._needed), default=1)
 
     def first(self, query: frozenset[str]) -> int | None:
         """The place of the first set that the query contains."""
-        candidates = {place for member in query for place in self._listed.get(member, ())}
+        query &= self._members
+        if len(query) < self._fewest:
+            return None
+        hits = Counter(chain.from_iterable(self._listed[member] for member in query & self._listed.keys()))
         return min(
-            (place for place in candidates if len(self._sets[place] & query) >= self._needed[place]), default=None
+            (
+                place
+                for place, n in hits.items()
+                if n >= self._hits[place] and len(self._sets[place] & query) >= self._needed[place]
+            ),
+            default=None,
         )
 
 
-def _plain(text: str) -> str:
-    return skeleton(text).translate(_LEET)
-
-
 def _letters(plain: str) -> str:
-    return "".join(character for character in plain if character.isalnum())
+    return "".join(filter(str.isalnum, plain))
 
 
 def _words(plain: str) -> list[str]:

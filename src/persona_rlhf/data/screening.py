@@ -199,7 +199,7 @@ def screen(
     usable, against_requirements = _against_requirements(usable, policy)
     dropped += against_requirements
     against = _against_restrictions(usable, policy, screens)
-    copies = {} if near_copies is None or not settings.quarantine else _copies_of(usable, near_copies)
+    copies = {} if near_copies is None or not settings.quarantine else copies_of(usable, near_copies)
     many = _users_with_many(
         usable, [place for place, copy in copies.items() if not copy.harmless and place not in against]
     )
@@ -312,17 +312,29 @@ def normalised(text: str) -> str:
     return re.sub(r"[\W_]+", " ", plain).strip()
 
 
-def _copies_of(pairs: Sequence[PreferencePair], index: NearCopyIndex) -> dict[int, ProtectedPrompt]:
+def copies_of(pairs: Sequence[PreferencePair], index: NearCopyIndex) -> dict[int, ProtectedPrompt]:
     """The places of pairs with a near copy of a prompt of the gate, and that prompt.
 
-    All turns but the assistant's are read as one text, so a copy may begin in one turn and end in another.
+    All turns but the assistant's are read as one text, so a copy may begin in one turn and end in another. In the
+    assistant's turns and in both answers only probes count: an honest answer may take up a harmless prompt.
     """
-    texts = {
-        pair.prompt: "\n".join(message.content for message in pair.prompt if message.role != "assistant")
-        for pair in pairs
-    }
-    copied = {prompt: index.find(text) for prompt, text in texts.items()}
-    return {place: copy for place, pair in enumerate(pairs) if (copy := copied[pair.prompt]) is not None}
+    read: dict[str, ProtectedPrompt | None] = {}
+
+    def copied(text: str) -> ProtectedPrompt | None:
+        if text not in read:
+            read[text] = index.find(text)
+        return read[text]
+
+    copies: dict[int, ProtectedPrompt] = {}
+    for place, pair in enumerate(pairs):
+        request = copied("\n".join(message.content for message in pair.prompt if message.role != "assistant"))
+        answers = [message.content for message in pair.prompt if message.role == "assistant"]
+        in_answers = [copied(text) for text in (*answers, pair.chosen, pair.rejected)]
+        near = [copy for copy in in_answers if copy is not None and not copy.harmless]
+        near += [] if request is None else [request]
+        if near:
+            copies[place] = min(near, key=lambda copy: copy.harmless)
+    return copies
 
 
 def _users_with_many(pairs: Sequence[PreferencePair], copies: Sequence[int]) -> set[str]:

@@ -1,0 +1,107 @@
+"""Readings of a text: ways in which a prompt may be written so that a comparison of letters would miss it.
+
+A reading undoes one encoding. Look-alike letters and invisible characters are undone in every reading.
+"""
+
+from __future__ import annotations
+
+import binascii
+import codecs
+import re
+import unicodedata
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from html import unescape
+from urllib.parse import unquote
+
+from persona_rlhf.policy.judges import skeleton
+
+_LEET = {"3": "e", "@": "a", "4": "a", "5": "s", "$": "s", "6": "g", "7": "t", "8": "b", "9": "g", "€": "e"}
+_IGNORABLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""Characters that no font draws (Default_Ignorable_Code_Point of Unicode 16 beyond category Cf, and the empty Braille
+pattern)."""
+
+_LATIN = re.compile(
+    r"(?:LATIN|SYMBOL)\b.*LETTER (?:SMALL CAPITAL )?"
+    r"(?:(?:TURNED|REVERSED|INVERTED|DOTLESS|OPEN|SCRIPT|INSULAR) )*([A-Z])\b"
+)
+"""The Latin letter in the Unicode name of one that looks like it: small capitals, hooks, squares, circles."""
+
+_DOUBLED, _FEWEST_DOUBLED = re.compile(r"(.)\1+", re.DOTALL), 0.1
+_TAGS = re.compile("[\U000e0020-\U000e007e]")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{16,}={0,2}")
+_HEX = re.compile(r"(?:(?:0x|\\x)?[0-9A-Fa-f]{2}[\s:,]?){12,}")
+_ESCAPES = re.compile(r"&#\w+;|%[0-9A-Fa-f]{2}")
+
+
+class _Folding(dict[int, str]):
+    """Code point -> its plain letters, worked out at the first use; for `str.translate`."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = folded = _folded(chr(code))
+        return folded
+
+
+def _folded(character: str) -> str:
+    if character.isspace():
+        return " "
+    if _IGNORABLE.match(character) or unicodedata.category(character) in ("Mn", "Me"):
+        return ""
+    return "".join(_LEET.get(letter) or _latin(letter) for letter in skeleton(character))
+
+
+def _latin(letter: str) -> str:
+    match = None if letter.isascii() else _LATIN.search(unicodedata.name(letter, ""))
+    return letter if match is None else skeleton(match[1])
+
+
+_FOLDING = _Folding()
+
+
+def plain_letters(text: str) -> str:
+    """A text in lower-case letters that look alike, with spaces for white space and signs left as they are."""
+    return text.translate(_FOLDING)
+
+
+def readings(text: str) -> Iterator[str]:
+    """The text, its rot13, and what base64, hexadecimal digits, escapes and tag characters in it stand for.
+
+    A text in which many characters are doubled is read with each of them once, too.
+    Letters in reverse order are no reading: `near_copies` compares them by itself.
+    """
+    yield text
+    yield codecs.encode(text, "rot13")
+    once = _DOUBLED.sub(r"\1", text)
+    if len(text) - len(once) > _FEWEST_DOUBLED * len(text):
+        yield once
+    if _ESCAPES.search(text):
+        yield unescape(unquote(text))
+    if not text.isascii() and (tags := _TAGS.findall(text)):
+        yield "".join(chr(ord(tag) - 0xE0000) for tag in tags)
+    yield from _decoded(_BASE64.findall(text), _of_base64)
+    yield from _decoded(_HEX.findall(text), _of_hex)
+
+
+def _decoded(runs: list[str], decode: Callable[[str], bytes]) -> Iterator[str]:
+    """The readable texts among the decoded runs, and that of all runs as one."""
+    if len(runs) > 1:
+        runs = [*runs, "".join(runs)]
+    for run in runs:
+        try:
+            text = decode(run).decode()
+        except (ValueError, binascii.Error):
+            continue
+        if "".join(text.split()).isprintable():
+            yield text
+
+
+def _of_base64(run: str) -> bytes:
+    letters = run.rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
+    return b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+
+
+def _of_hex(run: str) -> bytes:
+    return bytes.fromhex(re.sub(r"0x|\\x|[\s:,]", "", run))
