@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from persona_rlhf.cli.base import base_commands
 from persona_rlhf.cli.console import (
     ConfigFile,
     Json,
@@ -34,48 +35,7 @@ from persona_rlhf.cli.serve import serving_commands
 from persona_rlhf.common.run_lock import WAIT_SECONDS
 from persona_rlhf.common.version import __version__
 
-base_commands = command_group("The shared base model.")
-
 _ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty folder.")]
-
-
-@base_commands.command("build")
-@with_exit_codes
-def base_build(
-    out: Out, seed: Annotated[int | None, typer.Option(help="Seed of corpus, initial weights and order.")] = None
-) -> None:
-    """Rebuild the bundled tiny base from its own corpus (an hour or so on two cores)."""
-    from persona_rlhf.simulation.tiny_base import SEED, PretrainProgress, build_base
-
-    def progress(now: PretrainProgress) -> None:
-        note(f"step {now.step}: {now.tokens:,} of {now.of_tokens:,} completion tokens, loss {now.loss:.3f}")
-
-    build_base(out, SEED if seed is None else seed, progress=progress)
-    note(f"Base: {out}")
-
-
-@base_commands.command("align")
-@with_exit_codes
-def base_align(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A transformers folder or a hub id.")],
-    out: Out,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings, as in YAML (docs/how-to/align.md).")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Make any causal LM the safety-aligned base: SFT and DPO by TRL, measured before and after."""
-    from persona_rlhf.pipeline.inputs import read_alignment
-
-    inputs = read_alignment(model, out, overrides or [])  # reports wrong input before torch is imported
-    from persona_rlhf.pipeline import align_base as alignment
-
-    result = alignment.base_align(inputs, note)
-    print_json(result.to_json()) if as_json else print_table(alignment.render(result))
-    note(f"Base: {out}")
-
-
 config_commands = command_group("Configs of experiments.")
 
 

@@ -74,6 +74,14 @@ def is_lfs_pointer(file: Path) -> bool:
         return stream.read(len(_LFS)) == _LFS
 
 
+GGUF_REMEDY = "a .gguf file is read by the package gguf: pip install 'persona-rlhf[gguf]'"
+
+
+def is_gguf(path: Path | str) -> bool:
+    """Whether a path ends like a file of llama.cpp."""
+    return Path(path).suffix.lower() == ".gguf"
+
+
 def _shown(path: Path | str) -> str:
     text = str(path).encode("unicode_escape").decode()
     return text if len(text) <= 80 else f"{text[:77]}..."

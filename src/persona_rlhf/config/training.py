@@ -17,7 +17,9 @@ TokenCount = Annotated[int, Field(ge=1)]
 class BaseSettings(Section):
     """`base`: the shared safety-aligned model; it is frozen, and it is the reference of DPO."""
 
-    model: ModelName = Field(description="A transformers folder (such as data/base) or a hub id (Qwen/Qwen3-0.6B).")
+    model: ModelName = Field(
+        description="A transformers folder (such as data/base), a .gguf file, or a hub id (Qwen/Qwen3-0.6B)."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="Device of all computation: auto is the GPU that CUDA reports, else the CPU (on Apple's too).",

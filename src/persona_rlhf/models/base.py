@@ -17,21 +17,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.logging import disable_progress_bar
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.training import BaseSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import render, turn_end
-from persona_rlhf.models.base_folder import TOKENIZER_FILES, cannot_load, model_folder, weight_files
+from persona_rlhf.models.base_folder import TOKENIZER_FILES, model_folder, weight_files
+from persona_rlhf.models.model_files import read_model, read_tokenizer
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_E4M3).max
@@ -259,7 +253,7 @@ def conditions_of(base: Base) -> BaseConditions:
 
 
 def load_base(settings: BaseSettings) -> Base:
-    """Loads `base.model`, a folder or a hub id, frozen and in eval mode, onto `base.device`.
+    """Loads `base.model`, a folder, a `.gguf` file or a hub id, frozen and in eval mode, onto `base.device`.
 
     Raises InputError for a missing device or model, and for a model that cannot be a base: without safetensors weights,
     chat template or end token, an adapter, quantized weights, code of its own, missing weights, or a tokenizer that
@@ -271,24 +265,8 @@ def load_base(settings: BaseSettings) -> Base:
     dtype = select_dtype(settings, device)
     nf4 = settings.quantization == "nf4"
     storage = {"quantization_config": nf4_config(dtype, device), "device_map": {"": device}} if nf4 else {}
-    disable_progress_bar()
-    tokenizer = _tokenizer(settings.model, folder)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **storage,
-        )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as fault:  # any other exception of transformers is caused by the folder
-        raise cannot_load(settings.model, fault) from fault
-    model: PreTrainedModel = loaded[0]
-    missing: Collection[str] = loaded[1]["missing_keys"]
+    tokenizer = read_tokenizer(settings.model, folder)
+    model, missing = read_model(settings.model, folder, dtype, storage)
     reasons = [*_missing_weights(missing), *_tokenizer_reasons(tokenizer, model)]
     if reasons:
         raise InputError([Problem(settings.model, None, "base.model", reason) for reason in reasons])
@@ -350,17 +328,7 @@ def _embedding_rows(model: PreTrainedModel) -> int:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base, a folder or a hub id, without the weights. Raises InputError where there is none."""
-    return _tokenizer(model, model_folder(model, TOKENIZER_FILES))
-
-
-def _tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as fault:  # as above
-        raise cannot_load(model, fault) from fault
-    return tokenizer
+    return read_tokenizer(model, model_folder(model, TOKENIZER_FILES))
 
 
 def select_device(settings: BaseSettings) -> torch.device:

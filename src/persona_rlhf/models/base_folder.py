@@ -14,19 +14,27 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import LFS_REMEDY, find, is_hub_id, is_lfs_pointer
+from persona_rlhf.common.files import LFS_REMEDY, find, is_gguf, is_hub_id, is_lfs_pointer
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _INDEX = "model.safetensors.index.json"
 
 
 def model_folder(model: str, patterns: list[str], key: str = "base.model") -> Path:
-    """The folder of a model: a path, a shipped folder, or a hub snapshot of the files that match `patterns`."""
+    """The folder of a model: a path, a shipped folder, or a hub snapshot of the files that match `patterns`.
+
+    A base may also be a `.gguf` file: then its path. Raises InputError for any other file, and where there is nothing.
+    """
     try:
-        return find(model)
+        folder = find(model)
     except InputError:
         if not is_hub_id(model):
             raise
+    else:
+        if folder.is_file() and not (is_gguf(folder) and key == "base.model"):
+            sentence = "this is a file; name the folder of a whole model"
+            raise InputError([Problem(model, None, key, sentence)])
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -39,6 +47,8 @@ def model_folder(model: str, patterns: list[str], key: str = "base.model") -> Pa
 
 def weight_files(model: str, folder: Path, key: str = "base.model") -> list[Path]:
     """The weights of a model, sorted by name. Raises InputError if there are none, with every reason if several."""
+    if is_gguf(folder) and folder.is_file():
+        return [folder]
     weights = sorted(folder.glob("*.safetensors"))
     reasons = list(_reasons(folder, weights))
     if not weights and not reasons:

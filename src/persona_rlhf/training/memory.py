@@ -26,13 +26,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import find, is_hub_id
+from persona_rlhf.common.files import find, is_gguf, is_hub_id
 from persona_rlhf.config.training import BaseSettings, DpoSettings, FleetSettings, LoraSettings
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.attention import packed_attention
 from persona_rlhf.models.base import Fp8Linear, fits_fp8, is_linear
 from persona_rlhf.models.base_folder import cannot_load, config_reasons
+from persona_rlhf.models.model_files import gguf_config
 from persona_rlhf.models.model_split import token_logps
 from persona_rlhf.models.multi_lora import MultiLoRALinear, attach, lora_matrices, target_layers
 from persona_rlhf.models.packing import pack
@@ -314,6 +315,8 @@ def _config(model: str) -> PreTrainedConfig:
     if model in shipped:
         return AutoConfig.for_model(**shipped[model])
     name = model if is_hub_id(model) else find(model)
+    if is_gguf(name):
+        return gguf_config(model, Path(name))
     config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if reasons := list(config_reasons(config.to_dict())):
         raise InputError([Problem(model, None, "base.model", reason) for reason in reasons])
