@@ -29,6 +29,7 @@ PAGES = [page for page in WRITTEN if page_name(page) not in RUN_ELSEWHERE and bl
 
 _HUB = "needs the hub; tests/release/test_hub.py, tests/release/test_hub_upload.py"
 _SERVES = "serves until it is stopped; tests/cli/test_serve.py"
+_DOWNLOADS = "downloads a real model; tests/pipeline/test_get_base.py"
 _ALIGNS = "trains a base, minutes; tests/pipeline/test_align_base.py"
 _PRIVATE = "needs a folder of private probes; tests/pipeline/test_rotate_bank.py, tests/story/test_private_banks.py"
 NOT_RUN = {
@@ -74,6 +75,9 @@ NOT_RUN = {
     ("how-to/hub.md", "persona-rlhf verify me/fleet"): _HUB,
     ("how-to/serve.md", "persona-rlhf serve runs/quickstart --tokens tokens.jsonl"): _SERVES,
     ("tutorial.md", "./scripts/quickstart"): "the whole experiment, minutes; tests/story/test_line.py",
+    ("how-to/own-base.md", "pip install 'persona-rlhf[gguf]'"): "installs",
+    ("how-to/own-base.md", "persona-rlhf base get smollm2-135m models/smollm2"): _DOWNLOADS,
+    ("how-to/own-base.md", "persona-rlhf evaluate --base models/smollm2"): _DOWNLOADS,
     (
         "how-to/serve.md",
         "VLLM_API_KEY=... persona-rlhf serve runs/quickstart --tokens tokens.jsonl --engine vllm "
