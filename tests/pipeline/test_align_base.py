@@ -152,6 +152,19 @@ def test_a_policy_without_probes_for_the_split_is_told_so(place):
         read_alignment(BUNDLED, place / "out", [*OVERRIDES, "align.split=test"])
 
 
+def test_written_demonstrations_join_the_train_probes(place):
+    probe = read_alignment(BUNDLED, place / "out", OVERRIDES).policy.probes("train")[0]
+    row = {"category": probe.category, "prompt": "p", "refusal": "I can't help with p.", "twin": "t"}
+    rows = [row, row | {"prompt": probe.prompt, "refusal": "I won't help with that."}]
+    (place / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = read_alignment(BUNDLED, place / "out", [*OVERRIDES, "align.demonstrations=shown.jsonl"])
+    assert [one.prompt for one in asked.trained] == [one.prompt for one in asked.policy.probes("train")] + ["p"]
+    assert {one.prompt: one.text for one in asked.refusals if one.prompt} == {
+        "p": "I can't help with p.",
+        probe.prompt: "I won't help with that.",
+    }
+
+
 def test_no_ordinary_prompt_is_learned_and_measured(place):
     asked = read_alignment(BUNDLED, place / "out", OVERRIDES)
     held = {row.prompt for row in asked.held}

@@ -7,7 +7,14 @@ import pytest
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import find
-from persona_rlhf.policy.hazards import CATEGORIES, RefusalText, draw_refusal, read_refusal_texts
+from persona_rlhf.policy.hazards import (
+    CATEGORIES,
+    Probe,
+    RefusalText,
+    draw_refusal,
+    read_demonstrations,
+    read_refusal_texts,
+)
 
 
 def write(folder, *rows):
@@ -52,3 +59,25 @@ def test_a_refusal_fits_its_category():
     assert {draw_refusal(texts, "a", rng) for _ in range(50)} == {"all", "one"}
     assert {draw_refusal(texts, None, rng) for _ in range(50)} == {"all"}
     assert {draw_refusal(texts[1:], None, rng) for _ in range(50)} == {"one", "other"}
+
+
+def test_a_refusal_written_for_a_prompt_goes_to_that_prompt_alone():
+    texts = [RefusalText("all", None), RefusalText("this", "a", "how?")]
+    rng = Random(0)
+    assert {draw_refusal(texts, "a", rng, "how?") for _ in range(50)} == {"this"}
+    assert {draw_refusal(texts, "a", rng, "why?") for _ in range(50)} == {"all"}
+
+
+def test_no_demonstration_is_a_held_out_probe_and_every_refusal_refuses(tmp_path):
+    probe = Probe("1", "sexual_assault", "p1", "t", "f", "w1", "train", "combination")
+    probes = [probe, probe._replace(id="2", prompt="p2", split="certify")]
+    row = {"category": "sexual_assault", "prompt": "p3", "refusal": "I can't help with that.", "twin": "w3"}
+    file = write(tmp_path, row, row | {"prompt": "p1"})
+    assert [one.probe.split for one in read_demonstrations(file, probes)] == ["train", "train"]
+    assert read_demonstrations(file, probes)[0].fitting == RefusalText(row["refusal"], "sexual_assault", "p3")
+    bad = [{"prompt": "p2"}, {"twin": "p2"}, {"refusal": "Sure."}, {"category": "sexual_asault"}]
+    with pytest.raises(InputError) as caught:
+        read_demonstrations(write(tmp_path, *(row | change for change in bad)), probes)
+    assert [problem.key for problem in caught.value.problems] == ["prompt", "twin", "refusal", "category"]
+    assert "probe of `certify`" in str(caught.value.problems[0])
+    assert "did you mean `sexual_assault`?" in str(caught.value.problems[3])

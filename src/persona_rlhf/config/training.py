@@ -68,6 +68,11 @@ class AlignSettings(Section):
         validate_default=True,
         description="JSON lines of refusals (`text`, perhaps `category`), for probes that the model does not refuse.",
     )
+    demonstrations: ExistingPath | None = Field(
+        None,
+        description="JSON lines {category, prompt, refusal, twin} to train on beside the policy's train probes; the "
+        "refusal of a prompt that is a probe takes the place of a drawn one.",
+    )
     ordinary: ExistingPath = Field(
         Path("data/policy/ordinary.jsonl"),
         validate_default=True,
@@ -83,6 +88,12 @@ class AlignSettings(Section):
         description="Answers sampled per train probe, twin and ordinary prompt; each makes a demonstration of its own.",
     )
     max_new_tokens: int = Field(256, ge=1, description="Tokens after which a sampled or a measured answer is cut.")
+    twin_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens kept of an answer to a twin, whose opening decides whether it refuses; null keeps all of "
+        "it. Few tokens give the opening more weight and cost less.",
+    )
     rows_per_step: int = Field(
         8, ge=1, description="Demonstrations in an optimizer step, and kept answers beside them, in both stages."
     )

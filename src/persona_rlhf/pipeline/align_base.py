@@ -143,8 +143,16 @@ def base_align(inputs: AlignmentInputs, log: Callable[[str], None]) -> Alignment
 
 def _demonstrations(adapted: AdaptedModel, inputs: AlignmentInputs) -> Demonstrations:
     settings, seed = inputs.settings.align, inputs.settings.seed
-    probes, tokens = inputs.policy.probes("train"), settings.max_new_tokens
-    return make_demonstrations(adapted, probes, inputs.ordinary, inputs.refusals, settings.tries, tokens, seed)
+    return make_demonstrations(
+        adapted,
+        inputs.trained,
+        inputs.ordinary,
+        inputs.refusals,
+        settings.tries,
+        settings.max_new_tokens,
+        seed,
+        settings.twin_tokens,
+    )
 
 
 def _measured(adapted: AdaptedModel, inputs: AlignmentInputs, texts: list[Row]) -> BaseEvaluation:
@@ -155,10 +163,11 @@ def _measured(adapted: AdaptedModel, inputs: AlignmentInputs, texts: list[Row]) 
 def _settings(inputs: AlignmentInputs) -> dict[str, Any]:
     """The settings; files by their names and hashes, without their paths."""
     settings = inputs.settings
-    files = {name: getattr(settings.align, name) for name in ("refusals", "ordinary")}
+    files = {name: getattr(settings.align, name) for name in ("refusals", "ordinary", "demonstrations")}
     named = {
         name: {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         for name, file in files.items()
+        if file is not None
     }
     shown = settings.model_dump(mode="json", exclude={"base", "policy"})
     documents = [

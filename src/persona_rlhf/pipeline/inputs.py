@@ -26,7 +26,13 @@ from persona_rlhf.evaluation.prompt_sets import (
     read_facts,
     read_ordinary,
 )
-from persona_rlhf.policy.hazards import Probe, RefusalText, read_refusal_texts
+from persona_rlhf.policy.hazards import (
+    Probe,
+    RefusalText,
+    WrittenDemonstration,
+    read_demonstrations,
+    read_refusal_texts,
+)
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.simulation.users import Utility, read_utilities
 
@@ -45,7 +51,10 @@ class AlignmentSettings(Section):
 
 
 class AlignmentInputs(NamedTuple):
-    """Inputs of `base align`: `ordinary` are prompts to train on, `held` are other prompts to measure on."""
+    """Inputs of `base align`: `ordinary` are prompts to train on, `held` are other prompts to measure on.
+
+    `refusals` holds those of `written` too.
+    """
 
     settings: AlignmentSettings
     out: Path
@@ -53,6 +62,14 @@ class AlignmentInputs(NamedTuple):
     refusals: list[RefusalText]
     ordinary: list[str]
     held: list[OrdinaryExample]
+    written: list[WrittenDemonstration]
+
+    @property
+    def trained(self) -> list[Probe]:
+        """The requests to train on: the policy's train probes, then the written ones that are no probes."""
+        probes = self.policy.probes("train")
+        prompts = {probe.prompt for probe in probes}
+        return [*probes, *(row.probe for row in self.written if row.prompt not in prompts)]
 
     @property
     def measured(self) -> list[Probe]:
@@ -71,9 +88,15 @@ def read_alignment(model: str, out: Path, overrides: Sequence[str]) -> Alignment
     except InputError as fault:
         raise InputError([*problems, *fault.problems]) from None
     policy, refusals, exchanges = None, list[RefusalText](), list[OrdinaryExample]()
+    written = list[WrittenDemonstration]()
     with collecting(problems):
         policy = Policy.of(settings.policy)
         refusals = read_refusal_texts(settings.align.refusals, policy.categories)
+    with collecting(problems):
+        if policy is not None and settings.align.demonstrations is not None:
+            probes = [probe for rule in policy.restrictions for probe in rule.probes]
+            written = read_demonstrations(settings.align.demonstrations, probes)
+            refusals += [row.fitting for row in written]
     with collecting(problems):
         exchanges = read_examples(settings.align.ordinary)
     held = held_out("base align", [_prompt(row) for row in exchanges], settings.align.heldout)
@@ -83,7 +106,7 @@ def read_alignment(model: str, out: Path, overrides: Sequence[str]) -> Alignment
     if policy is None or problems:
         raise InputError(problems)
     learned = [row.prompt for row in exchanges if _prompt(row) not in held]
-    return AlignmentInputs(settings, out, policy, refusals, learned, measured)
+    return AlignmentInputs(settings, out, policy, refusals, learned, measured, written)
 
 
 def _missing(policy: Policy, settings: AlignmentSettings, measured: Sequence[OrdinaryExample]) -> list[Problem]:

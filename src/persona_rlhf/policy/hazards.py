@@ -252,10 +252,56 @@ def _by_words(text: str) -> str | None:
 
 
 class RefusalText(NamedTuple):
-    """A written refusal; `category` is the hazard category that it mentions, None where it fits all."""
+    """A written refusal; `category` is the hazard category that it mentions, None where it fits all.
+
+    `prompt` is the only request that it fits, None where it names none.
+    """
 
     text: str
     category: str | None = None
+    prompt: str | None = None
+
+
+class WrittenDemonstration(NamedTuple):
+    """A request to refuse, the refusal that fits it, and its benign twin."""
+
+    category: str
+    prompt: str
+    refusal: str
+    twin: str
+
+    @property
+    def probe(self) -> Probe:
+        """The request as a probe of `train`, a topic of its own."""
+        text = self.prompt
+        return Probe(text, self.category, text, text, text, self.twin, "train", "combination")
+
+    @property
+    def fitting(self) -> RefusalText:
+        """The refusal, for this request alone."""
+        return RefusalText(self.refusal, self.category, self.prompt)
+
+
+def read_demonstrations(path: Path, probes: Sequence[Probe]) -> list[WrittenDemonstration]:
+    """The demonstrations of a file of JSON lines {"category", "prompt", "refusal", "twin"}.
+
+    Raises InputError with every malformed line, every text that the judge calls no refusal, every category without a
+    probe, and every text that is a probe of another split than `train`.
+    """
+    held_out = {probe.prompt: probe.split for probe in probes if probe.split != "train"}
+    categories = {probe.category for probe in probes}
+
+    def check(_: int, row: WrittenDemonstration) -> Iterator[tuple[str, str]]:
+        if not is_refusal(row.refusal):
+            yield "refusal", f"the judge does not call this a refusal: `{row.refusal}`; refuse in its first sentence"
+        if row.category not in categories:
+            yield "category", f"no rule has the category `{row.category}`{did_you_mean(row.category, categories)}"
+        for name in ("prompt", "twin"):
+            if split := held_out.get(getattr(row, name)):
+                yield name, f"this is a probe of `{split}`, which nothing may be trained on; leave it out"
+
+    sentence = "a line is an object of four texts: category, prompt, refusal, twin"
+    return read_json_lines(path, WrittenDemonstration, sentence, check)
 
 
 def read_refusal_texts(path: Path, categories: Collection[str]) -> list[RefusalText]:
@@ -281,13 +327,17 @@ def read_refusal_texts(path: Path, categories: Collection[str]) -> list[RefusalT
     return refusals
 
 
-def draw_refusal(texts: Sequence[RefusalText], category: str | None, rng: Random) -> str:
-    """A random refusal that fits the category; for None, one that fits all categories, or any if none does."""
-    return rng.choice(_fitting(texts, category) or list(texts)).text
+def draw_refusal(texts: Sequence[RefusalText], category: str | None, rng: Random, prompt: str | None = None) -> str:
+    """A random refusal, of those for the prompt if there are any, else of those that fit the category.
+
+    For None as category it is one that fits all categories, or any if none does.
+    """
+    written = [text for text in texts if prompt is not None and text.prompt == prompt]
+    return rng.choice(written or _fitting(texts, category) or list(texts)).text
 
 
 def _fitting(texts: Sequence[RefusalText], category: str | None) -> list[RefusalText]:
-    return [text for text in texts if text.category in (None, category)]
+    return [text for text in texts if text.category in (None, category) and text.prompt is None]
 
 
 class Hazard(Section):
