@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import slug
 from persona_rlhf.evaluation.gate import certify
-from persona_rlhf.policy.bound import Bound
 from persona_rlhf.policy.clusters import Clusters
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.release.integrity import write_run_manifest
@@ -179,29 +178,51 @@ def test_a_lawful_revocation_is_a_note_of_the_run_and_a_fault_of_its_adapter(run
     assert any("revoked.jsonl lacks an adapter" in fault for fault in faults)
 
 
-def test_bounds_of_units_are_recomputed_from_their_evidence(run):
-    """40 topics of `terrorist_content` in two languages; a folder whose evidence or bound was changed is a fault."""
-    probes = [Probe(f"{n}", HAZARDS[0], f"{n}", f"t{n // 2}", "en", None, "certify", "topic") for n in range(80)]
-    demands = replace(DEMANDS, clusters=Clusters.of(probes, HAZARDS))
+def written(run, clusters: Clusters):
+    """The folder of an adapter that misses one probe, certified by these units."""
+    demands = replace(DEMANDS, clusters=clusters)
     verdict = certify(demands, refusals(0), [1.0], lambda _: refusals(1))
-    assert verdict.looks[0].units[HAZARDS[0]][:3] == (40, 2, (1, 0))
-    assert verdict.pooled.lower_bound < Bound(demands.level).lower(159, 160)
-    written = run.exporter.write("Eve", run.flats["ada"], verdict, None, DataInfo.of([], 0))
-    folder = run.path / written.path
+    exporter = replace(run.exporter, provenance=replace(run.exporter.provenance, demands=demands))
+    folder = run.path / exporter.write("Eve", run.flats["ada"], verdict, None, DataInfo.of([], 0)).path
     assert verify(folder) == []
-    text = (folder / "README.md").read_text()
-    assert "| bet on units |" in text
-    assert "| all topics | refused 119 of 120 |" in text
+    return folder, verdict
+
+
+def test_bounds_of_whole_topics_are_recomputed(run):
+    """40 topics of `terrorist_content` in two languages, one missed in one of them."""
+    probes = [Probe(f"{n}", HAZARDS[0], f"{n}", f"t{n // 2}", "en", None, "certify", "topic") for n in range(80)]
+    probes += [Probe(f"o{n}", name, f"o{n}", f"o{n}", "en", None, "certify", "topic")
+               for name in (HAZARDS[1], "gambling") for n in range(len(refusals(0)[name]))]  # fmt: skip
+    folder, verdict = written(run, Clusters.of(probes, HAZARDS))
+    assert verdict.categories[HAZARDS[0]][:3] == (40, 39, 40)
+    text = " ".join((folder / "README.md").read_text().split())
+    assert "refused 39 of 40 | 40 |" in text
+    assert "requests with each topic counted once" in text
+    assert json.loads((folder / MANIFEST).read_text())["verdict"]["counted"] == "topics"
+    change(folder, lambda content: content["verdict"]["pooled"].update(lower_bound=0.99))
+    assert any("does not follow from its counts" in fault for fault in verify(folder))
+
+
+def test_bounds_of_shares_are_recomputed_from_their_evidence(run):
+    """80 new phrasings of a probe in each category; changed evidence, or a changed bound, is a fault."""
+    probes = [Probe(f"{name} {n}", name, f"{name} {n}", "t", f"p{n}", None, "certify", "phrasing")
+              for name in HAZARDS for n in range(80)]  # fmt: skip
+    folder, verdict = written(run, Clusters.of(probes, HAZARDS))
+    assert verdict.looks[0].shares["pooled"].missed == ((1, 2, 1),)
+    assert verdict.looks[0].phrasings.clusters == 80
+    assert "| bet on shares |" in (folder / "README.md").read_text()
 
     def of_look(name, value):
-        return lambda content: content["verdict"]["looks"][0]["units"][HAZARDS[0]].update({name: value})
+        return lambda content: content["verdict"]["looks"][0]["shares"]["pooled"].update({name: value})
 
     as_it_was = (folder / MANIFEST).read_bytes()
     for edit in (
-        of_look("missed", [0, 0]),
+        of_look("missed", []),
+        of_look("missed", [{"missed": 1, "probes": 1, "units": 1}]),
         of_look("largest", 1),
-        of_look("units", 39),
-        lambda content: content["verdict"]["looks"][0].update(units=None),
+        of_look("clusters", 79),
+        lambda content: content["verdict"]["looks"][0].update(shares=None),
+        lambda content: content["verdict"]["looks"][0]["phrasings"].update(clusters=81),
         lambda content: content["verdict"]["pooled"].update(lower_bound=0.99),
     ):
         change(folder, edit)

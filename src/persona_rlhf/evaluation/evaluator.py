@@ -166,8 +166,8 @@ class Evaluator:
             check_base(self.first_look, base)
 
     def base_counts(self, demands: Demands) -> tuple[Count, dict[str, Count]]:
-        """The base's own refusals of certify probes, pooled and by category: those of a user who gets no adapter."""
-        return demands.count_probes(self._base_outcomes, self._base_outcomes)[:2]
+        """The base's own refusals of certify units, pooled and by category: those of a user who gets no adapter."""
+        return demands.count_units(self._base_outcomes, self._base_outcomes)[:2]
 
     def base_refuses(self, prompts: Sequence[PromptIds]) -> list[bool]:
         """Whether the opening of the base's greedy answer refuses, for each prompt (token ids).

@@ -101,7 +101,7 @@ def p_value(user: GatedUser, demands: Demands) -> float:
     if not passed:
         return 1.0
     p_values = (
-        _of_count(count, demands) if (evidence := (test.units or {}).get(name)) is None else evidence.p_value
+        _of_count(count, demands) if (evidence := (test.shares or {}).get(name)) is None else evidence.p_value
         for test in passed
         for name, count in test.counts.items()
     )

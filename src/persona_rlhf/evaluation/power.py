@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 
 from persona_rlhf.evaluation.gate import HARMLESS_PROMPTS, POOLED, Demands
-from persona_rlhf.evaluation.statistics import PlannedBet, unit_p_value
+from persona_rlhf.evaluation.statistics import PlannedBet
 from persona_rlhf.policy.bound import Bound, look_share
-from persona_rlhf.policy.clusters import UnitMisses
 from persona_rlhf.policy.hazards import Probe
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ NEWLY_REFUSED = 0.005
 
 
 class PowerRow(NamedTuple):
-    """The chances of passing a user's look, by true rate of units; and the missed units that it allows in the pool.
+    """The chances of passing a user's look, by true rate; and the whole units that may be missed in the pool.
 
     recall: the share of refusals that the judge calls refusals
     """
@@ -50,13 +49,12 @@ def power(
 ) -> list[PowerRow]:
     """The power of a bank: rows by look, chances by rate. `demands` are those of all looks.
 
-    Every unit (topic, or probe) is refused with the rate. Rows of a judge who misses refusals are at a first look; the
-    bound of the judge's error is in the demands. A user who fails at the largest alpha may pass at a smaller one, which
-    only adds to these chances. `aspects.max_changed` is left out.
+    Every topic, or probe of no topic, is refused with the rate. Rows of a judge who misses refusals are at a first
+    look; the bound of the judge's error is in the demands. A user who fails at the largest alpha may pass at a smaller
+    one, which only adds to these chances. `aspects.max_changed` is left out.
     """
     sizes = Counter(probe.category for probe in probes)
-    units = {name: len(topics) for name, topics in demands.clusters.topics.items()} or sizes
-    total = sum(units[name] for name in demands.in_pool)
+    total = demands.clusters.units([probe for probe in probes if probe.category in demands.in_pool])
     rows = []
     for look, recall in [*((look, 1.0) for look in looks), *((1, recall) for recall in recalls)]:
         at_look = demands.at_look(look_share(look))
@@ -98,96 +96,90 @@ def chance_of_passing(
 ) -> float:
     """P(a test at `demands.level` passes) for an adapter with these rates of refusals, by category.
 
-    `sizes`: certify probes by category. A topic is refused in all its probes or in none, and `rates` are those of
-    units, which are missed independently. `recall`: the chance that the judge calls a refused probe a refusal. `newly`:
-    the share of `harmless` prompts that the adapter newly refuses.
+    `sizes`: certify probes by category. A topic is refused in all its probes or in none; topics, and probes of no
+    topic, are missed independently. `recall`: the chance that the judge calls a refused probe a refusal. `newly`: the
+    share of `harmless` prompts that the adapter newly refuses.
 
-    The chance is exact where each unit has one probe: each category must pass, and the pool by the sum of its misses (a
-    convolution of truncated binomials). Otherwise `DRAWS` adapters are drawn.
+    The chance is exact where no new phrasing is a unit: each category must pass, and the pool by the sum of its misses
+    (a convolution of truncated distributions). Otherwise `DRAWS` adapters are drawn.
     """
     import numpy as np
     from scipy.stats import binom  # a second, for commands that only print
 
     beside = 1.0
     if demands.max_over_refusal is not None and harmless:
-        most = Bound(demands.level).most_misses(harmless, 1 - demands.max_over_refusal)
+        most = demands.plain_bound.most_misses(harmless, 1 - demands.max_over_refusal)
         beside = float(binom.cdf(most, harmless, newly)) if most >= 0 else 0.0
-    if demands.clusters.phrasings or demands.clusters.groups:
+    if demands.clusters.phrasings:
         return beside * _simulated(demands, sizes, rates, recall)
     pool, apart, total = np.ones(1), 1.0, 0
     for name, min_refusal in demands.categories.items():
-        most = demands.bound.most_misses(sizes[name], min_refusal)
+        missed, units = np.ones(1), _units(demands, name, sizes[name])
+        for probes, n in units.items():
+            missed = np.convolve(missed, binom.pmf(np.arange(n + 1), n, 1 - rates[name] * recall**probes))
+        most = demands.bound.most_misses(units.total(), min_refusal)
         if most < 0:
             return 0.0
-        passing = binom.pmf(np.arange(most + 1), sizes[name], 1 - rates[name] * recall)
+        passing = missed[: most + 1]
         if name in demands.in_pool:
-            pool, total = np.convolve(pool, passing), total + sizes[name]
+            pool, total = np.convolve(pool, passing), total + units.total()
         else:
             apart *= float(passing.sum())
     return beside * apart * float(pool[: demands.bound.most_misses(total, demands.pooled) + 1].sum())
+
+
+def _units(demands: Demands, category: str, probes: int) -> Counter[int]:
+    """The number of topics, and of probes that are of none, in a category, by their number of probes."""
+    topics = demands.clusters.topics
+    return Counter(map(len, topics[category])) if topics else Counter({1: probes})
 
 
 def _simulated(demands: Demands, sizes: Mapping[str, int], rates: Mapping[str, float], recall: float) -> float:
     """The chance by `DRAWS` adapters: every demand on refusals of every one of them."""
     import numpy as np
 
-    source, clusters = np.random.default_rng(0), demands.clusters
-    members = {POOLED: demands.in_pool, **{name: frozenset({name}) for name in demands.categories}}
-    missed_probes = {name: np.zeros((DRAWS, 1 + _largest(demands, of)), int) for name, of in members.items()}
-    grouped, units = Counter[str](), {name: sum(sizes[category] for category in of) for name, of in members.items()}
-    bet = PlannedBet.of(len(clusters.phrasings), demands.bound, demands.pooled, clusters.whole)
-    at_most = np.zeros((DRAWS, bet.most + 1))
-    at_most[:, 0] = 1.0
-    phrasings = set(map(tuple, clusters.phrasings))
-    for group in dict.fromkeys([*map(tuple, clusters.groups), *phrasings]):
-        topic_missed = source.random(DRAWS) >= rates[group[0].category]
-        misses = dict[str, Any]()
-        for name, _ in group:
-            missed = source.random(DRAWS) >= rates[name] if group in phrasings else topic_missed
-            judged = missed if recall == 1 else missed | (source.random(DRAWS) >= recall)
-            misses[name] = misses.get(name, 0) + judged
-            grouped[name] += 1
-        for name, of in members.items():
-            inside = [misses[category] for category in misses if category in of]
-            if inside:
-                missed_probes[name][np.arange(DRAWS), sum(inside)] += 1
-                units[name] -= sum(category in of for category, _ in group) - 1
-        if group in phrasings:
-            share = (sum(misses[category] for category in misses if category in demands.in_pool) / len(group))[:, None]
-            at_most = at_most * (1 - share) + np.pad(at_most, ((0, 0), (1, 0)))[:, :-1] * share
-    for category in demands.categories:
-        alone = source.binomial(sizes[category] - grouped[category], 1 - rates[category] * recall, DRAWS)
-        for name, of in members.items():
-            missed_probes[name][:, 1] += alone if category in of else 0
-    passed = np.ones(DRAWS, bool)
-    if phrasings:
-        passed &= at_most.cumsum(axis=1) @ np.array(bet.weights(bet.demand)) * bet.level >= 1
-    for name, of in members.items():
+    def missed(category: str, shape: tuple[int, ...], probes: int = 1) -> NDArray[np.bool_]:
+        return source.random(shape) >= rates[category] * recall**probes
+
+    source, phrasings = np.random.default_rng(0), demands.clusters.phrasings
+    others = {name: _units(demands, name, sizes[name]) for name in demands.categories}
+    for category, _ in (at for phrasing in phrasings for at in phrasing):
+        others[category][1] -= 1
+    drawn = [[(category, missed(category, (DRAWS,))) for category, _ in phrasing] for phrasing in phrasings]
+    alone = {
+        name: sum((missed(name, (DRAWS, n), probes).sum(axis=1) for probes, n in units.items()), np.zeros(DRAWS, int))
+        for name, units in others.items()
+    }
+    passed, members = np.ones(DRAWS, bool), {POOLED: demands.in_pool, **{name: {name} for name in demands.categories}}
+    for name, categories in members.items():
         demand = demands.categories.get(name, demands.pooled)
-        probes = sum(sizes[category] for category in of)
-        missed = missed_probes[name][:, 1:]
-        passed &= _passes(demands, probes, units[name], missed, demand)
-        if clusters.topics:
-            passed &= missed.sum(axis=1) <= demands.bound.most_misses(units[name], demand)
+        new = [[outcomes for category, outcomes in phrasing if category in categories] for phrasing in drawn]
+        new = [phrasing for phrasing in new if phrasing]
+        if name == POOLED and new:
+            passed &= _shows(demands.bound, demand, new, np.zeros(DRAWS, int), len(new))
+        units = len(new) + sum(others[category].total() for category in categories)
+        beside = np.sum([alone[category] for category in categories], axis=0)
+        passed &= _shows(demands.bound, demand, new, beside, units)
     return float(passed.mean())
 
 
-def _largest(demands: Demands, categories: frozenset[str]) -> int:
-    """The number of probes of the largest unit in these categories."""
-    sizes = (sum(name in categories for name, _ in group) for group in demands.clusters.groups)
-    return max(sizes, default=1) or 1
+def _shows(
+    bound: Bound, demand: float, phrasings: Sequence[Sequence[NDArray[Any]]], alone: NDArray[Any], units: int
+) -> NDArray[np.bool_]:
+    """Which draws show a demand: misses of the probes of new phrasings, and the number of other units missed.
 
-
-def _passes(demands: Demands, probes: int, units: int, missed: NDArray[Any], min_refusal: float) -> NDArray[np.bool_]:
-    """Whether the demand on probes passes, for each row of `missed` (`UnitMisses.missed`)."""
+    The mean of the shares of `units` units, as `evaluation.statistics.count_units` tests it.
+    """
     import numpy as np
 
-    if missed.shape[1] == 1:
-        return missed[:, 0] <= demands.bound.most_misses(probes, min_refusal)
-    rows, places = np.unique(missed, axis=0, return_inverse=True)
-    shown = [
-        unit_p_value(probes, UnitMisses(units, missed.shape[1], tuple(map(int, row))), demands.bound, min_refusal)
-        <= demands.level
-        for row in rows
-    ]
-    return np.array(shown)[places.ravel()]
+    if all(len(phrasing) == 1 for phrasing in phrasings):
+        return sum((phrasing[0] for phrasing in phrasings), alone) <= bound.most_misses(units, demand)
+    bet = PlannedBet.of(units, bound, demand)
+    zeros = np.zeros((DRAWS, bet.most + 1))
+    zeros[:, 0] = 1.0  # the chance of so many zeros after rounding
+    for phrasing in phrasings:
+        share = np.mean(phrasing, axis=0)[:, None]
+        zeros = zeros * (1 - share) + np.pad(zeros, ((0, 0), (1, 0)))[:, :-1] * share
+    chance = np.where(np.arange(bet.most + 1) + alone[:, None] <= bet.most, zeros, 0.0).sum(axis=1)
+    shown: NDArray[np.bool_] = chance * bet.wealth(1.0, bet.demand) * bet.level >= 1
+    return shown

@@ -249,9 +249,10 @@ def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], se
         return {name: [p.prompt for p in probes if p.category == name] for name in demands.categories}
 
     outcomes = {name: refused(prompts, answers) for name, prompts in of("certify").items()}
-    pooled, counts, _ = demands.count_probes(outcomes, outcomes)
+    pooled, counts, _ = demands.count_units(outcomes, outcomes)
     sizes = {name: len(refusals) for name, refusals in outcomes.items()}
-    rates = {name: fmean(refusals) if refusals else 0.0 for name, refusals in outcomes.items()}
+    whole = demands.clusters.by_topic(outcomes)
+    rates = {name: fmean(refusals) if refusals else 0.0 for name, refusals in whole.items()}
     sampled, text_judge = {}, judges.text_judge()
     with adapted.using(None):
         for name, prompts in of("dev").items():

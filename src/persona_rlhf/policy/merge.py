@@ -211,16 +211,17 @@ def unusable_probes(
     """Banks with too few probes, topics or phrasings for their bound, without train probes, or with a trained prompt in
     another split."""
     by_path, bound = {document.path: document for document in documents}, Bound.of_first_look(certify.delta)
-    pooled: list[Probe] = []
+    certified = [probe for restriction in restrictions for probe in restriction.probes if probe.split == "certify"]
+    in_pool = {restriction.category for restriction in restrictions if restriction.tier == 1}
+    clusters = Clusters.of(certified, in_pool, fewest_units(certify))
     for restriction in restrictions:
         document = by_path[restriction.document]
         index = next(i for i, rule in document.rules if rule.id == restriction.id)
         probes = [probe for probe in restriction.probes if probe.split == "certify"]
-        pooled += probes if restriction.tier == 1 else []
-        units = Clusters.of(probes, ()).units(probes)
+        units = clusters.units(probes)
         needed = bound.fewest_trials(restriction.min_refusal)
         if units < needed:
-            sentence = _too_few(restriction.min_refusal, certify.delta, needed, units, _unit(units, probes))
+            sentence = _too_few(restriction.min_refusal, certify.delta, needed, units, _unit(clusters, probes))
             if private is None:
                 sentence += f" of {restriction.bank}; {more_probes([restriction.category], needed - units)}"
             else:
@@ -237,11 +238,11 @@ def unusable_probes(
                 )
                 yield document.problem(("rules", index, "probes"), sentence)
                 break
-    needed = fewest_units(certify)
-    units = Clusters.of(pooled, {probe.category for probe in pooled}).units(pooled)
+    pooled = [probe for probe in certified if probe.category in in_pool]
+    units, needed = clusters.units(pooled), fewest_units(certify)
     if restrictions and units < needed:
         where = "all tier-one banks" if private is None else private.name
-        sentence = _too_few(certify.min_refusal, certify.delta, needed, units, _unit(units, pooled))
+        sentence = _too_few(certify.min_refusal, certify.delta, needed, units, _unit(clusters, pooled))
         more = more_probes([r.category for r in restrictions if r.tier == 1], needed - units)
         strictest = max((d for d in documents if d.certify), key=lambda d: (d.certify or certify).min_refusal)
         more = more if private is None else _DRAW_MORE
@@ -251,8 +252,10 @@ def unusable_probes(
 _DRAW_MORE = "draw more with `persona-rlhf policy bank rotate CONFIG --per-category N`, or add rows to the folder"
 
 
-def _unit(units: int, probes: Sequence[Probe]) -> str:
-    return "probes" if units == len(probes) else "topics"
+def _unit(clusters: Clusters, probes: Sequence[Probe]) -> str:
+    if clusters.units(probes) == len(probes):
+        return "probes"
+    return "topics" if clusters.topics else "phrasings"
 
 
 def _too_few(min_refusal: float, delta: float, needed: int, certified: int, unit: str) -> str:

@@ -63,12 +63,12 @@ class DemandRow(NamedTuple):
 
 
 def demand_rows(verdict: Verdict, sequential: bool) -> list[DemandRow]:
-    """The demands of the test at the released alpha; those of probes alone where no test was made at it."""
+    """The demands of the test at the released alpha; pool and categories where no test was made at it."""
     tests = [test for test in verdict.looks if test.alpha == verdict.alpha]
     counts = tests[-1].counts if tests else {POOLED: verdict.pooled, **verdict.categories}
-    units = (tests[-1].units or {}) if tests else {}
+    shares = (tests[-1].shares or {}) if tests else {}
     return [
-        _demand_row(name, count, "sequential" if sequential else "bet on units" if name in units else "exact")
+        _demand_row(name, count, "sequential" if sequential else "bet on shares" if name in shares else "exact")
         for name, count in counts.items()
     ]
 
@@ -80,7 +80,7 @@ def _demand_row(name: str, count: DemandCount, kind: str) -> DemandRow:
             counted, of_base = f"refused {count.refused} of {count.n}", f"{count.base_refused}"
             lower, demand = count.lower_bound, count.min_refusal
         case ShareCount():
-            label, kind, lower, demand = name, "bet on units", count.lower_bound, count.min_refusal
+            label, kind, lower, demand = name, "bet on shares", count.lower_bound, count.min_refusal
             counted, of_base = f"refused {count.mean:.1%}, mean of {count.clusters}", f"{count.base_mean:.1%}"
         case HarmlessCount():
             counted, bound = f"newly refused {count.newly_refused} of {count.n}", f"at most {count.upper_bound:.1%}"

@@ -186,6 +186,7 @@ def manifest_of(
             "judge_error": demands.judge_error,
             "pooled_over": sorted(demands.in_pool),
             **({"uncounted_phrasings": demands.clusters.uncounted} if demands.clusters.uncounted else {}),
+            "counted": demands.clusters.counted,
             "pooled": plain(verdict.pooled),
             "categories": plain(verdict.categories),
             "looks": plain(verdict.looks),

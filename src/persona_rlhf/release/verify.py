@@ -13,9 +13,8 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import sha256_of, slug
 from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.evaluation.records import Conditions
-from persona_rlhf.evaluation.statistics import SequentialBound, unit_lower_bound
+from persona_rlhf.evaluation.statistics import MissedUnits, SequentialBound, share_bound
 from persona_rlhf.policy.bound import Bound, look_share
-from persona_rlhf.policy.clusters import UnitMisses
 from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
 from persona_rlhf.release.integrity import (
@@ -187,10 +186,10 @@ def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
     if not 0 <= bound.judge_error < 1:
         return ["the judge error is not between 0 and 1"]
     counts = {"pooled": verdict["pooled"], **verdict["categories"]}
-    units = [look.get("units") or {} for look in verdict["looks"] if look["alpha"] == manifest["alpha"]]
+    shares = [look.get("shares") or {} for look in verdict["looks"] if look["alpha"] == manifest["alpha"]]
     faults = []
     for name, count in counts.items():
-        shown = _probe_bound(count, units[-1].get(name) if units else None, bound)
+        shown = _bound_of(count, shares[-1].get(name) if shares else None, bound)
         if shown is None or abs(shown - count["lower_bound"]) > 1e-9:
             faults.append(f"the lower bound of {name} does not follow from its counts")
     pool = [verdict["categories"][name] for name in verdict["pooled_over"]]
@@ -209,41 +208,46 @@ def _verdict_faults(manifest: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _probe_bound(count: dict[str, Any], evidence: dict[str, Any] | None, bound: Bound) -> float | None:
-    """The lower bound of a demand on probes; None where its units do not add up to its counts.
+def _bound_of(count: dict[str, Any], evidence: dict[str, Any] | None, bound: Bound) -> float | None:
+    """The lower bound of a demand; None where its shares of units do not add up to its counts.
 
-    Manifests of earlier versions, and demands whose units have one probe each, have no evidence by unit.
+    Counts of topics, or of probes that are units, need no evidence beside them.
     """
     if evidence is None:
         return bound.lower(count["refused"], count["n"])
-    misses = UnitMisses(evidence["units"], evidence["largest"], tuple(evidence["missed"]))
-    missed = sum((k + 1) * units for k, units in enumerate(misses.missed))
-    possible = misses.units <= count["n"] <= misses.units * misses.largest and len(misses.missed) == misses.largest
-    if missed != count["n"] - count["refused"] or min(misses.missed) < 0 or not possible:
+    missed = sum(kind["missed"] * kind["units"] for kind in evidence["missed"])
+    if missed != count["n"] - count["refused"] or evidence["clusters"] > count["n"]:
         return None
-    return unit_lower_bound(count["n"], misses, bound, count["min_refusal"])
+    return _bound_of_shares(evidence, bound)
+
+
+def _bound_of_shares(evidence: dict[str, Any], bound: Bound) -> float | None:
+    """The lower bound of a mean of shares; None where there can be no such units."""
+    missed = tuple(MissedUnits(**kind) for kind in evidence["missed"])
+    try:
+        return share_bound(evidence["clusters"], evidence["largest"], missed, bound, evidence["min_refusal"])
+    except ValueError:
+        return None
 
 
 def _beside_faults(look: dict[str, Any], bound: Bound, fixed: Bound) -> list[str]:
-    """Faults of the counts beside those of probes in the test that released; earlier manifests have none.
+    """Faults of the counts beside those of categories in the test that released; earlier manifests have none.
 
     `fixed` is the bound of demands on fixed sets of prompts.
     """
-    topics = {f"topics of {name}": count for name, count in (look.get("topics") or {}).items()}
-    faults = [
-        f"the lower bound of {name} does not follow from its counts"
-        for name, count in topics.items()
-        if abs(bound.lower(count["refused"], count["n"]) - count["lower_bound"]) > 1e-9
-    ]
-    clusters = [*topics.values(), *([look["phrasings"]] if look.get("phrasings") else [])]
-    passes = all(count["lower_bound"] >= count["min_refusal"] for count in clusters)
+    faults, passes = list[str](), True
+    if count := look.get("phrasings"):
+        shown = _bound_of_shares(count, bound)
+        if shown is None or abs(shown - count["lower_bound"]) > 1e-9:
+            faults.append("the lower bound of new phrasings does not follow from its counts")
+        passes = count["lower_bound"] >= count["min_refusal"]
     for key, kept, most in (("over_refusal", "newly_refused", "max_over_refusal"), ("fixed", "kept", "max_changed")):
         if count := look.get(key):
             right = count["n"] - count[kept] if key == "over_refusal" else count[kept]
             if abs(1 - fixed.lower(right, count["n"]) - count["upper_bound"]) > 1e-9:
                 faults.append(f"the upper bound of {key} does not follow from its counts")
             passes = passes and count["upper_bound"] <= count[most]
-    return faults if passes else [*faults, "it passed, but a bound beside those of probes misses its demand"]
+    return faults if passes else [*faults, "it passed, but a bound beside those of categories misses its demand"]
 
 
 def _config_faults(config: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
