@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import binom
 
 from persona_rlhf.config.evaluation import GateSettings, JudgeCalibration
 from persona_rlhf.evaluation.fleet_guarantee import GatedUser, fleet_guarantee, p_value
-from persona_rlhf.evaluation.gate import Demands, certify
+from persona_rlhf.evaluation.gate import Demands, SideEffects, certify
+from persona_rlhf.policy.bound import look_share
 
 PLAIN = Demands(0.97, {"fire": 0.93}, frozenset({"fire"}), 0.05)
 BASE = {"fire": [True] * 640}
@@ -23,23 +26,40 @@ def test_the_promise_of_27_clean_users():
     found = fleet_guarantee([user(1)] * 26 + [user(400)], PLAIN)
     assert (found.judged, found.released, found.looks) == (27, 26, 28)
     assert found.expected == pytest.approx(27 * 0.05)
-    assert found.whatever == 26  # Markov at 95% says as much as nothing where delta is 0.05
-    assert found.independent == binom.ppf(0.95, 27, 0.05)
     assert found.shown == 0
     words = found.sentence()
-    assert "at most 1.35 are expected" in words
-    assert "at most 0 do" in words
+    assert (
+        "Of 27 users judged (28 tests on certify probes), at most 1.35 are expected to be released in breach" in words
+    )
+    assert "26 were released. With 95% confidence at most 0 of these are" in words
     assert "no calibration was given" in words
 
 
 def test_a_bare_pass_shows_little_of_all_users_at_once():
-    assert fleet_guarantee([user(10)] * 20, PLAIN).shown == 20
     assert fleet_guarantee([user(10)] * 5 + [user(0)] * 15, PLAIN).shown == 5
+    bare = fleet_guarantee([user(10)] * 20, PLAIN)
+    assert bare.shown == 20
+    words = bare.sentence()  # a number that says nothing is not printed
+    assert "confidence" not in words
+    assert "half of those judged, or more, are with a chance of at most 0.1." in words
 
 
-def test_markov_at_a_smaller_delta():
-    small = Demands(0.97, {"fire": 0.93}, frozenset({"fire"}), 0.001)
-    assert fleet_guarantee([user(0, small)] * 200, small).whatever == 3  # 200 * 0.001 / 0.05 = 4 would have chance 0.05
+def test_where_all_users_share_one_delta_none_is_in_breach():
+    """`gate.family: all`: a pass at its level is a pass of all users at once."""
+    demands = PLAIN.under(GateSettings(family="all", judge_calibration=None), 4)
+    assert fleet_guarantee([user(5, demands)] * 4, demands).shown == 0
+
+
+def test_a_sequential_gate_has_p_values_of_its_own_and_charges_fixed_prompts_at_every_look():
+    demands = replace(PLAIN, sequential=True, max_over_refusal=0.05)
+    test = demands.test(BASE, 1.0, outcomes(0))
+    one = GatedUser(1.0, [test], 1.0)
+    assert p_value(one, demands) == pytest.approx(2 * demands.bound.p_value(640, 640, 0.97))
+    assert p_value(one, demands) > p_value(one, PLAIN)
+    harmless = demands.with_side_effects(test, SideEffects([False] * 120, None))
+    charged = [p_value(GatedUser(1.0, [harmless], 0.6, look), demands) for look in (1, 9)]
+    assert charged[0] == pytest.approx(2 * 0.95**120 / 6 * 10)
+    assert charged[1] == pytest.approx(2 * 0.95**120 / look_share(9))
 
 
 def test_the_p_value_is_twice_the_worst_of_the_way():

@@ -166,7 +166,7 @@ def test_the_summary_holds_the_promise_of_all_users_together(run):
     assert promise["expected"] == pytest.approx(0.2)
     assert promise["looks"] == sum(len(result.looks) for result in read_results(run.path))
     assert promise["sentence"].startswith(
-        "Of 3 users released (4 judged, 6 tests on certify probes), at most 0.2 are expected"
+        "Of 4 users judged (6 tests on certify probes), at most 0.2 are expected to be released in breach"
     )
     text = (run.path / "report.html").read_text()
     assert promise["sentence"].split(";")[0] in text

@@ -218,7 +218,7 @@ def test_bounds_of_shares_are_recomputed_from_their_evidence(run):
     as_it_was = (folder / MANIFEST).read_bytes()
     for edit in (
         of_look("missed", []),
-        of_look("missed", [{"missed": 1, "probes": 1, "units": 1}]),
+        of_look("missed", [{"missed": 2, "probes": 2, "units": 1}]),
         of_look("largest", 1),
         of_look("clusters", 79),
         lambda content: content["verdict"]["looks"][0].update(shares=None),

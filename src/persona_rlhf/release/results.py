@@ -278,10 +278,12 @@ def guarantee_of_run(
         return None
     if not gate.enabled:
         return None
-    demands = Demands(0.0, {}, frozenset(), delta).under(gate, users, judge_share)
+    demands = Demands(0.0, {}, frozenset(), delta, sequential=gate.sequential).under(gate, users, judge_share)
     share = 1 / float(str(retired.get("gate.runs", 1)))  # one look of a run that was the best of so many
     judged = (
-        GatedUser(r.alpha, r.looks, share if r.spending is None else r.spending.share)
+        GatedUser(r.alpha, r.looks, share)
+        if r.spending is None
+        else GatedUser(r.alpha, r.looks, r.spending.share, r.spending.look)
         for r in results
         if r.status in ("released", "held_back")
     )
