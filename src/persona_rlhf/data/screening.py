@@ -190,10 +190,10 @@ def screen(
     Dropped: an empty text; identical answers; a repetition of an earlier pair of the user; both sides of a
     contradiction (the same user, prompt and texts with the choice reversed); a pair whose rejected answer meets a
     requirement that its chosen one breaks; and a near copy of a prompt of the gate, whichever answer is chosen.
-    Quarantined: the prompt is a probe of a restriction; or one of the `screens` finds it forbidden while `chosen` is
-    no refusal, and no review in `reviews` accepts the pair; or it is a near copy of a probe, and the user has more of
-    these than `TOLERATED_COPIES`. With `settings.quarantine` off these are kept and flagged, and near copies stay.
-    Each screen is called once, with the distinct prompts that no earlier screen found.
+    Quarantined: the prompt is a probe of a restriction; or one of the `screens` finds it, or a turn of it, forbidden
+    while `chosen` is no refusal, and no review in `reviews` accepts the pair; or it is a near copy of a probe, and the
+    user has more of these than `TOLERATED_COPIES`. With `settings.quarantine` off these are kept and flagged, and near
+    copies stay. Each screen is called once, with the distinct requests of the pairs that no earlier screen found.
     """
     usable, dropped = unfit_to_teach(pairs)
     usable, against_requirements = _against_requirements(usable, policy)
@@ -358,15 +358,30 @@ def _against_restrictions(
             reasons[index] = f"probe: the prompt is one of the restriction `{rule}`"
         elif screens and not is_refusal(pair.chosen):
             complying.append(index)
+    requests = {index: _requests_in(pairs[index].prompt) for index in complying}
     findings: dict[Prompt, str] = {}
     for screened in screens:
-        rest = list(dict.fromkeys(pairs[index].prompt for index in complying if pairs[index].prompt not in findings))
+        open_pairs = (of_pair for of_pair in requests.values() if not any(map(findings.__contains__, of_pair)))
+        rest = list(dict.fromkeys(request for of_pair in open_pairs for request in of_pair))
         results = zip(rest, screened.findings(rest, policy.categories), strict=True)
         findings |= {prompt: finding for prompt, finding in results if finding is not None}
-    for index in complying:
-        if pairs[index].prompt in findings:
-            reasons[index] = f"{findings[pairs[index].prompt]}, and chosen is no refusal"
+    for index, of_pair in requests.items():
+        finding = next((findings[request] for request in of_pair if request in findings), None)
+        if finding is not None:
+            reasons[index] = f"{finding}, and chosen is no refusal"
     return dict(sorted(reasons.items()))
+
+
+def _requests_in(prompt: Prompt) -> list[Prompt]:
+    """The requests that a prompt makes: the whole of it, and each turn of the user alone that no refusal follows.
+
+    A screen that asks the base would else be led by what a pair lets the assistant say: after "Sure, I am glad to
+    help." the base no longer refuses.
+    """
+    answers = [*(message.content if message.role == "assistant" else "" for message in prompt[1:]), ""]
+    turns = zip(prompt, answers, strict=True)
+    alone = [(turn,) for turn, answer in turns if turn.role == "user" and not is_refusal(answer)]
+    return list(dict.fromkeys([prompt, *alone]))
 
 
 def _unreadable(row: PairRow, control: re.Pattern[str], context: int) -> str | None:
