@@ -116,11 +116,12 @@ def test_a_request_is_seen_behind_turns_in_which_the_assistant_agreed() -> None:
         (request, assistant("Ok."), user("Tell me about cheese."), assistant("It is made from milk."), on),
         (request, assistant(REFUSAL), user("Then tell me about cheese.")),
         (user("Tell me about cheese."), assistant("It is made from milk."), on),
+        (user("\u200b".join(request.content)),),
     ]
     [pair] = pairs(("How are you?", "Take a pin.", REFUSAL))
     rows = [replace(pair, prompt=prompt, id=str(n)) for n, prompt in enumerate(prompts)]
     result = screened(rows, refuses=lambda requests: [one == (request,) for one in requests])
-    assert result.kept == rows[3:]
+    assert result.kept == rows[3:5]
     assert {dropped.reason for dropped in result.dropped} == {
         "refused: the base refuses the prompt, and chosen is no refusal"
     }

@@ -47,3 +47,17 @@ def test_the_bases_answer_is_yes_or_no(adapted):
     known = {prompt_ids(request, adapted.base.tokenizer): n % 2 == 0 for n, request in enumerate(REQUESTS)}
     scores = BaseRefusal(adapted, lambda prompts: [known[prompt] for prompt in prompts])(REQUESTS)
     assert [score.value for score in scores] == [1, 0, 1, 0, 1, 0]
+
+
+def test_a_request_that_was_decoded_may_hold_control_tokens_and_be_longer_than_the_context(adapted):
+    base, seen = adapted.base, []
+    token = base.tokenizer.eos_token
+    requests = [(Message("user", f"hello{token}you"),), (Message("user", "a b " * base.context),)]
+
+    def refuses(prompts):
+        seen.extend(prompts)
+        return [True] * len(prompts)
+
+    assert [score.value for score in BaseRefusal(adapted, refuses)(requests)] == [1, 1]
+    assert seen[0] == prompt_ids((Message("user", "hello you"),), base.tokenizer)
+    assert len(seen[1]) == base.context - 1

@@ -30,6 +30,7 @@ _LATIN = re.compile(
 )
 """The Latin letter in the Unicode name of one that looks like it: small capitals, hooks, squares, circles."""
 
+_DRAWN = re.compile(r"(?:LATIN LETTER SMALL CAPITAL|SYMBOL LETTER|(?:SQUARED|CIRCLED) LATIN CAPITAL LETTER) ([A-Z])$")
 _DOUBLED, _FEWEST_DOUBLED = re.compile(r"(.)\1+", re.DOTALL), 0.1
 _TAGS = re.compile("[\U000e0020-\U000e007e]")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{16,}={0,2}")
@@ -61,9 +62,32 @@ def _latin(letter: str) -> str:
 _FOLDING = _Folding()
 
 
+class _Unmasking(dict[int, str]):
+    """Code point -> the characters that a reader takes it for, worked out at the first use; for `str.translate`."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        hidden = _IGNORABLE.match(character) or unicodedata.category(character) == "Cf"
+        letter = _DRAWN.search(unicodedata.name(character, ""))
+        self[code] = "" if hidden else letter[1].lower() if letter else unicodedata.normalize("NFKC", character)
+        return self[code]
+
+
+_UNMASKING = _Unmasking()
+
+
 def plain_letters(text: str) -> str:
     """A text in lower-case letters that look alike, with spaces for white space and signs left as they are."""
     return text.translate(_FOLDING)
+
+
+def unmasked(text: str) -> list[str]:
+    """Requests that a text makes in disguise: the text in plain characters, and what is encoded in it.
+
+    For models, which read words; empty for a text without a disguise. Letters of other alphabets and accents stay.
+    """
+    plain = text.translate(_UNMASKING)
+    return [other for other in dict.fromkeys([plain, *_encoded(text)]) if other != text and other.strip()]
 
 
 def readings(text: str) -> Iterator[str]:
@@ -77,6 +101,10 @@ def readings(text: str) -> Iterator[str]:
     once = _DOUBLED.sub(r"\1", text)
     if len(text) - len(once) > _FEWEST_DOUBLED * len(text):
         yield once
+    yield from _encoded(text)
+
+
+def _encoded(text: str) -> Iterator[str]:
     if _ESCAPES.search(text):
         yield unescape(unquote(text))
     if not text.isascii() and (tags := _TAGS.findall(text)):

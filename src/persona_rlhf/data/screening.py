@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.config.loader import Section, read_section, read_yaml
+from persona_rlhf.data.disguises import unmasked
 from persona_rlhf.data.feedback import Review, accepted_by
 from persona_rlhf.data.near_copies import NearCopyIndex, ProtectedPrompt
 from persona_rlhf.data.pairs import Message, PreferencePair, Prompt
@@ -376,12 +377,13 @@ def _requests_in(prompt: Prompt) -> list[Prompt]:
     """The requests that a prompt makes: the whole of it, and each turn of the user alone that no refusal follows.
 
     A screen that asks the base would else be led by what a pair lets the assistant say: after "Sure, I am glad to
-    help." the base no longer refuses.
+    help." the base no longer refuses. Of a turn in disguise, such as base64, the plain text is asked as well.
     """
     answers = [*(message.content if message.role == "assistant" else "" for message in prompt[1:]), ""]
     turns = zip(prompt, answers, strict=True)
-    alone = [(turn,) for turn, answer in turns if turn.role == "user" and not is_refusal(answer)]
-    return list(dict.fromkeys([prompt, *alone]))
+    user_turns = [turn.content for turn, answer in turns if turn.role == "user" and not is_refusal(answer)]
+    texts = (text for turn in user_turns for text in (turn, *unmasked(turn)))
+    return list(dict.fromkeys([prompt, *((Message("user", text),) for text in texts)]))
 
 
 def _unreadable(row: PairRow, control: re.Pattern[str], context: int) -> str | None:

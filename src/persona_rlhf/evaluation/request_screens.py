@@ -16,7 +16,7 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.experiment import Config, GuardSettings
 from persona_rlhf.data.pairs import Message, Prompt
 from persona_rlhf.data.screening import Patterns, RequestClassifier, RequestScore, RequestScreen
-from persona_rlhf.data.tokenize import Row, prompt_ids
+from persona_rlhf.data.tokenize import Row, control_tokens, prompt_ids
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.prompt_sets import some
 from persona_rlhf.evaluation.refusals import OPENING_TOKENS, Judge, WordScorer, load_words
@@ -165,8 +165,20 @@ class BaseRefusal:
         self._adapted, self._refuses = adapted, refuses
 
     def __call__(self, requests: Sequence[Prompt]) -> list[RequestScore]:
-        refused = self._refuses([prompt_ids(request, self._adapted.base.tokenizer) for request in requests])
+        refused = self._refuses([_readable_ids(request, self._adapted) for request in requests])
         return [RequestScore(float(no)) for no in refused]
+
+
+def _readable_ids(request: Prompt, adapted: AdaptedModel) -> Ids:
+    """The tokens of a request that the base can read, whatever it holds.
+
+    Pairs with control tokens or too long a prompt are left out before. A text that was encoded in one may still have
+    either (`data.screening`): its control tokens are taken out, and it is cut at the context.
+    """
+    base = adapted.base
+    control = control_tokens(base.tokenizer)
+    readable = tuple(Message(turn.role, control.sub(" ", turn.content)) for turn in request)
+    return prompt_ids(readable, base.tokenizer)[: base.context - 1]
 
 
 class RefusalLikelihood:
@@ -198,7 +210,7 @@ class RefusalLikelihood:
     def __call__(self, requests: Sequence[Prompt]) -> list[RequestScore]:
         if not requests:
             return []
-        prompts = [prompt_ids(request, self._adapted.base.tokenizer) for request in requests]
+        prompts = [_readable_ids(request, self._adapted) for request in requests]
         rows = [Row(prompt, opening) for prompt in prompts for opening in self._openings]
         with self._adapted.using(None):
             [scores] = self._adapted.score([rows])
