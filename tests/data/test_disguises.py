@@ -95,7 +95,7 @@ def test_every_text_can_be_read(text: str) -> None:
     ],
 )
 def test_a_request_in_disguise_is_unmasked(disguise: str) -> None:
-    assert TEXT in unmasked(disguise)
+    assert any(other.startswith(TEXT[:-1]) for other in unmasked(disguise))
 
 
 def test_small_capitals_are_unmasked_in_lower_case() -> None:
@@ -103,6 +103,6 @@ def test_small_capitals_are_unmasked_in_lower_case() -> None:
     assert unmasked("\U0001f170\U0001f1e7") == ["ab"]
 
 
-@pytest.mark.parametrize("text", [TEXT, "", "Où est la bibliothèque ?", "Где метро?", "你好。"])
+@pytest.mark.parametrize("text", [TEXT, "", "Où est la bibliothèque\u202f?", "“Well…”", "Где метро?", "你好，世界。"])
 def test_an_open_text_needs_no_unmasking(text: str) -> None:
     assert unmasked(text) == []

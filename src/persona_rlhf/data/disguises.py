@@ -69,7 +69,8 @@ class _Unmasking(dict[int, str]):
         character = chr(code)
         hidden = _IGNORABLE.match(character) or unicodedata.category(character) == "Cf"
         letter = _DRAWN.search(unicodedata.name(character, ""))
-        self[code] = "" if hidden else letter[1].lower() if letter else unicodedata.normalize("NFKC", character)
+        plain = letter[1].lower() if letter else unicodedata.normalize("NFKC", character)
+        self[code] = "" if hidden else plain if character.isalnum() or letter else character  # quotes, dashes stay
         return self[code]
 
 
