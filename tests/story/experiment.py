@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
-import torch
 import yaml
 
 from persona_rlhf.common.files import shipped_root
 from persona_rlhf.policy.hazards import CATEGORIES, read_probes
-from tests.story.forked import run_forked
+from tests.story.forked import COMMAND, run_forked
 
 STRANGE = ("../../etc", "a/b", "CON", "\U0001f600" * 128, "Ann", "ann")
 OVERRIDES = (  # of the experiment that `init` writes: all of the line, little of each part
@@ -34,13 +33,9 @@ _PROBES = {"train": 30, "dev": 2, "certify": 24, "test": 4}  # of a category
 _PAIRS = {"train": 12, "heldout": 5}  # of a user
 
 
-def persona_rlhf(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+def persona_rlhf(*words: object, cwd: Path) -> CompletedProcess[str]:
     """Runs the command line in a process of its own, as a person would, on one thread."""
-    if torch.cuda.is_available():  # a process that was forked cannot use it
-        return subprocess.run(
-            command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600, check=False
-        )
-    return run_forked(list(map(str, words)), cwd, environment(), timeout=600)
+    return run_forked([COMMAND, *map(str, words)], cwd, environment(), timeout=600)
 
 
 def command(*words: object) -> list[str]:

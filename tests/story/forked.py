@@ -1,4 +1,4 @@
-"""The command line in a process of its own that is forked where torch and the package are imported already.
+"""The command line, or a script, in a process of its own that is forked where torch and the package are imported.
 
 To start Python and import torch takes longer than most commands do. The processes of one server share the seed of
 hashes; `tests.story.experiment.command` starts an interpreter of its own where that or the start matters.
@@ -12,9 +12,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from subprocess import CompletedProcess, TimeoutExpired
+from runpy import run_path
+from subprocess import CompletedProcess, TimeoutExpired, run
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
+
+import torch
 
 IMPORTED = (
     "persona_rlhf.cli.app",
@@ -28,28 +31,36 @@ IMPORTED = (
 )
 """Modules that the server imports before it forks; a command imports the others."""
 
+
+COMMAND = "persona-rlhf"
+
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(list(IMPORTED))
 
 
-def run_forked(
-    words: Sequence[str], cwd: Path, environment: Mapping[str, str], timeout: float
-) -> CompletedProcess[str]:
-    """Runs `persona-rlhf WORDS` in CWD under ENVIRONMENT, and returns what `subprocess.run` would."""
+def run_forked(argv: Sequence[str], cwd: Path, environment: Mapping[str, str], timeout: float) -> CompletedProcess[str]:
+    """Runs COMMAND or a Python file, with its arguments, in CWD under ENVIRONMENT; returns what `subprocess.run` would.
+
+    Where CUDA is available the process starts an interpreter of its own, for one that was forked cannot use it.
+    """
+    if torch.cuda.is_available():
+        program = ["-m", "persona_rlhf"] if argv[0] == COMMAND else [argv[0]]
+        command = [sys.executable, *program, *argv[1:]]
+        return run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     with TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        child = _server.Process(target=_run, args=(words, cwd, environment, out, err))
+        child = _server.Process(target=_run, args=(argv, cwd, environment, out, err))
         with patch.dict(os.environ, environment, clear=True):  # the first child starts the server
             child.start()
         child.join(timeout)
         if child.exitcode is None:
             child.kill()
             child.join()
-            raise TimeoutExpired(words, timeout, out.read_bytes(), err.read_bytes())
-        return CompletedProcess(words, child.exitcode, *(file.read_text(encoding="utf-8") for file in (out, err)))
+            raise TimeoutExpired(argv, timeout, out.read_bytes(), err.read_bytes())
+        return CompletedProcess(argv, child.exitcode, *(file.read_text(encoding="utf-8") for file in (out, err)))
 
 
-def _run(words: Sequence[str], cwd: Path, environment: Mapping[str, str], out: Path, err: Path) -> None:
+def _run(argv: list[str], cwd: Path, environment: Mapping[str, str], out: Path, err: Path) -> None:
     for file, stream in ((out, 1), (err, 2)):
         written = os.open(file, os.O_WRONLY | os.O_CREAT)
         os.dup2(written, stream)
@@ -57,10 +68,14 @@ def _run(words: Sequence[str], cwd: Path, environment: Mapping[str, str], out: P
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    sys.argv = ["persona-rlhf", *words]
-    from persona_rlhf.cli.app import main
-
+    sys.argv = argv
     try:
-        main()
+        if argv[0] == COMMAND:
+            from persona_rlhf.cli.app import main
+
+            main()
+        else:
+            sys.path.insert(0, str(Path(argv[0]).parent))
+            run_path(argv[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()

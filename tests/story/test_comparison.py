@@ -1,13 +1,12 @@
 """The script that compares constraints: every contender trains and is measured, and nothing is done twice."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from tests.scripts.loading import SCRIPTS, load_script
 from tests.story.experiment import environment
+from tests.story.forked import run_forked
 
 SMALL = (
     "dpo.epochs=1",
@@ -19,10 +18,7 @@ SMALL = (
 
 
 def compare(folder, *words):
-    command = [sys.executable, str(SCRIPTS / "compare_constraints.py"), *words]
-    return subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200, check=False
-    )
+    return run_forked([str(SCRIPTS / "compare_constraints.py"), *words], folder, environment(), timeout=200)
 
 
 @pytest.mark.slow
