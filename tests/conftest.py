@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ tests.typechecker.install()
 settings.register_profile("any machine", deadline=None)  # a slow machine is no failure; pytest's own limit stands
 settings.load_profile("any machine")
 
-
+os.fsync = lambda handle: None  # no test cuts the power, and a process that is killed loses nothing that it wrote
 gc.disable()  # until all tests are collected: what is imported stays
 
 
