@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintParamViolation, BeartypeCallHintReturnViolation
 from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def test_the_package_is_checked():
-    with pytest.raises(BeartypeCallHintParamViolation):
+    with pytest.raises(TypeCheckError):
         slug(3)
     with pytest.raises(TypeCheckError):
         reward_margins(PairLogps(*torch.zeros(4, 3)), 0.1)
@@ -30,9 +29,9 @@ def test_types_of_arguments_and_of_the_answer():
     def half(number: float, unread: Unread | None = None) -> int:
         return number / 2
 
-    with pytest.raises(BeartypeCallHintParamViolation):
+    with pytest.raises(TypeCheckError):
         half("3")
-    with pytest.raises(BeartypeCallHintReturnViolation):
+    with pytest.raises(TypeCheckError):
         half(3)
     assert half.__annotations__ == {"number": "float", "unread": "Unread | None", "return": "int"}
 

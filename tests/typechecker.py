@@ -16,9 +16,14 @@ from unittest.mock import patch
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
-from jaxtyping import AbstractArray, _decorator, _import_hook
+from jaxtyping import AbstractArray, TypeCheckError, _decorator, _import_hook
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int may stand where a float is asked for (PEP 484)
+checked = beartype(
+    conf=BeartypeConf(
+        is_pep484_tower=True,  # an int may stand where a float is asked for (PEP 484)
+        violation_type=TypeCheckError,  # a TypeError, as what the package meets without these checks
+    )
+)
 _jaxtyped = _decorator.jaxtyped
 
 
