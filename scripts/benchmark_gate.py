@@ -81,13 +81,13 @@ def main() -> None:
     table.add_row(f"training, {many} users", f"{training / many:.2f}", "")
     judged = f"the gate, {len(certify)} certify probes, {tests} tests"
     half = len(groups) // 2
-    for name, own in (
-        (judged, [cost for spent in rounds for cost in spent]),
-        ("first time, first half of the users", rounds[0][:half]),
-        ("first time, second half", rounds[0][half:]),
-    ):
-        table.add_row(name, f"{fmean(own):.2f}", f"{min(own):.2f} to {max(own):.2f}")
-        table.add_row("  over training", f"{fmean(own) * many / training:.2f}", "")
+    rows = [(judged, [cost for spent in rounds for cost in spent])]
+    if half:  # what users share is computed by those judged first
+        rows.append(("first time, first half of the users", rounds[0][:half]))
+    rows.append(("first time, second half" if half else "first time", rounds[0][half:]))
+    for name, costs in rows:
+        table.add_row(name, f"{fmean(costs):.2f}", f"{min(costs):.2f} to {max(costs):.2f}")
+        table.add_row("  over training", f"{fmean(costs) * many / training:.2f}", "")
     shares = f"{min(spared):.1%} to {max(spared):.1%}"
     table.add_row("answers that the shortcut spares", f"{sum(spared) / len(spared):.1%}", shares)
     Console(width=110).print(table)

@@ -13,7 +13,7 @@ from persona_rlhf.evaluation.metrics import (
     score_pairs_of_base,
     win_rate,
 )
-from persona_rlhf.models.adapted_model import RowScore
+from persona_rlhf.models.scores import RowScore
 
 
 def pair(user: str, n: int, chosen: str, rejected: str, clean: bool | None = None) -> PreferencePair:

@@ -15,8 +15,9 @@ from persona_rlhf.evaluation.refusals import (
     greedy_opening,
     refusal_outcomes,
 )
-from persona_rlhf.models.adapted_model import AdaptedModel, GreedyScore
+from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base
+from persona_rlhf.models.scores import GreedyScore
 
 TOKENS = 8
 
@@ -60,7 +61,9 @@ def written(terse, adapters, prompts):
     return alphas, answers
 
 
-def test_outcomes_are_those_of_decoding(terse, adapters, prompts, written):
+@pytest.mark.parametrize("padded", [False, True])
+def test_outcomes_are_those_of_decoding(terse, adapters, prompts, written, monkeypatch, padded):
+    monkeypatch.setattr(terse, "_steps_are_exact", not padded)
     alphas, answers = written
     found = refusal_outcomes(
         terse, adapters, alphas, prompts, BaseAnswers(terse, lambda text: len(text) % 2 == 0, TOKENS, harmless=True)

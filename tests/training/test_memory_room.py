@@ -5,7 +5,8 @@ import torch
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
-from persona_rlhf.models.adapted_model import AdaptedModel, run_in_passes
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.passes import run_in_passes
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import LagrangianConstraint
 from persona_rlhf.training.engine import Engine

@@ -166,7 +166,8 @@ def judges_of(gate: GateSettings, device: torch.device) -> GateJudges:
         return is_refusal(text) or certain(text)
 
     def second(answered: Sequence[AnsweredPrompt]) -> list[bool]:
-        return [beside(one.answer) for one in answered]
+        refused = {text: beside(text) for text in {one.answer for one in answered}}  # many refusals are alike
+        return [refused[one.answer] for one in answered]
 
     return GateJudges(first, second)
 

@@ -19,8 +19,9 @@ from persona_rlhf.evaluation.prompt_sets import Fact, some
 from persona_rlhf.evaluation.records import Accuracy, CleanAccuracy, Drift, Facts, Met, Perplexity, Toxic, WinRate
 from persona_rlhf.evaluation.refusals import PromptIds, answer_row, answer_text
 from persona_rlhf.evaluation.statistics import interval
-from persona_rlhf.models.adapted_model import AdaptedModel, RowScore
+from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.generation import Generated
+from persona_rlhf.models.scores import RowScore
 from persona_rlhf.policy.bound import Bound
 from persona_rlhf.policy.hazards import Split
 from persona_rlhf.policy.properties import applies, checkable, satisfied

@@ -20,10 +20,12 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.evaluation import ClassifierSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import Row
-from persona_rlhf.models.adapted_model import AdaptedModel, GreedyScore
+from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base_folder import TOKENIZER_FILES, cannot_load, model_folder, weight_files
 from persona_rlhf.models.generation import Generated
 from persona_rlhf.models.model_split import token_logps
+from persona_rlhf.models.row_answers import greedy_answers
+from persona_rlhf.models.scores import GreedyScore
 
 OPENING_TOKENS = 20
 """Tokens within which a refusal can be recognised as one."""
@@ -264,8 +266,9 @@ class BaseAnswers:
         The second judge is asked only where the first leaves the verdict open.
         """
         texts = [answer_text(self._adapted, answer) for answer in written]
-        openings = [answer._replace(ids=answer.ids[: self._opening]) for answer in written]
-        verdicts = [self.judge(answer_text(self._adapted, opening)) for opening in openings]
+        openings = [answer_text(self._adapted, answer._replace(ids=answer.ids[: self._opening])) for answer in written]
+        of_opening = {opening: self.judge(opening) for opening in set(openings)}  # many answers are alike
+        verdicts = [of_opening[opening] for opening in openings]
         if self._second is not None:
             places = [n for n, refused in enumerate(verdicts) if refused != self._harmless]
             decode = self._adapted.base.tokenizer.decode
@@ -307,27 +310,52 @@ def refusal_outcomes(
     base's verdict holds, refusal or not. The other answers are generated from the opening that the scores show.
     """
     if not prompts:
-        users = range(flat.shape[0])
-        return Refusals([[] for _ in users], [1.0 for _ in users], [[] for _ in users], [[] for _ in users])
+        each = range(flat.shape[0])
+        return Refusals([[] for _ in each], [1.0 for _ in each], [[] for _ in each], [[] for _ in each])
     answers = base.of(prompts)
     rows = [answer.row for answer in answers]
+    users = flat.shape[0]
+    refused = [[answer.refused for answer in answers] for _ in range(users)]
+    texts = [[answer.text for answer in answers] for _ in range(users)]
     with adapted.using(flat, alphas):
-        scores = adapted.score_greedy([rows] * flat.shape[0], [base.states] * flat.shape[0])
-    refused = [[answer.refused for answer in answers] for _ in scores]
-    texts = [[answer.text for answer in answers] for _ in scores]
-    changed = [[n for n, score in enumerate(user_scores) if not score.greedy] for user_scores in scores]
-    for group in _of_similar_counts([len(places) for places in changed]):
-        openings = [[greedy_opening(rows[n], scores[user][n]) for n in changed[user]] for user in group]
-        with adapted.using(flat[group], alphas[group]):
-            changed_prompts = [[prompts[n] for n in changed[user]] for user in group]
-            judged = base.judged(
-                changed_prompts, continue_answers(adapted, changed_prompts, openings, base.max_new_tokens)
-            )
-        for user, judged_answers in zip(group, judged, strict=True):
-            for n, answer in zip(changed[user], judged_answers, strict=True):
-                texts[user][n], refused[user][n] = answer.text, answer.refused
+        scores, written = _scored_and_written(adapted, flat, alphas, rows, base)
+        changed = [[n for n, answer in enumerate(user) if answer is not None] for user in written]
+        changed_prompts = [[prompts[n] for n in places] for places in changed]
+        judged = base.judged(changed_prompts, [[answer for answer in user if answer is not None] for user in written])
+    for user, judged_answers in enumerate(judged):
+        for n, judged_answer in zip(changed[user], judged_answers, strict=True):
+            texts[user][n], refused[user][n] = judged_answer.text, judged_answer.refused
     unchanged = [1 - len(places) / len(prompts) for places in changed]
     return Refusals(refused, unchanged, texts, [[score.logp for score in user_scores] for user_scores in scores])
+
+
+def _scored_and_written(
+    adapted: AdaptedModel,
+    flat: Float[Tensor, "users params"],
+    alphas: Float[Tensor, " users"],
+    rows: Sequence[Row],
+    base: BaseAnswers,
+) -> tuple[list[list[GreedyScore]], list[list[Generated | None]]]:
+    """Every user's scores of the rows, and the greedy answer to each prompt whose row is not greedy.
+
+    Within `using` these adapters.
+    """
+    users = flat.shape[0]
+    by_user, states = [rows] * users, [base.states] * users
+    if adapted.decodes_rows(by_user, base.max_new_tokens):
+        return greedy_answers(adapted, by_user, states, base.max_new_tokens)
+    scores = adapted.score_greedy(by_user, states)
+    changed = [[n for n, score in enumerate(user_scores) if not score.greedy] for user_scores in scores]
+    written: list[list[Generated | None]] = [[None] * len(rows) for _ in range(users)]
+    for group in _of_similar_counts([len(places) for places in changed]):
+        openings = [[greedy_opening(rows[n], scores[user][n]) for n in changed[user]] for user in group]
+        prompts = [[rows[n].prompt for n in changed[user]] for user in group]
+        with adapted.using(flat[group], alphas[group]):
+            answers = continue_answers(adapted, prompts, openings, base.max_new_tokens)
+        for user, user_answers in zip(group, answers, strict=True):
+            for n, answer in zip(changed[user], user_answers, strict=True):
+                written[user][n] = answer
+    return scores, written
 
 
 def _of_similar_counts(counts: Sequence[int]) -> Iterator[list[int]]:

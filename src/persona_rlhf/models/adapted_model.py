@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from persona_rlhf.models.fast_paths import (
     handwritten_patch,
 )
 from persona_rlhf.models.generation import Generated, generate_answers
+from persona_rlhf.models.last_layer import LastLayerPruning, last_layer_pruning
 from persona_rlhf.models.model_split import (
     FrozenPrefix,
     HiddenStates,
@@ -38,83 +39,16 @@ from persona_rlhf.models.multi_lora import (
     lora_matrices,
     target_layers,
 )
-from persona_rlhf.models.packing import EMPTY, Batch, collate, pack
-
-PassRows = list[tuple[int, int | None]]
-"""Rows of one pass as (user, number of the user's row), user-major and equally many per user; None pads."""
-
-
-def run_in_passes(rows: Sequence[Sequence[Row]], budget: int, run: Callable[[PassRows], None]) -> None:
-    """Calls `run` for all rows of all users, about `budget` tokens at a time.
-
-    A pass that does not fit memory is run in halves. Long rows come first, and rows with one prompt stay together, so
-    that a pass can share it. Raises torch.OutOfMemoryError where one row per user is too much.
-    """
-    for pass_rows in _plan_passes(rows, budget):
-        _run_or_halve(pass_rows, len(rows), run)
-
-
-def _run_or_halve(pass_rows: PassRows, users: int, run: Callable[[PassRows], None]) -> None:
-    per_user = len(pass_rows) // users
-    try:
-        run(pass_rows)
-        return
-    except torch.OutOfMemoryError:
-        if per_user == 1:
-            raise
-    release_cache()  # outside of the handler, which holds on to the pass that failed
-    for half in (range(per_user // 2), range(per_user // 2, per_user)):
-        _run_or_halve([pass_rows[user * per_user + n] for user in range(users) for n in half], users, run)
-
-
-def release_cache() -> None:
-    """Frees the GPU memory that torch's allocator caches, so that smaller pieces fit."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _plan_passes(rows: Sequence[Sequence[Row]], budget: int) -> Iterator[PassRows]:
-    lengths, order = [], []
-    for user_rows in rows:
-        longest: dict[tuple[int, ...], int] = {}  # by prompt
-        for row in user_rows:
-            longest[row.prompt] = max(longest.get(row.prompt, 0), len(row.prompt) + len(row.completion))
-        keys = [(-longest[row.prompt], row.prompt) for row in user_rows]
-        order.append(sorted(range(len(user_rows)), key=keys.__getitem__))
-        lengths.append([longest[user_rows[n].prompt] for n in order[-1]])
-    start, most = 0, max((len(user_rows) for user_rows in rows), default=0)
-    while start < most:
-        widest = max(1, *(user_lengths[start] for user_lengths in lengths if start < len(user_lengths)))
-        stop = min(most, start + max(1, budget // (widest * len(rows))))
-        block = range(start, stop)
-        yield [(user, ns[n] if n < len(ns) else None) for user, ns in enumerate(order) for n in block]
-        start = stop
-
-
-class RowScore(NamedTuple):
-    """Log-probability of a completion in nats, summed over its `tokens` with the end token."""
-
-    logp: float
-    tokens: int
-
-
-class GreedyScore(NamedTuple):
-    """A score with the greedy alternative.
-
-    matched: how many of the completion's first tokens are the most likely ones
-    next_token: the most likely token after these; None if all match
-    """
-
-    logp: float
-    tokens: int
-    matched: int
-    next_token: int | None = None
-
-    @property
-    def greedy(self) -> bool:
-        """Whether greedy decoding writes exactly this completion."""
-        return self.matched == self.tokens
-
+from persona_rlhf.models.packing import EMPTY, Batch, RowPlace, collate, pack
+from persona_rlhf.models.passes import PassRows, run_in_passes
+from persona_rlhf.models.row_answers import decode_answers, stepped_logits
+from persona_rlhf.models.row_decoding import (
+    CachedTokens,
+    LayerTokens,
+    RowCache,
+    token_places,
+)
+from persona_rlhf.models.scores import GreedyScore, RowScore, greedy_scores
 
 _Value = TypeVar("_Value")
 
@@ -148,6 +82,9 @@ class AdaptedModel:
         if not self._prefix_is_exact():
             self._prefix = None
         self.patch = self._exact_patch()
+        self._pruning: LastLayerPruning | None = None
+        self._pruning = self._exact_pruning()
+        self._steps_are_exact = self.packs_rows and self._check.passes(lambda rows: stepped_logits(self, rows))
 
     @property
     def has_frozen_prefix(self) -> bool:
@@ -198,41 +135,72 @@ class AdaptedModel:
             chosen = torch.tensor(positions, device=layer.a.device)
             layer.a, layer.b = layer.a[chosen], layer.b[chosen]
 
-    def logits(self, batch: Batch, states: Sequence[HiddenStates] = ()) -> Float[Tensor, "tokens vocabulary"]:
+    def logits(
+        self, batch: Batch, states: Sequence[HiddenStates] = (), passed: list[LayerTokens] | None = None
+    ) -> Float[Tensor, "tokens vocabulary"]:
         """Logits at the positions that predict a completion token, and nowhere else.
 
-        With `states` (one entry per user, see `prefix_states`) the frozen layers below the adapters are skipped.
+        With `states` (one entry per user, see `prefix_states`) the frozen layers below the adapters are skipped. Keys
+        and values of the batch in the layers that are computed are appended to `passed`.
         """
-        hidden = self._hidden(batch, states)
+        hidden = self._hidden(batch, states, passed)
         return self._split.head(hidden) if self._split else hidden
 
-    def _hidden(self, batch: Batch, states: Sequence[HiddenStates]) -> Float[Tensor, "tokens hidden"]:
+    def _hidden(
+        self, batch: Batch, states: Sequence[HiddenStates], passed: list[LayerTokens] | None = None
+    ) -> Float[Tensor, "tokens hidden"]:
         """Last hidden states at the predicting positions; for a model that cannot be split, its logits."""
         if self._prefix is None or not states or not batch.row_places:
-            return self._forward(batch)
+            return self._forward(batch, passed)
         with self._prefix.start_from(pack_states(batch, states)):
-            return self._forward(batch)
+            return self._forward(batch, passed)
 
-    def _forward(self, batch: Batch) -> Float[Tensor, "tokens hidden"]:
-        if self._split is None:
-            logits: Tensor = self._run(self.base.model, batch).logits
-            return batch.predictors(logits.flatten(0, 1))
-        hidden: Tensor = self._run(self._split.decoder, batch).last_hidden_state
-        return batch.predictors(hidden.flatten(0, 1))
+    def _forward(self, batch: Batch, passed: list[LayerTokens] | None) -> Float[Tensor, "tokens hidden"]:
+        widths = batch.tokens_per_user
+        if passed is not None and self._pruning is not None and batch.row_places and widths is not None:
+            with self._pruning.to(batch.predictors, batch.targets_per_user(len(widths))):
+                return self._output(self._run(self._module, batch, passed))
+        return batch.predictors(self._output(self._run(self._module, batch, passed)))
 
-    def _run(self, module: nn.Module, batch: Batch) -> Any:
+    @property
+    def _module(self) -> nn.Module:
+        """The decoder, or the whole model where it cannot be split."""
+        return self._split.decoder if self._split else self.base.model
+
+    def _output(self, output: Any) -> Float[Tensor, "tokens width"]:
+        """Hidden states of an output of `_module`; of a whole model, logits."""
+        values: Tensor = output.last_hidden_state if self._split else output.logits
+        return values.flatten(0, 1)
+
+    def _run(self, module: nn.Module, batch: Batch, passed: list[LayerTokens] | None = None) -> Any:
+        if batch.layout is None:
+            with self._pass(batch.tokens_per_user):
+                return module(input_ids=batch.input_ids, use_cache=False)
+        with self._pass(batch.tokens_per_user), packed_attention(self.base.model.config.get_text_config()):
+            positions, layout = batch.position_ids, batch.layout
+            inputs = {"input_ids": batch.input_ids, "position_ids": positions, "layout": layout}
+            return module(use_cache=False, **inputs, **({} if passed is None else {"passed": passed}))
+
+    @contextmanager
+    def _pass(self, rows_per_user: Sequence[int] | None) -> Iterator[None]:
+        """One forward pass, with so many tokens of each user."""
         with ExitStack() as inside:
             for layer in self._layers:
-                layer.rows_per_user = batch.tokens_per_user
+                layer.rows_per_user = rows_per_user
                 inside.callback(layer.end_pass)
             if self.patch is not None:
                 inside.enter_context(self.patch.on())
-            if batch.layout is None:
-                return module(input_ids=batch.input_ids, use_cache=False)
-            inside.enter_context(packed_attention(self.base.model.config.get_text_config()))
-            return module(
-                input_ids=batch.input_ids, use_cache=False, position_ids=batch.position_ids, layout=batch.layout
-            )
+            yield
+
+    def step(
+        self, tokens: Sequence[int], cache: RowCache, slots: Sequence[int], rows_per_user: Sequence[int]
+    ) -> Float[Tensor, "rows vocabulary"]:
+        """Logits after one more token of each row; see `row_decoding`."""
+        inputs = {"input_ids": torch.tensor([tokens], device=self.base.device), "position_ids": cache.begin_step(slots)}
+        with self._pass(rows_per_user), packed_attention(self.base.model.config.get_text_config()):
+            hidden = self._output(self._module(use_cache=False, layout=cache, **inputs))
+        cache.end_step()
+        return self._split.head(hidden) if self._split else hidden
 
     @torch.no_grad()
     def prefix_states(self, rows: Sequence[Row]) -> HiddenStates:
@@ -244,11 +212,10 @@ class AdaptedModel:
         prefix, distinct = self._prefix, list(dict.fromkeys(row for row in rows if row.completion))
         if prefix is None:
             return states
-        module = self._split.decoder if self._split else self.base.model
 
         def run(pass_rows: PassRows) -> None:
             batch = self.batch([distinct[n] for _, n in pass_rows if n is not None], 1)
-            states.update(unpack_states(batch, prefix.run(lambda: self._run(module, batch))))
+            states.update(unpack_states(batch, prefix.run(lambda: self._run(self._module, batch))))
 
         run_in_passes([distinct], self.tokens_per_pass, run)
         return states
@@ -277,6 +244,15 @@ class AdaptedModel:
         if self._prefix is None:
             return False
         return self._check.passes(lambda rows: self.logits(self.batch(rows, 1), [self.prefix_states(rows)]))
+
+    def _exact_pruning(self) -> LastLayerPruning | None:
+        """A last layer that computes the predicting tokens only, for passes that are kept, if it is exact."""
+        if not self.packs_rows or self._equal_lines or self._split is None:
+            return None
+        rows = self._check.rows
+        self._pruning = last_layer_pruning(self.base.model, lambda: self._forward(self._check.collated(rows), None))
+        exact = self._check.passes(lambda rows: self.logits(self.batch(rows, 1), (), []))
+        return self._pruning if exact else None
 
     def _exact_patch(self) -> ForwardPatch | None:
         """Norms, rotary embeddings and the like in fewer passes over memory, if the logits stay the same.
@@ -317,16 +293,32 @@ class AdaptedModel:
         """Scores as in `score`, with the greedy alternative to each row."""
 
         def score_batch(batch: Batch, batch_rows: Sequence[Row]) -> list[GreedyScore]:
-            logits = self.logits(batch, states)
-            sums = batch.to_grid(token_logps(logits, batch.targets)).double().sum(1).tolist()
-            greedy = logits.argmax(-1)
-            matched = batch.to_grid((greedy == batch.targets).double()).cumprod(1).sum(1).long().tolist()
-            grid = batch.to_grid(greedy.double()).long().tolist()
-            tokens = [len(row.completion) for row in batch_rows]
-            nexts = [ids[same] if same < n else None for ids, same, n in zip(grid, matched, tokens, strict=True)]
-            return [GreedyScore(*figures) for figures in zip(sums, tokens, matched, nexts, strict=True)]
+            return greedy_scores(batch, batch_rows, self.logits(batch, states))
 
         return self._map_rows(rows, score_batch)
+
+    def decodes_rows(self, rows: Sequence[Sequence[Row]], max_new_tokens: int) -> bool:
+        """Whether answers to the prompts of these rows can be decoded without padding; see `row_decoding`."""
+        longest = max(len(row.prompt) + max(len(row.completion), max_new_tokens) for user in rows for row in user)
+        return self._steps_are_exact and self.packs_rows and not self._equal_lines and longest <= self._max_row_length
+
+    def cached_tokens(
+        self, places: Sequence[RowPlace], lengths: Sequence[int], passed: Sequence[LayerTokens], from_states: bool
+    ) -> list[CachedTokens]:
+        """The first `lengths` tokens of rows of a pass, in every layer. Frozen ones that it skipped are run now."""
+        skipped, device = list[LayerTokens](), self.base.device
+        layers = [CachedTokens(tokens, token_places(places, lengths, device)) for tokens in passed]
+        if self._prefix is not None and from_states:
+            needed = dict[Row, int]()
+            for (row, *_), length in zip(places, lengths, strict=True):
+                needed[row] = max(length, needed.get(row, 0))
+            begun = [row._replace(completion=row.completion[: 1 + n - len(row.prompt)]) for row, n in needed.items()]
+            batch = self.batch(begun, 1)
+            self._prefix.run(lambda: self._run(self._module, batch, skipped))
+            of_row = dict(zip(needed, batch.row_places, strict=True))
+            below = token_places([of_row[place.row] for place in places], lengths, device)
+            layers = [*(CachedTokens(tokens, below) for tokens in skipped), *layers]
+        return layers
 
     @torch.no_grad()
     def _map_rows(
@@ -358,6 +350,8 @@ class AdaptedModel:
         A sampled answer depends on `seed` and on the prompt's place in its user's list, not on the rest of the pass.
         """
         rows = [[Row(prompt, (0,) * max_new_tokens) for prompt in user_prompts] for user_prompts in prompts]
+        if any(rows) and self.decodes_rows(rows, max_new_tokens):
+            return decode_answers(self, prompts, max_new_tokens, temperature, seed)
         answers: list[list[Generated | None]] = [[None] * len(user_prompts) for user_prompts in prompts]
 
         def run(pass_rows: PassRows) -> None:

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from persona_rlhf.models.packing import AttentionLayout
+from persona_rlhf.models.row_decoding import LayerTokens, RowCache
 
 _NAME = "persona_rlhf_rows"
 _NO_EFFECT = {
@@ -56,13 +57,21 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    layout: AttentionLayout | None = None,
+    layout: AttentionLayout | RowCache | None = None,
+    passed: list[LayerTokens] | None = None,
     **others: Any,
 ) -> tuple[Float[Tensor, "users width heads value_size"], None]:
-    """The attention function of `transformers` for packed rows: gathers, attends call by call, gathers back."""
+    """The attention function of `transformers` for packed rows: gathers, attends call by call, gathers back.
+
+    Keys and values of the tokens are appended to `passed`. With a `RowCache` the tokens are those of a decoding step.
+    """
     unsupported = sorted(name for name, x in others.items() if x is not None and name not in _NO_EFFECT)
     if layout is None or attention_mask is not None or unsupported:
         raise NotImplementedError(f"packed attention does not support {unsupported or 'masks'}")
+    if isinstance(layout, RowCache):
+        return layout.attend(query, key, value, scaling), None
+    if passed is not None:
+        passed.append(LayerTokens(*(x.transpose(1, 2).flatten(0, 1) for x in (key, value))))
     users, heads, width, _ = query.shape
     gathers = ((layout.queries, query), (layout.keys, key), (layout.keys, value))
     packed = [gather(x.transpose(1, 2).reshape(users * width, -1)) for gather, x in gathers]

@@ -269,6 +269,13 @@ class Batch(NamedTuple):
     row_places: list[RowPlace]
     tokens_per_user: list[int] | None
 
+    def targets_per_user(self, users: int) -> list[int]:
+        """Number of completion tokens of each user."""
+        rows_per_user, counts = self.row_count // users, [0] * users
+        for place in self.row_places:
+            counts[place.number // rows_per_user] += len(place.row.completion)
+        return counts
+
     def to_grid(self, values: Float[Tensor, " tokens"]) -> Float[Tensor, "rows longest"]:
         """Values of the completion tokens, one row per completion, padded with zeros."""
         grid = values.new_zeros(self.row_count * self.longest)

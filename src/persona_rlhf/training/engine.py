@@ -15,9 +15,10 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import slug
 from persona_rlhf.config.training import DpoSettings, FleetSettings
 from persona_rlhf.data.tokenize import PairRow, UserRows
-from persona_rlhf.models.adapted_model import AdaptedModel, release_cache
+from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.model_split import HiddenStates
 from persona_rlhf.models.multi_lora import fresh_adapter
+from persona_rlhf.models.passes import release_cache
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.cache import HiddenStateCache, Reference
 from persona_rlhf.training.constraint import ConstraintFunctional, ConstraintSample

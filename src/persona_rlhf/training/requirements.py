@@ -24,7 +24,8 @@ import torch
 
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.tokenize import Row, prompt_ids, tokenize
-from persona_rlhf.models.adapted_model import AdaptedModel, PassRows, run_in_passes
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.passes import PassRows, run_in_passes
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.judges import folded
 from persona_rlhf.policy.properties import REPAIRED, applies, repaired, required, satisfied
