@@ -49,7 +49,7 @@ def one_demand(min_refusal: float, delta: float) -> None:
 
 def of_config(path: str, overrides: list[str]) -> None:
     config = read_config(path, overrides)
-    policy = Policy.of(config.policy)
+    policy = Policy.of(config.policy, sequential=config.gate.sequential)
     sizes = Counter(probe.category for probe in policy.probes("certify"))
     total = sum(sizes[rule.category] for rule in policy.restrictions if rule.tier == 1)
     rows = []

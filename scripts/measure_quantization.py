@@ -86,7 +86,7 @@ def main() -> None:
         config = read_config(options.config, options.overrides)
         if config.evaluation.ordinary is None:
             sys.exit("evaluation.ordinary names no prompts")
-        policy = Policy.of(config.policy)
+        policy = Policy.of(config.policy, sequential=config.gate.sequential)
         exact = load_base(config.base.model_copy(update={"quantization": None}))
         probes = some((probe.prompt for probe in policy.probes("dev")), _PROBES)
         near = some(twins(policy.probes("dev")), _PROBES)

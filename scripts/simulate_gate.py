@@ -602,7 +602,7 @@ def sequential_row(bank: Bank, users: int) -> Row:
     missed = {(unit.category, tuple(unit.places)) for unit in units[:: len(units) // 30][:30]}
     released = [
         certify_sequentially(
-            demands, bank.base, (0.5, 1.0), Random(user),
+            demands, bank.base, (0.5, 1.0), Random(user).sample(units, len(units)),
             lambda alpha, asked: [(unit.category, tuple(unit.places)) not in missed for unit in asked],
             lambda alpha: harmless(0),
         ).certified

@@ -2,7 +2,6 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
@@ -15,9 +14,10 @@ from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.gate import demands_of
 from persona_rlhf.evaluation.prompt_sets import Fact
 from persona_rlhf.evaluation.refusals import BaseAnswers, answer_text, refusal_outcomes
+from persona_rlhf.evaluation.sequential import units_drawn
 from persona_rlhf.evaluation.statistics import by_cluster
 from persona_rlhf.policy.policy import Policy
-from persona_rlhf.policy.private_banks import Draw, PrivateBank, PrivatePool
+from persona_rlhf.policy.private_banks import PrivateBank, PrivatePool
 from persona_rlhf.simulation.users import Utility
 
 TIER_ONE = """\
@@ -235,21 +235,23 @@ def test_held_back_users_are_measured_as_the_base(adapted, adapters, policy):
 def test_the_sequential_gate_asks_the_probes_that_a_look_draws(adapted, adapters, policy):
     rules = policy()
     topics = tuple(
-        replace(
-            rule, probes=tuple(p._replace(novelty="topic", topic=p.id) for p in rule.probes if p.split == "certify")
-        )
+        replace(rule, probes=tuple(p._replace(novelty="topic", topic=p.id, split="certify") for p in rule.probes))
         for rule in rules.restrictions
     )
-    bank = PrivateBank(PrivatePool(Path(), (), ()), Draw(1, "", {}, ""))
+    bank = PrivateBank(PrivatePool(Path(), (), ()), None)
     private = replace(rules, restrictions=topics, private=bank)
     gate = GateSettings(max_new_tokens=8, sequential=True)
     examination = Evaluator(adapted, private, judge, gate, EvaluationSettings(), users=5)
     demands = [examination.first_look] * 2
-    verdicts = examination.verdicts(adapters[:2], demands, [Random(1), Random(2)])
-    assert verdicts == examination.verdicts(adapters[:2], demands, [Random(1), Random(2)])
+    draws = [sorted(examination.pool, reverse=turn) for turn in (False, True)]
+    verdicts = examination.verdicts(adapters[:2], demands, draws)
+    assert verdicts == examination.verdicts(adapters[:2], demands, draws)
+    [none] = examination.verdicts(adapters[:1], demands[:1], [draws[0][:9]])
+    assert (none.alpha, none.admitted, none.looks) == (0, False, [])
+    assert "the private pool is used up for this user: 9 fresh units" in none.reason
     clean = verdicts[0]  # an adapter of zeros answers as the base does
     assert clean.alpha == 1.0
-    assert sum(count.n for count in clean.categories.values()) % 100 == 0
+    assert units_drawn(clean) % 100 == 0 or units_drawn(clean) == len(examination.pool)
     assert all(count.refused == count.base_refused for count in clean.categories.values())
     with pytest.raises(InputError, match="gate.sequential"):
         Evaluator(adapted, rules, judge, gate, EvaluationSettings(), users=5).check_base()

@@ -404,3 +404,71 @@ def test_an_odd_head_is_named(tmp_path, content):
     (tmp_path / "looks.head").write_bytes(content)
     with pytest.raises(InputError, match=r"looks\.head: gate\.ledger: this file holds no head"):
         ledger(tmp_path).check()
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None)
+def test_no_later_look_of_a_user_draws_a_unit_again(tmp_path_factory, data):
+    """Against plain sets, while rows join the pool and leave it, looks stay open, and programs start anew."""
+    folder = tmp_path_factory.mktemp("ledger")
+    pool, asked = [f"unit {n}" for n in range(30)], {"ada": set[str](), "ben": set[str]()}
+    for n in range(data.draw(st.integers(1, 8))):
+        user = data.draw(st.sampled_from(["ada", "ben"]))
+        if data.draw(st.booleans()):
+            pool = [*pool, *(f"new {n} {row}" for row in range(5))]
+        if data.draw(st.booleans()):
+            pool = pool[:: data.draw(st.sampled_from([-1, 2]))]
+        book, of = ledger(folder), key(user, str(n))
+        [opened] = book.open([of], sequential=True, pool=pool)
+        fresh = book.fresh_units(of, pool)
+        assert {unit.name for unit in fresh} == set(pool) - asked[user] or asked[user]
+        assert not {unit.name for unit in fresh} & asked[user]
+        assert fresh == ledger_of(folder).fresh_units(of, pool)
+        drawn = data.draw(st.integers(0, len(fresh)))
+        if data.draw(st.booleans()):
+            end = fresh[drawn - 1].place if drawn else opened.start
+            book.close([(of, 0.0)], {of: end})
+            asked[user] |= {unit.name for unit in fresh[:drawn]}
+            assert book.most_drawn >= max(map(len, asked.values()))
+
+
+def ledger_of(folder):
+    """The ledger as a new program reads it."""
+    book = ledger(folder)
+    book.check()
+    return book
+
+
+def test_rows_that_join_a_pool_come_behind_it(tmp_path):
+    pool, of = [f"unit {n}" for n in range(40)], key()
+    book = ledger(tmp_path)
+    book.open([of], sequential=True, pool=pool)
+    before = book.fresh_units(of, pool)
+    larger = [*(f"new {n}" for n in range(40)), *pool]
+    book.open([key(adapter="b")], sequential=True, pool=larger)
+    assert [unit.name for unit in book.fresh_units(of, larger)][:40] == [unit.name for unit in before]
+    gaps = book.fresh_units(of, larger[::2])
+    assert all(unit in book.fresh_units(of, larger) for unit in gaps)
+
+
+def test_each_user_and_each_ledger_has_an_order_of_its_own(tmp_path):
+    pool, orders = [f"unit {n}" for n in range(40)], set()
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        book = ledger(tmp_path / folder)
+        for user in ("ada", "ben"):
+            book.open([key(user)], sequential=True, pool=pool)
+            orders.add(tuple(unit.name for unit in book.fresh_units(key(user), pool)))
+        assert "unit" not in {word for entry in Chain(book.file) for word in str(entry.facts).split()}
+    assert len(orders) == 4
+
+
+def test_a_look_that_drew_nothing_spends_nothing(tmp_path):
+    book = ledger(tmp_path)
+    shares = []
+    for n, end in enumerate([0, 5, 5, 9]):
+        of = key(adapter=str(n))
+        [opened] = book.open([of], sequential=True, pool=["a"])
+        shares.append(opened.share)
+        book.close([(of, 0.0)], {of: end})
+    assert shares == pytest.approx([FIRST, FIRST, FIRST / 4, FIRST / 4])

@@ -1,16 +1,18 @@
 """The sequential gate: its bound by brute force, its level by simulation, and its early stops."""
 
+import math
+from bisect import bisect_left
 from itertools import product
 from math import exp, prod
 from random import Random
 
 import numpy as np
 import pytest
+from scipy.stats import binom, hypergeom
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.evaluation.gate import Demands, SideEffects
-from persona_rlhf.evaluation.ledger import Ledger, LookKey
-from persona_rlhf.evaluation.sequential import MOST_DRAWS, certify_sequentially, check_units
+from persona_rlhf.evaluation.sequential import BATCH, certify_sequentially, check_units, units_drawn
 from persona_rlhf.evaluation.statistics import SEQUENTIAL_BETS, SequentialBound, bettors_log_wealth, upper_bound
 from persona_rlhf.policy.clusters import Clusters, ProbePlace
 
@@ -63,6 +65,13 @@ def test_whoever_looks_after_every_unit_passes_an_adapter_in_breach_at_most_at_t
     assert ever / users > 0.03, "too far from the level to show anything"
 
 
+UNITS = DEMANDS.clusters.units_of(BANK)
+
+
+def order(seed: int, units=UNITS):
+    return Random(seed).sample(units, len(units))
+
+
 def look(rates, seed: int, demands: Demands = DEMANDS, alphas=(0.5, 1.0)):
     """A look of an adapter that refuses each unit of the bank with a fixed outcome; returns the asked units, too."""
     source, asked = np.random.default_rng(seed), []
@@ -72,7 +81,7 @@ def look(rates, seed: int, demands: Demands = DEMANDS, alphas=(0.5, 1.0)):
         asked.append((alpha, len(units)))
         return [tables[alpha][unit.places[0]] for unit in units]
 
-    verdict = certify_sequentially(demands, BANK, alphas, Random(seed), refused, no_effects)
+    verdict = certify_sequentially(demands, BANK, alphas, order(seed), refused, no_effects)
     return verdict, asked
 
 
@@ -80,14 +89,68 @@ def test_a_good_adapter_passes_early_and_a_bad_one_is_given_up_early():
     verdict, asked = look({1.0: 1.0}, 1)
     assert verdict.alpha == 1.0
     assert verdict.looks[0].pooled.n == 200  # a clean sheet of two batches
-    assert sum(units for _, units in asked) < 200  # drawn again, asked once
+    assert sum(units for _, units in asked) == units_drawn(verdict) == 200
     verdict, asked = look({1.0: 0.5, 0.5: 0.999}, 2)
     assert verdict.alpha == 0.5
     assert not verdict.looks[0].passed
-    assert sum(units for alpha, units in asked if alpha == 1.0) < 900
+    given_up = sum(units for alpha, units in asked if alpha == 1.0)
+    assert given_up < 300  # 900 units cannot show 0.97 any more
+    assert units_drawn(verdict) == sum(units for alpha, units in asked if alpha == 0.5)
     verdict, _ = look({1.0: 0.9, 0.5: 0.9}, 3)
     assert not verdict.admitted
-    assert all(test.pooled.n <= MOST_DRAWS for test in verdict.looks)
+    assert units_drawn(verdict) < 900
+
+
+def test_the_tests_of_a_look_ask_the_same_units_and_none_twice():
+    asked: dict[float, list[int]] = {}
+
+    def refused(alpha, units):
+        asked.setdefault(alpha, []).extend(unit.places[0] for unit in units)
+        return [alpha == 0.5] * len(units)
+
+    certify_sequentially(DEMANDS, BANK, (0.5, 1.0), order(4), refused, no_effects)
+    drawn = [unit.places[0] for unit in order(4)]
+    assert asked[1.0] == drawn[: len(asked[1.0])]
+    assert asked[0.5] == drawn[: len(asked[0.5])]
+
+
+def chance_of_release(size: int, bound: SequentialBound, demand: float) -> tuple[float, float]:
+    """The exact chance that an adapter just in breach over a finite pool is shown, and that with independent draws.
+
+    By dynamic programming over the misses so far, batch by batch. `size`: the units of the pool.
+    """
+    misses = size - math.ceil(demand * size) + 1  # the fewest that are a breach
+    counts = np.arange(misses + 1)
+    before, after = counts[:, None], counts[None, :]
+    chances = []
+    for finite in (True, False):
+        state, released = np.eye(1, misses + 1)[0], 0.0
+        for drawn in range(0, size, BATCH):
+            batch = min(BATCH, size - drawn)
+            n = drawn + batch
+            if finite:
+                steps = hypergeom.pmf(after - before, size - drawn, misses - before, batch)
+            else:
+                steps = binom.pmf(after - before, batch, misses / size)
+            state = state @ np.nan_to_num(steps)
+            hidden = lambda missed: bound.p_value(n - missed, n, demand) > bound.level  # noqa: B023, E731
+            shown = bisect_left(range(min(n, misses) + 1), True, key=hidden)
+            released += state[:shown].sum()
+            state[:shown] = 0.0
+        chances.append(released)
+    return chances[0], chances[1]
+
+
+@pytest.mark.parametrize("level", [0.2, 0.05, 0.0137])
+@pytest.mark.parametrize(("size", "demand"), [(150, 0.97), (300, 0.97), (700, 0.97), (1500, 0.97), (300, 0.8)])
+def test_drawn_without_replacement_from_a_finite_pool_the_level_holds(size, demand, level):
+    """Exactly, in every case. The proof is for independent draws, whose chance is the larger one."""
+    finite, independent = chance_of_release(size, SequentialBound(level), demand)
+    assert finite <= independent <= level
+
+
+def test_the_exact_chance_is_large_enough_to_fail():
+    assert chance_of_release(1500, SequentialBound(0.2), 0.97)[0] > 0.05
 
 
 def test_adapters_in_breach_are_released_at_most_at_the_level():
@@ -95,9 +158,8 @@ def test_adapters_in_breach_are_released_at_most_at_the_level():
     table = [n >= 28 for n in range(900)]  # 0.9689 of the bank: in breach, and the same at every look
     released, looks = 0, 150
     for number in range(looks):
-        source = Random(number)
         verdict = certify_sequentially(
-            loose, BANK, (1.0,), source, lambda _, units: [table[unit.places[0]] for unit in units], no_effects
+            loose, BANK, (1.0,), order(number), lambda _, units: [table[unit.places[0]] for unit in units], no_effects
         )
         released += verdict.admitted
     assert 1 - upper_bound(looks - released, looks, 0.001) <= 0.1
@@ -107,23 +169,26 @@ def test_over_refusal_joins_each_test():
     demands = Demands(0.97, {"fire": 0.93}, frozenset({"fire"}), 0.04, max_over_refusal=0.05, sequential=True)
     refusing = SideEffects([True] * 100 + [False] * 200, None)
     verdict = certify_sequentially(
-        demands, BANK, (1.0,), Random(1), lambda _, units: [True] * len(units), lambda _: refusing
+        demands, BANK, (1.0,), order(1), lambda _, units: [True] * len(units), lambda _: refusing
     )
     assert not verdict.admitted
     assert "harmless refused 100 of 300" in verdict.reason
 
 
-def test_draws_are_those_of_a_user_and_a_look_and_secret(tmp_path):
-    def drawn(folder, user, look):
-        source = ledgers[folder].draws(user, look)
-        return tuple(source.randrange(900) for _ in range(5))
-
-    ledgers = {name: Ledger(tmp_path / f"{name}.jsonl") for name in ("one", "two")}
-    for ledger in ledgers.values():
-        ledger.open([LookKey("user", "adapter", "bank", "exam")], sequential=True)
-    assert drawn("one", "user", 1) == drawn("one", "user", 1)
-    looks = [("one", "user", 1), ("one", "user", 2), ("one", "other", 1), ("two", "user", 1)]
-    assert len({drawn(*look) for look in looks}) == 4
+def test_a_pool_that_is_too_small_or_used_up_is_named_and_nothing_is_asked():
+    needed = DEMANDS.bound.fewest_trials(0.97)
+    with pytest.raises(InputError) as fault:
+        check_units(DEMANDS, {"fire": [True] * (needed - 1)})
+    [problem] = fault.value.problems
+    assert problem.key == "policy.private_banks"
+    assert f"{needed - 1} fresh units of `pooled` are in the pool, and a look needs at least {needed}" in str(problem)
+    check_units(DEMANDS, {"fire": [True] * needed})
+    asked = []
+    verdict = certify_sequentially(DEMANDS, BANK, (0.5, 1.0), UNITS[: needed - 1], asked.append, no_effects)
+    assert (verdict.alpha, verdict.admitted, verdict.certified, verdict.looks) == (0, False, False, [])
+    assert units_drawn(verdict) == 0
+    assert f"the private pool is used up for this user: {needed - 1} fresh units" in verdict.reason
+    assert asked == []
 
 
 def test_what_cannot_be_drawn_or_shown_is_said():
@@ -133,7 +198,9 @@ def test_what_cannot_be_drawn_or_shown_is_said():
     with pytest.raises(InputError, match=r"name its folder in policy\.private_banks"):
         check_units(DEMANDS, BANK, private=False)
     poor = {"fire": [n >= 25 for n in range(900)]}
-    with pytest.raises(InputError, match=r"refuses 0.972 of the units of the bank, too few to show 0.97") as caught:
+    with pytest.raises(
+        InputError, match=r"refuses 875 of the 900 units of the pool, and these do not show 0\.97"
+    ) as caught:
         check_units(DEMANDS, poor)
     assert [problem.key for problem in caught.value.problems] == ["pooled"]
     check_units(DEMANDS, BANK)

@@ -9,6 +9,7 @@ import pytest
 from persona_rlhf.evaluation.gate import Demands
 from persona_rlhf.evaluation.spending import PastLook, next_share
 from persona_rlhf.evaluation.statistics import upper_bound
+from persona_rlhf.policy.bound import look_share
 
 
 def test_shares_of_all_looks_at_one_bank_sum_to_one():
@@ -68,3 +69,29 @@ def test_demands_on_fixed_prompts_spend_at_every_look():
     assert fresh.at_look(next_share([]), 1).plain_bound.level == tenth.level
     look = counted.at_look(next_share([PastLook(0.5, True)] * 9), 10)
     assert look.plain_bound.level == look.level
+
+
+@pytest.mark.parametrize("breaks", ["in turn", "refusals last", "fixed last", "after a pass"])
+def test_demands_on_refusals_and_on_fixed_prompts_share_one_delta(breaks):
+    """Adapters in breach of either kind, between good ones; fixed prompts have the same outcome at all looks."""
+    source, users, delta, breached = np.random.default_rng(5), 6000, 0.3, 0
+    for _ in range(users):
+        history: list[PastLook] = []
+        fixed_prompts = source.random()
+        for number in range(1, 31):
+            good = source.random() < 0.3
+            fixed = {
+                "in turn": number % 2 == 0,
+                "refusals last": number <= 15,
+                "fixed last": number > 15,
+                "after a pass": bool(history) and history[-1].passed,
+            }[breaks]
+            share = next_share(history, sequential=True)
+            outcome, level = (fixed_prompts, look_share(number)) if fixed else (source.random(), share)
+            passed = good or outcome < delta * level
+            history.append(PastLook(share, passed))
+            if passed and not good:
+                breached += 1
+                break
+    assert upper_bound(users - breached, users, 0.001) >= 1 - delta
+    assert breached / users > 0.12, "so far from delta that the test could not fail"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +15,15 @@ from persona_rlhf.common.files import pseudonym
 from persona_rlhf.config.evaluation import ClassifierSettings, GateSettings
 from persona_rlhf.config.experiment import read_config, scaffold
 from persona_rlhf.evaluation.evaluator import Evaluator
-from persona_rlhf.evaluation.gate import Demands, certify, release_unjudged
-from persona_rlhf.evaluation.ledger import Ledger
+from persona_rlhf.evaluation.gate import Demands, SideEffects, certify, release_unjudged
+from persona_rlhf.evaluation.ledger import Ledger, LookKey
+from persona_rlhf.evaluation.sequential import certify_sequentially
 from persona_rlhf.pipeline import looks as module
 from persona_rlhf.pipeline.looks import GateLooks, gate_looks
+from persona_rlhf.policy.clusters import Unit
+from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.private_banks import Draw, PrivatePool, unit_name
 
 DEMANDS = Demands(pooled=0.9, categories={"c": 0.9}, in_pool=frozenset("c"), delta=0.05)
 BASE = {"c": [True] * 400}
@@ -202,3 +206,70 @@ def test_a_ledger_restored_with_its_head_shows_against_the_runs_beside_a_new_one
     other.mkdir()
     named = changed(config, "gate", ledger=other / "looks.jsonl")
     assert look("third", 3) == 1  # heads of another ledger are no concern of this one
+
+
+@dataclass
+class Drawing(Scripted):
+    """An evaluator whose looks draw from a pool of 400 units; it keeps the draws of each look."""
+
+    gate: GateSettings = field(default_factory=lambda: GateSettings(alphas=ALPHAS, sequential=True))
+    demands: Demands = field(default_factory=lambda: replace(DEMANDS, sequential=True))
+    drawn: list[Any] = field(default_factory=list)
+    pool: dict[str, Unit] = field(default_factory=lambda: {f"unit {n}": Unit("c", [n]) for n in range(400)})  # type: ignore[assignment]
+
+    def verdicts(self, flat, demands, draws):
+        asked: list[int] = []
+
+        def refused(alpha, units):
+            asked.extend(unit.places[0] for unit in units if unit.places[0] not in asked)
+            return [alpha in self.refusing] * len(units)
+
+        units = [self.pool[name] for name in draws[0]]
+        verdict = certify_sequentially(demands[0], BASE, ALPHAS, units, refused, lambda _: SideEffects([], None))
+        self.drawn.append(asked)
+        return [verdict]
+
+
+def test_looks_draw_on_until_the_pool_is_used_up(tmp_path):
+    evaluator = Drawing({1.0})
+
+    def look(adapter, user="ada"):
+        looks = GateLooks(
+            evaluator, Ledger(tmp_path / "looks.jsonl"), tmp_path, "bank", "exam", [], pool=list(evaluator.pool)
+        )
+        [judged] = looks.judge([user], ADAPTER * adapter)
+        return judged.verdict, judged.spending
+
+    spent = []
+    for n in range(1, 8):
+        verdict, spending = look(n)
+        spent.append(spending.spent)
+        if verdict.looks:
+            assert verdict.alpha == 1
+        assert spending.pool == 400
+        assert spending.drawn == sum(map(len, evaluator.drawn))
+    asked = [place for look in evaluator.drawn for place in look]
+    assert len(set(asked)) == len(asked) <= 400
+    assert "the private pool is used up for this user" in verdict.reason
+    assert (verdict.alpha, verdict.admitted) == (0, False)
+    assert spent == pytest.approx([spent[0]] * 7)  # passes, and looks that drew nothing, hand their share on
+    assert look(1)[0].alpha == 1
+    assert evaluator.drawn[-1] == evaluator.drawn[0]
+    assert look(1, "ben")[1].drawn == len(evaluator.drawn[0])
+    assert evaluator.drawn[-1] != evaluator.drawn[0]
+
+
+def test_only_units_that_no_draw_certified_on_are_drawn(tmp_path):
+    probes = tuple(Probe(f"{n}", "c", f"p{n}", f"t{n}", f"p{n}", None, "certify", "topic") for n in range(400))
+    draws = [Draw(n, "", {"c": (f"{n}",)}, f"hash {n}") for n in (1, 2)]
+    bank = PrivatePool(tmp_path, probes, tuple(draws))
+    evaluator = Drawing()
+    evaluator.pool = {unit_name(probe): Unit("c", [n]) for n, probe in enumerate(probes)}
+    evaluator.first_look = evaluator.demands.at_look(0.6)
+    ledger = Ledger(tmp_path / "looks.jsonl")
+    ledger.open([LookKey("ada", "adapter", "hash 2", "exam")])
+    pool = module._pool(bank, evaluator, ledger)
+    assert set(evaluator.pool) - set(pool) == {unit_name(probes[2])}
+    evaluator.pool = dict(list(evaluator.pool.items())[:40])
+    with pytest.raises(InputError, match="39 fresh units of `pooled` are in the pool"):
+        module._pool(bank, evaluator, ledger)

@@ -89,3 +89,15 @@ def test_the_state_counts_the_looks_of_a_ledger_at_this_draw_alone(tmp_path):
     assert bank_status(settings, ledger.file).looks == 2
     assert bank_status(settings).looks is None
     assert "used for 2 looks" in str(bank_status(settings, ledger.file).table().title)
+
+
+def test_the_state_of_a_pool_says_how_much_of_it_is_drawn(tmp_path):
+    settings, ledger = deployment(tmp_path), Ledger(tmp_path / "looks.jsonl")
+    one = LookKey("user", "adapter", "bank", "exam")
+    ledger.open([one], sequential=True, pool=["a", "b", "c"])
+    ledger.close([(one, 1.0)], {one: 2})
+    status = bank_status(settings, ledger.file, sequential=True)
+    assert (status.drawn, status.bank.pool, status.certify) == (2, 600, dict.fromkeys(CATEGORIES, 150))
+    assert "a pool of 600 units" in str(status.table().title)
+    assert "2 units drawn by the user with most" in str(status.table().title)
+    assert bank_status(settings, sequential=True).drawn is None

@@ -18,16 +18,13 @@ from persona_rlhf.policy.private_banks import (
     BankChoice,
     Draw,
     PrivatePool,
-    append_split_key,
     draw_probes,
-    key_bytes,
-    key_hash,
     need_outside,
     need_private,
-    read_split_key,
-    read_split_keys,
+    unit_name,
     write_draw,
 )
+from persona_rlhf.policy.split_key import append_split_key, key_bytes, key_hash, read_split_key, read_split_keys
 from persona_rlhf.simulation.banks import bank_rows, private_banks
 from tests.policy.private import SECRET, deployment, private_rows, write_rows
 
@@ -88,6 +85,27 @@ def test_an_undrawn_folder_a_lost_draw_and_a_changed_row_are_errors(tmp_path):
     file = settings.private_banks / "sexual_assault.jsonl"
     file.write_text(file.read_text().replace(SECRET, "another"))
     assert "probes of draw 2 were changed or removed" in sentences(settings)
+
+
+def test_the_whole_pool_certifies_without_a_draw_where_each_look_draws(tmp_path):
+    settings = deployment(tmp_path, languages=2)
+    policy = Policy.of(settings, sequential=True)
+    certify = policy.probes("certify")
+    assert Counter(probe.category for probe in certify) == dict.fromkeys(CATEGORIES, 300)
+    assert policy.private is not None
+    assert (policy.private.draw, policy.private.reserve) == (None, [])
+    assert set(policy.private.fresh) == set(certify)
+    bank = policy.bank
+    assert (bank.kind, bank.draw, bank.pool, str(bank)) == ("private", None, 600, "private, a pool of 600 units")
+    assert len({unit_name(probe) for probe in certify}) == 600
+    drawn(settings, 160)
+    again = Policy.of(settings, sequential=True)
+    assert again.bank == bank
+    pool = again.private.pool
+    assert len(pool.units_in(pool.draws)) == 4 * 80
+    write_rows(settings.private_banks / "sexual_assault.jsonl", private_rows("sexual_assault", 20))
+    with pytest.raises(InputError, match="`sexual_assault` in the pool of the private banks; add rows to the"):
+        Policy.of(settings, sequential=True)
 
 
 def test_rows_added_later_change_no_draw(tmp_path):

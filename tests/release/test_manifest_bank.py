@@ -7,7 +7,8 @@ import pytest
 from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.evaluation.gate import Demands, Verdict, certify
 from persona_rlhf.policy.policy import Policy
-from persona_rlhf.policy.private_banks import BankChoice, key_bytes
+from persona_rlhf.policy.private_banks import BankChoice
+from persona_rlhf.policy.split_key import key_bytes
 from persona_rlhf.release.card import card
 from persona_rlhf.release.manifest import BaseInfo, DataInfo, Provenance, Stamp, manifest_of
 from tests.policy.private import SECRET, deployment

@@ -51,7 +51,8 @@ def policy_show(
     from persona_rlhf.policy.enforcement import overruled
     from persona_rlhf.policy.policy import Policy, out_of_force
 
-    resolved = Policy.of(read_config(config).policy)
+    settings = read_config(config)
+    resolved = Policy.of(settings.policy, sequential=settings.gate.sequential)
     if user is not None:
         resolved = resolved.for_user(user)
     if rule is not None:
@@ -253,7 +254,7 @@ def policy_bank_show(config: ConfigFile, as_json: Json = False) -> None:
     from persona_rlhf.pipeline.rotate_bank import bank_status
 
     settings = read_config(config)
-    status = bank_status(settings.policy, settings.gate.ledger)
+    status = bank_status(settings.policy, settings.gate.ledger, settings.gate.sequential)
     print_json(status.to_json()) if as_json else print_table(status.table())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
-from random import Random
 from typing import NamedTuple
 
 import torch
@@ -63,6 +62,7 @@ from persona_rlhf.policy.clusters import Outcomes, Unit
 from persona_rlhf.policy.hazards import Probe, Split, unseen_topics_certify
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.private_banks import unit_name
 
 
 class ProbeSplit(NamedTuple):
@@ -161,7 +161,8 @@ class Evaluator:
     def _check_base(self, base: Outcomes) -> None:
         check_side_effects(self.first_look, len(self._gated_harmless), self._facts.of_base())
         if self.gate.sequential:
-            check_units(self.first_look, base, self._policy.private is not None)
+            private = self._policy.private
+            check_units(self.first_look, base, private is not None and private.draw is None)
         else:
             check_base(self.first_look, base)
 
@@ -180,12 +181,13 @@ class Evaluator:
         return [self._judge(answer_text(self._adapted, opening)) for opening in openings]
 
     def verdicts(
-        self, flat: Float[Tensor, "users params"], demands: Sequence[Demands], draws: Sequence[Random] | None = None
+        self, flat: Float[Tensor, "users params"], demands: Sequence[Demands], draws: Sequence[Sequence[str]] = ()
     ) -> list[Verdict]:
         """The gate's verdict on every user of a cohort, all tests in lockstep over the `certify` probes.
 
-        `demands`: one per user, since users are at different looks (`Demands.at_look`). `draws`: the sources of their
-        looks' draws, for `gate.sequential`. Raises InputError where the base itself does not pass a first look.
+        `demands`: one per user, since users are at different looks (`Demands.at_look`). `draws`: the names of the units
+        that each user's look draws, in their order (`gate.sequential`). Raises InputError where the base itself does
+        not pass a first look.
         """
         certify = self._certify
         base = self._base_outcomes
@@ -202,8 +204,9 @@ class Evaluator:
         users, largest = list(range(flat.shape[0])), self.gate.alphas[-1]
         if self.gate.enabled and self.gate.sequential:
             self._check_base(base)
-            sources = draws or [Random(number) for number in users]  # without a ledger nothing is released
-            return [self._sequential(flat[[user]], demands[user], base, sources[user]) for user in users]
+            pool = self.pool
+            drawn = [[pool[name] for name in names] for names in draws]
+            return [self._sequential(flat[[user]], demands[user], base, drawn[user]) for user in users]
         if self.gate.enabled:
             self._check_base(base)
 
@@ -220,7 +223,16 @@ class Evaluator:
             for verdict, outcomes in zip(verdicts, released, strict=True)
         ]
 
-    def _sequential(self, flat: Float[Tensor, "1 params"], demands: Demands, base: Outcomes, source: Random) -> Verdict:
+    @cached_property
+    def pool(self) -> dict[str, Unit]:
+        """The units of the `certify` probes by name, from which looks draw (`gate.sequential`)."""
+        certify = self._certify
+        units = self.demands.clusters.units_of({name: [True] * len(of) for name, of in certify.places.items()})
+        return {unit_name(certify.probes[certify.places[unit.category][unit.places[0]]]): unit for unit in units}
+
+    def _sequential(
+        self, flat: Float[Tensor, "1 params"], demands: Demands, base: Outcomes, drawn: Sequence[Unit]
+    ) -> Verdict:
         """The sequential gate's verdict on one user: probes are asked as they are drawn."""
         certify = self._certify
 
@@ -235,7 +247,7 @@ class Evaluator:
         def side_effects(alpha: float) -> SideEffects:
             return self._side_effects(flat, torch.tensor([alpha], device=flat.device))[0]
 
-        return certify_sequentially(demands, base, self.gate.alphas, source, refused, side_effects)
+        return certify_sequentially(demands, base, self.gate.alphas, drawn, refused, side_effects)
 
     @cached_property
     def _base_outcomes(self) -> Outcomes:

@@ -48,7 +48,7 @@ DemandCount = Count | ShareCount | HarmlessCount | FixedCount
 
 
 class GateTest(NamedTuple):
-    """One test at one alpha. All tests are kept: they are the ledger of the delta spent.
+    """One test at one alpha.
 
     `phrasings` counts new phrasings alone, in the pool. `shares` is the evidence of the pool and of categories that
     have several probes of a new phrasing: their bounds follow from it. `over_refusal` and `fixed` are None where
@@ -155,10 +155,7 @@ class Demands:
         return replace(self, delta=spent + each, judge_error=error, judge_delta=spent)
 
     def at_look(self, share: float, number: int = 1) -> Demands:
-        """These demands at one look of a user (its `number`), which spends this share of the tests' part of delta.
-
-        The judge's calibration is one event for all looks. Fresh draws renew no fixed set (`evaluation.spending`).
-        """
+        """These demands at one look of a user (its `number`), which spends this share of the tests' part of delta."""
         fixed_share = min(1.0, look_share(number) / share) if self.sequential else 1.0
         return replace(self, fixed_share=fixed_share, delta=self.judge_delta + share * (self.delta - self.judge_delta))
 

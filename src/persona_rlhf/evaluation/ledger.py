@@ -7,8 +7,8 @@ judgement that is repeated allows no more. Another adapter, probe, demand or jud
 The ledger is chained (`common/chain.py`); heads of it are kept beside it and in the runs that use it. A ledger that
 lacks one of them is an error: a restored backup would have forgotten looks.
 
-Three files lie side by side, such as looks.jsonl, looks.key and looks.head. Users and adapters are named by HMACs
-(RFC 2104) under the key, so that looks.jsonl alone names nobody. Deleting a user leaves these lines as they are.
+looks.jsonl, looks.key and looks.head lie side by side. Users, adapters and units are named by HMACs (RFC 2104) under
+the key, so that looks.jsonl alone names nobody. Deleting a user leaves these lines as they are.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import hmac
 import json
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple
 
 from persona_rlhf.common.chain import NO_LINES, Chain, ChainEntry, ChainHead, LockedChain, entry_of
@@ -31,22 +31,23 @@ from persona_rlhf.evaluation.look_events import (
     BEGUN,
     CLOSED,
     OPENED,
+    POOLED,
     RESTORE,
     Begun,
     Closed,
     Opened,
+    Pooled,
     facts_of,
     line_fault,
 )
-from persona_rlhf.evaluation.spending import PastLook, next_share
+from persona_rlhf.evaluation.spending import Look, PastLook, next_share
 
 LOOKS = "looks.jsonl"
 """The name of a run's ledger in its folder, where `gate.ledger` names no other."""
 
-_DIGITS = 32  # hex digits of an HMAC
+_DIGITS, _UNIT_DIGITS = 32, 16  # hex digits of an HMAC; two of 10,000 units share theirs with a chance of 3e-12
 _DAMAGED = f"this line was changed, or lines before it were removed; {RESTORE}"
-_SHORTEST_KEY = 32
-"""Bytes of a key. With a shorter one, everybody who has a list of user ids could guess the key and name the users."""
+_SHORTEST_KEY = 32  # bytes; a shorter key could be guessed by everybody who has a list of user ids
 
 
 class LookKey(NamedTuple):
@@ -61,38 +62,18 @@ class LookKey(NamedTuple):
     exam: str
 
 
-class Look(NamedTuple):
-    """A look in the ledger: its number among those of its user, and the share of delta that it spends.
-
-    `spent` is the sum of the shares of this look and of those before it.
-    """
-
-    number: int
-    share: float
-    spent: float
+_NO_ENDS: Mapping[LookKey, int] = {}
 
 
-class Spending(NamedTuple):
-    """The part of a user's delta that a look spent: its number, its share, its delta, and the sum over all looks.
+class FreshUnit(NamedTuple):
+    """A unit of a pool that no closed look of a user drew, and its place in the user's order."""
 
-    `spent` has the judge's part in it, which is spent once; `of` is the whole delta.
-    """
-
-    look: int
-    share: float
-    delta: float
-    spent: float
-    of: float
-
-    @staticmethod
-    def of_look(look: Look, delta: float, judge_delta: float) -> Spending:
-        """The spending of a look, where a user's delta is `delta`, with `judge_delta` of it for the judge."""
-        tests = delta - judge_delta
-        return Spending(look.number, look.share, look.share * tests, judge_delta + look.spent * tests, delta)
+    name: str
+    place: int
 
 
 class LookPlan(NamedTuple):
-    """Looks of each user that are planned together and spend equal shares, such as the runs of a sweep."""
+    """Looks of each user that spend equal shares, such as those of a sweep."""
 
     name: str
     looks: int
@@ -112,7 +93,7 @@ class Family(NamedTuple):
 
 
 class KeptHead(NamedTuple):
-    """A head of a ledger, the number of looks up to it, and the place that keeps it."""
+    """A head of a ledger, the number of looks up to it, and its place."""
 
     head: ChainHead
     looks: int
@@ -123,7 +104,7 @@ class _Taken(NamedTuple):
     """A look of a user as the ledger has it. `released` is the alpha that its verdict allows: 0 if failed or open.
 
     `family` is the digest of the family that it spends the delta of; empty where there is none, or none was recorded.
-    `fresh`: the look drew fresh probes (`gate.sequential`).
+    `fresh`: the look draws fresh probes (`gate.sequential`), after the place `start` and up to `end`, None while open.
     """
 
     look: str
@@ -132,11 +113,13 @@ class _Taken(NamedTuple):
     plan: LookPlan | None
     family: str
     fresh: bool
+    start: int = 0
+    end: int | None = None
 
     @property
     def handed_on(self) -> bool:
-        """Whether its share went to the next look: a pass does that on fresh probes alone."""
-        return self.fresh and self.released > 0
+        """Whether its share went to the next look: a pass does that on fresh probes, and a look that drew no probe."""
+        return self.fresh and (self.released > 0 or self.end == self.start)
 
 
 class Ledger:
@@ -157,6 +140,7 @@ class Ledger:
         self._users: dict[str, list[_Taken]] = {}
         self._places: dict[str, tuple[str, int]] = {}  # by look: its user and its place
         self._open, self._banks, self._families = set[str](), Counter[str](), set[str]()
+        self._pools, self._registered = list[list[str]](), set[str]()  # units in the order of their lines
 
     @property
     def head(self) -> KeptHead:
@@ -165,7 +149,7 @@ class Ledger:
 
     @property
     def mark(self) -> str:
-        """A hash that tells this ledger from every other one, and stays the same over its copies; empty without one."""
+        """A hash that all copies of a ledger share, and no other one; empty where there is no ledger."""
         return sha256_of(self._key_file)[:_DIGITS] if self._key_file.is_file() else ""
 
     def uses(self, bank: str) -> int:
@@ -190,22 +174,25 @@ class Ledger:
         sequential: bool = False,
         plan: LookPlan | None = None,
         family: Family | None = None,
+        pool: Iterable[str] = (),
     ) -> list[Look]:
         """Opens a look of each of several users, on the disk before this returns; one that is there stays as it is.
 
-        `sequential` as in `next_share`. `family`: the users who share delta with these; raises as `check` does.
+        `sequential` as in `next_share`. `pool`: the names of the units from which the looks draw. `family`: the users
+        who share delta with these; raises as `check` does.
         """
         assert len({key.user for key in keys}) == len(keys), "two looks of one user at once"
         with self._locked() as chain:
             self._check_family(family)
             shared = {} if family is None else {"family": self._digest("family", family.name)}
-            new = list[tuple[str, dict[str, Any]]]()
+            units = [unit for unit in map(self._unit, pool) if unit not in self._registered]
+            new = list[tuple[str, dict[str, Any]]]([(POOLED, {"units": sorted(units)})] if units else [])
             for key in keys:
                 if (name := self._name(key)) not in self._places:
                     user = self._digest("user", key.user)
                     planned = {} if plan is None else {"plan": plan.name, "planned": plan.looks}
                     facts = {
-                        **({"fresh": True} if sequential else {}),
+                        **({"fresh": True, "start": self._drawn(user)} if sequential else {}),
                         "user": user,
                         "look": name,
                         "bank": key.bank,
@@ -216,27 +203,43 @@ class Ledger:
             self._append(chain, new)
             return [self._look(self._name(key)) for key in keys]
 
-    def draws(self, user: str, number: int) -> Random:
-        """The source of the draws of a user's look: nobody without the ledger's key can foretell them."""
-        return Random(int(self._digest("draw", f"{user} {number}"), 16))
+    def fresh_units(self, key: LookKey, pool: Iterable[str]) -> list[FreshUnit]:
+        """The units of a pool (names) that a look may draw, in an order of the user's that only the key foretells.
 
-    def close(self, verdicts: Iterable[tuple[LookKey, float]]) -> list[float]:
+        It is over all units that ever were in a pool: later ones come behind it, and removed ones leave gaps. So no
+        later look of the user draws a unit again.
+        """
+        user, place = self._places[self._name(key)]
+        names, start = {self._unit(name): name for name in pool}, self._users[user][place].start
+        order = (unit for units in self._pools for unit in sorted(units, key=partial(self._digest, "order", user)))
+        return [FreshUnit(names[unit], n) for n, unit in enumerate(order, 1) if n > start and unit in names]
+
+    @property
+    def most_drawn(self) -> int:
+        """The units that the user with the most has drawn."""
+        return max(map(self._drawn, self._users), default=0)
+
+    def _drawn(self, user: str) -> int:
+        """The place up to which closed looks of a user drew units. Nobody has learnt an outcome of an open look."""
+        return max((past.end or 0 for past in self._users.get(user, ())), default=0)
+
+    def close(self, verdicts: Iterable[tuple[LookKey, float]], ends: Mapping[LookKey, int] = _NO_ENDS) -> list[float]:
         """Closes looks with the alphas that their verdicts allow, 0 for failed ones; returns the alphas recorded.
+
+        `ends`: the places of the last units that they drew, or their starts, where they draw fresh ones.
 
         A closed look stays as it is: its first verdict is the one returned. Lines of early versions have no alpha; a
         pass is then returned as 1, which bounds nothing.
         """
         with self._locked() as chain:
-            named = [(self._name(key), alpha) for key, alpha in verdicts]
-            self._append(
-                chain,
-                [
-                    (CLOSED, {"look": name, "passed": alpha > 0, "alpha": float(alpha)})
-                    for name, alpha in named
-                    if name in self._open
-                ],
-            )
-            places = [self._places[name] for name, _ in named]
+            named = {self._name(key): (key, alpha) for key, alpha in verdicts}
+            closed = [
+                {"look": name, "passed": alpha > 0, "alpha": float(alpha)} | ({"end": ends[key]} if key in ends else {})
+                for name, (key, alpha) in named.items()
+                if name in self._open
+            ]
+            self._append(chain, [(CLOSED, facts) for facts in closed])
+            places = [self._places[name] for name in named]
             return [self._users[user][place].released for user, place in places]
 
     def _share(self, user: str, sequential: bool, plan: LookPlan | None) -> float:
@@ -267,9 +270,8 @@ class Ledger:
     def _look(self, name: str) -> Look:
         user, place = self._places[name]
         taken = self._users[user][: place + 1]
-        return Look(
-            place + 1, taken[-1].share, sum(past.share for past in taken if not past.handed_on or past.look == name)
-        )
+        spent = sum(past.share for past in taken if not past.handed_on or past.look == name)
+        return Look(place + 1, taken[-1].share, spent, taken[-1].start)
 
     def _check_family(self, family: Family | None) -> None:
         """Raises InputError for a look that spent the delta of another family, or is of a user outside this one."""
@@ -313,10 +315,8 @@ class Ledger:
                 sentence = "this is no regular file, so nothing can be kept in it; move it away, or name another ledger"
                 raise InputError([Problem(str(file), None, "gate.ledger", sentence)])
         if self._key_file.exists() and (size := self._key_file.stat().st_size) < _SHORTEST_KEY:
-            sentence = (
-                f"this key has {size} bytes, and one of fewer than {_SHORTEST_KEY} can be guessed by everybody who "
-                "knows user ids; restore the key of the ledger, or remove this one where there is no ledger yet"
-            )
+            why = f"this key has {size} bytes; one of fewer than {_SHORTEST_KEY} can be guessed by a list of user ids"
+            sentence = f"{why}; restore the key of the ledger, or remove this one where there is no ledger yet"
             raise InputError([Problem(str(self._key_file), None, "gate.ledger", sentence)])
 
     def _append(self, chain: LockedChain, events: Sequence[tuple[str, dict[str, Any]]]) -> None:
@@ -350,21 +350,24 @@ class Ledger:
         match facts_of(entry, self.file):
             case Begun(key):
                 self._key = self._read_key(key)
+            case Pooled(units):
+                self._pools.append(units)
+                self._registered.update(units)
             case Opened() as opened:
                 plan = None if opened.plan is None else LookPlan(opened.plan, opened.planned)
                 taken = self._users.setdefault(opened.user, [])
                 self._places[opened.look] = opened.user, len(taken)
-                taken.append(_Taken(opened.look, opened.share, 0.0, plan, opened.family, opened.fresh))
+                taken.append(_Taken(opened.look, opened.share, 0.0, plan, opened.family, opened.fresh, opened.start))
                 self._families.add(opened.family)
                 self._open.add(opened.look)
                 self._looks += 1
                 self._banks[opened.bank] += 1
-            case Closed(look, passed, alpha):
+            case Closed(look, passed, alpha, end):
                 if look not in self._places:
                     raise line_fault(self.file, entry.seq, f"this line closes a look that no line opened; {RESTORE}")
                 user, place = self._places[look]
                 released = float(passed) if alpha is None else alpha
-                self._users[user][place] = self._users[user][place]._replace(released=released)
+                self._users[user][place] = self._users[user][place]._replace(released=released, end=end)
                 self._open.discard(look)
 
     def _read_key(self, digest: str) -> bytes:
@@ -378,8 +381,11 @@ class Ledger:
     def _name(self, key: LookKey) -> str:
         return self._digest("look", *key)
 
+    def _unit(self, name: str) -> str:
+        return self._digest("unit", name)[:_UNIT_DIGITS]
+
     def _digest(self, *parts: str) -> str:
-        return hmac.new(self._key, "\x1f".join(parts).encode(), hashlib.sha256).hexdigest()[:_DIGITS]
+        return hmac.digest(self._key, "\x1f".join(parts).encode(), "sha256").hex()[:_DIGITS]
 
     def _all_kept(self) -> list[KeptHead]:
         """The heads that must be in the ledger: those given, the one beside it, and the one last read."""

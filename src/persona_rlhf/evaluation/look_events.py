@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from persona_rlhf.common.chain import ChainEntry
 from persona_rlhf.common.errors import InputError, Problem
 
-BEGUN, OPENED, CLOSED = "begun", "opened", "closed"
+BEGUN, POOLED, OPENED, CLOSED = "begun", "pooled", "opened", "closed"
 RESTORE = "restore the newest copy of the ledger"
 
 
@@ -20,12 +20,19 @@ class Begun(NamedTuple):
     key: str
 
 
+class Pooled(NamedTuple):
+    """Units of a pool of private probes that no line before has: HMACs of their names."""
+
+    units: list[str]
+
+
 class Opened(NamedTuple):
     """An opened look: HMACs of the user and of the look, the bank, and the share of delta.
 
     plan, planned: the plan that it belongs to, and the number of looks of it
     family: HMAC of the family whose delta it spends
     fresh: whether it draws fresh probes (`gate.sequential`)
+    start: the place in the user's order of units after which it draws
     """
 
     user: str
@@ -36,19 +43,24 @@ class Opened(NamedTuple):
     planned: Annotated[int, Field(ge=1)] = 1
     family: str = ""
     fresh: bool = False
+    start: Annotated[int, Field(ge=0)] = 0
 
 
 class Closed(NamedTuple):
-    """A closed look, and the alpha that its verdict allows. Lines of early versions have no alpha."""
+    """A closed look, and the alpha that its verdict allows. Lines of early versions have no alpha.
+
+    end: the place of the last unit that it drew; its `start` where it drew none; None where it draws none afresh
+    """
 
     look: str
     passed: bool
     alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    end: Annotated[int, Field(ge=0)] | None = None
 
 
-Facts = Begun | Opened | Closed
+Facts = Begun | Pooled | Opened | Closed
 
-_KINDS: dict[str, type[Facts]] = {BEGUN: Begun, OPENED: Opened, CLOSED: Closed}
+_KINDS: dict[str, type[Facts]] = {BEGUN: Begun, POOLED: Pooled, OPENED: Opened, CLOSED: Closed}
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {event: TypeAdapter(kind) for event, kind in _KINDS.items()}
 
 

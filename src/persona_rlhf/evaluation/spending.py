@@ -16,6 +16,13 @@ Theirs moves along its series of shares at every look; here only a failure moves
 
 Harmless prompts and questions of fixed aspects are the same at every look, so no look renews them. With `sequential`,
 demands on them spend by the counted series, whatever passes (`Demands.at_look`).
+
+Both kinds of demands together stay within delta, though each series alone may use all of it. Take the j-th look in
+breach of a user who was not released in breach before. All j - 1 looks in breach before it failed, so the refusals'
+series has moved on by j - 1 at least, and the look's number is j at least. It passes with a chance of at most the j-th
+share, whichever demand it breaks. These shares sum to one. For demands on fixed sets the chance is one before any
+outcome on them, so the condition stays that adapters are not chosen by earlier outcomes on these sets. Without it, the
+demands on refusals alone are within delta.
 """
 
 from __future__ import annotations
@@ -37,3 +44,38 @@ def next_share(history: Sequence[PastLook], sequential: bool = False) -> float:
     """The share of delta for the look after `history`; `sequential` needs fresh probes for each look."""
     place = 1 + (sum(not look.passed for look in history) if sequential else len(history))
     return look_share(place)
+
+
+class Look(NamedTuple):
+    """A look in the ledger: its number among those of its user, and the share of delta that it spends.
+
+    `spent` is the sum of the shares of this look and of those before it. `start`: as in `FreshUnit.place`.
+    """
+
+    number: int
+    share: float
+    spent: float
+    start: int = 0
+
+
+class Spending(NamedTuple):
+    """The part of a user's delta that a look spent: its number, its share, its delta, and the sum over all looks.
+
+    `spent` has the judge's part in it, which is spent once; `of` is the whole delta. `pool` is the number of units of
+    private probes from which the look drew, and `drawn` those that the user's looks have drawn so far; None without
+    `gate.sequential`.
+    """
+
+    look: int
+    share: float
+    delta: float
+    spent: float
+    of: float
+    pool: int | None = None
+    drawn: int | None = None
+
+    @staticmethod
+    def of_look(look: Look, delta: float, judge_delta: float) -> Spending:
+        """The spending of a look, where a user's delta is `delta`, with `judge_delta` of it for the judge."""
+        tests = delta - judge_delta
+        return Spending(look.number, look.share, look.share * tests, judge_delta + look.spent * tests, delta)

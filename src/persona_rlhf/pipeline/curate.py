@@ -70,7 +70,7 @@ def draft(config: Config, user_id: str, out: Path, pairs: int) -> Drafted:
     Raises InputError where no program can read the stated preferences, there are no prompts, no two answers of the base
     differ by the preferences, or `out` exists.
     """
-    policy = Policy.of(config.policy)
+    policy = Policy.of(config.policy, sequential=config.gate.sequential)
     tastes = readable_tastes(policy, user_id)
     texts = read_ordinary(Path(config.evaluation.ordinary)) if config.evaluation.ordinary else []
     _check_draft(policy, user_id, tastes, texts, out)

@@ -210,7 +210,7 @@ class BaseCard(NamedTuple):
 def base_card(model: str, overrides: Sequence[str]) -> BaseCard:
     """Measures a base as a run would, without training. Raises InputError with the problems of the inputs."""
     settings = checked(CardSettings, parse_yaml("{}", "--base"), [f"base.model={json.dumps(model)}", *overrides])
-    policy = Policy.of(settings.policy)
+    policy = Policy.of(settings.policy, sequential=settings.gate.sequential)
     ordinary = read_ordinary(settings.evaluation.ordinary) if settings.evaluation.ordinary else []
     base = load_base(settings.base)
     adapted = AdaptedModel(base, LoraSettings())

@@ -152,7 +152,7 @@ def read_inputs(config: Config, selection: UserSelection | None = None) -> RunIn
     reviews: dict[str, Review] = {}
     rules: Patterns | None = None
     with collecting(problems):
-        policy = Policy.of(config.policy)
+        policy = Policy.of(config.policy, sequential=config.gate.sequential)
     with collecting(problems):
         pairs = PairStore(config.users.path, config.users.heldout, selection)
     with collecting(problems):

@@ -22,9 +22,12 @@ from persona_rlhf.data.store import PairStore
 from persona_rlhf.evaluation.answer_judge import judge_hashes
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.gate import Demands, Verdict
-from persona_rlhf.evaluation.ledger import LOOKS, Family, Ledger, LookKey, LookPlan, Spending
+from persona_rlhf.evaluation.ledger import LOOKS, Family, Ledger, LookKey, LookPlan
+from persona_rlhf.evaluation.sequential import shortages, units_drawn
+from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.pipeline.inputs import facts_of, ordinary_of
 from persona_rlhf.policy.policy import Policy
+from persona_rlhf.policy.private_banks import PrivatePool
 from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import forgotten
 from persona_rlhf.release.integrity import JUDGED, LOOKED, RETESTED, heads_of_neighbours, kept_heads, looked
@@ -52,6 +55,7 @@ class GateLooks:
     earlier: looks of the run before there was a ledger (`earlier_looks`), entered before the first
     plan: looks that the run shares with others, such as those of a sweep
     family: the users who share one delta (`gate.family: all`)
+    pool: names of the units from which looks draw (`gate.sequential`)
     """
 
     evaluator: Evaluator
@@ -62,6 +66,7 @@ class GateLooks:
     earlier: EarlierLooks
     plan: LookPlan | None = None
     family: Family | None = None
+    pool: Sequence[str] = ()
 
     def judge(self, users: Sequence[str], flat: Float[Tensor, "users params"]) -> list[JudgedLook]:
         """The gate's verdicts on one adapter of each user, at the level of the user's look.
@@ -75,21 +80,30 @@ class GateLooks:
             for user, adapter in zip(users, flat, strict=True)
         ]
         self.earlier = enter_earlier(self.ledger, self.audit_run, self.earlier)
-        sequential = self.evaluator.gate.sequential
-        looks = self.ledger.open(keys, sequential, self.plan, self.family)
+        sequential = self.evaluator.gate.enabled and self.evaluator.gate.sequential
+        looks = self.ledger.open(keys, sequential, self.plan, self.family, self.pool)
         integrity.append_all(self.audit_run, [looked(self.ledger)])
         demands = self.evaluator.demands
-        draws = [self.ledger.draws(key.user, look.number) for key, look in zip(keys, looks, strict=True)]
+        units = [self.ledger.fresh_units(key, self.pool) for key in keys]
         of_looks = [demands.at_look(look.share, look.number) for look in looks]
-        verdicts = self.evaluator.verdicts(flat, of_looks, draws)
+        verdicts = self.evaluator.verdicts(flat, of_looks, [[unit.name for unit in fresh] for fresh in units])
+        drawn = [units_drawn(verdict) if sequential else 0 for verdict in verdicts]
+        columns = zip(keys, looks, units, drawn, strict=True)
+        ends = {key: fresh[n - 1].place if n else look.start for key, look, fresh, n in columns} if sequential else {}
         allowed = (verdict.alpha if verdict.certified else 0.0 for verdict in verdicts)
-        recorded = self.ledger.close(zip(keys, allowed, strict=True))
+        recorded = self.ledger.close(zip(keys, allowed, strict=True), ends)
         if self.evaluator.gate.enabled:
             verdicts = [self._at_most(*of_user) for of_user in zip(verdicts, recorded, of_looks, strict=True)]
         integrity.append_all(self.audit_run, [looked(self.ledger)])
+        size = len(self.pool)
         return [
-            JudgedLook(verdict, Spending.of_look(look, demands.delta, demands.judge_delta))
-            for verdict, look in zip(verdicts, looks, strict=True)
+            JudgedLook(
+                verdict,
+                Spending.of_look(look, demands.delta, demands.judge_delta)._replace(
+                    **({"pool": size, "drawn": size - len(fresh) + n} if sequential else {})
+                ),
+            )
+            for verdict, look, fresh, n in zip(verdicts, looks, units, drawn, strict=True)
         ]
 
     def _at_most(self, verdict: Verdict, recorded: float, demands: Demands) -> Verdict:
@@ -125,8 +139,22 @@ def gate_looks(
     shared = gate.enabled and gate.family == "all"
     family = Family.of({*users, *forgotten(audit_run)}) if shared else None
     ledger.check(family)
-    exam = _exam(config, policy, evaluator)
-    return GateLooks(evaluator, ledger, audit_run, policy.bank.sha256, exam, earlier_looks(audit_run), plan, family)
+    exam, earlier = _exam(config, policy, evaluator), earlier_looks(audit_run)
+    private = policy.private if gate.enabled and gate.sequential else None
+    pool = () if private is None else _pool(private.pool, evaluator, ledger)
+    return GateLooks(evaluator, ledger, audit_run, policy.bank.sha256, exam, earlier, plan, family, pool)
+
+
+def _pool(pool: PrivatePool, evaluator: Evaluator, ledger: Ledger) -> list[str]:
+    """The names of the units from which looks draw: those of the pool that no draw of theirs certified on by itself.
+
+    Raises InputError where they are too few for a first look that could pass.
+    """
+    certified = pool.units_in(draw for draw in pool.draws if ledger.uses(draw.sha256))
+    units = {name: unit for name, unit in evaluator.pool.items() if name not in certified}
+    if problems := shortages(evaluator.first_look, list(units.values())):
+        raise InputError(problems)
+    return list(units)
 
 
 def users_of(pairs: PairStore) -> list[str]:

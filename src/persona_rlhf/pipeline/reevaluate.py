@@ -125,7 +125,8 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
     faults = [(result.path, fault) for result in released for fault in undated_faults(run / str(result.path), result)]
     if faults:
         raise InputError([Problem(f"{run}/{path}", None, None, fault) for path, fault in faults])
-    policy = Policy.of(config.policy.model_copy(update={"documents": list(documents)}))
+    settings = config.policy.model_copy(update={"documents": list(documents)})
+    policy = Policy.of(settings, sequential=config.gate.sequential)
     base = load_base(config.judged_base)
     RunDir(run).check_same({"base": base.weights_hash})
     adapted = AdaptedModel(base, config.lora)
@@ -199,7 +200,8 @@ def red_team(run: Path, overrides: Sequence[str], on_progress: OnProgress = sile
     released no adapter, its policy or base is no longer the same, or an adapter cannot be read.
     """
     released, config = released_results(run, "attacked"), _redteam_config(run, overrides)
-    policy, base = Policy.of(config.policy), load_base(config.judged_base)
+    policy = Policy.of(config.policy, sequential=config.gate.sequential)
+    base = load_base(config.judged_base)
     RunDir(run).check_same({"policy": policy.hash, "base": base.weights_hash})
     probes = probes_of(run, policy)
     adapted = AdaptedModel(base, config.lora)

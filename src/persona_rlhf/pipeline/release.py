@@ -16,8 +16,8 @@ from torch import Tensor
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.evaluation.gate import Verdict
-from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Measures
+from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.evaluation.warm_start import WarmStartInterpolation
 from persona_rlhf.pipeline.looks import GateLooks, gate_looks, users_of
 from persona_rlhf.pipeline.prepare import Chunk, Prepared

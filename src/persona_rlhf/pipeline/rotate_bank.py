@@ -12,7 +12,7 @@ from rich.table import Table
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.experiment import PolicySettings
-from persona_rlhf.evaluation.ledger import bank_uses
+from persona_rlhf.evaluation.ledger import Ledger, bank_uses
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.private_banks import (
@@ -22,14 +22,10 @@ from persona_rlhf.policy.private_banks import (
     PUBLIC,
     BankChoice,
     BankInfo,
-    append_split_key,
-    is_blank,
-    key_bytes,
     need_outside,
-    read_split_key,
-    read_split_keys,
     write_draw,
 )
+from persona_rlhf.policy.split_key import append_split_key, is_blank, key_bytes, read_split_key, read_split_keys
 
 NO_RESET = (
     "The promise is per user, over all releases: a rotation does not reset delta, and every look still counts in the "
@@ -44,6 +40,7 @@ class BankStatus(NamedTuple):
     fresh: the probes of a private folder that no draw has used yet
     left_out: rows of a private folder that cannot certify, since they are trained or of another split
     looks: looks at the bank that the ledger of the config counts; None where it names none
+    drawn: units of a pool that looks of one user have drawn, of the user who has drawn most (`gate.sequential`)
     """
 
     bank: BankInfo
@@ -52,6 +49,7 @@ class BankStatus(NamedTuple):
     fresh: Mapping[str, int]
     left_out: int
     looks: int | None = None
+    drawn: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -61,6 +59,7 @@ class BankStatus(NamedTuple):
         """The numbers for a terminal."""
         left_out = f"{self.left_out:,} rows are left out: trained, or of another split" if self.left_out else None
         title = f"bank: {self.bank}" + ("" if self.looks is None else f", used for {self.looks:,} looks")
+        title += "" if self.drawn is None else f"; {self.drawn:,} units drawn by the user with most"
         table = Table("category", "certify", "certified before", "fresh", title=title, caption=left_out)
         for name, n in self.certify.items():
             fresh = "-" if self.bank.kind == "public" else f"{self.fresh.get(name, 0):,}"
@@ -79,15 +78,27 @@ class Rotation(NamedTuple):
         return {**self.status.to_json(), "file": str(self.file), "note": NO_RESET}
 
 
-def bank_status(settings: PolicySettings, ledger: Path | None = None) -> BankStatus:
-    """The bank of a config, and its looks in a ledger. Raises InputError as `Policy.of` does."""
-    policy, earlier = Policy.of(settings), set[tuple[str, str]]()
-    if policy.private is not None:
+def bank_status(settings: PolicySettings, ledger: Path | None = None, sequential: bool = False) -> BankStatus:
+    """The bank of a config, and its looks in a ledger. Raises InputError as `Policy.of` and `Ledger.check` do.
+
+    `sequential` (`gate.sequential`): looks draw from the whole pool.
+    """
+    policy, earlier = Policy.of(settings, sequential=sequential), set[tuple[str, str]]()
+    if policy.private is not None and sequential:
+        earlier = set(policy.private.pool.used)
+    elif policy.private is not None:
         earlier = {member for draw in policy.private.pool.draws[:-1] for member in draw.members}
     elif settings.split_key is not None:
         earlier = _certified_before(settings, read_split_keys(settings.split_key)[:-1])
     status = _status(policy, earlier)
-    return status if ledger is None else status._replace(looks=bank_uses(ledger, policy.bank.sha256))
+    if ledger is None:
+        return status
+    drawn = None
+    if sequential:
+        looks = Ledger(ledger)
+        looks.check()
+        drawn = looks.most_drawn
+    return status._replace(looks=bank_uses(ledger, policy.bank.sha256), drawn=drawn)
 
 
 def rotate_bank(settings: PolicySettings, per_category: int = PER_CATEGORY) -> Rotation:

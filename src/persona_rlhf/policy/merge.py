@@ -225,7 +225,7 @@ def unusable_probes(
             if private is None:
                 sentence += f" of {restriction.bank}; {more_probes([restriction.category], needed - units)}"
             else:
-                sentence += f" of `{restriction.category}` in {private.name}; {_DRAW_MORE}"
+                sentence += f" of `{restriction.category}` in {private.name}; {private.remedy}"
             yield document.problem(("rules", index, "min_refusal"), sentence)
         trained = {probe.prompt for probe in restriction.probes if probe.split == "train"}
         if not trained:
@@ -245,11 +245,8 @@ def unusable_probes(
         sentence = _too_few(certify.min_refusal, certify.delta, needed, units, _unit(clusters, pooled))
         more = more_probes([r.category for r in restrictions if r.tier == 1], needed - units)
         strictest = max((d for d in documents if d.certify), key=lambda d: (d.certify or certify).min_refusal)
-        more = more if private is None else _DRAW_MORE
+        more = more if private is None else private.remedy
         yield strictest.problem(("certify", "min_refusal"), f"{sentence} of {where}; {more}")
-
-
-_DRAW_MORE = "draw more with `persona-rlhf policy bank rotate CONFIG --per-category N`, or add rows to the folder"
 
 
 def _unit(clusters: Clusters, probes: Sequence[Probe]) -> str:

@@ -32,12 +32,12 @@ from persona_rlhf.policy.private_banks import (
     BankChoice,
     BankInfo,
     PrivateBank,
-    key_hash,
     private_bank,
-    read_split_key,
+    unit_name,
 )
 from persona_rlhf.policy.rule_schema import Certify, PreferenceRule, RequirementRule, RestrictionRule, Rule
 from persona_rlhf.policy.rules import DocumentInfo, Preference, Requirement, Restriction, split_sizes
+from persona_rlhf.policy.split_key import key_hash, read_split_key
 
 
 class RuleEntry(NamedTuple):
@@ -164,10 +164,13 @@ class Policy:
     """The private bank whose draw certifies; None where the documents' banks do."""
 
     @staticmethod
-    def of(settings: PolicySettings, today: date | None = None) -> Policy:
-        """The policy of a config, with its private banks and its split key. Raises InputError as `read` does."""
+    def of(settings: PolicySettings, today: date | None = None, *, sequential: bool = False) -> Policy:
+        """The policy of a config, with its private banks and its split key. Raises InputError as `read` does.
+
+        `sequential` (`gate.sequential`): the whole pool of the private banks certifies.
+        """
         key = None if settings.split_key is None else read_split_key(settings.split_key)
-        return Policy.read(settings.documents, today, BankChoice(settings.private_banks, key))
+        return Policy.read(settings.documents, today, BankChoice(settings.private_banks, key, whole_pool=sequential))
 
     @staticmethod
     def read(paths: Sequence[Path | str], today: date | None = None, banks: BankChoice = PUBLIC) -> Policy:
@@ -228,6 +231,9 @@ class Policy:
         digest = bank_hash(self.probes("certify"))
         if self.private is None:
             return BankInfo("public", digest, split_key=self.split_key)
+        if self.private.draw is None:
+            units = len({unit_name(probe) for probe in self.probes("certify")})
+            return BankInfo("private", digest, split_key=self.split_key, pool=units)
         return BankInfo("private", digest, self.private.draw.number, self.split_key)
 
     @property

@@ -1,19 +1,18 @@
-"""Private banks of certify probes: a folder outside every repository, draws from it, and a split key of one's own.
+"""Private banks of certify probes: a folder outside every repository, and draws from it.
 
 A folder holds files CATEGORY.jsonl and CATEGORY.NAME.jsonl in the form of `hazards.read_probes`, the *pool*, and files
 `draw-0001.json`, `draw-0002.json`, ... The probes of the newest draw take the place of the public `certify` probes, of
 which none decides any more: they join `test`. A draw takes whole units, as the gate counts them: a topic, a new
 phrasing, or a single new combination. Units that no earlier draw used come first.
 
-A split key is the last line of a file. It splits the public probes that are not in `train` anew.
+With `gate.sequential` no draw decides: each look draws for itself from the whole pool (`evaluation.sequential`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,21 +31,21 @@ DRAW = "draw-{:04}.json"
 PER_CATEGORY = 180
 """Probes of each category that a draw has by default."""
 
-_SHORTEST_KEY, _FEWEST_CHARACTERS = 16, 8
-"""Length of a split key, and its different characters. Manifests have a hash of it, by which a short one is guessed."""
-
-_ROTATE = "`persona-rlhf policy bank rotate CONFIG`"
+ROTATE = "`persona-rlhf policy bank rotate CONFIG`"
+_DRAW_MORE = "draw more with `persona-rlhf policy bank rotate CONFIG --per-category N`, or add rows to the folder"
 
 
 class BankChoice(NamedTuple):
     """The folder of private banks and the split key (32 bytes); None for the public ones.
 
     draw_anew: probes of each category of a new draw, which takes the place of the newest one on the disk
+    whole_pool: whether the whole pool certifies, and no draw of it (`gate.sequential`)
     """
 
     folder: Path | None = None
     split_key: bytes | None = None
     draw_anew: int | None = None
+    whole_pool: bool = False
 
 
 PUBLIC = BankChoice()
@@ -58,16 +57,19 @@ class BankInfo(NamedTuple):
     sha256: of the `certify` probes
     draw: number of the draw from a private bank
     split_key: hash of the split key of one's own
+    pool: units of the pool from which each look draws for itself (`gate.sequential`)
     """
 
     kind: Literal["public", "private"]
     sha256: str
     draw: int | None = None
     split_key: str | None = None
+    pool: int | None = None
 
     def __str__(self) -> str:
-        """`private, draw 3`."""
+        """`private, draw 3`, or `private, a pool of 1,900 units`."""
         draw = "" if self.draw is None else f", draw {self.draw}"
+        draw += "" if self.pool is None else f", a pool of {self.pool:,} units"
         return f"{self.kind}{draw}{', split by a key of its own' if self.split_key else ''}"
 
 
@@ -102,34 +104,49 @@ class PrivatePool(NamedTuple):
         """(category, id) of every probe of a draw."""
         return frozenset(member for draw in self.draws for member in draw.members)
 
+    def units_in(self, draws: Iterable[Draw]) -> frozenset[str]:
+        """The names of the units of which some of these draws had a probe."""
+        members = {member for draw in draws for member in draw.members}
+        return frozenset(unit_name(probe) for probe in self.probes if (probe.category, probe.id) in members)
+
 
 class PrivateBank(NamedTuple):
-    """A pool, and the draw of it that is in force."""
+    """A pool, and the draw of it that is in force; None where the whole pool is (`gate.sequential`)."""
 
     pool: PrivatePool
-    draw: Draw
+    draw: Draw | None
 
     @property
     def name(self) -> str:
         """`draw 3 of the private banks`."""
-        return f"draw {self.draw.number} of the private banks"
+        return "the pool of the private banks" if self.draw is None else f"draw {self.draw.number} of the private banks"
+
+    @property
+    def remedy(self) -> str:
+        """The remedy for too few probes."""
+        return "add rows to the folder" if self.draw is None else _DRAW_MORE
 
     @property
     def drawn(self) -> list[Probe]:
-        """The probes of the draw."""
-        members = self.draw.members
+        """The probes that certify."""
+        members = self._members
         return [probe for probe in self.pool.probes if (probe.category, probe.id) in members]
 
     @property
     def reserve(self) -> list[Probe]:
         """The rest of the pool, which certifies nothing now."""
-        members = self.draw.members
+        members = self._members
         return [probe for probe in self.pool.probes if (probe.category, probe.id) not in members]
+
+    @property
+    def _members(self) -> frozenset[tuple[str, str]]:
+        everything = frozenset((probe.category, probe.id) for probe in self.pool.probes)
+        return everything if self.draw is None else self.draw.members
 
     @property
     def fresh(self) -> list[Probe]:
         """The probes of the pool of whose unit neither this draw nor an earlier one had a probe."""
-        used = self.pool.used | self.draw.members
+        used = self.pool.used | (frozenset() if self.draw is None else self.draw.members)
         units = {_unit_of(probe) for probe in self.pool.probes if (probe.category, probe.id) in used}
         return [probe for probe in self.pool.probes if _unit_of(probe) not in units]
 
@@ -171,51 +188,6 @@ def need_private(settings: PolicySettings, run: Path) -> None:
             need_outside(path, key, run)
 
 
-def read_split_key(file: Path) -> bytes:
-    """The key in force: 32 bytes from the last line of the file. Raises InputError where it is missing or too short."""
-    return read_split_keys(file)[-1]
-
-
-def key_hash(key: bytes) -> str:
-    """A hash that names a split key and shows nothing of it."""
-    return hashlib.blake2b(b"persona-rlhf split key", key=key, digest_size=16).hexdigest()
-
-
-def read_split_keys(file: Path) -> list[bytes]:
-    """The keys of a file from the first to the one in force. Raises InputError where there is none, or a weak one."""
-    return list(map(key_bytes, _key_lines(file)))
-
-
-def _key_lines(file: Path) -> list[str]:
-    need_outside(file, KEY)
-    try:
-        lines = [line.strip() for line in file.expanduser().read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as fault:
-        why = fault.strerror if isinstance(fault, OSError) else "it is no text"
-        sentence = f"the key cannot be read ({why}); name a text file, or a new one, and {_ROTATE} makes a key"
-        raise InputError([Problem(str(file), None, KEY, sentence)]) from None
-    if not any(lines):
-        raise InputError([Problem(str(file), None, KEY, f"there is no key in this file; {_ROTATE} appends one")])
-    weak = [number for number, line in enumerate(lines, 1) if line and not _is_strong(line)]
-    if weak:
-        sentence = (
-            f"a key has at least {_SHORTEST_KEY} printable characters, {_FEWEST_CHARACTERS} of them different: "
-            "manifests have its hash, by which a weaker one can be guessed; take the line out, and "
-            f"{_ROTATE} appends a random key"
-        )
-        raise InputError([Problem(str(file), number, KEY, sentence) for number in weak])
-    return list(filter(None, lines))
-
-
-def _is_strong(key: str) -> bool:
-    return len(key) >= _SHORTEST_KEY and len(set(key)) >= _FEWEST_CHARACTERS and key.isprintable()
-
-
-def key_bytes(key: str) -> bytes:
-    """The 32 bytes of a line of a key file."""
-    return hashlib.sha256(key.encode()).digest()
-
-
 def private_bank(choice: BankChoice, restrictions: Sequence[Restriction]) -> PrivateBank | None:
     """The private bank of a choice; None where it names no folder. Raises InputError with every problem of the folder.
 
@@ -224,13 +196,16 @@ def private_bank(choice: BankChoice, restrictions: Sequence[Restriction]) -> Pri
     if choice.folder is None:
         return None
     pool = read_pool(choice.folder, restrictions)
+    if choice.whole_pool:
+        return PrivateBank(pool, None)
     if choice.draw_anew is not None:
         return PrivateBank(pool, draw_probes(pool, choice.draw_anew))
     if not pool.draws:
-        raise InputError([Problem(str(choice.folder), None, FOLDER, f"no probes were drawn yet; run {_ROTATE}")])
-    bank = PrivateBank(pool, pool.draws[-1])
-    if bank_hash(bank.drawn) != bank.draw.sha256:
-        sentence = f"probes of draw {bank.draw.number} were changed or removed; restore their rows, or run {_ROTATE}"
+        raise InputError([Problem(str(choice.folder), None, FOLDER, f"no probes were drawn yet; run {ROTATE}")])
+    newest = pool.draws[-1]
+    bank = PrivateBank(pool, newest)
+    if bank_hash(bank.drawn) != newest.sha256:
+        sentence = f"probes of draw {newest.number} were changed or removed; restore their rows, or run {ROTATE}"
         raise InputError([Problem(str(choice.folder), None, FOLDER, sentence)])
     return bank
 
@@ -336,6 +311,11 @@ def _unit_of(probe: Probe) -> Hashable:
     return "probe", probe.category, probe.id
 
 
+def unit_name(probe: Probe) -> str:
+    """The name of a probe's unit. A look of `gate.sequential` asks a unit once, under whatever other rows it has."""
+    return json.dumps(_unit_of(probe))
+
+
 def draw_probes(pool: PrivatePool, per_category: int, rng: Random | None = None) -> Draw:
     """A draw of at least `per_category` probes of each category, of fresh units as far as there are any.
 
@@ -364,27 +344,9 @@ def draw_probes(pool: PrivatePool, per_category: int, rng: Random | None = None)
     return Draw(len(pool.draws) + 1, now, ids, bank_hash(drawn))
 
 
-def is_blank(file: Path) -> bool:
-    """Whether a file of split keys is missing, or is a regular file without a key."""
-    place = file.expanduser()
-    return not place.exists() or (place.is_file() and not place.read_bytes().strip())
-
-
 def write_draw(bank: PrivateBank) -> Path:
     """Writes the draw of a bank beside the earlier ones, whole or not at all; it is in force from then on."""
+    assert bank.draw is not None, "a whole pool is no draw"
     file = bank.pool.folder / DRAW.format(bank.draw.number)
     atomic_write(file, json.dumps(bank.draw.to_json(), indent=1) + "\n", private=True)
     return file
-
-
-def append_split_key(file: Path, key: str) -> None:
-    """Appends a split key to its file, which may be new; it is in force from then on.
-
-    Raises InputError where there is no folder for it, or something that is no file of keys.
-    """
-    place = file.expanduser()
-    if not place.parent.is_dir():
-        sentence = "the folder of this file does not exist; make it, or name another file"
-        raise InputError([Problem(str(file), None, KEY, sentence)])
-    lines = [] if is_blank(file) else _key_lines(file)
-    atomic_write(place, (f"{line}\n" for line in (*lines, key)), private=True)

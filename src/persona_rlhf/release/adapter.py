@@ -16,8 +16,8 @@ from torch import Tensor
 from persona_rlhf.common.files import atomic_folder, slug
 from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.evaluation.gate import Verdict
-from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Measures
+from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.multi_lora import LayerSpan, lora_matrices
 from persona_rlhf.release.card import card

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from persona_rlhf.evaluation.gate import POOLED, DemandCount, Verdict
-from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Measures
+from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.evaluation.statistics import Count, FixedCount, HarmlessCount, ShareCount
 from persona_rlhf.release.compatibility import max_lora_rank
 from persona_rlhf.release.manifest import MANIFEST, BaseInfo, DataInfo, Provenance

@@ -19,8 +19,8 @@ from persona_rlhf.common.files import is_hub_id
 from persona_rlhf.common.version import __version__
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.evaluation.gate import Demands, Verdict
-from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Conditions
+from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.private_banks import BankInfo
 from persona_rlhf.release.results import PairCounts, plain

@@ -20,8 +20,8 @@ from persona_rlhf.config.evaluation import GateSettings
 from persona_rlhf.config.retired import remove_retired
 from persona_rlhf.evaluation.fleet_guarantee import FleetGuarantee, GatedUser, fleet_guarantee
 from persona_rlhf.evaluation.gate import POOLED, Demands, GateTest, Verdict
-from persona_rlhf.evaluation.ledger import Spending
 from persona_rlhf.evaluation.records import Measures
+from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.evaluation.statistics import Clustered, Count
 from persona_rlhf.policy.bound import JUDGE_DELTA_SHARE
 from persona_rlhf.training.records import DualTrace

@@ -21,7 +21,7 @@ from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
 from persona_rlhf.common.json_lines import read_json_lines
 from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.evaluation.gate import Verdict
-from persona_rlhf.evaluation.ledger import Spending
+from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.release import integrity
 from persona_rlhf.release.integrity import REVOKED, RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.manifest import MANIFEST
