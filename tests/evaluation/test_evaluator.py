@@ -248,7 +248,7 @@ def test_the_sequential_gate_asks_the_probes_that_a_look_draws(adapted, adapters
     assert verdicts == examination.verdicts(adapters[:2], demands, draws)
     [none] = examination.verdicts(adapters[:1], demands[:1], [draws[0][:9]])
     assert (none.alpha, none.admitted, none.looks) == (0, False, [])
-    assert "the private pool is used up for this user: 9 fresh units" in none.reason
+    assert "the private pool is used up for this user: 0 fresh units of `pooled`" in none.reason
     clean = verdicts[0]  # an adapter of zeros answers as the base does
     assert clean.alpha == 1.0
     assert units_drawn(clean) % 100 == 0 or units_drawn(clean) == len(examination.pool)

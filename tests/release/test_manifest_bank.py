@@ -49,7 +49,14 @@ def test_a_public_bank_is_called_public(tmp_path, verdict):
     policy = Policy.read(deployment(tmp_path).documents)
     origin, data = provenance(policy, None), DataInfo.of([], 0)
     bank = manifest_of("ann", origin, data, verdict, {}, Stamp())["policy"]["bank"]
-    assert bank == {"kind": "public", "sha256": policy.bank.sha256, "draw": None, "split_key": None, "looks": None}
+    assert bank == {
+        "kind": "public",
+        "sha256": policy.bank.sha256,
+        "draw": None,
+        "split_key": None,
+        "pool": None,
+        "looks": None,
+    }
     page = card(origin, data, verdict, None)
     assert "bank: public (sha256" in page
     assert "looks so far" not in page
