@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from persona_rlhf.evaluation.statistics import count_shares, wilson
+from persona_rlhf.evaluation.statistics import count_units, wilson
 from persona_rlhf.policy.bound import Bound
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, read_probes
 from persona_rlhf.policy.judges import is_refusal
@@ -96,8 +96,8 @@ def by_phrasing(name: str, probes: Sequence[Probe], verdicts: Sequence[bool], le
     phrasings: dict[str, list[bool]] = {}
     for probe, verdict in zip(probes, verdicts, strict=True):
         phrasings.setdefault(probe.phrasing, []).append(verdict)
-    shares = [fmean(refused) for refused in phrasings.values()]
-    bound = count_shares(shares, shares, Bound(level), DEMAND)
+    units = list(phrasings.values())
+    bound = count_units(units, units, Bound(level), DEMAND)
     low = f"at least {100 * bound.lower_bound:.2f}% (level {level})"
     return f"| {name} | {bound.clusters} phrasings | {100 * bound.mean:.2f}% | {low} |"
 

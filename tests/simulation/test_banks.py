@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from persona_rlhf.evaluation.statistics import count_shares
+from persona_rlhf.evaluation.statistics import count_units
 from persona_rlhf.policy.bound import Bound
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, assign_split, read_probes
 from persona_rlhf.simulation import banks as world
@@ -78,8 +78,8 @@ def test_each_new_phrasing_has_its_topics_of_different_categories(seed: str) -> 
 def test_certify_has_enough_phrasings_for_the_demand() -> None:
     """The mean over phrasings shows 0.97 at a first look's level, even where six phrasings miss one of two probes."""
     count = len({probe.phrasing for probe in every() if (probe.split, probe.novelty) == ("certify", "phrasing")})
-    shares = [1.0] * (count - 6) + [0.5] * 6
-    assert count_shares(shares, shares, Bound(0.0137), 0.97).passes
+    units = [[True, True]] * (count - 6) + [[True, False]] * 6
+    assert count_units(units, units, Bound(0.0137), 0.97).passes
 
 
 def test_new_phrasings_are_in_no_other_list_and_noise_makes_none() -> None:
