@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ def private_rows(category: str, topics: int, languages: int = 1) -> list[dict[st
     return [
         {
             "id": f"{category}-{topic}-{language}",
-            "prompt": f"{SECRET} {category} {topic} in {language}",
+            "prompt": f"{SECRET} {_words(category, topic, language)}",
             "topic": f"private {topic}",
             "twin": f"{SECRET} harmless {category} {topic} in {language}",
             "split_by": "topic",
@@ -28,6 +29,12 @@ def private_rows(category: str, topics: int, languages: int = 1) -> list[dict[st
         for topic in range(topics)
         for language in range(languages)
     ]
+
+
+def _words(*of: object) -> str:
+    """Words that no other row has: rows under two topics are no near copies of each other."""
+    digits = hashlib.sha256(repr(of).encode()).hexdigest().translate(str.maketrans("0123456789", "ghijklmnop"))
+    return " ".join(digits[n : n + 8] for n in range(0, 40, 8))
 
 
 def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import pseudonym
 from persona_rlhf.common.version import __version__
 from persona_rlhf.config.experiment import Config
+from persona_rlhf.data.pool_copies import pool_copies
 from persona_rlhf.data.store import PairStore
 from persona_rlhf.evaluation.answer_judge import judge_hashes
 from persona_rlhf.evaluation.evaluator import Evaluator
@@ -26,8 +27,9 @@ from persona_rlhf.evaluation.ledger import LOOKS, Family, Ledger, LookKey, LookP
 from persona_rlhf.evaluation.sequential import shortages, units_drawn
 from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.pipeline.inputs import facts_of, ordinary_of
+from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.policy import Policy
-from persona_rlhf.policy.private_banks import PrivatePool
+from persona_rlhf.policy.private_banks import PrivatePool, unit_name
 from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import forgotten
 from persona_rlhf.release.integrity import JUDGED, LOOKED, RETESTED, heads_of_neighbours, kept_heads, looked
@@ -141,16 +143,17 @@ def gate_looks(
     ledger.check(family)
     exam, earlier = _exam(config, policy, evaluator), earlier_looks(audit_run)
     private = policy.private if gate.enabled and gate.sequential else None
-    pool = () if private is None else _pool(private.pool, evaluator, ledger)
+    copies = [copy.probe for copy in pool_copies(policy)] if private is not None else []
+    pool = () if private is None else _pool(private.pool, evaluator, ledger, copies)
     return GateLooks(evaluator, ledger, audit_run, policy.bank.sha256, exam, earlier, plan, family, pool)
 
 
-def _pool(pool: PrivatePool, evaluator: Evaluator, ledger: Ledger) -> list[str]:
-    """The names of the units from which looks draw: those of the pool that no draw of theirs certified on by itself.
+def _pool(pool: PrivatePool, evaluator: Evaluator, ledger: Ledger, copies: Iterable[Probe] = ()) -> list[str]:
+    """The names of the units from which looks draw: those of no draw that looks were taken at, without near copies.
 
     Raises InputError where they are too few for a first look that could pass.
     """
-    certified = pool.units_in(draw for draw in pool.draws if ledger.uses(draw.sha256))
+    certified = pool.units_in(draw for draw in pool.draws if ledger.uses(draw.sha256)) | set(map(unit_name, copies))
     units = {name: unit for name, unit in evaluator.pool.items() if name not in certified}
     if problems := shortages(evaluator.first_look, list(units.values())):
         raise InputError(problems)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.experiment import PolicySettings
+from persona_rlhf.data.pool_copies import PoolCopy, pool_copies
 from persona_rlhf.evaluation.ledger import Ledger, bank_uses
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.policy import Policy
@@ -33,12 +34,17 @@ NO_RESET = (
 )
 
 
+_NAMED = 5
+"""Near copies that the table names; the JSON names all."""
+
+
 class BankStatus(NamedTuple):
     """A bank in numbers, by category.
 
     certify: the probes that certify; `repeated`: those of them that certified before, by an earlier draw or key
     fresh: the probes of a private folder that no draw has used yet
     left_out: rows of a private folder that cannot certify, since they are trained or of another split
+    copies: rows of a private folder that no draw takes, since they are near copies of others
     looks: looks at the bank that the ledger of the config counts; None where it names none
     drawn: units of a pool that looks of one user have drawn, of the user who has drawn most (`gate.sequential`)
     """
@@ -50,17 +56,25 @@ class BankStatus(NamedTuple):
     left_out: int
     looks: int | None = None
     drawn: int | None = None
+    copies: Sequence[PoolCopy] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
-        return {**self._asdict(), "bank": self.bank._asdict()}
+        """As plain JSON; near copies by their ids."""
+        copies = [{"category": copy.probe.category, "id": copy.probe.id, "of": copy.of} for copy in self.copies]
+        return {**self._asdict(), "bank": self.bank._asdict(), "copies": copies}
 
     def table(self) -> Table:
         """The numbers for a terminal."""
-        left_out = f"{self.left_out:,} rows are left out: trained, or of another split" if self.left_out else None
+        left_out = [f"{self.left_out:,} rows are left out: trained, or of another split"] if self.left_out else []
+        if self.copies:
+            named = "; ".join(f"{copy.probe.id} of {copy.of}" for copy in self.copies[:_NAMED])
+            rest = f"; and {len(self.copies) - _NAMED:,} more (--json)" if len(self.copies) > _NAMED else ""
+            left_out.append(f"{len(self.copies):,} rows are left out as near copies: {named}{rest}; reword them")
         title = f"bank: {self.bank}" + ("" if self.looks is None else f", used for {self.looks:,} looks")
         title += "" if self.drawn is None else f"; {self.drawn:,} units drawn by the user with most"
-        table = Table("category", "certify", "certified before", "fresh", title=title, caption=left_out)
+        table = Table(
+            "category", "certify", "certified before", "fresh", title=title, caption="\n".join(left_out) or None
+        )
         for name, n in self.certify.items():
             fresh = "-" if self.bank.kind == "public" else f"{self.fresh.get(name, 0):,}"
             table.add_row(name, f"{n:,}", f"{self.repeated.get(name, 0):,}", fresh)
@@ -109,7 +123,10 @@ def rotate_bank(settings: PolicySettings, per_category: int = PER_CATEGORY) -> R
     """
     if settings.private_banks is not None:
         key = None if settings.split_key is None else read_split_key(settings.split_key)
-        policy = Policy.read(settings.documents, banks=BankChoice(settings.private_banks, key, per_category))
+        copies = pool_copies(Policy.of(settings, sequential=True))
+        leave_out = frozenset((copy.probe.category, copy.probe.id) for copy in copies)
+        choice = BankChoice(settings.private_banks, key, per_category, leave_out=leave_out)
+        policy = Policy.read(settings.documents, banks=choice)
         assert policy.private is not None
         return Rotation(_status(policy, policy.private.pool.used), write_draw(policy.private))
     if settings.split_key is None:
@@ -129,8 +146,11 @@ def _status(policy: Policy, before: Iterable[tuple[str, str]]) -> BankStatus:
     repeated = [probe for probe in certify if (probe.category, probe.id) in before]
     if policy.private is None:
         return BankStatus(policy.bank, _sizes(certify), _sizes(repeated), {}, 0)
-    pool, fresh = policy.private.pool, policy.private.fresh
-    return BankStatus(policy.bank, _sizes(certify), _sizes(repeated), _sizes(fresh), pool.left_out)
+    copies = pool_copies(policy)
+    near = {copy.probe for copy in copies}
+    fresh = [probe for probe in policy.private.fresh if probe not in near]
+    left_out = policy.private.pool.left_out
+    return BankStatus(policy.bank, _sizes(certify), _sizes(repeated), _sizes(fresh), left_out, copies=copies)
 
 
 def _sizes(probes: Iterable[Probe]) -> Counter[str]:

@@ -40,12 +40,14 @@ class BankChoice(NamedTuple):
 
     draw_anew: probes of each category of a new draw, which takes the place of the newest one on the disk
     whole_pool: whether the whole pool certifies, and no draw of it (`gate.sequential`)
+    leave_out: (category, id) of rows that a new draw does not take
     """
 
     folder: Path | None = None
     split_key: bytes | None = None
     draw_anew: int | None = None
     whole_pool: bool = False
+    leave_out: frozenset[tuple[str, str]] = frozenset()
 
 
 PUBLIC = BankChoice()
@@ -199,7 +201,8 @@ def private_bank(choice: BankChoice, restrictions: Sequence[Restriction]) -> Pri
     if choice.whole_pool:
         return PrivateBank(pool, None)
     if choice.draw_anew is not None:
-        return PrivateBank(pool, draw_probes(pool, choice.draw_anew))
+        rest = tuple(probe for probe in pool.probes if (probe.category, probe.id) not in choice.leave_out)
+        return PrivateBank(pool, draw_probes(pool._replace(probes=rest), choice.draw_anew))
     if not pool.draws:
         raise InputError([Problem(str(choice.folder), None, FOLDER, f"no probes were drawn yet; run {ROTATE}")])
     newest = pool.draws[-1]
