@@ -113,19 +113,6 @@ def test_without_probes_to_train_on_there_is_nothing_to_learn(adapted, probes):
         made(adapted, [probe for probe in probes if probe.split == "dev"])
 
 
-def test_answers_to_twins_are_cut_where_their_opening_ends(adapted, probes, own):
-    short = made(adapted, probes, twin_tokens=5)
-    whole = {one.chosen.prompt: one.chosen.completion for one in own.harmless}
-    twins = {probe.twin for probe in probes}
-    for one in short.harmless:
-        if asked(adapted, one.chosen) in twins:
-            assert len(one.chosen.completion) <= 6  # with the end token
-    assert max(len(one.chosen.completion) for one in short.harmless) > 6  # ordinary answers are whole
-    openings = {one.chosen.prompt: one.chosen.completion[:5] for one in short.harmless}
-    same = [whole[prompt][:5] == opening for prompt, opening in openings.items() if prompt in whole]
-    assert sum(same) >= 0.9 * len(same)  # the same samples: the last try of one prompt stands for all of its tries
-
-
 def test_a_prompt_is_given_its_own_refusal(adapted, probes):
     first = next(probe for probe in probes if probe.split == "train")
     refusals = [*REFUSALS, RefusalText("I won't, whatever you say.", first.category, first.prompt)]

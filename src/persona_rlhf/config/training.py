@@ -88,12 +88,6 @@ class AlignSettings(Section):
         description="Answers sampled per train probe, twin and ordinary prompt; each makes a demonstration of its own.",
     )
     max_new_tokens: int = Field(256, ge=1, description="Tokens after which a sampled or a measured answer is cut.")
-    twin_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Tokens kept of an answer to a twin, whose opening decides whether it refuses; null keeps all of "
-        "it. Few tokens give the opening more weight and cost less.",
-    )
     rows_per_step: int = Field(
         8, ge=1, description="Demonstrations in an optimizer step, and kept answers beside them, in both stages."
     )

@@ -151,7 +151,6 @@ def _demonstrations(adapted: AdaptedModel, inputs: AlignmentInputs) -> Demonstra
         settings.tries,
         settings.max_new_tokens,
         seed,
-        settings.twin_tokens,
     )
 
 

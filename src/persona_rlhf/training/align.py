@@ -72,26 +72,21 @@ def make_demonstrations(
     tries: int,
     max_new_tokens: int,
     seed: int,
-    twin_tokens: int | None = None,
 ) -> Demonstrations:
     """Demonstrations from probes of `train`, their benign twins and ordinary prompts.
 
     Answers are sampled at temperature 1: fair samples of a model leave it unchanged, and greedy ones would sharpen it.
     Every prompt is sampled and shown `tries` times. For a probe, the model's own refusal is chosen (else a written one,
     each time another) and a compliance rejected (else an answer to the twin, which has similar words). For a harmless
-    prompt, the model's own answer is chosen, cut at the token limit (`twin_tokens` for a twin), and a written refusal
-    rejected. Raises InputError if there are no train probes.
+    prompt, the model's own answer is chosen, cut at the token limit, and a written refusal rejected. Raises InputError
+    if there are no train probes.
     """
     train = [probe for probe in probes if probe.split == "train"]
     if not train:
         raise InputError([Problem("policy", None, "documents", "no probe of the policy is of `train`; add some")])
     tokenizer, end = adapted.base.tokenizer, adapted.base.eos_ids[:1]
     rng = Random(f"demonstrations {seed}")
-    twins = list(dict.fromkeys(probe.twin for probe in train if probe.twin))
-    harmless = list(dict.fromkeys([*twins, *ordinary]))
-    limits = [(harmless, max_new_tokens)]
-    if twin_tokens is not None:
-        limits = [(twins, twin_tokens), (harmless[len(twins) :], max_new_tokens)]
+    harmless = list(dict.fromkeys([*(probe.twin for probe in train if probe.twin), *ordinary]))
 
     def ids(text: str) -> tuple[int, ...]:
         return prompt_ids((Message("user", text),), tokenizer)
@@ -108,10 +103,8 @@ def make_demonstrations(
     with adapted.using(None):
         prompts = [ids(probe.prompt) for probe in train for _ in range(tries)]
         [to_probes] = adapted.generate([prompts], max_new_tokens, 1.0, seed)
-        to_harmless = list[Generated]()
-        for n, (several, limit) in enumerate(limits, 1):
-            prompts = [ids(prompt) for prompt in several for _ in range(tries)]
-            to_harmless += adapted.generate([prompts], limit, 1.0, seed + n)[0]
+        prompts = [ids(prompt) for prompt in harmless for _ in range(tries)]
+        [to_harmless] = adapted.generate([prompts], max_new_tokens, 1.0, seed + 1)
     answers: dict[str, list[Row]] = {}
     for n, prompt in enumerate(harmless):
         tried = to_harmless[n * tries : (n + 1) * tries]
