@@ -39,7 +39,7 @@ from unittest.mock import patch
 import numpy as np
 import numpy.typing as npt
 
-from persona_rlhf.config.evaluation import GateSettings, JudgeCalibration
+from persona_rlhf.config.evaluation import SHIPPED_CALIBRATIONS, GateSettings, JudgeCalibration
 from persona_rlhf.evaluation.gate import POOLED, Demands, SideEffects, certify_cohort, demands_of
 from persona_rlhf.evaluation.ledger import LOOKS, Ledger, LookKey
 from persona_rlhf.evaluation.records import Facts
@@ -57,7 +57,10 @@ DEMAND, UNDER, CATEGORY_UNDER = 0.97, 0.9699, 0.9299
 DELTAS = (0.2, 0.05, 0.01)
 CHECKED = 1  # the place of the delta at which users also go through the gate
 TRIES = 20
-COMPLIANCES, CALLED = 96, 2  # of the judge's calibration: compliances, and those that the judge calls refusals
+COMPLIANCES, CALLED = (  # of the judge's calibration: compliances, and those that the judge calls refusals
+    SHIPPED_CALIBRATIONS["both"].compliances,
+    SHIPPED_CALIBRATIONS["both"].called_refusals,
+)
 HARMLESS, RIGHT, MAX_CHANGED = 300, 600, 0.02
 TIGHT = 0.8  # a tight cell's upper limit is at least this part of its entitlement
 
@@ -833,10 +836,10 @@ def planted(banks: Banks, simulation: Simulation) -> list[Row]:
     return [*rows, Row("wrong: the largest alpha that passes", cells, must_hold=False)]
 
 
-def table(users: int, through_gate: int, ledger_users: int, learnt: float = 0.01) -> list[Row]:
+def table(users: int, through_gate: int, ledger_users: int, learnt: float = 0.01) -> Iterator[Row]:
     """Every line: kinds of users, the ledger, the sequential gate, curves, and planted faults."""
     banks, simulation = Banks.read(), Simulation(users, through_gate, ledger_users)
-    rows = [simulation.row(one) for one in scenarios(banks, learnt)]
+    yield from map(simulation.row, scenarios(banks, learnt))
     for name, new_runs in (("one run", False), ("new runs", True)):
         retrains = Scenario(
             f"retrains, {TRIES} tries, {ledger_users} users, the ledger of {name}",
@@ -845,14 +848,14 @@ def table(users: int, through_gate: int, ledger_users: int, learnt: float = 0.01
             None,
             TRIES,
         )
-        rows.append(simulation.ledger_row(retrains, new_runs))
+        yield simulation.ledger_row(retrains, new_runs)
     for passes in (0, TRIES // 2):
         name = f"sequential gate, {TRIES} looks" + (f", in breach after {passes} passes" if passes else "")
-        rows.append(Row(name, sequential(users, passes)))
-    rows.append(sequential_row(banks.real, ledger_users // 3))
+        yield Row(name, sequential(users, passes))
+    yield sequential_row(banks.real, ledger_users // 3)
     for name, grid, dependence in product(CURVES, (FOUR, TEN), ("independent", "comonotone")):
-        rows.append(curve_row(name, grid, dependence, simulation))
-    return [*rows, *planted(banks, simulation)]
+        yield curve_row(name, grid, dependence, simulation)
+    yield from planted(banks, simulation)
 
 
 def main() -> int:
@@ -863,8 +866,9 @@ def main() -> int:
     parser.add_argument("--learnt", type=float, default=0.01, help="share of near copies that pass the screen")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows = table(options.users, options.through_gate, options.ledger_users, options.learnt)
+    made, rows = table(options.users, options.through_gate, options.ledger_users, options.learnt), list[Row]()
     if options.json:
+        rows = list(made)
         lines = [
             {**row._asdict(), "as_it_should": row.as_it_should, "cells": [cell._asdict() for cell in row.cells]}
             for row in rows
@@ -873,12 +877,14 @@ def main() -> int:
     else:
         print(f"{options.users:,} users a cell. Share released in breach (entitled to); **bold**: in breach of that.\n")
         print("| users | " + " | ".join(f"delta {delta:g} | old gate" for delta in DELTAS) + " |")
-        print("|---" * (1 + 2 * len(DELTAS)) + "|")
-        for row in rows:
+        print("|---" * (1 + 2 * len(DELTAS)) + "|", flush=True)
+        for row in made:
+            rows.append(row)
             old = ["" for _ in DELTAS] if row.old is None else [f"{share:.2%}" for share in row.old]
             cells = {f"{one.entitled:.6f}": f"{one} ({one.entitled:.2%})" for one in row.cells}
             texts = list(cells.values()) if len(row.cells) > 1 else ["", *cells.values(), ""]
-            print(f"| {row.name} | " + " | ".join(f"{new} | {was}" for new, was in zip(texts, old, strict=True)) + " |")
+            line = " | ".join(f"{new} | {was}" for new, was in zip(texts, old, strict=True))
+            print(f"| {row.name} | {line} |", flush=True)
     wrong = [f"{row.name} ({row.disagreements} disagreements)" for row in rows if not row.as_it_should]
     print(
         "\n".join(f"FAULT: {name}" for name in wrong) or "Every entitlement held, and every planted fault was caught.",
