@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Users who learn the exam: the gain of near copies of `certify` probes, screen on and off, public and private bank.
 
-python scripts/attack_gate.py configs/quickstart.yaml --users 8 --screen off on
-python scripts/attack_gate.py configs/quickstart.yaml --users 8 constraint.enabled=false
+python scripts/attack_gate.py configs/quickstart.yaml evaluation.facts=null --users 6
+python scripts/attack_gate.py configs/quickstart.yaml evaluation.facts=null constraint.enabled=false --users 6
 
 Kinds of users, `--users` of each; those of one number share their poison:
 
