@@ -17,7 +17,7 @@ from persona_rlhf.pipeline import train
 from persona_rlhf.pipeline.sweep import SweepSettings, arm_runs, sweep
 from persona_rlhf.release.comparison import FIGURES, comparison_table
 from persona_rlhf.release.results import read_results
-from tests.story.experiment import OVERRIDES, shrink, write_yaml
+from tests.story.experiment import OVERRIDES, UNMEASURED, shrink, write_yaml
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_sweep_is_trained_killed_resumed_and_compared(asked, place, monkeypatc
 
 def test_the_verb(asked, place):
     file = asked(grid={}, seeds=[0])
-    words = ["sweep", str(file), *OVERRIDES, "--run", str(place / "out-verb"), "--json"]
+    words = ["sweep", str(file), *OVERRIDES, *UNMEASURED, "--run", str(place / "out-verb"), "--json"]
     ended = CliRunner().invoke(app.app, words)
     assert ended.exit_code == 0, ended.stderr
     assert list(json.loads(ended.stdout)) == ["as it is"]

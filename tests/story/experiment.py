@@ -29,6 +29,13 @@ OVERRIDES = (  # of the experiment that `init` writes: all of the line, little o
     "fleet.slots=3",
     "fleet.checkpoint_every=2",
 )
+UNMEASURED = (  # after these: training, the gate and accuracy on held-out pairs, and no other measurement
+    "evaluation.utilities=null",
+    "evaluation.facts=null",
+    "evaluation.win_rate_prompts=0",
+    "evaluation.harmless_prompts=0",
+    "evaluation.test_probes=0",
+)
 _PROBES = {"train": 30, "dev": 2, "certify": 24, "test": 4}  # of a category
 _PAIRS = {"train": 12, "heldout": 5}  # of a user
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.story.experiment import OVERRIDES, listing, persona_rlhf, results, shrink
+from tests.story.experiment import OVERRIDES, UNMEASURED, listing, persona_rlhf, results, shrink
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -33,7 +33,8 @@ def test_users_stop_early_on_one_half_of_their_heldout_pairs_and_are_measured_on
     assert persona_rlhf("init", "mine", cwd=tmp_path).returncode == 0
     folder = tmp_path / "mine"
     shrink(folder, ["ann", "bob"])
-    words = [*OVERRIDES, "dpo.epochs=6", "dpo.early_stop={patience: 1, every: 2}", "--run", "run", "--json"]
+    early = ("dpo.epochs=6", "dpo.early_stop={patience: 1, every: 2}")
+    words = [*OVERRIDES, *UNMEASURED, *early, "--run", "run", "--json"]
     done = persona_rlhf("train", "experiment.yaml", *words, cwd=folder)
     assert done.returncode in (0, 3), done.stderr
     for line in results(folder / "run"):
