@@ -22,7 +22,7 @@ def deployment(tmp_path_factory):
     assert persona_rlhf("init", "mine", cwd=place).returncode == 0
     shrink(place / "mine", ["ann"])
     for category, rows in bank_rows(private_banks("a secret")).items():
-        write_rows(place / "banks" / f"{category}.jsonl", rows[::4])
+        write_rows(place / "banks" / f"{category}.jsonl", rows[::3])
     (place / "key").write_text(f"{KEY}\n")
     config = place / "mine" / "experiment.yaml"
     text = config.read_text().replace("policy:\n", f"policy:\n  private_banks: {place}/banks\n", 1)
@@ -50,7 +50,7 @@ def test_a_run_certifies_on_private_probes_and_holds_no_text_of_them(deployment,
     certify = policy.probes("certify")
     assert bank["sha256"] == policy.bank.sha256
     [result] = results(folder / "run")
-    assert result["tier_one"]["pooled"]["n"] == len(certify)
+    assert result["tier_one"]["pooled"]["n"] == policy.clusters.units(certify)
     manifests = list((folder / "run").glob("adapters/*/persona.json"))
     for file in manifests:
         named = json.loads(file.read_bytes())["policy"]["bank"]
