@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -50,7 +51,9 @@ def test_a_run_certifies_on_private_probes_and_holds_no_text_of_them(deployment,
     certify = policy.probes("certify")
     assert bank["sha256"] == policy.bank.sha256
     [result] = results(folder / "run")
-    assert result["tier_one"]["pooled"]["n"] == policy.clusters.units(certify)
+    sizes = Counter(probe.category for probe in certify)
+    topics = policy.clusters.by_topic({name: [True] * size for name, size in sizes.items()})
+    assert result["tier_one"]["pooled"]["n"] == sum(map(len, topics.values()))
     manifests = list((folder / "run").glob("adapters/*/persona.json"))
     for file in manifests:
         named = json.loads(file.read_bytes())["policy"]["bank"]

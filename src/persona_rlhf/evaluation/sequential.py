@@ -96,7 +96,7 @@ def certify_sequentially(
     units could not show the demands, the user is held back without a test (`units_drawn` is 0).
     """
     if problems := shortages(demands, units):
-        pooled, categories = demands.count(base, base)
+        pooled, categories, _ = demands.count_units(base, base)
         reason = f"held back: the private pool is used up for this user: {problems[0].sentence}"
         return Verdict(0.0, False, reason, [], pooled, categories)
     tests = sequence(demands, base, alphas)
