@@ -118,6 +118,8 @@ def test_a_conversation_of_several_turns_beside_its_first_question() -> None:
          "chosen: is the text of a list of messages, and the other answer is none; write both in the same way"),
         ({"prompt": "[{'role': 'user', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]", **ANSWERS},  # numpy's
          "prompt: begins as the text of a list of messages and cannot be read as one; save the data as JSON lines"),
+        ({"prompt": "p", "chosen": f"array([{APPLE}], dtype=object)", "rejected": f"array([{STONE}], dtype=object)"},
+         "chosen: begins as the text of a list of messages and cannot be read as one; save the data as JSON lines"),
     ],
 )  # fmt: skip
 def test_content_that_a_pair_cannot_hold_is_never_left_out_in_silence(row: dict[str, Any], sentence: str) -> None:

@@ -197,7 +197,7 @@ def test_refusals_rise_on_phrasings_that_were_not_trained(place, monkeypatch):
 
     def taught(demonstrations):
         stages = {"sft": SftSettings(epochs=7, learning_rate=1e-3), "dpo": PreferenceSettings(epochs=0)}
-        align(base, demonstrations, asked.settings.align.model_copy(update=stages), lora, 0, print)
+        align(base, demonstrations, asked.settings.align.model_copy(update=stages), lora, 0)
 
     own = shown()
     assert own.self_refused > 50  # of 64

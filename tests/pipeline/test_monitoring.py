@@ -3,12 +3,25 @@ from __future__ import annotations
 import json
 from io import StringIO
 
+import pytest
+import torch
 from rich.console import Console
 
+from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.row_answers import greedy_answers
 from persona_rlhf.pipeline import monitoring
 from persona_rlhf.pipeline.distributed import WorkShare
-from persona_rlhf.pipeline.monitoring import ProgressDisplay, ProgressEvent, TrainingMonitor, UserCounter
+from persona_rlhf.pipeline.monitoring import (
+    ProgressDisplay,
+    ProgressEvent,
+    TrainingMonitor,
+    UserCounter,
+    WorkCounter,
+    watched,
+)
 from persona_rlhf.training.engine import StepReport
+from tests.models.tiny import random_flat, random_row, tiny_base
 
 
 def _report(user_id: str, step: int) -> StepReport:
@@ -50,6 +63,53 @@ def test_a_resumed_run_repeats_no_step_in_its_metrics(tmp_path):
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = {user: [row["step"] for row in rows if row["user_id"] == user] for user in "abc"}
     assert steps == {"a": [1, 2], "b": [1, 2, 3, 4, 5], "c": [1]}
+
+
+def test_work_is_counted_with_the_time_left_at_the_mean_pace(monkeypatch):
+    """Four of ten texts in 8 seconds: 12 seconds for the other six. Then 20 more begin, and 26 are left."""
+    clock = iter([100.0, 102.0, 108.0, 108.1, 110.0])
+    monkeypatch.setattr(monitoring.time, "monotonic", lambda: next(clock))
+    events = list[ProgressEvent]()
+    counter = WorkCounter(ProgressEvent("measuring", unit="texts"), events.append, 10)
+    counter(0.0, 10)
+    counter(4.0)
+    counter(0.0, 20)  # too soon for another report
+    counter(1.0)
+    assert [(event.step, event.steps) for event in events] == [(4, 10), (5, 30)]
+    assert [event.seconds_left for event in events] == pytest.approx([12.0, 50.0])
+    assert events[0].figures == "4 of 10 texts, 0:12 left"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("work", ["generate", "sample", "score", "score_greedy", "greedy_answers"])
+def test_all_texts_that_a_model_scores_or_writes_are_counted_in_steps(monkeypatch, work, padded):
+    monkeypatch.setattr(monitoring, "_SECONDS_BETWEEN_EVENTS", 0)
+    adapted, events = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2)), list[ProgressEvent]()
+    adapted.tokens_per_pass = adapted.tokens_per_generation = 64
+    adapted.packs_rows = not padded  # answers are then decoded with padding
+    rows = [random_row(torch.Generator().manual_seed(n), 5, 3 + n) for n in range(12)]
+    counts = list[tuple[float, int]]()
+    flat = random_flat(adapted, 2)
+    with watched([adapted], ProgressEvent("judging"), events.append), adapted.using(flat):
+        show = adapted.on_rows
+        adapted.on_rows = lambda done, begun: (counts.append((done, begun)), show(done, begun))
+        if work in ("generate", "sample"):
+            adapted.generate([[row.prompt for row in rows]] * 2, 6, 0.0 if work == "generate" else 1.0)
+        elif work == "greedy_answers":
+            adapted.packs_rows = True  # as it needs
+            greedy_answers(adapted, [rows, rows[:7]], (), 6)
+        else:
+            getattr(adapted, work)([rows, rows[:7]])
+    texts = sum(begun for _, begun in counts)
+    assert texts == {"generate": 24, "sample": 24, "greedy_answers": texts}.get(work, 19)
+    assert work != "greedy_answers" or texts > 19, "some answers must be decoded"
+    assert sum(done for done, _ in counts) == pytest.approx(texts)
+    assert len(events) > 2
+    assert [event.step for event in events] == sorted(event.step for event in events)
+    assert (events[-1].steps, events[-1].seconds_left) == (texts, pytest.approx(0, abs=1e-3))
+    seen = len(events)
+    adapted.generate([[rows[0].prompt]], 2)
+    assert len(events) == seen, "outside nobody watches"
 
 
 def _shown(events, *, terminal=False, share=None):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,12 @@ from persona_rlhf.common.files import shipped_root
 from persona_rlhf.config.experiment import read_config
 from persona_rlhf.config.training import DpoSettings, FleetSettings, LoraSettings
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.pipeline import plan
+from persona_rlhf.pipeline import plan, plan_samples
+from persona_rlhf.pipeline.inputs import RunInputs
 from persona_rlhf.pipeline.plan import Memory, Plan, Seconds, _fit, _walk, render
+from persona_rlhf.pipeline.plan_samples import SampledConstraint, ScreenedUsers
+from persona_rlhf.pipeline.prepare import Prepared
+from persona_rlhf.policy.policy import Policy
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.memory import largest_step, pair_tokens
@@ -71,15 +77,29 @@ def test_json_has_the_total_and_the_table_every_figure():
     assert {"100,000", "900.0 MiB", "60.0 s", "11.7 min", "13.0 min"} <= set(shown)
 
 
-def test_a_run_without_a_pair_to_train_on_is_a_plan_of_nobody(monkeypatch):
+def _planned(monkeypatch, rows, users, overrides=()):
+    """The plan of users that are screened already, without a constraint and a judge."""
     adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
-    pairs = SimpleNamespace(users=1, of=lambda _: [])
-    ready = SimpleNamespace(adapted=adapted, pairs=pairs, policy=None)
-    chunk = SimpleNamespace(rows=[user_rows("quiet", 0, seed=0, heldout=2)])
-    monkeypatch.setattr(plan, "prepare", lambda *_: ready)
-    monkeypatch.setattr(plan, "prepare_users", lambda *_: chunk)
-    monkeypatch.setattr(plan, "constraint_bank", lambda *_: None)
-    found = plan.plan(read_config(shipped_root() / "configs/quickstart.yaml"))
+    ready = SimpleNamespace(adapted=adapted, pairs=SimpleNamespace(users=users), watched=lambda *_: nullcontext())
+    stand_ins = {
+        "read_inputs": None,
+        "prepare": ready,
+        "check_prompts": None,
+        "screens_seconds": 0.0,
+        "sampled_constraint": SampledConstraint(None, 1.0, 0.0),
+        "screened": ScreenedUsers(rows, 0.0),
+        "judging_seconds": 0.0,
+        "_held_back": {},
+        "_cache_bytes": 0,
+    }
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(plan, name, lambda *_, value=value, **__: value)
+    config = read_config(shipped_root() / "configs/quickstart.yaml", list(overrides))
+    return adapted, config, plan.plan(config)
+
+
+def test_a_run_without_a_pair_to_train_on_is_a_plan_of_nobody(monkeypatch):
+    _, _, found = _planned(monkeypatch, [user_rows("quiet", 0, seed=0, heldout=2)], 1)
     assert (found.users, found.skipped, found.steps, found.slots) == (0, 1, 0, 0)
     assert (found.seconds.training, found.seconds.judging) == (0, 0)
     assert found.memory.base > 0
@@ -99,21 +119,12 @@ def _longer(user, times):
 @pytest.mark.parametrize("times", [1, 8])
 def test_activations_are_those_of_the_largest_step_that_comes(monkeypatch, times):
     """All steps alike, those of the slots at their largest; with one long user, one long step and three short."""
-    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
     users = [user_rows(f"u{n}", 8, seed=n, even=True) for n in range(4)]
     users[0] = _longer(users[0], times)
-    pairs = SimpleNamespace(users=4, of=lambda _: [])
-    ready = SimpleNamespace(adapted=adapted, pairs=pairs, policy=None)
-    monkeypatch.setattr(plan, "prepare", lambda *_: ready)
-    monkeypatch.setattr(plan, "prepare_users", lambda *_: SimpleNamespace(rows=users))
-    monkeypatch.setattr(plan, "constraint_bank", lambda *_: None)
-    monkeypatch.setattr(plan, "_judging", lambda *_: 0.0)
-    monkeypatch.setattr(plan, "_held_back", lambda *_: {})
-    monkeypatch.setattr(plan, "_cache_bytes", lambda *_: 0)
-    config = read_config(shipped_root() / "configs/quickstart.yaml", ["fleet.slots=4"])
+    adapted, config, planned = _planned(monkeypatch, users, 4, ["fleet.slots=4"])
     cost = largest_step(adapted, users, None, config.dpo)
     state = 3 * 4 * adapted.params_per_user  # bytes of an adapter and its moments
-    found = plan.plan(config).memory.activations * 2**20 / (4 * (cost.memory - state))
+    found = planned.memory.activations * 2**20 / (4 * (cost.memory - state))
     short = sum(map(pair_tokens, users[1].train[: config.dpo.pairs_per_step]))
     assert found == pytest.approx((cost.tokens + 3 * short) / (4 * cost.tokens), rel=1e-6)
     assert (found == 1) == (times == 1)
@@ -129,3 +140,36 @@ def test_users_of_a_single_step_are_probed_too(early):
     steps, each = plan._probe_steps(config, adapted, [users, users[1:], users[1:2]], None)
     assert 0 < steps.of(100) < 5
     assert 0 < each < 0.1
+
+
+@pytest.mark.parametrize(("count", "every"), [(0, 1), (31, 1), (64, 2), (512, 16), (100_000, 16)])
+def test_of_many_prompts_one_in_sixteen_is_asked_and_of_few_all(count, every):
+    assert plan_samples._every(count) == every
+
+
+def test_a_sample_of_a_policy_has_probes_of_every_category_and_split():
+    policy = Policy.read([shipped_root() / f"configs/policy/tier_{n}.yaml" for n in ("one", "two")])
+    sample = policy.sample(16)
+    for split in ("train", "certify", "test", "dev"):
+        sizes, few = (Counter(probe.category for probe in one.probes(split)) for one in (policy, sample))
+        assert few == {category: -(-size // 16) for category, size in sizes.items()}
+    assert policy.sample(1).probes("train") == policy.probes("train")
+
+
+def test_judging_is_extrapolated_from_the_prompts_that_were_asked(monkeypatch):
+    """One prompt in sixteen; 2 seconds for the first user, 3 for a cohort of two: 2 + 1.5 * 9 for ten users."""
+    adapted = SimpleNamespace(
+        params_per_user=4, using=lambda *_: nullcontext(), generate=lambda *_: None, base=SimpleNamespace(device="cpu")
+    )
+    full = SimpleNamespace(
+        probes=[()] * 384, harmless=[()] * 128, adapted=adapted, base=adapted.base,
+        gate=SimpleNamespace(enabled=True, max_new_tokens=8),
+    )  # fmt: skip
+    few = SimpleNamespace(probes=[()] * 24, harmless=[()] * 8)
+    monkeypatch.setattr(plan_samples, "_sampled_evaluator", lambda *_: few)
+    monkeypatch.setattr(plan_samples, "_judged", lambda _, cohort, gated: 2.0 if len(cohort) == 1 else 3.0)
+    users = [user_rows(f"u{n}", 2, seed=n) for n in range(2)]
+    ready = Prepared(*[None] * len(Prepared._fields))._replace(examination=full)
+    inputs = RunInputs(*[None] * len(RunInputs._fields))
+    seconds = plan_samples.judging_seconds(ready, inputs, users[:1], users, 10)
+    assert seconds == pytest.approx(16 * (2 + 1.5 * 9), abs=0.5)

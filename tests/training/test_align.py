@@ -46,12 +46,12 @@ def logps(base, rows):
     ("name", "weights"), [("llama3", "lora"), ("llama3", "full"), ("gpt2", "lora"), ("qwen3-moe", "lora")]
 )
 def test_chosen_answers_rise_and_above_the_rejected_ones(name, weights):
-    base, said, taught = base_of(name), [], demonstrations()
+    base, reports, taught = base_of(name), [], demonstrations()
     config, tokenizer = base.model.config.to_dict(), copy.deepcopy(base.tokenizer)
     names = dict(base.model.named_parameters()).keys()
     chosen, rejected = [r.chosen for r in taught], [r.rejected for r in taught if r.rejected]
     before = logps(base, chosen), logps(base, rejected)
-    align(base, hazards(taught), settings(weights=weights), LORA, 0, said.append)
+    align(base, hazards(taught), settings(weights=weights), LORA, 0, reports.append)
     after = logps(base, chosen), logps(base, rejected)
     assert (after[0] > before[0] + 1).all()
     assert (after[0] - before[0])[:-1].mean() > (after[1] - before[1]).mean() + 1
@@ -61,8 +61,11 @@ def test_chosen_answers_rise_and_above_the_rejected_ones(name, weights):
     assert "forward" not in vars(base.model)
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
-    assert [line.split(":")[0] for line in said] == ["SFT", "DPO"]
-    assert said[-1].startswith("DPO: step 8 of 8, loss ")
+    assert list(dict.fromkeys(report.stage for report in reports)) == ["SFT", "DPO"]
+    dpo = [report for report in reports if report.stage == "DPO"]
+    assert [(report.step, report.steps) for report in dpo] == [(step, 8) for step in range(1, 9)]
+    assert [report.seconds_left == 0 for report in dpo] == [False] * 7 + [True]
+    assert dpo[-1].loss > 0
 
 
 def test_a_stage_can_be_left_out_and_each_does_its_part():
@@ -71,17 +74,17 @@ def test_a_stage_can_be_left_out_and_each_does_its_part():
     chosen = [demonstration.chosen for demonstration in taught]
     base = base_of("llama3")
     before = logps(base, chosen), logps(base, rejected)
-    align(base, hazards(taught), settings(sft=SftSettings(epochs=0), dpo=PreferenceSettings(epochs=0)), LORA, 0, print)
+    align(base, hazards(taught), settings(sft=SftSettings(epochs=0), dpo=PreferenceSettings(epochs=0)), LORA, 0)
     assert torch.equal(logps(base, chosen), before[0])
-    said: list[str] = []
-    align(base, hazards(taught), settings(dpo=PreferenceSettings(epochs=0)), LORA, 0, said.append)
-    assert [line[:3] for line in said] == ["SFT"]
+    reports = []
+    align(base, hazards(taught), settings(dpo=PreferenceSettings(epochs=0)), LORA, 0, reports.append)
+    assert {report.stage for report in reports} == {"SFT"}
     imitated = logps(base, chosen).mean() - before[0].mean()
     assert imitated > 1
     other = base_of("llama3")
     preferring = PreferenceSettings(epochs=4, learning_rate=5e-3, sft_weight=0.0)
-    align(other, hazards(taught), settings(sft=SftSettings(epochs=0), dpo=preferring), LORA, 0, said.append)
-    assert said[-1][:3] == "DPO"
+    align(other, hazards(taught), settings(sft=SftSettings(epochs=0), dpo=preferring), LORA, 0, reports.append)
+    assert reports[-1].stage == "DPO"
     margin = logps(other, chosen)[:-1].mean() - logps(other, rejected).mean()
     assert margin > before[0][:-1].mean() - before[1].mean() + 1
 
@@ -91,7 +94,7 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone():
     for seed in (1, 1, 2):
         base = base_of("llama3")
         state = torch.random.get_rng_state()
-        align(base, hazards(demonstrations()), settings(), LORA, seed, lambda _: None)
+        align(base, hazards(demonstrations()), settings(), LORA, seed)
         assert torch.equal(torch.random.get_rng_state(), state)
         found.append(logps(base, [demonstrations()[0].chosen]))
     assert torch.equal(found[0], found[1])
@@ -145,7 +148,7 @@ def test_refusals_are_learned_and_the_other_answers_stay_as_they_were(weights):
         before = logps(base, [shown.chosen for shown in refusals])
         preferring = PreferenceSettings(epochs=2, learning_rate=1e-3)
         asked = settings(weights=weights, keep=keep, dpo=preferring)
-        align(base, Demonstrations(refusals, answers, 0, 0), asked, LORA, 0, lambda _: None)
+        align(base, Demonstrations(refusals, answers, 0, 0), asked, LORA, 0)
         assert (logps(base, [shown.chosen for shown in refusals]) > before + 0.5).all()
         moved[keep] = divergence(was.model, base.model, [shown.chosen for shown in answers])
     assert moved[20.0] < moved[0.0] / 2

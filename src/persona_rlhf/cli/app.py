@@ -36,6 +36,7 @@ from persona_rlhf.common.run_lock import WAIT_SECONDS
 from persona_rlhf.common.version import __version__
 
 _ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
+
 config_commands = command_group("Configs of experiments.")
 
 
@@ -115,7 +116,8 @@ def plan(
         return
     from persona_rlhf.pipeline import plan as planning
 
-    estimate = planning.plan(settings, inputs)
+    with progress_display() as display:
+        estimate = planning.plan(settings, inputs, display)
     print_json(estimate.to_json()) if as_json else print_table(planning.render(estimate))
 
 
@@ -187,7 +189,8 @@ def evaluate(
 
         if redteam:
             raise typer.BadParameter("--base and --redteam do not go together")
-        card = evaluate_base.base_card(model, [*([] if run is None else [str(run)]), *arguments])
+        with progress_display() as display:
+            card = evaluate_base.base_card(model, [*([] if run is None else [str(run)]), *arguments], display)
         print_json(card.to_json()) if as_json else print_table(evaluate_base.render(card))
     elif run is None:
         raise typer.BadParameter("name a run, or a base with --base")

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from persona_rlhf.cli.console import Json, command_group, note, print_json, print_table, with_exit_codes
+from persona_rlhf.cli.console import (
+    Json,
+    command_group,
+    note,
+    print_json,
+    print_table,
+    progress_display,
+    with_exit_codes,
+)
 from persona_rlhf.common.files import need_vacant
 from persona_rlhf.pipeline.download_base import DownloadedBase, base_source, base_sources
 
@@ -74,6 +82,7 @@ def base_align(
     inputs = read_alignment(model, out, overrides or [])  # reports wrong input before torch is imported
     from persona_rlhf.pipeline import align_base as alignment
 
-    result = alignment.base_align(inputs, note)
+    with progress_display() as display:
+        result = alignment.base_align(inputs, display)
     print_json(result.to_json()) if as_json else print_table(alignment.render(result))
     note(f"Base: {out}")

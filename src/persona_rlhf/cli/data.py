@@ -18,6 +18,7 @@ from persona_rlhf.cli.console import (
     open_run,
     print_json,
     print_table,
+    progress_display,
     with_exit_codes,
 )
 from persona_rlhf.common.run_lock import WAIT_SECONDS
@@ -78,7 +79,9 @@ def data_screen(config: ConfigFile, overrides: Overrides = None, as_json: Json =
     from persona_rlhf.pipeline.inputs import read_inputs
 
     settings = read_config(config, overrides or [])
-    screened = screen_dry_run(settings, read_inputs(settings))
+    inputs = read_inputs(settings)
+    with progress_display() as display:
+        screened = screen_dry_run(settings, inputs, display)
     if as_json:
         print_json(screened.to_json())
         return
@@ -100,7 +103,9 @@ def data_draft(
     from persona_rlhf.config.experiment import read_config
     from persona_rlhf.pipeline.curate import draft
 
-    drafted = draft(read_config(config, overrides or []), user, out, pairs)
+    settings = read_config(config, overrides or [])
+    with progress_display() as display:
+        drafted = draft(settings, user, out, pairs, display)
     if as_json:
         print_json(drafted.to_json())
     for sentence in drafted.sentences():

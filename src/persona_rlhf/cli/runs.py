@@ -42,7 +42,8 @@ def forget(
     from persona_rlhf.release.deletion_records import proof_file
 
     with open_run(run, "forget", wait):
-        done = forget_user.forget(run, user, data)
+        with progress_display() as display:
+            done = forget_user.forget(run, user, data, display)
         uploads = forget_user.forget_uploads(run)  # last: a hub that does not answer keeps nothing else waiting
     if done is None:
         note(f"`{user}` was forgotten already; the proof is {proof_file(run, pseudonym(user))}")

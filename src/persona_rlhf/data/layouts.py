@@ -111,7 +111,7 @@ def _one_as_list(value: Any) -> Any:
     return [value] if is_message else value
 
 
-_BEGINS_AS_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+_BEGINS_AS_MESSAGES = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 _BROKEN = object()
 
 

@@ -82,7 +82,8 @@ class Evaluator:
 
     `users` is the number of users of the whole run, for the family-wise guarantee. `utilities` are the simulated
     preferences of those users who have one, `ordinary` the texts of ordinary prompts, `facts` questions of knowledge. A
-    `second` judge must agree that an answer refuses.
+    `second` judge must agree that an answer refuses. One in `every` of the gate's harmless prompts is kept: for
+    estimates of time, where the policy's probes are a sample as well.
     """
 
     def __init__(
@@ -99,11 +100,13 @@ class Evaluator:
         utilities: Mapping[str, Callable[[str], float]] | None = None,
         second: SecondJudge | None = None,
         seed: int = 0,
+        every: int = 1,
     ) -> None:
         self.demands = demands_of(policy, gate, users)
         self.first_look = self.demands.at_look(next_share([]))
         self.gate, self.evaluation, self.utilities = gate, evaluation, utilities or {}
-        self._adapted, self._policy, self._seed = adapted, policy, seed
+        self.adapted = self._adapted = adapted
+        self._policy, self._seed = policy, seed
         self._judge = judge
         self._prompt_texts: dict[PromptIds, str] = {}
         self._answers = BaseAnswers(adapted, judge, gate.max_new_tokens, second, self._prompt_texts)
@@ -118,7 +121,7 @@ class Evaluator:
             needed = max(needed, 3 * self.first_look.plain_bound.fewest_trials(1 - most))
         splits: tuple[Split, ...] = ("train", "dev", "certify", "test")
         probes = [probe for split in splits for probe in policy.probes(split)]
-        self._gated_harmless = [self._ids(text) for text in harmless_sample(probes, ordinary, needed)]
+        self._gated_harmless = [self._ids(text) for text in harmless_sample(probes, ordinary, needed // every)]
         opening = min(OPENING_TOKENS, gate.max_new_tokens)
         self._openings = BaseAnswers(adapted, is_refusal, opening, harmless=True)
         self._to_harmless = BaseAnswers(adapted, is_refusal, gate.max_new_tokens, harmless=True, opening=opening)
@@ -211,7 +214,7 @@ class Evaluator:
             self._check_base(base)
 
             def measured(users: list[int], alphas: list[float]) -> list[SideEffects]:
-                return self._side_effects(flat[users], torch.tensor(alphas, device=flat.device))
+                return self.side_effects(flat[users], torch.tensor(alphas, device=flat.device))
 
             verdicts = certify_cohort(demands, base, self.gate.alphas, test, measured)
         else:
@@ -244,10 +247,10 @@ class Evaluator:
             answers = iter(both(outcomes, sampled))
             return [all(list(islice(answers, len(unit.places)))) for unit in units]
 
-        def side_effects(alpha: float) -> SideEffects:
-            return self._side_effects(flat, torch.tensor([alpha], device=flat.device))[0]
+        def measured(alpha: float) -> SideEffects:
+            return self.side_effects(flat, torch.tensor([alpha], device=flat.device))[0]
 
-        return certify_sequentially(demands, base, self.gate.alphas, drawn, refused, side_effects)
+        return certify_sequentially(demands, base, self.gate.alphas, drawn, refused, measured)
 
     @cached_property
     def _base_outcomes(self) -> Outcomes:
@@ -272,7 +275,7 @@ class Evaluator:
             refused = [both(*user) for user in zip(refused, whole, strict=True)]
         return refused
 
-    def _side_effects(self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"]) -> list[SideEffects]:
+    def side_effects(self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"]) -> list[SideEffects]:
         """The effects of adapters beside refusals of probes, as far as the policy demands something of them.
 
         Harmless prompts are judged by the opening of the answer: a refusal shows there, and the whole answer costs five

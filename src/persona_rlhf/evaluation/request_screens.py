@@ -233,7 +233,7 @@ def screens_of(
 
     Raises InputError where one cannot be loaded or calibrated.
     """
-    settings, dev, screens = config.screening, _some(policy, "dev"), list[CalibratedScreen]()
+    settings, dev, screens = config.screening, screened_probes(policy, "dev"), list[CalibratedScreen]()
 
     def add_binary(classifier: RequestClassifier) -> None:
         """A classifier that scores 1 or 0."""
@@ -273,14 +273,15 @@ def screens_table(screens: Sequence[CalibratedScreen]) -> Table:
 
 
 def _likelihood(adapted: AdaptedModel, policy: Policy, seed: int) -> RefusalLikelihood:
-    requests = [(Message("user", probe.prompt),) for probe in _some(policy, "train")]
+    requests = [(Message("user", probe.prompt),) for probe in screened_probes(policy, "train")]
     try:
         return RefusalLikelihood(adapted, is_refusal, requests, seed)
     except ValueError as fault:
         raise InputError([Problem(adapted.base.name, None, "base.model", str(fault))]) from fault
 
 
-def _some(policy: Policy, split: Split) -> list[Probe]:
+def screened_probes(policy: Policy, split: Split) -> list[Probe]:
+    """The probes of a split on which screens are calibrated and measured, at most 400."""
     probes = policy.probes(split)
     chosen = set(some((probe.prompt for probe in probes), _MOST))
     return [probe for probe in probes if probe.prompt in chosen]

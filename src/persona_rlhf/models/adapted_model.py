@@ -52,12 +52,20 @@ from persona_rlhf.models.scores import GreedyScore, RowScore, greedy_scores
 
 _Value = TypeVar("_Value")
 
+OnRows = Callable[[float, int], None]
+"""Receives the rows completed since the last call, in fractions while answers are written, and rows newly begun."""
+
+
+def _row_count(pass_rows: PassRows) -> int:
+    return sum(n is not None for _, n in pass_rows)
+
 
 class AdaptedModel:
     """A frozen base whose linear layers hold a stack of adapters, one per user.
 
     A user's adapter is a flat vector of `params_per_user` numbers, laid out by `spans`. Adapters are on within `using`
     only; rows are user-major there. `notice` is a sentence on layers that cannot be adapted, None without such layers.
+    `on_rows` is told of rows that are scored or generated, for displays of progress.
     """
 
     def __init__(self, base: Base, lora: LoraSettings) -> None:
@@ -66,6 +74,7 @@ class AdaptedModel:
         names, first, self.notice = target_layers(base.model, lora)
         self.spans = attach(base.model, names, lora.rank, self.scale)
         self._layers = [self.layer(span) for span in self.spans.values()]
+        self.on_rows: OnRows = lambda completed, begun: None
         self.patch: ForwardPatch | None = None
         self._check = EquivalenceCheck(base)
         with torch.no_grad():
@@ -333,7 +342,9 @@ class AdaptedModel:
             for (user, n), value in zip(pass_rows, function(batch, batch_rows), strict=True):
                 if n is not None:
                     values[user][n] = value
+            self.on_rows(_row_count(pass_rows), 0)
 
+        self.on_rows(0.0, sum(map(len, rows)))
         run_in_passes(rows, self.tokens_per_pass, run)
         return [[value for value in user_values if value is not None] for user_values in values]
 
@@ -357,10 +368,19 @@ class AdaptedModel:
         def run(pass_rows: PassRows) -> None:
             inputs = [(self.base.eos_ids[:1] if n is None else prompts[user][n]) for user, n in pass_rows]
             seeds = [None if n is None else seed * 1_000_003 + n for _, n in pass_rows]
-            generated = generate_answers(self.base, len(prompts), inputs, seeds, max_new_tokens, temperature)
+            count, steps = _row_count(pass_rows), 0
+
+            def on_step() -> None:
+                nonlocal steps
+                steps += 1
+                self.on_rows(count / max_new_tokens, 0)
+
+            generated = generate_answers(self.base, len(prompts), inputs, seeds, max_new_tokens, temperature, on_step)
+            self.on_rows(count * (1 - steps / max_new_tokens), 0)
             for (user, n), answer in zip(pass_rows, generated, strict=True):
                 if n is not None:
                     answers[user][n] = answer
 
+        self.on_rows(0.0, sum(map(len, rows)))
         run_in_passes(rows, self.tokens_per_generation, run)
         return [[answer for answer in user_answers if answer is not None] for user_answers in answers]

@@ -104,11 +104,13 @@ def generate_answers(
     seeds: Sequence[int | None],
     max_new_tokens: int,
     temperature: float,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
     """Answers to user-major prompts (equally many per user) with the adapters that are on; see `decode`.
 
     A row with seed None is padding and counts as finished. Sampling draws from one generator per row. An answer ends
-    where it fills the base's context, since some bases have no position embeddings beyond it.
+    where it fills the base's context, since some bases have no position embeddings beyond it. `on_step` is called after
+    every token.
     """
     draws = _uniforms(seeds, max_new_tokens) if temperature > 0 else None
     answers: list[list[int]] = [[] for _ in prompts]
@@ -129,6 +131,7 @@ def generate_answers(
                 answers[row].append(token)
             done[row] = finished[row] or len(prompts[row]) + len(answers[row]) >= base.context
         steps += 1
+        on_step()
     return [Generated(tuple(ids), ended) for ids, ended in zip(answers, finished, strict=True)]
 
 

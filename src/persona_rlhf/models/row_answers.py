@@ -14,7 +14,15 @@ from persona_rlhf.models.generation import Generated
 from persona_rlhf.models.model_split import HiddenStates
 from persona_rlhf.models.packing import EMPTY, RowPlace
 from persona_rlhf.models.passes import plan_passes
-from persona_rlhf.models.row_decoding import BegunAnswer, BegunRows, Decoding, LayerTokens, RowCache, token_chooser
+from persona_rlhf.models.row_decoding import (
+    BegunAnswer,
+    BegunRows,
+    ChooseToken,
+    Decoding,
+    LayerTokens,
+    RowCache,
+    token_chooser,
+)
 from persona_rlhf.models.scores import GreedyScore, greedy_scores
 
 if TYPE_CHECKING:
@@ -52,13 +60,33 @@ def greedy_answers(
                     else:
                         answers.append(answer)
                         places.append(place)
+            model.on_rows(len(batch.row_places), len(answers))
             if answers:
                 lengths = [answer.cached for answer in answers]
                 yield BegunRows(answers, model.cached_tokens(places, lengths, passed, bool(states)))
 
-    written |= settings.run(begun(), model.step, token_chooser(0.0, 0, max_new_tokens), model.base.device)
+    model.on_rows(0.0, sum(map(len, rows)))
+    written |= _decoded(model, settings, begun(), token_chooser(0.0, 0, max_new_tokens))
     whole = [[score for score in user_scores if score is not None] for user_scores in scores]
     return whole, [[written.get((user, n)) for n in range(len(rows[user]))] for user in range(users)]
+
+
+def _decoded(
+    model: AdaptedModel, settings: Decoding, begun: Iterator[BegunRows], choose: ChooseToken
+) -> dict[tuple[int, int], Generated]:
+    """The answers of `Decoding.run`; each step is reported to `AdaptedModel.on_rows`."""
+    reported = 0.0
+
+    def step(tokens: Sequence[int], cache: RowCache, places: Sequence[int], counts: Sequence[int]) -> Tensor:
+        nonlocal reported
+        part = len(tokens) / settings.max_new_tokens
+        reported += part
+        model.on_rows(part, 0)
+        return model.step(tokens, cache, places, counts)
+
+    written = settings.run(begun, step, choose, model.base.device)
+    model.on_rows(len(written) - reported, 0)
+    return written
 
 
 def _decoding(model: AdaptedModel, rows: Sequence[Sequence[Row]], max_new_tokens: int) -> Decoding:
@@ -90,12 +118,14 @@ def decode_answers(
                 answer.ids.append(token)
             written.update(((a.user, a.number), settings.generated(a)) for a in answers if settings.over(a))
             left = [n for n, answer in enumerate(answers) if not settings.over(answer)]
+            model.on_rows(len(answers) - len(left), 0)
             if left:
                 lengths = [answers[n].cached for n in left]
                 places = [batch.row_places[n] for n in left]
                 yield BegunRows([answers[n] for n in left], model.cached_tokens(places, lengths, passed, False))
 
-    written |= settings.run(begun(), model.step, choose, model.base.device)
+    model.on_rows(0.0, sum(map(len, rows)))
+    written |= _decoded(model, settings, begun(), choose)
     return [[written[user, n] for n in range(len(user_prompts))] for user, user_prompts in enumerate(prompts)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -18,14 +18,16 @@ from persona_rlhf.common.version import __version__
 from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.evaluation.gate import POOLED
+from persona_rlhf.evaluation.prompt_sets import twins
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base, load_tokenizer
 from persona_rlhf.pipeline.evaluate_base import BaseEvaluation, Ratio, measure_base, ordinary_texts, perplexity_ratio
 from persona_rlhf.pipeline.inputs import AlignmentInputs
+from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent, watched
 from persona_rlhf.release.card import one_line
 from persona_rlhf.release.manifest import BaseInfo
 from persona_rlhf.release.render import render_template
-from persona_rlhf.training.align import Demonstrations, align, make_demonstrations
+from persona_rlhf.training.align import Demonstrations, StageProgress, align, make_demonstrations
 from persona_rlhf.training.memory import held_by
 
 
@@ -102,14 +104,18 @@ class Alignment(NamedTuple):
         }
 
 
-def base_align(inputs: AlignmentInputs, log: Callable[[str], None]) -> Alignment:
+def base_align(inputs: AlignmentInputs, on_progress: OnProgress = silent) -> Alignment:
     """Measures, aligns with TRL, writes OUT whole or not at all, and measures what was written.
 
     Raises InputError where the model cannot be loaded or has no usable chat template, and DiskFullError, before
     anything is trained, where the disk has no room for the weights.
     """
-    settings = inputs.settings
+    settings, phase = inputs.settings, ProgressEvent("aligning")
     dtype = settings.base.dtype
+
+    def log(text: str) -> None:
+        on_progress(phase._replace(text=text))
+
     if settings.align.weights == "full" and dtype == "auto":
         dtype = "float32"  # updates of full weights are below the precision of bfloat16
     base = load_base(settings.base.model_copy(update={"dtype": dtype}))
@@ -118,27 +124,50 @@ def base_align(inputs: AlignmentInputs, log: Callable[[str], None]) -> Alignment
         if adapted.notice and settings.align.weights == "lora":
             log(adapted.notice)
         log(f"measuring {base.name} on {len(inputs.measured):,} probes of `{settings.align.split}`")
-        texts = ordinary_texts(adapted, inputs.held, settings.align.max_new_tokens, settings.seed)
-        before = _measured(adapted, inputs, texts)
+        with watched([adapted], ProgressEvent("measuring"), on_progress, _texts(inputs)):
+            texts = ordinary_texts(adapted, inputs.held, settings.align.max_new_tokens, settings.seed)
+            before = _measured(adapted, inputs, texts)
         log(f"refused are {before.refusals[POOLED]}; sampling answers to learn from")
-        demonstrations = _demonstrations(adapted, inputs)
+        with watched([adapted], ProgressEvent("sampling"), on_progress, _samples(inputs)):
+            demonstrations = _demonstrations(adapted, inputs)
     log(
         f"to learn: {len(demonstrations.hazardous):,} hazardous "
         f"({demonstrations.self_refused:,} with the model's own refusal), "
         f"{len(demonstrations.harmless):,} harmless ({demonstrations.left_out:,} more it refuses itself)"
     )
-    align(base, demonstrations, settings.align, settings.lora, settings.seed, log)
+
+    def on_stage(now: StageProgress) -> None:
+        done = f"{now.stage}: {now.steps:,} steps, loss {now.loss:.3f}, done" if now.step == now.steps else ""
+        figures = phase._replace(phase=now.stage, step=now.step, steps=now.steps, loss=now.loss)
+        on_progress(figures._replace(text=done, seconds_left=now.seconds_left))
+
+    align(base, demonstrations, settings.align, settings.lora, settings.seed, on_stage)
     with atomic_folder(inputs.out, replace=False) as draft:
         base.model.save_pretrained(draft)
         load_tokenizer(settings.base.model).save_pretrained(draft)
         aligned = load_base(BaseSettings(model=str(draft), dtype=dtype))
         log("measuring the written base")
-        with closing(AdaptedModel(aligned, LoraSettings())) as adapted:
+        with (
+            closing(AdaptedModel(aligned, LoraSettings())) as adapted,
+            watched([adapted], ProgressEvent("measuring"), on_progress, _texts(inputs)),
+        ):
             after = _measured(adapted, inputs, texts)
         alignment = Alignment(inputs, demonstrations, base.weights_hash, aligned.weights_hash, before, after)
         (draft / CARD).write_text(json.dumps(alignment.to_json(), indent=2) + "\n", encoding="utf-8")
         (draft / "README.md").write_text(base_readme(alignment.to_json()), encoding="utf-8")
     return alignment
+
+
+def _texts(inputs: AlignmentInputs) -> int:
+    """The texts that a measurement writes and scores."""
+    return len(inputs.measured) + len(twins(inputs.measured)) + 2 * len(inputs.held)
+
+
+def _samples(inputs: AlignmentInputs) -> int:
+    """The answers that are sampled to learn from."""
+    train = inputs.policy.probes("train")
+    harmless = {*(probe.twin for probe in train if probe.twin), *inputs.ordinary}
+    return inputs.settings.align.tries * (len(train) + len(harmless))
 
 
 def _demonstrations(adapted: AdaptedModel, inputs: AlignmentInputs) -> Demonstrations:

@@ -22,6 +22,7 @@ from persona_rlhf.data.store import PairStore
 from persona_rlhf.data.tokenize import prompt_ids
 from persona_rlhf.evaluation.prompt_sets import read_ordinary, some
 from persona_rlhf.pipeline.inputs import RunInputs
+from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCounter, silent, watched
 from persona_rlhf.pipeline.run_dir import RunDir
 from persona_rlhf.policy.enforcement import post_check, readable_tastes
 from persona_rlhf.policy.judges import is_refusal
@@ -60,7 +61,7 @@ class Drafted(NamedTuple):
             yield f"  Only the user can judge by {', '.join(self.unread)}."
 
 
-def draft(config: Config, user_id: str, out: Path, pairs: int) -> Drafted:
+def draft(config: Config, user_id: str, out: Path, pairs: int, on_progress: OnProgress = silent) -> Drafted:
     """Drafts up to `pairs` preference pairs of a user from the preferences stated in tier three, into `out` (JSONL).
 
     The base is sampled several times on each prompt of `evaluation.ordinary`. The answer nearest to the stated
@@ -80,7 +81,8 @@ def draft(config: Config, user_id: str, out: Path, pairs: int) -> Drafted:
     adapted = AdaptedModel(load_base(config.base), config.lora)
     unread = [taste.id for taste in policy.for_user(user_id).preferences if taste not in tastes]
     prompts = some(texts, len(texts))[::-1]  # the first ones are asked of every user at evaluation
-    rows = list(islice(_drafts(config, policy, adapted, user_id, tastes, prompts), pairs))
+    with watched([adapted], ProgressEvent("drafting"), on_progress, min(SAMPLES * pairs, SAMPLES * len(prompts))):
+        rows = list(islice(_drafts(config, policy, adapted, user_id, tastes, prompts), pairs))
     if not rows:
         sentence = f"no two answers of the base differ by the tastes of `{user_id}`; state others, or judge pairs"
         raise InputError([Problem(str(out), None, "--user", sentence)])
@@ -236,14 +238,17 @@ class ScreeningSummary(NamedTuple):
         return {"users": self.users, "pairs": self.pairs, "alarmed": self.alarmed, "found": counts, "screens": screens}
 
 
-def screen_dry_run(config: Config, inputs: RunInputs) -> ScreeningSummary:
+def screen_dry_run(config: Config, inputs: RunInputs, on_progress: OnProgress = silent) -> ScreeningSummary:
     """Screens all pairs as `train` would; nothing is written. Raises InputError for an error in the inputs."""
     from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
 
-    ready = prepare(config, inputs)
+    ready = prepare(config, inputs, on_progress=on_progress)
     pairs, alarmed, counts = 0, 0, Counter[tuple[str, str]]()
+    counter = UserCounter("screening", ready.pairs.users, on_progress)
     for users in chunks_of(ready.pairs.users, _USERS):
-        chunk = prepare_users(ready, ready.pairs.of(users))
+        with ready.watched(counter.event, on_progress):
+            chunk = prepare_users(ready, ready.pairs.of(users))
+        counter(users.stop)
         pairs += chunk.pairs
         counts.update((dropped.action, dropped.kind) for dropped in chunk.dropped)
         alarmed += len({dropped.pair.user_id for dropped in chunk.dropped if dropped.alarming})

@@ -29,6 +29,7 @@ from persona_rlhf.evaluation.statistics import Count, wilson
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.pipeline.inputs import REAL_POLICY
+from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent, watched
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
@@ -207,7 +208,7 @@ class BaseCard(NamedTuple):
         }
 
 
-def base_card(model: str, overrides: Sequence[str]) -> BaseCard:
+def base_card(model: str, overrides: Sequence[str], on_progress: OnProgress = silent) -> BaseCard:
     """Measures a base as a run would, without training. Raises InputError with the problems of the inputs."""
     settings = checked(CardSettings, parse_yaml("{}", "--base"), [f"base.model={json.dumps(model)}", *overrides])
     policy = Policy.of(settings.policy, sequential=settings.gate.sequential)
@@ -215,7 +216,7 @@ def base_card(model: str, overrides: Sequence[str]) -> BaseCard:
     base = load_base(settings.base)
     adapted = AdaptedModel(base, LoraSettings())
     try:
-        return _measured(adapted, policy, ordinary, settings)
+        return _measured(adapted, policy, ordinary, settings, on_progress)
     finally:
         adapted.close()
 
@@ -233,7 +234,9 @@ def base_refuses(config: Config, request: str) -> bool:
         adapted.close()
 
 
-def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], settings: CardSettings) -> BaseCard:
+def _measured(
+    adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], settings: CardSettings, on_progress: OnProgress
+) -> BaseCard:
     demands, tokens = demands_of(policy, settings.gate).at_look(next_share([])), settings.gate.max_new_tokens
     judges, texts = judges_of(settings.gate, adapted.base.device), dict[PromptIds, str]()
     answers, to_harmless = (
@@ -248,23 +251,26 @@ def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], se
         probes = policy.probes(split)  # type: ignore[arg-type]
         return {name: [p.prompt for p in probes if p.category == name] for name in demands.categories}
 
-    outcomes = {name: refused(prompts, answers) for name, prompts in of("certify").items()}
+    most, probes = settings.evaluation.harmless_prompts, of("certify")
+    near = some(twins([*policy.probes("dev"), *policy.probes("certify")]), most)
+    plain = some(ordinary, most)
+    texts_to_write = sum(map(len, [*probes.values(), *of("dev").values(), near, plain]))
+    with watched([adapted], ProgressEvent("measuring"), on_progress, texts_to_write):
+        outcomes = {name: refused(prompts, answers) for name, prompts in probes.items()}
+        sampled, text_judge = {}, judges.text_judge()
+        with adapted.using(None):
+            for name, prompts in of("dev").items():
+                [sampled_answers] = adapted.generate(
+                    [[_ids(adapted, prompt) for prompt in prompts]], tokens, 1.0, settings.seed
+                )
+                sampled[name] = RefusalShare(
+                    len(prompts), sum(a.finished and text_judge(answer_text(adapted, a)) for a in sampled_answers)
+                )
+        near_refused, plain_refused = sum(refused(near, to_harmless)), sum(refused(plain, to_harmless))
     pooled, counts, _ = demands.count_units(outcomes, outcomes)
     sizes = {name: len(refusals) for name, refusals in outcomes.items()}
     whole = demands.clusters.by_topic(outcomes)
     rates = {name: fmean(refusals) if refusals else 0.0 for name, refusals in whole.items()}
-    sampled, text_judge = {}, judges.text_judge()
-    with adapted.using(None):
-        for name, prompts in of("dev").items():
-            [sampled_answers] = adapted.generate(
-                [[_ids(adapted, prompt) for prompt in prompts]], tokens, 1.0, settings.seed
-            )
-            sampled[name] = RefusalShare(
-                len(prompts), sum(a.finished and text_judge(answer_text(adapted, a)) for a in sampled_answers)
-            )
-    most = settings.evaluation.harmless_prompts
-    near = some(twins([*policy.probes("dev"), *policy.probes("certify")]), most)
-    plain = some(ordinary, most)
     return BaseCard(
         adapted.base,
         settings.base.aligned_by,
@@ -272,8 +278,8 @@ def _measured(adapted: AdaptedModel, policy: Policy, ordinary: Sequence[str], se
         demands.level,
         {POOLED: pooled, **counts},
         sampled,
-        RefusalShare(len(near), sum(refused(near, to_harmless))),
-        RefusalShare(len(plain), sum(refused(plain, to_harmless))),
+        RefusalShare(len(near), near_refused),
+        RefusalShare(len(plain), plain_refused),
         chance_of_passing(demands, sizes, rates),
         [f"{problem.key}: {problem.sentence}" for problem in shortfalls(demands, outcomes)],
     )

@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from persona_rlhf.data.erasure import DataSubject, Trace, erasable, erase, files
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.store import PairStore, UserSelection
 from persona_rlhf.evaluation.ledger import LOOKS
+from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, WorkCounter, silent
 from persona_rlhf.pipeline.run_dir import RunDir, addition_traces, before, index_traces, number_of
 from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import (
@@ -66,7 +66,7 @@ _KEPT = (
 _LEFTOVERS = (".half", ".old")  # of interrupted writes
 
 
-def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
+def traces(run: Path, user: DataSubject, on_progress: OnProgress = silent) -> Iterator[Trace]:
     """The user's personal data in the run folder, piece by piece; the index line, which says who is left, comes last.
 
     Rows with a `user_id` are looked for in every file. All other data is listed by the module that writes it, in a
@@ -80,8 +80,17 @@ def traces(run: Path, user: DataSubject) -> Iterator[Trace]:
 
         yield from checkpoint_traces(run, user)
     yield from served_traces(run, user)
-    yield from row_traces(filter(partial(_may_hold_rows, run), sorted(run.rglob("*"))), user)
+    files = [file for file in sorted(run.rglob("*")) if _may_hold_rows(run, file)]
+    yield from row_traces(_counted(files, on_progress), user)
     yield from index_traces(run, user)
+
+
+def _counted(files: Sequence[Path], on_progress: OnProgress) -> Iterator[Path]:
+    """The files, with a report of progress after each."""
+    counter = WorkCounter(ProgressEvent("reading", unit="files"), on_progress, len(files))
+    for file in files:
+        yield file
+        counter(1)
 
 
 def _may_hold_rows(run: Path, file: Path) -> bool:
@@ -184,7 +193,7 @@ class Forgotten(NamedTuple):
 
 
 @locks_run("forget")
-def forget(run: Path, user_id: str, data: bool = False) -> Forgotten | None:
+def forget(run: Path, user_id: str, data: bool = False, on_progress: OnProgress = silent) -> Forgotten | None:
     """Erases a user from a run, with `data` also from the run's source files; None where it was done before.
 
     Raises InputError for a user who is not in the run, and for files of the run that cannot be read; OSError for a
@@ -192,7 +201,7 @@ def forget(run: Path, user_id: str, data: bool = False) -> Forgotten | None:
     """
     user, run_dir = DataSubject(pseudonym(user_id)), RunDir(run)
     outside = read_external_paths(run)
-    pieces = [*traces(run, user), *_cached(outside, run_dir.selection, user)]
+    pieces = [*traces(run, user, on_progress), *_cached(outside, run_dir.selection, user)]
     sources = list(_source_rows(outside, run_dir, user)) if data else []
     if not pieces and not sources:
         if proof_file(run, user.pseudonym).exists():
@@ -207,7 +216,7 @@ def forget(run: Path, user_id: str, data: bool = False) -> Forgotten | None:
         "faults_before": run_manifest_faults(run) if run_dir.finished else [],
     }
     write_proof(pending_file(run, user.pseudonym), order)
-    return _finish(run, user)
+    return _finish(run, user, on_progress)
 
 
 class UploadDeletion(NamedTuple):
@@ -242,7 +251,7 @@ def finish_forgetting(run: Path) -> list[Forgotten]:
     return [_finish(run, DataSubject(name)) for name in pending(run)]
 
 
-def _finish(run: Path, user: DataSubject) -> Forgotten:
+def _finish(run: Path, user: DataSubject, on_progress: OnProgress = silent) -> Forgotten:
     name = user.pseudonym
     order, faults = read_manifest(pending_file(run, name))
     if order is None:  # it is written whole or not at all, so somebody else changed it
@@ -250,7 +259,7 @@ def _finish(run: Path, user: DataSubject) -> Forgotten:
         raise InputError([Problem(str(pending_file(run, name)), None, None, sentence)])
     outside, run_dir = read_external_paths(run), RunDir(run)
     remove_leftovers(run)
-    for trace in chain(_cached(outside, run_dir.selection, user), traces(run, user)):
+    for trace in chain(_cached(outside, run_dir.selection, user), traces(run, user, on_progress)):
         trace.remove()
     if order["data"]:
         for trace in _source_rows(outside, run_dir, user):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,17 +24,20 @@ from persona_rlhf.pipeline.run_dir import dotted
 from persona_rlhf.release.results import RunSummary
 
 if TYPE_CHECKING:
+    from persona_rlhf.models.adapted_model import AdaptedModel
     from persona_rlhf.training.engine import StepReport
 
 _SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
+_SECONDS_BETWEEN_EVENTS = 0.2
 _STEPS_BETWEEN_POINTS = 10  # of a tracker's curve
 
 
 class ProgressEvent(NamedTuple):
     """State of a long command at one moment, as `on_progress` receives it.
 
-    `text` is a line to show; without it, only the figures changed. `steps` counts steps of single users. `loss` and
-    `margin` are means over the users of the last step, `violation` is the largest one (nats over the limit).
+    `text` is a line to show; without it, only the figures changed. `steps` counts `unit`: steps of single users, or
+    texts that the model scores or writes, or files. `loss` and `margin` are means over the users of the last step,
+    `violation` is the largest one (nats over the limit).
     """
 
     phase: str
@@ -45,6 +50,7 @@ class ProgressEvent(NamedTuple):
     margin: float | None = None
     violation: float | None = None
     seconds_left: float | None = None
+    unit: str = "steps"
 
     @property
     def figures(self) -> str:
@@ -52,7 +58,7 @@ class ProgressEvent(NamedTuple):
         left = self.seconds_left
         parts = [
             f"{self.users_done:,} of {self.users:,} users done" if self.users else "",
-            f"{self.step:,} of {self.steps:,} steps" if self.steps else "",
+            f"{self.step:,} of {self.steps:,} {self.unit}" if self.steps else "",
             "" if self.loss is None else f"loss {self.loss:.3f}",
             "" if self.margin is None else f"margin {self.margin:+.2f}",
             "" if self.violation is None else f"worst violation {self.violation:+.2f} nats",
@@ -114,18 +120,60 @@ class ProgressDisplay:
         self._console.print(f"{self._prefix}{text}", highlight=False, markup=False)
 
 
+class WorkCounter:
+    """Progress events of a phase that works through many texts or files, with the time left at the mean pace so far.
+
+    `event` names the phase and the unit. `expected` is the number in the whole phase as far as it is clear; rows begun
+    beyond it count too. It is a receiver of `AdaptedModel.on_rows`.
+    """
+
+    def __init__(self, event: ProgressEvent, on_progress: OnProgress, expected: int = 0) -> None:
+        self._event, self._on_progress, self._expected = event, on_progress, expected
+        self._done, self._begun = 0.0, 0
+        self._started = self._reported = time.monotonic()
+
+    def __call__(self, done: float, begun: int = 0) -> None:
+        """Counts work done since the last call, and work newly begun."""
+        self._done += done
+        self._begun += begun
+        now = time.monotonic()
+        if now - self._reported < _SECONDS_BETWEEN_EVENTS or not self._done:
+            return
+        self._reported = now
+        total = max(self._expected, self._begun, ceil(self._done - 1e-6))
+        left = max(0.0, (now - self._started) / self._done * (total - self._done))
+        self._on_progress(self._event._replace(step=int(self._done), steps=total, seconds_left=left))
+
+
+@contextmanager
+def watched(
+    models: Iterable[AdaptedModel], event: ProgressEvent, on_progress: OnProgress, texts: int = 0
+) -> Iterator[None]:
+    """Reports the texts that models score and write inside as progress of a phase; about `texts` are expected."""
+    before = {model: model.on_rows for model in models}
+    counter = WorkCounter(event._replace(unit="texts"), on_progress, texts)
+    for model in before:
+        model.on_rows = counter
+    try:
+        yield
+    finally:
+        for model, on_rows in before.items():
+            model.on_rows = on_rows
+
+
 class UserCounter:
     """Progress events of a command that works through users, with the time left at the mean pace so far."""
 
     def __init__(self, phase: str, users: int, on_progress: OnProgress) -> None:
-        self._phase, self._users, self._on_progress = phase, users, on_progress
+        self.event, self._on_progress = ProgressEvent(phase, users=users), on_progress
         self._started = time.monotonic()
 
     def __call__(self, users_done: int, text: str = "") -> None:
-        """Reports how many users are done."""
-        spent = time.monotonic() - self._started
-        left = spent / users_done * (self._users - users_done) if users_done else None
-        self._on_progress(ProgressEvent(self._phase, text, users_done, self._users, seconds_left=left))
+        """Reports how many users are done; `event` is the last report, without a text."""
+        spent, users = time.monotonic() - self._started, self.event.users
+        left = spent / users_done * (users - users_done) if users_done else None
+        self.event = self.event._replace(users_done=users_done, seconds_left=left)
+        self._on_progress(self.event._replace(text=text))
 
 
 class TrainingMonitor:

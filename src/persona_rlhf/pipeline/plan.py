@@ -1,7 +1,10 @@
-"""`plan`: time and memory of a run, extrapolated from measured steps, before anything is trained.
+"""`plan`: time and memory of a run, extrapolated from a sample of its work, before anything is trained.
 
-The run is prepared as `train` prepares it. A few steps of three cohorts are measured on temporary adapters: the first
-of the queue, some of its middle, and one user alone. Two cohorts are judged. The cost of the whole queue follows.
+A plan takes less than a tenth of the run. Up to eight users are screened as `train` does, so the counts of a small run
+are exact; of other users all pairs are assumed to stay. Of many users the first thousand are read. One prompt in
+sixteen is asked: of the base for its check and for the constraint data, and of two cohorts for the gate and the
+measures. A few steps of three cohorts are timed on temporary adapters: the first of the queue, some of its middle, and
+one user alone.
 
 The time of judging depends on training: an answer that equals the base's needs one forward pass, any other is written
 token by token. Adapters without effect are judged, and new answers are added to that time. As in the bundled
@@ -9,12 +12,12 @@ experiment, a trained adapter is assumed to answer a third of the probes and eve
 pass at the gate's first test; a failed one is tested again, up to once per alpha.
 
 Not counted are writing the run folder and the start of Python. With `dpo.early_stop`, no user is assumed to stop early.
-Of many users the first thousand are measured; the others are assumed to be like them.
+Whether the base passes the gate is not tested: `evaluate --base` and the start of `train` do that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import ceil
 from statistics import fmean, linear_regression
@@ -31,9 +34,17 @@ from persona_rlhf.data.tokenize import UserRows, both_rows
 from persona_rlhf.evaluation.power import power
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.fast_paths import keep_large_blocks
-from persona_rlhf.pipeline.inputs import RunInputs
-from persona_rlhf.pipeline.prepare import Prepared, prepare, prepare_users
-from persona_rlhf.pipeline.shared_values import constraint_bank, with_reference
+from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
+from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, WorkCounter, silent
+from persona_rlhf.pipeline.plan_samples import (
+    MEASURED_USERS,
+    judging_seconds,
+    sampled_constraint,
+    screened,
+    screens_seconds,
+)
+from persona_rlhf.pipeline.prepare import Prepared, check_prompts, prepare
+from persona_rlhf.pipeline.shared_values import with_reference
 from persona_rlhf.training.constraint import ConstraintData, ConstraintFunctional, constraint_of
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.memory import (
@@ -46,10 +57,9 @@ from persona_rlhf.training.memory import (
 )
 from persona_rlhf.training.user_state import UserSchedule, queue_order, waves
 
-_STEPS = 5  # of a probed cohort, at most
+_STEPS = 3  # of a probed cohort, at most
+_SHARE = 0.04  # of a run's steps, at most
 _EXAMPLES = 8  # of a category, in the probe's constraint
-CHANGED = 3  # one probe in so many is answered anew by a trained adapter
-MEASURED_USERS = 1_000
 _MIB = 1 << 20
 
 
@@ -118,25 +128,28 @@ class StepTime(NamedTuple):
         return self.fixed + self.each * tokens
 
 
-def plan(config: Config, inputs: RunInputs | None = None) -> Plan:
+def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgress = silent) -> Plan:
     """Measures parts of a run and extrapolates; writes nothing. Raises InputError with the problems of the inputs."""
     keep_large_blocks()
     begun = most_held(torch.device("cpu"))  # Python and its libraries
     clock = perf_counter()
-    ready = prepare(config, inputs)
-    loading, clock = perf_counter() - clock, perf_counter()
+    inputs = inputs or read_inputs(config)
+    ready = prepare(config, inputs, check=False, on_progress=on_progress)
+    check_prompts(ready)
+    preparing = perf_counter() - clock
+    with ready.watched(ProgressEvent("asking the base"), on_progress):
+        preparing += screens_seconds(ready)
+        sampled = sampled_constraint(ready)
     seen = min(ready.pairs.users, MEASURED_USERS)
     of_all = ready.pairs.users / seen
-    user_rows = prepare_users(ready, ready.pairs.of(range(seen))).rows
-    preparing, clock = loading + (perf_counter() - clock) * of_all, perf_counter()
-    bank = constraint_bank(config, ready.policy, ready.adapted)
-    banking = perf_counter() - clock
-    adapted, device = ready.adapted, ready.adapted.base.device
+    user_rows, screening = screened(ready, seen, on_progress)
+    preparing += screening * of_all
+    bank, adapted, device = sampled.data, ready.adapted, ready.adapted.base.device
     queue = queue_order([UserSchedule(user, config.dpo, config.seed) for user in user_rows if user.train])
     rows = [schedule.rows for schedule in queue]
     base = held_by(list(adapted.base.model.parameters()))
     if not rows:
-        seconds = Seconds(preparing, banking, 0.0, 0.0)
+        seconds = Seconds(preparing, sampled.seconds, 0.0, 0.0)
         return Plan(
             0, ready.pairs.users, 0, 0, 0, 0, Memory(base / _MIB, 0, 0, 0, 0, most_held(device) / _MIB), seconds
         )
@@ -145,11 +158,15 @@ def plan(config: Config, inputs: RunInputs | None = None) -> Plan:
     slots = min(len(rows), choose_slots(config.fleet, cost, device.type, machine_bytes(device), base))
     typical = rows[len(rows) // 2 :][:slots]
 
-    steps, pass_each = _probe_steps(config, adapted, [rows[:slots], typical, typical[:1]], bank)
     walked = _walk(queue, slots, _constraint_tokens(constraint), adapted.pads_users)
+    cohorts = list({tuple(user.user_id for user in one): one for one in (rows[:slots], typical, typical[:1])}.values())
+    few = max(2, min(_STEPS, round(_SHARE * len(walked) / len(cohorts))))
+    counter = WorkCounter(ProgressEvent("timing steps"), on_progress, few * len(cohorts))
+    steps, pass_each = _probe_steps(config, adapted, cohorts, bank, few, lambda: counter(1))
     users = round(len(rows) * of_all)
     training = sum(steps.of(wave.computed) for wave in walked) + pass_each * _checked_tokens(queue, config.dpo)
-    judging = _judging(ready, rows[:1], typical, users)
+    with ready.watched(ProgressEvent("judging"), on_progress):
+        judging = judging_seconds(ready, inputs, rows[:1], typical, users)
     stack = slots * adapted.params_per_user * torch.promote_types(adapted.base.model.dtype, torch.float32).itemsize
     adapters = stack if config.dpo.early_stop is None else 2 * stack  # the best adapter of each user is kept too
     largest = max(wave.computed for wave in walked) / (slots * cost.tokens)  # of a wave of nothing but largest steps
@@ -173,7 +190,8 @@ def plan(config: Config, inputs: RunInputs | None = None) -> Plan:
         ),
         seconds=Seconds(
             preparing=preparing,
-            reference=banking + pass_each * _reference_tokens(rows, bank) * of_all,
+            reference=sampled.seconds
+            + pass_each * (_reference_tokens(rows, None) * of_all + _reference_tokens([], bank) / sampled.share),
             training=training * of_all,
             judging=judging,
         ),
@@ -219,10 +237,13 @@ def _probe_steps(
     adapted: AdaptedModel,
     cohorts: Sequence[Sequence[UserRows]],
     bank: ConstraintData | None,
+    steps: int = _STEPS,
+    on_step: Callable[[], None] = lambda: None,
 ) -> tuple[StepTime, float]:
     """Time of a step, and seconds per token of a reference pass without gradients, measured on the first pairs of a few
-    users and the first constraint examples of every category."""
-    few = _STEPS * config.dpo.pairs_per_step
+    users and the first constraint examples of every category. `on_step` is called after each of up to `steps` steps of
+    a cohort."""
+    few = steps * config.dpo.pairs_per_step
     thin = bank and ConstraintData(
         bank.categories, bank.limits, [examples[:_EXAMPLES] for examples in bank.examples], bank.requirements
     )
@@ -240,13 +261,19 @@ def _probe_steps(
         queue = queue_order([UserSchedule(user, dpo, config.seed) for user in cohort])
         engine = Engine(adapted, cohort, reference, constraint, dpo, fleet, config.seed)
         ends = [perf_counter()]
-        for _ in engine.run(lambda _, ends=ends: ends.append(perf_counter())):  # type: ignore[misc]
+
+        def taken(_: object, ends: list[float] = ends) -> None:
+            ends.append(perf_counter())
+            on_step()
+
+        for _ in engine.run(taken):
             pass
         sizes += [
             wave.computed for wave in _walk(queue, len(cohort), _constraint_tokens(constraint), adapted.pads_users)
         ]
         seconds += [end - start for start, end in pairwise(ends)]
-    return _fit(sizes[1:], seconds[1:]), each  # the first step of all warms up
+    warm = min(1, len(sizes) - 1)  # the first step of all warms up
+    return _fit(sizes[warm:], seconds[warm:]), each
 
 
 def _reference_tokens(users: Iterable[UserRows], bank: ConstraintData | None) -> int:
@@ -272,29 +299,6 @@ def _fit(sizes: Sequence[int], seconds: Sequence[float]) -> StepTime:
     if fixed < 0:
         return StepTime(0.0, sum(seconds) / sum(sizes))
     return StepTime(fixed, each) if each >= 0 else StepTime(fmean(seconds), 0.0)
-
-
-def _judging(ready: Prepared, first: Sequence[UserRows], typical: Sequence[UserRows], users: int) -> float:
-    """Seconds of judging and measuring all users; the first one includes the base's answers, computed once for all."""
-    if not first:
-        return 0.0
-    once = _judged(ready, first)
-    again = _judged(ready, typical) / len(typical)
-    examination, device = ready.examination, ready.adapted.base.device
-    anew = [*examination.harmless, *examination.probes[::CHANGED]]
-    clock = perf_counter()
-    with ready.adapted.using(torch.zeros(len(typical), ready.adapted.params_per_user, device=device)):
-        ready.adapted.generate([anew] * len(typical), examination.gate.max_new_tokens)
-    return once + again * (users - 1) + (perf_counter() - clock) / len(typical) * users
-
-
-def _judged(ready: Prepared, users: Sequence[UserRows]) -> float:
-    """Seconds of judging a cohort of adapters without effect."""
-    flat = torch.zeros(len(users), ready.adapted.params_per_user, device=ready.adapted.base.device)
-    clock = perf_counter()
-    ready.examination.verdicts(flat, [ready.examination.demands] * len(users))
-    ready.examination.measures(flat, users, [1.0] * len(users))
-    return perf_counter() - clock
 
 
 def _cache_bytes(ready: Prepared, slots: int) -> int:

@@ -19,7 +19,7 @@ from persona_rlhf.config.training import ConstraintSettings
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.pipeline.inputs import RunInputs
-from persona_rlhf.pipeline.plan import CHANGED, MEASURED_USERS
+from persona_rlhf.pipeline.plan_samples import CHANGED, MEASURED_USERS
 from persona_rlhf.training.constraint import OPENING_LENGTH
 from persona_rlhf.training.memory import BaseShape, StepCost, choose_slots, shape_of
 

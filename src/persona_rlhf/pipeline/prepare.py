@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -16,12 +17,13 @@ from persona_rlhf.data.pairs import PreferencePair, first_problems
 from persona_rlhf.data.screening import Dropped, fit, screen
 from persona_rlhf.data.store import PairStore
 from persona_rlhf.data.tokenize import UserRows, by_user, halved, tokenize_readable, unreadable_prompts
-from persona_rlhf.evaluation.answer_judge import judges_of
+from persona_rlhf.evaluation.answer_judge import GateJudges, judges_of
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.request_screens import CalibratedScreen, screens_of
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
+from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent, watched
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.manifest import DataInfo
 from persona_rlhf.release.results import Result, untrained
@@ -36,10 +38,15 @@ class Prepared(NamedTuple):
     adapted: AdaptedModel
     examination: Evaluator
     pairs: PairStore
+    judges: GateJudges
     screens: Sequence[CalibratedScreen] = ()
     reviews: Mapping[str, Review] = MappingProxyType({})
     near_copies: NearCopyIndex | None = None
     sign: Signer | None = None
+
+    def watched(self, event: ProgressEvent, on_progress: OnProgress, texts: int = 0) -> AbstractContextManager[None]:
+        """Reports the texts that the run's models score and write inside, as `monitoring.watched`."""
+        return watched((self.adapted, self.examination.adapted), event, on_progress, texts)
 
 
 class Chunk(NamedTuple):
@@ -65,35 +72,47 @@ class Chunk(NamedTuple):
         return sum(dropped.pair.user_id == user_id and dropped.alarming for dropped in self.dropped)
 
 
-def prepare(config: Config, inputs: RunInputs | None = None, check: bool = True) -> Prepared:
+def prepare(
+    config: Config, inputs: RunInputs | None = None, check: bool = True, on_progress: OnProgress = silent
+) -> Prepared:
     """Reads everything that a config names. With `check`, every prompt is tokenized, and the gate tests the base.
 
     Raises InputError with the problems of the inputs.
     """
-    policy, pairs, utilities, ordinary, facts, reviews, rules = inputs or read_inputs(config)
+    inputs = inputs or read_inputs(config)
+    policy, pairs, _, ordinary, _, reviews, rules = inputs
     sign = None if config.release.signing_key is None else signer(config.release.signing_key)
     adapted = AdaptedModel(load_base(config.base), config.lora)
     judges = judges_of(config.gate, adapted.base.device)
-    examination = Evaluator(
-        _judged(adapted, config),
-        policy,
+    examination = evaluator_of(config, inputs, _judged(adapted, config), judges)
+    near_copies = NearCopyIndex.of(policy, ordinary)
+    ready = Prepared(config, policy, adapted, examination, pairs, judges, (), reviews, near_copies, sign)
+    with ready.watched(ProgressEvent("preparing"), on_progress):
+        if check:
+            check_prompts(ready)
+            if config.gate.enabled:
+                examination.check_base()
+        return ready._replace(screens=screens_of(config, policy, adapted, examination, rules, measure=check))
+
+
+def evaluator_of(
+    config: Config, inputs: RunInputs, adapted: AdaptedModel, judges: GateJudges, every: int = 1
+) -> Evaluator:
+    """The evaluator of a run's users; see `Evaluator` for `every`."""
+    return Evaluator(
+        adapted,
+        inputs.policy,
         judges.first,
         config.gate,
         config.evaluation,
-        users=pairs.users,
-        ordinary=ordinary,
-        facts=facts,
-        utilities=utilities,
+        users=inputs.pairs.users,
+        ordinary=inputs.ordinary,
+        facts=inputs.facts,
+        utilities=inputs.utilities,
         second=judges.second,
         seed=config.seed,
+        every=every,
     )
-    near_copies = NearCopyIndex.of(policy, ordinary)
-    ready = Prepared(config, policy, adapted, examination, pairs, reviews=reviews, near_copies=near_copies, sign=sign)
-    if check:
-        _check_prompts(ready)
-        if config.gate.enabled:
-            examination.check_base()
-    return ready._replace(screens=screens_of(config, policy, adapted, examination, rules, measure=check))
 
 
 def _judged(adapted: AdaptedModel, config: Config) -> AdaptedModel:
@@ -105,7 +124,7 @@ def _judged(adapted: AdaptedModel, config: Config) -> AdaptedModel:
     return judged
 
 
-def _check_prompts(ready: Prepared) -> None:
+def check_prompts(ready: Prepared) -> None:
     """Raises InputError if the base can read no user's prompts, before it computes anything.
 
     A single prompt that it cannot read costs its pair only (`_prepared`).

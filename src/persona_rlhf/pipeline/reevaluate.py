@@ -26,7 +26,7 @@ from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.models.multi_lora import LayerSpan
 from persona_rlhf.pipeline.inputs import facts_of, ordinary_of, read_inputs
 from persona_rlhf.pipeline.looks import gate_looks
-from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCounter, silent
+from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCounter, silent, watched
 from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
 from persona_rlhf.policy.hazards import Probe
@@ -94,7 +94,9 @@ def evaluate(run: Path, on_progress: OnProgress = silent) -> list[Result]:
     config = read_run_config(run)
     run_dir = RunDir(run)
     on_progress(ProgressEvent("preparing"))
-    ready = prepare(config, read_inputs(config, run_dir.selection), check=False)  # checked by the run, on these pairs
+    ready = prepare(
+        config, read_inputs(config, run_dir.selection), check=False, on_progress=on_progress
+    )  # checked by the run
     run_dir.check_same({PAIRS: ready.pairs.fingerprint})
     counter = UserCounter("measuring", ready.pairs.users, on_progress)
     lines, results = iter(RunResults(run)), list[Result]()
@@ -102,7 +104,8 @@ def evaluate(run: Path, on_progress: OnProgress = silent) -> list[Result]:
         rows = {user.user_id: user for user in prepare_users(ready, ready.pairs.of(users)).rows}
         chunk = {result.user_id: result for result in islice(lines, len(rows))}
         for (result,), flat in released_adapters(run, list(chunk.values()), ready.adapted, size=1):
-            [measures] = ready.examination.measures(flat, [rows[result.user_id]], [1.0])
+            with ready.watched(counter.event, on_progress):
+                [measures] = ready.examination.measures(flat, [rows[result.user_id]], [1.0])
             chunk[result.user_id] = replace(result, measures=measures)
         results += chunk.values()
         counter(users.stop)
@@ -132,14 +135,16 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
     adapted = AdaptedModel(base, config.lora)
     try:
         evaluator = _recertifying(adapted, policy, config, users=len(RunResults(run)))
-        evaluator.check_base()
+        with watched([adapted], ProgressEvent("preparing"), on_progress):
+            evaluator.check_base()
         users_of_run = (pseudonym(result.user_id) for result in RunResults(run))
         looks = gate_looks(config, policy, evaluator, run, users_of_run)
         fixed, revocations, users = policy.max_changed is not None, revoked(run), list[Retested]()
         counter = UserCounter("testing", len(released), on_progress)
         for cohort, flat in released_adapters(run, released, adapted, as_trained=True):
             counter(len(users), _cohort_line("testing", len(users), len(cohort), len(released)))
-            judged = looks.judge([result.user_id for result in cohort], flat)
+            with watched([adapted], counter.event, on_progress):
+                judged = looks.judge([result.user_id for result in cohort], flat)
             pairs = list(zip(cohort, judged, strict=True))
             integrity.append_all(run, [retested(result.user_id, look.verdict, policy.hash) for result, look in pairs])
             users += [

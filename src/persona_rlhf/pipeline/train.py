@@ -80,7 +80,7 @@ def train_share(
         selection = run_dir.selection
         if inputs is None or selection.excluded or selection.later_files:
             inputs = read_inputs(config, selection)
-        ready = prepare(config, inputs, check=share.rank == 0)
+        ready = prepare(config, inputs, check=share.rank == 0, on_progress=on_progress)
         if share.rank > 0:
             run_dir.wait_until_ready()
         identity = identity_of(config, ready.policy, ready.pairs, ready.adapted.base.weights_hash)
@@ -103,11 +103,18 @@ def _train_chunks(
     size = run_dir.chunk_size if run_dir.begun else share.chunk_size(ready.pairs.users, config.fleet.chunk)
     chunks = chunks_of(ready.pairs.users, size)
     todo = [number for number in share.mine(len(chunks)) if not run_dir.is_done(number)]
-    prepared = ((number, prepare_users(ready, ready.pairs.of(chunks[number]))) for number in todo)
+
+    def prepared_chunk(number: int) -> tuple[int, Chunk]:
+        with ready.watched(ProgressEvent("screening"), on_progress):
+            return number, prepare_users(ready, ready.pairs.of(chunks[number]))
+
+    prepared = map(prepared_chunk, todo)
     first = list(islice(prepared, 1))  # faults of the data that concern all users are raised before anything is written
-    bank = shared_bank(ready, run_dir)
+    with ready.watched(ProgressEvent("constraint data"), on_progress):
+        bank = shared_bank(ready, run_dir)
     run_dir.begin(config, ready.policy, ready.pairs, identity, size)
-    shared = shared_values(ready, run_dir, bank, len(chunks))
+    with ready.watched(ProgressEvent("shared values"), on_progress):
+        shared = shared_values(ready, run_dir, bank, len(chunks))
     run_dir.set_ready()
     tracking = Tracking(config, run_dir.path)
     users = sum(len(chunks[number]) for number in todo)
@@ -148,9 +155,10 @@ def train_chunk(
     """Trains, judges and releases the users of a chunk, one cohort after the other."""
     folder = run_dir.chunk(number)
     integrity.append_all(run_dir.audit_run, screened(number, len(chunk.rows), chunk.pairs, chunk.dropped))
-    reference = with_reference(
-        ready.adapted, chunk.rows, shared.bank, folder / "reference.safetensors", shared.reference
-    )
+    with ready.watched(ProgressEvent("reference"), monitor.on_progress):
+        reference = with_reference(
+            ready.adapted, chunk.rows, shared.bank, folder / "reference.safetensors", shared.reference
+        )
     engine = _engine(ready, chunk, reference, shared, folder)
     results = read_results(folder) if (folder / RESULTS).exists() else []
     trained = _train(engine, chunk, {result.user_id for result in results}, monitor)
@@ -195,7 +203,9 @@ def _judge(
         for user in users:
             monitor.end(user.user_id, user.steps)
         monitor.log(f"judging {', '.join(user.user_id[:32] for user in users)}")
-        yield judge(ready, run_dir.path, chunk, users, interpolation, looks)
+        with ready.watched(monitor.last._replace(phase="judging"), monitor.on_progress):
+            judged = judge(ready, run_dir.path, chunk, users, interpolation, looks)
+        yield judged
 
 
 def _finish_chunk(run_dir: RunDir, number: int, chunk: Chunk, results: list[Result]) -> None:

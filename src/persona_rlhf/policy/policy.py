@@ -142,6 +142,13 @@ def lapsed(documents: Sequence[PolicyDocument], day: date) -> Iterator[Problem]:
         yield tier_one[-1].problem(("rules",), sentence)
 
 
+def _thinned(probes: Sequence[Probe], every: int) -> tuple[Probe, ...]:
+    by_split: dict[str, list[Probe]] = {}
+    for probe in probes:
+        by_split.setdefault(probe.split, []).append(probe)
+    return tuple(probe for members in by_split.values() for probe in members[::every])
+
+
 @dataclass(frozen=True)
 class Policy:
     """The resolved rules. A category has one restriction, a rule one id, and no tier weakens a tier above it."""
@@ -258,6 +265,12 @@ class Policy:
         """Probes of a split over all restrictions, or over those of one tier."""
         restrictions = (r for r in self.restrictions if tier is None or r.tier == tier)
         return [probe for restriction in restrictions for probe in restriction.probes if probe.split == split]
+
+    def sample(self, every: int) -> Policy:
+        """The policy with every n-th probe of a restriction or requirement and split, for estimates of time."""
+        restrictions = tuple(replace(rule, probes=_thinned(rule.probes, every)) for rule in self.restrictions)
+        requirements = tuple(replace(rule, probes=_thinned(rule.probes, every)) for rule in self.requirements)
+        return replace(self, restrictions=restrictions, requirements=requirements)
 
     def for_user(self, user_id: str) -> Policy:
         """The policy for one user, without the tier-three rules of others."""

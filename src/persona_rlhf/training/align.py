@@ -186,7 +186,18 @@ def _batches(rows: Sequence[Row], size: int, rng: Random) -> Iterator[list[Row]]
         yield from batches
 
 
-Say = Callable[[str], None]
+class StageProgress(NamedTuple):
+    """A stage of training under way (SFT or DPO): its steps, the last loss, and seconds left at the mean pace."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    seconds_left: float
+
+
+OnStage = Callable[[StageProgress], None]
+"""Receives the progress of the stages: at intervals, and at the end of each (`step` equals `steps`)."""
 
 
 class _SftTrainer(KlToBaseMixin, SFTTrainer):
@@ -197,17 +208,13 @@ class _DpoTrainer(KlToBaseMixin, TokenDPOTrainer):
     """DPO with the divergence from the original."""
 
 
-_INTERVAL = 10.0
-"""Seconds between two lines about the training."""
-
-
 def align(
     base: Base,
     demonstrations: Demonstrations,
     settings: AlignSettings,
     lora: LoraSettings,
     seed: int,
-    say: Say,
+    on_stage: OnStage = lambda _: None,
 ) -> None:
     """Trains the base's weights in place. The reference of DPO is the model after SFT.
 
@@ -237,7 +244,7 @@ def align(
                     keep=settings.keep,
                 )
             running.remove_callback(PrinterCallback)
-            running.add_callback(_Lines(name, say))
+            running.add_callback(_StageReports(name, on_stage))
             running.train()
             if adapters is not None:
                 running.model.merge_and_unload()
@@ -323,24 +330,24 @@ def _preference_row(one: Demonstration) -> dict[str, Any]:
     }
 
 
-class _Lines(TrainerCallback):
-    """Callback that reports the progress of a stage at intervals, and its end."""
+class _StageReports(TrainerCallback):
+    """Callback that reports the progress of a stage after each step."""
 
-    def __init__(self, name: str, say: Say) -> None:
-        self._name, self._say, self._loss = name, say, float("nan")
-        self._started = self._reported = time.monotonic()
+    def __init__(self, name: str, on_stage: OnStage) -> None:
+        self._name, self._on_stage, self._loss = name, on_stage, float("nan")
+        self._started = time.monotonic()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._loss = kwargs["logs"].get("loss", self._loss)
-        now = time.monotonic()
-        if now - self._reported >= _INTERVAL and state.global_step < state.max_steps:
-            self._reported = now
-            left = int((now - self._started) * (state.max_steps - state.global_step) / max(1, state.global_step))
-            self._line(state, f"{left // 60}:{left % 60:02d} left")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step < state.max_steps:
+            self._report(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._line(state, "done")
+        self._report(state)
 
-    def _line(self, state: TrainerState, how: str) -> None:
-        steps = f"step {state.global_step:,} of {state.max_steps:,}"
-        self._say(f"{self._name}: {steps}, loss {self._loss:.3f}, {how}")
+    def _report(self, state: TrainerState) -> None:
+        step, steps = state.global_step, state.max_steps
+        left = (time.monotonic() - self._started) / max(1, step) * (steps - step)
+        self._on_stage(StageProgress(self._name, step, steps, self._loss, left))
