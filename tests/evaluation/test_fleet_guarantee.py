@@ -26,6 +26,8 @@ def test_the_promise_of_27_clean_users():
     found = fleet_guarantee([user(1)] * 26 + [user(400)], PLAIN)
     assert (found.judged, found.released, found.looks) == (27, 26, 28)
     assert found.expected == pytest.approx(27 * 0.05)
+    assert found.whatever == 26  # Markov at 95% says as much as nothing where delta is 0.05
+    assert found.independent == binom.ppf(0.95, 27, 0.05)
     assert found.shown == 0
     words = found.sentence()
     assert (

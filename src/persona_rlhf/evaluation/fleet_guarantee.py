@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from math import ceil
 from typing import NamedTuple
 
 from persona_rlhf.evaluation.gate import DemandCount, Demands, GateTest
 from persona_rlhf.evaluation.statistics import Count, FixedCount, HarmlessCount, ShareCount
-from persona_rlhf.policy.bound import GATE_TESTS
+from persona_rlhf.policy.bound import GATE_TESTS, tail
 
 CONFIDENCE = 0.95
 
@@ -18,7 +20,8 @@ class FleetGuarantee(NamedTuple):
     `expected` bounds their expected number: delta for each user judged. Users share their probes, so all may be in
     breach together, and delta alone bounds no smaller number with 95% confidence. `shown` bounds the number itself, at
     `confidence`, for any dependence between users: all but so many of the released pass a test of all users judged at
-    once (Bonferroni). It is `released` where no user passes that test.
+    once (Bonferroni). It is `released` where no user passes that test. Two figures follow from delta alone, and only
+    `summary.json` has them: `whatever` by Markov's inequality, and `independent` if users were.
     """
 
     judged: int
@@ -27,6 +30,8 @@ class FleetGuarantee(NamedTuple):
     delta: float
     confidence: float
     expected: float
+    whatever: int
+    independent: int
     shown: int
     judge_error: float
 
@@ -86,6 +91,8 @@ def fleet_guarantee(users: Iterable[GatedUser], demands: Demands, confidence: fl
         delta=demands.delta,
         confidence=confidence,
         expected=min(float(released), demands.delta * judged),
+        whatever=min(released, ceil(round(demands.delta * judged / (1 - confidence), 9)) - 1) if judged else 0,
+        independent=min(released, _quantile(judged, demands.delta - demands.judge_delta, spare)),
         shown=sum(value * judged > spare for value in p_values),
         judge_error=demands.judge_error,
     )
@@ -123,3 +130,8 @@ def _of_count(count: DemandCount, demands: Demands) -> float:
             return p_value / demands.fixed_share
         case FixedCount():
             return demands.plain_bound.p_value(count.kept, count.n, 1 - count.max_changed) / demands.fixed_share
+
+
+def _quantile(n: int, p: float, outside: float) -> int:
+    """The smallest k with P(Binomial(n, p) > k) <= outside; n where `outside` is not positive."""
+    return bisect_left(range(n), True, key=lambda k: tail(k + 1, n, p) <= outside) if outside > 0 else n
