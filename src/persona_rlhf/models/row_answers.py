@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.base import Base
 from persona_rlhf.models.generation import Generated
 from persona_rlhf.models.model_split import HiddenStates
-from persona_rlhf.models.packing import EMPTY, RowPlace
+from persona_rlhf.models.packing import EMPTY, Batch, RowPlace
 from persona_rlhf.models.passes import plan_passes
 from persona_rlhf.models.row_decoding import (
     BegunAnswer,
     BegunRows,
+    CachedTokens,
     ChooseToken,
     Decoding,
     LayerTokens,
@@ -25,13 +27,34 @@ from persona_rlhf.models.row_decoding import (
 )
 from persona_rlhf.models.scores import GreedyScore, greedy_scores
 
-if TYPE_CHECKING:
-    from persona_rlhf.models.adapted_model import AdaptedModel
+
+@runtime_checkable  # for beartype in the tests
+class RowModel(Protocol):
+    """The part of `AdaptedModel` that decoding needs; its methods are explained there."""
+
+    base: Base
+    tokens_per_pass: int
+    tokens_per_generation: int
+    on_rows: Callable[[float, int], None]
+
+    def batch(self, rows: Sequence[Row], users: int) -> Batch: ...
+
+    def logits(
+        self, batch: Batch, states: Sequence[HiddenStates] = (), passed: list[LayerTokens] | None = None
+    ) -> Float[Tensor, "tokens vocabulary"]: ...
+
+    def cached_tokens(
+        self, places: Sequence[RowPlace], lengths: Sequence[int], passed: Sequence[LayerTokens], from_states: bool
+    ) -> list[CachedTokens]: ...
+
+    def step(
+        self, tokens: Sequence[int], cache: RowCache, slots: Sequence[int], rows_per_user: Sequence[int]
+    ) -> Float[Tensor, "rows vocabulary"]: ...
 
 
 @torch.no_grad()
 def greedy_answers(
-    model: AdaptedModel, rows: Sequence[Sequence[Row]], states: Sequence[HiddenStates], max_new_tokens: int
+    model: RowModel, rows: Sequence[Sequence[Row]], states: Sequence[HiddenStates], max_new_tokens: int
 ) -> tuple[list[list[GreedyScore]], list[list[Generated | None]]]:
     """Scores as of `AdaptedModel.score_greedy`, and the greedy answer where the row is not one.
 
@@ -72,7 +95,7 @@ def greedy_answers(
 
 
 def _decoded(
-    model: AdaptedModel, settings: Decoding, begun: Iterator[BegunRows], choose: ChooseToken
+    model: RowModel, settings: Decoding, begun: Iterator[BegunRows], choose: ChooseToken
 ) -> dict[tuple[int, int], Generated]:
     """The answers of `Decoding.run`; each step is reported to `AdaptedModel.on_rows`."""
     reported = 0.0
@@ -89,14 +112,14 @@ def _decoded(
     return written
 
 
-def _decoding(model: AdaptedModel, rows: Sequence[Sequence[Row]], max_new_tokens: int) -> Decoding:
+def _decoding(model: RowModel, rows: Sequence[Sequence[Row]], max_new_tokens: int) -> Decoding:
     capacity = max(max(row.length, len(row.prompt) + max_new_tokens) for user in rows for row in user)
     most = max(1, model.tokens_per_generation // capacity)
     return Decoding(len(rows), model.base.eos_ids, model.base.context, max_new_tokens, capacity, most)
 
 
 def decode_answers(
-    model: AdaptedModel,
+    model: RowModel,
     prompts: Sequence[Sequence[tuple[int, ...]]],
     max_new_tokens: int,
     temperature: float,
@@ -129,7 +152,7 @@ def decode_answers(
     return [[written[user, n] for n in range(len(user_prompts))] for user, user_prompts in enumerate(prompts)]
 
 
-def stepped_logits(model: AdaptedModel, rows: Sequence[Row]) -> Float[Tensor, "tokens vocabulary"]:
+def stepped_logits(model: RowModel, rows: Sequence[Row]) -> Float[Tensor, "tokens vocabulary"]:
     """Logits as of `AdaptedModel.logits`, row by row: of the first token by a pass, of each later one by a step."""
     passed = list[LayerTokens]()
     batch = model.batch([row._replace(completion=row.completion[:1]) for row in rows], 1)
