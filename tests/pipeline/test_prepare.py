@@ -12,7 +12,7 @@ from persona_rlhf.config.experiment import ScreeningSettings
 from persona_rlhf.data.pairs import PreferencePair, parse_row
 from persona_rlhf.data.screening import RequestScreen
 from persona_rlhf.data.tokenize import prompt_ids
-from persona_rlhf.pipeline.prepare import Prepared, _check_prompts, prepare_users
+from persona_rlhf.pipeline.prepare import Prepared, check_prompts, prepare_users
 from tests.data.test_screening import POLICY, _Classifier
 from tests.data.tokenizers_by_hand import GEMMA, tokenizer_of
 
@@ -56,7 +56,7 @@ def ready(stored: list[PreferencePair]) -> Any:
 @pytest.mark.parametrize("kind", BAD)
 def test_a_pair_that_the_base_cannot_read_costs_that_pair(kind: str) -> None:
     every = [*pairs({}, BAD[kind], {}), *pairs({}, user="bob")]
-    _check_prompts(ready(every))
+    check_prompts(ready(every))
     chunk = prepare_users(ready(every), every)
     assert not chunk.failed
     assert [(user.user_id, [row.pair.line for row in user.train]) for user in chunk.rows] == [
@@ -73,5 +73,5 @@ def test_a_user_of_such_pairs_alone_is_skipped_and_a_file_of_them_is_an_error() 
     assert [(user.user_id, len(user.train)) for user in chunk.rows] == [("ana", 0), ("bob", 1)]
     assert not chunk.failed
     with pytest.raises(InputError) as error:
-        _check_prompts(ready(bad))
+        check_prompts(ready(bad))
     assert [problem.line for problem in error.value.problems] == [1, 2, 3]
