@@ -15,8 +15,9 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import pseudonym
 from persona_rlhf.config.training import BaseSettings
 from persona_rlhf.models.base import weights_hash
+from persona_rlhf.pipeline import update_run
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir, before, check_replacement, finish_replacement, replace_run
-from persona_rlhf.pipeline.update_run import add, complete_addition, mark_trained, rebase
+from persona_rlhf.pipeline.update_run import Added, add, complete_addition, mark_trained, rebase
 from persona_rlhf.release import integrity
 from persona_rlhf.release.integrity import write_run_manifest
 from persona_rlhf.release.results import read_results, write_results
@@ -186,3 +187,39 @@ def test_a_run_that_is_not_finished_or_shares_delta_takes_nobody(run):
     for start in (lambda: add(run.path, "x"), lambda: rebase(run.path, "x", run.path)):
         with pytest.raises(InputError, match="this run is not finished"):
             start()
+
+
+def recertify_under(run: Path, *hashes: str) -> None:
+    """Records recertifications under policies of these hashes."""
+    facts = {"documents": [], "tested": 1, "passed": 0, "looks": 1}
+    integrity.append_all(run, [(integrity.RECERTIFIED, facts | {"policy_hash": policy}) for policy in hashes])
+
+
+def test_after_a_recertification_under_other_documents_no_adapter_is_trained_by_the_old_ones(run):
+    RunDir(run.path).state.mkdir(exist_ok=True)
+    (run.path / "state/identity.json").write_text(json.dumps({"policy": "old", "users per chunk": "1"}))
+    recertify_under(run.path, "old", "new")
+    before = listing(run.path)
+    for start in (lambda: add(run.path, "x"), lambda: rebase(run.path, "x", run.path.with_name("new"))):
+        with pytest.raises(InputError, match="last recertified under policy new, but trains under old"):
+            start()
+    assert listing(run.path) == before
+    recertify_under(run.path, "old")
+    RunDir(run.path).need_newest_documents("users are added")
+
+
+def test_an_addition_that_a_recertification_overtook_is_not_joined(joining, monkeypatch):
+    path, _ = joining
+    identity = json.loads((path / "state/identity.json").read_text())
+    (path / "state/identity.json").write_text(json.dumps(identity | {"policy": "old"}))
+    others = adapters(path)
+
+    def recertified_meanwhile(run: Path, *_: object) -> Added:
+        recertify_under(run, "new")
+        return Added(read_results(run / "state/adding"), 0, 0)
+
+    monkeypatch.setattr(update_run, "_train_addition", recertified_meanwhile)
+    with pytest.raises(InputError, match="last recertified under policy new"):
+        add(path, "more.jsonl")
+    assert adapters(path) == others
+    assert not list(path.rglob("*adding*"))

@@ -95,6 +95,15 @@ class RunDir:
             sentence = f"this run is not finished; go on with it (train has --resume) before {before}"
             raise InputError([Problem(str(self.path), None, None, sentence)])
 
+    def need_newest_documents(self, before: str) -> None:
+        """Raises InputError where the run was last recertified under other documents than it trains by."""
+        newest = integrity.newest_policy(self.path)
+        if newest is not None and newest != (policy := self._read_identity()["policy"]):
+            sentence = f"this run was last recertified under policy {newest[:16]}, but trains under {policy[:16]}: "
+            sentence += "a new adapter could undo a revocation; train a new run under the new documents, or recertify "
+            sentence += f"this one under its own before {before}"
+            raise InputError([Problem(str(self.path), None, "policy.documents", sentence)])
+
     @property
     def sources(self) -> list[str]:
         """Paths of the pairs of users added since, in the order in which they came."""

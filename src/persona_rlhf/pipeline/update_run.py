@@ -53,8 +53,8 @@ def add(
     `source` holds all pairs of each of its users: they replace the pairs that the run has. Config, base and policy are
     those of the run. The users are trained in a run of their own inside the folder; the next call resumes a killed one.
 
-    Raises InputError where the run is not finished, its base, policy or config changed since, its gate shares delta
-    among all users, or the source cannot be read; nothing is changed then.
+    Raises InputError where the run is not finished, its base, policy or config changed since, it was recertified under
+    other documents since, its gate shares delta among all users, or the source cannot be read; nothing is changed then.
     """
     with run_lock(run, "add", part="adding", wait=wait, tell=tell):  # readers may go on while the users are trained
         added = _train_addition(run, source, on_progress)
@@ -62,6 +62,7 @@ def add(
         return added
     with run_lock(run, "add", wait=math.inf, tell=tell):  # the work is done; a reader will not be long
         if RunDir(run).addition_trained.is_file():  # else another program completed it
+            _need_same_documents(run)
             complete_addition(run)
         users = RunDir(run).selection.user_digests
     if any(number_of(users, DataSubject(pseudonym(result.user_id))) is None for result in added.results):
@@ -70,11 +71,21 @@ def add(
     return added
 
 
+def _need_same_documents(run: Path) -> None:
+    """Removes a trained addition, and raises InputError, where a recertification came before its end."""
+    try:
+        RunDir(run).need_newest_documents("users are added")
+    except InputError:
+        remove_folder(RunDir(run).addition)
+        raise
+
+
 def _train_addition(run: Path, source: str, on_progress: OnProgress) -> Added:
     """Trains the new and changed users in the run inside, and marks them as trained."""
     run_dir = RunDir(run)
     inner = RunDir(run_dir.addition)
     run_dir.need_finished("users are added")
+    run_dir.need_newest_documents("users are added")
     config = read_run_config(run, exact="")
     if config.gate.enabled and config.gate.family == "all":
         sentence = "this run shares delta among all of its users, so nothing of it is left for new ones"
@@ -189,10 +200,12 @@ def rebase(
 
     Pairs, config, policy and ledger of looks are those of the run; forgotten users stay out. Of the run itself, only
     its ledger changes. The next call resumes a killed one. Raises InputError where the run is not finished, its pairs
-    changed since, `base` has the weights of the run's base, `to` is another run, or the ledger cannot be used.
+    changed since, it was recertified under other documents since, `base` has the weights of the run's base, `to` is
+    another run, or the ledger cannot be used.
     """
     with run_lock(run, "rebase", shared=True, wait=wait, tell=tell):
         RunDir(run).need_finished("its base is changed")
+        RunDir(run).need_newest_documents("its base is changed")
         if to.resolve() == run.resolve():
             sentence = "the run on the new base needs a folder of its own; name another with --run"
             raise InputError([Problem(str(to), None, "--run", sentence)])

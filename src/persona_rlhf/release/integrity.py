@@ -304,6 +304,12 @@ def recertified_documents(run: Path) -> set[str]:
     return {document["sha256"] for entry in entries for document in entry.facts["documents"]}
 
 
+def newest_policy(run: Path) -> str | None:
+    """The hash of the policy that a run was last recertified under; None if it never was."""
+    hashes = [str(entry.facts["policy_hash"]) for entry in read(run) if entry.event == RECERTIFIED]
+    return hashes[-1] if hashes else None
+
+
 def audit_table(entries: Iterable[ChainEntry]) -> Table:
     """The events as a table: one row per line, with all facts."""
     table = Table(title="Audit events", title_justify="left")
