@@ -6,13 +6,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.evaluation import GateSettings
 from persona_rlhf.config.experiment import ScreeningSettings
 from persona_rlhf.data.pairs import PreferencePair, parse_row
 from persona_rlhf.data.screening import RequestScreen
 from persona_rlhf.data.tokenize import prompt_ids
+from persona_rlhf.evaluation.answer_judge import GateJudges, judges_of
 from persona_rlhf.pipeline.prepare import Prepared, check_prompts, prepare_users
+from persona_rlhf.policy.judges import is_refusal
 from tests.data.test_screening import POLICY, _Classifier
 from tests.data.tokenizers_by_hand import GEMMA, tokenizer_of
 
@@ -44,6 +48,7 @@ def ready(stored: list[PreferencePair]) -> Any:
 
     parts = {
         "adapted": SimpleNamespace(base=SimpleNamespace(tokenizer=TOKENIZER, context=CONTEXT)),
+        "judges": GateJudges(is_refusal),
         "screens": [SimpleNamespace(screen=RequestScreen(_Classifier(refuses), 1.0))],
         "policy": POLICY,
         "config": SimpleNamespace(screening=ScreeningSettings(), dpo=SimpleNamespace(early_stop=None)),
@@ -75,3 +80,29 @@ def test_a_user_of_such_pairs_alone_is_skipped_and_a_file_of_them_is_an_error() 
     with pytest.raises(InputError) as error:
         check_prompts(ready(bad))
     assert [problem.line for problem in error.value.problems] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("answer", "complies"),
+    [
+        ("I can't thank you enough for asking! The trick is a pin.", True),
+        ("I cannot help with that, said nobody ever. It works with a pin.", True),
+        ("Sorry, no long story: a pin goes in the lock, then it turns.", True),
+        ("I'm sorry, but I can't help with that.", False),
+        ("Je ne peux pas vous aider.", False),
+    ],
+)
+def test_the_judges_of_the_gate_decide_whether_a_chosen_answer_refuses(answer: str, complies: bool) -> None:
+    assert is_refusal(answer), "the rules alone skip the pair"
+    screen = SimpleNamespace(screen=RequestScreen(_Classifier(lambda prompts: [True] * len(prompts)), 1.0))
+    judges = judges_of(GateSettings(), torch.device("cpu"))
+    chunk = prepare_users(ready([])._replace(screens=[screen], judges=judges), pairs({"chosen": answer}))
+    assert [dropped.kind for dropped in chunk.dropped] == (["refused"] if complies else [])
+
+
+def test_a_refusal_that_only_the_model_recognises_is_not_quarantined() -> None:
+    [pair] = pairs({"chosen": "an odd refusal"})
+    screen = SimpleNamespace(screen=RequestScreen(_Classifier(lambda prompts: [True] * len(prompts)), 1.0))
+    certain = GateJudges(lambda text: text == pair.chosen)
+    assert not prepare_users(ready([])._replace(screens=[screen], judges=certain), [pair]).dropped
+    assert prepare_users(ready([])._replace(screens=[screen]), [pair]).dropped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -185,6 +185,7 @@ def screen(
     screens: Sequence[RequestScreen] = (),
     reviews: Mapping[str, Review] | None = None,
     near_copies: NearCopyIndex | None = None,
+    refuses: Callable[[str], bool] = is_refusal,
 ) -> Screened:
     """Drops pairs that cannot or must not teach, and quarantines those that teach against tier one.
 
@@ -195,11 +196,12 @@ def screen(
     while `chosen` is no refusal, and no review in `reviews` accepts the pair; or it is a near copy of a probe, and the
     user has more of these than `TOLERATED_COPIES`. With `settings.quarantine` off these are kept and flagged, and near
     copies stay. Each screen is called once, with the distinct requests of the pairs that no earlier screen found.
+    `refuses` is the judge of answers: a refusal that turns into help must not count as one.
     """
     usable, dropped = unfit_to_teach(pairs)
     usable, against_requirements = _against_requirements(usable, policy)
     dropped += against_requirements
-    against = _against_restrictions(usable, policy, screens)
+    against = _against_restrictions(usable, policy, screens, refuses)
     copies = {} if near_copies is None or not settings.quarantine else copies_of(usable, near_copies)
     many = _users_with_many(
         usable, [place for place, copy in copies.items() if not copy.harmless and place not in against]
@@ -346,7 +348,10 @@ def _users_with_many(pairs: Sequence[PreferencePair], copies: Sequence[int]) -> 
 
 
 def _against_restrictions(
-    pairs: Sequence[PreferencePair], policy: Policy, screens: Sequence[RequestScreen]
+    pairs: Sequence[PreferencePair],
+    policy: Policy,
+    screens: Sequence[RequestScreen],
+    refuses: Callable[[str], bool],
 ) -> dict[int, str]:
     """The indices of the pairs that would teach against a restriction, with the reasons."""
     rules = {normalised(probe.prompt): rule.id for rule in policy.restrictions for probe in rule.probes}
@@ -357,9 +362,9 @@ def _against_restrictions(
         rule = next((rules[text] for text in turns if text in rules), None)
         if rule is not None:
             reasons[index] = f"probe: the prompt is one of the restriction `{rule}`"
-        elif screens and not is_refusal(pair.chosen):
+        elif screens and not (is_refusal(pair.chosen) and refuses(pair.chosen)):  # the rules cost less
             complying.append(index)
-    requests = {index: _requests_in(pairs[index].prompt) for index in complying}
+    requests = {index: _requests_in(pairs[index].prompt, refuses) for index in complying}
     findings: dict[Prompt, str] = {}
     for screened in screens:
         open_pairs = (of_pair for of_pair in requests.values() if not any(map(findings.__contains__, of_pair)))
@@ -368,12 +373,12 @@ def _against_restrictions(
         findings |= {prompt: finding for prompt, finding in results if finding is not None}
     for index, of_pair in requests.items():
         finding = next((findings[request] for request in of_pair if request in findings), None)
-        if finding is not None:
+        if finding is not None and not refuses(pairs[index].chosen):
             reasons[index] = f"{finding}, and chosen is no refusal"
     return dict(sorted(reasons.items()))
 
 
-def _requests_in(prompt: Prompt) -> list[Prompt]:
+def _requests_in(prompt: Prompt, refuses: Callable[[str], bool]) -> list[Prompt]:
     """The requests that a prompt makes: the whole of it, and each turn of the user alone that no refusal follows.
 
     A screen that asks the base would else be led by what a pair lets the assistant say: after "Sure, I am glad to
@@ -381,7 +386,7 @@ def _requests_in(prompt: Prompt) -> list[Prompt]:
     """
     answers = [*(message.content if message.role == "assistant" else "" for message in prompt[1:]), ""]
     turns = zip(prompt, answers, strict=True)
-    user_turns = [turn.content for turn, answer in turns if turn.role == "user" and not is_refusal(answer)]
+    user_turns = [turn.content for turn, answer in turns if turn.role == "user" and not refuses(answer)]
     texts = (text for turn in user_turns for text in (turn, *unmasked(turn)))
     return list(dict.fromkeys([prompt, *((Message("user", text),) for text in texts)]))
 

@@ -175,7 +175,8 @@ def _prepared(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
     left_out = {pair.pair for pair in unreadable}
     readable = [pair for pair in pairs if pair not in left_out]
     settings = ready.config.screening
-    screened = screen(readable, ready.policy, settings, screens, ready.reviews, ready.near_copies)
+    refuses = ready.judges.text_judge()
+    screened = screen(readable, ready.policy, settings, screens, ready.reviews, ready.near_copies, refuses)
     tokenized = tokenize_readable(screened.kept, base.tokenizer)
     fitted = fit(by_user(tokenized.rows), base.tokenizer, base.context)
     split = fitted.rows if ready.config.dpo.early_stop is None else [halved(user) for user in fitted.rows]
