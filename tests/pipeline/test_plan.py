@@ -1,43 +1,22 @@
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from persona_rlhf.common.files import shipped_root
 from persona_rlhf.config.experiment import read_config
 from persona_rlhf.config.training import DpoSettings, FleetSettings, LoraSettings
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.pipeline import plan, plan_samples
-from persona_rlhf.pipeline.inputs import RunInputs
-from persona_rlhf.pipeline.plan import Memory, Plan, Seconds, _fit, _walk, render
+from persona_rlhf.pipeline import plan
+from persona_rlhf.pipeline.plan import Memory, Plan, Seconds, _walk, render
 from persona_rlhf.pipeline.plan_samples import SampledConstraint, ScreenedUsers
-from persona_rlhf.pipeline.prepare import Prepared
-from persona_rlhf.policy.policy import Policy
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.memory import largest_step, pair_tokens
 from persona_rlhf.training.user_state import UserSchedule, queue_order
 from tests.models.tiny import tiny_base, user_rows
-
-
-@given(fixed=st.floats(0.0, 5.0), each=st.floats(1e-6, 1e-2), sizes=st.sets(st.integers(1, 10**5), min_size=2))
-def test_the_fit_finds_a_step_s_fixed_cost_and_its_cost_a_token(fixed, each, sizes):
-    found = _fit(sorted(sizes), [fixed + each * size for size in sorted(sizes)])
-    for size in sizes:
-        assert found.of(size) == pytest.approx(fixed + each * size, rel=1e-3)
-
-
-def test_no_part_of_a_step_s_cost_is_negative():
-    assert _fit([100, 200], [1.0, 3.0]).fixed == 0  # the line would start below zero
-    assert _fit([100, 200], [1.0, 3.0]).of(150) == pytest.approx(2.0)
-    assert _fit([100, 200], [3.0, 1.0]).each == 0  # larger was faster: noise
-    assert _fit([100, 200], [3.0, 1.0]).of(10**6) == 2.0
-    assert _fit([100, 100], [1.0, 2.0]).of(200) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -90,7 +69,9 @@ def _planned(monkeypatch, rows, users, overrides=()):
         "screened": ScreenedUsers(rows, 0.0),
         "judging_seconds": 0.0,
         "_held_back": {},
-        "_cache_bytes": 0,
+        "_judging_bytes": (0, 0),
+        "_state_bytes": 0,
+        "sampled_every": 16,
     }
     for name, value in stand_ins.items():
         monkeypatch.setattr(plan, name, lambda *_, value=value, **__: value)
@@ -140,36 +121,3 @@ def test_users_of_a_single_step_are_probed_too(early):
     steps, each = plan._probe_steps(config, adapted, [users, users[1:], users[1:2]], None)
     assert 0 < steps.of(100) < 5
     assert 0 < each < 0.1
-
-
-@pytest.mark.parametrize(("count", "every"), [(0, 1), (31, 1), (64, 2), (512, 16), (100_000, 16)])
-def test_of_many_prompts_one_in_sixteen_is_asked_and_of_few_all(count, every):
-    assert plan_samples._every(count) == every
-
-
-def test_a_sample_of_a_policy_has_probes_of_every_category_and_split():
-    policy = Policy.read([shipped_root() / f"configs/policy/tier_{n}.yaml" for n in ("one", "two")])
-    sample = policy.sample(16)
-    for split in ("train", "certify", "test", "dev"):
-        sizes, few = (Counter(probe.category for probe in one.probes(split)) for one in (policy, sample))
-        assert few == {category: -(-size // 16) for category, size in sizes.items()}
-    assert policy.sample(1).probes("train") == policy.probes("train")
-
-
-def test_judging_is_extrapolated_from_the_prompts_that_were_asked(monkeypatch):
-    """One prompt in sixteen; 2 seconds for the first user, 3 for a cohort of two: 2 + 1.5 * 9 for ten users."""
-    adapted = SimpleNamespace(
-        params_per_user=4, using=lambda *_: nullcontext(), generate=lambda *_: None, base=SimpleNamespace(device="cpu")
-    )
-    full = SimpleNamespace(
-        probes=[()] * 384, harmless=[()] * 128, adapted=adapted, base=adapted.base,
-        gate=SimpleNamespace(enabled=True, max_new_tokens=8),
-    )  # fmt: skip
-    few = SimpleNamespace(probes=[()] * 24, harmless=[()] * 8)
-    monkeypatch.setattr(plan_samples, "_sampled_evaluator", lambda *_: few)
-    monkeypatch.setattr(plan_samples, "_judged", lambda _, cohort, gated: 2.0 if len(cohort) == 1 else 3.0)
-    users = [user_rows(f"u{n}", 2, seed=n) for n in range(2)]
-    ready = Prepared(*[None] * len(Prepared._fields))._replace(examination=full)
-    inputs = RunInputs(*[None] * len(RunInputs._fields))
-    seconds = plan_samples.judging_seconds(ready, inputs, users[:1], users, 10)
-    assert seconds == pytest.approx(16 * (2 + 1.5 * 9), abs=0.5)

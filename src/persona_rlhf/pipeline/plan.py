@@ -1,15 +1,18 @@
 """`plan`: time and memory of a run, extrapolated from a sample of its work, before anything is trained.
 
-A plan takes less than a tenth of the run. Up to eight users are screened as `train` does, so the counts of a small run
-are exact; of other users all pairs are assumed to stay. Of many users the first thousand are read. One prompt in
-sixteen is asked: of the base for its check and for the constraint data, and of two cohorts for the gate and the
-measures. A few steps of three cohorts are timed on temporary adapters: the first of the queue, some of its middle, and
-one user alone.
+A plan takes about a tenth of the run. Up to four users are screened as `train` does, so the counts of a small run are
+exact; of other users all pairs are assumed to stay. Of many users the first thousand are read. One prompt in sixteen is
+asked, of a slow base one in up to 64: of the base for its check and for the constraint data, and of two cohorts for the
+gate and the measures. Decoding steps are timed apart, since a run has fewer of them than sixteen samples (see
+`SampledTime`). A few training steps of three cohorts are timed on temporary adapters: the first of the queue, some of
+its middle, and one user alone.
 
-The time of judging depends on training: an answer that equals the base's needs one forward pass, any other is written
-token by token. Adapters without effect are judged, and new answers are added to that time. As in the bundled
-experiment, a trained adapter is assumed to answer a third of the probes and every harmless prompt anew, and users to
-pass at the gate's first test; a failed one is tested again, up to once per alpha.
+The time of judging depends on training: an answer that equals the base's needs one forward pass, any other is decoded
+from there. Adapters without effect are judged, and the decoding of new answers is added. As in the bundled experiment,
+a trained adapter is assumed to answer a third of the probes and every harmless prompt anew, and users to pass at the
+gate's first test; a failed one is tested again, up to once per alpha.
+
+The samples fill no pass of judging. So the memory of a full one is counted from a small one, and added to the peak.
 
 Not counted are writing the run folder and the start of Python. With `dpo.early_stop`, no user is assumed to stop early.
 Whether the base passes the gate is not tested: `evaluate --base` and the start of `train` do that.
@@ -20,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import ceil
-from statistics import fmean, linear_regression
+from statistics import fmean
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -30,19 +33,23 @@ from rich.table import Table
 
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.training import DpoSettings
-from persona_rlhf.data.tokenize import UserRows, both_rows
+from persona_rlhf.data.tokenize import Row, UserRows, both_rows
 from persona_rlhf.evaluation.power import power
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.models.row_decoding import LayerTokens
+from persona_rlhf.models.scores import greedy_scores
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, WorkCounter, silent
 from persona_rlhf.pipeline.plan_samples import (
     MEASURED_USERS,
     judging_seconds,
     sampled_constraint,
+    sampled_every,
     screened,
     screens_seconds,
 )
+from persona_rlhf.pipeline.plan_steps import StepTime, fit
 from persona_rlhf.pipeline.prepare import Prepared, check_prompts, prepare
 from persona_rlhf.pipeline.shared_values import with_reference
 from persona_rlhf.training.constraint import ConstraintData, ConstraintFunctional, constraint_of
@@ -54,12 +61,14 @@ from persona_rlhf.training.memory import (
     machine_bytes,
     most_held,
     pair_tokens,
+    taken_by,
 )
 from persona_rlhf.training.user_state import UserSchedule, queue_order, waves
 
 _STEPS = 3  # of a probed cohort, at most
 _SHARE = 0.04  # of a run's steps, at most
 _EXAMPLES = 8  # of a category, in the probe's constraint
+_ROWS = 8  # of a pass whose memory is measured
 _MIB = 1 << 20
 
 
@@ -118,16 +127,6 @@ class Plan(NamedTuple):
         return {**counts, **rounded, "notice": self.notice, "expected_held_back": held_back}
 
 
-class StepTime(NamedTuple):
-    """Seconds of a step of a cohort: a fixed part, and a part for each computed token."""
-
-    fixed: float
-    each: float
-
-    def of(self, tokens: int) -> float:
-        return self.fixed + self.each * tokens
-
-
 def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgress = silent) -> Plan:
     """Measures parts of a run and extrapolates; writes nothing. Raises InputError with the problems of the inputs."""
     keep_large_blocks()
@@ -137,12 +136,13 @@ def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgres
     ready = prepare(config, inputs, check=False, on_progress=on_progress)
     check_prompts(ready)
     preparing = perf_counter() - clock
+    every = sampled_every(ready)
     with ready.watched(ProgressEvent("asking the base"), on_progress):
-        preparing += screens_seconds(ready)
-        sampled = sampled_constraint(ready)
+        preparing += screens_seconds(ready, every)
+        sampled = sampled_constraint(ready, every)
     seen = min(ready.pairs.users, MEASURED_USERS)
     of_all = ready.pairs.users / seen
-    user_rows, screening = screened(ready, seen, on_progress)
+    user_rows, screening = screened(ready, seen, every, on_progress)
     preparing += screening * of_all
     bank, adapted, device = sampled.data, ready.adapted, ready.adapted.base.device
     queue = queue_order([UserSchedule(user, config.dpo, config.seed) for user in user_rows if user.train])
@@ -166,12 +166,13 @@ def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgres
     users = round(len(rows) * of_all)
     training = sum(steps.of(wave.computed) for wave in walked) + pass_each * _checked_tokens(queue, config.dpo)
     with ready.watched(ProgressEvent("judging"), on_progress):
-        judging = judging_seconds(ready, inputs, rows[:1], typical, users)
+        judging = judging_seconds(ready, inputs, rows[:1], typical, users, every)
     stack = slots * adapted.params_per_user * torch.promote_types(adapted.base.model.dtype, torch.float32).itemsize
     adapters = stack if config.dpo.early_stop is None else 2 * stack  # the best adapter of each user is kept too
     largest = max(wave.computed for wave in walked) / (slots * cost.tokens)  # of a wave of nothing but largest steps
     activations = (slots * cost.memory - adapters - 2 * stack) * min(1.0, largest)
-    caches = _cache_bytes(ready, slots)  # beside what the probe held: trained users' answers may be the longest allowed
+    caches, judged = _judging_bytes(ready, slots)  # beside what the samples held: they fill no pass
+    judged += _state_bytes(ready, rows[:slots])
     begun = 0 if device.type == "cuda" else begun
     return Plan(
         users=users,
@@ -186,7 +187,7 @@ def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgres
             moments=2 * stack / _MIB,
             activations=activations / _MIB,
             caches=caches / _MIB,
-            peak=max(most_held(device) + caches, begun + base + adapters + 2 * stack + activations) / _MIB,
+            peak=max(most_held(device) + judged, begun + base + adapters + 2 * stack + activations) / _MIB,
         ),
         seconds=Seconds(
             preparing=preparing,
@@ -195,7 +196,7 @@ def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgres
             training=training * of_all,
             judging=judging,
         ),
-        notice=adapted.notice,
+        notice=" ".join(filter(None, (adapted.notice, sampled.notice))) or None,
         held_back=_held_back(ready, users),
     )
 
@@ -273,7 +274,7 @@ def _probe_steps(
         ]
         seconds += [end - start for start, end in pairwise(ends)]
     warm = min(1, len(sizes) - 1)  # the first step of all warms up
-    return _fit(sizes[warm:], seconds[warm:]), each
+    return fit(sizes[warm:], seconds[warm:]), each
 
 
 def _reference_tokens(users: Iterable[UserRows], bank: ConstraintData | None) -> int:
@@ -293,22 +294,39 @@ def _checked_tokens(queue: Sequence[UserSchedule], dpo: DpoSettings) -> int:
     )
 
 
-def _fit(sizes: Sequence[int], seconds: Sequence[float]) -> StepTime:
-    """Least squares with parts of at least zero."""
-    each, fixed = linear_regression(sizes, seconds) if len(set(sizes)) > 1 else (0.0, -1.0)
-    if fixed < 0:
-        return StepTime(0.0, sum(seconds) / sum(sizes))
-    return StepTime(fixed, each) if each >= 0 else StepTime(fmean(seconds), 0.0)
+def _judging_bytes(ready: Prepared, slots: int) -> tuple[int, int]:
+    """Keys and values of the largest pass of judging, and all bytes of judging at once.
+
+    The cache of a decoding is copied as it grows. Or beside it a pass of the next rows is scored: the bytes of one of a
+    few rows, by tokens.
+    """
+    adapted, prompts = ready.examination.adapted, ready.examination.probes
+    if not prompts:
+        return 0, 0
+    rows = [Row(prompt, prompt) for prompt in prompts[:_ROWS]]
+    passed, tokens = list[LayerTokens](), sum(row.length for row in rows)
+    answers = slots * len(prompts)
+
+    def scored() -> None:
+        batch = adapted.batch(rows, 1)
+        greedy_scores(batch, rows, adapted.logits(batch, (), passed))
+
+    with torch.no_grad(), adapted.using(None):
+        one_pass = taken_by(scored, adapted.base.device) / tokens
+        cache = adapted.base.model(input_ids=torch.tensor([prompts[0]], device=adapted.base.device), use_cache=True)
+    layers = cache.past_key_values.layers
+    token = held_by([part for layer in layers for part in (layer.keys, layer.values)]) // len(prompts[0])
+    longest = max(map(len, prompts)) + ready.examination.gate.max_new_tokens
+    caches = token * min(adapted.tokens_per_generation, answers * longest)
+    return caches, caches + max(caches, round(one_pass * min(adapted.tokens_per_pass, answers * tokens // len(rows))))
 
 
-def _cache_bytes(ready: Prepared, slots: int) -> int:
-    """Keys and values of the largest pass of judging."""
-    base, examination = ready.adapted.base, ready.examination
-    with torch.no_grad():
-        cache = base.model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device=base.device), use_cache=True)
-    token = held_by([part for layer in cache.past_key_values.layers for part in (layer.keys, layer.values)]) // 8
-    longest = max(map(len, examination.probes), default=0) + examination.gate.max_new_tokens
-    return token * min(ready.adapted.tokens_per_generation, slots * len(examination.probes) * longest)
+def _state_bytes(ready: Prepared, users: Sequence[UserRows]) -> int:
+    """Hidden states that are kept: of the pairs of the users in the slots, and of the base's answers."""
+    training = ready.adapted.prefix_bytes(both_rows(pair for user in users for pair in user.train))
+    examination = ready.examination
+    answered = [Row(prompt, prompt) for prompt in (*examination.probes, *examination.harmless)]
+    return min(training, ready.config.fleet.trunk_cache * _MIB // 2) + examination.adapted.prefix_bytes(answered)
 
 
 def render(plan: Plan) -> Table:

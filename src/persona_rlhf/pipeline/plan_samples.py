@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from math import ceil
 from time import perf_counter
 from typing import NamedTuple
@@ -11,30 +12,40 @@ from typing import NamedTuple
 import torch
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.data.tokenize import UserRows
+from persona_rlhf.data.pairs import Message
+from persona_rlhf.data.tokenize import Row, UserRows, prompt_ids
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.request_screens import measure_screen, screened_probes
 from persona_rlhf.pipeline.inputs import RunInputs
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCounter
+from persona_rlhf.pipeline.plan_steps import SampledTime, timed
 from persona_rlhf.pipeline.prepare import Prepared, chunks_of, evaluator_of, prepare_users
-from persona_rlhf.training.constraint import ConstraintData
+from persona_rlhf.policy.policy import Policy
+from persona_rlhf.training.constraint import OPENING_LENGTH, ConstraintData, ConstraintExample
 from persona_rlhf.training.constraint_data import policy_constraint_data
 
 CHANGED = 3  # one probe in so many is answered anew by a trained adapter
 MEASURED_USERS = 1_000
 _EVERY = 16  # one prompt in so many is asked
-_LEAST = 32  # prompts of a kind that are asked nevertheless
+_RAREST = 64  # the same, of a slow base
+_QUICK = 0.02  # seconds of a decoding step of one row, up to which a base is not slow
+_ASKED = 512  # prompts of a kind, of which one in sixteen is asked; of fewer, more
 _LEAST_EXAMPLES = 8  # of a category, in the constraint data
-_SCREENED = 8  # users that are screened; of others, all pairs are assumed to stay
+_SCREENED = 4  # users that are screened; of others, all pairs are assumed to stay
 _AT_ONCE = 32  # users tokenized together
+_OPENING = 8  # tokens of the prompt that tells how slow a base is
 
 
 class SampledConstraint(NamedTuple):
-    """Constraint data of a part of the probes; the share of all work in it, and seconds that all of it takes."""
+    """Constraint data of a part of the probes; the share of all work in it, and seconds that all of it takes.
+
+    `notice`: a sentence on a base that refuses too few of the sampled probes.
+    """
 
     data: ConstraintData | None
     share: float
     seconds: float
+    notice: str | None = None
 
 
 class ScreenedUsers(NamedTuple):
@@ -44,9 +55,24 @@ class ScreenedUsers(NamedTuple):
     seconds: float
 
 
-def screened(ready: Prepared, users: int, on_progress: OnProgress) -> ScreenedUsers:
+def sampled_every(ready: Prepared) -> int:
+    """One in how many prompts is asked of many: fewer where a decoding step of a single row is slow.
+
+    Only a slow base needs them: its steps cost so much that the fixed costs of a small sample do not matter.
+    """
+    adapted, prompt = ready.adapted, (0,) * _OPENING
+    with adapted.using(None):
+        adapted.generate([[prompt]], 2)  # warms up
+        clock = perf_counter()
+        adapted.generate([[prompt]], 2)  # one pass over the prompt, and one step
+    step = (perf_counter() - clock) / 2
+    return min(_RAREST, max(_EVERY, round(_EVERY * step / _QUICK)))
+
+
+def screened(ready: Prepared, users: int, every: int, on_progress: OnProgress) -> ScreenedUsers:
     """The first `users` users: a few of them screened as `train` does, the others tokenized alone."""
-    chosen = range(0, users, max(1, ceil(users / _SCREENED)))
+    few = max(2, _SCREENED * _EVERY // every)
+    chosen = range(0, users, max(1, ceil(users / few)))
     clock = perf_counter()
     with ready.watched(ProgressEvent("screening"), on_progress):
         chunk = prepare_users(ready, [pair for n in chosen for pair in ready.pairs.of(range(n, n + 1))])
@@ -61,57 +87,100 @@ def screened(ready: Prepared, users: int, on_progress: OnProgress) -> ScreenedUs
     return ScreenedUsers(rows, seconds * users / max(1, len(chosen)))
 
 
-def _every(count: int) -> int:
+def _every(count: int, every: int) -> int:
     """One in how many of so many prompts is asked."""
-    return max(1, min(_EVERY, count // _LEAST))
+    return max(1, min(every, count * every // _ASKED))
 
 
-def screens_seconds(ready: Prepared) -> float:
+def most_rows(ready: Prepared) -> int:
+    """Rows of a full decoding step."""
+    adapted, longest = ready.examination.adapted, max(map(len, ready.examination.probes), default=1)
+    return max(1, adapted.tokens_per_generation // (longest + ready.config.gate.max_new_tokens))
+
+
+def screens_seconds(ready: Prepared, every: int) -> float:
     """Seconds in which `train` measures its screens on probes, where it has not done so for their thresholds."""
     if ready.config.screening.base != "answer":
         return 0.0
     probes = screened_probes(ready.policy, "dev")
-    few, clock = probes[:: _every(len(probes))], perf_counter()
-    for calibrated in ready.screens:
-        measure_screen(calibrated.screen, few, ready.policy.categories)
-    return (perf_counter() - clock) * len(probes) / max(1, len(few))
+    few = probes[:: _every(len(probes), every)]
+
+    def measured() -> None:
+        for calibrated in ready.screens:
+            measure_screen(calibrated.screen, few, ready.policy.categories)
+
+    return timed(ready.examination.adapted, measured).of_all(len(few) / max(1, len(probes)) or 1.0, most_rows(ready))
 
 
-def sampled_constraint(ready: Prepared) -> SampledConstraint:
-    """Constraint data from some of the train probes; from all of them where the base refuses too few of those.
+def sampled_constraint(ready: Prepared, every: int) -> SampledConstraint:
+    """Constraint data from some of the train probes.
 
-    Raises InputError where the base refuses no train probe of a category.
+    Where the base refuses no sampled probe of a category, the longest answers stand in for its refusals.
     """
-    config, policy, clock = ready.config, ready.policy, perf_counter()
+    config, policy = ready.config, ready.policy
     if not config.constraint.enabled:
         return SampledConstraint(None, 1.0, 0.0)
     sizes = Counter(probe.category for probe in policy.probes("train"))
-    few = policy.sample(max(1, min(_EVERY, min(sizes.values(), default=1) // _LEAST_EXAMPLES)))
-    share = len(few.probes("train")) / max(1, len(policy.probes("train")))
-    settings = (config.constraint, config.seed, config.gate.max_new_tokens)
-    try:
-        data = policy_constraint_data(ready.adapted, few, *settings)
-    except InputError:
-        data, share = policy_constraint_data(ready.adapted, policy, *settings), 1.0
-    return SampledConstraint(data, share, (perf_counter() - clock) / share)
+    few = policy.sample(max(1, min(every, min(sizes.values(), default=1) // _LEAST_EXAMPLES)))
+    share = len(few.probes("train")) / max(1, len(policy.probes("train"))) or 1.0
+    made = list[ConstraintData]()
+    notice = None
+
+    def make() -> None:
+        nonlocal notice
+        try:
+            made.append(
+                policy_constraint_data(ready.adapted, few, config.constraint, config.seed, config.gate.max_new_tokens)
+            )
+        except InputError as fault:
+            if set(sizes) < {rule.category for rule in policy.restrictions}:
+                raise
+            made.append(_stand_in(ready, few))
+            notice = f"Of {len(few.probes('train'))} train probes: {fault.problems[0].sentence}"
+
+    time = timed(ready.adapted, make)
+    return SampledConstraint(made[0], share, time.of_all(share, most_rows(ready)), notice)
+
+
+def _stand_in(ready: Prepared, policy: Policy) -> ConstraintData:
+    """Constraint data as of a base that refuses every train probe, at the longest length."""
+    tokenizer, token = ready.adapted.base.tokenizer, ready.adapted.base.eos_ids[0]
+    limits = {rule.category: rule.limit for rule in policy.restrictions}
+    refusal, opening = (token,) * ready.config.gate.max_new_tokens, (token,) * OPENING_LENGTH
+    examples: dict[str, list[ConstraintExample]] = {category: [] for category in limits}
+    for probe in (probe for probe in policy.probes("train") if probe.category in limits):
+        prompt, twin = (
+            None if text is None else prompt_ids((Message("user", text),), tokenizer)
+            for text in (probe.prompt, probe.twin)
+        )
+        assert prompt is not None
+        compliance, of_twin = (Row(prompt, opening), Row(twin, opening)) if twin else (None, None)
+        examples[probe.category].append(ConstraintExample((Row(prompt, refusal),), compliance, of_twin))
+    return ConstraintData(list(limits), list(limits.values()), list(examples.values()), [], [])
 
 
 def judging_seconds(
-    ready: Prepared, inputs: RunInputs, first: Sequence[UserRows], typical: Sequence[UserRows], users: int
+    ready: Prepared,
+    inputs: RunInputs,
+    first: Sequence[UserRows],
+    typical: Sequence[UserRows],
+    users: int,
+    every: int,
 ) -> float:
     """Seconds of judging and measuring all users, from a part of the prompts; the first user includes the base's
-    answers, computed once for all."""
-    full, every = ready.examination, _every(len(ready.examination.probes))
+    answers, computed once for all. Answers that change are decoded beside that; see `row_answers.greedy_answers`."""
+    full, every, rows = ready.examination, _every(len(ready.examination.probes), every), most_rows(ready)
     evaluator = _sampled_evaluator(ready, inputs, every)
     first, typical = ([user._replace(heldout=user.heldout[::every]) for user in cohort] for cohort in (first, typical))
-    once, again = (_judged(evaluator, cohort, full.gate.enabled) for cohort in (first, typical))
+    share = (len(evaluator.probes) + len(evaluator.harmless)) / max(1, len(full.probes) + len(full.harmless)) or 1.0
+    once, again = (_judged(evaluator, cohort, full.gate.enabled).of_all(share, rows) for cohort in (first, typical))
     anew, device = [*evaluator.harmless, *evaluator.probes[::CHANGED]], full.base.device
-    clock = perf_counter()
     with full.adapted.using(torch.zeros(len(typical), full.adapted.params_per_user, device=device)):
-        full.adapted.generate([anew] * len(typical), full.gate.max_new_tokens)
-    more = (perf_counter() - clock) / len(typical)
-    share = (len(evaluator.probes) + len(evaluator.harmless)) / max(1, len(full.probes) + len(full.harmless))
-    return (once + again / len(typical) * (users - 1) + more * users) / max(share, 1e-9)
+        written = timed(full.adapted, partial(full.adapted.generate, [anew] * len(typical), full.gate.max_new_tokens))
+    more = (
+        written.decoding(share, rows) if written.rows else written.of_all(share, rows)
+    )  # padded: not begun by a check
+    return once + again / len(typical) * (users - 1) + more / len(typical) * users
 
 
 def _sampled_evaluator(ready: Prepared, inputs: RunInputs, every: int) -> Evaluator:
@@ -131,13 +200,15 @@ def _sampled_evaluator(ready: Prepared, inputs: RunInputs, every: int) -> Evalua
     return evaluator_of(config, some, ready.examination.adapted, ready.judges, every)
 
 
-def _judged(evaluator: Evaluator, users: Sequence[UserRows], gated: bool) -> float:
-    """Seconds of judging a cohort of adapters without effect; where the run has a gate, with its side effects."""
+def _judged(evaluator: Evaluator, users: Sequence[UserRows], gated: bool) -> SampledTime:
+    """The time of judging a cohort of adapters without effect; where the run has a gate, with its side effects."""
     adapted = evaluator.adapted
     flat = torch.zeros(len(users), adapted.params_per_user, device=adapted.base.device)
-    clock = perf_counter()
-    evaluator.verdicts(flat, [evaluator.demands] * len(users))
-    if gated:
-        evaluator.side_effects(flat, torch.ones(len(users), device=flat.device))
-    evaluator.measures(flat, users, [1.0] * len(users))
-    return perf_counter() - clock
+
+    def judge() -> None:
+        evaluator.verdicts(flat, [evaluator.demands] * len(users))
+        if gated:
+            evaluator.side_effects(flat, torch.ones(len(users), device=flat.device))
+        evaluator.measures(flat, users, [1.0] * len(users))
+
+    return timed(adapted, judge)
