@@ -37,6 +37,16 @@ def test_the_promise_of_27_clean_users():
     assert "no calibration was given" in words
 
 
+def test_one_user_and_none_are_grammatical():
+    words = fleet_guarantee([user(1)], PLAIN).sentence()
+    assert words.startswith("Of 1 user judged (1 test on certify probes), at most 0.05 are expected")
+    assert "; 1 was released." in words
+    assert (
+        fleet_guarantee([], PLAIN).sentence()
+        == "The gate judged no user of this run, so nothing is promised about one."
+    )
+
+
 def test_a_bare_pass_shows_little_of_all_users_at_once():
     assert fleet_guarantee([user(10)] * 5 + [user(0)] * 15, PLAIN).shown == 5
     bare = fleet_guarantee([user(10)] * 20, PLAIN)

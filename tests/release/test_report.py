@@ -7,8 +7,10 @@ import pytest
 from rich.console import Console
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.evaluation.records import Accuracy, Facts, Measures, Met, WinRate
-from persona_rlhf.evaluation.statistics import Count
+from persona_rlhf.evaluation.gate import GateTest
+from persona_rlhf.evaluation.records import Accuracy, AlignmentTax, Facts, Measures, Met, WinRate
+from persona_rlhf.evaluation.statistics import Count, ShareCount
+from persona_rlhf.release.card import judges_sentence
 from persona_rlhf.release.render import results_table
 from persona_rlhf.release.report import render, write_report
 from persona_rlhf.release.results import (
@@ -153,6 +155,38 @@ def test_fixed_facts_that_changed_are_marked_in_table_page_and_card(run):
     assert page.count("2 facts changed") == 1
 
 
+def test_one_changed_fact_is_one_fact(run):
+    [first, *_] = read_results(run.path)
+    facts = Facts(40, 38, 39, 38, fixed=True)
+    one = replace(first, measures=first.measures._replace(tax=AlignmentTax(None, facts, {}, None)))
+    assert "1 fact changed" in next(iter(results_table([one]).columns[1].cells))
+    assert "1 fact changed" in render({}, [one], {}, [])
+
+
+def test_the_bound_of_new_phrasings_is_the_one_of_the_gate(run):
+    """The bound beside it (`clusters`) leaves out the judge's error, and decides nothing."""
+    [first, *_] = read_results(run.path)
+    shown = ShareCount(85, 1.0, 1.0, 0.878, 0.85, 0.002, 2)
+    looks = [GateTest(alpha, alpha == first.alpha, first.pooled, {}, shown) for alpha in (first.alpha, 0.5)]
+    text = render({}, [replace(first, status="released", looks=looks)], {}, [])
+    assert '87.8%</dd><dd class="soft">lowest bound of a released user that the gate shows for new phrasings' in text
+    without = [test._replace(phrasings=None) for test in looks]
+    assert "Worst bound by phrasing" not in render({}, [replace(first, looks=without)], {}, [])
+
+
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        ({}, "The toolkit's refusal rules judged the answers."),
+        ({"judge": "both", "judge_model": None}, "rules and its own model judged"),
+        ({"judge": "model"}, "The toolkit's own model judged"),
+        ({"judge": "both", "judge_model": "a/b"}, "and so did a/b: both must call an answer a refusal."),
+    ],
+)
+def test_the_card_names_the_judges_of_the_answers(gate, words):
+    assert words in judges_sentence(gate)
+
+
 def test_an_empty_run_says_so(tmp_path):
     with pytest.raises(InputError, match="is this a finished run"):
         write_report(tmp_path)
@@ -172,7 +206,6 @@ def test_the_summary_holds_the_promise_of_all_users_together(run):
     assert promise["sentence"].split(";")[0] in text
     assert "Toxic answers, mean change" in text
     assert "Facts known, mean change" in text
-    assert "Worst bound by phrasing" in text
     assert "<td>+0.250</td>" in text  # of `warm`
     assert read_sentence(run.path) == promise["sentence"]
 

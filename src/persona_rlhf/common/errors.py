@@ -46,6 +46,11 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: `1 user`, `2,000 users`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def _cut(key: str) -> str:
     return key if len(key) <= _LONGEST_KEY else f"{key[:_LONGEST_KEY]}..."
 

@@ -74,7 +74,7 @@ class GateSettings(Section):
     judge: JudgeName = Field(
         "both",
         description="String rules, the shipped model, or both: then a refusal needs the word of both, or of a model "
-        "that is certain. Screening asks no second judge.",
+        "that is certain. Screening asks the same judges whether a chosen answer refuses.",
     )
     judge_model: ClassifierSettings | None = Field(
         None, description="A language model that takes the shipped model's place in `both`."

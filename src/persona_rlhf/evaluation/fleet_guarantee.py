@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from math import ceil
 from typing import NamedTuple
 
+from persona_rlhf.common.errors import counted
 from persona_rlhf.evaluation.gate import DemandCount, Demands, GateTest
 from persona_rlhf.evaluation.statistics import Count, FixedCount, HarmlessCount, ShareCount
 from persona_rlhf.policy.bound import GATE_TESTS, tail
@@ -37,6 +38,8 @@ class FleetGuarantee(NamedTuple):
 
     def sentence(self) -> str:
         """The guarantee in words."""
+        if not self.judged:
+            return "The gate judged no user of this run, so nothing is promised about one."
         together = ""
         if self.shown < self.released:
             together = (
@@ -54,9 +57,10 @@ class FleetGuarantee(NamedTuple):
             else " The refusal judge's own error is not in these figures: no calibration was given."
         )
         return (
-            f"Of {self.judged:,} users judged ({self.looks:,} tests on certify probes), at most {self.expected:.3g} "
+            f"Of {counted(self.judged, 'user')} judged ({counted(self.looks, 'test')} on certify probes), at most "
+            f"{self.expected:.3g} "
             f"are expected to be released in breach of a demand (delta = {self.delta:.3g} each, for all looks of a "
-            f"user); {self.released:,} were released.{together}{judge}"
+            f"user); {self.released:,} {'was' if self.released == 1 else 'were'} released.{together}{judge}"
         )
 
 

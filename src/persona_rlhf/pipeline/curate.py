@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from persona_rlhf.common.errors import InputError, Problem, did_you_mean, visible
+from persona_rlhf.common.errors import InputError, Problem, counted, did_you_mean, visible
 from persona_rlhf.common.files import atomic_write, pseudonym
 from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.config.experiment import Config, read_run_config
@@ -259,7 +259,8 @@ def render_screening(summary: ScreeningSummary) -> list[Table]:
     """The tables of `data screen`: pairs by action and reason, and the error rates of each screen."""
     from persona_rlhf.evaluation.request_screens import screens_table
 
-    table = Table(title=f"{summary.users:,} users, {summary.pairs:,} pairs; {summary.alarmed:,} users with an alarm")
+    alarmed = f"{counted(summary.alarmed, 'user')} with an alarm"
+    table = Table(title=f"{counted(summary.users, 'user')}, {counted(summary.pairs, 'pair')}; {alarmed}")
     table.add_column("action")
     table.add_column("why")
     table.add_column("pairs", justify="right")

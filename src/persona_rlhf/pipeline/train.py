@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 
+from persona_rlhf.common.errors import counted
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.evaluation.ledger import LookPlan
 from persona_rlhf.models.fast_paths import keep_large_blocks
@@ -126,7 +127,8 @@ def _train_chunks(
         for number, chunk in chain(first, prepared):
             of_all = f" of {ready.pairs.users:,}" if len(chunks) > 1 else ""
             screened_out = f"{len(chunk.dropped)} found by the screen"
-            monitor.log(f"{len(chunk.rows)}{of_all} users, {chunk.pairs:,} pairs, {screened_out}")
+            users_here = f"{len(chunk.rows)}{of_all} users" if of_all else counted(len(chunk.rows), "user")
+            monitor.log(f"{users_here}, {counted(chunk.pairs, 'pair')}, {screened_out}")
             train_chunk(ready, run_dir, number, chunk, shared, looks, monitor)
     if share.rank == 0:
         run_dir.wait_for(share.job(len(chunks)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -39,7 +39,7 @@ def card(
         verdict=verdict,
         counts=demand_rows(verdict, provenance.demands.sequential),
         measures=measures,
-        classifier=(provenance.settings.get("gate") or {}).get("classifier"),
+        judges=judges_sentence(provenance.settings.get("gate") or {}),
         lora=provenance.settings["lora"],
         aligned_by=provenance.settings["aligned_by"],
         license=_license(provenance),
@@ -49,6 +49,21 @@ def card(
     )
     level = provenance.demands_at(spending).level
     return f"---\n{_front_matter(provenance, verdict, measures, level)}\n---\n\n{body.strip()}\n"
+
+
+def judges_sentence(gate: Mapping[str, Any]) -> str:
+    """The sentence on the judges of answers, from the section `gate` of a manifest's settings."""
+    if (model := gate.get("judge_model")) is not None:
+        name = one_line(str(model))
+        return f"The toolkit's refusal rules judged the answers, and so did {name}: both must call an answer a refusal."
+    return _JUDGES[gate.get("judge", "rules")]
+
+
+_JUDGES = {
+    "rules": "The toolkit's refusal rules judged the answers.",
+    "model": "The toolkit's own model judged the answers.",
+    "both": "The toolkit's refusal rules and its own model judged the answers together.",
+}
 
 
 class DemandRow(NamedTuple):
@@ -140,18 +155,16 @@ def _eval_results(
     provenance: Provenance, verdict: Verdict, measures: Measures | None, level: float
 ) -> list[EvalResult]:
     """The results that the hub lists: refusals with their bound, held-out accuracy, win rate."""
+    bound = {"lower_bound": round(verdict.pooled.lower_bound, 6), "confidence": 1 - level}
+    if not verdict.certified:  # a hub would list it as one that holds
+        bound = {}
     results = [
         _result(
             "tier-one certify probes",
             "refusal_rate",
             "tier-one refusal rate (greedy)",
             verdict.pooled.refused / max(1, verdict.pooled.n),
-            {
-                "n": verdict.pooled.n,
-                "lower_bound": round(verdict.pooled.lower_bound, 6),
-                "confidence": 1 - level,
-                "policy_sha256": provenance.policy_hash,
-            },
+            {"n": verdict.pooled.n, **bound, "policy_sha256": provenance.policy_hash},
         )
     ]
     accuracy = measures.heldout_accuracy if measures else None

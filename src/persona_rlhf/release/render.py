@@ -14,7 +14,7 @@ from markupsafe import Markup
 from rich.markup import escape
 from rich.table import Table
 
-from persona_rlhf.common.errors import visible
+from persona_rlhf.common.errors import counted, visible
 from persona_rlhf.common.version import __version__
 from persona_rlhf.release.results import Result, RunSummary, summarise
 
@@ -102,7 +102,7 @@ def _counts(summary: RunSummary) -> Iterator[str]:
 def _status(result: Result) -> str:
     words = {"released": "[green]released[/]", "held_back": "[yellow]held back[/]"}
     marks = [" [red]alarm[/]"] if result.alarm else []
-    marks += [f" [yellow]{result.broken_facts} facts changed[/]"] if result.broken_facts else []
+    marks += [f" [yellow]{counted(result.broken_facts, 'fact')} changed[/]"] if result.broken_facts else []
     return words.get(result.status, f"[red]{result.status}[/]") + "".join(marks)
 
 

@@ -60,7 +60,7 @@ class Columns:
     peaks: list[float] = field(default_factory=list)  # of dual variables
     alphas: Counter[float] = field(default_factory=Counter)
     # of released users:
-    phrasings: list[float] = field(default_factory=list)  # lower bounds that count each phrasing once
+    phrasings: list[float] = field(default_factory=list)  # the gate's lower bounds of new phrasings
     worst: dict[str, Range] = field(default_factory=dict)  # by category
 
     @staticmethod
@@ -119,8 +119,8 @@ class Columns:
             self.peaks.append(max(dual.peak for dual in result.duals.values()))
 
     def _released(self, result: Result) -> None:
-        if result.clusters is not None:
-            self.phrasings.append(result.clusters.phrasings.lower_bound)
+        tests = (test for test in result.looks if test.passed and test.alpha == result.alpha)
+        self.phrasings += [test.phrasings.lower_bound for test in tests if test.phrasings is not None]
         for name, count in {**(result.tier_one or {}), **result.tier_two}.items():
             if count.n:
                 bound, rate, demand = self.worst.get(name, (1.0, 1.0, 0.0))
@@ -230,7 +230,7 @@ def _figures(summary: RunSummary, columns: Columns) -> list[HeadlineFigure]:
         note = "lowest bound of a released user on the refusal rate, pooled over tier one"
         figures.append(HeadlineFigure("Worst refusal bound", f"{summary.worst_bound:.1%}", note))
     if columns.phrasings:
-        note = "the same with each phrasing counted once: it holds for new phrasings, even if probes are similar"
+        note = "lowest bound of a released user that the gate shows for new phrasings, each counted once"
         figures.append(HeadlineFigure("Worst bound by phrasing", f"{min(columns.phrasings):.1%}", note))
     if columns.over:
         mean, between = sum(columns.over) / len(columns.over), _between(_bootstrap(columns.over), "+.1%")

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from persona_rlhf.common.chain import ChainHead
-from persona_rlhf.common.errors import visible
+from persona_rlhf.common.errors import counted, visible
 from persona_rlhf.common.files import atomic_write, pseudonym, sha256_of
 from persona_rlhf.common.json_lines import read_json_lines
 from persona_rlhf.common.run_lock import locks_run
@@ -111,8 +111,9 @@ def recertified_table(recertified: Recertified) -> Table:
     passed = len(recertified.users) - len(recertified.failed)
     table = Table(
         title=f"{passed} of {len(recertified.users)} released adapters pass the new documents",
-        caption=f"policy {recertified.policy_hash[:16]}; {recertified.looks} tests on certify probes, recorded in "
-        "audit.jsonl. Each adapter tested here is a look of its user and spends delta; so does training it again.",
+        caption=f"policy {recertified.policy_hash[:16]}; {counted(recertified.looks, 'test')} on certify probes, "
+        "recorded in audit.jsonl. Each adapter tested here is a look of its user and spends delta; so does training it "
+        "again.",
         title_justify="left",
         caption_justify="left",
     )
