@@ -9,7 +9,8 @@ from persona_rlhf.common.files import shipped_root
 from persona_rlhf.config.experiment import read_config
 from persona_rlhf.config.training import DpoSettings, FleetSettings, LoraSettings
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.pipeline import plan
+from persona_rlhf.pipeline import monitoring, plan
+from persona_rlhf.pipeline.monitoring import ProgressEvent
 from persona_rlhf.pipeline.plan import Memory, Plan, Seconds, _walk, render
 from persona_rlhf.pipeline.plan_samples import SampledConstraint, ScreenedUsers
 from persona_rlhf.training.cache import Reference
@@ -112,12 +113,16 @@ def test_activations_are_those_of_the_largest_step_that_comes(monkeypatch, times
 
 
 @pytest.mark.parametrize("early", ["null", "{patience: 1, every: 1}"])
-def test_users_of_a_single_step_are_probed_too(early):
+def test_users_of_a_single_step_are_probed_too(monkeypatch, early):
     """One pair each: every cohort of the probe takes one step, and no check of early stopping is timed with it."""
     adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
     users = [user_rows(f"u{n}", 1, seed=n) for n in range(3)]
     users = [user._replace(deciding=user_rows("x", 50, seed=9).train) for user in users]
     config = read_config(shipped_root() / "configs/quickstart.yaml", [f"dpo.early_stop={early}"])
-    steps, each = plan._probe_steps(config, adapted, [users, users[1:], users[1:2]], None)
+    monkeypatch.setattr(monitoring, "_SECONDS_BETWEEN_EVENTS", 0.0)
+    events: list[ProgressEvent] = []
+    cohorts = [users, users[1:], users[1:2]]
+    steps, each = plan._probe_steps(config, adapted, cohorts, None, on_progress=events.append)
+    assert {event.phase for event in events} == {"reference", "timing steps"}
     assert 0 < steps.of(100) < 5
     assert 0 < each < 0.1

@@ -20,7 +20,7 @@ Whether the base passes the gate is not tested: `evaluate --base` and the start 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import ceil
 from statistics import fmean
@@ -40,8 +40,9 @@ from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.models.row_decoding import LayerTokens
 from persona_rlhf.models.scores import greedy_scores
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
-from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, WorkCounter, silent
+from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, WorkCounter, silent, watched
 from persona_rlhf.pipeline.plan_samples import (
+    EVERY,
     MEASURED_USERS,
     judging_seconds,
     sampled_constraint,
@@ -161,8 +162,8 @@ def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgres
     walked = _walk(queue, slots, _constraint_tokens(constraint), adapted.pads_users)
     cohorts = list({tuple(user.user_id for user in one): one for one in (rows[:slots], typical, typical[:1])}.values())
     few = max(2, min(_STEPS, round(_SHARE * len(walked) / len(cohorts))))
-    counter = WorkCounter(ProgressEvent("timing steps"), on_progress, few * len(cohorts))
-    steps, pass_each = _probe_steps(config, adapted, cohorts, bank, few, lambda: counter(1))
+    examples = max(1, _EXAMPLES * EVERY // every)
+    steps, pass_each = _probe_steps(config, adapted, cohorts, bank, few, examples, on_progress)
     users = round(len(rows) * of_all)
     training = sum(steps.of(wave.computed) for wave in walked) + pass_each * _checked_tokens(queue, config.dpo)
     with ready.watched(ProgressEvent("judging"), on_progress):
@@ -239,24 +240,26 @@ def _probe_steps(
     cohorts: Sequence[Sequence[UserRows]],
     bank: ConstraintData | None,
     steps: int = _STEPS,
-    on_step: Callable[[], None] = lambda: None,
+    examples: int = _EXAMPLES,
+    on_progress: OnProgress = silent,
 ) -> tuple[StepTime, float]:
     """Time of a step, and seconds per token of a reference pass without gradients, measured on the first pairs of a few
-    users and the first constraint examples of every category. `on_step` is called after each of up to `steps` steps of
-    a cohort."""
+    users and the first constraint `examples` of every category, in up to `steps` steps of a cohort."""
     few = steps * config.dpo.pairs_per_step
     thin = bank and ConstraintData(
-        bank.categories, bank.limits, [examples[:_EXAMPLES] for examples in bank.examples], bank.requirements
+        bank.categories, bank.limits, [of_category[:examples] for of_category in bank.examples], bank.requirements
     )
     constraint = None if thin is None else constraint_of(thin, config.constraint, config.seed)
     dpo = config.dpo.model_copy(update={"epochs": 1, "early_stop": None})
     probed = [[user._replace(train=user.train[:few], deciding=()) for user in cohort] for cohort in cohorts]
     users = [user for cohort in probed for user in cohort]
     clock = perf_counter()
-    reference = with_reference(adapted, users, thin)
-    reference.add(both_rows(pair for user in users for pair in user.train))
+    with watched([adapted], ProgressEvent("reference"), on_progress):
+        reference = with_reference(adapted, users, thin)
+        reference.add(both_rows(pair for user in users for pair in user.train))
     each = (perf_counter() - clock) / max(1, _reference_tokens(users, thin))
     sizes, seconds = list[int](), list[float]()
+    counter = WorkCounter(ProgressEvent("timing steps"), on_progress, steps * len(cohorts))
     for cohort in probed:
         fleet = config.fleet.model_copy(update={"slots": len(cohort)})
         queue = queue_order([UserSchedule(user, dpo, config.seed) for user in cohort])
@@ -265,7 +268,7 @@ def _probe_steps(
 
         def taken(_: object, ends: list[float] = ends) -> None:
             ends.append(perf_counter())
-            on_step()
+            counter(1)
 
         for _ in engine.run(taken):
             pass

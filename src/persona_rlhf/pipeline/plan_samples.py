@@ -26,7 +26,7 @@ from persona_rlhf.training.constraint_data import policy_constraint_data
 
 CHANGED = 3  # one probe in so many is answered anew by a trained adapter
 MEASURED_USERS = 1_000
-_EVERY = 16  # one prompt in so many is asked
+EVERY = 16  # one prompt in so many is asked
 _RAREST = 64  # the same, of a slow base
 _QUICK = 0.02  # seconds of a decoding step of one row, up to which a base is not slow
 _ASKED = 512  # prompts of a kind, of which one in sixteen is asked; of fewer, more
@@ -66,12 +66,12 @@ def sampled_every(ready: Prepared) -> int:
         clock = perf_counter()
         adapted.generate([[prompt]], 2)  # one pass over the prompt, and one step
     step = (perf_counter() - clock) / 2
-    return min(_RAREST, max(_EVERY, round(_EVERY * step / _QUICK)))
+    return min(_RAREST, max(EVERY, round(EVERY * step / _QUICK)))
 
 
 def screened(ready: Prepared, users: int, every: int, on_progress: OnProgress) -> ScreenedUsers:
     """The first `users` users: a few of them screened as `train` does, the others tokenized alone."""
-    few = max(2, _SCREENED * _EVERY // every)
+    few = max(2, _SCREENED * EVERY // every)
     chosen = range(0, users, max(1, ceil(users / few)))
     clock = perf_counter()
     with ready.watched(ProgressEvent("screening"), on_progress):
@@ -121,7 +121,8 @@ def sampled_constraint(ready: Prepared, every: int) -> SampledConstraint:
     if not config.constraint.enabled:
         return SampledConstraint(None, 1.0, 0.0)
     sizes = Counter(probe.category for probe in policy.probes("train"))
-    few = policy.sample(max(1, min(every, min(sizes.values(), default=1) // _LEAST_EXAMPLES)))
+    least = max(1, _LEAST_EXAMPLES * EVERY // every)
+    few = policy.sample(max(1, min(every, min(sizes.values(), default=1) // least)))
     share = len(few.probes("train")) / max(1, len(policy.probes("train"))) or 1.0
     made = list[ConstraintData]()
     notice = None
