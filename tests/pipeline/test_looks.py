@@ -181,6 +181,30 @@ def test_a_ledger_with_the_name_of_its_key_is_refused(config, tmp_path):
             module.ledger_of(changed(config, "gate", ledger=tmp_path / name), tmp_path)
 
 
+def test_a_ledger_deleted_with_its_head_shows_against_the_runs_beside_that_named_it(config, tmp_path):
+    folder = tmp_path / "private"
+    folder.mkdir()
+    named = changed(config, "gate", ledger=folder / "looks.jsonl")
+
+    def look(run, config=named):
+        place = tmp_path / run
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "config.yaml").write_text(config.to_yaml())
+        [judged] = GateLooks(Scripted(), module.ledger_of(config, place), place, "bank", "exam", []).judge(
+            ["ada"], ADAPTER
+        )
+        return judged.spending.look
+
+    assert look("runs/first") == 1
+    for file in folder.iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match=r"first/audit\.jsonl keeps its head .* no such file; 1 of 1 looks are"):
+        look("runs/second")
+    assert not list(folder.iterdir())
+    assert look("runs/third", changed(config, "gate", ledger=folder / "other.jsonl")) == 1
+    assert look("elsewhere/fourth") == 1  # nobody beside it used the ledger
+
+
 def test_a_ledger_restored_with_its_head_shows_against_the_runs_beside_a_new_one(config, tmp_path):
     folder, backup = tmp_path / "private", tmp_path / "backup"
     folder.mkdir()

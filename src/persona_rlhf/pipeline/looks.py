@@ -23,7 +23,7 @@ from persona_rlhf.data.store import PairStore
 from persona_rlhf.evaluation.answer_judge import judge_hashes
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.gate import Demands, Verdict
-from persona_rlhf.evaluation.ledger import LOOKS, Family, Ledger, LookKey, LookPlan
+from persona_rlhf.evaluation.ledger import LOOKS, Family, KeptHead, Ledger, LookKey, LookPlan
 from persona_rlhf.evaluation.sequential import shortages, units_drawn
 from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.pipeline.inputs import facts_of, ordinary_of
@@ -33,6 +33,7 @@ from persona_rlhf.policy.private_banks import PrivatePool, unit_name
 from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import forgotten
 from persona_rlhf.release.integrity import JUDGED, LOOKED, RETESTED, heads_of_neighbours, kept_heads, looked
+from persona_rlhf.release.report import config_of
 
 _NOT_THE_EXAM: dict[str, bool | set[str]] = {"ledger": True, "valid_days": True, "judge_model": {"model", "template"}}
 """Keys of `gate` that change no verdict, and paths whose files `judge_hashes` covers."""
@@ -179,7 +180,22 @@ def ledger_of(config: Config, run: Path) -> Ledger:
         raise InputError([Problem(str(file), None, "gate.ledger", sentence)])
     if file is None:
         return Ledger(run / LOOKS, kept_heads(run))
-    return Ledger(file, [*kept_heads(run), *heads_of_neighbours(run, Ledger(file).mark)])
+    beside = heads_of_neighbours(run, Ledger(file).mark) if file.exists() else _heads_of_deleted(run, file)
+    return Ledger(file, [*kept_heads(run), *beside])
+
+
+def _heads_of_deleted(run: Path, file: Path) -> list[KeptHead]:
+    """The heads of a ledger that is not there, in the other runs of the same folder whose config names it.
+
+    Without its file a ledger has no mark to recognise it by. `gate.ledger` is read as from the folder of this process.
+    """
+    heads = []
+    for other in sorted(run.absolute().parent.glob("*/config.yaml")):
+        gate = config_of(other.parent).get("gate")
+        named = gate.get("ledger") if isinstance(gate, dict) else None
+        if other.parent != run.absolute() and named is not None and Path(str(named)).resolve() == file.resolve():
+            heads += kept_heads(other.parent)
+    return heads
 
 
 def earlier_looks(run: Path) -> EarlierLooks:
