@@ -69,7 +69,7 @@ from persona_rlhf.training.user_state import UserSchedule, queue_order, waves
 _STEPS = 3  # of a probed cohort, at most
 _SHARE = 0.04  # of a run's steps, at most
 _EXAMPLES = 8  # of a category, in the probe's constraint
-_ROWS = 8  # of a pass whose memory is measured
+_ROWS = 4  # of a pass whose memory is measured
 _MIB = 1 << 20
 
 
