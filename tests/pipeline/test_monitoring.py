@@ -124,6 +124,10 @@ EVENT = ProgressEvent("training", "", 2, 30, 40, 600, 0.5, -0.25, 0.1, 61.0)
 LINE = "training: 2 of 30 users done, 40 of 600 steps, loss 0.500, margin -0.25, worst violation +0.10 nats, 1:01 left"
 
 
+def test_the_name_of_a_user_moves_no_cursor():
+    assert _shown([ProgressEvent("judging", "judging \x1b[2Jz, \u202egnp")]) == "judging \\x1b[2Jz, \\u202egnp\n"
+
+
 def test_without_a_terminal_text_is_printed_and_figures_every_ten_seconds(monkeypatch):
     assert _shown([ProgressEvent("preparing"), EVENT, ProgressEvent("training", "[b]judging[/b] a")]) == (
         "[b]judging[/b] a\n"

@@ -21,7 +21,7 @@ from persona_rlhf.cli.console import (
     print_table,
     progress_display,
 )
-from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.errors import InputError, counted
 from persona_rlhf.common.run_lock import WAIT_SECONDS
 from persona_rlhf.pipeline.distributed import HELD_BACK
 
@@ -59,7 +59,7 @@ def _print_deletion(user: str, done: Forgotten, as_json: bool) -> None:
     if as_json:
         print_json(done.content)
     removed = sum(trace["count"] for trace in done.content["removed"])
-    note(f"`{user}` is forgotten: {removed:,} pieces in {len(done.content['removed'])} places.")
+    note(f"`{user}` is forgotten: {counted(removed, 'piece')} in {counted(len(done.content['removed']), 'place')}.")
     for sentence in done.remains:
         note(f"Outside the run: {sentence}.")
     note(f"The user stays out, whatever the sources hold; to admit them again, delete the proof.\nProof: {done.proof}")
@@ -86,9 +86,12 @@ def add(
     else:
         note("No user in it is new or changed.")
     if done.unchanged:
-        note(f"{done.unchanged:,} users are in the run already, with the same pairs.")
+        verb = "is" if done.unchanged == 1 else "are"
+        note(f"{counted(done.unchanged, 'user')} {verb} in the run already, with the same pairs.")
     if done.forgotten:
-        note(f"{done.forgotten:,} users asked to be forgotten and stay out; their proofs are in {run / FORGOTTEN}.")
+        verb = "stays" if done.forgotten == 1 else "stay"
+        forgotten = f"{counted(done.forgotten, 'user')} asked to be forgotten and {verb} out"
+        note(f"{forgotten}; the proofs are in {run / FORGOTTEN}.")
     if done.results:
         print_guarantee(run)
     exit_if_withheld(done.results)

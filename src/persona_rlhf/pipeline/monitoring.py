@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.errors import InputError, Problem, visible
 from persona_rlhf.common.files import append_whole, atomic_write
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.pipeline.distributed import WorkShare
@@ -117,7 +117,7 @@ class ProgressDisplay:
             self._print(f"{event.phase}: {event.figures}")
 
     def _print(self, text: str) -> None:
-        self._console.print(f"{self._prefix}{text}", highlight=False, markup=False)
+        self._console.print(visible(f"{self._prefix}{text}"), highlight=False, markup=False)  # it may name users
 
 
 class WorkCounter:
