@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from persona_rlhf.common.files import shipped_root
 from persona_rlhf.config.experiment import read_config
@@ -13,9 +14,10 @@ from persona_rlhf.pipeline import monitoring, plan
 from persona_rlhf.pipeline.monitoring import ProgressEvent
 from persona_rlhf.pipeline.plan import Memory, Plan, Seconds, _walk, render
 from persona_rlhf.pipeline.plan_samples import SampledConstraint, ScreenedUsers
+from persona_rlhf.pipeline.prepare import Prepared
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.memory import largest_step, pair_tokens
+from persona_rlhf.training.memory import largest_step, pair_tokens, taken_by
 from persona_rlhf.training.user_state import UserSchedule, queue_order
 from tests.models.tiny import tiny_base, user_rows
 
@@ -126,3 +128,25 @@ def test_users_of_a_single_step_are_probed_too(monkeypatch, early):
     assert {event.phase for event in events} == {"reference", "timing steps"}
     assert 0 < steps.of(100) < 5
     assert 0 < each < 0.1
+
+
+@pytest.mark.parametrize(("prompts", "most"), [(20, 2.5), (200, 1.5)])
+def test_a_full_pass_of_judging_needs_the_bytes_that_are_planned_for_it(prompts, most):
+    """Two users whose answers are all decoded to the limit; with 200 prompts, more than a cache holds at once.
+
+    With 20 the cache does not grow, and too much is planned.
+    """
+    adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
+    adapted.tokens_per_generation, adapted.tokens_per_pass = 4_000, 1_000
+    probes = [(3 + n % 80, 4 + n // 80, *range(5, 21)) for n in range(prompts)]
+    gate = SimpleNamespace(max_new_tokens=32)
+    examination = SimpleNamespace(adapted=adapted, probes=probes, harmless=[], gate=gate)
+    ready = Prepared(*[None] * len(Prepared._fields))._replace(adapted=adapted, examination=examination)
+    caches, judged = plan._judging_bytes(ready, 2)
+    config = adapted.base.model.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert caches == token * min(4_000, 2 * prompts * 50)
+    adapters = torch.zeros(2, adapted.params_per_user)
+    with adapted.using(adapters):
+        needed = taken_by(lambda: adapted.generate([probes] * 2, 32), torch.device("cpu"))
+    assert needed / 1.2 < judged < most * needed
