@@ -75,7 +75,10 @@ class Spending(NamedTuple):
     drawn: int | None = None
 
     @staticmethod
-    def of_look(look: Look, delta: float, judge_delta: float) -> Spending:
+    def of_look(
+        look: Look, delta: float, judge_delta: float, pool: int | None = None, drawn: int | None = None
+    ) -> Spending:
         """The spending of a look, where a user's delta is `delta`, with `judge_delta` of it for the judge."""
         tests = delta - judge_delta
-        return Spending(look.number, look.share, look.share * tests, judge_delta + look.spent * tests, delta)
+        spent = judge_delta + look.spent * tests
+        return Spending(look.number, look.share, look.share * tests, spent, delta, pool, drawn)

@@ -99,14 +99,10 @@ class GateLooks:
             verdicts = [self._at_most(*of_user) for of_user in zip(verdicts, recorded, of_looks, strict=True)]
         integrity.append_all(self.audit_run, [looked(self.ledger)])
         size = len(self.pool)
+        pools = [(size, size - len(fresh) + n) if sequential else () for fresh, n in zip(units, drawn, strict=True)]
         return [
-            JudgedLook(
-                verdict,
-                Spending.of_look(look, demands.delta, demands.judge_delta)._replace(
-                    **({"pool": size, "drawn": size - len(fresh) + n} if sequential else {})
-                ),
-            )
-            for verdict, look, fresh, n in zip(verdicts, looks, units, drawn, strict=True)
+            JudgedLook(verdict, Spending.of_look(look, demands.delta, demands.judge_delta, *of_pool))
+            for verdict, look, of_pool in zip(verdicts, looks, pools, strict=True)
         ]
 
     def _at_most(self, verdict: Verdict, recorded: float, demands: Demands) -> Verdict:

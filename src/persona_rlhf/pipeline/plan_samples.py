@@ -178,9 +178,8 @@ def judging_seconds(
     anew, device = [*evaluator.harmless, *evaluator.probes[::CHANGED]], full.base.device
     with full.adapted.using(torch.zeros(len(typical), full.adapted.params_per_user, device=device)):
         written = timed(full.adapted, partial(full.adapted.generate, [anew] * len(typical), full.gate.max_new_tokens))
-    more = (
-        written.decoding(share, rows) if written.rows else written.of_all(share, rows)
-    )  # padded: not begun by a check
+    # with padding there are no timed steps, and no check has begun the answers
+    more = written.decoding(share, rows) if written.rows else written.of_all(share, rows)
     return once + again / len(typical) * (users - 1) + more / len(typical) * users
 
 
