@@ -13,8 +13,11 @@ import tests.typechecker
 
 tests.typechecker.install()
 
-settings.register_profile("any machine", deadline=None)  # a slow machine is no failure; pytest's own limit stands
-settings.load_profile("any machine")
+# A slow machine is no failure: pytest's own limit stands. The same examples every time: a change turns a test red,
+# chance does not. `pytest --hypothesis-profile=explore` draws new examples.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("repeatable")
 
 os.fsync = lambda handle: None  # no test cuts the power, and a process that is killed loses nothing that it wrote
 gc.disable()  # until all tests are collected: what is imported stays

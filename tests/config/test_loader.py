@@ -122,7 +122,7 @@ def test_a_folder_and_a_missing_file_are_named(tmp_path):
             read_yaml(path)
 
 
-_texts = st.text(string.printable, max_size=12)
+_texts = st.text(string.printable + "é\x85\u2028\u2029\ufeff\xa0", max_size=12)
 _trees = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | _texts,
     lambda inner: (
@@ -135,6 +135,7 @@ _trees = st.recursive(
 @given(st.dictionaries(st.sampled_from(["alpha", "beta", "gamma"]), _trees, min_size=1))
 @example({"alpha": "08"})  # PyYAML alone leaves these plain: to YAML 1.1 they are texts
 @example({"alpha": ["8e3", "0o7", "-09"]})
+@example({"alpha": "\x85", "beta": "a\x85b", "gamma": {"\x85": "\u2028"}})  # PyYAML alone reads back a space
 def test_what_is_written_is_read_as_it_was(tree):
     document = parse_yaml(dump_yaml(tree), "here")
     assert document.problems == []

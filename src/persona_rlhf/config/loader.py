@@ -141,8 +141,19 @@ class _Loader(yaml.SafeLoader):
         return yaml.MarkedYAMLError(problem=sentence, problem_mark=mark)
 
 
+_UNICODE_BREAKS = re.compile("[\x85\u2028\u2029]")
+"""Line breaks of YAML 1.1 that PyYAML writes as they are and reads back as a space."""
+
+
 class _Dumper(yaml.SafeDumper):
     """PyYAML's emitter that quotes texts which YAML 1.1 or YAML 1.2 would misread."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """A text; one with a line break beyond ASCII is escaped, in double quotes."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, '"' if _UNICODE_BREAKS.search(text) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 _CORE = (
