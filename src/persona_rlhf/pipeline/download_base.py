@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import Field
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
-from persona_rlhf.common.files import GGUF_REMEDY, atomic_path, sha256_of
+from persona_rlhf.common.files import GGUF_REMEDY, atomic_path, find, sha256_of
 from persona_rlhf.config.loader import Section, read_section, read_yaml
 
 Say = Callable[[str], None]
@@ -52,6 +52,9 @@ class BaseSource(Section):
     note: str = Field(description="Sentences for the card.")
     package: PackageWithModel
     weights_sha256: str = Field(description="Hash of the weights that `base get` writes.")
+    alignment: Path | None = Field(
+        None, description="Shipped folder with the adapters of `base align`, its `alignment.json` and its command."
+    )
 
 
 class _BaseSources(Section):
@@ -71,6 +74,14 @@ def base_source(name: str) -> BaseSource:
         sentence = f"no base has this name{did_you_mean(name, names)}; there is {', '.join(names)}"
         raise InputError([Problem(name, None, "NAME", sentence)])
     return base_sources()[name]
+
+
+def shipped_alignment(name: str, source: BaseSource) -> Path:
+    """The shipped folder of the base's alignment. Raises InputError where there is none."""
+    if source.alignment is None:
+        sentence = f"no alignment of {name} is shipped; leave it out, then run `persona-rlhf base align`"
+        raise InputError([Problem("base get", None, "--aligned", sentence)])
+    return find(source.alignment)
 
 
 class DownloadedBase:

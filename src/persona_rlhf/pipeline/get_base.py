@@ -1,7 +1,11 @@
-"""`base get`: a base of the table as a transformers folder in bfloat16, with chat template, licence and card."""
+"""`base get`: a base of the table as a transformers folder in bfloat16, with chat template, licence and card.
+
+With its shipped alignment on request.
+"""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,13 +15,17 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import ModelCardData
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_folder
 from persona_rlhf.common.version import __version__
 from persona_rlhf.config.training import BaseSettings
 from persona_rlhf.models.base import weights_hash
+from persona_rlhf.models.merge import merge_adapter
 from persona_rlhf.models.model_files import read_model, read_tokenizer
+from persona_rlhf.pipeline.align_base import ADAPTERS, CARD, base_readme
 from persona_rlhf.pipeline.download_base import BaseSource, DownloadedBase, Say
 
 _INTERVAL = 3.0
@@ -32,11 +40,13 @@ class WrittenBase(NamedTuple):
     weights_sha256: str
 
 
-def write_base(name: str, source: BaseSource, downloaded: DownloadedBase, out: Path, say: Say) -> WrittenBase:
+def write_base(
+    name: str, source: BaseSource, downloaded: DownloadedBase, out: Path, say: Say, alignment: Path | None = None
+) -> WrittenBase:
     """Writes OUT whole or not at all from the downloaded files, which are removed then.
 
-    The weights are dequantized in float32 and rounded once. Raises InputError for a file that transformers cannot read,
-    and where the weights are not those of the table.
+    The weights are dequantized in float32 and rounded once. The adapters of `alignment` are merged into them.
+    Raises InputError for a file that transformers cannot read, and where weights have another hash than the pinned one.
     """
     file = downloaded.weights
     with _heartbeat(f"reading the tokenizer of {file.name}", say):
@@ -47,17 +57,38 @@ def write_base(name: str, source: BaseSource, downloaded: DownloadedBase, out: P
         with _heartbeat("writing the folder", say):
             model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
-        weights_sha256 = weights_hash(BaseSettings(model=str(draft)))
-        if weights_sha256 != source.weights_sha256:
-            sentence = (
-                f"these weights have the hash {weights_sha256[:16]}..., not {source.weights_sha256[:16]}...: "
-                "transformers, gguf or safetensors here write others; install the versions of constraints.txt"
-            )
-            raise InputError([Problem(name, None, None, sentence)])
+        weights_sha256 = _verified_hash(name, draft, source.weights_sha256)
+        page = base_card_text(name, source)
+        if alignment is not None:
+            with _heartbeat("merging the adapters of the alignment", say):
+                _merge_alignment(model, alignment / ADAPTERS, draft)
+            facts = json.loads((alignment / CARD).read_text(encoding="utf-8"))
+            weights_sha256 = _verified_hash(name, draft, facts["aligned"]["sha256"])
+            (draft / CARD).write_bytes((alignment / CARD).read_bytes())
+            page = base_readme(facts, source.licence)
         (draft / "LICENSE").write_bytes(downloaded.licence.read_bytes())
-        (draft / "README.md").write_text(base_card_text(name, source), encoding="utf-8")
+        (draft / "README.md").write_text(page, encoding="utf-8")
     downloaded.remove()
     return WrittenBase(name, str(out), weights_sha256)
+
+
+def _merge_alignment(model: PreTrainedModel, adapters: Path, folder: Path) -> None:
+    """Merges the adapters of all stages in the order of their names, and writes the model anew."""
+    for adapter in sorted(adapters.iterdir()):
+        model = merge_adapter(PeftModel.from_pretrained(model, adapter))
+    model.save_pretrained(folder)
+
+
+def _verified_hash(name: str, folder: Path, pinned: str) -> str:
+    """The hash of the written weights. Raises InputError if it is not the pinned one."""
+    weights_sha256 = weights_hash(BaseSettings(model=str(folder)))
+    if weights_sha256 != pinned:
+        sentence = (
+            f"these weights have the hash {weights_sha256[:16]}..., not {pinned[:16]}...: "
+            "transformers, gguf, peft or safetensors here write others; install the versions of constraints.txt"
+        )
+        raise InputError([Problem(name, None, None, sentence)])
+    return weights_sha256
 
 
 def base_card_text(name: str, source: BaseSource) -> str:

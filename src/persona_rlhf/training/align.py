@@ -10,13 +10,15 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from jaxtyping import Float
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -36,6 +38,7 @@ from persona_rlhf.data.tokenize import Row, prompt_ids, text_row
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base
 from persona_rlhf.models.generation import Generated
+from persona_rlhf.models.merge import merge_adapter
 from persona_rlhf.models.multi_lora import target_layers
 from persona_rlhf.models.packing import collate
 from persona_rlhf.policy.hazards import Probe, RefusalText, draw_refusal
@@ -186,6 +189,10 @@ def _batches(rows: Sequence[Row], size: int, rng: Random) -> Iterator[list[Row]]
         yield from batches
 
 
+_FOLDERS = {"SFT": "1-sft", "DPO": "2-dpo"}
+"""Folders of the stages' adapters, in the order in which they were merged."""
+
+
 class StageProgress(NamedTuple):
     """A stage of training under way (SFT or DPO): its steps, the last loss, and seconds left at the mean pace."""
 
@@ -215,8 +222,11 @@ def align(
     lora: LoraSettings,
     seed: int,
     on_stage: OnStage = lambda _: None,
+    adapters_to: Path | None = None,
 ) -> None:
     """Trains the base's weights in place. The reference of DPO is the model after SFT.
+
+    The adapter of a stage is rounded to bfloat16, written to `adapters_to` as PEFT reads it, and merged.
 
     SFT learns the refusals alone. The model's own answers are preserved by `KlToBase` in both stages, not imitated.
     Everything that TRL changes beside the weights (token ids of the configs, wrappers) is restored.
@@ -226,13 +236,13 @@ def align(
     pairs = [_preference_row(one) for one in demonstrations.every if one.rejected]
     answers = [one.chosen for one in demonstrations.harmless]
     kept = KlToBase(model, answers, settings.rows_per_step, seed) if answers and settings.keep else None
-    with tempfile.TemporaryDirectory(prefix="persona-rlhf-") as folder, torch.random.fork_rng():
+    with tempfile.TemporaryDirectory(prefix="persona-rlhf-") as scratch, torch.random.fork_rng():
         torch.manual_seed(seed)  # PEFT draws its first weights before TRL sets a seed
 
         def stage(name: str, trainer: type[Any], config: type[Any], rows: list[dict[str, Any]], **more: Any) -> None:
             adapters = _adapters(model, lora) if settings.weights == "lora" else None
             model.requires_grad_(adapters is None)
-            options = _options(base, settings, folder, seed) | more
+            options = _options(base, settings, scratch, seed) | more
             with quiet():
                 running = trainer(
                     model,
@@ -247,7 +257,13 @@ def align(
             running.add_callback(_StageReports(name, on_stage))
             running.train()
             if adapters is not None:
-                running.model.merge_and_unload()
+                running.model.peft_config["default"].base_model_name_or_path = ""  # a path of this machine
+                _round_adapter(running.model)
+                if adapters_to is not None:
+                    folder = adapters_to / _FOLDERS[name]
+                    running.model.save_pretrained(folder)
+                    (folder / "README.md").unlink()  # a form to fill in
+                merge_adapter(running.model)
             vars(model).pop("forward", None)  # TRL's wrapper, which the next trainer would wrap again
 
         if sft.epochs and demonstrations.hazardous:
@@ -275,6 +291,14 @@ def align(
             )
     model.config, model.generation_config = configs
     model.requires_grad_(False).eval()
+
+
+def _round_adapter(model: PeftModel) -> None:
+    """Rounds the matrices of the adapter to bfloat16: the shipped ones are those that were merged."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A.bfloat16()
+            layer.lora_B.bfloat16()
 
 
 def _adapters(model: PreTrainedModel, lora: LoraSettings) -> LoraConfig:
