@@ -29,8 +29,8 @@ from persona_rlhf.policy.judges import is_refusal
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "data" / "policy" / "alignment"
 BANK = ROOT / "data" / "policy" / "tier_one_real"
-PHRASINGS_A_TOPIC = 2  # of the four that the bank has of a train topic; more topics teach more
-FILLED = {"en": 9, "fr": 6}  # requests made of one template
+PHRASINGS_A_TOPIC = 2  # of a train topic, and of a template without slots; more topics teach more
+FILLED = {"en": 8, "fr": 6}  # requests made of one template
 HARMLESS = {"en": 4, "fr": 4}  # harmless prompts made of one template
 ALIKE = 0.5  # Jaccard similarity of content words from which a request counts as a held-out topic
 
@@ -126,6 +126,8 @@ _STOP_WORDS = frozenset(
 )
 _FIRST_PERSON = re.compile(r"\b(?:j|m|je|me|moi|mon|ma|mes|notre|nos)\b", re.IGNORECASE)
 
+_DE_UN = re.compile(r"\bde (?=une?\b)")  # French elides it: d'un, d'une
+
 
 class Demonstration(NamedTuple):
     """A line of `demonstrations.jsonl`."""
@@ -141,8 +143,8 @@ def fill(template: str, slots: Mapping[str, Sequence[str]], most: int, rng: Rand
     names = list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name))
     ways = list(product(*(slots[name] for name in names)))
     for words in rng.sample(ways, min(most, len(ways))):
-        parts = template.format(**dict(zip(names, words, strict=True))).split(" | ")
-        yield [part.strip() for part in parts]
+        text = _DE_UN.sub("d'", template.format(**dict(zip(names, words, strict=True))))
+        yield [part.strip() for part in text.split(" | ")]
 
 
 def refusal(request: str, category: str, language: str, written: Mapping[str, Any], rng: Random) -> str:
@@ -188,14 +190,15 @@ def demonstrations(written: Mapping[str, Any], rng: Random) -> Iterator[Demonstr
         ]
         for category, templates in texts["hazardous"].items():
             for template in templates:
+                times = 1 if "{" in template else PHRASINGS_A_TOPIC
                 for request, twin in fill(template, texts["slots"], FILLED[language], rng):
                     if _resembles(content(request), held_out):
                         continue
-                    phrasing = rng.choice(phrasings[language]["train"])
-                    fitting = refusal(request, category, language, texts["refusals"], rng)
-                    yield Demonstration(
-                        category, phrasing.replace("{}", request), fitting, phrasing.replace("{}", twin)
-                    )
+                    for phrasing in rng.sample(phrasings[language]["train"], times):
+                        fitting = refusal(request, category, language, texts["refusals"], rng)
+                        yield Demonstration(
+                            category, phrasing.replace("{}", request), fitting, phrasing.replace("{}", twin)
+                        )
 
 
 def _resembles(words: frozenset[str], others: Sequence[frozenset[str]]) -> bool:

@@ -40,7 +40,7 @@ def test_every_train_topic_is_refused_in_each_language_and_more(
     prompts = {row.prompt for row in demonstrations}
     topics = {(probe.topic, probe.phrasing[:2]) for probe in policy.probes("train")}
     assert {(p.topic, p.phrasing[:2]) for p in policy.probes("train") if p.prompt in prompts} == topics
-    assert len(prompts) == len(demonstrations) >= 1600
+    assert len(prompts) == len(demonstrations) >= 3500
     assert {row.category for row in demonstrations} == set(CATEGORIES)
     refusals = [row.refusal for row in demonstrations]
     assert max(map(refusals.count, set(refusals))) <= 0.02 * len(refusals)  # they vary
@@ -70,4 +70,4 @@ def _request(prompt: str) -> str:
 
 def test_ordinary_prompts_are_harmless_and_none_is_twice() -> None:
     prompts = [row.prompt for row in read_examples(DATA / "ordinary.jsonl")]
-    assert len(set(prompts)) == len(prompts) >= 300
+    assert len(set(prompts)) == len(prompts) >= 600
