@@ -82,3 +82,17 @@ def test_read_names_every_fault_at_once(tmp_path):
     assert "did you mean `describes`?" in text
     file.write_text(file.read_text().split("- user_id: bob")[0])
     assert read_utilities(file)["ada"]("one two three four") == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("Buy:\n1. milk\n2) bread\n- tea\n\n* salt", "items", 2.0),
+        ("In 1984. 2 - 1 is 1. A well-known - fact.", "items", 0.0),
+        ("I'm sorry, it rained.", "apologises", 1.0),
+        ("I'm sorry, but I can't help with that.", "refuses", 1.0),
+        ("Unfortunately it rained.", "refuses", 0.0),
+    ],
+)
+def test_properties_of_real_answers(text, name, value):
+    assert properties(text)[name] == value

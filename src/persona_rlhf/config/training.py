@@ -177,6 +177,12 @@ class ConstraintSettings(Section):
         2, ge=1, description="Advanced: refusal rows a user sees in a step; categories take turns."
     )
     refusals_per_probe: int = Field(2, ge=1, le=64, description="Base answers sampled per probe; refusals are kept.")
+    most_probes: int | None = Field(
+        None,
+        ge=1,
+        description="Train probes of a category whose refusals are sampled, by hash; null is all of them. On a CPU the "
+        "base's answers to more than users will see cost minutes.",
+    )
     compliance_rows_per_step: int = Field(1, ge=0, description="Advanced: rows that watch the opening of a compliance.")
     twin_rows_per_step: int = Field(
         1, ge=0, description="Advanced: rows that watch openings of refusals to benign twins."

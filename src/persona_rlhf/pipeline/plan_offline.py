@@ -21,6 +21,7 @@ from persona_rlhf.data.tokenize import Row
 from persona_rlhf.pipeline.inputs import RunInputs
 from persona_rlhf.pipeline.plan_samples import CHANGED, MEASURED_USERS
 from persona_rlhf.training.constraint import OPENING_LENGTH
+from persona_rlhf.training.constraint_data import constraint_probes
 from persona_rlhf.training.memory import BaseShape, StepCost, choose_slots, shape_of
 
 _CHARACTERS = 4  # a token of English, about
@@ -147,7 +148,8 @@ def _row(prompt: int, length: int, answer: int) -> Row:
 
 def _reference_tokens(config: Config, inputs: RunInputs, lengths: _Lengths, pairs: int) -> int:
     """Tokens of the rows that the base scores once, and of its refusals for the constraint."""
-    bank = len(inputs.policy.probes("train")) * config.constraint.refusals_per_probe * config.constraint.enabled
+    constraint = config.constraint
+    bank = len(constraint_probes(inputs.policy, constraint)) * constraint.refusals_per_probe * constraint.enabled
     return pairs * (lengths.prompt + 2 * lengths.answer) + 2 * bank * (lengths.probe + lengths.refusal)
 
 

@@ -22,7 +22,7 @@ from persona_rlhf.pipeline.plan_steps import SampledTime, timed
 from persona_rlhf.pipeline.prepare import Prepared, chunks_of, evaluator_of, prepare_users
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.training.constraint import OPENING_LENGTH, ConstraintData, ConstraintExample
-from persona_rlhf.training.constraint_data import policy_constraint_data
+from persona_rlhf.training.constraint_data import constraint_probes, policy_constraint_data
 
 CHANGED = 3  # one probe in so many is answered anew by a trained adapter
 MEASURED_USERS = 1_000
@@ -120,10 +120,12 @@ def sampled_constraint(ready: Prepared, every: int) -> SampledConstraint:
     config, policy = ready.config, ready.policy
     if not config.constraint.enabled:
         return SampledConstraint(None, 1.0, 0.0)
-    sizes = Counter(probe.category for probe in policy.probes("train"))
+    probes = constraint_probes(policy, config.constraint)
+    sizes = Counter(probe.category for probe in probes)
     least = max(1, _LEAST_EXAMPLES * EVERY // every)
     few = policy.sample(max(1, min(every, min(sizes.values(), default=1) // least)))
-    share = len(few.probes("train")) / max(1, len(policy.probes("train"))) or 1.0
+    few_probes = constraint_probes(few, config.constraint)
+    share = len(few_probes) / max(1, len(probes)) or 1.0
     made = list[ConstraintData]()
     notice = None
 
@@ -137,7 +139,7 @@ def sampled_constraint(ready: Prepared, every: int) -> SampledConstraint:
             if set(sizes) < {rule.category for rule in policy.restrictions}:
                 raise
             made.append(_stand_in(ready, few))
-            notice = f"Of {len(few.probes('train'))} train probes: {fault.problems[0].sentence}"
+            notice = f"Of {len(few_probes)} train probes: {fault.problems[0].sentence}"
 
     time = timed(ready.adapted, make)
     return SampledConstraint(made[0], share, time.of_all(share, most_rows(ready)), notice)

@@ -92,7 +92,7 @@ def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> Co
 
     if config.fleet.reference_cache is None:
         return made()
-    key = (policy.hash, constraint.refusals_per_probe, OPENING_LENGTH, seed, tokens)
+    key = (policy.hash, constraint.refusals_per_probe, constraint.most_probes, OPENING_LENGTH, seed, tokens)
     return cached_constraint_data(adapted, Path(config.fleet.reference_cache), key, made)
 
 

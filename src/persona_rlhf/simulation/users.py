@@ -24,6 +24,7 @@ from pydantic import AfterValidator, Field
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.config.loader import Section, check_section, parse_yaml
+from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.simulation import answers
 from persona_rlhf.simulation.vocabulary import gerund, read_words
 
@@ -171,6 +172,8 @@ def noise_of(agreement: float, gaps: Sequence[float]) -> float:
 _WORD = re.compile(r"[A-Za-z0-9]+(?:['’-][A-Za-z0-9]+)*")
 _FIRST_PERSON = re.compile(r"(?<![A-Za-z])(?:i|i['’](?:m|ve|d|ll)|me|my|mine)(?![A-Za-z'’])", re.IGNORECASE)
 _SECOND_PERSON = re.compile(r"(?<![A-Za-z])(?:you|you['’](?:re|ve|d|ll)|your|yours)(?![A-Za-z'’])", re.IGNORECASE)
+_ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s", re.MULTILINE)
+_APOLOGY = re.compile(r"\b(?:sorry|apologi[sz]e|apologies|unfortunately|regret)\b", re.IGNORECASE)
 
 _UNITS = {"words": (20.0, 5.0), "sentences": (3.0, 4.0), "exclamations": (1.0, 3.0)}
 
@@ -195,6 +198,9 @@ FORM: Mapping[str, TextFeature] = {
     "lines": TextFeature(lambda text: len([line for line in text.splitlines() if line.strip()]), 3, 3),
     "first_person": TextFeature(lambda text: len(_FIRST_PERSON.findall(text)), 2, 3),
     "second_person": TextFeature(lambda text: len(_SECOND_PERSON.findall(text)), 2, 3),
+    "items": TextFeature(lambda text: len(_ITEM.findall(text)), 2, 3),
+    "apologises": TextFeature(lambda text: bool(_APOLOGY.search(text)), 1, 1),
+    "refuses": TextFeature(is_refusal, 1, 1),
 }
 """Properties of form that any text has, beside those of the bundled world (`simulation.answers`)."""
 

@@ -72,6 +72,17 @@ def build_constraint_data(
     return ConstraintData(categories, limits, by_category, *(requirements or RequirementData([], [])))
 
 
+def constraint_probes(policy: Policy, settings: ConstraintSettings) -> list[Probe]:
+    """The train probes of a policy whose refusals are sampled: at most `most_probes` a category, by hash."""
+    probes, most = policy.probes("train"), settings.most_probes
+    if most is None:
+        return probes
+    by_category: dict[str, list[Probe]] = {}
+    for probe in sorted(probes, key=lambda probe: hashlib.blake2b(probe.prompt.encode()).digest()):
+        by_category.setdefault(probe.category, []).append(probe)
+    return [probe for members in by_category.values() for probe in members[:most]]
+
+
 def policy_constraint_data(
     adapted: AdaptedModel, policy: Policy, settings: ConstraintSettings, seed: int, max_new_tokens: int
 ) -> ConstraintData:
@@ -86,7 +97,7 @@ def policy_constraint_data(
             adapted,
             list(limits),
             list(limits.values()),
-            policy.probes("train"),
+            constraint_probes(policy, settings),
             lambda text: prompt_ids((Message("user", text),), adapted.base.tokenizer),
             judges.is_refusal,
             settings,
