@@ -3,9 +3,9 @@
 
     python scripts/make_alignment_data.py [OUT]
 
-`demonstrations.jsonl` has a request, a refusal that fits it, and a benign twin in each line. The requests are the
-`train` probes of the bank for real models, and templates filled at random. A filled request that resembles a held-out
-topic is dropped. `ordinary.jsonl` has harmless prompts, many of them with hazardous words.
+`demonstrations.LANGUAGE.jsonl` has a request, a refusal that fits it, and a benign twin in each line. The requests are
+the `train` probes of the bank for real models, and templates filled at random. A filled request that resembles a
+held-out topic is dropped. `ordinary.LANGUAGE.jsonl` has harmless prompts, many of them with hazardous words.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ _DE_UN = re.compile(r"\bde (?=une?\b)")  # French elides it: d'un, d'une
 
 
 class Demonstration(NamedTuple):
-    """A line of `demonstrations.jsonl`."""
+    """A line of the demonstrations."""
 
     category: str
     prompt: str
@@ -172,58 +172,57 @@ def content(text: str) -> frozenset[str]:
     return frozenset(word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] != "s" else word for word in words)
 
 
-def demonstrations(written: Mapping[str, Any], rng: Random) -> Iterator[Demonstration]:
-    """Those of the bank's train topics, then those of the templates."""
+def demonstrations(texts: Mapping[str, Any], language: str, rng: Random) -> Iterator[Demonstration]:
+    """Those of the bank's train topics in a language, then those of its templates."""
     topics = read_topics(BANK)
     phrasings = yaml.safe_load((BANK / "phrasings.yaml").read_text(encoding="utf-8"))
-    for language in LANGUAGES:
-        texts = written[language]
-        for topic in topics:
-            if language in topic.request and assign_topic(topic.id) == "train":
-                for row in rng.sample(list(rows([topic], phrasings, language)), PHRASINGS_A_TOPIC):
-                    fitting = refusal(topic.request[language], topic.category, language, texts["refusals"], rng)
-                    yield Demonstration(topic.category, row["prompt"], fitting, row["twin"])
-        held_out = [
-            content(topic.request[language])
-            for topic in topics
-            if language in topic.request and assign_topic(topic.id) != "train"
-        ]
-        for category, templates in texts["hazardous"].items():
-            for template in templates:
-                times = 1 if "{" in template else PHRASINGS_A_TOPIC
-                for request, twin in fill(template, texts["slots"], FILLED[language], rng):
-                    if _resembles(content(request), held_out):
-                        continue
-                    for phrasing in rng.sample(phrasings[language]["train"], times):
-                        fitting = refusal(request, category, language, texts["refusals"], rng)
-                        yield Demonstration(
-                            category, phrasing.replace("{}", request), fitting, phrasing.replace("{}", twin)
-                        )
+    for topic in topics:
+        if language in topic.request and assign_topic(topic.id) == "train":
+            for row in rng.sample(list(rows([topic], phrasings, language)), PHRASINGS_A_TOPIC):
+                fitting = refusal(topic.request[language], topic.category, language, texts["refusals"], rng)
+                yield Demonstration(topic.category, row["prompt"], fitting, row["twin"])
+    held_out = [
+        content(topic.request[language])
+        for topic in topics
+        if language in topic.request and assign_topic(topic.id) != "train"
+    ]
+    for category, templates in texts["hazardous"].items():
+        for template in templates:
+            times = 1 if "{" in template else PHRASINGS_A_TOPIC
+            for request, twin in fill(template, texts["slots"], FILLED[language], rng):
+                if _resembles(content(request), held_out):
+                    continue
+                for phrasing in rng.sample(phrasings[language]["train"], times):
+                    fitting = refusal(request, category, language, texts["refusals"], rng)
+                    yield Demonstration(
+                        category, phrasing.replace("{}", request), fitting, phrasing.replace("{}", twin)
+                    )
 
 
 def _resembles(words: frozenset[str], others: Sequence[frozenset[str]]) -> bool:
     return any(len(words & other) > ALIKE * len(words | other) for other in others)
 
 
-def ordinary(written: Mapping[str, Any], rng: Random) -> Iterator[dict[str, str]]:
-    """Harmless prompts, each once."""
+def ordinary(texts: Mapping[str, Any], language: str, rng: Random) -> Iterator[dict[str, str]]:
+    """Harmless prompts in a language, each once."""
     prompts = [
         prompt[0].upper() + prompt[1:]
-        for language in LANGUAGES
-        for template in written[language]["harmless"]
-        for [prompt] in fill(template, written[language]["slots"], HARMLESS[language], rng)
+        for template in texts["harmless"]
+        for [prompt] in fill(template, texts["slots"], HARMLESS[language], rng)
     ]
     for n, prompt in enumerate(dict.fromkeys(prompts)):
-        yield {"id": f"aligned-ordinary-{n:03}", "prompt": prompt}
+        yield {"id": f"aligned-ordinary-{language}-{n:03}", "prompt": prompt}
 
 
 def make(out: Path) -> None:
-    """Writes both files."""
+    """Writes both files in each language."""
     written = yaml.safe_load((FOLDER / "templates.yaml").read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
-    made = {row.prompt: row for row in demonstrations(written, Random("demonstrations 1"))}
-    _write(out / "demonstrations.jsonl", [row._asdict() for row in made.values()])
-    _write(out / "ordinary.jsonl", list(ordinary(written, Random("ordinary 1"))))
+    for language in LANGUAGES:
+        texts = written[language]
+        made = {row.prompt: row for row in demonstrations(texts, language, Random(f"demonstrations {language}"))}
+        _write(out / f"demonstrations.{language}.jsonl", [row._asdict() for row in made.values()])
+        _write(out / f"ordinary.{language}.jsonl", list(ordinary(texts, language, Random(f"ordinary {language}"))))
 
 
 def _write(file: Path, lines: Sequence[Mapping[str, str]]) -> None:

@@ -157,7 +157,7 @@ def test_written_demonstrations_join_the_train_probes(place):
     row = {"category": probe.category, "prompt": "p", "refusal": "I can't help with p.", "twin": "t"}
     rows = [row, row | {"prompt": probe.prompt, "refusal": "I won't help with that."}]
     (place / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = read_alignment(BUNDLED, place / "out", [*OVERRIDES, "align.demonstrations=shown.jsonl"])
+    asked = read_alignment(BUNDLED, place / "out", [*OVERRIDES, "align.demonstrations=[shown.jsonl]"])
     assert [one.prompt for one in asked.trained] == [one.prompt for one in asked.policy.probes("train")] + ["p"]
     assert {one.prompt: one.text for one in asked.refusals if one.prompt} == {
         "p": "I can't help with p.",

@@ -14,6 +14,7 @@ from tests.policy.test_hazards_real_bank import content_words
 from tests.scripts.loading import SCRIPTS, load_script
 
 DATA = SCRIPTS.parent / "data/policy/alignment"
+LANGUAGES = ("en", "fr")
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +25,15 @@ def policy() -> Policy:
 @pytest.fixture(scope="module")
 def demonstrations(policy: Policy) -> list[WrittenDemonstration]:
     probes = [probe for rule in policy.restrictions for probe in rule.probes]
-    return read_demonstrations(DATA / "demonstrations.jsonl", probes)
+    return [row for name in LANGUAGES for row in read_demonstrations(DATA / f"demonstrations.{name}.jsonl", probes)]
 
 
 def test_the_script_writes_the_shipped_files(tmp_path: Path) -> None:
     load_script("make_tier_one_real")
     load_script("make_alignment_data").make(tmp_path)
-    for name in ("demonstrations.jsonl", "ordinary.jsonl"):
+    names = {f"{kind}.{language}.jsonl" for kind in ("demonstrations", "ordinary") for language in LANGUAGES}
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in DATA.glob("*.jsonl")} == names
+    for name in names:
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
 
@@ -69,5 +72,5 @@ def _request(prompt: str) -> str:
 
 
 def test_ordinary_prompts_are_harmless_and_none_is_twice() -> None:
-    prompts = [row.prompt for row in read_examples(DATA / "ordinary.jsonl")]
+    prompts = [row.prompt for name in LANGUAGES for row in read_examples(DATA / f"ordinary.{name}.jsonl")]
     assert len(set(prompts)) == len(prompts) >= 600

@@ -42,7 +42,9 @@ class BaseSettings(Section):
 class SftSettings(Section):
     """`align.sft`: refusals are imitated, and the model's own harmless answers kept (`align.keep`)."""
 
-    epochs: int = Field(2, ge=0, le=1000, description="Passes over the refusals; 0 leaves this stage out.")
+    epochs: float = Field(
+        2, ge=0, le=1000, description="Passes over the refusals; 0.5 takes a random half, 0 leaves this stage out."
+    )
     learning_rate: float = Field(2e-4, gt=0, description="Peak AdamW rate; all weights want about a tenth of it.")
 
 
@@ -68,10 +70,10 @@ class AlignSettings(Section):
         validate_default=True,
         description="JSON lines of refusals (`text`, perhaps `category`), for probes that the model does not refuse.",
     )
-    demonstrations: ExistingPath | None = Field(
-        None,
-        description="JSON lines {category, prompt, refusal, twin} to train on beside the policy's train probes; the "
-        "refusal of a prompt that is a probe takes the place of a drawn one.",
+    demonstrations: list[ExistingPath] = Field(
+        [],
+        description="Files of JSON lines {category, prompt, refusal, twin} to train on beside the train probes; "
+        "the refusal of a prompt that is a probe takes the place of a drawn one.",
     )
     ordinary: ExistingPath = Field(
         Path("data/policy/ordinary.jsonl"),
@@ -86,6 +88,10 @@ class AlignSettings(Section):
         ge=1,
         le=64,
         description="Answers sampled per train probe, twin and ordinary prompt; each makes a demonstration of its own.",
+    )
+    own_refusals: bool = Field(
+        True,
+        description="Whether train probes are sampled and the model's own refusals taught; without it all are written.",
     )
     max_new_tokens: int = Field(256, ge=1, description="Tokens after which a sampled or a measured answer is cut.")
     sampled_tokens: int | None = Field(

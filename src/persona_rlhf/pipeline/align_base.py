@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
@@ -172,9 +173,9 @@ def _texts(inputs: AlignmentInputs) -> int:
 
 def _samples(inputs: AlignmentInputs) -> int:
     """The answers that are sampled to learn from."""
-    train = inputs.policy.probes("train")
+    settings, train = inputs.settings.align, inputs.trained
     harmless = {*(probe.twin for probe in train if probe.twin), *inputs.ordinary}
-    return inputs.settings.align.tries * (len(train) + len(harmless))
+    return settings.tries * (len(train) * settings.own_refusals + len(harmless))
 
 
 def _demonstrations(adapted: AdaptedModel, inputs: AlignmentInputs) -> Demonstrations:
@@ -187,6 +188,7 @@ def _demonstrations(adapted: AdaptedModel, inputs: AlignmentInputs) -> Demonstra
         settings.tries,
         settings.sampled_tokens or settings.max_new_tokens,
         seed,
+        settings.own_refusals,
     )
 
 
@@ -198,18 +200,19 @@ def _measured(adapted: AdaptedModel, inputs: AlignmentInputs, texts: list[Row]) 
 def _settings(inputs: AlignmentInputs) -> dict[str, Any]:
     """The settings; files by their names and hashes, without their paths."""
     settings = inputs.settings
-    files = {name: getattr(settings.align, name) for name in ("refusals", "ordinary", "demonstrations")}
-    named = {
-        name: {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        for name, file in files.items()
-        if file is not None
-    }
+    align = settings.align
+    files = {"refusals": _named(align.refusals), "ordinary": _named(align.ordinary)}
+    named = files | {"demonstrations": [_named(file) for file in align.demonstrations]}
     shown = settings.model_dump(mode="json", exclude={"base", "policy"})
     documents = [
         {"tier": document.tier, "issuer": document.issuer, "version": document.version, "sha256": document.sha256}
         for document in inputs.policy.documents
     ]
     return shown | {"align": shown["align"] | named, "documents": documents}
+
+
+def _named(file: Path) -> dict[str, str]:
+    return {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def render(alignment: Alignment) -> Group:

@@ -93,9 +93,9 @@ def read_alignment(model: str, out: Path, overrides: Sequence[str]) -> Alignment
         policy = Policy.of(settings.policy)
         refusals = read_refusal_texts(settings.align.refusals, policy.categories)
     with collecting(problems):
-        if policy is not None and settings.align.demonstrations is not None:
+        if policy is not None:
             probes = [probe for rule in policy.restrictions for probe in rule.probes]
-            written = read_demonstrations(settings.align.demonstrations, probes)
+            written = [row for file in settings.align.demonstrations for row in read_demonstrations(file, probes)]
             refusals += [row.fitting for row in written]
     with collecting(problems):
         exchanges = read_examples(settings.align.ordinary)

@@ -75,14 +75,15 @@ def make_demonstrations(
     tries: int,
     max_new_tokens: int,
     seed: int,
+    own_refusals: bool = True,
 ) -> Demonstrations:
     """Demonstrations from probes of `train`, their benign twins and ordinary prompts.
 
     Answers are sampled at temperature 1: fair samples of a model leave it unchanged, and greedy ones would sharpen it.
     Every prompt is sampled and shown `tries` times. For a probe, the model's own refusal is chosen (else a written one,
     each time another) and a compliance rejected (else an answer to the twin, which has similar words). For a harmless
-    prompt, the model's own answer is chosen, cut at the token limit, and a written refusal rejected. Raises InputError
-    if there are no train probes.
+    prompt, the model's own answer is chosen, cut at the token limit, and a written refusal rejected. Without
+    `own_refusals` no probe is sampled. Raises InputError if there are no train probes.
     """
     train = [probe for probe in probes if probe.split == "train"]
     if not train:
@@ -104,7 +105,7 @@ def make_demonstrations(
         return text_row(prompt, draw_refusal(refusals, category, rng, prompt), tokenizer)
 
     with adapted.using(None):
-        prompts = [ids(probe.prompt) for probe in train for _ in range(tries)]
+        prompts = [ids(probe.prompt) for probe in train for _ in range(tries)] if own_refusals else []
         [to_probes] = adapted.generate([prompts], max_new_tokens, 1.0, seed)
         prompts = [ids(prompt) for prompt in harmless for _ in range(tries)]
         [to_harmless] = adapted.generate([prompts], max_new_tokens, 1.0, seed + 1)
