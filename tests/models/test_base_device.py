@@ -65,3 +65,15 @@ def test_types_and_products_by_device(monkeypatch, setting, device, dtype, produ
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
     assert select_dtype(settings(dtype=setting), torch.device(device)) == dtype
     assert precisions == ([] if products is None else [products])
+
+
+def test_the_head_reads_last_tokens_in_one_block():
+    """A cut through the hidden states makes torch copy the head's weights for every row on a CPU."""
+    model = load_base(settings(device="cpu")).model
+    blocks = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: blocks.append(inputs[0].is_contiguous()))
+    ids = torch.arange(8).reshape(2, 4)
+    with torch.no_grad():
+        last = model(input_ids=ids, logits_to_keep=1).logits
+        assert blocks == [True]
+        assert torch.allclose(last[:, 0], model(input_ids=ids).logits[:, -1], atol=1e-5)
