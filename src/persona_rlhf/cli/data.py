@@ -58,12 +58,15 @@ def data_import(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A file or a folder; of probes, a hub id too.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .jsonl file; a folder for the banks of probes.")],
     train: Annotated[bool, typer.Option("--train", help="Let public probes fall into the train split too.")] = False,
+    min_pairs: Annotated[
+        int, typer.Option("--min-pairs", metavar="N", min=1, help="Leave out users with fewer preference pairs.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Convert preference files of other formats, or public sets of probes, to ours."""
     from persona_rlhf.data.importers import import_file
 
-    summary = import_file(name, source, out, train)
+    summary = import_file(name, source, out, train, min_pairs, note)
     if as_json:
         print_json(summary.to_json())
     for sentence in summary.sentences():

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.common.files import atomic_write, find
 from persona_rlhf.config.loader import read_yaml
+from persona_rlhf.data.chitchat import ChitchatImport, Tell, import_chitchat
 from persona_rlhf.data.columns import shown
+from persona_rlhf.data.imported_pairs import need_pairs_file, write_pairs
 from persona_rlhf.data.pairs import first_problems
 from persona_rlhf.data.readers import RawRow, converted, read_file, read_rows
 from persona_rlhf.policy.hazards import HARMLESS, ProbeDestination, PublicSet, SplitBy, assign_topic, public_sets
@@ -164,11 +166,16 @@ def format_list() -> str:
     return f"{', '.join(FORMATS)}; or probes: {', '.join(sorted(public_sets()))}"
 
 
-def import_file(name: str, src: Path, out: Path, train: bool = False) -> ImportSummary | ProbeImport:
+def import_file(
+    name: str, src: Path, out: Path, train: bool = False, min_pairs: int = 1, tell: Tell = lambda sentence: None
+) -> ImportSummary | ChitchatImport | ProbeImport:
     """Converts a file of a format, or a probe set, by name. Raises InputError for an unknown name or wrong rows."""
     if name in FORMATS and not train:
-        return FORMATS[name](src, out)
+        return FORMATS[name](src, out, min_pairs, tell)
     if name in public_sets():
+        if min_pairs > 1:
+            sentence = "probes belong to no user; --min-pairs goes with preferences"
+            raise InputError([Problem("data import", None, "--min-pairs", sentence)])
         return import_probes(name, src, out, train)
     names = (*FORMATS, *public_sets())
     sentence = f"no importer reads `{name}`{did_you_mean(name, names)}; there is {', '.join(names)}"
@@ -177,12 +184,13 @@ def import_file(name: str, src: Path, out: Path, train: bool = False) -> ImportS
     raise InputError([Problem("data import", None, "FORMAT", sentence)])
 
 
-def import_cragc25(src: Path, out: Path) -> ImportSummary:
+def import_cragc25(src: Path, out: Path, min_pairs: int = 1, _: Tell = lambda sentence: None) -> ImportSummary:
     """Converts CRAGC-25, the Crowd RAG Corpus 2025 (Gienapp et al., SIGIR 2025; CC-BY 4.0).
 
     `src` is its annotations, one judgement per line (.jsonl or .jsonl.gz), or a folder that holds
     `annotations.jsonl.gz`. The label is the forced choice between two answers in overall quality. Sex, age and country
-    of the workers are personal data and are not copied. Raises InputError naming every row of another format.
+    of the workers are personal data and are not copied. Users with fewer than `min_pairs` pairs are left out. Raises
+    InputError naming every row of another format.
     """
     if src.is_dir():
         names = ("annotations.jsonl.gz", "annotations.jsonl")
@@ -190,10 +198,13 @@ def import_cragc25(src: Path, out: Path) -> ImportSummary:
         if file is None:
             raise InputError([Problem(str(src), None, None, f"the folder holds no {names[0]}; give the file's path")])
         src = file
-    return _convert("cragc25", _from_cragc25, src, out)
+    return _convert("cragc25", _from_cragc25, src, out, min_pairs)
 
 
-FORMATS: Mapping[str, Callable[[Path, Path], ImportSummary]] = {"cragc25": import_cragc25}
+FORMATS: Mapping[str, Callable[..., ImportSummary | ChitchatImport]] = {
+    "chitchat": import_chitchat,
+    "cragc25": import_cragc25,
+}
 
 
 def _from_cragc25(row: Mapping[str, object]) -> dict[str, str] | str:
@@ -219,17 +230,13 @@ def _from_cragc25(row: Mapping[str, object]) -> dict[str, str] | str:
     }
 
 
-def _convert(name: str, convert: Convert, src: Path, out: Path) -> ImportSummary:
+def _convert(name: str, convert: Convert, src: Path, out: Path, min_pairs: int) -> ImportSummary:
     """Converts `src` row by row and writes `out` whole, or not at all."""
     if not src.is_file():
         raise InputError([Problem(str(src), None, None, "there is no such file; check the path")])
-    if out.is_dir() or out.suffix != ".jsonl":
-        raise InputError([Problem(str(out), None, None, "the output is one file of JSON lines; name it *.jsonl")])
-    if out.exists() and out.samefile(src):
-        raise InputError([Problem(str(out), None, None, "the output would replace its source; name another file")])
+    need_pairs_file(out, src)
     problems: list[Problem] = []
-    lines: list[str] = []
-    users: set[str] = set()
+    pairs: list[dict[str, str]] = []
     left_out: Counter[str] = Counter()
     rows = 0
     for pair in converted(read_file(src), convert):
@@ -239,11 +246,10 @@ def _convert(name: str, convert: Convert, src: Path, out: Path) -> ImportSummary
         rows += 1
         if isinstance(pair, str):
             left_out[pair] += 1
-            continue
-        users.add(pair["user_id"])
-        lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
+        else:
+            pairs.append(pair)
     if problems:
         raise InputError(first_problems(problems))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, lines)
-    return ImportSummary(name, rows, len(lines), len(users), dict(left_out), out)
+    written = write_pairs(out, pairs, min_pairs, left_out)
+    users = {pair["user_id"] for pair in written}
+    return ImportSummary(name, rows, len(written), len(users), dict(left_out), out)
