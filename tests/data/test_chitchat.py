@@ -321,4 +321,5 @@ def test_the_real_package_gives_its_published_counts(tmp_path: Path) -> None:
     assert time.process_time() - began < 60
     assert outcome.package.endswith("its sha256 is as pinned.")
     assert (outcome.conversations, outcome.people, outcome.messages) == (7168, 1315, 258_145)
+    assert (outcome.pairs, outcome.users, outcome.users_by_pairs) == (62_905, 1033, {20: 336, 100: 99})
     assert outcome.pairs + sum(outcome.left_out.values()) == outcome.turns

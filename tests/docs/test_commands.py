@@ -30,6 +30,7 @@ PAGES = [page for page in WRITTEN if page_name(page) not in RUN_ELSEWHERE and bl
 _HUB = "needs the hub; tests/release/test_hub.py, tests/release/test_hub_upload.py"
 _SERVES = "serves until it is stopped; tests/cli/test_serve.py"
 _DOWNLOADS = "downloads a real model; tests/pipeline/test_get_base.py"
+_CHITCHAT = "downloads a data set; tests/data/test_chitchat.py"
 _ALIGNS = "trains a base, minutes; tests/pipeline/test_align_base.py"
 _PRIVATE = "needs a folder of private probes; tests/pipeline/test_rotate_bank.py, tests/story/test_private_banks.py"
 NOT_RUN = {
@@ -73,6 +74,8 @@ NOT_RUN = {
     ("how-to/hub.md", "persona-rlhf export runs/quickstart --all --hub me/fleet"): _HUB,
     ("how-to/hub.md", "persona-rlhf export runs/quickstart --all --per-user --hub me/fleet"): _HUB,
     ("how-to/hub.md", "persona-rlhf verify me/fleet"): _HUB,
+    ("how-to/own-data.md", "pip download --no-deps chitchat-dataset==0.9.0 --dest chitchat"): _CHITCHAT,
+    ("how-to/own-data.md", "persona-rlhf data import chitchat chitchat people.jsonl --min-pairs 100"): _CHITCHAT,
     ("how-to/serve.md", "persona-rlhf serve runs/quickstart --tokens tokens.jsonl"): _SERVES,
     ("tutorial.md", "./scripts/quickstart"): "the whole experiment, minutes; tests/story/test_line.py",
     ("how-to/own-base.md", "pip install 'persona-rlhf[gguf]'"): "installs",
