@@ -11,7 +11,12 @@ from persona_rlhf.models.packing import EMPTY, DeterministicGather, GatherRun, c
 CPU = torch.device("cpu")
 IDS = st.lists(st.integers(2, 90), min_size=1, max_size=9).map(tuple)
 PROMPTS = st.sampled_from([(5,), (5, 6), (5, 6, 7), (8, 9)])
-ROWS = st.lists(st.one_of(st.just(EMPTY), st.builds(Row, PROMPTS, st.one_of(st.just(()), IDS))), min_size=1, max_size=6)
+TEMPLATE = tuple(range(40, 50))
+"""The first tokens of every prompt, where there is a system prompt: long enough to be shared."""
+ROWS = st.tuples(
+    st.sampled_from([(), TEMPLATE]),
+    st.lists(st.one_of(st.just(EMPTY), st.builds(Row, PROMPTS, st.one_of(st.just(()), IDS))), min_size=1, max_size=6),
+).map(lambda made: [Row(made[0] + row.prompt, row.completion) if row.completion else row for row in made[1]])
 FLEETS = (
     st.integers(1, 3)
     .flatmap(
@@ -164,3 +169,14 @@ def test_a_gradient_goes_back_to_its_source_also_where_all_are_read_out_of_order
     (gather(x) * torch.arange(8.0).view(4, 2)).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [[4, 5], [6, 7], [0, 1], [2, 3]]
+
+
+def test_the_first_tokens_of_all_prompts_are_computed_once():
+    rows = [Row((*TEMPLATE, 5, 6), (7, 8)), Row((*TEMPLATE, 5, 6), (9, 9, 9)), Row((*TEMPLATE, 8), (3,))]
+    batch = pack([*rows, *rows], 2, 0, CPU, equal_lines=False)
+    assert batch.tokens_per_user == [len(TEMPLATE) + 2 + 1 + 2 + 1] * 2
+    assert [place.prefix.length for place in batch.row_places] == [len(TEMPLATE)] * 6
+    short = [Row((2, 3, 5, 6), (7, 8)), Row((2, 3, 8), (3,))]
+    assert [place.prefix.length for place in pack(short, 1, 0, CPU).row_places] == [0, 0]
+    inside = [Row((*TEMPLATE, 5), (7, 8)), Row(TEMPLATE, (3,))]  # a prompt's last token predicts
+    assert [place.prefix.length for place in pack(inside, 1, 0, CPU).row_places] == [len(TEMPLATE) - 1] * 2

@@ -25,14 +25,15 @@ from persona_rlhf.models.packing import Batch, collate
 
 
 class EquivalenceCheck:
-    """Rows whose logits every fast path must reproduce: a shared prompt, unequal lengths, odd numbers of tokens."""
+    """Rows whose logits every fast path must reproduce: a shared prompt, shared first tokens, unequal lengths, odd
+    numbers of tokens."""
 
     def __init__(self, base: Base) -> None:
         ids = [n % base.model.config.get_text_config().vocab_size for n in range(3, 23)]
         self.rows = [
-            Row(tuple(ids[:7]), tuple(ids[7:12])),
-            Row(tuple(ids[:7]), tuple(ids[9:])),
-            Row(tuple(ids[4:6]), tuple(ids[1:3])),
+            Row(tuple(ids[:11]), tuple(ids[11:16])),
+            Row(tuple(ids[:11]), tuple(ids[13:])),
+            Row(tuple(ids[:9] + ids[4:6]), tuple(ids[1:3])),
         ]
         self._base = base
 

@@ -231,9 +231,8 @@ def unpack_states(
     """Hidden states of every row of a batch, each with its own memory."""
     tokens = hidden.flatten(0, 1)
     states = {}
-    for row, _, prompt, completion, _ in batch.row_places:
-        fed = len(row.completion) - 1
-        states[row] = torch.cat([tokens[prompt : prompt + len(row.prompt)], tokens[completion : completion + fed]])
+    for place in batch.row_places:
+        states[place.row] = torch.cat([tokens[start : start + length] for start, length in place.runs])
     return states
 
 
@@ -246,13 +245,13 @@ def pack_states(batch: Batch, states: Sequence[HiddenStates]) -> Float[Tensor, "
     padding = example.new_zeros(lines * width, example.shape[1])
     pieces: list[Tensor] = []
     end = 0
-    for row, number, prompt, completion, owns_prompt in batch.row_places:
-        row_states = states[number // rows_per_user][row]
-        if owns_prompt:
-            pieces += [padding[: prompt - end], row_states[: len(row.prompt)]]
-            end = prompt + len(row.prompt)
-        fed = row_states[len(row.prompt) :]
-        pieces += [padding[: completion - end], fed]
-        end = completion + len(fed)
+    for place in batch.row_places:
+        row_states = states[place.number // rows_per_user][place.row]
+        lengths = [length for _, length in place.runs]
+        owned = (place.prefix.repeat == 0, place.owns_prompt, True)
+        for (start, _), part, owns in zip(place.runs, row_states.split(lengths), owned, strict=True):
+            if owns:
+                pieces += [padding[: start - end], part]
+                end = start + len(part)
     pieces.append(padding[: lines * width - end])
     return torch.cat(pieces).view(lines, width, -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -79,18 +79,32 @@ class _Gather(torch.autograd.Function):
 
 
 _ROWS_PER_CALL = 8  # rows of like length share an attention call; a call costs little on a CPU
+_LEAST_SHARED = 8  # tokens of a prefix that is worth a run of its own; chat templates with a system prompt have more
 _MAX_MASK = 1 << 22  # most entries of a call's mask; longer rows are attended whole
+
+
+class SharedPrefix(NamedTuple):
+    """The first `length` tokens of a user's prompts, those of the chat template, which lie in the batch once.
+
+    `repeat` counts the earlier rows of the user.
+    """
+
+    start: int
+    length: int
+    repeat: int
 
 
 class PackedRow(NamedTuple):
     """Position of the `number`-th row among all tokens; starts are token positions, lengths are in tokens.
 
+    `prompt_start` is the place of the first prompt token that the prefix leaves; `prompt_length` counts the prefix too.
     A completion's last token is no input, so `completion_length` leaves it out; `target_length` has it. `repeat` counts
     the earlier rows that share the prompt. A user without rows has one placeholder with no targets.
     """
 
     number: int
     user: int
+    prefix: SharedPrefix
     prompt_start: int
     prompt_length: int
     repeat: int
@@ -105,9 +119,13 @@ class PackedRow(NamedTuple):
 
     def runs(self, begin: int) -> list[GatherRun]:
         """The row's tokens from its `begin`-th on as runs, placed from 0 on."""
-        prompt = GatherRun(self.prompt_start + begin, 0, self.prompt_length - begin, self.repeat)
+        shared = self.prefix.length
+        prefix = GatherRun(self.prefix.start + begin, 0, shared - begin, self.prefix.repeat)
+        left = max(0, begin - shared)  # tokens of the prompt after the prefix that are left out
+        place = max(0, shared - begin)
+        prompt = GatherRun(self.prompt_start + left, place, self.prompt_length - shared - left, self.repeat)
         completion = GatherRun(self.completion_start, self.prompt_length - begin, self.completion_length, 0)
-        return [run for run in (prompt, completion) if run.length > 0]
+        return [run for run in (prefix, prompt, completion) if run.length > 0]
 
 
 class AttentionCall(NamedTuple):
@@ -191,11 +209,8 @@ def _build_layout(
                 runs = row.runs(begin)
                 start = queries.add(row.user, query_count, runs)
                 keys.add(row.user, key_count, row.runs(0))
-                outputs += [
-                    GatherRun(start + run.place, run.source, run.length, 0)
-                    for run in runs
-                    if row.repeat == 0 or run.place + begin >= row.prompt_length
-                ]
+                owned = [run for run in runs if run.repeat == 0]
+                outputs += [GatherRun(start + run.place, run.source, run.length, 0) for run in owned]
                 first_output.setdefault(row.user, start)
             mask = _causal_mask(begins, query_count, key_count).to(device) if groups is predicting else None
             calls.append(AttentionCall(len(rows), query_count, key_count, mask))
@@ -234,16 +249,24 @@ class _Lines:
 
 
 class RowPlace(NamedTuple):
-    """Token positions of the `number`-th row in a batch: the starts of its prompt and of its completion.
+    """Token positions of the `number`-th row in a batch: of its prompt and of its completion.
 
-    `owns_prompt`: no earlier row shares the prompt's tokens.
+    prefix: the first tokens of the prompt, shared by the user's rows; the rest begins at `prompt_start`
+    owns_prompt: no earlier row shares the rest of the prompt
     """
 
     row: Row
     number: int
+    prefix: SharedPrefix
     prompt_start: int
     completion_start: int
     owns_prompt: bool
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Start and length of the row's input tokens, in their order: shared ones, the prompt's others, completion."""
+        rest, fed = len(self.row.prompt) - self.prefix.length, len(self.row.completion) - 1
+        return [(self.prefix.start, self.prefix.length), (self.prompt_start, rest), (self.completion_start, fed)]
 
 
 class Batch(NamedTuple):
@@ -292,7 +315,8 @@ def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Batch:
         ids.append(line + [pad] * (width - len(line)))
         runs.append(GatherRun(number * width + len(row.prompt) - 1, targets, len(row.completion), 0))
         if row.completion:
-            places.append(RowPlace(row, number, number * width, number * width + len(row.prompt), True))
+            start = number * width
+            places.append(RowPlace(row, number, SharedPrefix(start, 0, 0), start, start + len(row.prompt), True))
         targets += len(row.completion)
     predictors = DeterministicGather(len(rows) * width, [(0, targets)], runs, device)
     return Batch(torch.tensor(ids).to(device), None, None, predictors, *_targets(rows, device), places, None)
@@ -303,25 +327,28 @@ def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device, equal_
 
     `rows` are user-major, equally many per user. With `equal_lines` the lines are padded to the longest; without, all
     users share one line and nothing is padded. All layers but attention treat tokens one by one, so a shared prompt is
-    computed once (Wang & Hegde 2024, "Accelerating direct preference optimization with prefix sharing").
+    computed once (Wang & Hegde 2024, "Accelerating direct preference optimization with prefix sharing"), and so are the
+    first tokens that all prompts of a user share.
     """
     lines, positions, packed = _pack_lines(rows, users, pad)
     longest = max(map(len, lines))
     widths = [longest] * users if equal_lines else [len(line) for line in lines]
     starts = [0, *accumulate(widths)]
     packed = [
-        row._replace(prompt_start=start + row.prompt_start, completion_start=start + row.completion_start)
+        row._replace(
+            prefix=row.prefix._replace(start=start + row.prefix.start),
+            prompt_start=start + row.prompt_start,
+            completion_start=start + row.completion_start,
+        )
         for row in packed
         for start in [starts[row.user]]
     ]
     runs, places, targets = list[GatherRun](), list[RowPlace](), 0
     for row in packed:
         if row.target_length:
-            runs.append(GatherRun(row.prompt_start + row.prompt_length - 1, targets, 1, row.repeat))
-            runs.append(GatherRun(row.completion_start, targets + 1, row.completion_length, 0))
-            places.append(
-                RowPlace(rows[row.number], row.number, row.prompt_start, row.completion_start, row.repeat == 0)
-            )
+            last, begins = row.prompt_start + row.prompt_length - row.prefix.length - 1, row.completion_start
+            runs += [GatherRun(last, targets, 1, row.repeat), GatherRun(begins, targets + 1, row.completion_length, 0)]
+            places.append(RowPlace(rows[row.number], row.number, row.prefix, row.prompt_start, begins, row.repeat == 0))
             targets += row.target_length
     ids = [line + [pad] * (width - len(line)) for line, width in zip(lines, widths, strict=True)]
     padded = [line + [0] * (width - len(line)) for line, width in zip(positions, widths, strict=True)]
@@ -344,25 +371,44 @@ def _pack_lines(rows: Sequence[Row], users: int, pad: int) -> tuple[list[list[in
     rows_per_user = len(rows) // users
     for user, (user_ids, user_positions) in enumerate(zip(ids, positions, strict=True)):
         prompts: dict[tuple[int, ...], tuple[int, int]] = {}
-        for number in range(user * rows_per_user, (user + 1) * rows_per_user):
+        numbers = range(user * rows_per_user, (user + 1) * rows_per_user)
+        shared = _shared_length({rows[number].prompt for number in numbers if rows[number].completion})
+        count = 0
+        for number in numbers:
             prompt, completion = rows[number]
             if not completion:
                 continue
             assert prompt, "a completion needs a prompt token to be predicted from"
+            if not user_ids:
+                user_ids += prompt[:shared]
+                user_positions += range(shared)
             start, repeat = prompts.get(prompt, (len(user_ids), 0))
             prompts[prompt] = (start, repeat + 1)
             if repeat == 0:
-                user_ids += prompt
-                user_positions += range(len(prompt))
-            fed = len(completion) - 1
-            packed.append(PackedRow(number, user, start, len(prompt), repeat, len(user_ids), fed, len(completion)))
+                user_ids += prompt[shared:]
+                user_positions += range(shared, len(prompt))
+            fed, prefix = len(completion) - 1, SharedPrefix(0, shared, count)
+            lengths = (len(prompt), repeat, len(user_ids), fed, len(completion))
+            packed.append(PackedRow(number, user, prefix, start, *lengths))
+            count += 1
             user_ids += completion[:fed]
             user_positions += range(len(prompt), len(prompt) + fed)
         if not user_ids:
-            packed.append(PackedRow(user * rows_per_user, user, 0, 1, 0, 1, 0, 0))
+            packed.append(PackedRow(user * rows_per_user, user, SharedPrefix(0, 0, 0), 0, 1, 0, 1, 0, 0))
             user_ids.append(pad)
             user_positions.append(0)
     return ids, positions, packed
+
+
+def _shared_length(prompts: Collection[tuple[int, ...]]) -> int:
+    """Tokens that all of several prompts begin with; 0 where they are too few to pay for a run of their own."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # all others lie between them
+    most = min(map(len, prompts)) - 1  # the last token of a prompt predicts, and is no part of it
+    unlike = (n for n, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    shared = min(next(unlike, most), most)
+    return shared if shared >= _LEAST_SHARED else 0
 
 
 def _targets(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, int, int]:

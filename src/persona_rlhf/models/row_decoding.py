@@ -58,10 +58,12 @@ class BegunRows(NamedTuple):
 def token_places(rows: Sequence[RowPlace], lengths: Sequence[int], device: torch.device) -> Int[Tensor, "rows longest"]:
     """The places in a pass of the first `lengths` tokens of each row; see `CachedTokens`."""
     columns = torch.arange(max(lengths))
+    starts = torch.tensor([[start for start, _ in place.runs] for place in rows])
+    shared = torch.tensor([place.prefix.length for place in rows])[:, None]
     prompts = torch.tensor([len(place.row.prompt) for place in rows])[:, None]
-    starts = torch.tensor([[place.prompt_start, place.completion_start] for place in rows])
-    places = torch.where(columns < prompts, starts[:, :1] + columns, starts[:, 1:] + columns - prompts)
-    return torch.where(columns < torch.tensor(lengths)[:, None], places, starts[:, :1]).to(device)
+    of_prompt = torch.where(columns < shared, starts[:, :1] + columns, starts[:, 1:2] + columns - shared)
+    places = torch.where(columns < prompts, of_prompt, starts[:, 2:] + columns - prompts)
+    return torch.where(columns < torch.tensor(lengths)[:, None], places, places[:, :1]).to(device)
 
 
 class RowCache:
