@@ -75,23 +75,33 @@ def test_the_machine_has_more_than_this_process():
     base=st.integers(0, 1000 * GIB),
     device=st.sampled_from(["cpu", "cuda"]),
     budget=st.one_of(st.just("auto"), st.integers(1, 1_000_000)),
+    width=st.integers(1, 100_000),
 )
-def test_auto_keeps_to_memory_and_to_the_budget_or_is_one(tokens, memory, machine, base, device, budget):
-    slots = choose_slots(FleetSettings(tokens_per_step=budget), StepCost(tokens, memory), device, machine, base)
+def test_auto_keeps_to_memory_and_to_the_budget_or_is_one(tokens, memory, machine, base, device, budget, width):
+    slots = choose_slots(FleetSettings(tokens_per_step=budget), StepCost(tokens, memory, width), device, machine, base)
     assert slots >= 1
     if slots > 1:
         assert slots * memory + base <= machine
         assert budget == "auto" or slots * tokens <= budget
         assert device != "cpu" or slots <= 8
+        assert device != "cpu" or budget != "auto" or slots * tokens * width <= 2**21
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "slots"), [(275, 576, 8), (827, 576, 4), (275, 768, 8), (275, 1536, 4), (900, 1536, 1)]
+)
+def test_auto_stacks_users_only_as_far_as_the_cost_per_token_falls(tokens, width, slots):
+    """Cases of the table in docs/explanation/performance.md; the last is a step of SmolLM2-135M on real answers."""
+    assert choose_slots(FleetSettings(), StepCost(tokens, 1 << 20, width), "cpu", 16 * GIB, GIB) == slots
 
 
 def test_a_number_is_taken_as_it_is():
-    assert choose_slots(FleetSettings(slots=9), StepCost(10**9, 10**15), "cpu", GIB, GIB) == 9
+    assert choose_slots(FleetSettings(slots=9), StepCost(10**9, 10**15, 10**5), "cpu", GIB, GIB) == 9
 
 
 def test_long_rows_take_more_and_so_leave_fewer_slots():
     """A step of rows of 2,048 tokens takes about 600 MiB of the bundled base; eight short pairs take a few."""
-    cheap, dear = StepCost(600, 60 << 20), StepCost(12_000, 600 << 20)
+    cheap, dear = StepCost(600, 60 << 20, 576), StepCost(12_000, 600 << 20, 576)
     auto = FleetSettings(tokens_per_step=1_000_000)
     assert choose_slots(auto, cheap, "cpu", 4 * GIB, 0) == 8
     assert choose_slots(auto, dear, "cpu", 4 * GIB, 0) == 3

@@ -210,11 +210,13 @@ class FleetSettings(Section):
     """`fleet`: how many users train side by side, in how many processes, and how often that is saved."""
 
     slots: SlotCount | Literal["auto"] = Field(
-        "auto", description="Users in memory at once; auto is as many as memory allows at the run's longest pairs."
+        "auto",
+        description="Users in memory at once; auto is as many as memory and tokens_per_step allow at the longest pairs.",
     )
     tokens_per_step: TokenCount | Literal["auto"] = Field(
         "auto",
-        description="Advanced: most tokens of all users in a step for `slots: auto`; auto fills the device.",
+        description="Advanced: most tokens of all users in a step for `slots: auto`; auto fills a GPU, or the cache "
+        "of a CPU.",
     )
     trunk_cache: int = Field(
         2048, ge=0, description="MiB of memory for hidden states below the adapters; the rest goes to disk."

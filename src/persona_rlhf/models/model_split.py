@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -26,18 +27,21 @@ def token_logps(
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Cross entropy that saves only the log-softmax. The backward pass writes one tensor, the gradient."""
+    """Cross entropy that saves only the softmax. The backward pass writes one tensor, the gradient.
+
+    The softmax of the largest logit is 1 / sum(exp(logit - largest)), which gives the normalizer.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        logps = torch.log_softmax(logits, 1)
-        ctx.save_for_backward(logps, targets)
-        return logps.gather(1, targets[:, None]).squeeze(1)
+        shares = torch.softmax(logits, 1)
+        ctx.save_for_backward(shares, targets)
+        return logits.gather(1, targets[:, None]).squeeze(1) - logits.amax(1) + shares.amax(1).log()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logps, targets = ctx.saved_tensors
-        grad_logits = logps.exp().mul_(-gradient[:, None])
+        shares, targets = ctx.saved_tensors
+        grad_logits = shares * -gradient[:, None]
         return grad_logits.scatter_add_(1, targets[:, None], gradient[:, None]), None
 
 
@@ -87,7 +91,8 @@ class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: OutputHead, chunk: int) -> Tensor:
         logps, gradients = list[Tensor](), list[Tensor]()
-        for part, part_targets in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        parts = math.ceil(len(hidden) / chunk)  # of like size: a short one would read the whole matrix for few tokens
+        for part, part_targets in zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True):
             if not ctx.needs_input_grad[0]:
                 logps.append(token_logps(head(part), part_targets))
                 continue

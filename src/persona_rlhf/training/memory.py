@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from heapq import nlargest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from persona_rlhf.models.base import Fp8Linear, fits_fp8, is_linear
 from persona_rlhf.models.base_folder import cannot_load, config_reasons
 from persona_rlhf.models.model_files import gguf_config
 from persona_rlhf.models.model_split import token_logps
-from persona_rlhf.models.multi_lora import MultiLoRALinear, attach, lora_matrices, target_layers
+from persona_rlhf.models.multi_lora import LayerSpan, MultiLoRALinear, attach, lora_matrices, target_layers
 from persona_rlhf.models.packing import pack
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import ConstraintFunctional
@@ -119,15 +119,20 @@ class _Counter(TorchDispatchMode):
 
 
 _CPU_SLOTS = 8  # more gains nothing on any shape: on a CPU users share only the overhead of a step
-_TOKENS_PER_STEP = {"cpu": 16_384, "cuda": 65_536}  # more does not fill the device any better
+_CPU_NUMBERS = 1 << 21
+"""Numbers in the widest tensor of a CPU's step, 8 MiB in float32. Larger tensors fall out of the cache between two
+operations, which costs more than the shared overhead saves (measured: docs/explanation/performance.md)."""
+_GPU_TOKENS = 65_536  # in a step; more does not fill the device any better
 _SHARE = {"cpu": 0.5, "cuda": 0.8}  # of the memory; the rest is for judging, and on a CPU for other programs
 
 
 class StepCost(NamedTuple):
-    """One user's largest step: its `tokens`, and the `memory` (bytes) of adapter, moments and activations in it."""
+    """One user's largest step: its `tokens`, the `memory` (bytes) of adapter, moments and activations in it, and the
+    `width` of the widest adapted layer (numbers a token)."""
 
     tokens: int
     memory: int
+    width: int
 
 
 def choose_slots(fleet: FleetSettings, cost: StepCost, device: str, machine: int, base: int) -> int:
@@ -137,7 +142,8 @@ def choose_slots(fleet: FleetSettings, cost: StepCost, device: str, machine: int
     """
     if fleet.slots != "auto":
         return fleet.slots
-    budget = _TOKENS_PER_STEP[device] if fleet.tokens_per_step == "auto" else fleet.tokens_per_step
+    best = _CPU_NUMBERS // cost.width if device == "cpu" else _GPU_TOKENS
+    budget = best if fleet.tokens_per_step == "auto" else fleet.tokens_per_step
     fits = min(budget // cost.tokens, int(machine * _SHARE[device] - base) // cost.memory)
     return max(1, min(fits, _CPU_SLOTS) if device == "cpu" else fits)
 
@@ -194,7 +200,12 @@ def largest_step(
         assert learning.grad is not None
         slots.optimizer.step(learning.grad, torch.zeros(1, dtype=torch.float64, device=device))
 
-    return StepCost(tokens, taken_by(step, device))
+    return StepCost(tokens, taken_by(step, device), widest(adapted.spans.values()))
+
+
+def widest(spans: Iterable[LayerSpan]) -> int:
+    """Most inputs or outputs of any adapted layer."""
+    return max(max(span.inputs, span.outputs) for span in spans)
 
 
 class _Unread(Reference):
