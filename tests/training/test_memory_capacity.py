@@ -95,6 +95,11 @@ def test_auto_stacks_users_only_as_far_as_the_cost_per_token_falls(tokens, width
     assert choose_slots(FleetSettings(), StepCost(tokens, 1 << 20, width), "cpu", 16 * GIB, GIB) == slots
 
 
+def test_no_step_is_tried_where_the_tokens_leave_room_for_one_user_only(monkeypatch):
+    monkeypatch.setattr(memory, "taken_by", lambda *_: pytest.fail("a step was measured"))
+    assert _engine([user_rows(f"u{n}", 6, seed=n) for n in range(3)], FleetSettings(tokens_per_step=1)).count == 1
+
+
 def test_a_number_is_taken_as_it_is():
     assert choose_slots(FleetSettings(slots=9), StepCost(10**9, 10**15, 10**5), "cpu", GIB, GIB) == 9
 

@@ -211,7 +211,7 @@ class FleetSettings(Section):
 
     slots: SlotCount | Literal["auto"] = Field(
         "auto",
-        description="Users in memory at once; auto is as many as memory and tokens_per_step allow at the longest pairs.",
+        description="Users in memory at once; auto is as many as memory and tokens_per_step hold at the longest pairs.",
     )
     tokens_per_step: TokenCount | Literal["auto"] = Field(
         "auto",

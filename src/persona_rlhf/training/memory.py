@@ -38,7 +38,7 @@ from persona_rlhf.models.model_split import token_logps
 from persona_rlhf.models.multi_lora import LayerSpan, MultiLoRALinear, attach, lora_matrices, target_layers
 from persona_rlhf.models.packing import pack
 from persona_rlhf.training.cache import Reference
-from persona_rlhf.training.constraint import ConstraintFunctional
+from persona_rlhf.training.constraint import ConstraintFunctional, ConstraintSample
 from persona_rlhf.training.objective import step_loss
 from persona_rlhf.training.user_state import Slots
 
@@ -142,10 +142,15 @@ def choose_slots(fleet: FleetSettings, cost: StepCost, device: str, machine: int
     """
     if fleet.slots != "auto":
         return fleet.slots
-    best = _CPU_NUMBERS // cost.width if device == "cpu" else _GPU_TOKENS
-    budget = best if fleet.tokens_per_step == "auto" else fleet.tokens_per_step
-    fits = min(budget // cost.tokens, int(machine * _SHARE[device] - base) // cost.memory)
-    return max(1, min(fits, _CPU_SLOTS) if device == "cpu" else fits)
+    in_memory = int(machine * _SHARE[device] - base) // cost.memory
+    return max(1, min(in_memory, _most_slots(fleet, cost.tokens, cost.width, device)))
+
+
+def _most_slots(fleet: FleetSettings, tokens: int, width: int, device: str) -> int:
+    """Users whose largest steps, of so many `tokens` each, keep to the token budget; perhaps 0."""
+    best = _CPU_NUMBERS // width if device == "cpu" else _GPU_TOKENS
+    fits = (best if fleet.tokens_per_step == "auto" else fleet.tokens_per_step) // tokens
+    return min(fits, _CPU_SLOTS) if device == "cpu" else fits
 
 
 def slots_of(
@@ -155,13 +160,16 @@ def slots_of(
     dpo: DpoSettings,
     fleet: FleetSettings,
 ) -> int:
-    """The number of slots of a run; for `auto`, one step is measured on an adapter that is thrown away.
+    """The number of slots of a run; for `auto`, one step is measured on an adapter that is thrown away, unless the
+    token budget leaves room for one user only.
 
     It does not depend on other programs, so the same machine always chooses the same number.
     """
     if fleet.slots != "auto":
         return fleet.slots
-    device = adapted.base.device
+    device, tokens = adapted.base.device, _tokens(*_largest(users, constraint, dpo))
+    if _most_slots(fleet, tokens, widest(adapted.spans.values()), device.type) <= 1:
+        return 1
     cost = largest_step(adapted, users, constraint, dpo)
     base = held_by(list(adapted.base.model.parameters()))
     return choose_slots(fleet, cost, device.type, machine_bytes(device), base)
@@ -187,9 +195,7 @@ def largest_step(
 ) -> StepCost:
     """The cost of a step of the run's longest pairs, whichever users they belong to, with the constraint's largest
     sample. No step of any user is larger."""
-    pairs = nlargest(dpo.pairs_per_step, (pair for user in users for pair in user.train), key=pair_tokens)
-    samples = [] if constraint is None else [constraint.largest()]
-    tokens = sum(map(pair_tokens, pairs)) + sum(row.length for sample in samples for row in sample.rows)
+    pairs, samples = _largest(users, constraint, dpo)
     reference, device = _Unread(), adapted.base.device
 
     def step() -> None:
@@ -200,7 +206,19 @@ def largest_step(
         assert learning.grad is not None
         slots.optimizer.step(learning.grad, torch.zeros(1, dtype=torch.float64, device=device))
 
-    return StepCost(tokens, taken_by(step, device), widest(adapted.spans.values()))
+    return StepCost(_tokens(pairs, samples), taken_by(step, device), widest(adapted.spans.values()))
+
+
+def _largest(
+    users: Sequence[UserRows], constraint: ConstraintFunctional | None, dpo: DpoSettings
+) -> tuple[list[PairRow], list[ConstraintSample]]:
+    """The pairs and the constraint's sample of the largest step."""
+    pairs = nlargest(dpo.pairs_per_step, (pair for user in users for pair in user.train), key=pair_tokens)
+    return pairs, [] if constraint is None else [constraint.largest()]
+
+
+def _tokens(pairs: Sequence[PairRow], samples: Sequence[ConstraintSample]) -> int:
+    return sum(map(pair_tokens, pairs)) + sum(row.length for sample in samples for row in sample.rows)
 
 
 def widest(spans: Iterable[LayerSpan]) -> int:
