@@ -19,6 +19,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -59,7 +60,7 @@ KEPT = 6  # at most, of the different ones that ended
 REQUESTS_PER_CATEGORY = 8  # tier-one requests of the train split, for poison and for the user who dislikes refusals
 TRAIN, HELDOUT = 40, 16  # pairs of a user
 EIGHT = 8  # users of the small experiment: the first ones of utilities.yaml
-CHUNK = 8  # prompts that are answered between two lines of progress
+CHUNK = 16  # prompts that are answered between two lines of progress
 POLICY = "configs/policy/real/smollm2.yaml"
 MARK = "<!-- Written by scripts/make_users_smollm2.py; change it there. -->"
 
@@ -189,8 +190,8 @@ def pool_of(
     everyday = [SampledPrompt(*prompt, tuple(texts)) for prompt, texts in zip(prompts, given, strict=True)]
     rng = Random(f"{seed} refusals")
     refusals = [r.text for r in read_refusal_texts(find("data/policy/refusals.jsonl"), ()) if r.category is None]
-    declined = [SampledPrompt(p, "declined", (*texts[:2], rng.choice(refusals))) for p, _, texts in everyday if texts]
-    twins = [SampledPrompt(_twin(r.probe), "twin", (*r.to_twin[:2], r.refusal)) for r in requests]
+    declined = [SampledPrompt(p, "declined", (*texts[:3], rng.choice(refusals))) for p, _, texts in everyday if texts]
+    twins = [SampledPrompt(_twin(r.probe), "twin", (*r.to_twin[:3], r.refusal)) for r in requests]
     return [*(sampled for sampled in everyday if len(sampled.answers) > 1), *declined, *twins]
 
 
@@ -200,28 +201,42 @@ def suited(taste: Utility, pool: Sequence[SampledPrompt]) -> list[SampledPrompt]
 
 
 def differing(taste: Utility, sampled: SampledPrompt, rng: Random) -> list[tuple[str, str]]:
-    """Pairs of answers that do not tie, in random order."""
+    """Pairs of answers that do not tie, in random order: first those that differ in the user's first property."""
     value = {text: taste(text) for text in sampled.answers}
-    pairs = [
-        (one, other) for one, other in combinations(sampled.answers, 2) if not math.isclose(value[one], value[other])
-    ]
+    pairs = [pair for pair in combinations(sampled.answers, 2) if not math.isclose(value[pair[0]], value[pair[1]])]
     pairs = [(one, other) if rng.random() < 0.5 else (other, one) for one, other in pairs]
-    return rng.sample(pairs, len(pairs))
+    return sorted(rng.sample(pairs, len(pairs)), key=lambda pair: not shows(taste, *pair))
+
+
+def shows(taste: Utility, one: str, other: str) -> bool:
+    """Whether two answers differ in the first property that a user cares about; few answers have a rare one."""
+    first = replace(taste, weights={next(iter(taste.weights)): 1.0})
+    return first(one) != first(other)
 
 
 def draw_pairs(taste: Utility, pool: Sequence[SampledPrompt], rng: Random) -> list[tuple[str, str, str]]:
     """(prompt, one answer, another): HELDOUT of other prompts than the rest, then TRAIN, prompts in turn.
 
-    Raises ValueError where the pool has too few.
+    Prompts whose answers show the user's first property come first, in both parts. Raises ValueError where the pool
+    has too few.
     """
     prompts = rng.sample(suited(taste, pool), len(suited(taste, pool)))
     drawn = [(sampled.prompt, pairs) for sampled in prompts if (pairs := differing(taste, sampled, rng))]
-    heldout = [(prompt, *pairs[0]) for prompt, pairs in drawn[:HELDOUT]]
-    most = max((len(pairs) for _, pairs in drawn), default=0)
-    train = [(p, *pairs[n]) for n in range(most) for p, pairs in drawn[HELDOUT:] if n < len(pairs)][:TRAIN]
-    if len(train) < TRAIN:
+    drawn.sort(key=lambda one: not shows(taste, *one[1][0]))
+    count = min(HELDOUT, len(drawn) // 3)
+    places = set(rng.sample(range(2 * count), count))
+    parts = ([one for at, one in enumerate(drawn) if (at in places) == held] for held in (True, False))
+    heldout, train = (in_turn(taste, part)[:size] for part, size in zip(parts, (HELDOUT, TRAIN), strict=True))
+    if len(heldout) < HELDOUT or len(train) < TRAIN:
         raise ValueError(f"only {len(heldout)} + {len(train)} pairs suit {taste.user_id}: write more prompts")
-    return [*heldout, *train]
+    return [*heldout, *rng.sample(train, len(train))]
+
+
+def in_turn(taste: Utility, drawn: Sequence[tuple[str, list[tuple[str, str]]]]) -> list[tuple[str, str, str]]:
+    """Every pair with its prompt: all prompts' first pairs, their second ones, ...; those that show something first."""
+    most = max((len(pairs) for _, pairs in drawn), default=0)
+    turns = [(prompt, *pairs[n]) for n in range(most) for prompt, pairs in drawn if n < len(pairs)]
+    return sorted(turns, key=lambda pair: not shows(taste, *pair[1:]))
 
 
 def draw_rows(taste: Utility, pool: Sequence[SampledPrompt], requests: Sequence[Request], seed: int) -> list[Row]:

@@ -32,6 +32,7 @@ _SERVES = "serves until it is stopped; tests/cli/test_serve.py"
 _DOWNLOADS = "downloads a real model; tests/pipeline/test_get_base.py"
 _CHITCHAT = "downloads a data set; tests/data/test_chitchat.py"
 _ALIGNS = "trains a base, minutes; tests/pipeline/test_align_base.py"
+_REAL = "half an hour over a downloaded base; tests/scripts/test_make_users_smollm2.py, tests/pipeline/test_get_base.py"
 _PRIVATE = "needs a folder of private probes; tests/pipeline/test_rotate_bank.py, tests/story/test_private_banks.py"
 NOT_RUN = {
     ("how-to/private-banks.md", 'python scripts/make_tier_one.py /srv/banks --seed "a secret text" --size 6'): _PRIVATE,
@@ -79,6 +80,19 @@ NOT_RUN = {
     ("how-to/serve.md", "persona-rlhf serve runs/quickstart --tokens tokens.jsonl"): _SERVES,
     ("tutorial.md", "./scripts/quickstart"): "the whole experiment, minutes; tests/story/test_line.py",
     ("how-to/own-base.md", "pip install 'persona-rlhf[gguf]'"): "installs",
+    ("how-to/real-base.md", "./scripts/quickstart --real"): _REAL,
+    ("how-to/real-base.md", "persona-rlhf base get smollm2-135m models/smollm2-aligned --aligned"): _DOWNLOADS,
+    (
+        "how-to/real-base.md",
+        "persona-rlhf evaluate --base models/smollm2-aligned policy.documents=[configs/policy/real/smollm2.yaml] "
+        "gate.max_new_tokens=64",
+    ): _REAL,
+    ("how-to/real-base.md", "persona-rlhf plan configs/smollm2.yaml"): _REAL,
+    ("how-to/real-base.md", "persona-rlhf train configs/smollm2.yaml --run runs/smollm2"): _REAL,
+    ("how-to/real-base.md", "persona-rlhf train configs/smollm2.yaml --run runs/smollm2 --resume"): _REAL,
+    ("how-to/real-base.md", "persona-rlhf report runs/smollm2"): _REAL,
+    ("how-to/real-base.md", "persona-rlhf verify runs/smollm2"): _REAL,
+    ("how-to/real-base.md", "python scripts/check_peft.py runs/smollm2"): _REAL,
     ("how-to/own-base.md", "persona-rlhf base get smollm2-135m models/smollm2"): _DOWNLOADS,
     ("how-to/own-base.md", "persona-rlhf evaluate --base models/smollm2"): _DOWNLOADS,
     (
