@@ -192,7 +192,7 @@ def _ours(
     reference = Reference(adapted)
     reference.add(rows_ahead(adapted, users, bank.rows() if bank else ()))
     constraint = None if bank is None else constraint_of(bank, ConstraintSettings(), SEED)
-    engine = Engine(adapted, users, reference, constraint, work.dpo, FleetSettings(slots=len(users)), SEED)
+    engine = Engine(adapted, users, reference, constraint, work.dpo, FleetSettings(), SEED)
     trained: list[TrainedUser] = list(engine.run())
     adapted.close()
     seconds = (work.clock() - started) / len(users)

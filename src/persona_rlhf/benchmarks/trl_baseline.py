@@ -211,13 +211,16 @@ class Workload(NamedTuple):
 def make_workload(shape: str, users: int, pairs: int, epochs: int, device: torch.device) -> Workload:
     """The workload of a `Shape`; a fixed one is the same on every machine."""
     if shape == "bundled":
-        base = load_base(BaseSettings(model="data/base"))
-        rows = tokenize(read_pairs(find("data/users"), 0.25), base.tokenizer, base.context)
-        people = [UserRows(user.user_id, user.train[:pairs], []) for user in rows[:users]]
-    else:
-        base = random_base(_llama(*map(int, shape.split("x"))), device, f"random {shape}")
-        people = made_users(range(users), pairs)
-    return workload_on(base, people, epochs)
+        return real_workload(BaseSettings(model="data/base"), find("data/users"), users, pairs, epochs)
+    base = random_base(_llama(*map(int, shape.split("x"))), device, f"random {shape}")
+    return workload_on(base, made_users(range(users), pairs), epochs)
+
+
+def real_workload(settings: BaseSettings, preferences: Path, users: int, pairs: int, epochs: int) -> Workload:
+    """The workload of the first users in a file or folder of preferences, on any base."""
+    base = load_base(settings)
+    rows = tokenize(read_pairs(preferences, 0.25), base.tokenizer, base.context)
+    return workload_on(base, [UserRows(user.user_id, user.train[:pairs], []) for user in rows[:users]], epochs)
 
 
 def workload_on(base: Base, people: Sequence[UserRows], epochs: int) -> Workload:
