@@ -41,7 +41,7 @@ def weights(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return weights_hash(BaseSettings(model=str(folder)))
 
 
-def source_of(wheel: Path, weights_sha256: str, alignment: Path | None = None) -> BaseSource:
+def source_of(wheel: Path, weights_sha256: str, alignment: str | None = None) -> BaseSource:
     package = PackageWithModel(
         name="tiny-model",
         version="1.0",
@@ -180,7 +180,7 @@ def test_the_shipped_alignment_is_merged_to_the_bits_that_base_align_wrote(
     done = get("--wheel", wheel, "--aligned")
     assert done.exit_code == 2
     assert "no alignment of tiny is shipped" in done.stderr
-    monkeypatch.setattr(verbs, "base_source", lambda name: source_of(wheel, weights, shipped))
+    monkeypatch.setattr(verbs, "base_source", lambda name: source_of(wheel, weights, str(shipped)))
     done = get("--wheel", wheel, "--aligned", "--json")
     assert done.exit_code == 0, done.stderr
     aligned = weights_hash(BaseSettings(model="aligned"))

@@ -52,7 +52,7 @@ class BaseSource(Section):
     note: str = Field(description="Sentences for the card.")
     package: PackageWithModel
     weights_sha256: str = Field(description="Hash of the weights that `base get` writes.")
-    alignment: Path | None = Field(
+    alignment: str | None = Field(
         None, description="Shipped folder with the adapters of `base align`, its `alignment.json` and its command."
     )
 

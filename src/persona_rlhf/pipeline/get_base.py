@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,8 +75,10 @@ def write_base(
 
 def _merge_alignment(model: PreTrainedModel, adapters: Path, folder: Path) -> None:
     """Merges the adapters of all stages in the order of their names, and writes the model anew."""
-    for adapter in sorted(adapters.iterdir()):
-        model = merge_adapter(PeftModel.from_pretrained(model, adapter))
+    with warnings.catch_warnings():  # PEFT asks transformers by a name that will go
+        warnings.simplefilter("ignore", FutureWarning)
+        for adapter in sorted(adapters.iterdir()):
+            model = merge_adapter(PeftModel.from_pretrained(model, adapter))
     model.save_pretrained(folder)
 
 
