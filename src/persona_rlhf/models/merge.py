@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """The model below, its weights W now W + (lora_alpha / r) B A: computed in float64, rounded once to their type."""
+    """The model below, its weights W now W + (lora_alpha / r) B A, summed in float64 and rounded to their type."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.lora_A.double()
