@@ -103,8 +103,9 @@ class Sampler:
         self._total, self._answered, self._sampled = total, 0, 0
         self._start = time.monotonic()
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        stored = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line
-        self._stored = {chunk["key"]: chunk["answers"] for chunk in stored}
+        if lines and not lines[-1].endswith("\n"):  # a kill cut it; the next line would go on in it
+            atomic_write(file, "".join(lines := lines[:-1]))
+        self._stored = {chunk["key"]: chunk["answers"] for chunk in map(json.loads, lines)}
 
     def __call__(self, prompts: Sequence[str]) -> list[list[str]]:
         """For each prompt the different answers that ended, in the order of their draws."""

@@ -6,6 +6,7 @@ For each person a naive Bayes classifier of words is counted on the train pairs:
 those of rejected ones. It ranks the two answers of every held-out pair, without the prompt; a tie is half a success.
 Printed is the mean over people with its 95% bootstrap interval over people. Beside it stand three controls: the
 classifier of the next person in the file, the one of all other people together, and the longer answer. Chance is 0.5.
+The one of all others is a little below it by design: a person's train answers are rejected ones in pairs of others.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def accuracy(pairs: Iterable[PreferencePair], score: Score) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", type=Path)
-    parser.add_argument("--least", type=int, nargs="*", default=[50, 100, 500], help="pairs that a person has")
+    parser.add_argument("--least", type=int, nargs="+", default=[50, 100, 500], help="pairs that a person has")
     options = parser.parse_args()
     people: dict[str, dict[str, list[PreferencePair]]] = {}
     for pair in read_pairs(options.pairs, 0.25):
@@ -62,6 +63,9 @@ def main() -> None:
     everyone = WordCounts(pair for person in people.values() for pair in person["train"])
     for least in options.least:
         chosen = [p for p in people.values() if len(p["train"]) + len(p["heldout"]) >= least and all(p.values())]
+        if len(chosen) < 2:
+            print(f"{len(chosen)} people with {least} pairs or more and both splits: too few to compare")
+            continue
         counts = [WordCounts(person["train"]) for person in chosen]
         rows: dict[str, list[Score]] = {
             "the person's words": [each.score for each in counts],

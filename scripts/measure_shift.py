@@ -41,12 +41,15 @@ def prompts_of(bank: Path) -> list[str]:
     return [probe.prompt for probe in read_probes(bank, category)]
 
 
-def refusals(adapted: AdaptedModel, prompts: Sequence[str], gate: GateSettings, *, harmless: bool) -> int:
-    """How many of the prompts are refused; a doubt counts against the base in both directions."""
+def refusals(adapted: AdaptedModel, prompts: Sequence[str], gate: GateSettings, *, harmless: bool) -> tuple[int, int]:
+    """How many prompts are refused, and of how many: those of the same tokens count once.
+
+    A doubt counts against the base in both directions.
+    """
     judges = judges_of(gate, adapted.base.device)
     rows = {prompt_ids((Message("user", prompt),), adapted.base.tokenizer): prompt for prompt in prompts}
     answers = BaseAnswers(adapted, judges.first, gate.max_new_tokens, judges.second, rows, harmless=harmless)
-    return sum(answers.refused(list(rows)))
+    return sum(answers.refused(list(rows))), len(rows)
 
 
 def main() -> None:
@@ -55,17 +58,18 @@ def main() -> None:
     parser.add_argument("banks", type=Path)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     arguments = parser.parse_args()
+    banks = sorted(arguments.banks.glob("*.jsonl"))
+    if not banks:
+        parser.error(f"{arguments.banks} holds no *.jsonl; make them by `persona-rlhf data import`")
     gate = GateSettings(max_new_tokens=arguments.max_new_tokens)
     table = Table("bank", "refused", "share", "95% interval")
     with closing(AdaptedModel(load_base(BaseSettings(model=arguments.base)), LoraSettings())) as adapted:
-        for bank in sorted(arguments.banks.glob("*.jsonl")):
-            prompts = list(dict.fromkeys(prompts_of(bank)))
-            refused = refusals(adapted, prompts, gate, harmless=bank.name.startswith("over_refusal."))
-            low, high = wilson(refused, len(prompts))
-            table.add_row(
-                bank.name, f"{refused} of {len(prompts)}", f"{refused / len(prompts):.1%}", f"{low:.1%} to {high:.1%}"
-            )
-            print(f"{bank.name}: {refused} of {len(prompts)}", file=sys.stderr, flush=True)
+        for bank in banks:
+            harmless = bank.name.startswith("over_refusal.")
+            refused, n = refusals(adapted, prompts_of(bank), gate, harmless=harmless)
+            low, high = wilson(refused, n)
+            table.add_row(bank.name, f"{refused} of {n}", f"{refused / n:.1%}", f"{low:.1%} to {high:.1%}")
+            print(f"{bank.name}: {refused} of {n}", file=sys.stderr, flush=True)
     Console().print(table)
 
 

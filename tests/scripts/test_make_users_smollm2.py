@@ -47,6 +47,8 @@ def test_a_killed_run_goes_on_and_draws_the_same(script, tmp_path):
     (tmp_path / "b").write_text(lines[0] + lines[1][:20])
     assert sampler(tmp_path / "b")(prompts) == whole
     assert calls[3:] == calls[1:3]
+    assert sampler(tmp_path / "b")(prompts) == whole  # killed once more: the file holds whole lines only
+    assert len(calls) == 5
 
 
 def test_a_pair_is_of_another_prompt_until_prompts_run_out(script, tastes):
