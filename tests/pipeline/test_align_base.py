@@ -163,6 +163,11 @@ def test_written_demonstrations_join_the_train_probes(place):
         "p": "I can't help with p.",
         probe.prompt: "I won't help with that.",
     }
+    for name in ("one.jsonl", "other.jsonl"):
+        (place / name).write_text(json.dumps(row | {"refusal": "Gladly."}) + "\n")
+    with pytest.raises(InputError) as caught:
+        read_alignment(BUNDLED, place / "out", [*OVERRIDES, "align.demonstrations=[one.jsonl,other.jsonl]"])
+    assert [problem.file.rpartition("/")[2] for problem in caught.value.problems] == ["one.jsonl", "other.jsonl"]
 
 
 def test_no_ordinary_prompt_is_learned_and_measured(place):

@@ -92,11 +92,11 @@ def read_alignment(model: str, out: Path, overrides: Sequence[str]) -> Alignment
     with collecting(problems):
         policy = Policy.of(settings.policy)
         refusals = read_refusal_texts(settings.align.refusals, policy.categories)
-    with collecting(problems):
-        if policy is not None:
-            probes = [probe for rule in policy.restrictions for probe in rule.probes]
-            written = [row for file in settings.align.demonstrations for row in read_demonstrations(file, probes)]
-            refusals += [row.fitting for row in written]
+    probes = [] if policy is None else [probe for rule in policy.restrictions for probe in rule.probes]
+    for file in settings.align.demonstrations if policy is not None else []:
+        with collecting(problems):
+            written += read_demonstrations(file, probes)
+    refusals += [row.fitting for row in written]
     with collecting(problems):
         exchanges = read_examples(settings.align.ordinary)
     held = held_out("base align", [_prompt(row) for row in exchanges], settings.align.heldout)
