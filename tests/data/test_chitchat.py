@@ -255,7 +255,7 @@ def test_a_file_other_than_the_pinned_one(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(chitchat.PINNED, ".whl", chitchat.sha256_of(wrong))
     assert import_chitchat(wrong.parent, out).package == f"{WHEEL} is {PACKAGE}: its sha256 is as pinned."
     empty = wheel(tmp_path, "empty.whl", None)
-    with pytest.raises(InputError, match="there is no chitchat_dataset/dataset.json in it"):
+    with pytest.raises(InputError, match="there is no readable chitchat_dataset/dataset.json in it"):
         import_chitchat(empty, out)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import time
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -283,8 +284,9 @@ def _content(file: Path) -> tuple[bytes, str]:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.read(_DATA), version
-    except (zipfile.BadZipFile, KeyError) as fault:
-        raise InputError([Problem(str(file), None, None, f"there is no {_DATA} in it ({fault}); {_REMEDY}")]) from None
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, KeyError) as fault:  # RuntimeError: encrypted
+        sentence = f"there is no readable {_DATA} in it ({fault}); {_REMEDY}"
+        raise InputError([Problem(str(file), None, None, sentence)]) from None
 
 
 def _conversations(file: Path, content: bytes, report: Tell) -> list[_Conversation]:

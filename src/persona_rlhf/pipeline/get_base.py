@@ -77,7 +77,7 @@ def _merge_alignment(model: PreTrainedModel, adapters: Path, folder: Path) -> No
     """Merges the adapters of all stages in the order of their names, and writes the model anew."""
     with warnings.catch_warnings():  # PEFT asks transformers by a name that will go
         warnings.simplefilter("ignore", FutureWarning)
-        for adapter in sorted(adapters.iterdir()):
+        for adapter in sorted(file.parent for file in adapters.glob("*/adapter_config.json")):
             model = merge_adapter(PeftModel.from_pretrained(model, adapter))
     model.save_pretrained(folder)
 
