@@ -23,6 +23,7 @@ ROWS = {"data.feedback", "pipeline.monitoring", "pipeline.update_run", "release.
 EXEMPT = {
     "common.files": "writes content that other modules give",
     "data.erasure": "erases",
+    "data.imported_pairs": "writes a new source file, named by the user",
     "data.importers": "writes new source files, named by the user",
     "pipeline.curate": "draft writes a new source file; review writes by data.feedback",
     "release.adapter": "adapter folders; their traces are in release.deletion_records, which needs no torch",
