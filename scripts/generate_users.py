@@ -104,15 +104,22 @@ def draw_prompts(count: int, seed: int) -> list[tuple[str, str]]:
     return drawn
 
 
-def sample(adapted: AdaptedModel, prompts: Sequence[str], seed: int) -> list[list[str]]:
-    """For each prompt the different finished ones of ANSWERS answers of the base at temperature 1."""
+def sample(
+    adapted: AdaptedModel,
+    prompts: Sequence[str],
+    seed: int,
+    answers: int = ANSWERS,
+    longest: int = LONGEST,
+    temperature: float = 1.0,
+) -> list[list[str]]:
+    """For each prompt the different finished ones of `answers` sampled answers of the base."""
     rows = [
-        prompt_ids((Message("user", prompt),), adapted.base.tokenizer) for prompt in prompts for _ in range(ANSWERS)
+        prompt_ids((Message("user", prompt),), adapted.base.tokenizer) for prompt in prompts for _ in range(answers)
     ]
     with adapted.using(None):
-        (written,) = adapted.generate([rows], LONGEST, temperature=1.0, seed=seed)
+        (written,) = adapted.generate([rows], longest, temperature, seed)
     texts = [answer_text(adapted, answer) if answer.finished else "" for answer in written]
-    groups = (texts[n * ANSWERS : (n + 1) * ANSWERS] for n in range(len(prompts)))
+    groups = (texts[n * answers : (n + 1) * answers] for n in range(len(prompts)))
     return [list(dict.fromkeys(filter(None, group))) for group in groups]
 
 

@@ -27,15 +27,13 @@ from statistics import mean
 from typing import NamedTuple, cast
 
 import yaml
+from generate_users import Row, sample
 
 from persona_rlhf.common.files import atomic_write, find
 from persona_rlhf.config.experiment import PolicySettings
 from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.near_copies import NearCopyIndex
-from persona_rlhf.data.pairs import Message
-from persona_rlhf.data.tokenize import prompt_ids
 from persona_rlhf.evaluation.prompt_sets import read_ordinary
-from persona_rlhf.evaluation.refusals import answer_text
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
 from persona_rlhf.policy.hazards import CATEGORIES, Probe, read_refusal_texts
@@ -82,19 +80,6 @@ class Request(NamedTuple):
     to_twin: tuple[str, ...]
 
 
-class Row(NamedTuple):
-    """A line of a file of pairs."""
-
-    user_id: str
-    prompt: str
-    chosen: str
-    rejected: str
-    id: str
-    split: str
-    clean_choice: bool | None
-    source: str
-
-
 class Sampler:
     """Samples answers of the base chunk by chunk, and keeps each chunk in a file, so that a later run goes on."""
 
@@ -118,22 +103,13 @@ class Sampler:
         settings = [self._adapted.base.weights_hash, LONGEST, TEMPERATURE, ANSWERS, self._seed, *prompts]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         if key not in self._stored:
-            self._stored[key] = self._sample(prompts, int(key[:8], 16))
+            self._stored[key] = sample(self._adapted, prompts, int(key[:8], 16), ANSWERS, LONGEST, TEMPERATURE)
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "answers": self._stored[key]}) + "\n")
             self._sampled += len(prompts)
         self._answered += len(prompts)
         self._report()
         return cast("list[list[str]]", self._stored[key])
-
-    def _sample(self, prompts: Sequence[str], seed: int) -> list[list[str]]:
-        tokenizer = self._adapted.base.tokenizer
-        rows = [prompt_ids((Message("user", prompt),), tokenizer) for prompt in prompts for _ in range(ANSWERS)]
-        with self._adapted.using(None):
-            (written,) = self._adapted.generate([rows], LONGEST, temperature=TEMPERATURE, seed=seed)
-        texts = [answer_text(self._adapted, answer) if answer.finished else "" for answer in written]
-        groups = (texts[n * ANSWERS : (n + 1) * ANSWERS] for n in range(len(prompts)))
-        return [list(dict.fromkeys(filter(None, group))) for group in groups]
 
     def _report(self) -> None:
         if self._sampled:

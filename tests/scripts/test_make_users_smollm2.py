@@ -23,6 +23,7 @@ FOLDER = find("data/users_smollm2")
 
 @pytest.fixture(scope="module")
 def script():
+    load_script("generate_users")
     return load_script("make_users_smollm2")
 
 
@@ -31,15 +32,20 @@ def tastes():
     return read_utilities(FOLDER / "utilities.yaml")
 
 
-def test_a_killed_run_goes_on_and_draws_the_same(script, tmp_path):
+def test_a_killed_run_goes_on_and_draws_the_same(script, tmp_path, monkeypatch):
     """The base is asked only for the chunks that the file lacks, whether or not the last line was cut."""
     adapted = SimpleNamespace(base=SimpleNamespace(weights_hash="base"))
     prompts, calls = [f"prompt {n}" for n in range(3 * script.CHUNK)], []
 
+    def sample(_, part, seed, *settings):
+        assert settings == (script.ANSWERS, script.LONGEST, script.TEMPERATURE)
+        calls.append((seed, *part))
+        return [[f"{text} {seed}"] for text in part]
+
+    monkeypatch.setattr(script, "sample", sample)
+
     def sampler(file):
-        made = script.Sampler(adapted, file, len(prompts), 0)
-        made._sample = lambda part, seed: calls.append((seed, *part)) or [[f"{text} {seed}"] for text in part]
-        return made
+        return script.Sampler(adapted, file, len(prompts), 0)
 
     whole = sampler(tmp_path / "a")(prompts)
     assert len(calls) == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import closing
@@ -14,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text as Line
 
-from persona_rlhf.common.files import atomic_folder, is_hub_id, need_room
+from persona_rlhf.common.files import atomic_folder, is_hub_id, need_room, sha256_of
 from persona_rlhf.common.version import __version__
 from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.tokenize import Row
@@ -212,7 +211,7 @@ def _settings(inputs: AlignmentInputs) -> dict[str, Any]:
 
 
 def _named(file: Path) -> dict[str, str]:
-    return {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    return {"name": file.name, "sha256": sha256_of(file)}
 
 
 def render(alignment: Alignment) -> Group:
