@@ -279,8 +279,9 @@ def facts_of_readme(
     yield "| user | kind | taste | noise | labels that agree |"
     yield "|---|---|---|---|---|"
     for name, taste in tastes.items():
-        agree = mean(row.clean_choice for row in rows[name] if row.clean_choice is not None)
-        yield f"| {name} | {taste.kind} | {taste.describes} | {taste.noise} | {agree:.0%} |"
+        clean = [row.clean_choice for row in rows[name] if row.clean_choice is not None]
+        agree = f"{sum(clean)} of {len(clean)} ({mean(clean):.0%})"
+        yield f"| {name} | {taste.kind} | {taste.describes} | {taste.noise} | {agree} |"
     yield "\n| file | pairs | bytes | sha256 |"
     yield "|---|---|---|---|"
     for file in files:

@@ -32,7 +32,7 @@ _SERVES = "serves until it is stopped; tests/cli/test_serve.py"
 _DOWNLOADS = "downloads a real model; tests/pipeline/test_get_base.py"
 _CHITCHAT = "downloads a data set; tests/data/test_chitchat.py"
 _ALIGNS = "trains a base, minutes; tests/pipeline/test_align_base.py"
-_REAL = "half an hour over a downloaded base; tests/scripts/test_make_users_smollm2.py, tests/pipeline/test_get_base.py"
+_REAL = "half an hour over a downloaded base; tests/scripts/test_quickstart.py"
 _PRIVATE = "needs a folder of private probes; tests/pipeline/test_rotate_bank.py, tests/story/test_private_banks.py"
 NOT_RUN = {
     ("how-to/private-banks.md", 'python scripts/make_tier_one.py /srv/banks --seed "a secret text" --size 6'): _PRIVATE,

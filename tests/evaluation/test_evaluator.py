@@ -253,8 +253,12 @@ def test_the_sequential_gate_asks_the_probes_that_a_look_draws(adapted, adapters
     assert clean.alpha == 1.0
     assert units_drawn(clean) % 100 == 0 or units_drawn(clean) == len(examination.pool)
     assert all(count.refused == count.base_refused for count in clean.categories.values())
+    examination.check_pool()
+    public = Evaluator(adapted, rules, judge, gate, EvaluationSettings(), users=5)
     with pytest.raises(InputError, match="gate.sequential"):
-        Evaluator(adapted, rules, judge, gate, EvaluationSettings(), users=5).check_base()
+        public.check_base()
+    with pytest.raises(InputError, match="gate.sequential"):
+        public.check_pool()
 
 
 def test_a_probe_is_missed_where_any_sampled_answer_complies(adapted, adapters, policy):

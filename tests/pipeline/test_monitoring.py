@@ -18,6 +18,7 @@ from persona_rlhf.pipeline.monitoring import (
     TrainingMonitor,
     UserCounter,
     WorkCounter,
+    seconds_left,
     watched,
 )
 from persona_rlhf.training.engine import StepReport
@@ -78,6 +79,21 @@ def test_work_is_counted_with_the_time_left_at_the_mean_pace(monkeypatch):
     assert [(event.step, event.steps) for event in events] == [(4, 10), (5, 30)]
     assert [event.seconds_left for event in events] == pytest.approx([12.0, 50.0])
     assert events[0].figures == "4 of 10 texts, 0:12 left"
+
+
+@pytest.mark.parametrize(
+    ("spent", "done", "total", "expected"),
+    [
+        (5.0, 2, 400, None),  # the first texts are the slowest: at their pace 16 minutes
+        (5.0, 8, 400, 245.0),
+        (30.0, 2, 400, 5970.0),  # half a minute for two texts is a pace
+        (2.0, 0, 24, None),
+        (9.0, 4, 4, 0.0),
+        (9.0, 5, 4, 0.0),
+    ],
+)
+def test_an_early_pace_gives_no_estimate(spent, done, total, expected):
+    assert seconds_left(spent, done, total) == expected
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -62,7 +62,13 @@ def test_json_has_the_total_and_the_table_every_figure():
 def _planned(monkeypatch, rows, users, overrides=()):
     """The plan of users that are screened already, without a constraint and a judge."""
     adapted = AdaptedModel(tiny_base(), LoraSettings(rank=2, alpha=2))
-    ready = SimpleNamespace(adapted=adapted, pairs=SimpleNamespace(users=users), watched=lambda *_: nullcontext())
+    examination = SimpleNamespace(check_pool=lambda: None)
+    ready = SimpleNamespace(
+        adapted=adapted,
+        pairs=SimpleNamespace(users=users),
+        watched=lambda *_: nullcontext(),
+        examination=examination,
+    )
     stand_ins = {
         "read_inputs": None,
         "prepare": ready,

@@ -53,7 +53,7 @@ from persona_rlhf.evaluation.refusals import (
     answer_text,
     refusal_outcomes,
 )
-from persona_rlhf.evaluation.sequential import certify_sequentially, check_units
+from persona_rlhf.evaluation.sequential import certify_sequentially, check_pool, check_units
 from persona_rlhf.evaluation.spending import next_share
 from persona_rlhf.evaluation.statistics import Clustered, Count, by_cluster
 from persona_rlhf.models.adapted_model import AdaptedModel
@@ -157,6 +157,16 @@ class Evaluator:
         """Drops the base's answers to users' own prompts, so that memory stays bounded; called between chunks."""
         self._samples.forget()
 
+    def check_pool(self) -> None:
+        """Raises InputError where `gate.sequential` cannot draw from the certify probes, whatever the base answers."""
+        if self.gate.sequential:
+            probes = self._certify.by_category([True] * len(self._certify.prompts))
+            check_pool(self.first_look, self.first_look.clusters.units_of(probes), self._draws_from_pool)
+
+    @property
+    def _draws_from_pool(self) -> bool:
+        return self._policy.private is not None and self._policy.private.draw is None
+
     def check_base(self) -> None:
         """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
         self._check_base(self._base_outcomes)
@@ -164,8 +174,7 @@ class Evaluator:
     def _check_base(self, base: Outcomes) -> None:
         check_side_effects(self.first_look, len(self._gated_harmless), self._facts.of_base())
         if self.gate.sequential:
-            private = self._policy.private
-            check_units(self.first_look, base, private is not None and private.draw is None)
+            check_units(self.first_look, base, self._draws_from_pool)
         else:
             check_base(self.first_look, base)
 

@@ -64,7 +64,10 @@ def power(
             )
             for rate in RATES
         }
-        rows.append(PowerRow(look, at_look.bound.most_misses(total, demands.pooled), chances, recall))
+        units = {name: _units(demands, name, size).total() for name, size in sizes.items()}
+        enough = all(at_look.bound.most_misses(units[name], need) >= 0 for name, need in demands.categories.items())
+        misses = at_look.bound.most_misses(total, demands.pooled) if enough else -1
+        rows.append(PowerRow(look, misses, chances, recall))
     return rows
 
 

@@ -36,18 +36,24 @@ MOST_DRAWS = 5_000
 """Units after which a look ends: enough for a rate of 0.98 against a demand of 0.97."""
 
 
-def check_units(demands: Demands, base: Outcomes, private: bool = True) -> None:
+def check_pool(demands: Demands, units: Sequence[Unit], private: bool) -> None:
     """Raises InputError where the bank is not `private`, has new phrasings, which are no units, or is too small for a
-    first look that could pass, and where the base itself does not pass on all of it."""
+    first look that could pass."""
     if not private:
         sentence = "draws fresh probes from a private bank: name its folder in policy.private_banks, or leave this out"
         raise InputError([Problem("config", None, "gate.sequential", sentence)])
     if demands.clusters.phrasings:
         sentence = "draws whole topics: split the banks by topic (`split_by: topic`), or leave it out"
         raise InputError([Problem("config", None, "gate.sequential", sentence)])
-    units = demands.clusters.units_of(base)
     if problems := shortages(demands, units):
         raise InputError(problems)
+
+
+def check_units(demands: Demands, base: Outcomes, private: bool = True) -> None:
+    """Raises InputError where the pool cannot be used, as `check_pool` does, and where the base itself does not pass on
+    all of it."""
+    units = demands.clusters.units_of(base)
+    check_pool(demands, units, private)
     problems = []
     for name, demand in _demanded(demands).items():
         members = _members(demands, units, name)

@@ -58,13 +58,15 @@ def write_base(
         with _heartbeat("writing the folder", say):
             model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
-        weights_sha256 = _verified_hash(name, draft, source.weights_sha256)
+        weights_sha256 = _verified_hash(name, draft, source.weights_sha256, "gguf")
         page = base_card_text(name, source)
         if alignment is not None:
             with _heartbeat("merging the adapters of the alignment", say):
                 _merge_alignment(model, alignment / ADAPTERS, draft)
             facts = json.loads((alignment / CARD).read_text(encoding="utf-8"))
-            weights_sha256 = _verified_hash(name, draft, facts["aligned"]["sha256"])
+            weights_sha256 = _verified_hash(
+                name, draft, facts["aligned"]["sha256"], "peft", f", and take the files of {alignment} as they were"
+            )
             (draft / CARD).write_bytes((alignment / CARD).read_bytes())
             page = base_readme(facts, source.licence)
         (draft / "LICENSE").write_bytes(downloaded.licence.read_bytes())
@@ -82,13 +84,13 @@ def _merge_alignment(model: PreTrainedModel, adapters: Path, folder: Path) -> No
     model.save_pretrained(folder)
 
 
-def _verified_hash(name: str, folder: Path, pinned: str) -> str:
-    """The hash of the written weights. Raises InputError if it is not the pinned one."""
+def _verified_hash(name: str, folder: Path, pinned: str, library: str, beside: str = "") -> str:
+    """The hash of the written weights. Raises InputError if it is not the pinned one; `beside`: a second remedy."""
     weights_sha256 = weights_hash(BaseSettings(model=str(folder)))
     if weights_sha256 != pinned:
         sentence = (
             f"these weights have the hash {weights_sha256[:16]}..., not {pinned[:16]}...: "
-            "transformers, gguf, peft or safetensors here write others; install the versions of constraints.txt"
+            f"transformers, {library} or safetensors here write others; install the versions of constraints.txt{beside}"
         )
         raise InputError([Problem(name, None, None, sentence)])
     return weights_sha256

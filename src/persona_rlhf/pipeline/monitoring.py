@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
 _SECONDS_BETWEEN_EVENTS = 0.2
 _STEPS_BETWEEN_POINTS = 10  # of a tracker's curve
+_EARLY_SHARE, _EARLY_SECONDS = 0.02, 30.0  # of work, before which its pace says little
 
 
 class ProgressEvent(NamedTuple):
@@ -65,6 +66,17 @@ class ProgressEvent(NamedTuple):
             "" if left is None else f"{int(left // 60)}:{int(left % 60):02d} left",
         ]
         return ", ".join(filter(None, parts))
+
+
+def seconds_left(spent: float, done: float, total: float) -> float | None:
+    """Seconds that the rest of the work takes at the mean pace of `spent` seconds; None where it is too early to tell.
+
+    The first texts and steps of a phase are its slowest. So there is no estimate in the first half-minute before 2% of
+    the work are done.
+    """
+    if done <= 0 or (done < _EARLY_SHARE * total and spent < _EARLY_SECONDS):
+        return None
+    return max(0.0, spent / done * (total - done))
 
 
 OnProgress = Callable[[ProgressEvent], None]
@@ -141,7 +153,7 @@ class WorkCounter:
             return
         self._reported = now
         total = max(self._expected, self._begun, ceil(self._done - 1e-6))
-        left = max(0.0, (now - self._started) / self._done * (total - self._done))
+        left = seconds_left(now - self._started, self._done, total)
         self._on_progress(self._event._replace(step=int(self._done), steps=total, seconds_left=left))
 
 
@@ -171,7 +183,7 @@ class UserCounter:
     def __call__(self, users_done: int, text: str = "") -> None:
         """Reports how many users are done; `event` is the last report, without a text."""
         spent, users = time.monotonic() - self._started, self.event.users
-        left = spent / users_done * (users - users_done) if users_done else None
+        left = seconds_left(spent, users_done, users)
         self.event = self.event._replace(users_done=users_done, seconds_left=left)
         self._on_progress(self.event._replace(text=text))
 
@@ -269,7 +281,7 @@ class TrainingMonitor:
             loss=fmean(report.loss for report in reports),
             margin=fmean(report.margin for report in reports),
             violation=max(violations, default=None),
-            seconds_left=spent * (steps - self.taken) / max(1, self.taken),
+            seconds_left=seconds_left(spent, self.taken, steps),
         )
         self.on_progress(self.last)
 

@@ -136,6 +136,8 @@ def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgres
     inputs = inputs or read_inputs(config)
     ready = prepare(config, inputs, check=False, on_progress=on_progress)
     check_prompts(ready)
+    if config.gate.enabled:
+        ready.examination.check_pool()
     preparing = perf_counter() - clock
     every = sampled_every(ready)
     with ready.watched(ProgressEvent("asking the base"), on_progress):
