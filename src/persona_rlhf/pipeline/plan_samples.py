@@ -31,7 +31,7 @@ _RAREST = 64  # the same, of a slow base
 _QUICK = 0.02  # seconds of a decoding step of one row, up to which a base is not slow
 _ASKED = 512  # prompts of a kind, of which one in sixteen is asked; of fewer, more
 _LEAST_EXAMPLES = 8  # of a category, in the constraint data
-_SCREENED = 4  # users that are screened; of others, all pairs are assumed to stay
+_SCREENED = 2  # users that are screened; of others, all pairs are assumed to stay
 _AT_ONCE = 32  # users tokenized together
 _OPENING = 8  # tokens of the prompt that tells how slow a base is
 
@@ -71,12 +71,15 @@ def sampled_every(ready: Prepared) -> int:
 
 def screened(ready: Prepared, users: int, every: int, on_progress: OnProgress) -> ScreenedUsers:
     """The first `users` users: a few of them screened as `train` does, the others tokenized alone."""
-    few = max(2, _SCREENED * EVERY // every)
-    chosen = range(0, users, max(1, ceil(users / few)))
-    clock = perf_counter()
+    chosen = range(0, users, max(1, ceil(users / _SCREENED)))
+    rows = list[UserRows]()
+
+    def screen() -> None:
+        pairs = [pair for n in chosen for pair in ready.pairs.of(range(n, n + 1))]
+        rows.extend(prepare_users(ready, pairs).rows)
+
     with ready.watched(ProgressEvent("screening"), on_progress):
-        chunk = prepare_users(ready, [pair for n in chosen for pair in ready.pairs.of(range(n, n + 1))])
-    seconds, rows = perf_counter() - clock, chunk.rows
+        time = timed(ready.examination.adapted, screen)
     counter = UserCounter("tokenizing", users, on_progress)
     unscreened = ready._replace(screens=(), near_copies=None)
     for some in chunks_of(users, _AT_ONCE):
@@ -84,7 +87,7 @@ def screened(ready: Prepared, users: int, every: int, on_progress: OnProgress) -
         if pairs:
             rows += prepare_users(unscreened, pairs).rows
         counter(some.stop)
-    return ScreenedUsers(rows, seconds * users / max(1, len(chosen)))
+    return ScreenedUsers(rows, time.of_all(len(chosen) / users, most_rows(ready)))
 
 
 def _every(count: int, every: int) -> int:
