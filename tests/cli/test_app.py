@@ -274,7 +274,7 @@ def test_a_full_disk_is_said_in_a_sentence(run, experiment, line):
 
     line.does(train)
     result = run("train", experiment)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
     assert "The disk is full" in result.stderr
     assert "runs/x/state/slots.safetensors needs 5.0 MiB at least" in result.stderr

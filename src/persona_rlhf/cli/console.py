@@ -59,7 +59,7 @@ _AFTER_FULL_DISK = (
 
 
 def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
-    """A command whose exceptions become messages and exit codes: 2 wrong input, 130 Ctrl-C, 1 an internal fault.
+    """A command whose exceptions become messages and exit codes: 2 wrong input or a full disk, 130 Ctrl-C, 1 an internal fault.
 
     PERSONA_RLHF_DEBUG=1 shows the traceback of a fault.
     """
@@ -82,7 +82,7 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
         except Exception as fault:
             if full_disk_code(fault) is not None:
                 note(f"The disk is full: {fault}. {_AFTER_FULL_DISK}")
-                raise typer.Exit(1) from None
+                raise typer.Exit(2) from None
             if os.environ.get("PERSONA_RLHF_DEBUG") == "1":
                 traceback.print_exc()
             last = traceback.extract_tb(fault.__traceback__)[-1]
