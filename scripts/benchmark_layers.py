@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""What upper-layer adapters cost in accuracy and give in time, on the bundled base; beside TRL's best setting.
+"""What upper-layer adapters cost in accuracy and give in time; beside TRL's best setting.
 
 python scripts/benchmark_layers.py                 # 12 clean users, all / upper half / upper quarter of the layers
 python scripts/benchmark_layers.py --users 24 --json
 python scripts/benchmark_layers.py --states       # states below the upper quarter: in memory, on disk, in every step
+python scripts/benchmark_layers.py configs/smollm2.yaml --users 4 --slots 1 --trl "shared reference columns"
 
-Every setting trains the same users from the same config, without the constraint (TRL has none). Accuracy is against
+Every setting trains the same users from the same config (configs/quickstart.yaml unless another is named), without the
+constraint (TRL has none) and with all layers, the upper half, and the upper quarter. Accuracy is against
 noise-free labels on the held-out pairs, measured at equal shares of the steps, outside the clock. Seconds are CPU
 seconds of this process on one thread. TRL's adapters are those of `all` to 1e-6 (see `persona-rlhf bench`), so its
 accuracies are those of `all` at the same steps, and only its seconds are measured.
@@ -20,7 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -29,13 +31,7 @@ from rich.table import Table
 from persona_rlhf.benchmarks import trl_baseline
 from persona_rlhf.common.files import find
 from persona_rlhf.config.experiment import read_config
-from persona_rlhf.config.training import (
-    BaseSettings,
-    DpoSettings,
-    FleetSettings,
-    LoraSettings,
-    TopLayers,
-)
+from persona_rlhf.config.training import DpoSettings, FleetSettings, LoraSettings, TopLayers
 from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.data.tokenize import UserRows, both_rows, tokenize
 from persona_rlhf.evaluation.metrics import clean_accuracy, score_pairs, score_pairs_of_base
@@ -48,7 +44,7 @@ from persona_rlhf.training.cache import Reference, rows_ahead
 from persona_rlhf.training.engine import Engine, StepReport
 from persona_rlhf.training.user_state import UserSchedule
 
-SHARES = ("all", 0.5, 0.25)
+SHARES: tuple[Literal["all"] | float, ...] = ("all", 0.5, 0.25)
 STATES = {"in memory": (2048, 4096), "on disk": (0, 4096), "in every step": (0, 0)}
 """What keeps the states below the adapters: MiB of `fleet.trunk_cache` and of `fleet.trunk_disk`."""
 CHECKS = 12
@@ -110,10 +106,12 @@ class TrlTime(NamedTuple):
     steps: float
 
 
-def trl_times(base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings) -> dict[str, TrlTime]:
-    """The times of every TRL setting. A run of one epoch tells what is fixed from what grows with the steps."""
+def trl_times(
+    base: Base, user: UserRows, lora: LoraSettings, dpo: DpoSettings, settings: Sequence[trl_baseline.TrlSetting]
+) -> dict[str, TrlTime]:
+    """The times of TRL settings. A run of one epoch tells what is fixed from what grows with the steps."""
     times = {}
-    for setting in trl_baseline.TRL_SETTINGS:
+    for setting in settings:
         one, all_epochs = (
             _trl(base, user, lora, dpo.model_copy(update={"epochs": n}), setting) for n in (1, dpo.epochs)
         )
@@ -164,17 +162,21 @@ def reached(course: Course, goal: float) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="base, users and settings")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the config")
     parser.add_argument("--users", type=int, default=12)
     parser.add_argument("--slots", type=int, default=8, help="users of a fleet")
+    parser.add_argument("--trl", nargs="*", choices=trl_baseline.TRL_SETTINGS, help="settings of TRL; all by default")
     parser.add_argument("--states", action="store_true", help="time where the states below the adapters are kept")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_large_blocks()
-    config = read_config(find("configs/quickstart.yaml"))
-    base = load_base(BaseSettings(model="data/base"))
-    tastes = read_utilities(find("data/users/utilities.yaml"))
-    rows = tokenize(read_pairs(find("data/users"), 0.25), base.tokenizer, base.context)
+    config = read_config(find(options.config), options.overrides)
+    base = load_base(config.base)
+    assert config.evaluation.utilities is not None, "the users need utilities, for labels without noise"
+    tastes = read_utilities(config.evaluation.utilities)
+    rows = tokenize(read_pairs(config.users.path, config.users.heldout), base.tokenizer, base.context)
     clean = [user for user in rows if not tastes[user.user_id].poisoned]
     users = clean[:: max(1, len(clean) // options.users)][: options.users]
     if options.states:
@@ -182,12 +184,15 @@ def main() -> None:
         for name, times in kept.items():
             print(f"{name}: {median(times):.2f} ({min(times):.2f} to {max(times):.2f}) CPU seconds a user")
         return
-    loras = {str(share): LoraSettings(layers=share if share == "all" else {"top": share}) for share in SHARES}  # type: ignore[arg-type]
+    layers: dict[str, Literal["all"] | TopLayers] = {
+        str(share): "all" if share == "all" else TopLayers(top=share) for share in SHARES
+    }
+    loras = {name: config.lora.model_copy(update={"layers": share}) for name, share in layers.items()}
     fleets = [users[n : n + options.slots] for n in range(0, len(users), options.slots)]
     courses = {name: joined([train(base, own, lora, config.dpo) for own in fleets]) for name, lora in loras.items()}
     full = courses["all"]
     goal = REACHED * full.gains()[-1]
-    trl = trl_times(base, users[0], loras["all"], config.dpo)
+    trl = trl_times(base, users[0], loras["all"], config.dpo, options.trl or trl_baseline.TRL_SETTINGS)
     best = min(trl, key=lambda name: sum(trl[name]))
     at = reached(full, goal)
     assert at is not None

@@ -62,12 +62,22 @@ def hidden_by(text: str) -> list[str]:
         quote(text, safe=""),
         "".join(f"&#{ord(letter)};" for letter in text),
         "".join(2 * letter for letter in text),
+        " ".join(f"{byte:08b}" for byte in text.encode()),
+        "".join(f"{byte:08b}" for byte in text.encode()),
+        "Read " + "".join(f"\\u{ord(letter):04x}" for letter in text),
+        "".join(f"\\u{{{ord(letter):x}}}" for letter in text),
+        "".join(f"\\U{ord(letter):08X}" for letter in text),
     ]
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(17))
 def test_a_reading_undoes_each_encoding(number: int) -> None:
     assert any(TEXT in reading for reading in readings(hidden_by(TEXT)[number]))
+
+
+def test_escapes_of_no_character_stay_and_surrogates_are_joined() -> None:
+    assert r"\U00110000!" in readings(r"\U00110000\u0021")
+    assert "\U0001f600 \ufffd" in readings(r"\ud83d\ude00 \ud83d")
 
 
 def test_an_ordinary_text_has_two_readings() -> None:
@@ -92,6 +102,8 @@ def test_every_text_can_be_read(text: str) -> None:
         TEXT.translate({ord(letter): chr(0x1D41A + n) for n, letter in enumerate(string.ascii_lowercase)}),
         b64encode(TEXT.encode()).decode(),
         TEXT.encode().hex(),
+        " ".join(f"{byte:08b}" for byte in TEXT.encode()),
+        TEXT.replace("a", r"\u0061"),
     ],
 )
 def test_a_request_in_disguise_is_unmasked(disguise: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import binascii
 import codecs
 import re
+import sys
 import unicodedata
 from base64 import b64decode
 from collections.abc import Callable, Iterator
@@ -35,7 +36,9 @@ _DOUBLED, _FEWEST_DOUBLED = re.compile(r"(.)\1+", re.DOTALL), 0.1
 _TAGS = re.compile("[\U000e0020-\U000e007e]")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{16,}={0,2}")
 _HEX = re.compile(r"(?:(?:0x|\\x)?[0-9A-Fa-f]{2}[\s:,]?){12,}")
+_BINARY = re.compile(r"(?:[01]{8}[\s,]*){12,}")
 _ESCAPES = re.compile(r"&#\w+;|%[0-9A-Fa-f]{2}")
+_CODE_POINTS = re.compile(r"\\(?:u\{([0-9A-Fa-f]{1,6})\}|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8}))")
 
 
 class _Folding(dict[int, str]):
@@ -92,7 +95,7 @@ def unmasked(text: str) -> list[str]:
 
 
 def readings(text: str) -> Iterator[str]:
-    """The text, its rot13, and what base64, hexadecimal digits, escapes and tag characters in it stand for.
+    """The text, its rot13, and what base64, hexadecimal and binary digits, escapes and tag characters stand for.
 
     A text in which many characters are doubled is read with each of them once, too.
     Letters in reverse order are no reading: `near_copies` compares them by itself.
@@ -108,10 +111,13 @@ def readings(text: str) -> Iterator[str]:
 def _encoded(text: str) -> Iterator[str]:
     if _ESCAPES.search(text):
         yield unescape(unquote(text))
+    if _CODE_POINTS.search(text):
+        yield _CODE_POINTS.sub(_of_code_point, text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if not text.isascii() and (tags := _TAGS.findall(text)):
         yield "".join(chr(ord(tag) - 0xE0000) for tag in tags)
     yield from _decoded(_BASE64.findall(text), _of_base64)
     yield from _decoded(_HEX.findall(text), _of_hex)
+    yield from _decoded(_BINARY.findall(text), _of_binary)
 
 
 def _decoded(runs: list[str], decode: Callable[[str], bytes]) -> Iterator[str]:
@@ -134,3 +140,14 @@ def _of_base64(run: str) -> bytes:
 
 def _of_hex(run: str) -> bytes:
     return bytes.fromhex(re.sub(r"0x|\\x|[\s:,]", "", run))
+
+
+def _of_binary(run: str) -> bytes:
+    digits = re.sub(r"[\s,]", "", run)
+    return bytes(int(digits[n : n + 8], 2) for n in range(0, len(digits), 8))
+
+
+def _of_code_point(escape: re.Match[str]) -> str:
+    """The character of an escape; the escape itself where Unicode has no such code point."""
+    code = int(next(filter(None, escape.groups())), 16)
+    return chr(code) if code <= sys.maxunicode else escape[0]
