@@ -93,8 +93,10 @@ def test_a_turn_becomes_a_pair_with_the_nearest_answer_of_another_person(tmp_pat
 
 def test_no_answer_comes_from_the_other_split(tmp_path: Path) -> None:
     (first,), (second,) = named("train", 1), named("heldout", 1)
-    outcome = import_chitchat(write(tmp_path, {first: ANA_AND_BO, second: CY_AND_DI}), tmp_path / "out.jsonl")
-    assert outcome.pairs == 0
+    file = write(tmp_path, {first: ANA_AND_BO, second: CY_AND_DI})
+    with pytest.raises(InputError, match=r"no pair is left, .*: no similar turn that another person answers"):
+        import_chitchat(file, tmp_path / "new" / "out.jsonl")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_prompt_is_the_latest_turns_and_begins_and_ends_with_the_partner(tmp_path: Path) -> None:
@@ -127,12 +129,14 @@ def test_a_prompt_is_the_latest_turns_and_begins_and_ends_with_the_partner(tmp_p
     ],
 )
 def test_an_answer_that_teaches_nothing_is_counted(tmp_path: Path, answer: str, reason: str) -> None:
-    first, second = named("train", 2)
+    first, second, third = named("train", 3)
     before = SEA + " word" * 120 if reason.startswith("an answer to") else SEA
-    talk = conversation(("bo", before), ("ana", answer))
-    outcome = import_chitchat(write(tmp_path, {first: talk, second: CY_AND_DI}), tmp_path / "out.jsonl")
-    assert outcome.left_out[reason] == 1 + (reason == "fewer than 4 different words")
-    assert outcome.pairs == 0
+    talk = conversation(("bo2", before), ("ana2", answer))
+    usual = {first: ANA_AND_BO, second: CY_AND_DI}
+    without = import_chitchat(write(tmp_path, usual), tmp_path / "out.jsonl")
+    outcome = import_chitchat(write(tmp_path, {**usual, third: talk}), tmp_path / "out.jsonl")
+    assert outcome.left_out[reason] == 1 + without.left_out.get(reason, 0)
+    assert outcome.pairs == without.pairs == 2
 
 
 @pytest.fixture
@@ -198,7 +202,12 @@ def test_no_conversation_is_on_both_sides(
     file = write(folder, {name: conversation(*turns) for name, turns in talks.items()})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("persona_rlhf.data.similar_turns.COMMON", 0.5)
-        outcome = import_chitchat(file, folder / "out.jsonl")
+        try:
+            outcome = import_chitchat(file, folder / "out.jsonl")
+        except InputError as fault:
+            assert "no pair is left" in str(fault)
+            assert [path.name for path in folder.iterdir()] == ["dataset.json"]
+            return
     sides: dict[str, set[str]] = defaultdict(set)
     prompts: dict[tuple[str, str], set[str]] = defaultdict(set)
     for row in rows_of(folder / "out.jsonl"):
@@ -249,6 +258,8 @@ def test_a_file_other_than_the_pinned_one(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match=r"not the pinned .*pip download --no-deps chitchat-dataset==0.9.0"):
         import_chitchat(wrong.parent, out)
     newer = wheel(tmp_path, "chitchat_dataset-1.0.0-py3-none-any.whl", content)
+    with pytest.raises(InputError, match=r"holds chitchat_dataset-1.0.0-.*whl, not chitchat-dataset==0.9.0; get it by"):
+        import_chitchat(tmp_path, out)
     outcome = import_chitchat(newer, out)
     assert outcome.pairs == 2
     assert f"is not {PACKAGE}" in outcome.package

@@ -46,6 +46,13 @@ def test_a_row_without_a_choice_is_counted(tmp_path: Path) -> None:
     assert (summary.rows, summary.pairs, summary.left_out) == (2, 1, {"no choice in overall quality": 1})
 
 
+def test_a_file_without_any_choice_writes_nothing(tmp_path: Path) -> None:
+    source(tmp_path, judgement(choice={"quality_overall": "N"}), judgement(choice={}))
+    with pytest.raises(InputError, match=r"no pair is left, so nothing is written: no choice in overall quality \(2\)"):
+        import_cragc25(tmp_path, tmp_path / "out.jsonl")
+    assert [file.name for file in tmp_path.iterdir()] == ["annotations.jsonl.gz"]
+
+
 def test_another_format_is_told_by_row_and_nothing_is_written(tmp_path: Path) -> None:
     path = source(tmp_path, judgement(), judgement(a=None), judgement(choice={"quality_overall": "C"}), 5)
     out = tmp_path / "out.jsonl"

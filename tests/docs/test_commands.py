@@ -34,7 +34,21 @@ _CHITCHAT = "downloads a data set; tests/data/test_chitchat.py"
 _ALIGNS = "trains a base, minutes; tests/pipeline/test_align_base.py"
 _REAL = "half an hour over a downloaded base; tests/scripts/test_quickstart.py"
 _PRIVATE = "needs a folder of private probes; tests/pipeline/test_rotate_bank.py, tests/story/test_private_banks.py"
+_IMPORTS = "needs files of others; tests/data/test_preference_import.py"
 NOT_RUN = {
+    (
+        "how-to/import.md",
+        "persona-rlhf data import community-alignment filtered_community_alignment.csv pairs.jsonl",
+    ): _IMPORTS,
+    (
+        "how-to/import.md",
+        "persona-rlhf data import trl ratings.jsonl pairs.jsonl --column user=annotator --column chosen=texts.0",
+    ): _IMPORTS,
+    (
+        "how-to/import.md",
+        "persona-rlhf data import label-studio export.json pairs.jsonl --column left=data.text1 "
+        "--column right=data.text2",
+    ): _IMPORTS,
     ("how-to/private-banks.md", 'python scripts/make_tier_one.py /srv/banks --seed "a secret text" --size 6'): _PRIVATE,
     ("how-to/private-banks.md", "persona-rlhf policy bank rotate experiment.yaml --per-category 240"): _PRIVATE,
     ("how-to/private-banks.md", "persona-rlhf policy bank show experiment.yaml"): _PRIVATE,

@@ -61,12 +61,24 @@ def data_import(
     min_pairs: Annotated[
         int, typer.Option("--min-pairs", metavar="N", min=1, help="Leave out users with fewer preference pairs.")
     ] = 1,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=COLUMN", help="Another column for a role, such as user=annotator.")
+    ] = None,
+    user: Annotated[str | None, typer.Option("--user", help="One user for all rows, of a set that names none.")] = None,
+    min_gap: Annotated[
+        float | None, typer.Option("--min-gap", metavar="X", min=0, help="The smallest difference of two scores.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert preference files of other formats, or public sets of probes, to ours."""
     from persona_rlhf.data.importers import import_file
+    from persona_rlhf.data.preference_import import SetChoices
 
-    summary = import_file(name, source, out, train, min_pairs, note)
+    roles = [text.partition("=") for text in column or []]
+    if any(not role or not path for role, _, path in roles):
+        raise typer.BadParameter("--column takes ROLE=COLUMN, such as user=annotator")
+    choices = SetChoices({role: path for role, _, path in roles}, user, min_gap)
+    summary = import_file(name, source, out, train, min_pairs, choices, note)
     if as_json:
         print_json(summary.to_json())
     for sentence in summary.sentences():

@@ -85,6 +85,7 @@ class ChitchatImport(NamedTuple):
     def sentences(self) -> Iterator[str]:
         """The outcome as sentences."""
         yield self.package
+        yield "chitchat-dataset (Myers, Etchart and Fulda 2020). Licence: MIT."
         read = f"{self.messages:,} messages of {self.people:,} people in {self.conversations:,} conversations"
         yield f"{read} read: {self.turns:,} turns."
         splits = f"{self.splits['train']:,} to train and {self.splits['heldout']:,} held out, by conversation"
@@ -159,8 +160,8 @@ def import_chitchat(src: Path, out: Path, min_pairs: int = 1, tell: Tell = lambd
     for split, usable in candidates.items():
         nearest = nearest_answers([each.answered for each in usable], _progress(report, split, len(usable)))
         pairs += list(_pairs(split, usable, nearest, pairs, left_out))
-    rows = write_pairs(out, pairs, min_pairs, left_out)
-    counts = Counter(row["user_id"] for row in rows)
+    counts = write_pairs(src, out, pairs, min_pairs, left_out)
+    rows = [row for row in pairs if row["user_id"] in counts]
     sides = {(row["user_id"], row["split"]) for row in rows}
     return ChitchatImport(
         package=package,
@@ -259,7 +260,10 @@ def _file(src: Path) -> Path:
     names = (WHEEL, "dataset.json", _DATA)
     file = next((src / name for name in names if (src / name).is_file()), None)
     if file is None:
+        others = sorted(path.name for path in src.glob("chitchat_dataset-*.whl"))
         sentence = f"the folder holds neither {WHEEL} nor dataset.json; {_REMEDY}"
+        if others:
+            sentence = f"the folder holds {', '.join(others)}, not {PACKAGE}; {_REMEDY}, or name that file itself"
         raise InputError([Problem(str(src), None, None, sentence)])
     return file
 

@@ -16,6 +16,8 @@ from persona_rlhf.data.chitchat import ChitchatImport, Tell, import_chitchat
 from persona_rlhf.data.columns import shown
 from persona_rlhf.data.imported_pairs import need_pairs_file, write_pairs
 from persona_rlhf.data.pairs import first_problems
+from persona_rlhf.data.preference_import import SetChoices, SetImport, import_set
+from persona_rlhf.data.preference_sets import preference_sets
 from persona_rlhf.data.readers import RawRow, converted, read_file, read_rows
 from persona_rlhf.policy.hazards import HARMLESS, ProbeDestination, PublicSet, SplitBy, assign_topic, public_sets
 from persona_rlhf.policy.judges import NearDuplicateIndex, plain
@@ -156,6 +158,7 @@ class ImportSummary(NamedTuple):
 
     def sentences(self) -> Iterator[str]:
         """The outcome as sentences."""
+        yield "CRAGC-25 (Gienapp et al. 2025). Licence: CC-BY-4.0."
         yield f"{self.rows} rows read, {self.pairs} pairs of {self.users} users written to {self.path}."
         for reason, count in self.left_out.items():
             yield f"  {count} rows left out: {reason}"
@@ -163,13 +166,25 @@ class ImportSummary(NamedTuple):
 
 def format_list() -> str:
     """The names that `import_file` reads: formats of preferences, and public sets of probes."""
-    return f"{', '.join(FORMATS)}; or probes: {', '.join(sorted(public_sets()))}"
+    names = ", ".join((*FORMATS, *preference_sets()))
+    return f"Preferences: {names}. Probes: {', '.join(sorted(public_sets()))}."
 
 
 def import_file(
-    name: str, src: Path, out: Path, train: bool = False, min_pairs: int = 1, tell: Tell = lambda sentence: None
-) -> ImportSummary | ChitchatImport | ProbeImport:
+    name: str,
+    src: Path,
+    out: Path,
+    train: bool = False,
+    min_pairs: int = 1,
+    choices: SetChoices | None = None,
+    tell: Tell = lambda sentence: None,
+) -> ImportSummary | ChitchatImport | SetImport | ProbeImport:
     """Converts a file of a format, or a probe set, by name. Raises InputError for an unknown name or wrong rows."""
+    if name in preference_sets() and not train:
+        return import_set(preference_sets()[name], src, out, min_pairs, choices)
+    if name in (*FORMATS, *public_sets()) and choices not in (None, SetChoices()):
+        sentence = f"they go with {', '.join(preference_sets())}; the columns of `{name}` are fixed"
+        raise InputError([Problem("data import", None, "--column, --user, --min-gap", sentence)])
     if name in FORMATS and not train:
         return FORMATS[name](src, out, min_pairs, tell)
     if name in public_sets():
@@ -177,9 +192,9 @@ def import_file(
             sentence = "probes belong to no user; --min-pairs goes with preferences"
             raise InputError([Problem("data import", None, "--min-pairs", sentence)])
         return import_probes(name, src, out, train)
-    names = (*FORMATS, *public_sets())
+    names = (*FORMATS, *preference_sets(), *public_sets())
     sentence = f"no importer reads `{name}`{did_you_mean(name, names)}; there is {', '.join(names)}"
-    if name in FORMATS:
+    if name in (*FORMATS, *preference_sets()):
         sentence = f"`{name}` are preferences, whose split is `users.heldout`; --train goes with sets of probes"
     raise InputError([Problem("data import", None, "FORMAT", sentence)])
 
@@ -250,6 +265,5 @@ def _convert(name: str, convert: Convert, src: Path, out: Path, min_pairs: int) 
             pairs.append(pair)
     if problems:
         raise InputError(first_problems(problems))
-    written = write_pairs(out, pairs, min_pairs, left_out)
-    users = {pair["user_id"] for pair in written}
-    return ImportSummary(name, rows, len(written), len(users), dict(left_out), out)
+    users = write_pairs(src, out, pairs, min_pairs, left_out)
+    return ImportSummary(name, rows, users.total(), len(users), dict(left_out), out)

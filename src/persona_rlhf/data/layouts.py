@@ -17,7 +17,7 @@ from persona_rlhf.data.columns import KNOWN, ColumnFault, shown, text_fault
 
 _ANSWERS = {"chosen": ("chosen_response",), "rejected": ("rejected_response",)}  # Argilla's names
 _PROMPTS = ("messages", "conversations", "instruction", "question", "input")
-_UNREADABLE = {  # columns that change the texts of a row, with the remedy
+UNREADABLE = {  # columns that change the texts of a row, with the remedy
     "tools": "definitions of tools cannot be trained on; remove the row, or the column if no text depends on it",
     "images": "only texts can be trained on; remove the row",
     "image": "only texts can be trained on; remove the row",
@@ -54,7 +54,7 @@ def arranged(row: Mapping[str, Any]) -> Arranged:
                 columns[ours] = columns[name]
                 used.add(name)
                 read_as.append(f"`{name}` as `{ours}`")
-    for column, remedy in _UNREADABLE.items():
+    for column, remedy in UNREADABLE.items():
         if columns.get(column) not in (None, "", [], {}, "[]"):
             faults.append(ColumnFault(column, f"holds {shown(columns[column])}; {remedy}"))
         used.add(column)
