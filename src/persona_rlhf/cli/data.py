@@ -23,6 +23,7 @@ from persona_rlhf.cli.console import (
 )
 from persona_rlhf.common.run_lock import WAIT_SECONDS
 from persona_rlhf.data.importers import format_list
+from persona_rlhf.data.preference_export import EXPORTS
 
 data_commands = command_group("Preference files.")
 
@@ -79,6 +80,24 @@ def data_import(
         raise typer.BadParameter("--column takes ROLE=COLUMN, such as user=annotator")
     choices = SetChoices({role: path for role, _, path in roles}, user, min_gap)
     summary = import_file(name, source, out, train, min_pairs, choices, note)
+    if as_json:
+        print_json(summary.to_json())
+    for sentence in summary.sentences():
+        note(sentence)
+
+
+@data_commands.command("export")
+@with_exit_codes
+def data_export(
+    name: Annotated[str, typer.Argument(metavar="FORMAT", help=", ".join(EXPORTS))],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A preference file, or a folder of them.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .json file.")],
+    as_json: Json = False,
+) -> None:
+    """Write preference files for an annotation tool; `data import` reads them, and the tool's own export, back."""
+    from persona_rlhf.data.preference_export import export_file
+
+    summary = export_file(name, source, out)
     if as_json:
         print_json(summary.to_json())
     for sentence in summary.sentences():

@@ -87,7 +87,7 @@ def judgements_of(columns: PreferenceSet, row: Mapping[str, object]) -> Iterator
             request = [*history, {"role": "user", "content": prompt}] if columns.turns else prompt
             split = None if columns.split is None else columns.splits.get(str(value_at(part, columns.split)))
             row_id = "" if columns.id is None or (value := value_at(part, columns.id)) is None else str(value)
-            identity = "/".join(filter(None, (row_id, name)))
+            identity = "/".join(filter(None, (row_id, name))) if row_id else ""
             yield Judgement(user, request, answers, identity, _time(columns, part), split)
         next_answer = None if broken or isinstance(answers, str) else _continued(columns, part, name, answers)
         if next_answer is None:
@@ -260,7 +260,7 @@ def _continued(
 
 
 def _time(columns: PreferenceSet, row: Mapping[str, object]) -> str | None:
-    value = None if columns.time is None else value_at(row, columns.time)
+    value = next((value for path in columns.time if (value := value_at(row, path)) is not None), None)
     if isinstance(value, int | float):
         return datetime.fromtimestamp(value, UTC).isoformat()
     return None if value is None else str(value)

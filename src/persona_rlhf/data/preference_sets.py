@@ -25,7 +25,7 @@ class PreferenceSet(Section):
     user: list[str] = Field([], description="Paths of the person's id: the first of these that a row has.")
     user_name: str | None = Field(None, description="The person's id as it stands, for all rows.")
     id: str | None = Field(None, description="Path of the row's id.")
-    time: str | None = Field(None, description="Path of the time: ISO 8601, or seconds since 1970.")
+    time: list[str] = Field([], description="Paths of the time: ISO 8601, or seconds since 1970.")
     split: str | None = Field(None, description="Path of the split.")
     splits: dict[str, Literal["train", "heldout"]] = Field({}, description="Their split -> ours.")
     each: list[str] | str | None = Field(None, description="Names of a row's judgements, or the path of their list.")
@@ -63,8 +63,7 @@ class PreferenceSet(Section):
         if problems:
             raise InputError(problems)
         changed: dict[str, object] = {role: path for role, path in columns.items() if role not in names}
-        if "user" in columns:
-            changed["user"] = [columns["user"]]
+        changed |= {role: [columns[role]] for role in ("user", "time") if role in columns}
         texts = {name: path for name, path in columns.items() if name in names}
         return self.model_copy(update={**changed, "texts": {**self.texts, **texts}})
 
