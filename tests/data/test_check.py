@@ -57,12 +57,47 @@ def test_everything_is_counted(tmp_path: Path) -> None:
         "clean_labels": 0.5,
         "unknown_columns": {"extra": 1},
         "read_as": {},
+        "columns": {
+            "user": {"user_id": 4},
+            "prompt": {"prompt": 4},
+            "chosen": {"chosen": 4},
+            "rejected": {"rejected": 4},
+            "split": {"split": 4},
+            "clean label": {"clean_choice": 2},
+        },
     }
     assert json.loads(json.dumps(summary.to_json()))["users"] == 2
     screen = io.StringIO()
     Console(file=screen, width=100).print(render(summary))
     for words in ("pairs", "unknown column `extra`", "will be dropped, identical", "labels without noise"):
         assert words in screen.getvalue()
+
+
+def test_the_column_of_each_role_is_told(tmp_path: Path) -> None:
+    answers = {"chosen_response": "x", "rejected_response": "y"}
+    talk = {
+        side: [{"role": "user", "content": "p"}, {"role": "assistant", "content": side}]
+        for side in ("chosen", "rejected")
+    }
+    rows = [
+        {"user_id": "a", "instruction": "p", "input": "q", **answers, "created_at": "2026-11-01"},
+        {"user_id": "a", "question": "r", **answers},
+        {"user_id": "b", **talk},
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = check([path])
+    assert summary.columns == {
+        "user": {"user_id": 3},
+        "prompt": {"instruction": 1, "question": 1, "chosen and rejected, up to the last answer": 1},
+        "chosen": {"chosen_response": 2, "chosen": 1},
+        "rejected": {"rejected_response": 2, "rejected": 1},
+        "time": {"created_at": 1},
+    }
+    screen = io.StringIO()
+    Console(file=screen, width=140).print(render(summary))
+    assert "column, chosen" in screen.getvalue()
+    assert "chosen_response (2 rows), chosen (1 rows)" in screen.getvalue()
 
 
 def test_the_bad_rows_of_all_files_are_told(tmp_path: Path) -> None:

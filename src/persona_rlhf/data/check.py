@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem, collecting
 from persona_rlhf.data.columns import UserSpellings
-from persona_rlhf.data.pairs import PreferencePair, ReadPairs, first_problems, parsed_rows, read
+from persona_rlhf.data.pairs import PreferencePair, ReadPairs, RowNotes, first_problems, parsed_rows, read
 from persona_rlhf.data.screening import unfit_to_teach
 from persona_rlhf.data.tokenize import ChatTokenizer, control_tokens, tokenize
 
@@ -50,6 +50,7 @@ class DataSummary:
     clean_labels: float | None  # share of labels that agree with the noise-free utility; None without such labels
     unknown_columns: dict[str, int]  # ignored, with the rows that have them
     read_as: dict[str, int]  # other layouts that were read, with their rows
+    columns: dict[str, dict[str, int]]  # by role, the columns that it was read from, with their rows
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -74,13 +75,14 @@ def check(paths: Sequence[Path | str], heldout: float = 0.25) -> DataSummary:
     if problems:
         raise InputError(first_problems(problems))
     pairs = [pair for reading in readings for pair in reading.pairs]
-    unknown, read_as = (
-        sum(counts, Counter[str]()) for counts in zip(*(reading[1:] for reading in readings), strict=True)
-    )
-    return _summary(pairs, unknown, read_as)
+    notes = RowNotes.none()
+    for reading in readings:
+        for total, counts in zip(notes, reading[1:], strict=True):
+            total.update(counts)
+    return _summary(pairs, notes)
 
 
-def _summary(pairs: list[PreferencePair], unknown: Counter[str], read_as: Counter[str]) -> DataSummary:
+def _summary(pairs: list[PreferencePair], notes: RowNotes) -> DataSummary:
     splits: dict[str, Counter[str]] = {}
     splits_of_prompt: dict[tuple[Any, ...], set[str]] = {}
     for pair in pairs:
@@ -95,6 +97,9 @@ def _summary(pairs: list[PreferencePair], unknown: Counter[str], read_as: Counte
     unequal = [chosen > rejected for chosen, rejected in lengths if chosen != rejected]
     labels = [pair.clean_choice for pair in pairs if pair.clean_choice is not None]
     _, dropped = unfit_to_teach(pairs)
+    columns: dict[str, dict[str, int]] = {}
+    for (role, name), rows in notes.taken.items():
+        columns.setdefault(role, {})[name] = rows
     return DataSummary(
         pairs=len(pairs),
         users=len(splits),
@@ -107,8 +112,9 @@ def _summary(pairs: list[PreferencePair], unknown: Counter[str], read_as: Counte
         on_both_sides=sum(len(sides) > 1 for sides in splits_of_prompt.values()),
         chosen_is_longer=sum(unequal) / len(unequal) if unequal else 0.5,
         clean_labels=sum(labels) / len(labels) if labels else None,
-        unknown_columns=dict(unknown),
-        read_as=dict(read_as),
+        unknown_columns=dict(notes.unknown),
+        read_as=dict(notes.read_as),
+        columns=columns,
     )
 
 
@@ -135,6 +141,9 @@ def render(summary: DataSummary) -> Table:
     table.add_row("chosen is the longer", f"{summary.chosen_is_longer:.1%} of the pairs of unequal length")
     if summary.clean_labels is not None:
         table.add_row("labels without noise", f"{summary.clean_labels:.1%}")
+    for role, names in summary.columns.items():
+        taken = ", ".join(name if rows == summary.pairs else f"{name} ({rows:,} rows)" for name, rows in names.items())
+        table.add_row(f"column, {role}", taken)
     notes = {
         "users with nothing to train on": summary.users_without_train,
         "users with nothing held out": summary.users_without_heldout,

@@ -28,19 +28,33 @@ UNREADABLE = {  # columns that change the texts of a row, with the remedy
 _LOST_FIELDS = frozenset(  # of a message: they are part of what it says
     {"tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "images", "audio"}
 )
+_ROLE_COLUMNS = {
+    "user": "user_id",
+    "prompt": "prompt",
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "time": "created_at",
+    "id": "id",
+    "source": "source",
+    "weight": "weight",
+    "split": "split",
+    "clean label": "clean_choice",
+}
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's names
 
 
 class Arranged(NamedTuple):
     """A row with the columns `prompt`, `chosen` and `rejected`, and notes on how it was read.
 
-    `ignored` are columns and message fields that nothing reads. `read_as` tells which other layout was read.
+    `ignored` are columns and message fields that nothing reads. `read_as` tells which other layout was read. `taken` is
+    the column of each role: user, prompt, chosen and rejected, and time, id, source, weight, split and clean label.
     """
 
     columns: dict[str, Any]
     prompt_column: str  # the user's name of it, for messages
     ignored: list[str]
     read_as: list[str]
+    taken: dict[str, str]
     faults: list[ColumnFault]
 
 
@@ -72,6 +86,12 @@ def arranged(row: Mapping[str, Any]) -> Arranged:
             used.add("input")
         read_as.append(f"`{source}`{' and `input`' if with_input else ''} as the prompt")
     ignored = [name for name in row if name not in used]
+    taken = {role: name for role, name in _ROLE_COLUMNS.items() if name in columns}
+    taken |= {ours: name for ours, names in _ANSWERS.items() for name in names if row.get(ours) is None and name in row}
+    if source is not None:
+        taken["prompt"] = source
+    elif "prompt" not in columns and whole_conversations(columns):
+        taken["prompt"] = "chosen and rejected, up to the last answer"
     for column in ("prompt", "chosen", "rejected"):
         if isinstance(columns.get(column), list | tuple):
             shown_name = (source or "prompt") if column == "prompt" else column
@@ -80,7 +100,7 @@ def arranged(row: Mapping[str, Any]) -> Arranged:
         if columns.get(column) not in (None, "", []):
             read_as.append(f"`{column}` as turns before the prompt")
             _put_before(column, columns, faults)
-    return Arranged(columns, source or "prompt", ignored, list(dict.fromkeys(read_as)), faults)
+    return Arranged(columns, source or "prompt", ignored, list(dict.fromkeys(read_as)), taken, faults)
 
 
 def _prompt_source(columns: Mapping[str, Any], faults: list[ColumnFault]) -> str | None:

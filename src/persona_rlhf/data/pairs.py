@@ -185,15 +185,16 @@ class PreferencePair:
 
 
 class RowNotes(NamedTuple):
-    """Numbers of rows: by unknown column or message field, and by the other layout that was read."""
+    """Numbers of rows: by unknown column or message field, by the other layout that was read, by role and column."""
 
     unknown: Counter[str]
     read_as: Counter[str]
+    taken: Counter[tuple[str, str]]
 
     @staticmethod
     def none() -> RowNotes:
         """Notes of no row."""
-        return RowNotes(Counter(), Counter())
+        return RowNotes(Counter(), Counter(), Counter())
 
 
 class ReadPairs(NamedTuple):
@@ -202,6 +203,7 @@ class ReadPairs(NamedTuple):
     pairs: list[PreferencePair]
     unknown: Counter[str]
     read_as: Counter[str]
+    taken: Counter[tuple[str, str]]
 
 
 def read_pairs(path: Path | str, heldout: float) -> list[PreferencePair]:
@@ -285,6 +287,7 @@ def parse_row(row: object, file: str, line: int, notes: RowNotes | None = None) 
     if notes is not None:
         notes.unknown.update(layout.ignored)
         notes.read_as.update(layout.read_as)
+        notes.taken.update(layout.taken.items())
     columns = layout.columns
     texts = _texts(layout)
     faults = [*_user_faults(columns), *layout.faults]
