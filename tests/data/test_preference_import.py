@@ -71,6 +71,7 @@ def test_community_alignment_compares_the_preferred_answer_with_three_others_in_
         "chosen": "walk b",  # without the token that ends a text
         "rejected": "walk a",
         "id": "c1/first/response_b/response_a",
+        "place": "2/4",
         "source": "community-alignment",
     }
     assert [turn["content"] for turn in last["prompt"]] == ["Plan a walk.", "walk b", "And if it rains?"]
@@ -142,6 +143,7 @@ def test_a_battle_counts_where_both_answer_the_same_conversation(tmp_path: Path)
             "rejected": "A joke.",
             "id": "q9/b/a",
             "created_at": "2023-04-24T15:53:11.500000+00:00",
+            "place": "2/2",
             "source": "arena",
         }
     ]

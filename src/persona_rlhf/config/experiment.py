@@ -70,6 +70,24 @@ class GuardSettings(Section):
     safe: str = Field("\n\nsafe", min_length=1, description="Advanced: its text for a harmless one.")
 
 
+class PatternSettings(Section):
+    """`screening.patterns`: shares of a user's choices from which on they are reported; nothing is left out for them.
+
+    A user is reported if the share is above the limit with confidence 1 - `level`.
+    """
+
+    place: float | None = Field(
+        0.8, gt=0, lt=1, description="Share of choices at the same place (column `place`); null reports none."
+    )
+    longer: float | None = Field(
+        0.9, gt=0, lt=1, description="Share of choices of the longer answer, in characters; null reports none."
+    )
+    changed: float | None = Field(
+        0.35, gt=0, lt=1, description="Share of repeated pairs that are answered otherwise; null reports none."
+    )
+    level: float = Field(0.05, gt=0, lt=1, description="Chance of error of the bound of each share, per user.")
+
+
 class ScreeningSettings(Section):
     """`screening`: which requests count as forbidden, and whether pairs that prefer complying with them are trained on.
 
@@ -88,6 +106,9 @@ class ScreeningSettings(Section):
         description="Advanced: YAML of patterns of forbidden requests by category (data/policy/screen.yaml).",
     )
     classifier: GuardSettings | None = Field(None, description="A safety model whose categories map onto the policy's.")
+    patterns: PatternSettings = Field(
+        PatternSettings(), description="Choices by place or length, and changed ones, that `data screen` reports."
+    )
     reviews: ExistingPath | None = Field(
         None,
         description="Advanced: an earlier run's decisions about quarantined pairs (RUN/reviews.jsonl).",

@@ -12,6 +12,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem, collecting
+from persona_rlhf.config.experiment import PatternSettings
+from persona_rlhf.data.answer_patterns import AnswerPattern, answer_patterns
 from persona_rlhf.data.columns import UserSpellings
 from persona_rlhf.data.pairs import PreferencePair, ReadPairs, RowNotes, first_problems, parsed_rows, read
 from persona_rlhf.data.screening import unfit_to_teach
@@ -50,12 +52,14 @@ class DataSummary:
     clean_labels: float | None  # share of labels that agree with the noise-free utility; None without such labels
     unknown_columns: dict[str, int]  # ignored, with the rows that have them
     read_as: dict[str, int]  # other layouts that were read, with their rows
+    patterns: list[AnswerPattern]  # users whose choices follow a place or a length, or change
     columns: dict[str, dict[str, int]]  # by role, the columns that it was read from, with their rows
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         plain = asdict(self)
         plain["pairs_per_user"] = self.pairs_per_user._asdict()
+        plain["patterns"] = [pattern.to_json() for pattern in self.patterns]
         plain["words"] = {name: spread._asdict() for name, spread in self.words.items()}
         return plain
 
@@ -114,6 +118,7 @@ def _summary(pairs: list[PreferencePair], notes: RowNotes) -> DataSummary:
         clean_labels=sum(labels) / len(labels) if labels else None,
         unknown_columns=dict(notes.unknown),
         read_as=dict(notes.read_as),
+        patterns=answer_patterns(pairs, PatternSettings()),
         columns=columns,
     )
 
@@ -144,11 +149,13 @@ def render(summary: DataSummary) -> Table:
     for role, names in summary.columns.items():
         taken = ", ".join(name if rows == summary.pairs else f"{name} ({rows:,} rows)" for name, rows in names.items())
         table.add_row(f"column, {role}", taken)
+    patterns = Counter(pattern.kind for pattern in summary.patterns)
     notes = {
         "users with nothing to train on": summary.users_without_train,
         "users with nothing held out": summary.users_without_heldout,
         "prompts in train and held out": summary.on_both_sides,
         **{f"will be dropped, {kind}": count for kind, count in summary.screened_out.items()},
+        **{f"users who {_PATTERNS[kind]}": count for kind, count in patterns.items()},
         **{f"read {layout}, rows": rows for layout, rows in summary.read_as.items()},
         **{f"{_column(name)}, ignored, rows": rows for name, rows in summary.unknown_columns.items()},
     }
@@ -156,6 +163,13 @@ def render(summary: DataSummary) -> Table:
         if count:
             table.add_row(name, f"{count:,}")
     return table
+
+
+_PATTERNS = {
+    "place": "choose the same place",
+    "longer": "choose the longer answer",
+    "changed": "change their choices",
+}
 
 
 def _column(name: str) -> str:

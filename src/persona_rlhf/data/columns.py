@@ -11,7 +11,7 @@ from typing import NamedTuple
 from persona_rlhf.common.errors import Problem, did_you_mean
 
 REQUIRED = ("user_id", "prompt", "chosen", "rejected")
-OPTIONAL = ("id", "created_at", "source", "weight", "split", "clean_choice")
+OPTIONAL = ("id", "created_at", "source", "weight", "split", "clean_choice", "place")
 KNOWN = REQUIRED + OPTIONAL
 LONGEST_USER_ID = 128  # characters
 
@@ -119,6 +119,25 @@ def _split_fault(value: object) -> ColumnFault | None:
     return ColumnFault("split", f"is {shown(value)}; it must be `train` or `heldout`{hint}")
 
 
+def place_of(text: str) -> tuple[int, int]:
+    """The place of the chosen answer among those that were shown, from `2/4`. Raises ValueError for another text."""
+    place, slash, shown = text.partition("/")
+    if not (slash and place.isdecimal() and shown.isdecimal() and 1 <= int(place) <= int(shown)):
+        raise ValueError(text)
+    return int(place), int(shown)
+
+
+def _place_fault(value: object) -> ColumnFault | None:
+    """The fault of a place that is not written as `2/4`."""
+    if isinstance(value, str):
+        try:
+            place_of(value)
+            return None
+        except ValueError:
+            pass
+    return ColumnFault("place", f"is {shown(value)}; write the place of `chosen` among the answers shown, such as 1/2")
+
+
 def _id_fault(value: object) -> ColumnFault | None:
     return None if isinstance(value, int) and not isinstance(value, bool) else text_fault("id", value)
 
@@ -140,6 +159,7 @@ CHECKS: Mapping[str, Callable[[object], ColumnFault | None]] = {  # of the optio
     "weight": _weight_fault,
     "split": _split_fault,
     "clean_choice": _clean_choice_fault,
+    "place": _place_fault,
 }
 
 

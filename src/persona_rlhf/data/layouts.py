@@ -39,6 +39,7 @@ _ROLE_COLUMNS = {
     "weight": "weight",
     "split": "split",
     "clean label": "clean_choice",
+    "place": "place",
 }
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's names
 

@@ -18,6 +18,7 @@ from persona_rlhf.data.columns import (
     columns_of,
     missing,
     moment,
+    place_of,
     shown,
     text_fault,
     user_id_fault,
@@ -182,6 +183,7 @@ class PreferencePair:
     clean_choice: bool | None  # whether the label agrees with the noise-free utility; None if unknown
     file: str
     line: int
+    place: tuple[int, int] | None = None  # of the chosen answer, among how many; None if unknown
 
 
 class RowNotes(NamedTuple):
@@ -308,6 +310,7 @@ def parse_row(row: object, file: str, line: int, notes: RowNotes | None = None) 
         clean_choice=columns.get("clean_choice"),
         file=file,
         line=line,
+        place=place_of(columns["place"]) if "place" in columns else None,
     )
 
 

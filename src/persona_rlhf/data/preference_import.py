@@ -153,6 +153,8 @@ def _pair(
     chosen, rejected = comparison
     row: dict[str, Any] = {"user_id": judgement.user, "chosen": chosen.text, "rejected": rejected.text}
     row |= {"prompt": judgement.prompt, "created_at": judgement.time, "split": judgement.split, "source": columns.name}
+    if columns.in_order:
+        row["place"] = f"{columns.answers.index(chosen.name) + 1}/{len(columns.answers)}"
     if judgement.id:
         names = () if columns.chosen else (chosen.name, rejected.name)
         row["id"] = "/".join(filter(None, (judgement.id, *names)))
@@ -176,4 +178,6 @@ def _row(pair: PreferencePair, with_id: bool, with_split: bool) -> dict[str, Any
         row["created_at"] = pair.created_at
     if with_split:
         row["split"] = pair.split
+    if pair.place is not None:
+        row["place"] = "/".join(map(str, pair.place))
     return row | {"source": pair.source}

@@ -34,6 +34,7 @@ class PreferenceSet(Section):
     prompt: str | None = Field(None, description="Path of the prompt; None if the answers are whole conversations.")
     template: str | None = Field(None, description="The prompt as a text with paths in braces.")
     answers: list[str] | str = Field([], description="Names of the answers, or the path of their list.")
+    in_order: bool = Field(False, description="Whether `answers` are in the order in which people saw them.")
     text: str | None = Field(None, description="Path of an answer's text.")
     texts: dict[str, str] = Field({}, description="Name of an answer -> path of its text, in place of `text`.")
     choice: str | None = Field(None, description="Path of the preferred answer's name.")

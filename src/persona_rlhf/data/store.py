@@ -80,7 +80,7 @@ class PairStore:
                 if (number := numbers[pair.user_id]) is None:
                     continue
                 hashed = (pair.user_id, pair.prompt, pair.chosen, pair.rejected, split, pair.weight, pair.clean_choice)
-                content = json.dumps((*hashed, pair.id, pair.created_at, pair.source, pair.file, pair.line))
+                content = json.dumps((*hashed, pair.id, pair.created_at, pair.source, pair.file, pair.line, pair.place))
                 self._rows.execute("INSERT INTO pairs VALUES (?, ?)", (number, content))
                 before = self._digests[number] or b""
                 self._digests[number] = hashlib.sha256(before + json.dumps(hashed).encode()).digest()
@@ -134,10 +134,12 @@ class PairStore:
             user_id, prompt, chosen, rejected, split, weight, clean, *rest = json.loads(content)
             if split is None:
                 undecided.append(len(pairs))
-            id_, moment, source, file, line = rest
+            id_, moment, source, file, line, place = rest
             messages = tuple(Message(*message) for message in prompt)
             fields = (chosen, rejected, id_, moment, source, weight)
-            pairs.append(PreferencePair(user_id, messages, *fields, split or "train", clean, file, line))
+            pairs.append(
+                PreferencePair(user_id, messages, *fields, split or "train", clean, file, line, place and tuple(place))
+            )
         assign_splits(pairs, undecided, self._heldout)
         return pairs
 

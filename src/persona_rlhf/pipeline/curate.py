@@ -16,6 +16,7 @@ from persona_rlhf.common.errors import InputError, Problem, counted, did_you_mea
 from persona_rlhf.common.files import atomic_write, pseudonym
 from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.config.experiment import Config, read_run_config
+from persona_rlhf.data.answer_patterns import AnswerPattern, answer_patterns
 from persona_rlhf.data.feedback import REVIEWS, Decision, Review, decide, mark_of, read_reviews
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.store import PairStore
@@ -223,19 +224,25 @@ def render_reviews(pairs: list[QuarantinedPair]) -> Table:
 
 
 class ScreeningSummary(NamedTuple):
-    """Users and pairs screened; pairs by action and reason; users with an alarm; the calibrated screens."""
+    """Users and pairs screened; pairs by action and reason; users with an alarm; the calibrated screens.
+
+    `patterns` are users whose choices follow a place or a length, or change; nothing is left out for them.
+    """
 
     users: int
     pairs: int
     counts: dict[tuple[str, str], int]
     alarmed: int
     screens: Sequence[CalibratedScreen]
+    patterns: Sequence[AnswerPattern] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As an object of plain JSON values."""
         counts = [{"action": action, "why": why, "pairs": n} for (action, why), n in self.counts.items()]
         screens = [screen.to_json() for screen in self.screens]
-        return {"users": self.users, "pairs": self.pairs, "alarmed": self.alarmed, "found": counts, "screens": screens}
+        patterns = [pattern.to_json() for pattern in self.patterns]
+        outcome = {"users": self.users, "pairs": self.pairs, "alarmed": self.alarmed, "found": counts}
+        return {**outcome, "screens": screens, "patterns": patterns}
 
 
 def screen_dry_run(config: Config, inputs: RunInputs, on_progress: OnProgress = silent) -> ScreeningSummary:
@@ -244,19 +251,22 @@ def screen_dry_run(config: Config, inputs: RunInputs, on_progress: OnProgress = 
 
     ready = prepare(config, inputs, on_progress=on_progress)
     pairs, alarmed, counts = 0, 0, Counter[tuple[str, str]]()
+    patterns: list[AnswerPattern] = []
     counter = UserCounter("screening", ready.pairs.users, on_progress)
     for users in chunks_of(ready.pairs.users, _USERS):
+        given = ready.pairs.of(users)
+        patterns += answer_patterns(given, config.screening.patterns)
         with ready.watched(counter.event, on_progress):
-            chunk = prepare_users(ready, ready.pairs.of(users))
+            chunk = prepare_users(ready, given)
         counter(users.stop)
         pairs += chunk.pairs
         counts.update((dropped.action, dropped.kind) for dropped in chunk.dropped)
         alarmed += len({dropped.pair.user_id for dropped in chunk.dropped if dropped.alarming})
-    return ScreeningSummary(ready.pairs.users, pairs, dict(counts.most_common()), alarmed, ready.screens)
+    return ScreeningSummary(ready.pairs.users, pairs, dict(counts.most_common()), alarmed, ready.screens, patterns)
 
 
 def render_screening(summary: ScreeningSummary) -> list[Table]:
-    """The tables of `data screen`: pairs by action and reason, and the error rates of each screen."""
+    """The tables of `data screen`: pairs by action and reason, error rates of each screen, and users with a pattern."""
     from persona_rlhf.evaluation.request_screens import screens_table
 
     alarmed = f"{counted(summary.alarmed, 'user')} with an alarm"
@@ -266,4 +276,7 @@ def render_screening(summary: ScreeningSummary) -> list[Table]:
     table.add_column("pairs", justify="right")
     for (action, why), n in summary.counts.items():
         table.add_row(action, why, f"{n:,}")
-    return [table, screens_table(summary.screens)]
+    reported = Table("user", "reported, not left out")
+    for pattern in summary.patterns:
+        reported.add_row(escape(visible(pattern.user_id)), pattern.reason)
+    return [table, screens_table(summary.screens), *([reported] if summary.patterns else [])]
