@@ -30,7 +30,7 @@ def of(count: int, n: int, true: tuple[str, str], other: tuple[str, str]) -> lis
 
 def test_the_longer_answer_is_reported_above_the_limit_with_an_exact_bound() -> None:
     [pattern] = answer_patterns(of(60, 60, ("long", "no"), ("no", "long")), SETTINGS)
-    assert (pattern.kind, pattern.count, pattern.n) == ("longer", 60, 60)
+    assert (pattern.kind, pattern.followed, pattern.n) == ("longer", 60, 60)
     assert pattern.lower == pytest.approx(beta.ppf(0.05, 60, 1))
     assert pattern.reason == "chose the longer answer in 60 of 60 cases (at least 95%)"
     for count, n in ((58, 60), (20, 20), (0, 60), (30, 60)):
@@ -46,7 +46,7 @@ def test_answers_of_equal_length_say_nothing_about_length() -> None:
 def test_a_choice_among_several_counts_once_and_the_level_is_shared_by_the_places() -> None:
     pairs = [pair(n, "best", f"rest{m}"[: 4 + m], (4, 4)) for n in range(30) for m in range(3)]
     [pattern] = [one for one in answer_patterns(pairs, SETTINGS) if one.kind == "place"]
-    assert (pattern.count, pattern.n) == (30, 30)
+    assert (pattern.followed, pattern.n) == (30, 30)
     assert pattern.lower == pytest.approx(beta.ppf(0.05 / 4, 30, 1))
     assert answer_patterns(pairs[: 3 * 10], SETTINGS) == []
 
@@ -54,7 +54,7 @@ def test_a_choice_among_several_counts_once_and_the_level_is_shared_by_the_place
 def test_a_repeated_pair_is_compared_with_its_first_answer() -> None:
     pairs = [pair(n, *(("a", "b") if turn % 2 else ("b", "a"))) for n in range(30) for turn in range(3)]
     [pattern] = answer_patterns(pairs, SETTINGS)
-    assert (pattern.kind, pattern.count, pattern.n) == ("changed", 30, 60)
+    assert (pattern.kind, pattern.followed, pattern.n) == ("changed", 30, 60)
     same = [pair(n, "a", "b") for n in range(30) for _ in range(3)]
     assert answer_patterns(same, SETTINGS) == []
 

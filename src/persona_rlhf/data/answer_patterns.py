@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class AnswerPattern(NamedTuple):
-    """A user's pattern: `count` of `n` choices follow it; `lower` is the lower bound of the share."""
+    """A user's pattern: `followed` of `n` choices follow it; `lower` is the lower bound of the share."""
 
     user_id: str
     kind: str  # place, longer, changed
-    count: int
+    followed: int
     n: int
     lower: float
 
@@ -30,7 +30,7 @@ class AnswerPattern(NamedTuple):
             "longer": "chose the longer answer",
             "changed": "answered a repeated pair otherwise",
         }
-        return f"{what[self.kind]} in {self.count:,} of {self.n:,} cases (at least {self.lower:.0%})"
+        return f"{what[self.kind]} in {self.followed:,} of {self.n:,} cases (at least {self.lower:.0%})"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

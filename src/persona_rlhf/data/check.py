@@ -81,8 +81,9 @@ def check(paths: Sequence[Path | str], heldout: float = 0.25) -> DataSummary:
     pairs = [pair for reading in readings for pair in reading.pairs]
     notes = RowNotes.none()
     for reading in readings:
-        for total, counts in zip(notes, reading[1:], strict=True):
-            total.update(counts)
+        notes.unknown.update(reading.unknown)
+        notes.read_as.update(reading.read_as)
+        notes.taken.update(reading.taken)
     return _summary(pairs, notes)
 
 
