@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import sqlite3
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -256,8 +257,10 @@ class DiskFullError(OSError):
 def full_disk_code(fault: BaseException) -> int | None:
     """The error number of a full disk, a quota or a limit on files; None for another fault.
 
-    Libraries in Rust (safetensors, tokenizers) report it in the text of exceptions of their own.
+    Libraries in Rust (safetensors, tokenizers) and SQLite report it in the text of exceptions of their own.
     """
+    if isinstance(fault, sqlite3.OperationalError):
+        return errno.ENOSPC if "full" in str(fault) else None
     code = fault.errno if isinstance(fault, OSError) else None
     if code is None and (reported := re.search(r"os error (\d+)", str(fault))):
         code = int(reported[1])

@@ -10,8 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from itertools import groupby
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, NamedTuple
 
+from persona_rlhf.common.files import naming_full_disk
 from persona_rlhf.data.layouts import UNREADABLE
 from persona_rlhf.data.preference_sets import PreferenceSet, value_at
 
@@ -121,8 +124,11 @@ def comparisons(answers: Sequence[ScoredAnswer], gap: float) -> Iterator[Compari
 
 
 def gathered(items: Iterable[PlacedJudgement]) -> Iterator[PlacedJudgement]:
-    """Judgements with all answers of a user to a prompt, from rows in any order; sorted by user, on the disk."""
-    with closing(sqlite3.connect("")) as store:  # a temporary file
+    """Judgements with all answers of a user to a prompt, from rows in any order; sorted by user, in a temporary file.
+
+    Raises DiskFullError if the temporary folder is full.
+    """
+    with naming_full_disk(Path(gettempdir()) / "answers by prompt"), closing(sqlite3.connect("")) as store:
         store.execute("CREATE TABLE answers (user TEXT, prompt TEXT, place TEXT)")
         for item in items:
             if isinstance(item.judgement, str):

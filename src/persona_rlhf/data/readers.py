@@ -8,13 +8,14 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from io import BufferedReader
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.common.files import LFS_REMEDY, find, is_hub_data_set, is_lfs_pointer
 from persona_rlhf.data.columns import COLUMN_NAMES, columns_of
+from persona_rlhf.data.json_blocks import BLOCK, JsonBlocks
 
 _T = TypeVar("_T")
 
@@ -159,10 +160,13 @@ def _json(path: Path) -> Iterator[RawRow | Problem]:
     number = 0
     try:
         with _bytes_of(path) as lines:
-            first = next((text for line in lines if (text := line.removeprefix(_BOM)).strip()), b"")
+            parts = iter(lambda: lines.readline(BLOCK).removeprefix(_BOM), b"")  # a list may be one line of gigabytes
+            first = next((part for part in parts if part.strip()), b"")
+            if first.lstrip().startswith(b"{") and not first.endswith(b"\n"):
+                first += lines.readline()
         with _bytes_of(path) as lines:
             if first.lstrip().startswith(b"[") or _breaks_off(first):
-                yield from _json_document(path, lines.read().removeprefix(_BOM))
+                yield from _json_document(path, lines)
                 return
             objects = _Objects(path)
             for number, line in enumerate(lines, 1):
@@ -192,43 +196,18 @@ def _breaks_off(line: bytes) -> bool:
     return False
 
 
-def _json_document(path: Path, content: bytes) -> Iterator[RawRow | Problem]:
+def _json_document(path: Path, stream: BufferedIOBase) -> Iterator[RawRow | Problem]:
     """The rows of one JSON list, or of JSON objects with white space between them; a row's line is its first one."""
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as fault:
-        line = content.count(b"\n", 0, fault.start) + 1
-        yield Problem(str(path), line, None, "the line is not UTF-8 text; save the file as UTF-8")
-        return
     objects = _Objects(path)
-    start = _next(text, 0)
-    listed = text[start] == "["
-    start, line, counted = _next(text, start + listed), 1, 0
+    blocks = JsonBlocks(stream)
     try:
-        while start < len(text) and not (listed and text[start] == "]"):
-            line, counted = line + text.count("\n", counted, start), start
-            row, end = objects.decoder.raw_decode(text, start)
+        for line, row in blocks.values(objects.decoder):
             yield objects.item(line, row)
-            start = _next(text, end)
-            if listed and text[start : start + 1] == ",":
-                start = _next(text, start + 1)
-            elif listed and text[start : start + 1] != "]":
-                raise json.JSONDecodeError("Expecting `,` or `]` after an object", text, start)
-        if listed and (after := _next(text, start + 1)) < len(text):
-            raise json.JSONDecodeError("Expecting nothing after the list", text, after)
+    except UnicodeDecodeError as fault:
+        yield Problem(str(path), blocks.line_of(fault), None, "the line is not UTF-8 text; save the file as UTF-8")
     except (ValueError, RecursionError) as fault:
-        line = text.count("\n", 0, getattr(fault, "pos", start)) + 1
         reason = getattr(fault, "msg", str(fault))
-        yield Problem(str(path), line, None, f"the JSON cannot be read from here on ({reason})")
-
-
-_SPACES = re.compile(r"\s*")
-
-
-def _next(text: str, start: int) -> int:
-    """The position of the first character from `start` on that is no white space."""
-    match = _SPACES.match(text, start)
-    return match.end() if match else start
+        yield Problem(str(path), blocks.line_of(fault), None, f"the JSON cannot be read from here on ({reason})")
 
 
 def _start(line: bytes) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import sqlite3
@@ -12,7 +11,7 @@ from tempfile import gettempdir
 from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import DiskFullError, pseudonym
+from persona_rlhf.common.files import naming_full_disk, pseudonym
 from persona_rlhf.data.columns import UserSpellings
 from persona_rlhf.data.pairs import SHOWN, Message, PreferencePair, assign_splits, first_problems, parsed_rows
 
@@ -47,12 +46,8 @@ class PairStore:
             raise ValueError(f"heldout is {heldout}; the share of prompts held out lies in [0, 1)")
         self._heldout = heldout
         self._rows = sqlite3.connect("")
-        try:
+        with naming_full_disk(Path(gettempdir()) / "index of the pairs"):
             self._read(path, selection or UserSelection())
-        except sqlite3.OperationalError as fault:
-            if "full" not in str(fault):
-                raise
-            raise DiskFullError(errno.ENOSPC, Path(gettempdir()) / "index of the pairs", 0) from fault
 
     def _read(self, path: Path | str, selection: UserSelection) -> None:
         self._rows.execute("CREATE TABLE pairs (user INTEGER, content TEXT)")
