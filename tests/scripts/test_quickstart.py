@@ -29,11 +29,13 @@ def place(tmp_path):
     return tmp_path
 
 
-def quickstart(place, *arguments, code="0"):
+def quickstart(place, *arguments, code="0", flags="sse avx512f"):
     """The exit code, and the calls of the toolkit."""
     (place / "calls").write_text("")
+    (place / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
     command = ["bash", str(place / "scripts/quickstart"), *arguments]
-    done = subprocess.run(command, env=os.environ | {"TRAIN": code}, capture_output=True, text=True, check=False)
+    environment = os.environ | {"TRAIN": code, "CPUINFO": str(place / "cpuinfo")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, (place / "calls").read_text().splitlines()
 
 
@@ -44,6 +46,14 @@ def test_a_real_run_begins_and_goes_on_after_a_kill(place):
     plan = f"plan configs/smollm2.yaml {users}"
     assert quickstart(place, "--users", "24", "--real") == (0, [plan, f"{TRAIN}-24 {users}"])
     assert quickstart(place, "--real", "--users", "24") == (0, [f"{TRAIN}-24 {users} --resume"])
+
+
+def test_a_processor_that_multiplies_bfloat16_does_so(place):
+    _, [_, plan, train] = quickstart(place, "--real", flags="sse avx512_bf16 avx")
+    assert plan == "plan configs/smollm2.yaml base.dtype=bfloat16"
+    assert train == f"{TRAIN} base.dtype=bfloat16"
+    _, [_, resumed] = quickstart(place, "--real", "--users", "24", flags="amx_bf16")
+    assert resumed == f"{TRAIN}-24 base.dtype=bfloat16 users.path=data/users_smollm2"
 
 
 def test_the_tiny_run_begins_anew(place):
