@@ -68,6 +68,18 @@ def test_the_place_of_the_chosen_answer_tells_nothing_and_stays(tmp_path: Path) 
     assert all(task["data"][task["annotations"][0]["result"][0]["value"]["selected"]] == "yes" for task in tasks)
 
 
+def test_a_place_comes_back(tmp_path: Path) -> None:
+    rows = [
+        {"user_id": "u", "prompt": f"p{n}", "chosen": "yes", "rejected": "no", "place": f"{1 + n % 2}/2"}
+        for n in range(20)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    export_file("label-studio", tmp_path / "pairs.jsonl", tmp_path / "tasks.json")
+    import_file("label-studio", tmp_path / "tasks.json", tmp_path / "back.jsonl")
+    before, after = (read_pairs(tmp_path / name, 0.25) for name in ("pairs.jsonl", "back.jsonl"))
+    assert [pair.place for pair in before] == [pair.place for pair in after]
+
+
 def test_a_record_is_one_of_argilla(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"user_id": "u", "prompt": "p", "chosen": "yes", "rejected": "no"}\n')
     call = ["data", "export", "argilla", str(tmp_path / "pairs.jsonl"), str(tmp_path / "records.json"), "--json"]

@@ -216,6 +216,16 @@ def test_annotators_of_a_task_are_users_and_a_skipped_one_counts(tmp_path: Path)
     assert {user for user, _, _ in sides(imported(tmp_path, "label-studio", owner).path)} == {"ana"}
 
 
+def test_a_judgement_without_a_choice_costs_no_other_one(tmp_path: Path) -> None:
+    task = rows.studio()
+    task["annotations"] = task["annotations"][::-1]  # the skipped one is the first
+    summary = imported(tmp_path, "label-studio", task)
+    assert sides(summary.path) == [("11", "Rome", "Rhine"), ("10", "Rhine", "Rome")]
+    tied = rows.personalllm(**{f"response_{n}_gemma_2b": 1.0 for n in range(1, 9)})
+    summary = imported(tmp_path, "personalllm", tied)
+    assert (summary.pairs, summary.users, summary.left_out) == (63, 9, {"a tie": 28})
+
+
 def test_a_ranking_prefers_its_first_answer_to_each_later_one(tmp_path: Path) -> None:
     summary = imported(tmp_path, "argilla", rows.argilla())
     assert sides(summary.path) == [("7f", "Po", "Rhine"), ("7f", "Po", "Rome"), ("8f", "Rhine", "Rome")]
@@ -272,6 +282,7 @@ def test_broken_rows_cost_one_row_each_and_another_format_is_one_error_with_file
         ("community-alignment", rows.community(first_turn_preferred_response="response_e"),
          "an unknown label in `first_turn_preferred_response`"),
         ("community-alignment", rows.community(first_turn_prompt="  "), "an empty prompt"),
+        ("community-alignment", rows.community(first_turn_response_a="EMPTY STRING"), "an empty answer"),
         ("prism", rows.prism(conversation_history="none"), "no judgement in `conversation_history`"),
         ("personalllm", rows.personalllm(response_2=""), "an empty answer"),
         ("personalllm", rows.personalllm(response_2=None), "an empty answer"),

@@ -92,6 +92,8 @@ def judgements_of(columns: PreferenceSet, row: Mapping[str, object]) -> Iterator
             row_id = "" if columns.id is None or (value := value_at(part, columns.id)) is None else str(value)
             identity = "/".join(filter(None, (row_id, name))) if row_id else ""
             yield Judgement(user, request, answers, identity, _time(columns, part), split)
+        if not columns.turns:
+            continue
         next_answer = None if broken or isinstance(answers, str) else _continued(columns, part, name, answers)
         if next_answer is None:
             broken = True
@@ -283,6 +285,8 @@ def _answer(columns: PreferenceSet, value: object) -> Any:
         _, *turns = _TURN.split(value)
         roles = ("user" if role == "Human" else "assistant" for role in turns[::2])
         return [{"role": role, "content": text} for role, text in zip(roles, turns[1::2], strict=True)]
+    if value.strip() in columns.blank:
+        return ""
     for text in columns.remove:
         value = value.replace(text, "")
     return value.strip() if columns.strip else value

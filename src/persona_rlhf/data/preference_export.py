@@ -33,7 +33,7 @@ class ExportSummary(NamedTuple):
 
 
 class _ShownPair(NamedTuple):
-    """A pair as a tool shows it: two answers in an order that tells nothing, and the place of the chosen one."""
+    """A pair as a tool shows it: two answers in order, and the index of the chosen one."""
 
     pair: PreferencePair
     prompt: str | list[dict[str, str]]
@@ -75,8 +75,9 @@ def _listed(src: Path | str, arrange: Callable[[_ShownPair], dict[str, Any]], us
 
 
 def _shown(pair: PreferencePair, split: Split | None) -> _ShownPair:
-    """The order of the answers is a hash of the pair's id, so it is the same each time."""
-    chosen = hashlib.blake2b(pair.id.encode(), digest_size=1).digest()[0] % 2
+    """The order of two answers is the one in which they were shown; where that is unknown, a hash of the pair's id."""
+    hashed = hashlib.blake2b(pair.id.encode(), digest_size=1).digest()[0] % 2
+    chosen = pair.place[0] - 1 if pair.place is not None and pair.place[1] == 2 else hashed
     answers = (pair.rejected, pair.chosen) if chosen else (pair.chosen, pair.rejected)
     messages = [message._asdict() for message in pair.prompt]
     prompt = messages[0]["content"] if [message.role for message in pair.prompt] == ["user"] else messages

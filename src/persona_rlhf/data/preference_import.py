@@ -47,7 +47,8 @@ class SetImport(NamedTuple):
 
     def sentences(self) -> Iterator[str]:
         """The outcome as sentences."""
-        yield f"{self.source.title}. Licence: {self.source.licence}."
+        title = self.source.title
+        yield f"{title[0].upper()}{title[1:]}. Licence: {self.source.licence}."
         yield f"{counted(self.rows, 'row')} read, {counted(self.comparisons, 'comparison')} in them."
         yield f"{counted(self.pairs, 'pair')} of {counted(self.users, 'user')} written to {self.path}."
         for reason, count in sorted(self.left_out.items(), key=lambda item: -item[1]):

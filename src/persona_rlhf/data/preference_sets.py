@@ -48,6 +48,7 @@ class PreferenceSet(Section):
     roles: dict[str, str] = Field({}, description="Their role of a message -> ours.")
     gathered: bool = Field(False, description="Whether a row holds one answer, and rows belong together.")
     gap: float = Field(0.0, ge=0, description="The smallest difference of two scores that is a preference.")
+    blank: list[str] = Field([], description="Texts that stand for an empty answer.")
     remove: list[str] = Field([], description="Texts that are cut out of answers.")
     strip: bool = Field(False, description="Whether spaces around answers are cut off.")
 
