@@ -21,6 +21,10 @@ SHOWN_BY = {
     "::test_a_model_is_loaded_and_asked_by_its_chat_template",
     "screening.classifier.safe": "tests/evaluation/test_request_screens_safety_model.py"
     "::test_a_model_is_loaded_and_asked_by_its_chat_template",
+    **dict.fromkeys(
+        (f"screening.patterns.{key}" for key in ("place", "longer", "changed", "level")),
+        "tests/data/test_answer_patterns.py",
+    ),
     "policy.private_banks": "tests/policy/test_private_banks.py"
     "::test_a_draw_takes_the_place_of_the_public_certify_probes",
     "policy.split_key": "tests/policy/test_private_banks.py"

@@ -59,9 +59,18 @@ def test_a_repeated_pair_is_compared_with_its_first_answer() -> None:
     assert answer_patterns(same, SETTINGS) == []
 
 
-def test_a_limit_of_null_reports_nothing() -> None:
-    pairs = of(60, 60, ("long", "no"), ("no", "long"))
-    assert answer_patterns(pairs, PatternSettings(longer=None)) == []
+def test_a_limit_of_null_reports_nothing_and_a_smaller_level_asks_for_more() -> None:
+    pairs = [pair(n, *sides, place=(1, 2)) for n in range(40) for sides in (("long", "no"), ("long", "no"))]
+    pairs += [pair(n, "no", "long", place=(1, 2)) for n in range(1000, 1001)]
+    pairs += [pair(n, *sides) for n in range(2000, 2060) for sides in (("aa", "bb"), ("bb", "aa"))]
+    limits = {"place": 0.8, "longer": 0.9, "changed": 0.35}
+    assert {one.kind for one in answer_patterns(pairs, PatternSettings(**limits))} == {*limits}
+    for kind in limits:
+        left = {one.kind for one in answer_patterns(pairs, PatternSettings(**{**limits, kind: None}))}
+        assert left == {*limits} - {kind}
+    forty = of(40, 40, ("long", "no"), ("no", "long"))
+    assert answer_patterns(forty, PatternSettings(level=0.05))
+    assert not answer_patterns(forty, PatternSettings(level=0.01))
 
 
 def test_honest_users_are_reported_no_more_often_than_the_level_says() -> None:

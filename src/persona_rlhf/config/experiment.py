@@ -77,15 +77,23 @@ class PatternSettings(Section):
     """
 
     place: float | None = Field(
-        0.8, gt=0, lt=1, description="Share of choices at the same place (column `place`); null reports none."
+        0.8, gt=0, lt=1, description="Advanced: share of choices at the same place (column `place`); null reports none."
     )
     longer: float | None = Field(
-        0.9, gt=0, lt=1, description="Share of choices of the longer answer, in characters; null reports none."
+        0.9,
+        gt=0,
+        lt=1,
+        description="Advanced: share of choices of the longer answer, in characters; null reports none.",
     )
     changed: float | None = Field(
-        0.35, gt=0, lt=1, description="Share of repeated pairs that are answered otherwise; null reports none."
+        0.35,
+        gt=0,
+        lt=1,
+        description="Advanced: share of repeated pairs that are answered otherwise; null reports none.",
     )
-    level: float = Field(0.05, gt=0, lt=1, description="Chance of error of the bound of each share, per user.")
+    level: float = Field(
+        0.05, gt=0, lt=1, description="Advanced: chance of error of the bound of each share, per user."
+    )
 
 
 class ScreeningSettings(Section):
