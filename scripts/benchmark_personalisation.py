@@ -52,7 +52,15 @@ from persona_rlhf.simulation.users import Utility, properties, read_utilities
 from persona_rlhf.training.answer_features import scaled_features
 from persona_rlhf.training.cache import Reference, rows_ahead
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.reward_basis import Population, Prior, RewardBasis, approximate, fit_basis, laplace
+from persona_rlhf.training.reward_basis import (
+    Population,
+    Posterior,
+    Prior,
+    RewardBasis,
+    approximate,
+    fit_basis,
+    laplace,
+)
 
 COUNTS = (0, 1, 3, 5, 10, 20, 40, 80)
 PAIRS, TEST, LEAST_TEST = 80, 100, 40
@@ -60,7 +68,8 @@ SPARE = 1.25  # some drawn users have too few prompts where their taste shows
 SHARES = (0.3, 0.4, 0.3)  # of the pool's prompts: the population's, the new users' pairs, the test
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # prior variances of individual rewards
 TUNED = 40  # users on which the variance is chosen; none of them is reported
-TRIES = 4  # answers at serving time, of which the user's reward picks one
+TRIES = 3  # answers of the pool, of which the user's reward picks one, against a further answer
+WON = 200  # prompts of the pool on which that is judged
 DRAWN = 240  # prompts of the pool whose answers the user's posterior ranks
 TRAINING = DpoSettings(learning_rate=4e-3)  # as configs/quickstart.yaml
 LORA = LoraSettings(layers=TopLayers(top=0.25))
@@ -84,7 +93,7 @@ class Cells:
 
     def missing(self, **key: Any) -> bool:
         """Whether no line has these values."""
-        return not any(all(row[name] == value for name, value in key.items()) for row in self.rows)
+        return not any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
 
     def add(self, **row: Any) -> None:
         """Appends a line and prints it, lists as their means."""
@@ -187,7 +196,7 @@ def ridge_margins(
 
 def measure_rewards(cells: Cells, pool: Sequence[SampledPrompt], seed: int, options: argparse.Namespace) -> None:
     """One seed: population, new users, and every reward at every number of pairs."""
-    world = World(pool, seed)
+    world, setting = World(pool, seed), {"seed": seed, "population": options.population}
     tastes = draw_tastes(options.population + round(SPARE * (options.users + TUNED)), pool, PAIRS, seed + 1000)
     population = world.population(tastes[: options.population], seed)
     started = time.process_time()
@@ -237,13 +246,13 @@ def measure_rewards(cells: Cells, pool: Sequence[SampledPrompt], seed: int, opti
     }
     for name, method in methods.items():
         for count in COUNTS[:1] if name == "population" else COUNTS:
-            if cells.missing(part="rewards", seed=seed, method=name, pairs=count):
+            if cells.missing(part="rewards", **setting, method=name, pairs=count):
                 started = time.process_time()
                 values = [round(accuracy(method(user, count), user.test.clean), 4) for user in unseen]
                 seconds = round((time.process_time() - started) / len(unseen), 5)
                 row = {"accuracy": values, "seconds": seconds}
-                cells.add(part="rewards", seed=seed, method=name, pairs=count, **row)
-    measure_calibration(cells, world, basis, unseen, seed)
+                cells.add(part="rewards", **setting, method=name, pairs=count, **row)
+    measure_calibration(cells, world, basis, unseen, setting)
 
 
 def population_margin(population: Population, rows: Float[Tensor, "answers width"]) -> Float[Tensor, " answers"]:
@@ -263,11 +272,13 @@ def population_margin(population: Population, rows: Float[Tensor, "answers width
     return rows @ weights.detach()
 
 
-def measure_calibration(cells: Cells, world: World, basis: RewardBasis, people: Sequence[NewUser], seed: int) -> None:
+def measure_calibration(
+    cells: Cells, world: World, basis: RewardBasis, people: Sequence[NewUser], setting: dict[str, int]
+) -> None:
     """Mean predicted probability of the preferred answer, and the share of (noisy) test choices that agree, by bin."""
     coordinates = basis.coordinates(world.rows)
     for count in (5, 20, 80):
-        if not cells.missing(part="calibration", seed=seed, pairs=count):
+        if not cells.missing(part="calibration", **setting, pairs=count):
             continue
         predicted = torch.cat(
             [
@@ -281,7 +292,7 @@ def measure_calibration(cells: Cells, world: World, basis: RewardBasis, people: 
         edges = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
         bins = [(sure > low) & (sure <= high) for low, high in pairwise(edges)]
         means = [[int(b.sum()), *(round(float(v[b].mean()), 4) for v in (sure, right))] for b in bins if b.any()]
-        cells.add(part="calibration", seed=seed, pairs=count, bins=json.dumps(means))
+        cells.add(part="calibration", **setting, pairs=count, bins=json.dumps(means))
 
 
 def preferred(row: dict[str, Any], number: int, weight: float = 1.0) -> PreferencePair:
@@ -297,13 +308,13 @@ def measure_adapters(
     """The 24 clean users of data/users: adapters of DPO, and of the reward basis, with the same engine and settings."""
     seed = options.seeds[0]
     utilities = {name: u for name, u in read_utilities(find("data/users/utilities.yaml")).items() if not u.poisoned}
-    world = World(pool, seed)
+    world, setting = World(pool, seed), {"seed": seed, "population": options.population}
     tastes = draw_tastes(options.population, pool, PAIRS, seed + 1000)
     basis = fit_basis(world.features, world.population(tastes, seed), seed=seed)
     coordinates = basis.coordinates(world.rows)
     rows = [row for row in users_rows() if row["user_id"] in utilities]
 
-    def posterior_of(user_id: str, count: int) -> Any:
+    def posterior_of(user_id: str, count: int) -> Posterior:
         train = [row for row in rows if row["user_id"] == user_id and row["split"] == "train"][:count]
         chosen, rejected = (basis.coordinates(basis.features([r[c] for r in train])) for c in ("chosen", "rejected"))
         return basis.posterior(chosen - rejected)
@@ -326,23 +337,22 @@ def measure_adapters(
     for count in options.pairs:
         real = [preferred(row, number) for user in utilities for number, row in enumerate(kept_rows(rows, user, count))]
         drawn = [pair for user in utilities for pair in drawn_pairs(user, count)]
+        name = f"reward basis, best of {TRIES}"
+        if cells.missing(part="adapters", **setting, method=name, pairs=count):
+            posteriors = {user: posterior_of(user, count) for user in utilities}
+            figures = best_of(world, rows, posteriors, basis, utilities, seed)
+            cells.add(part="adapters", **setting, method=name, pairs=count, users=len(utilities), **figures)
         sets = {"DPO": real, "reward basis to adapter": real + drawn}
         for name, pairs in sets.items():
-            if cells.missing(part="adapters", method=name, pairs=count):
+            if cells.missing(part="adapters", **setting, method=name, pairs=count):
                 started = time.process_time()
                 users = tokenize(pairs, adapted.base.tokenizer, adapted.base.context)
                 adapters = train(adapted, users, seed)
                 seconds = round((time.process_time() - started) / len(users), 2)
                 cells.add(
-                    part="adapters", method=name, pairs=count, seed=seed, users=len(users),
+                    part="adapters", **setting, method=name, pairs=count, users=len(users),
                     **judged(adapted, users, adapters, utilities, samples), seconds=seconds,
                 )  # fmt: skip
-        name = f"best of {TRIES} by the reward basis"
-        if cells.missing(part="adapters", method=name, pairs=count):
-            users = tokenize(real, adapted.base.tokenizer, adapted.base.context)
-            posteriors = {user: posterior_of(user, count) for user in utilities}
-            figures = best_of(adapted, users, posteriors, basis, utilities, seed)
-            cells.add(part="adapters", method=name, pairs=count, seed=seed, users=len(users), **figures)
 
 
 def kept_rows(rows: Sequence[dict[str, Any]], user_id: str, count: int) -> Iterator[dict[str, Any]]:
@@ -390,27 +400,31 @@ def judged(
 
 
 def best_of(
-    adapted: AdaptedModel,
-    users: Sequence[UserRows],
-    posteriors: dict[str, Any],
+    world: World,
+    rows: Sequence[dict[str, Any]],
+    posteriors: dict[str, Posterior],
     basis: RewardBasis,
     utilities: dict[str, Utility],
     seed: int,
 ) -> dict[str, list[float]]:
-    """The base's best answer of some by the user's reward, against one more answer of the base; and the accuracy."""
+    """The accuracy of each user's reward, and the win rate of the best of some answers by it against one more answer.
+
+    Win rates are on the same prompts of the pool for all users, those with enough answers.
+    """
+    full = [prompt for prompt in world.pool if len(prompt.answers) > TRIES]
+    prompts = Random(f"{seed} best of").sample(full, WON)
+    coordinates = basis.coordinates(world.rows)
     columns: dict[str, list[float]] = {"accuracy": [], "win_rate": []}
-    for user in users:
-        posterior, utility = posteriors[user.user_id], utilities[user.user_id]
-        texts = [text for pair in user.heldout for text in (pair.pair.chosen, pair.pair.rejected)]
-        rows = basis.coordinates(basis.features(texts))
-        margins = posterior.margin(rows[::2] - rows[1::2])
-        columns["accuracy"].append(round(accuracy(margins, [bool(p.pair.clean_choice) for p in user.heldout]), 4))
-        prompts = [pair.pair.prompt[-1].content for pair in user.heldout]
-        drawn = sample(adapted, prompts, seed + 1, answers=TRIES)
-        others = sample(adapted, prompts, seed + 2, answers=1)
-        both = [(some, other[0]) for some, other in zip(drawn, others, strict=True) if some and other]
-        picked = [some[int((basis.coordinates(basis.features(some)) @ posterior.mean).argmax())] for some, _ in both]
-        won = win_rate(utility, picked, [other for _, other in both])
+    for user, posterior in posteriors.items():
+        heldout = [row for row in rows if row["user_id"] == user and row["split"] == "heldout"]
+        chosen, rejected = (basis.coordinates(basis.features([r[c] for r in heldout])) for c in ("chosen", "rejected"))
+        clean = [row["clean_choice"] for row in heldout]
+        columns["accuracy"].append(round(accuracy(posterior.margin(chosen - rejected), clean), 4))
+        picked = []
+        for prompt in prompts:
+            places = [world.place[text] for text in prompt.answers[:TRIES]]
+            picked.append(prompt.answers[int((coordinates[places] @ posterior.mean).argmax())])
+        won = win_rate(utilities[user], picked, [prompt.answers[TRIES] for prompt in prompts])
         assert won is not None
         columns["win_rate"].append(round(won.value, 4))
     return columns
@@ -418,17 +432,18 @@ def best_of(
 
 def table(cells: Cells) -> Iterator[str]:
     """Means over users of all seeds, with 95% bootstrap intervals over users."""
-    methods = list(dict.fromkeys((r["part"], r["method"]) for r in cells.rows if "method" in r))
-    for part, method in methods:
-        chosen = [r for r in cells.rows if r["part"] == part and r.get("method") == method]
-        for count in sorted({r["pairs"] for r in chosen}):
-            same = [r for r in chosen if r["pairs"] == count]
-            for figure in ("accuracy", "win_rate", "perplexity"):
-                values = [value for r in same for value in r.get(figure, [])]
-                if values:
-                    low, high = bootstrap(values)
-                    mean = f"{fmean(values):.3f} ({low:.3f} to {high:.3f})"
-                    yield f"| {part} | {method} | {count} | {figure} | {mean} | {len(values)} |"
+    names = "part", "population", "method", "pairs"
+    yield f"| {' | '.join(names)} | figure | mean (95%) | n |"
+    yield "|" + 7 * "---|"
+    rows = [row for row in cells.rows if "method" in row]
+    for cell in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        same = [row for row in rows if tuple(row[name] for name in names) == cell]
+        for figure in ("accuracy", "win_rate", "perplexity"):
+            values = [value for row in same for value in row.get(figure, [])]
+            if values:
+                low, high = bootstrap(values)
+                mean = f"{fmean(values):.3f} ({low:.3f} to {high:.3f})"
+                yield f"| {' | '.join(map(str, cell))} | {figure} | {mean} | {len(values)} |"
 
 
 def main() -> None:
@@ -451,7 +466,7 @@ def main() -> None:
         return models[0]
 
     if options.part == "table":
-        print("| part | method | pairs | figure | mean (95%) | n |", "|" + 6 * "---|", *table(cells), sep="\n")
+        print(*table(cells), sep="\n")
         return
     pool = read_pool(options.pool, adapted, options.prompts)
     if options.part == "adapters":

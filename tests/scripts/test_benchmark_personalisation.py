@@ -52,8 +52,9 @@ def test_the_ridge_in_the_span_of_the_pairs_is_the_ridge_in_all_features(benchma
 
 def test_a_cell_in_the_file_is_not_missing(benchmark, tmp_path):
     file = tmp_path / "cells.jsonl"
-    benchmark.Cells(file).add(part="rewards", method="bag of words", pairs=5, seed=0, accuracy=[0.5, 0.7])
+    cell = {"part": "rewards", "seed": 0, "population": 60, "method": "bag of words", "pairs": 5}
+    benchmark.Cells(file).add(**cell, accuracy=[0.5, 0.7])
     again = benchmark.Cells(file)
-    assert not again.missing(part="rewards", method="bag of words", pairs=5, seed=0)
-    assert again.missing(part="rewards", method="bag of words", pairs=5, seed=1)
-    assert "| rewards | bag of words | 5 | accuracy | 0.600" in next(iter(benchmark.table(again)))
+    assert not again.missing(**cell)
+    assert again.missing(**cell | {"population": 1400})
+    assert "| rewards | 60 | bag of words | 5 | accuracy | 0.600" in list(benchmark.table(again))[2]
