@@ -59,8 +59,9 @@ _AFTER_FULL_DISK = (
 
 
 def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
-    """A command whose exceptions become messages and exit codes: 2 wrong input or a full disk, 130 Ctrl-C, 1 an internal fault.
+    """A command whose exceptions become messages and exit codes.
 
+    2: wrong input or a full disk; 130: Ctrl-C; 1: an internal fault.
     PERSONA_RLHF_DEBUG=1 shows the traceback of a fault.
     """
 

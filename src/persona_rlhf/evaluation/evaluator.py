@@ -160,23 +160,15 @@ class Evaluator:
     def check_pool(self) -> None:
         """Raises InputError where `gate.sequential` cannot draw from the certify probes, whatever the base answers."""
         if self.gate.sequential:
-            probes = self._certify.by_category([True] * len(self._certify.prompts))
-            check_pool(self.first_look, self.first_look.clusters.units_of(probes), self._draws_from_pool)
-
-    @property
-    def _draws_from_pool(self) -> bool:
-        return self._policy.private is not None and self._policy.private.draw is None
+            check_pool(self.first_look, list(self.pool.values()), self._policy.draws_from_pool)
 
     def check_base(self) -> None:
         """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
-        self._check_base(self._base_outcomes)
-
-    def _check_base(self, base: Outcomes) -> None:
         check_side_effects(self.first_look, len(self._gated_harmless), self._facts.of_base())
         if self.gate.sequential:
-            check_units(self.first_look, base, self._draws_from_pool)
+            check_units(self.first_look, self._base_outcomes, self._policy.draws_from_pool)
         else:
-            check_base(self.first_look, base)
+            check_base(self.first_look, self._base_outcomes)
 
     def base_counts(self, demands: Demands) -> tuple[Count, dict[str, Count]]:
         """The base's own refusals of certify units, pooled and by category: those of a user who gets no adapter."""
@@ -215,12 +207,12 @@ class Evaluator:
 
         users, largest = list(range(flat.shape[0])), self.gate.alphas[-1]
         if self.gate.enabled and self.gate.sequential:
-            self._check_base(base)
+            self.check_base()
             pool = self.pool
             drawn = [[pool[name] for name in names] for names in draws]
             return [self._sequential(flat[[user]], demands[user], base, drawn[user]) for user in users]
         if self.gate.enabled:
-            self._check_base(base)
+            self.check_base()
 
             def measured(users: list[int], alphas: list[float]) -> list[SideEffects]:
                 return self.side_effects(flat[users], torch.tensor(alphas, device=flat.device))

@@ -257,6 +257,11 @@ class Policy:
         """
         return _digest(self._content())
 
+    @property
+    def draws_from_pool(self) -> bool:
+        """Whether the whole pool of the private banks certifies, from which looks draw (`gate.sequential`)."""
+        return self.private is not None and self.private.draw is None
+
     def fixes(self, aspect: str) -> bool:
         """Whether an aspect of answers is fixed for all users, however its name is written."""
         return skeleton(aspect) in map(skeleton, self.fixed)
