@@ -138,6 +138,12 @@ def test_directions_that_nobody_needs_are_left_out(fitted):
     assert fitted.directions.shape[1] == WANTED
 
 
+def test_there_may_be_fewer_users_than_directions_but_not_too_few_pairs():
+    assert 1 <= basis_of(population(users=4)).directions.shape[1] <= 4
+    with pytest.raises(ValueError, match="more users or more pairs"):
+        basis_of(population(users=2, pairs=1))
+
+
 def test_a_user_leaves_without_a_trace():
     """The fit without a user has the bits of the fit of a population that never had the user or the user's answers."""
     people = population()
@@ -170,7 +176,7 @@ def test_a_users_weight_has_a_ceiling(monkeypatch):
         users=torch.cat([people.users[mine], people.users]),
     )
     assert basis_of(again).directions == pytest.approx(basis_of(people).directions, abs=1e-3)
-    monkeypatch.setattr(reward_basis, "LARGEST_DIFFERENCE", 1.0)
+    monkeypatch.setattr(reward_basis, "LARGEST_DIFFERENCE", 5.0)
     long = people._replace(features=1000 * people.features)
     assert basis_of(long).directions * 1000 == pytest.approx(basis_of(people).directions, abs=1e-3)
 

@@ -38,6 +38,7 @@ LARGEST_DIFFERENCE = 60.0
 """Norm of a pair's difference of features, at most; a longer one is shortened."""
 
 _ROUNDING = 0.05  # of |w| near 0, so that the loss is smooth
+_LEAST_REWARD = 1e-3  # largest singular value of W V^T; below it the penalties outweigh the pairs
 _LEAST_SPREAD = 0.02  # of a direction that is kept, against the widest
 _SCALES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # of the prior, in standard deviations of a direction over answers
 _FIRST = 20  # pairs of a user from which the scale of the prior predicts the others
@@ -156,7 +157,8 @@ def fit_basis(
     First V and W minimise the loss with `ridge / 2 (|V|^2 + |W|^2)`, which penalises the trace norm of `W V^T` (Srebro
     et al. 2005) and leaves a rotation free. Varimax turns W to where users need few directions. Then the sum of |w|
     takes the place of |W|^2. Each direction is scaled to a spread of 1 over the population's answers.
-    A user weighs at most `MOST_PAIRS`, and the norm of the user's weights is bounded through `sparsity`.
+    A user weighs at most `MOST_PAIRS`, and the norm of the user's weights is bounded through `sparsity`. Raises
+    ValueError if the penalties outweigh all pairs: there are too few.
     """
     pairs = _SharedPairs(population)
     users = len(population.user_ids)
@@ -238,7 +240,9 @@ def _balanced(factors: _Factors) -> _Factors:
     """The same product `W V^T`, with orthogonal columns that share the singular values; null ones are left out."""
     q_directions, r_directions = torch.linalg.qr(factors.directions.double())
     q_weights, r_weights = torch.linalg.qr(factors.weights.double())
-    left, values, right = torch.linalg.svd(r_weights @ r_directions.T)
+    left, values, right = torch.linalg.svd(r_weights @ r_directions.T, full_matrices=False)
+    if values[0] < _LEAST_REWARD:
+        raise ValueError("the choices of this population share no direction: it needs more users or more pairs")
     kept = values > 1e-3 * values[0]
     root = values[kept].sqrt()
     return _Factors(q_directions @ right.T[:, kept] * root, q_weights @ left[:, kept] * root)
