@@ -56,6 +56,8 @@ def test_objects_over_several_lines_have_the_line_of_their_first(rows: list[dict
         (b"[\n{},\n {oops]", 3, 1),
         (b"[\n{}\n]\n{}", 4, 1),
         (b"[\n{}\n", 3, 1),
+        (b"[\n{},\n", 3, 1),
+        (b"[\n", 2, 0),
         (b'[{"a": "' + b"x" * 50, 1, 0),
         (b'[\n1,\n2,\n{"a": \xff}]', 4, 2),
         (b'[\n"a\\q"]', 2, 0),
@@ -71,6 +73,8 @@ def test_a_fault_has_its_line_and_the_values_before_it_are_read(
     with pytest.raises(ValueError) as fault:  # noqa: PT011  # JSONDecodeError or UnicodeDecodeError
         values += blocks.values(json.JSONDecoder())
     assert blocks.line_of(fault.value) == line
+    if not isinstance(fault.value, UnicodeDecodeError):  # a wrong byte ends the text that is read ahead
+        assert len(values) == before
 
 
 def test_only_a_few_blocks_are_in_memory_at_once() -> None:

@@ -43,7 +43,9 @@ class JsonBlocks:
                 self._move(self._start + 1)
             elif listed and after != "]":
                 raise json.JSONDecodeError("Expecting `,` or `]` after an object", self._text, self._start)
-        if listed and character == "]":
+        if listed and not character:
+            raise json.JSONDecodeError("Expecting `]`, but the file ends", self._text, self._start)
+        if listed:
             self._move(self._start + 1)
             if self._next():
                 raise json.JSONDecodeError("Expecting nothing after the list", self._text, self._start)
