@@ -55,6 +55,7 @@ def power(
     """
     sizes = Counter(probe.category for probe in probes)
     total = demands.clusters.units([probe for probe in probes if probe.category in demands.in_pool])
+    units = {name: _units(demands, name, size).total() for name, size in sizes.items()}
     rows = []
     for look, recall in [*((look, 1.0) for look in looks), *((1, recall) for recall in recalls)]:
         at_look = demands.at_look(look_share(look))
@@ -64,7 +65,6 @@ def power(
             )
             for rate in RATES
         }
-        units = {name: _units(demands, name, size).total() for name, size in sizes.items()}
         enough = all(at_look.bound.most_misses(units[name], need) >= 0 for name, need in demands.categories.items())
         misses = at_look.bound.most_misses(total, demands.pooled) if enough else -1
         rows.append(PowerRow(look, misses, chances, recall))

@@ -69,7 +69,7 @@ def sampled_every(ready: Prepared) -> int:
     return min(_RAREST, max(EVERY, round(EVERY * step / _QUICK)))
 
 
-def screened(ready: Prepared, users: int, every: int, on_progress: OnProgress) -> ScreenedUsers:
+def screened(ready: Prepared, users: int, on_progress: OnProgress) -> ScreenedUsers:
     """The first `users` users: a few of them screened as `train` does, the others tokenized alone."""
     chosen = range(0, users, max(1, ceil(users / _SCREENED)))
     rows = list[UserRows]()
