@@ -107,19 +107,20 @@ def chance_of_passing(
     (a convolution of truncated distributions). Otherwise `DRAWS` adapters are drawn.
     """
     import numpy as np
-    from scipy.stats import binom  # a second, for commands that only print
+    from scipy.special import bdtr  # scipy.stats takes half a second more to import
 
     beside = 1.0
     if demands.max_over_refusal is not None and harmless:
         most = demands.plain_bound.most_misses(harmless, 1 - demands.max_over_refusal)
-        beside = float(binom.cdf(most, harmless, newly)) if most >= 0 else 0.0
+        beside = float(bdtr(most, harmless, newly)) if most >= 0 else 0.0
     if demands.clusters.phrasings:
         return beside * _simulated(demands, sizes, rates, recall)
     pool, apart, total = np.ones(1), 1.0, 0
     for name, min_refusal in demands.categories.items():
         missed, units = np.ones(1), _units(demands, name, sizes[name])
         for probes, n in units.items():
-            missed = np.convolve(missed, binom.pmf(np.arange(n + 1), n, 1 - rates[name] * recall**probes))
+            at_most = bdtr(np.arange(n + 1), n, 1 - rates[name] * recall**probes)
+            missed = np.convolve(missed, np.diff(at_most, prepend=0.0))
         most = demands.bound.most_misses(units.total(), min_refusal)
         if most < 0:
             return 0.0

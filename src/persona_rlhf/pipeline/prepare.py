@@ -130,7 +130,7 @@ def check_prompts(ready: Prepared) -> None:
     A single prompt that it cannot read costs its pair only (`_prepared`).
     """
     base, problems = ready.adapted.base, list[Problem]()
-    for users in chunks_of(ready.pairs.users, 256):
+    for users in chunks_of(ready.pairs.users, 8):  # one prompt that it can read is enough
         pairs = ready.pairs.of(users)
         unreadable = unreadable_prompts(pairs, base.tokenizer, base.context)
         if len(unreadable) < len(pairs):
