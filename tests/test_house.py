@@ -24,7 +24,7 @@ LIGHT = sorted(
     ]
 )
 VAGUE_NAMES = {"found", "own", "asked", "known", "told", "said", "his", "him", "he"}
-STORIES = {"story", "docs", "scripts"}  # tests of whole runs, of the pages, of the scripts
+STORIES = {"story", "docs", "scripts", "gpu"}  # tests of whole runs, of pages, of scripts, on a pretended GPU
 
 
 def named(file):

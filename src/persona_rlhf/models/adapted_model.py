@@ -121,12 +121,13 @@ class AdaptedModel:
     ) -> Iterator[None]:
         """Switches these adapters on inside, each scaled by its `alpha` (in B, as in the export); None: the base alone.
 
-        If `flat` requires a gradient, a backward pass inside gives it one. Afterwards the outer adapters are on again.
+        `flat` may lie on any device. If it requires a gradient, a backward pass inside gives it one. Afterwards the
+        outer adapters are on again.
         """
         outer = [(layer.a, layer.b) for layer in self._layers]
         inner: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(outer)
         if flat is not None:
-            stacks = lora_matrices(flat, list(self.spans.values()))
+            stacks = lora_matrices(flat.to(self.base.device), list(self.spans.values()))
             inner = [(a, b if alphas is None else b * alphas.to(b)[:, None, None]) for a, b in stacks]
         try:
             for layer, (a, b) in zip(self._layers, inner, strict=True):
