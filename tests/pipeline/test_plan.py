@@ -74,6 +74,7 @@ def _planned(monkeypatch, rows, users, overrides=()):
         "prepare": ready,
         "check_prompts": None,
         "screens_seconds": 0.0,
+        "base_answers_seconds": 0.0,
         "sampled_constraint": SampledConstraint(None, 1.0, 0.0),
         "screened": ScreenedUsers(rows, 0.0),
         "judging_seconds": 0.0,

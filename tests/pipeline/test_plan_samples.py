@@ -9,11 +9,12 @@ import pytest
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import shipped_root
 from persona_rlhf.config.experiment import read_config
-from persona_rlhf.config.training import LoraSettings
+from persona_rlhf.config.training import BasisSettings, LoraSettings
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
 from persona_rlhf.pipeline import plan_samples
 from persona_rlhf.pipeline.inputs import RunInputs
+from persona_rlhf.pipeline.plan_samples import with_stand_ins
 from persona_rlhf.pipeline.plan_steps import SampledTime
 from persona_rlhf.pipeline.prepare import Prepared
 from persona_rlhf.policy.policy import Policy
@@ -98,3 +99,14 @@ def test_a_base_that_refuses_nothing_is_planned_with_the_longest_answers_and_nam
     longest = config.gate.max_new_tokens
     assert {len(row.completion) for of in sampled.data.examples for one in of for row in one.refusals} == {longest}
     assert constraint_of(sampled.data, config.constraint, 0).sample("ann", 0).rows
+
+
+def test_labelled_pairs_are_planned_as_copies_of_the_users_pairs(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "question {n}"}}\n' for n in range(9)))
+    users = [user_rows("few", 2, seed=0), user_rows("none", 0, seed=0)]
+    basis = BasisSettings.model_construct(file=file, prompts=file, pairs=5)
+    few, none = with_stand_ins(basis, users)
+    assert list(few.labelled) == [*few.train, *few.train, few.train[0]]
+    assert none.taught == []
+    assert [user.taught for user in with_stand_ins(None, users)] == [user.train for user in users]

@@ -52,6 +52,26 @@ def test_each_loss_is_its_formula(kind):
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_an_uncertain_label_is_the_mean_over_both_orders(kind):
+    (chosen, rejected, base_chosen, base_rejected), (chosen_tokens, rejected_tokens) = _made()
+    turned = PairLogps(rejected, chosen, base_rejected, base_chosen), PairTokens(rejected_tokens, chosen_tokens)
+    certain, other = (pair_losses(kind, *made, BETA, FLIPPED) for made in (_made(), turned))
+    probability = torch.tensor([[0.9, 0.5]], dtype=torch.float64)
+    ours = pair_losses(kind, *_made(), BETA, FLIPPED, probability)
+    by_hand = [0.9 * certain.losses[0, 0] + 0.1 * other.losses[0, 0], (certain.losses + other.losses)[0, 1] / 2]
+    assert ours.losses[0].tolist() == pytest.approx([value.item() for value in by_hand], rel=1e-12)
+    assert torch.equal(ours.margins, certain.margins)
+
+
+def test_a_label_of_probability_p_teaches_the_margin_log_odds_of_p():
+    margin = torch.tensor([[math.log(0.8 / 0.2)]], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    logps, tokens = PairLogps(margin, zero, zero, zero), PairTokens(zero + 1, zero + 1)
+    [gradient] = torch.autograd.grad(pair_losses("sigmoid", logps, tokens, 1.0, 0.0, 0.8).losses.sum(), [margin])
+    assert gradient.item() == pytest.approx(0, abs=1e-12)
+
+
 def test_reward_margin_by_hand():
     # (-3 + 5) - (-7 + 6) = 3 and (-9 + 8) - (-4 + 6.5) = -3.5, in units of beta
     assert reward_margins(_made()[0], BETA)[0].tolist() == pytest.approx([3 * BETA, -3.5 * BETA])

@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -22,6 +23,17 @@ def test_each_epoch_shows_every_pair_once(pairs, size, epochs, seed):
         assert all(len(step) == size for step in shown[:-1])
         assert 1 <= len(shown[-1]) <= size
         assert sorted(pair.pair.id for step in shown for pair in step) == sorted(pair.pair.id for pair in rows.train)
+
+
+@given(pairs=st.integers(1, 7), labelled=st.integers(0, 11), epochs=st.integers(1, 3))
+def test_a_labelled_pair_is_shown_once_and_a_real_one_every_epoch(pairs, labelled, epochs):
+    rows = user_rows("user", pairs + labelled, seed=0)
+    rows = rows._replace(train=rows.train[:pairs], labelled=rows.train[pairs:])
+    schedule = UserSchedule(rows, DpoSettings(epochs=epochs, pairs_per_step=3), 0)
+    shown = Counter(pair.pair.id for step in range(schedule.steps) for pair in schedule.pairs(step))
+    assert shown == Counter([row.pair.id for row in rows.train] * epochs + [row.pair.id for row in rows.labelled])
+    first = pairs + labelled // epochs
+    assert sum(len(schedule.pairs(step)) for step in range(math.ceil(first / 3))) == first
 
 
 def test_the_order_belongs_to_the_user_and_the_seed():

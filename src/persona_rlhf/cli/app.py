@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from persona_rlhf.cli.base import base_commands
+from persona_rlhf.cli.basis import basis_commands
 from persona_rlhf.cli.console import (
     ConfigFile,
     Json,
@@ -69,6 +70,7 @@ app.add_typer(serving_commands)
 app.add_typer(data_commands, name="data")
 app.add_typer(policy_commands, name="policy")
 app.add_typer(base_commands, name="base")
+app.add_typer(basis_commands, name="basis")
 app.add_typer(config_commands, name="config")
 
 

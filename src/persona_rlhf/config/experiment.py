@@ -27,7 +27,14 @@ from persona_rlhf.config.loader import (
     read_yaml,
 )
 from persona_rlhf.config.retired import RETIRED, remove_retired, retired_problems
-from persona_rlhf.config.training import BaseSettings, ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.config.training import (
+    BaseSettings,
+    BasisSettings,
+    ConstraintSettings,
+    DpoSettings,
+    FleetSettings,
+    LoraSettings,
+)
 
 
 class PolicySettings(Section):
@@ -168,6 +175,7 @@ class Config(Section):
     screening: ScreeningSettings = ScreeningSettings()
     lora: LoraSettings = LoraSettings()
     dpo: DpoSettings = DpoSettings()
+    basis: BasisSettings | None = None
     constraint: ConstraintSettings = ConstraintSettings()
     gate: GateSettings = GateSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -175,6 +175,23 @@ class DpoSettings(Section):
     )
 
 
+class BasisSettings(Section):
+    """`basis`: a reward that consenting users share (`basis fit`); it labels pairs of the base's answers for each user.
+
+    Labels come from the user's training pairs alone. With few of them most labels are near even, and teach little.
+    """
+
+    file: ExistingPath = Field(description="The basis, fitted over the same base.")
+    prompts: ExistingPath = Field(
+        Path("data/basis/prompts.jsonl"),
+        validate_default=True,
+        description="JSON lines of ordinary prompts that the base answers once for all users; none may be a user's.",
+    )
+    pairs: int = Field(
+        300, ge=1, description="Labelled pairs of a user at most, one a prompt; each is seen once, whatever the epochs."
+    )
+
+
 class ConstraintSettings(Section):
     """`constraint`: keeps the base's tier-one refusals in a user's adapter while it trains."""
 

@@ -145,11 +145,12 @@ class Row(NamedTuple):
 
 
 class PairRow(NamedTuple):
-    """A pair with its two rows, which share their prompt."""
+    """A pair with its two rows, which share their prompt, and the probability of its label: 1 for a user's choice."""
 
     pair: PreferencePair
     chosen: Row
     rejected: Row
+    probability: float = 1.0
 
 
 def both_rows(pairs: Iterable[PairRow]) -> list[Row]:
@@ -158,12 +159,21 @@ def both_rows(pairs: Iterable[PairRow]) -> list[Row]:
 
 
 class UserRows(NamedTuple):
-    """One user's rows, each split in file order; `deciding` are the held-out pairs that decide early stopping."""
+    """One user's rows, each split in file order; `deciding` are the held-out pairs that decide early stopping.
+
+    `labelled` are pairs of the base's answers that the user's posterior labels (`reward_basis`).
+    """
 
     user_id: str
     train: list[PairRow]
     heldout: list[PairRow]
     deciding: Sequence[PairRow] = ()
+    labelled: Sequence[PairRow] = ()
+
+    @property
+    def taught(self) -> list[PairRow]:
+        """All pairs that the loss is computed on."""
+        return [*self.train, *self.labelled]
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: ChatTokenizer) -> tuple[int, ...]:

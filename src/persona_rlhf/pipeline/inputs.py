@@ -163,6 +163,9 @@ def read_inputs(config: Config, selection: UserSelection | None = None) -> RunIn
         facts = facts_of(config)
     with collecting(problems):
         reviews = read_reviews(config.screening.reviews) if config.screening.reviews else {}
+    if config.basis is not None:
+        with collecting(problems):
+            read_ordinary(config.basis.prompts)
     if policy is not None and config.screening.rules is not None:
         with collecting(problems):
             rules = Patterns.read(config.screening.rules, policy.categories)

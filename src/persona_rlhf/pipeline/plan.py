@@ -44,11 +44,13 @@ from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, WorkCoun
 from persona_rlhf.pipeline.plan_samples import (
     EVERY,
     MEASURED_USERS,
+    base_answers_seconds,
     judging_seconds,
     sampled_constraint,
     sampled_every,
     screened,
     screens_seconds,
+    with_stand_ins,
 )
 from persona_rlhf.pipeline.plan_steps import StepTime, fit
 from persona_rlhf.pipeline.prepare import Prepared, check_prompts, prepare
@@ -141,14 +143,15 @@ def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgres
     preparing = perf_counter() - clock
     every = sampled_every(ready)
     with ready.watched(ProgressEvent("asking the base"), on_progress):
-        preparing += screens_seconds(ready, every)
+        preparing += screens_seconds(ready, every) + base_answers_seconds(ready, every)
         sampled = sampled_constraint(ready, every)
     seen = min(ready.pairs.users, MEASURED_USERS)
     of_all = ready.pairs.users / seen
     user_rows, screening = screened(ready, seen, on_progress)
     preparing += screening * of_all
     bank, adapted, device = sampled.data, ready.adapted, ready.adapted.base.device
-    queue = queue_order([UserSchedule(user, config.dpo, config.seed) for user in user_rows if user.train])
+    taught = with_stand_ins(config.basis, user_rows)
+    queue = queue_order([UserSchedule(user, config.dpo, config.seed) for user in taught if user.train])
     rows = [schedule.rows for schedule in queue]
     base = held_by(list(adapted.base.model.parameters()))
     if not rows:
@@ -253,7 +256,9 @@ def _probe_steps(
     )
     constraint = None if thin is None else constraint_of(thin, config.constraint, config.seed)
     dpo = config.dpo.model_copy(update={"epochs": 1, "early_stop": None})
-    probed = [[user._replace(train=user.train[:few], deciding=()) for user in cohort] for cohort in cohorts]
+    probed = [
+        [user._replace(train=user.train[:few], deciding=(), labelled=()) for user in cohort] for cohort in cohorts
+    ]
     users = [user for cohort in probed for user in cohort]
     clock = perf_counter()
     with watched([adapted], ProgressEvent("reference"), on_progress):

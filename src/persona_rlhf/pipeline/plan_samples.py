@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from itertools import cycle, islice
 from math import ceil
 from time import perf_counter
 from typing import NamedTuple
@@ -12,10 +13,12 @@ from typing import NamedTuple
 import torch
 
 from persona_rlhf.common.errors import InputError
+from persona_rlhf.config.training import BasisSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import Row, UserRows, prompt_ids
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.request_screens import measure_screen, screened_probes
+from persona_rlhf.pipeline.base_answers import prompts_of, sampled_pairs
 from persona_rlhf.pipeline.inputs import RunInputs
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCounter
 from persona_rlhf.pipeline.plan_steps import SampledTime, timed
@@ -113,6 +116,22 @@ def screens_seconds(ready: Prepared, every: int) -> float:
             measure_screen(calibrated.screen, few, ready.policy.categories)
 
     return timed(ready.examination.adapted, measured).of_all(len(few) / max(1, len(probes)) or 1.0, most_rows(ready))
+
+
+def base_answers_seconds(ready: Prepared, every: int) -> float:
+    """Seconds in which the base answers the prompts of `basis`, and its pairs of answers are screened."""
+    if ready.config.basis is None:
+        return 0.0
+    prompts = prompts_of(ready.config.basis)
+    few = prompts[:: _every(len(prompts), every)]
+    sampled = timed(ready.adapted, lambda: sampled_pairs(ready, few))
+    return sampled.of_all(len(few) / len(prompts), most_rows(ready))
+
+
+def with_stand_ins(basis: BasisSettings | None, users: Sequence[UserRows]) -> list[UserRows]:
+    """The users with their own pairs in place of labelled ones, which are about as long."""
+    count = 0 if basis is None else len(prompts_of(basis))
+    return [user._replace(labelled=list(islice(cycle(user.train), count))) for user in users]
 
 
 def sampled_constraint(ready: Prepared, every: int) -> SampledConstraint:

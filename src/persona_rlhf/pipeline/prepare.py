@@ -11,6 +11,7 @@ import torch
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.experiment import Config
+from persona_rlhf.config.training import BasisSettings
 from persona_rlhf.data.feedback import Review
 from persona_rlhf.data.near_copies import NearCopyIndex
 from persona_rlhf.data.pairs import PreferencePair, first_problems
@@ -28,6 +29,9 @@ from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.manifest import DataInfo
 from persona_rlhf.release.results import Result, untrained
 from persona_rlhf.release.signing import Signer, signer
+from persona_rlhf.training.labelled_pairs import AnswerPool, with_labels
+from persona_rlhf.training.records import BasisUse
+from persona_rlhf.training.reward_basis import RewardBasis, load_basis
 
 
 class Prepared(NamedTuple):
@@ -43,6 +47,7 @@ class Prepared(NamedTuple):
     reviews: Mapping[str, Review] = MappingProxyType({})
     near_copies: NearCopyIndex | None = None
     sign: Signer | None = None
+    basis: RewardBasis | None = None
 
     def watched(self, event: ProgressEvent, on_progress: OnProgress, texts: int = 0) -> AbstractContextManager[None]:
         """Reports the texts that the run's models score and write inside, as `monitoring.watched`."""
@@ -50,12 +55,16 @@ class Prepared(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Users to be trained together: number of pairs, token rows, dropped pairs, reasons of failed users."""
+    """Users to be trained together: number of pairs, token rows, dropped pairs, reasons of failed users.
+
+    `basis_use` tells for each user with labelled pairs what they stand on.
+    """
 
     pairs: int
     rows: list[UserRows]
     dropped: list[Dropped]
     failed: dict[str, str]
+    basis_use: Mapping[str, BasisUse] = MappingProxyType({})
 
     def data_of(self, user: UserRows) -> DataInfo:
         """Counts and fingerprint of a user's pairs; no text."""
@@ -83,16 +92,26 @@ def prepare(
     policy, pairs, _, ordinary, _, reviews, rules = inputs
     sign = None if config.release.signing_key is None else signer(config.release.signing_key)
     adapted = AdaptedModel(load_base(config.base), config.lora)
+    basis = None if config.basis is None else basis_of(config.basis, adapted.base.weights_hash)
     judges = judges_of(config.gate, adapted.base.device)
     examination = evaluator_of(config, inputs, _judged(adapted, config), judges)
     near_copies = NearCopyIndex.of(policy, ordinary)
-    ready = Prepared(config, policy, adapted, examination, pairs, judges, (), reviews, near_copies, sign)
+    ready = Prepared(config, policy, adapted, examination, pairs, judges, (), reviews, near_copies, sign, basis)
     with ready.watched(ProgressEvent("preparing"), on_progress):
         if check:
             check_prompts(ready)
             if config.gate.enabled:
                 examination.check_base()
         return ready._replace(screens=screens_of(config, policy, adapted, examination, rules, measure=check))
+
+
+def basis_of(settings: BasisSettings, weights_hash: str) -> RewardBasis:
+    """The basis that a config names. Raises InputError where the file is none, or was fitted over another base."""
+    basis = load_basis(settings.file)
+    if basis.base != weights_hash:
+        sentence = f"was fitted over the base {basis.base[:16]}, and base.model is {weights_hash[:16]}; fit it again"
+        raise InputError([Problem(str(settings.file), None, "basis.file", sentence)])
+    return basis
 
 
 def evaluator_of(
@@ -166,6 +185,18 @@ def prepare_users(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
         if len(chunk.failed) == len(users):
             raise
         return chunk
+
+
+def label_pairs(ready: Prepared, chunk: Chunk, pool: AnswerPool | None) -> Chunk:
+    """The chunk with labelled pairs for every user who has pairs to train on; without a basis, the chunk itself."""
+    if ready.basis is None or ready.config.basis is None or pool is None:
+        return chunk
+    rows, use = list[UserRows](), dict[str, BasisUse]()
+    for user in chunk.rows:
+        if user.train:
+            user, use[user.user_id] = with_labels(user, ready.basis, pool)
+        rows.append(user)
+    return chunk._replace(rows=rows, basis_use=use)
 
 
 def _prepared(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:

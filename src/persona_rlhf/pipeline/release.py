@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import sha256_of
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.records import Measures
@@ -126,7 +127,8 @@ def write(cohort: Cohort) -> list[Result]:
                 return written(_failed(user.trained, "written", fault))
         against = cohort.chunk.against_policy(name)
         result = outcome(user.trained, data.pairs, verdict, user.measures, place, cohort.tier_one, against)
-        return replace(result, retreat=user.retreat, spending=user.spending)
+        basis = cohort.chunk.basis_use.get(name)
+        return replace(result, retreat=user.retreat, spending=user.spending, basis=basis)
 
     with ThreadPoolExecutor(_WRITERS) as writers:  # a disk that is asked to keep many folders keeps them together
         results = list(writers.map(written, cohort.users))
@@ -189,6 +191,8 @@ def manifest_settings(config: Config) -> dict[str, Any]:
     del settings["release"]["signing_key"]
     del settings["gate"]["ledger"]
     settings["aligned_by"] = config.base.aligned_by
+    if config.basis is not None:
+        settings["basis"] = {"sha256": sha256_of(config.basis.file), "pairs": config.basis.pairs}
     models = (
         ("gate", "judge_model", config.gate.judge_model),
         ("screening", "classifier", config.screening.classifier),

@@ -53,6 +53,7 @@ class RunDir:
         self.addition = self.state / "adding"  # a run of its own, of users to be added
         self.addition_trained = self.addition / "joining.json"
         self.start = self.state / "start.safetensors"
+        self.answers = self.state / "answers.jsonl"  # pairs of the base's answers, which all users label
         self._identity, self._ready = self.state / "identity.json", self.state / "ready"
         if self.share.workers > 1:
             self.metrics = self.state / f"metrics-{self.share.name}.jsonl"
@@ -142,7 +143,7 @@ class RunDir:
     def begin_as(self, other: RunDir, users: Sequence[tuple[str, str] | None], chunk: int) -> None:
         """Begins a run of other users under the identity of another run, with its shared state copied."""
         self.state.mkdir(parents=True, exist_ok=True)
-        for shared, place in ((other.bank, self.bank), (other.start, self.start)):
+        for shared, place in ((other.bank, self.bank), (other.start, self.start), (other.answers, self.answers)):
             if shared.exists():
                 atomic_write(place, shared.read_bytes())
         changed = {PAIRS: fingerprint_of(users), _CHUNK: str(chunk)}
@@ -321,7 +322,8 @@ def identity_of(config: Config, policy: Policy, pairs: PairStore, weights_hash: 
         "release": True,
         "fleet": {"processes", "chunk"},
     }
-    return {
+    basis = {} if config.basis is None else {"files of basis": _digest([config.basis.file, config.basis.prompts])}
+    return basis | {
         "config": json.dumps(config.model_dump(mode="json", exclude=aside), sort_keys=True),
         "policy": policy.hash,
         "files of screening": _digest(config.screening.files),

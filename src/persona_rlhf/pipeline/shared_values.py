@@ -12,6 +12,7 @@ from persona_rlhf.data.tokenize import UserRows
 from persona_rlhf.evaluation.metrics import REQUIREMENT_PROMPTS
 from persona_rlhf.evaluation.warm_start import WarmStartInterpolation
 from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.pipeline.base_answers import shared_answers
 from persona_rlhf.pipeline.prepare import Prepared
 from persona_rlhf.pipeline.run_dir import RunDir
 from persona_rlhf.policy.policy import Policy
@@ -27,18 +28,21 @@ from persona_rlhf.training.constraint_data import (
     policy_constraint_data,
 )
 from persona_rlhf.training.engine import WarmStart
+from persona_rlhf.training.labelled_pairs import AnswerPool
 
 
 class SharedValues(NamedTuple):
     """Values that all chunks of a run share: constraint rows, warm start, reference log-probabilities.
 
-    `cache` keeps the log-probabilities for other runs (`fleet.reference_cache`).
+    `cache` keeps the log-probabilities for other runs (`fleet.reference_cache`). `pool` are the pairs of the base's
+    answers that users' rewards label, where the config names a basis.
     """
 
     bank: ConstraintData | None
     start: WarmStart | None
     reference: Reference
     cache: Reference | None
+    pool: AnswerPool | None = None
 
 
 def shared_values(ready: Prepared, run_dir: RunDir, bank: ConstraintData | None, chunks: int) -> SharedValues:
@@ -54,7 +58,10 @@ def shared_values(ready: Prepared, run_dir: RunDir, bank: ConstraintData | None,
     reference = Reference(ready.adapted, run_dir.reference, cache)
     if bank is not None and chunks > 1:  # a single chunk scores them in the same passes as its own rows
         reference.add(bank.rows())
-    return SharedValues(bank, start, reference, cache)
+    pool = None
+    if ready.basis is not None and ready.config.basis is not None:
+        pool = shared_answers(ready, run_dir, ready.basis, ready.config.basis)
+    return SharedValues(bank, start, reference, cache, pool)
 
 
 def shared_bank(ready: Prepared, run_dir: RunDir) -> ConstraintData | None:

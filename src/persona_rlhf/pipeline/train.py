@@ -21,7 +21,7 @@ from persona_rlhf.pipeline.monitoring import (
     check_trackers,
     silent,
 )
-from persona_rlhf.pipeline.prepare import Chunk, Prepared, chunks_of, prepare, prepare_users
+from persona_rlhf.pipeline.prepare import Chunk, Prepared, chunks_of, label_pairs, prepare, prepare_users
 from persona_rlhf.pipeline.release import Cohort, cohorts, judge, overlapped, write
 from persona_rlhf.pipeline.run_dir import RunDir, identity_of
 from persona_rlhf.pipeline.shared_values import (
@@ -155,7 +155,7 @@ def train_chunk(
     monitor: TrainingMonitor,
 ) -> None:
     """Trains, judges and releases the users of a chunk, one cohort after the other."""
-    folder = run_dir.chunk(number)
+    folder, chunk = run_dir.chunk(number), label_pairs(ready, chunk, shared.pool)
     integrity.append_all(run_dir.audit_run, screened(number, len(chunk.rows), chunk.pairs, chunk.dropped))
     with ready.watched(ProgressEvent("reference"), monitor.on_progress):
         reference = with_reference(
@@ -179,7 +179,8 @@ def _engine(ready: Prepared, chunk: Chunk, reference: Reference, shared: SharedV
     config, bank = ready.config, shared.bank
     constraint = None if bank is None else constraint_of(bank, config.constraint, config.seed)
     settings = (config.dpo, config.fleet, config.seed)
-    return Engine(ready.adapted, chunk.rows, reference, constraint, *settings, folder, shared.start)
+    pool = () if shared.pool is None else shared.pool.distinct_rows
+    return Engine(ready.adapted, chunk.rows, reference, constraint, *settings, folder, shared.start, pool=pool)
 
 
 def _train(engine: Engine, chunk: Chunk, judged: set[str], monitor: TrainingMonitor) -> Iterator[TrainedUser]:

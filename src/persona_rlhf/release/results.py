@@ -24,7 +24,7 @@ from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.evaluation.statistics import Clustered, Count
 from persona_rlhf.policy.bound import JUDGE_DELTA_SHARE
-from persona_rlhf.training.records import DualTrace
+from persona_rlhf.training.records import BasisUse, DualTrace
 
 if TYPE_CHECKING:  # a result is read without torch
     from persona_rlhf.training.engine import TrainedUser
@@ -65,6 +65,7 @@ class Result:
     retreat: float = 0.0
     manifest_sha256: str | None = None
     spending: Spending | None = None
+    basis: BasisUse | None = None
 
     @property
     def gain(self) -> float | None:
@@ -108,7 +109,7 @@ KEYS = (
     *("user_id", "slug", "status", "reason", "pairs", "heldout_accuracy", "heldout_clean", "win_rate", "alpha"),
     *("tier_one", "over_refusal", "duals", "alarm", "steps", "seconds", "path", "tier_two", "looks", "clusters"),
     *("test", "ordinary", "twins", "answer_perplexity", "unchanged", "tax", "requirements", "retreat"),
-    *("manifest_sha256", "spending"),
+    *("manifest_sha256", "spending", "basis"),
 )
 """The keys of a line of results.jsonl, in their order."""
 

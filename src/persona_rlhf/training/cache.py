@@ -199,10 +199,11 @@ class HiddenStateCache:
     """Hidden states below the adapters, by user: computed when the user takes a slot, dropped when it leaves.
 
     Reference log-probabilities that are missing then start from these states: nothing frozen is computed twice. Half of
-    `memory` bytes is for the constraint rows, half for the slots in equal parts. The states of a user that does not fit
-    are in a file in `folder`, of `disk` bytes shared likewise. If they do not fit there either, each step computes the
-    states of its rows. In all cases they depend on the user's own rows alone. So a resumed run, and a run with other
-    users side by side, compute the same bits.
+    `memory` bytes is for the rows that users share, of the constraint and the `pool`; half for the slots in equal
+    parts. The states of a user that does not fit are in a file in `folder`, of `disk` bytes shared likewise. If they do
+    not fit there either, each step computes the states of its rows. In all cases they depend on the user's own rows
+    alone, and shared ones on all that are shared. So a resumed run, and a run with other users side by side, compute
+    the same bits.
     """
 
     def __init__(
@@ -214,27 +215,31 @@ class HiddenStateCache:
         memory: int,
         disk: int = 0,
         folder: Path | None = None,
+        pool: Sequence[Row] = (),
     ) -> None:
         self._adapted, self._reference, self._folder = adapted, reference, folder
         self._memory, self._disk, self._slots = memory // 2, disk // 2, max(1, slots)
         self._users: dict[str, HiddenStates | None] = {}
-        self._constraint = self._kept(constraint_rows, 1)
+        self._shared = self._kept([*constraint_rows, *pool], 1)
+        if adapted.has_frozen_prefix:
+            reference.add(pool, self._shared or {})
 
     def of(
         self, user_id: str, train: Sequence[PairRow], pairs: Sequence[PairRow], constraint_rows: Sequence[Row]
     ) -> HiddenStates:
-        """The states of a step's rows: `pairs` of the user's `train`, and its constraint rows."""
+        """The states of a step's rows: `pairs` of the user's `train` or of the pool, and its constraint rows."""
         if user_id not in self._users:
             rows = both_rows(train)
             states = self._kept(rows, self._slots)
             self._reference.add(rows, states or {})
             self._users[user_id] = states
-        user, constraint = self._users[user_id], self._constraint
+        user, shared = self._users[user_id], self._shared
         if user is None:
             user = self._adapted.prefix_states(both_rows(pairs))
-        if constraint is None:
-            constraint = self._adapted.prefix_states(constraint_rows)
-        return ChainMap(user, constraint)  # type: ignore[arg-type]  # it is only read
+        if shared is None:
+            of_pool = [row for row in both_rows(pairs) if row not in user]
+            shared = self._adapted.prefix_states([*constraint_rows, *of_pool])
+        return ChainMap(user, shared)  # type: ignore[arg-type]  # it is only read
 
     def _kept(self, rows: Sequence[Row], parts: int) -> HiddenStates | None:
         size = self._adapted.prefix_bytes(rows)
@@ -252,5 +257,5 @@ def rows_ahead(adapted: AdaptedModel, users: Iterable[UserRows], constraint_rows
 
     With a frozen prefix, `HiddenStateCache` adds a user's training rows when the user takes a slot.
     """
-    pairs = (pair for user in users for pair in (*(() if adapted.has_frozen_prefix else user.train), *user.deciding))
+    pairs = (pair for user in users for pair in (*(() if adapted.has_frozen_prefix else user.taught), *user.deciding))
     return [*both_rows(pairs), *constraint_rows]

@@ -14,7 +14,7 @@ from torch import Tensor
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import slug
 from persona_rlhf.config.training import DpoSettings, FleetSettings
-from persona_rlhf.data.tokenize import PairRow, UserRows
+from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.model_split import HiddenStates
 from persona_rlhf.models.multi_lora import fresh_adapter
@@ -81,7 +81,8 @@ class Engine:
 
     `reference` must hold the rows of `rows_ahead`. `state` is the folder of checkpoints; without it nothing is kept on
     disk. With a `start` every user begins there. Another `gradient` rule may combine the gradients of DPO loss and
-    penalty in its own way. `count` is the number of slots of the whole run, which a resumed run keeps.
+    penalty in its own way. `pool` holds the rows of all labelled pairs, which users share. `count` is the number of
+    slots of the whole run, which a resumed run keeps.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Engine:
         state: Path | None = None,
         start: WarmStart | None = None,
         gradient: GradientRule = total_gradient,
+        pool: Sequence[Row] = (),
     ) -> None:
         self.adapted, self.reference, self.constraint = adapted, reference, constraint
         self.dpo, self.fleet, self.seed, self.state = dpo, fleet, seed, state
@@ -114,7 +116,7 @@ class Engine:
         self.slots = empty_slots(adapted, self.count, constraint, dpo)
         memory, disk = fleet.trunk_cache * 2**20, fleet.trunk_disk * 2**20
         constraint_rows = constraint.rows() if constraint else []
-        self.states = HiddenStateCache(adapted, reference, constraint_rows, self.count, memory, disk, state)
+        self.states = HiddenStateCache(adapted, reference, constraint_rows, self.count, memory, disk, state, pool)
         self.finished: list[str] = [] if kept is None else self._resume(*kept)
 
     def run(

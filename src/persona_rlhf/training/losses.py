@@ -47,7 +47,12 @@ def reward_margins(logps: PairLogps, beta: float) -> Float[Tensor, "users pairs"
 
 
 def pair_losses(
-    kind: LossKind, logps: PairLogps, tokens: PairTokens, beta: float, label_smoothing: float = 0.0
+    kind: LossKind,
+    logps: PairLogps,
+    tokens: PairTokens,
+    beta: float,
+    label_smoothing: float = 0.0,
+    probability: Float[Tensor, "users pairs"] | float = 1.0,
 ) -> PairLosses:
     """The loss and the reward margin of every pair.
 
@@ -55,22 +60,32 @@ def pair_losses(
     SLiC). robust: the sigmoid loss corrected for a share `label_smoothing` of flipped labels (Chowdhury et al. 2024,
     equation 12). ipo: `(delta - 1 / (2 beta))^2` with log-ratios averaged over tokens (Azar et al. 2023, equation 17;
     the averaging is the authors' own). sigmoid_norm: the sigmoid loss on log-ratios averaged over tokens.
+
+    `probability` is that of the label. Below 1, the loss is its expectation over both orders of the answers.
     """
     margins = reward_margins(logps, beta)
     if kind in ("ipo", "sigmoid_norm"):
         chosen = (logps.chosen - logps.reference_chosen) / tokens.chosen.clamp(min=1)
         rejected = (logps.rejected - logps.reference_rejected) / tokens.rejected.clamp(min=1)
-        delta = chosen - rejected
-        losses = (delta - 1 / (2 * beta)) ** 2 if kind == "ipo" else -F.logsigmoid(beta * delta)
-    elif kind == "hinge":
-        losses = torch.relu(1 - margins)
-    elif kind == "robust":
-        kept, flipped = -F.logsigmoid(margins), -F.logsigmoid(-margins)
-        losses = ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+        advantage = chosen - rejected
     else:
-        assert kind == "sigmoid", kind
-        losses = -F.logsigmoid(margins)
-    return PairLosses(losses, margins)
+        advantage = margins
+    kept, flipped = (_losses(kind, sign * advantage, beta, label_smoothing) for sign in (1, -1))
+    return PairLosses(probability * kept + (1 - probability) * flipped, margins)
+
+
+def _losses(
+    kind: LossKind, advantage: Float[Tensor, "users pairs"], beta: float, label_smoothing: float
+) -> Float[Tensor, "users pairs"]:
+    """The loss of pairs with a certain label, from the advantage of the chosen answer."""
+    if kind == "ipo":
+        return (advantage - 1 / (2 * beta)) ** 2
+    if kind == "hinge":
+        return torch.relu(1 - advantage)
+    if kind == "robust":
+        kept, flipped = -F.logsigmoid(advantage), -F.logsigmoid(-advantage)
+        return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    return -F.logsigmoid(beta * advantage if kind == "sigmoid_norm" else advantage)
 
 
 def user_means(losses: Float[Tensor, "users pairs"], weights: Float[Tensor, "users pairs"]) -> Float[Tensor, " users"]:

@@ -213,7 +213,7 @@ def _largest(
     users: Sequence[UserRows], constraint: ConstraintFunctional | None, dpo: DpoSettings
 ) -> tuple[list[PairRow], list[ConstraintSample]]:
     """The pairs and the constraint's sample of the largest step."""
-    pairs = nlargest(dpo.pairs_per_step, (pair for user in users for pair in user.train), key=pair_tokens)
+    pairs = nlargest(dpo.pairs_per_step, (pair for user in users for pair in user.taught), key=pair_tokens)
     return pairs, [] if constraint is None else [constraint.largest()]
 
 

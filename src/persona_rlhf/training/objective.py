@@ -112,7 +112,8 @@ def step_loss(
         padded([[len(pair.rejected.completion) for pair in user_pairs] for user_pairs in pairs]),
     )
     weights = padded([[pair.pair.weight for pair in user_pairs] for user_pairs in pairs])
-    pair_loss, margins = pair_losses(dpo.loss, pair_logps, tokens, dpo.beta, dpo.label_smoothing)
+    probability = padded([[pair.probability for pair in user_pairs] for user_pairs in pairs])
+    pair_loss, margins = pair_losses(dpo.loss, pair_logps, tokens, dpo.beta, dpo.label_smoothing, probability)
     loss, margins = user_means(pair_loss, weights), margins.detach()
     present = padded([[1.0] * len(user_pairs) for user_pairs in pairs])
     margin, accuracy = user_means(margins, present), user_means((margins > 0).to(margins), present)

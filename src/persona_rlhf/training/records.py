@@ -11,3 +11,16 @@ class DualTrace(NamedTuple):
     final: float
     peak: float
     mean: float
+
+
+class BasisUse(NamedTuple):
+    """A user's share of a basis: real pairs behind the posterior, labelled pairs, and the gain that it predicts.
+
+    `gain` is over the prior: the share of the base's pairs that the posterior expects to order rightly, less the share
+    that it expects the prior to.
+    """
+
+    sha256: str
+    pairs: int
+    labelled: int
+    gain: float

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import atomic_path
+from persona_rlhf.common.files import atomic_path, sha256_of
 from persona_rlhf.training.answer_features import AnswerFeatures
 
 RANK = 40
@@ -43,7 +43,8 @@ _LEAST_SPREAD = 0.02  # of a direction that is kept, against the widest
 _SCALES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # of the prior, in standard deviations of a direction over answers
 _FIRST = 20  # pairs of a user from which the scale of the prior predicts the others
 _ROUNDS = 10
-_FORMAT = 1
+_FORMAT = 2
+_NOTES = "persona-rlhf"  # one entry: safetensors writes several in any order
 
 
 class Population(NamedTuple):
@@ -101,11 +102,17 @@ class Posterior(NamedTuple):
 
 @dataclass(frozen=True)
 class RewardBasis:
-    """Features, directions and prior of a population. `coordinates` turns texts into rows for a user's weights."""
+    """Features, directions and prior of a population. `coordinates` turns texts into rows for a user's weights.
+
+    `base` is the sha256 of the weights of the base whose answers gave the scale of the features, `sha256` that of the
+    file that the basis was read from.
+    """
 
     features: AnswerFeatures
     directions: Float[Tensor, "features rank"]
     prior: Prior
+    base: str = ""
+    sha256: str = ""
 
     def coordinates(self, features: Float[Tensor, "answers features"]) -> Float[Tensor, "answers rank"]:
         """The coordinates of answers, from their features."""
@@ -123,25 +130,27 @@ class RewardBasis:
         """Writes the basis as safetensors: numbers alone, no text and no user."""
         tensors = {"scale": self.features.scale, "directions": self.directions}
         tensors["location"] = self.prior.location
-        notes = {"format": str(_FORMAT), "prior": json.dumps([self.prior.scale, self.prior.degrees])}
+        notes = {"format": _FORMAT, "prior": [self.prior.scale, self.prior.degrees], "base": self.base}
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file, needed=sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, notes)
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {_NOTES: json.dumps(notes)}
+            )
 
 
 def load_basis(file: Path) -> RewardBasis:
     """A saved basis. Raises InputError if the file is none, or of another format."""
     try:
         with safe_open(file, framework="pt") as stored:
-            notes = stored.metadata() or {}
+            notes = json.loads(stored.metadata()[_NOTES])
             tensors = {name: stored.get_tensor(name) for name in ("scale", "directions", "location")}
-            if notes["format"] != str(_FORMAT):
+            if notes["format"] != _FORMAT:
                 raise ValueError(f"format {notes['format']}, not {_FORMAT}")
-            prior = Prior(tensors["location"], *json.loads(notes["prior"]))
+            prior, base = Prior(tensors["location"], *notes["prior"]), notes["base"]
     except Exception as fault:  # safetensors raises its own kinds
         sentence = f"this is no reward basis ({fault}); fit it again"
         raise InputError([Problem(str(file), None, None, sentence)]) from fault
-    return RewardBasis(AnswerFeatures(tensors["scale"]), tensors["directions"], prior)
+    return RewardBasis(AnswerFeatures(tensors["scale"]), tensors["directions"], prior, base, sha256_of(file))
 
 
 def fit_basis(

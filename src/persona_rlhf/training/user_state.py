@@ -135,20 +135,30 @@ def user_generator(seed: int, user_id: str, purpose: str) -> torch.Generator:
 
 
 class UserSchedule:
-    """One user's passes over its pairs: `steps` steps of up to `pairs_per_step` pairs, shuffled each epoch."""
+    """One user's passes over its pairs: `steps` steps of up to `pairs_per_step` pairs, shuffled each epoch.
+
+    Every epoch holds all training pairs and an equal part of the labelled ones, each of which is seen once.
+    """
 
     def __init__(self, rows: UserRows, settings: DpoSettings, seed: int) -> None:
         self.rows, self.settings = rows, settings
         generator = user_generator(seed, rows.user_id, "order")
-        self._orders = [torch.randperm(len(rows.train), generator=generator).tolist() for _ in range(settings.epochs)]
-        self._steps_per_epoch = math.ceil(len(rows.train) / settings.pairs_per_step)
-        self.steps = settings.epochs * self._steps_per_epoch
+        self._taught = rows.taught
+        self._orders = [self._shuffled(epoch, generator) for epoch in range(settings.epochs)]
+        size = settings.pairs_per_step
+        self._steps = [order[at : at + size] for order in self._orders for at in range(0, len(order), size)]
+        self.steps = len(self._steps)
+
+    def _shuffled(self, epoch: int, generator: torch.Generator) -> list[int]:
+        """The places of an epoch's pairs in `UserRows.taught`."""
+        real, labelled = len(self.rows.train), len(self.rows.labelled)
+        first, last = (real + labelled * turn // self.settings.epochs for turn in (epoch, epoch + 1))
+        places = [*range(real), *range(first, last)]
+        return [places[n] for n in torch.randperm(len(places), generator=generator).tolist()]
 
     def pairs(self, step: int) -> Sequence[PairRow]:
         """The pairs of optimizer step `step` (from 0); the last step of an epoch may be short."""
-        epoch, place = divmod(step, self._steps_per_epoch)
-        size = self.settings.pairs_per_step
-        return [self.rows.train[n] for n in self._orders[epoch][place * size : (place + 1) * size]]
+        return [self._taught[n] for n in self._steps[step]]
 
     def rate(self, step: int) -> float:
         """Learning rate at `step`: linear warm-up, then as `dpo.schedule` says; transformers' own formulas."""

@@ -1,0 +1,92 @@
+"""A run with a reward basis: labelled pairs in training, its traces in the results, and an end that no stop changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import sha256_of, shipped_root
+from persona_rlhf.config.experiment import read_config
+from persona_rlhf.config.training import BaseSettings
+from persona_rlhf.models.base import weights_hash
+from persona_rlhf.pipeline.train import train
+from persona_rlhf.training.answer_features import scaled_features
+from persona_rlhf.training.reward_basis import Prior, RewardBasis
+from tests.story.experiment import adapters, persona_rlhf, results, rows_of, shrink
+
+USERS = ("Ann", "Bob")
+SETTINGS = (
+    *("basis.file=basis.safetensors", "basis.pairs=9", "dpo.epochs=2", "fleet.slots=2", "fleet.checkpoint_every=2"),
+    *("gate.enabled=false", "constraint.enabled=false", "screening.base=off", "evaluation.facts=null"),
+    *("evaluation.win_rate_prompts=0", "evaluation.harmless_prompts=0", "evaluation.test_probes=0"),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """An experiment of two users, and a basis whose one direction is the number of words."""
+    folder = tmp_path_factory.mktemp("basis")
+    assert persona_rlhf("init", "mine", cwd=folder).returncode == 0
+    shrink(folder / "mine", USERS)
+    features = scaled_features(["One.", "One and two."])
+    directions = torch.zeros(len(features.scale), 1, dtype=torch.float64)
+    directions[0] = 1
+    prior = Prior(torch.zeros(1, dtype=torch.float64), 0.3)
+    base = weights_hash(BaseSettings(model=str(shipped_root() / "data/base")))
+    RewardBasis(features, directions, prior, base).save(folder / "mine/basis.safetensors")
+    return folder / "mine"
+
+
+def config_of(place, monkeypatch, *changes):
+    monkeypatch.chdir(place)
+    return read_config("experiment.yaml", [*SETTINGS, *changes])
+
+
+def test_labelled_pairs_train_and_a_stopped_run_ends_in_the_same_bits(place, monkeypatch):
+    config, steps = config_of(place, monkeypatch), []
+    train(config, place / "whole")
+
+    def stop(event):
+        steps.extend([event.step] if event.phase == "training" else [])
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, place / "stopped", on_progress=stop)
+    answers = (place / "stopped/state/answers.jsonl").read_bytes()
+    train(config, place / "stopped", resume=True)
+    assert (place / "stopped/state/answers.jsonl").read_bytes() == answers
+    assert len(adapters(place / "whole")) == len(USERS)
+    assert adapters(place / "stopped") == adapters(place / "whole")
+
+    digest = sha256_of(place / "basis.safetensors")
+    for line in results(place / "whole"):
+        use = line["basis"]
+        assert (use["sha256"], use["pairs"]) == (digest, line["pairs"]["train"])
+        assert 5 <= use["labelled"] <= 9
+        assert line["steps"] == sum(-(-(12 + part) // 4) for part in (use["labelled"] // 2, -(-use["labelled"] // 2)))
+        manifest = json.loads((place / "whole" / line["path"] / "persona.json").read_text())
+        assert manifest["settings"]["basis"] == {"sha256": digest, "pairs": 9}
+    texts = {row[key] for row in rows_of(place / "users/pairs.jsonl") for key in ("prompt", "chosen", "rejected")}
+    pool = [json.loads(line) for line in answers.decode().splitlines()]
+    assert not texts & {text for row in pool for text in row[:1]}
+
+
+def test_a_basis_of_another_base_or_a_missing_one_is_named(place, monkeypatch):
+    features = scaled_features(["One.", "One and two."])
+    prior = Prior(torch.zeros(1, dtype=torch.float64), 0.3)
+    other = RewardBasis(features, torch.zeros(len(features.scale), 1, dtype=torch.float64), prior, "f" * 64)
+    other.save(place / "other.safetensors")
+    with pytest.raises(InputError, match=r"basis\.file.*was fitted over the base ffffffffffffffff"):
+        train(config_of(place, monkeypatch, "basis.file=other.safetensors"), place / "no")
+    (place / "bad.safetensors").write_text("{}")
+    with pytest.raises(InputError, match="no reward basis"):
+        train(config_of(place, monkeypatch, "basis.file=bad.safetensors"), place / "no")
+    for change in ("basis.file=missing.safetensors", "basis.prompts=missing.jsonl", "basis.pair=3", "basis.pairs=0"):
+        with pytest.raises(InputError, match=change.partition("=")[0]):
+            config_of(place, monkeypatch, change)
+    assert not (place / "no").exists()

@@ -1,0 +1,81 @@
+"""Labels that a user's posterior gives to pairs of the base's answers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from persona_rlhf.data.pairs import Message, PreferencePair
+from persona_rlhf.data.tokenize import PairRow, Row, UserRows
+from persona_rlhf.training.answer_features import scaled_features
+from persona_rlhf.training.labelled_pairs import answer_pool, with_labels
+from persona_rlhf.training.reward_basis import Prior, RewardBasis
+
+ANSWERS = ("Yes.", "Yes, by all means do it now.", "Yes, do it.")  # one, six and three words
+
+
+def row(user: str, prompt: str, chosen: str, rejected: str, split: str = "train") -> PairRow:
+    pair = PreferencePair(
+        user, (Message("user", prompt),), chosen, rejected, prompt, None, None, 1.0, split, None, "f.jsonl", 1
+    )
+    return PairRow(pair, *(Row((1,), (*map(ord, text), 0)) for text in (chosen, rejected)))
+
+
+@pytest.fixture(scope="module")
+def basis() -> RewardBasis:
+    """One direction: the number of words. Nobody leans either way without a pair."""
+    features = scaled_features(ANSWERS)
+    directions = torch.zeros(len(features.scale), 1, dtype=torch.float64)
+    directions[0] = 1
+    return RewardBasis(features, directions, Prior(torch.zeros(1, dtype=torch.float64), 1.0), "", "0" * 64)
+
+
+@pytest.fixture(scope="module")
+def pool(basis):
+    both = [(0, 1), (0, 2), (1, 2)]
+    return answer_pool(basis, [row("", f"prompt {n}", ANSWERS[a], ANSWERS[b]) for n in range(3) for a, b in both])
+
+
+def user(pairs: int, longer: bool, heldout: bool = False) -> UserRows:
+    long, short = "one two three four", "one"
+    answers = (long, short) if longer else (short, long)
+    held = [row("ann", "held", *reversed(answers), "heldout")] * 50 if heldout else []
+    return UserRows("ann", [row("ann", f"own {n}", *answers) for n in range(pairs)], held, held)
+
+
+@pytest.mark.parametrize("longer", [True, False])
+def test_the_answers_furthest_apart_are_labelled_as_the_user_chose(basis, pool, longer):
+    labelled, use = with_labels(user(12, longer), basis, pool)
+    assert [pair.pair.prompt[0].content for pair in labelled.labelled] == ["prompt 0", "prompt 1", "prompt 2"]
+    wanted = (ANSWERS[1], ANSWERS[0]) if longer else (ANSWERS[0], ANSWERS[1])
+    for pair in labelled.labelled:
+        assert (pair.pair.chosen, pair.pair.rejected) == wanted
+        assert [bytes(one.completion[:-1]).decode() for one in (pair.chosen, pair.rejected)] == list(wanted)
+        assert 0.8 < pair.probability < 1
+    assert labelled.train == user(12, longer).train
+    assert (use.sha256, use.pairs, use.labelled) == ("0" * 64, 12, 3)
+    assert 0.2 < use.gain <= 0.5
+
+
+def test_fewer_pairs_give_weaker_labels(basis, pool):
+    strengths = [with_labels(user(pairs, True), basis, pool)[0].labelled[0].probability for pairs in (1, 3, 12)]
+    assert 0.5 < strengths[0] < strengths[1] < strengths[2]
+
+
+def test_held_out_pairs_and_deciding_pairs_change_no_label(basis, pool):
+    with_held, without = (with_labels(user(3, True, held), basis, pool) for held in (True, False))
+    assert with_held[0].labelled == without[0].labelled
+    assert with_held[1] == without[1]
+
+
+def test_labelled_pairs_hold_answers_of_the_base_alone(basis, pool):
+    labelled, _ = with_labels(user(3, True), basis, pool)
+    given = {(pair.pair.prompt, frozenset((pair.pair.chosen, pair.pair.rejected))) for pair in pool.rows}
+    assert {(p.pair.prompt, frozenset((p.pair.chosen, p.pair.rejected))) for p in labelled.labelled} <= given
+    assert {pair.pair.user_id for pair in labelled.labelled} == {""}
+
+
+def test_the_gain_is_over_the_prior(basis, pool):
+    leaning = replace(basis, prior=Prior(torch.full((1,), 2.0, dtype=torch.float64), 1.0))
+    assert with_labels(user(12, True), leaning, pool)[1].gain == 0
+    assert with_labels(user(12, False), leaning, pool)[1].gain > 0.2
