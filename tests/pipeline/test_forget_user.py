@@ -14,6 +14,7 @@ import torch
 from persona_rlhf.cli.console import open_run
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import pseudonym, slug
+from persona_rlhf.data.choice_ledger import CHOICES, ChoiceLedger
 from persona_rlhf.data.store import PairStore
 from persona_rlhf.evaluation.records import Outcome, Refused
 from persona_rlhf.pipeline import forget_user
@@ -27,6 +28,7 @@ from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import read_results
 from persona_rlhf.release.verify import verify
 from persona_rlhf.training import checkpoint
+from tests.data.test_choice_ledger import choice
 from tests.pipeline.cut_short import DONE, FAILED, KILLED, UNMINDED, cut_short
 from tests.release import conftest as small
 
@@ -45,6 +47,17 @@ def row(user, n, canary=False):
 
 def lines(rows):
     return "".join(json.dumps(row, ensure_ascii=n % 2 == 0) + "\n" for n, row in enumerate(rows))
+
+
+def write_choices(file):
+    """Choices of the user, with canaries, and of another one; one choice is undone."""
+    ledger = ChoiceLedger(file)
+    for n in range(2):
+        ledger.append(choice(n, ID, prompt=TEXTS[0], left=TEXTS[1], right=TEXTS[2]))
+        ledger.append(choice(n))
+    ledger.undo(f"{ID} 1", ID)
+    ledger.record_consent(ID, "own")
+    ledger.close()
 
 
 @pytest.fixture
@@ -69,6 +82,7 @@ def planted(monkeypatch, request, tmp_path) -> Path:
     (path / "screening.jsonl").write_text(
         lines({**row(u, 0, u == ID), "action": "dropped", "reason": "r"} for u in users)
     )
+    write_choices(path / CHOICES)
     steps = [{"user_id": user, "step": n} for n in range(3) for user in users]
     (path / "metrics.jsonl").write_text(lines(steps) + '{"user_id": "kanarienvogel')
     policy = json.loads((path / "policy.json").read_bytes())
@@ -154,6 +168,10 @@ def test_nothing_of_a_user_is_left(planted):
     assert len(proof["others"]) == len({path.split("/")[1] for path in old})
     [entry] = integrity.read(planted)
     assert (entry.event, entry.facts) == ("forgotten", {"user": pseudonym(ID), "proof": proof["manifest_hash"]})
+    assert {"path": "state/choices.db", "what": "choices", "count": 4} in done.content["removed"]
+    ledger = ChoiceLedger(planted / CHOICES)
+    assert ledger.choices() == [choice(0), choice(1)]
+    ledger.close()
     assert any("outside.jsonl holds 3 rows" in sentence for sentence in done.remains)
     assert any("tastes.yaml" in sentence for sentence in done.remains)
 

@@ -18,9 +18,24 @@ from persona_rlhf.release.results import read_results
 from persona_rlhf.release.served_places import SERVED, note_place, served_places
 from persona_rlhf.release.verify import verify
 from persona_rlhf.serving.access import make_tokens, read_tokens
-from tests.pipeline.test_forget_user import ID, base, held, planted, run  # noqa: F401  # fixtures
+from tests.pipeline.test_forget_user import ID, base, held, planted, run, write_choices  # noqa: F401  # fixtures
 from tests.release.conftest import hub  # noqa: F401  # a fixture
 from tests.release.hub_server import Fault
+
+
+def test_a_ledger_outside_loses_the_user_or_is_named(planted, tmp_path):
+    for name in ("here", "gone"):
+        (tmp_path / name).mkdir()
+        write_choices(tmp_path / name / "choices.db")
+        note_place(planted, "ledger", tmp_path / name / "choices.db")
+    (tmp_path / "gone/choices.db").rename(tmp_path / "elsewhere.db")
+    done = forget(planted, ID)
+    assert done is not None
+    assert held(tmp_path / "here") == {}
+    assert {"path": "(outside the run)", "what": "choices", "count": 4} in done.content["removed"]
+    assert [what for what in done.content["remains"] if "ledger" in what] == ["a ledger of choices"]
+    assert any(f"{tmp_path / 'gone/choices.db'} has, or had, choices" in sentence for sentence in done.remains)
+    assert not (tmp_path / "gone/choices.db").exists()
 
 
 @pytest.fixture

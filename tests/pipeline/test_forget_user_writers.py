@@ -26,6 +26,7 @@ EXEMPT = {
     "data.imported_pairs": "writes a new source file, named by the user",
     "data.importers": "writes new source files, named by the user",
     "data.preference_export": "writes a new file for an annotation tool, named by the user",
+    "pipeline.export_choices": "writes a new source file, named by the user",
     "pipeline.curate": "draft writes a new source file; review writes by data.feedback",
     "release.adapter": "adapter folders; their traces are in release.deletion_records, which needs no torch",
     "release.approval_packet": "a page that leaves the run; it names no user",

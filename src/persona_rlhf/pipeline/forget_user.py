@@ -19,6 +19,7 @@ from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.common.files import pseudonym
 from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.config.loader import read_yaml
+from persona_rlhf.data.choice_ledger import choice_traces
 from persona_rlhf.data.erasure import DataSubject, Trace, erasable, erase, files_with_rows, row_traces, rows_of
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.store import PairStore, UserSelection
@@ -80,6 +81,7 @@ def traces(run: Path, user: DataSubject, on_progress: OnProgress = silent) -> It
 
         yield from checkpoint_traces(run, user)
     yield from served_traces(run, user)
+    yield from choice_traces(run, user)
     files = [file for file in sorted(run.rglob("*")) if _may_hold_rows(run, file)]
     yield from row_traces(_counted(files, on_progress), user)
     yield from index_traces(run, user)

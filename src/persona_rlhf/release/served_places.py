@@ -1,6 +1,6 @@
-"""Places outside a run that hold slugs of its users because it is served: token files, engine layouts, engines.
+"""Places outside a run that hold data of its users because it is served: token files, layouts, engines, ledgers.
 
-`serve` notes each place in RUN/state/served.jsonl, so that `forget` can take a user out of it, or name it.
+`serve` and `collect` note each place in RUN/state/served.jsonl, so that `forget` can take a user out of it, or name it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import append_whole, atomic_write
 from persona_rlhf.common.json_lines import read_json_lines
+from persona_rlhf.data.choice_ledger import choices_in
 from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.release.engine_layout import erase_from_layout, layout_adapters_of
 
@@ -22,14 +23,17 @@ SERVED = Path("state") / "served.jsonl"
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class ServedPlace(NamedTuple):
-    """A token file or an engine's layout by its absolute path, or the URL of a running engine."""
+PlaceKind = Literal["tokens", "layout", "engine", "ledger"]
 
-    kind: Literal["tokens", "layout", "engine"]
+
+class ServedPlace(NamedTuple):
+    """A token file, an engine's layout or a ledger of choices by its absolute path, or the URL of a running engine."""
+
+    kind: PlaceKind
     place: str
 
 
-def note_place(run: Path, kind: Literal["tokens", "layout", "engine"], place: Path | str) -> str | None:
+def note_place(run: Path, kind: PlaceKind, place: Path | str) -> str | None:
     """Notes a place of a run, once; a sentence where the run's folder cannot be written to.
 
     A line is appended at once, so that several servers may do so.
@@ -49,12 +53,12 @@ def note_place(run: Path, kind: Literal["tokens", "layout", "engine"], place: Pa
 def served_places(run: Path) -> list[ServedPlace]:
     """The places that a run was served from. Raises InputError for a line that names none."""
     file = run / SERVED
-    sentence = 'a line reads {"kind": "tokens" | "layout" | "engine", "place": ...}; remove this one'
+    sentence = 'a line reads {"kind": "tokens" | "layout" | "engine" | "ledger", "place": ...}; remove this one'
     return list(dict.fromkeys(read_json_lines(file, ServedPlace, sentence))) if file.exists() else []
 
 
 def served_traces(run: Path, user: DataSubject) -> Iterator[Trace]:
-    """The user in token files and engine layouts that can be read now."""
+    """The user in token files, engine layouts and ledgers of choices that can be read now."""
     for kind, place in served_places(run):
         path = Path(place)
         if kind == "tokens" and (count := _reachable(_tokens_of, path, user)):
@@ -63,6 +67,8 @@ def served_traces(run: Path, user: DataSubject) -> Iterator[Trace]:
             yield Trace(
                 path, "adapters of an engine's layout", count, partial(_if_permitted, erase_from_layout, path, user)
             )
+        if kind == "ledger" and _reachable(_choices_of, path, user):
+            yield from choices_in(path, user)
 
 
 def served_remains(run: Path, user: DataSubject) -> Iterator[tuple[str, str]]:
@@ -77,6 +83,8 @@ def served_remains(run: Path, user: DataSubject) -> Iterator[tuple[str, str]]:
             yield "an engine's memory", _engine(f"vLLM started from {place}, or from a copy of it,")
         if kind == "engine":
             yield "an engine's memory", _engine(f"vLLM at {place}")
+        if kind == "ledger" and _reachable(_choices_of, path, user) != 0:
+            yield "a ledger of choices", f"{place} has, or had, choices of the user: give `forget` again where it is"
 
 
 def _engine(engine: str) -> str:
@@ -97,6 +105,12 @@ def _tokens_of(file: Path, user: DataSubject) -> int:
 
 def _adapters_of(folder: Path, user: DataSubject) -> int:
     return len(layout_adapters_of(folder, user))
+
+
+def _choices_of(file: Path, user: DataSubject) -> int:
+    if not file.exists():
+        raise FileNotFoundError(file)
+    return sum(trace.pieces for trace in choices_in(file, user))
 
 
 def _is_token_of(line: bytes, user: DataSubject) -> bool:

@@ -1,0 +1,109 @@
+"""Choices as pairs: each user with all of their pairs, in a form that every reader of pairs takes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from persona_rlhf.common.errors import InputError
+from persona_rlhf.common.files import pseudonym
+from persona_rlhf.config.experiment import Config
+from persona_rlhf.data.check import check
+from persona_rlhf.data.choice_ledger import CHOICES, ChoiceLedger
+from persona_rlhf.data.pairs import read_pairs
+from persona_rlhf.data.store import PairStore
+from persona_rlhf.pipeline.export_choices import ExportedChoices, export_choices
+from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
+from tests.data.test_choice_ledger import choice
+
+CONFIG = {"name": "tiny", "base": {"model": "data/base"}, "policy": {"documents": ["configs/policy/tier_one.yaml"]}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The index of a run with two users, Ada and Bob, and their pairs."""
+    rows = [
+        {"user_id": user, "prompt": f"question {n}", "chosen": "yes", "rejected": "no", "id": f"{user}-{n}"}
+        | {"split": "train" if n else "heldout", "clean_choice": n == 1, "source": "form", "place": "2/2"}
+        for user in ("Ada", "Bob")
+        for n in range(3)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    (run / "state").mkdir(parents=True)
+    (run / "state/identity.json").write_text(json.dumps({PAIRS: "", "users per chunk": "9"}))
+    RunDir(run).change_users(PairStore(tmp_path / "pairs.jsonl", 0.25).user_digests)
+    return run
+
+
+@pytest.fixture
+def config(run, tmp_path):
+    return Config.model_validate({**CONFIG, "users": {"path": str(tmp_path / "pairs.jsonl")}})
+
+
+@pytest.fixture
+def ledger(run):
+    ledger = ChoiceLedger(run / CHOICES)
+    yield ledger
+    ledger.close()
+
+
+def test_each_user_comes_with_all_pairs_and_the_order_of_time(run, config, ledger, tmp_path):
+    for number, verdict in enumerate(("left", "right", "tie", "both_bad", "left")):
+        ledger.append(choice(number, "Ada", verdict))
+        ledger.append(choice(number, "new user", verdict))
+    ledger.append(choice(9, "Carl", "tie"))
+    ledger.append(choice(10, "Ada", right="left 10"))
+    ledger.undo("Ada 4", "Ada")
+    out = tmp_path / "out/choices.jsonl"
+    assert export_choices(run, config, ledger, out) == ExportedChoices(users=2, chosen=5, earlier=3)
+    pairs = read_pairs(out, 0.25)
+    assert Counter(pair.user_id for pair in pairs) == {"Ada": 5, "new user": 3}
+    before = [pair for pair in read_pairs(tmp_path / "pairs.jsonl", 0.25) if pair.user_id == "Ada"]
+    again = [pair for pair in pairs if pair.source == "form"]
+    facts = ("prompt", "chosen", "rejected", "id", "split", "clean_choice", "place", "weight", "created_at")
+    assert [[getattr(pair, fact) for fact in facts] for pair in again] == [
+        [getattr(pair, fact) for fact in facts] for pair in before
+    ]
+    chosen = {pair.id: (pair.chosen, pair.place) for pair in pairs if pair.source == "collect"}
+    assert chosen["Ada 0"] == ("left 0", (1, 2))
+    assert chosen["Ada 1"] == ("right 1", (2, 2))
+    assert check([out]).pairs == 8
+    assert out.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_second_export_holds_no_pair_twice_and_drops_undone_ones(run, config, ledger, tmp_path):
+    for number in range(3):
+        ledger.append(choice(number, "Ada"))
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    export_choices(run, config, ledger, first)
+    RunDir(run).add_source(str(first))  # as `add` does
+    store = PairStore(config.users.path, 0.25, RunDir(run).selection)
+    RunDir(run).change_users(store.user_digests)
+    ledger.undo("Ada 2", "Ada")
+    ledger.append(choice(3, "Ada"))
+    assert export_choices(run, config, ledger, second) == ExportedChoices(users=1, chosen=3, earlier=3)
+    ids = [pair.id for pair in read_pairs(second, 0.25)]
+    assert ids == ["Ada-0", "Ada-1", "Ada-2", "Ada 0", "Ada 1", "Ada 3"]
+
+
+def test_a_forgotten_users_pairs_stay_out(run, config, ledger, tmp_path):
+    (run / "forgotten").mkdir()
+    (run / f"forgotten/{pseudonym('Ada')}.json").write_text("{}")
+    barred = ChoiceLedger(run / CHOICES, lambda: {pseudonym("Ada")})
+    with pytest.raises(InputError):
+        barred.append(choice(1))
+    barred.close()
+    ledger.append(choice(1, "Bob"))
+    export_choices(run, config, ledger, tmp_path / "out.jsonl")
+    assert {pair.user_id for pair in read_pairs(tmp_path / "out.jsonl", 0.25)} == {"Bob"}
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "new.csv"])
+def test_nothing_is_overwritten(run, config, ledger, tmp_path, name):
+    before = (tmp_path / "pairs.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"name a new file \*.jsonl"):
+        export_choices(run, config, ledger, tmp_path / name)
+    assert (tmp_path / "pairs.jsonl").read_bytes() == before
