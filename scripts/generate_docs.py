@@ -44,11 +44,11 @@ def pages() -> dict[Path, str]:
 
 
 def verbs(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """The commands of the program that do something now, by their full names."""
+    """The commands of the program, by their full names."""
     if hasattr(command, "commands"):
         for word, below in command.commands.items():
             yield from verbs(below, f"{name} {word}".strip())
-    elif not (command.help or "").startswith("(later)"):
+    else:
         yield name, command
 
 

@@ -125,6 +125,7 @@ def test_all_problems_are_printed_and_counted(run, experiment):
         ["forget", "runs/x", "--user", "u"],
         ["rebase", "runs/x", "--base", "data/base"],
         ["report", "runs/x"],
+        ["collect", "runs/x"],
     ],
 )
 def test_verbs_over_a_run_need_one(run, arguments, tmp_path, monkeypatch):
@@ -134,19 +135,6 @@ def test_verbs_over_a_run_need_one(run, arguments, tmp_path, monkeypatch):
     assert "x" in result.stderr
     assert "1 problem found." in result.stderr
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["collect", "runs/x"],
-    ],
-)
-def test_verbs_of_later_releases_say_so_in_a_sentence(run, arguments):
-    result = run(*arguments)
-    assert result.exit_code == 2
-    (line,) = result.stderr.splitlines()
-    assert "comes with a later release." in line
 
 
 def test_policy_show_names_tier_and_source(run, experiment):

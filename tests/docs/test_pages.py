@@ -39,10 +39,6 @@ def test_every_key_of_a_config_has_a_row_with_its_default():
             assert f"{name}.{key}" in rows
 
 
-def test_verbs_of_later_releases_have_no_page():
-    assert not [page for page in generator.pages() if page.stem == "collect"]
-
-
 USAGE = typer.BadParameter.__base__
 
 

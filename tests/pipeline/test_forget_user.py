@@ -83,6 +83,11 @@ def planted(monkeypatch, request, tmp_path) -> Path:
         lines({**row(u, 0, u == ID), "action": "dropped", "reason": "r"} for u in users)
     )
     write_choices(path / CHOICES)
+    (path / "state/wishes").mkdir()
+    for user in (ID, "Ada"):
+        (path / f"state/wishes/{slug(user)}.yaml").write_text(
+            f"{{user_id: {user!a}, tone: CANARYPROMPT}}"[: 99 * (user == ID)]
+        )
     steps = [{"user_id": user, "step": n} for n in range(3) for user in users]
     (path / "metrics.jsonl").write_text(lines(steps) + '{"user_id": "kanarienvogel')
     policy = json.loads((path / "policy.json").read_bytes())

@@ -17,7 +17,14 @@ WRITES = {"write_folder", "write_text", "write_bytes", "writelines"}
 WRITES |= {"atomic_write", "atomic_path", "atomic_folder", "save_file"}
 
 # Modules that write rows with a `user_id` (JSON lines), which forget looks for in every file of a run
-ROWS = {"data.feedback", "pipeline.monitoring", "pipeline.update_run", "release.results"}
+ROWS = {
+    "data.feedback",
+    "serving.collect",
+    "serving.collect_links",
+    "pipeline.monitoring",
+    "pipeline.update_run",
+    "release.results",
+}
 
 # Modules that know user ids and write files, yet keep no personal data of a user in a run
 EXEMPT = {

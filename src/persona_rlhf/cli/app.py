@@ -11,6 +11,7 @@ import typer
 
 from persona_rlhf.cli.base import base_commands
 from persona_rlhf.cli.basis import basis_commands
+from persona_rlhf.cli.collect import collect
 from persona_rlhf.cli.console import (
     ConfigFile,
     Json,
@@ -35,8 +36,6 @@ from persona_rlhf.cli.runs import add, audit, forget, rebase, recertify, verify
 from persona_rlhf.cli.serve import serving_commands
 from persona_rlhf.common.run_lock import WAIT_SECONDS
 from persona_rlhf.common.version import __version__
-
-_ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 config_commands = command_group("Configs of experiments.")
 
@@ -240,15 +239,8 @@ def bench(
     print_json(result) if as_json else print_table(render(result))
 
 
-for verb in (export, verify, audit, recertify, add, forget, rebase):
+for verb in (export, verify, audit, recertify, add, forget, rebase, collect):
     app.command()(with_exit_codes(verb))
-
-
-@app.command(help="(later) Serve a page that collects feedback.", context_settings=_ANYTHING, add_help_option=False)
-@with_exit_codes
-def collect() -> None:
-    note("`persona-rlhf collect` comes with a later release.")
-    raise typer.Exit(2)
 
 
 def main() -> None:

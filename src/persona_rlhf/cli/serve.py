@@ -62,7 +62,7 @@ def serve(
     targets = [target for target in (to, upstream) if target is not None]
     if engine == "vllm" and len(targets) != 1:
         raise typer.BadParameter("--engine vllm takes --to DIR, or --upstream URL of a vLLM that runs already")
-    server, connections, metrics = _server_modules()
+    server, connections, metrics = server_modules()
     from persona_rlhf.config.experiment import read_run_config
     from persona_rlhf.serving.access import Limits, read_tokens
     from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
@@ -79,7 +79,7 @@ def serve(
         source: AbstractContextManager[ServedRun | None] = _local(run, config, memory)
     else:
         source = _vllm(run, config, hashes.slugs, targets[0], port + 1 if 0 < port < 65535 else _VLLM_PORT)
-    with server.bind_socket(host, port) as bound, _exit_at_sigterm(), source as served:
+    with server.bind_socket(host, port) as bound, exit_at_sigterm(), source as served:
         if served is None:
             return
         figures = metrics.ServerMetrics(served.figures)
@@ -193,7 +193,7 @@ def chat(
 
 
 @contextmanager
-def _exit_at_sigterm() -> Iterator[None]:
+def exit_at_sigterm() -> Iterator[None]:
     """SIGTERM exits the program in the normal way, so that it also ends what it started."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
@@ -216,7 +216,7 @@ def _lines() -> Iterator[str]:
             note("This line is not UTF-8 text; write it again.")
 
 
-def _server_modules() -> tuple[ModuleType, ModuleType, ModuleType]:
+def server_modules() -> tuple[ModuleType, ModuleType, ModuleType]:
     """The HTTP server, its connections and its figures. Raises InputError if its libraries are not installed."""
     try:
         from persona_rlhf.serving import connections, metrics, server

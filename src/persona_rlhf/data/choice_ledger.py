@@ -25,9 +25,12 @@ from persona_rlhf.data.erasure import DataSubject, Trace
 CHOICES = Path("state") / "choices.db"
 """The ledger of a run, relative to its folder."""
 
+DELETIONS = Path("state") / "deletions.jsonl"
+"""Rows of users who deleted their choices on the feedback page, until `forget` removes all else of them."""
+
 Verdict = Literal["left", "right", "tie", "both_bad"]
 Consent = Literal["own", "shared"]
-"""What choices may be used for: the user's own adapter, or other people's as well."""
+"""Uses of choices that a user allows: the user's own adapter, or other people's as well."""
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 CONSENTS: tuple[Consent, ...] = get_args(Consent)

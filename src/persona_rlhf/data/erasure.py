@@ -84,16 +84,18 @@ def rows_of(file: Path, is_user: IsUser, torn: bool = False) -> int:
 def erase(file: Path, is_user: IsUser, torn: bool = False) -> None:
     """Writes the file without the user's rows, whole or not at all; other lines stay the same, byte by byte.
 
-    A table (CSV, Parquet) is written anew, with the same columns and the other users' values.
+    A table (CSV, Parquet) is written anew, with the same columns and the other users' values. A file that only its
+    owner may read stays so.
     """
-    name = file.name.casefold()
+    name, private = file.name.casefold(), file.stat().st_mode & 0o077 == 0
     if name.endswith(".parquet"):
-        atomic_write(file, _parquet_without(file, is_user))
+        atomic_write(file, _parquet_without(file, is_user), private=private)
     elif name.endswith(".csv"):
-        atomic_write(file, _csv_without(file, is_user))
+        atomic_write(file, _csv_without(file, is_user), private=private)
     else:
         kept = (line for line in _lines(file) if not _matches(line, is_user, torn))
-        atomic_write(file, [gzip.compress(b"".join(kept), mtime=0)] if name.endswith(".gz") else kept)
+        content = [gzip.compress(b"".join(kept), mtime=0)] if name.endswith(".gz") else kept
+        atomic_write(file, content, private=private)
 
 
 def _lines(file: Path) -> Iterator[bytes]:

@@ -23,6 +23,7 @@ from persona_rlhf.data.choice_ledger import choice_traces
 from persona_rlhf.data.erasure import DataSubject, Trace, erasable, erase, files_with_rows, row_traces, rows_of
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.store import PairStore, UserSelection
+from persona_rlhf.data.wish_documents import wish_traces
 from persona_rlhf.evaluation.ledger import LOOKS
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, WorkCounter, silent
 from persona_rlhf.pipeline.run_dir import RunDir, addition_traces, before, index_traces, number_of
@@ -82,6 +83,7 @@ def traces(run: Path, user: DataSubject, on_progress: OnProgress = silent) -> It
         yield from checkpoint_traces(run, user)
     yield from served_traces(run, user)
     yield from choice_traces(run, user)
+    yield from wish_traces(run, user)
     files = [file for file in sorted(run.rglob("*")) if _may_hold_rows(run, file)]
     yield from row_traces(_counted(files, on_progress), user)
     yield from index_traces(run, user)

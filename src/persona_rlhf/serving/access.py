@@ -22,7 +22,7 @@ from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.release.compatibility import WEIGHTS
 from persona_rlhf.release.export import refusals_to_release
 from persona_rlhf.release.manifest import MANIFEST, read_manifest, rendered, uncertified
-from persona_rlhf.release.results import Result, RunResults
+from persona_rlhf.release.results import RESULTS, Result, RunResults
 from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, TextGenerator
 
 RECHECK_SECONDS = 10.0
@@ -51,12 +51,23 @@ class AdapterAccess:
         an adapter was certified in.
         """
         self._running, self._other_conditions = running, set[str]()
-        self.run, self._weights_hash, self._lora, self._log = run, weights_hash, lora.model_dump(mode="json"), log
-        self.results = {one.slug: one for one in RunResults(run) if only is None or one.slug in only}
+        self.run, self.weights_hash, self._lora, self._log = run, weights_hash, lora.model_dump(mode="json"), log
+        self._only, self._stamp = only, (0, 0)
+        self.results: dict[str, Result] = {}
         self._checks: dict[str, tuple[float, AdmittedAdapter | None]] = {}  # time of the check, and its result
         self._withheld: dict[str, str] = {}
         self._refusal_hooks: list[Callable[[str], None]] = []
         self._lock = threading.Lock()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the results again where `add` replaced them; adapters are then checked anew."""
+        lines, stat = RunResults(self.run), (self.run / RESULTS).stat()
+        if (stamp := (stat.st_mtime_ns, stat.st_ino)) != self._stamp:
+            results = {one.slug: one for one in lines if self._only is None or one.slug in self._only}
+            with self._lock:
+                self.results, self._stamp = results, stamp
+                self._checks.clear()
 
     def admit(self, slug: str) -> AdmittedAdapter:
         """The one check of a request: its adapter, verified at most RECHECK_SECONDS ago.
@@ -119,7 +130,7 @@ class AdapterAccess:
         reasons = []
         if hashlib.sha256(rendered(manifest)).hexdigest() != result.manifest_sha256:
             reasons.append("its manifest changed during the check")
-        if manifest["base"]["weights_sha256"] != self._weights_hash:
+        if manifest["base"]["weights_sha256"] != self.weights_hash:
             reasons.append("it was released for another base: the hash of the weights is not that of this one")
         if manifest["settings"]["lora"] != self._lora:
             reasons.append("it was trained with other LoRA settings than those of this run's config")

@@ -122,7 +122,7 @@ class Gateway:
         slug = self._holder(request)
         self._rate_limiter.count(slug)
         with self._uploads.slot(slug):
-            body = await _body(request, self._limits.body)
+            body = await read_body(request, self._limits.body)
         chat = parse(body, self._limits.tokens, self._limits.concurrent_each)
         _check_model(chat.model, slug)
         with ExitStack() as slots:
@@ -228,7 +228,7 @@ def _fingerprint(adapter: AdmittedAdapter) -> str:
     return f"fp_{hashlib.sha256(f'{__version__} {adapter.weights_sha256}'.encode()).hexdigest()[:12]}"
 
 
-async def _body(request: Request, most: int) -> bytes:
+async def read_body(request: Request, most: int) -> bytes:
     """The body of at most `most` bytes. Raises APIError if it is longer or does not arrive in time."""
     too_long = APIError(413, f"The body is longer than {most} bytes.", "request_too_large")
     if int(request.headers.get("content-length") or 0) > most:

@@ -1,0 +1,210 @@
+"""The command `collect`: serve the feedback page of a run, count its choices, or export them as pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from persona_rlhf.cli.console import Json, RunArgument, Wait, note, open_run, print_json, print_table
+from persona_rlhf.cli.serve import exit_at_sigterm, server_modules
+from persona_rlhf.common.errors import InputError, Problem, counted, visible
+from persona_rlhf.common.run_lock import WAIT_SECONDS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from persona_rlhf.config.experiment import Config
+    from persona_rlhf.data.choice_ledger import ChoiceLedger
+    from persona_rlhf.pipeline.export_choices import CollectedUser
+    from persona_rlhf.policy.policy import Policy
+
+_GIB = 1 << 30
+
+
+def collect(
+    run: RunArgument,
+    user: Annotated[
+        str | None, typer.Option("--user", help="A user_id, perhaps a new one: a new link is made for it.")
+    ] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The ledger of choices (default: RUN/state/choices.db).")
+    ] = None,
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Suggested prompts, JSON lines of `prompt`.")] = Path(
+        "data/prompts/everyday.jsonl"
+    ),
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 is any free one.")] = 8010,
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help="The page's address in links, where a proxy stands before it.")
+    ] = None,
+    days: Annotated[float, typer.Option(min=0.001, help="Days after which a new link expires.")] = 7.0,
+    first_update: Annotated[
+        int, typer.Option(min=1, help="Choices that the page names as enough for a first update.")
+    ] = 20,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the choices as pairs to a new *.jsonl for `add`, and end."),
+    ] = None,
+    status: Annotated[
+        bool, typer.Option("--status", help="Print users and the numbers of their choices, and end.")
+    ] = False,
+    as_json: Json = False,
+    wait: Wait = WAIT_SECONDS,
+) -> None:
+    """Serve a page on which users compare two answers; their choices are kept in a ledger."""
+    from persona_rlhf.config.experiment import read_run_config
+    from persona_rlhf.data.choice_ledger import CHOICES, ChoiceLedger
+    from persona_rlhf.pipeline.run_dir import RunDir
+    from persona_rlhf.release.deletion_records import forgotten
+    from persona_rlhf.release.served_places import note_place
+
+    with open_run(run, "collect", wait, shared=True):
+        RunDir(run).need_finished("its users give feedback")
+        config = read_run_config(run)
+        if ledger is not None and (sentence := note_place(run, "ledger", ledger)) is not None:
+            note(sentence)
+        choices = ChoiceLedger(ledger or run / CHOICES, lambda: forgotten(run))
+    try:
+        if status:
+            _print_status(run, choices, as_json)
+        elif export is not None:
+            _export(run, config, choices, export, as_json)
+        else:
+            _serve(run, config, choices, user, prompts, (host, port, address), days, first_update, max_tokens)
+    finally:
+        choices.close()
+
+
+def _export(run: Path, config: Config, choices: ChoiceLedger, out: Path, as_json: bool) -> None:
+    from persona_rlhf.pipeline.export_choices import export_choices
+
+    done = export_choices(run, config, choices, out)
+    if as_json:
+        print_json({**done._asdict(), "path": str(out)})
+    note(
+        f"{counted(done.chosen, 'pair')} from choices of {counted(done.users, 'user')}, after {done.earlier} that the "
+        f"run has of them: {out}"
+    )
+    if done.users:
+        note(f"To train them: persona-rlhf add {run} --users {out}")
+
+
+def _print_status(run: Path, choices: ChoiceLedger, as_json: bool) -> None:
+    from persona_rlhf.pipeline.export_choices import collected_users
+
+    users = collected_users(run, choices)
+    if as_json:
+        print_json([user._asdict() for user in users])
+        return
+    print_table(_status_table(users))
+    for user in users:
+        if user.deletion_wished:
+            note(visible(f"{user.user_id} deleted their choices on the page; for all else, give `forget`"))
+
+
+def _status_table(users: list[CollectedUser]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("user", "choices", "with a better answer", "not trained yet", "repeated alike", "undone", "last")
+    for one in users:
+        alike = f"{one.alike} of {one.repeated}" if one.repeated else ""
+        figures = (one.choices, one.preferred, one.waiting, alike, one.undone, one.last)
+        table.add_row(Text(visible(one.user_id)), *map(str, figures))
+    return table
+
+
+def _serve(
+    run: Path,
+    config: Config,
+    choices: ChoiceLedger,
+    user: str | None,
+    prompts: Path,
+    place: tuple[str, int, str | None],
+    days: float,
+    first_update: int,
+    max_tokens: int,
+) -> None:
+    server, connections, _ = server_modules()
+    from persona_rlhf.data.wish_documents import WishDesk
+    from persona_rlhf.release.deletion_records import forgotten
+    from persona_rlhf.serving.collect import CollectSettings, FeedbackPages
+    from persona_rlhf.serving.collect_links import make_links
+    from persona_rlhf.serving.comparisons import AnswerSampler, OpenComparisons, Suggestions
+    from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
+
+    host, port, address = place
+    _need_user_id(run, user)
+    pool = connections.ConnectionPool(connections.ConnectionLimits().within_files())
+    policy = policy_of_run(run, config.policy.documents)
+    suggestions = Suggestions(_suggested(prompts, config, policy))
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        note(f"Warning: {host} can be reached from other machines, and this is plain HTTP: put TLS before it.")
+    from persona_rlhf.serving.local_engine import local_run
+
+    with (
+        server.bind_socket(host, port) as bound,
+        exit_at_sigterm(),
+        local_run(run, config.judged_base, config.lora, _GIB, note) as served,
+    ):
+        address = (address or f"http://{host}:{bound.getsockname()[1]}").rstrip("/")
+        sampler = AnswerSampler(
+            served.generator, served.access, PolicyFilter.of(policy), served.access.weights_hash, max_tokens
+        )
+        settings = CollectSettings(first_update, address)
+        desk = WishDesk(run, tuple(config.policy.documents), policy)
+        pages = FeedbackPages(
+            run, sampler, choices, suggestions, OpenComparisons(lambda: forgotten(run)), desk, note, settings
+        )
+        program = server.http_server(pages.app(), note, pool)
+        bound.listen()
+        for user_id, token in make_links(run, _users_without_link(run, user), days).items():
+            typer.echo(json.dumps({"user_id": user_id, "link": f"{address}/enter/{token}"}))
+        note(f"Links expire after {days:g} days, and are stored nowhere; --user USER_ID makes another one.")
+        note("Answers are sampled (temperature 0.8); certificates cover greedy ones.")
+        note(f"Serving the feedback page of {run} at {address}; SIGTERM finishes running answers.")
+        program.run(sockets=[bound])
+
+
+def _need_user_id(run: Path, user: str | None) -> None:
+    """Raises InputError for a text that is no user id, and for a forgotten user."""
+    from persona_rlhf.common.files import pseudonym
+    from persona_rlhf.data.columns import user_id_fault
+    from persona_rlhf.release.deletion_records import forgotten
+
+    if user is None:
+        return
+    if (fault := user_id_fault(user)) is not None:
+        raise InputError([Problem("collect", None, "--user", fault.sentence)])
+    if pseudonym(user) in forgotten(run):
+        raise InputError([Problem(str(run), None, "--user", "this user was forgotten; delete the proof to admit them")])
+
+
+def _users_without_link(run: Path, user: str | None) -> list[str]:
+    """The one user; else all users of the run without a link that opens their page."""
+    from persona_rlhf.release.results import RunResults
+    from persona_rlhf.serving.collect_links import Links
+
+    if user is not None:
+        return [user]
+    linked = Links(run).users()
+    return [result.user_id for result in RunResults(run) if result.user_id not in linked]
+
+
+def _suggested(file: Path, config: Config, policy: Policy) -> list[str]:
+    """The prompts of a file, without those whose pairs would be screened out as near copies."""
+    from persona_rlhf.common.files import find
+    from persona_rlhf.data.near_copies import NearCopyIndex
+    from persona_rlhf.evaluation.prompt_sets import read_ordinary
+    from persona_rlhf.pipeline.inputs import ordinary_of
+
+    near_copies = NearCopyIndex.of(policy, ordinary_of(config))
+    prompts = read_ordinary(find(file))
+    kept = [prompt for prompt in prompts if near_copies.find(prompt) is None]
+    if len(kept) < len(prompts):
+        note(f"{len(prompts) - len(kept)} suggested prompts are near copies of probes, and are left out.")
+    return kept

@@ -1,0 +1,377 @@
+"""The FastAPI app of `collect`: pages on which a user compares two answers, without JavaScript, and what forms change.
+
+Every page belongs to a link (`collect_links`): its secret is the session's cookie, and the key of the forms' CSRF
+token. Users' texts are escaped on pages, and are never logged. It needs the extra `serve`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import traceback
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import RedirectResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from persona_rlhf.common.errors import InputError, visible
+from persona_rlhf.common.files import append_whole, pseudonym
+from persona_rlhf.data.choice_ledger import CONSENTS, DELETIONS, VERDICTS, ChoiceLedger, now
+from persona_rlhf.data.erasure import DataSubject
+from persona_rlhf.data.wish_documents import WishDesk
+from persona_rlhf.release.deletion_records import forgotten
+from persona_rlhf.serving.access import Limits, RateLimiter
+from persona_rlhf.serving.collect_forms import (
+    LONGEST_PROMPT,
+    Form,
+    PageError,
+    prompt_fault,
+    read_form,
+    wish_fields,
+    wishes_of,
+)
+from persona_rlhf.serving.collect_links import Link, Links, form_token, remove_links
+from persona_rlhf.serving.collect_views import CSP, STATIC, page
+from persona_rlhf.serving.comparisons import AnswerPair, AnswerSampler, OpenComparisons, Suggestions
+from persona_rlhf.serving.openai_api import APIError
+from persona_rlhf.serving.server import read_body
+
+LIMITS = Limits(body=1 << 18, tokens=256, rate=120, concurrent=32, concurrent_each=2)
+_LONGEST_REASON = 1_000
+_CLIENT_LEFT = 499
+
+
+class Session(NamedTuple):
+    """A user with the secret of a link."""
+
+    user_id: str
+    token: str
+
+    @property
+    def form_token(self) -> str:
+        """The CSRF token of the session's forms."""
+        return form_token(self.token)
+
+
+class CollectSettings(NamedTuple):
+    """The operator's settings: preferred answers that give a first update, and the address of links, if any."""
+
+    first_update: int = 20
+    address: str = ""
+
+
+Handler = Callable[[Session, Form], Awaitable[Response]]
+
+
+class FeedbackPages:
+    """The pages and forms of all users of a run. `log` receives faults and deletions, for the operator."""
+
+    def __init__(
+        self,
+        run: Path,
+        sampler: AnswerSampler,
+        ledger: ChoiceLedger,
+        suggestions: Suggestions,
+        comparisons: OpenComparisons,
+        desk: WishDesk,
+        log: Callable[[str], None],
+        settings: CollectSettings | None = None,
+        limits: Limits = LIMITS,
+    ) -> None:
+        self._run, self._sampler, self._ledger, self._log = run, sampler, ledger, log
+        self._suggestions, self._open, self._desk = suggestions, comparisons, desk
+        self._settings, self._limits = settings or CollectSettings(), limits
+        self._links, self._rate = Links(run), RateLimiter(limits)
+        self._asking: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._cookie = f"collect-{pseudonym(str(run.resolve()))[:8]}"  # two runs on one host keep their sessions apart
+
+    def app(self) -> FastAPI:
+        """The ASGI app."""
+        app = FastAPI(title="persona-rlhf collect", openapi_url=None, docs_url=None, redoc_url=None)
+        app.add_api_route("/health", self._health, methods=["GET"])
+        app.add_api_route("/static/{name}", self._safely(_static), methods=["GET"])
+        app.add_api_route("/enter/{token}", self._safely(self._enter), methods=["GET"])
+        pages = (("/", self._home), ("/wishes", self._wishes), ("/data", self._data), ("/choices.json", self._choices))
+        for path, show in pages:
+            app.add_api_route(path, self._safely(partial(self._shown, show)), methods=["GET"])
+        forms: dict[str, Handler] = {
+            "/consent": self._consent,
+            "/ask": self._ask,
+            "/skip": self._skip,
+            "/choose": self._choose,
+            "/undo": self._undo,
+            "/pause": self._pause,
+            "/wishes": self._wish,
+            "/delete": self._delete,
+        }
+        for path, handle in forms.items():
+            app.add_api_route(path, self._safely(partial(self._handled, handle)), methods=["POST"])
+        app.add_exception_handler(HTTPException, self._missing)
+        return app
+
+    # Reading pages
+
+    async def _home(self, session: Session, request: Request) -> Response:
+        """The pair that the user has before them; without one, the form for a prompt; at first, the consent."""
+        consent = await run_in_threadpool(self._ledger.consent, session.user_id)
+        if consent is None:
+            return self._page(session, "welcome", scope="own")
+        comparison = self._open.of(session.user_id)
+        notice = request.query_params.get("note", "")
+        if comparison is None:
+            return await self._prompt_page(session, notice=notice, more=request.query_params.get("more", ""))
+        if notice == "paused" and comparison.shown_at is None:
+            return self._page(session, "paused")
+        comparison.show()
+        return self._page(session, "comparison", comparison=comparison, notice=notice, **await self._progress(session))
+
+    async def _prompt_page(
+        self, session: Session, prompt: str = "", fault: str = "", notice: str = "", more: str = "", status: int = 200
+    ) -> Response:
+        choices = await run_in_threadpool(self._ledger.choices, session.user_id)
+        number = int(more) if more.isascii() and more.isdecimal() and len(more) < 6 else 0
+        suggested = self._suggestions.of(session.user_id, {choice.prompt for choice in choices}, number)
+        content = {"prompt": prompt, "fault": fault, "notice": notice, "suggested": suggested, "more": number + 1}
+        last = choices[-1] if choices else None
+        return self._page(session, "prompt", status, **content, last=last, **await self._progress(session))
+
+    async def _progress(self, session: Session) -> dict[str, Any]:
+        """The user's numbers, and whether the adapter changed since the last choice."""
+        choices = await run_in_threadpool(self._ledger.choices, session.user_id)
+        adapter = await run_in_threadpool(self._sampler.adapter, session.user_id)
+        authors = {choices[-1].left_by, choices[-1].right_by} if choices else set()
+        return {
+            "answered": len(choices),
+            "preferred": sum(choice.pair is not None for choice in choices),
+            "first_update": self._settings.first_update,
+            "adapted": adapter is not None,
+            "updated": bool(choices) and adapter is not None and adapter.weights_sha256 not in authors,
+        }
+
+    async def _wishes(self, session: Session, _: Request) -> Response:
+        wishes = await run_in_threadpool(self._desk.saved, session.user_id)
+        return self._page(session, "wishes", **wish_fields(self._desk, wishes), faults=[], overruled=[], saved=False)
+
+    async def _data(self, session: Session, _: Request) -> Response:
+        consent = await run_in_threadpool(self._ledger.consent, session.user_id)
+        return self._page(session, "data", scope=consent or "own", **await self._progress(session))
+
+    async def _choices(self, session: Session, _: Request) -> Response:
+        """All that the ledger holds of the user, to take away."""
+        choices = await run_in_threadpool(self._ledger.choices, session.user_id)
+        text = json.dumps([choice._asdict() for choice in choices], indent=2, ensure_ascii=False)
+        headers = {"Content-Disposition": 'attachment; filename="choices.json"'}
+        return Response(text, media_type="application/json; charset=utf-8", headers=headers)
+
+    # Forms
+
+    async def _consent(self, session: Session, form: Form) -> Response:
+        scope = form.get("scope")
+        if scope not in CONSENTS:
+            raise PageError(400, "Choose one of the two uses of your choices.")
+        await run_in_threadpool(self._ledger.record_consent, session.user_id, scope)
+        return _to("/")
+
+    async def _ask(self, session: Session, form: Form) -> Response:
+        """Samples two answers. A form that is sent again meanwhile gets the same two."""
+        prompt = form.get("prompt", "").replace("\r\n", "\n").strip()
+        if fault := prompt_fault(prompt):
+            return await self._prompt_page(session, prompt[:LONGEST_PROMPT], fault, status=400)
+        if await run_in_threadpool(self._ledger.consent, session.user_id) is None:
+            return _to("/")
+        before = self._open.of(session.user_id)
+        async with self._asking[session.user_id]:
+            if self._open.of(session.user_id) in (None, before):
+                with self._rate.slot(session.user_id):
+                    try:
+                        comparison = await run_in_threadpool(self._sampler.compare, session.user_id, prompt)
+                    except APIError as error:
+                        if error.status >= 500:
+                            raise
+                        return await self._prompt_page(session, prompt, error.message, status=400)
+                self._open.put(comparison)
+        return _to("/")
+
+    async def _skip(self, session: Session, form: Form) -> Response:
+        self._open.drop(session.user_id, form.get("comparison", ""))
+        return _to("/")
+
+    async def _choose(self, session: Session, form: Form) -> Response:
+        """Saves a choice; the page that follows says so only when it is on the disk."""
+        verdict = next((one for one in VERDICTS if one == form.get("verdict")), None)
+        reason = form.get("reason", "").replace("\r\n", "\n").strip()
+        if verdict is None:
+            raise PageError(400, "This form has no choice. Go back, and press one of the four buttons.")
+        comparison = self._open.of(session.user_id)
+        if comparison is None or comparison.id != form.get("comparison", ""):
+            saved = await run_in_threadpool(self._ledger.has, form.get("comparison", ""))
+            return _to("/?note=repeated" if saved else "/?note=closed")
+        if comparison.same and verdict in ("left", "right"):
+            raise PageError(
+                400, "Both answers are the same, so neither can be better. Go back, and press another button."
+            )
+        consent = await run_in_threadpool(self._ledger.consent, session.user_id)
+        if consent is None:
+            return _to("/")
+        choice = comparison.decided(verdict, reason[:_LONGEST_REASON], consent)
+        saved = await run_in_threadpool(self._ledger.append, choice)
+        self._open.drop(session.user_id, comparison.id)
+        return _to("/?note=saved" if saved else "/?note=repeated")
+
+    async def _undo(self, session: Session, form: Form) -> Response:
+        """Takes a choice back, and shows its pair again."""
+        choice = await run_in_threadpool(self._ledger.undo, form.get("choice", ""), session.user_id)
+        if choice is None:
+            return _to("/?note=not-undone")
+        self._open.put(AnswerPair.again(choice))
+        return _to("/?note=undone")
+
+    async def _pause(self, session: Session, _: Form) -> Response:
+        if (comparison := self._open.of(session.user_id)) is not None:
+            comparison.pause()
+        return _to("/?note=paused")
+
+    async def _wish(self, session: Session, form: Form) -> Response:
+        """Writes the user's document of tier three; a wish that a tier above forbids is explained, and not saved."""
+        wishes, user_id = wishes_of(form), session.user_id
+        if pseudonym(user_id) in forgotten(self._run):
+            raise PageError(403, "Your data was deleted, so nothing is saved.")
+        faults = await run_in_threadpool(self._desk.faults, user_id, wishes)
+        if not faults:
+            await run_in_threadpool(self._desk.save, user_id, wishes)
+        overruled = [] if faults else await run_in_threadpool(self._desk.overruled, user_id, wishes)
+        fields = wish_fields(self._desk, wishes)
+        status = 400 if faults else 200
+        return self._page(session, "wishes", status, **fields, faults=faults, overruled=overruled, saved=not faults)
+
+    async def _delete(self, session: Session, form: Form) -> Response:
+        """Asks once more; then deletes the user's choices and links, and notes the wish for the operator."""
+        if form.get("sure") != "yes":
+            return self._page(session, "delete")
+        await run_in_threadpool(self._erase, session.user_id)
+        response = self._page(None, "deleted")
+        response.delete_cookie(self._cookie)
+        return response
+
+    def _erase(self, user_id: str) -> None:
+        row = json.dumps({"user_id": user_id, "at": now()}) + "\n"
+        with (self._run / DELETIONS).open("ab") as stream:
+            append_whole(stream, row.encode())
+        remove_links(self._run, user_id)
+        self._open.drop(user_id)
+        self._ledger.erase(DataSubject(pseudonym(user_id)))
+        self._log(visible(f"A user deleted their choices on the page. For all else: forget RUN --user {user_id!r}"))
+
+    # Sessions, checks and errors
+
+    async def _health(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+    async def _enter(self, request: Request) -> Response:
+        """Opens a session by the secret of a link, which leaves the address bar at once."""
+        token = str(request.path_params["token"])
+        self._session_of(token)
+        response = _to("/")
+        secure = self._settings.address.startswith("https:")
+        response.set_cookie(self._cookie, token, httponly=True, samesite="lax", secure=secure, path="/")
+        return response
+
+    def _session_of(self, token: str | None) -> Session:
+        """Raises PageError (401) unless the secret opens a page now."""
+        link: Link | None = self._links.of(token) if token else None
+        if token is None or link is None:
+            raise PageError(401, "This page opens with your personal link. Open the link that you were given.")
+        if link.expired:
+            raise PageError(401, "Your link has expired. Your choices are safe; ask for a new link.")
+        return Session(link.user_id, token)
+
+    async def _shown(self, show: Callable[[Session, Request], Awaitable[Response]], request: Request) -> Response:
+        session = self._session_of(request.cookies.get(self._cookie))
+        self._rate.count(session.user_id)
+        return await show(session, request)
+
+    async def _handled(self, handle: Handler, request: Request) -> Response:
+        """A form's response. Raises PageError for a form of another site, of another session, or of another kind."""
+        session = self._session_of(request.cookies.get(self._cookie))
+        self._rate.count(session.user_id)
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            raise PageError(403, "This form comes from another site, so nothing was done.")
+        form = read_form(request.headers.get("content-type", ""), await read_body(request, self._limits.body))
+        if not hmac.compare_digest(form.pop("form_token", "").encode(), session.form_token.encode()):
+            raise PageError(403, "This form is not of your session, so nothing was done. Open the page again.")
+        return await handle(session, form)
+
+    def _page(self, session: Session | None, name: str, status: int = 200, **content: Any) -> Response:
+        who = {"user_id": session.user_id, "form_token": session.form_token} if session else {"user_id": ""}
+        return page(name, status, **who, **content)
+
+    def _safely(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """An endpoint whose exceptions become pages, and whose responses carry the headers of all pages."""
+
+        async def respond(request: Request) -> Response:
+            try:
+                response = await endpoint(request)
+            except PageError as error:
+                response = self._page(None, "error", error.status, sentence=error.sentence)
+            except APIError as error:
+                response = self._page(None, "error", error.status, sentence=error.message)
+                if error.retry_after is not None:
+                    response.headers["Retry-After"] = str(error.retry_after)
+            except ClientDisconnect:
+                response = Response(status_code=_CLIENT_LEFT)  # nobody reads it
+            except InputError as fault:
+                self._log(f"Not done: {fault}")
+                response = self._page(None, "error", 503, sentence="This could not be saved. Please try again later.")
+            except Exception as fault:
+                self._log_fault(fault)
+                response = self._page(
+                    None, "error", 500, sentence="The page failed here, and nothing was saved. Please try again."
+                )
+            response.headers.update(_HEADERS)
+            return response
+
+        return respond
+
+    def _log_fault(self, fault: Exception) -> None:
+        """Logs type and place of a fault; its message may hold users' text."""
+        last = traceback.extract_tb(fault.__traceback__)[-1]
+        self._log(f"Internal fault: {type(fault).__name__} at {Path(last.filename).name}:{last.lineno}")
+
+    async def _missing(self, _: Request, fault: Exception) -> Response:
+        status = fault.status_code if isinstance(fault, HTTPException) else 404
+        sentence = "There is nothing here." if status == 404 else f"{HTTPStatus(status).phrase}."
+        response = self._page(None, "error", status, sentence=sentence)
+        response.headers.update(_HEADERS)
+        return response
+
+
+_HEADERS = {
+    "Content-Security-Policy": CSP,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",  # an address with a secret goes nowhere else; `no-referrer` makes the Origin null
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+def _to(path: str) -> Response:
+    return RedirectResponse(path, HTTPStatus.SEE_OTHER)
+
+
+async def _static(request: Request) -> Response:
+    file = STATIC.get(str(request.path_params["name"]))
+    if file is None:
+        raise PageError(404, "There is nothing here.")
+    return Response(file.content, media_type=file.kind)

@@ -1,0 +1,67 @@
+"""The look of the feedback page: templates, static files, and the policy that lets a browser load nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+from fastapi.responses import HTMLResponse, Response
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from persona_rlhf.common.errors import counted, visible
+
+CSP = (
+    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
+"""No inline script or style runs, and nothing comes from elsewhere."""
+
+_ACTIVE = {
+    "comparison": "home",
+    "prompt": "home",
+    "paused": "home",
+    "wishes": "wishes",
+    "data": "data",
+}  # entries of the navigation
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_KINDS = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "svg": "image/svg+xml"}
+
+
+class StaticFile(NamedTuple):
+    """A file that a page loads."""
+
+    content: bytes
+    kind: str
+
+
+STATIC: Mapping[str, StaticFile] = {
+    name: StaticFile((files("persona_rlhf.serving") / "templates" / name).read_bytes(), _KINDS[name.rpartition(".")[2]])
+    for name in ("collect.css", "collect.js", "collect.svg")
+}
+
+
+def page(name: str, status: int = 200, **content: Any) -> Response:
+    """A page of a template, with its texts escaped."""
+    active = _ACTIVE.get(name, "")
+    return HTMLResponse(_environment().get_template(f"collect_{name}.html.j2").render(content, active=active), status)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("persona_rlhf.serving"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"shown": _shown, "line": visible, "counted": counted}
+    return environment
+
+
+def _shown(text: str) -> str:
+    """A text of several lines, in which control characters are replaced."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
