@@ -122,3 +122,12 @@ def test_float32_is_the_cpu_s_run_up_to_rounding(folder):
         rows = map(json.loads, (folder / device / "metrics.jsonl").read_text().splitlines())
         losses[device] = {(row["user_id"], row["step"]): row["loss"] for row in rows}
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
+def test_more_processes_than_gpus_are_refused_before_anything_is_written(folder, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused = run("train", "experiment.yaml", *SHORT, "fleet.processes=3", "--run", "crowded")
+    assert refused.exit_code == 2
+    assert "fleet.processes" in refused.output
+    assert not list(folder.glob("crowded/*"))

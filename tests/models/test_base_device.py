@@ -51,17 +51,20 @@ def test_the_cpu_is_taken_where_it_is_asked_for(gpus):
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "dtype", "products"),
+    ("setting", "device", "capability", "dtype", "products"),
     [
-        ("auto", "cuda", torch.bfloat16, "high"),
-        ("bfloat16", "cuda", torch.bfloat16, "high"),
-        ("float32", "cuda", torch.float32, "highest"),
-        ("auto", "cpu", torch.float32, None),
-        ("bfloat16", "cpu", torch.bfloat16, None),
+        ("auto", "cuda", (9, 0), torch.bfloat16, "high"),
+        ("auto", "cuda", (8, 0), torch.bfloat16, "high"),
+        ("auto", "cuda", (7, 5), torch.float32, "highest"),  # it would emulate bfloat16
+        ("bfloat16", "cuda", (7, 5), torch.bfloat16, "high"),
+        ("float32", "cuda", (9, 0), torch.float32, "highest"),
+        ("auto", "cpu", None, torch.float32, None),
+        ("bfloat16", "cpu", None, torch.bfloat16, None),
     ],
 )
-def test_types_and_products_by_device(monkeypatch, setting, device, dtype, products):
+def test_types_and_products_by_device(monkeypatch, setting, device, capability, dtype, products):
     precisions = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
     assert select_dtype(settings(dtype=setting), torch.device(device)) == dtype
     assert precisions == ([] if products is None else [products])

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_rlhf.data.tokenize import Row
-from persona_rlhf.models.packing import EMPTY, DeterministicGather, GatherRun, collate, pack
+from persona_rlhf.models.gather import DeterministicGather, GatherRun
+from persona_rlhf.models.packing import EMPTY, collate, pack
 
 CPU = torch.device("cpu")
 IDS = st.lists(st.integers(2, 90), min_size=1, max_size=9).map(tuple)
@@ -137,16 +138,16 @@ def test_spread_puts_each_value_in_its_row_and_lets_gradients_back(made):
 
 def test_a_gathers_gradient_is_that_of_plain_indexing():
     """Sources read once, twice and never; places that only fill send nothing back."""
-    gather = DeterministicGather(
-        5, [(4, 9)], [GatherRun(1, 0, 3, 0), GatherRun(2, 4, 2, 1), GatherRun(2, 6, 1, 2), GatherRun(0, 8, 1, 0)], CPU
+    gather = DeterministicGather.of(
+        5, [(4, 9)], [GatherRun(1, 0, 3, 0), GatherRun(2, 4, 2, 1), GatherRun(2, 6, 1, 2), GatherRun(0, 8, 1, 0)]
     )
-    assert gather.index.tolist() == [1, 2, 3, 4, 2, 3, 2, 4, 0]
+    assert gather.read.tolist() == [1, 2, 3, 4, 2, 3, 2, 4, 0]
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     sent = torch.randn(9, 2, dtype=torch.float64)
     sent[[3, 7]] = 0
     (gather(x) * sent).sum().backward()
     mine, x.grad = x.grad, None
-    (x[gather.index] * sent).sum().backward()
+    (x[gather.read] * sent).sum().backward()
     assert torch.allclose(mine, x.grad)
     sent[3] = float("nan")
     x.grad = None
@@ -163,8 +164,8 @@ def test_a_completion_needs_something_before_it():
 
 
 def test_a_gradient_goes_back_to_its_source_also_where_all_are_read_out_of_order():
-    gather = DeterministicGather(4, [(0, 4)], [GatherRun(2, 0, 2, 0), GatherRun(0, 2, 2, 0)], CPU)
-    assert gather.index.tolist() == [2, 3, 0, 1]
+    gather = DeterministicGather.of(4, [(0, 4)], [GatherRun(2, 0, 2, 0), GatherRun(0, 2, 2, 0)])
+    assert gather.read.tolist() == [2, 3, 0, 1]
     x = torch.zeros(4, 2, requires_grad=True)
     (gather(x) * torch.arange(8.0).view(4, 2)).sum().backward()
     assert x.grad is not None

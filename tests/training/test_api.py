@@ -9,7 +9,7 @@ from persona_rlhf.config.training import ConstraintSettings
 from persona_rlhf.policy import judges
 from persona_rlhf.policy.hazards import CATEGORIES
 from persona_rlhf.policy.policy import Policy
-from persona_rlhf.training.api import policy_bank
+from persona_rlhf.training.api import fleet_train, policy_bank
 from tests.models.tiny import EOS, tiny_base
 from tests.policy.banks import tier_one
 
@@ -50,3 +50,9 @@ def test_a_model_that_refuses_nothing_has_no_bank(policy, monkeypatch):
     monkeypatch.setattr(judges, "is_refusal", lambda text: False)
     with pytest.raises(InputError, match="not certifiable: the base refused no train probe of"):
         _bank(policy, tiny_base(vocabulary=8))
+
+
+def test_a_model_on_another_kind_of_device_is_refused():
+    model = tiny_base().model.to("meta")
+    with pytest.raises(InputError, match="the model is on meta; move it to a CPU or a CUDA device"):
+        fleet_train(model, [])

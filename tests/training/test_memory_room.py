@@ -5,6 +5,7 @@ import torch
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.passes import run_in_passes
 from persona_rlhf.training.cache import Reference
@@ -84,6 +85,39 @@ def test_passes_without_room_are_run_in_halves():
     for one, other in zip(whole, parts, strict=True):
         assert [score.tokens for score in one] == [score.tokens for score in other]
         assert [score.logp for score in one] == pytest.approx([score.logp for score in other], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported at some other call"),
+    ],
+)
+def test_a_pass_that_did_not_fit_lowers_the_budget_of_all_later_ones(fault):
+    """Whichever library reports the full memory; 16 rows of 4 tokens, of which 5 fit."""
+    rows, sizes = [[Row((n, 1), (2, 3)) for n in range(16)]], []
+
+    def run(places):
+        sizes.append(len(places))
+        if len(places) > 5:
+            raise fault
+
+    budget = run_in_passes(rows, 1000, run)
+    assert sizes == [16, 8, 4, 4, 4, 4]
+    assert budget == 16
+    sizes.clear()
+    assert run_in_passes(rows, budget, run) == budget
+    assert sizes == [4, 4, 4, 4]
+
+
+def test_another_fault_of_a_pass_is_no_full_memory():
+    def run(places):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        run_in_passes([[USERS[0].train[0].chosen] * 4], 10, run)
 
 
 def test_a_row_that_does_not_fit_alone_is_an_error():

@@ -245,7 +245,11 @@ class FleetSettings(Section):
         None,
         description="Folder where runs share the base's answers and log-probabilities; none by default.",
     )
-    checkpoint_every: int = Field(20, ge=1, description="Advanced: steps between checkpoints of the slots.")
+    checkpoint_every: int = Field(
+        20,
+        ge=1,
+        description="Advanced: steps between checkpoints of the slots; more where writing takes 5% of the time.",
+    )
     processes: int = Field(
         1, ge=1, le=1024, description="Advanced: processes on this host, each with one GPU or a part of the cores."
     )

@@ -14,6 +14,7 @@ from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.attention import max_row_length, packed_attention
 from persona_rlhf.models.base import Base
+from persona_rlhf.models.device import device_bytes
 from persona_rlhf.models.fast_paths import (
     EquivalenceCheck,
     ForwardPatch,
@@ -25,6 +26,7 @@ from persona_rlhf.models.last_layer import LastLayerPruning, last_layer_pruning
 from persona_rlhf.models.model_split import (
     FrozenPrefix,
     HiddenStates,
+    OfLogits,
     pack_states,
     split_model,
     token_logps,
@@ -48,12 +50,23 @@ from persona_rlhf.models.row_decoding import (
     RowCache,
     token_places,
 )
-from persona_rlhf.models.scores import GreedyScore, RowScore, greedy_scores
+from persona_rlhf.models.scores import GreedyScore, RowScore, greedy_scores, logps_and_greedy
 
 _Value = TypeVar("_Value")
 
 OnRows = Callable[[float, int], None]
 """Receives the rows completed since the last call, in fractions while answers are written, and rows newly begun."""
+
+
+def _tokens_per_pass(device: torch.device) -> tuple[int, int]:
+    """Tokens of a pass that scores and of one that generates. A pass that does not fit lowers them for good."""
+    if device.type == "cpu":
+        return 4_096, 24_576  # what a CPU's cache holds; more is no faster
+    tokens = max(4_096, min(131_072, device_bytes(device) // _BYTES_PER_TOKEN))
+    return tokens, tokens
+
+
+_BYTES_PER_TOKEN = 640 << 10  # of a GPU's memory: 131,072 tokens on 80 GiB, and fewer on a smaller one
 
 
 def _row_count(pass_rows: PassRows) -> int:
@@ -80,8 +93,7 @@ class AdaptedModel:
         with torch.no_grad():
             group_by_input(self._layers, lambda: self._run(base.model, self._check.collated(self._check.rows)))
         self.params_per_user = max(span.stop for span in self.spans.values())
-        self.tokens_per_pass = 4_096 if base.device.type == "cpu" else 131_072  # a CPU wants what its cache holds
-        self.tokens_per_generation = 24_576 if base.device.type == "cpu" else 131_072  # more is no faster on a CPU
+        self.tokens_per_pass, self.tokens_per_generation = _tokens_per_pass(base.device)
         self._equal_lines = base.device.type != "cpu"  # a GPU prefers padding to one user after the other
         self._split = split_model(base.model)
         self._prefix = FrozenPrefix(base.model, first) if first else None
@@ -156,6 +168,19 @@ class AdaptedModel:
         hidden = self._hidden(batch, states, passed)
         return self._split.head(hidden) if self._split else hidden
 
+    def by_token(
+        self,
+        batch: Batch,
+        function: OfLogits,
+        states: Sequence[HiddenStates] = (),
+        passed: list[LayerTokens] | None = None,
+    ) -> list[Tensor]:
+        """The results of `function`, which treats tokens one by one, without all logits of `logits` in memory."""
+        hidden = self._hidden(batch, states, passed)
+        if self._split is None:
+            return list(function(hidden, batch.targets))
+        return self._split.head.by_token(hidden, batch.targets, function)
+
     def _hidden(
         self, batch: Batch, states: Sequence[HiddenStates], passed: list[LayerTokens] | None = None
     ) -> Float[Tensor, "tokens hidden"]:
@@ -227,7 +252,7 @@ class AdaptedModel:
             batch = self.batch([distinct[n] for _, n in pass_rows if n is not None], 1)
             states.update(unpack_states(batch, prefix.run(lambda: self._run(self._module, batch))))
 
-        run_in_passes([distinct], self.tokens_per_pass, run)
+        self.tokens_per_pass = run_in_passes([distinct], self.tokens_per_pass, run)
         return states
 
     def prefix_bytes(self, rows: Sequence[Row]) -> int:
@@ -303,7 +328,7 @@ class AdaptedModel:
         """Scores as in `score`, with the greedy alternative to each row."""
 
         def score_batch(batch: Batch, batch_rows: Sequence[Row]) -> list[GreedyScore]:
-            return greedy_scores(batch, batch_rows, self.logits(batch, states))
+            return greedy_scores(batch, batch_rows, *self.by_token(batch, logps_and_greedy, states))
 
         return self._map_rows(rows, score_batch)
 
@@ -346,7 +371,7 @@ class AdaptedModel:
             self.on_rows(_row_count(pass_rows), 0)
 
         self.on_rows(0.0, sum(map(len, rows)))
-        run_in_passes(rows, self.tokens_per_pass, run)
+        self.tokens_per_pass = run_in_passes(rows, self.tokens_per_pass, run)
         return [[value for value in user_values if value is not None] for user_values in values]
 
     @torch.no_grad()
@@ -383,5 +408,5 @@ class AdaptedModel:
                     answers[user][n] = answer
 
         self.on_rows(0.0, sum(map(len, rows)))
-        run_in_passes(rows, self.tokens_per_generation, run)
+        self.tokens_per_generation = run_in_passes(rows, self.tokens_per_generation, run)
         return [[answer for answer in user_answers if answer is not None] for user_answers in answers]

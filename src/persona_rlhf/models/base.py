@@ -31,6 +31,7 @@ _E4M3 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_E4M3).max
 _SMALLEST = 1e-12  # a row of zeros has this scale
 _MULTIPLE = 16  # widths that tensor cores take
+_BFLOAT16 = (8, 0)  # compute capability of the first GPUs that multiply it; older ones emulate it
 _CAPABLE = (8, 9)  # compute capability of the first GPUs with such products
 
 
@@ -358,16 +359,28 @@ def select_device(settings: BaseSettings) -> torch.device:
 
 
 def select_dtype(settings: BaseSettings, device: torch.device) -> torch.dtype:
-    """Type of the frozen weights.
+    """Type of the frozen weights: `base.dtype`, else bfloat16 on a GPU that multiplies it, else float32.
 
-    On a GPU this also sets the precision of float32 products, which are the adapters'. It is float32 over a float32
-    base, and TF32 over a bfloat16 base, whose hidden states have fewer bits than that.
+    This also sets the precision of products; see `set_product_precision`.
     """
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    auto = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     dtype: torch.dtype = auto if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    set_product_precision(dtype, device)
+    return dtype
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device is a GPU that multiplies bfloat16."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _BFLOAT16
+
+
+def set_product_precision(dtype: torch.dtype, device: torch.device) -> None:
+    """On a GPU, sets the precision of float32 products, which are the adapters'.
+
+    It is float32 over a float32 base, and TF32 over a bfloat16 base, whose hidden states have fewer bits than that.
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
-    return dtype
 
 
 def weights_hash(settings: BaseSettings) -> str:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from persona_rlhf.models.base import is_linear
+from persona_rlhf.models.gather import DeterministicGather
 from persona_rlhf.models.model_split import decoder_layers, replace_states
 from persona_rlhf.models.multi_lora import MultiLoRALinear
-from persona_rlhf.models.packing import DeterministicGather
 
 
 class LastLayerPruning:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.device import device_bytes
 from persona_rlhf.models.packing import Batch
 
 
@@ -46,7 +47,12 @@ class _TokenLogps(torch.autograd.Function):
 
 
 _MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 29}  # held at once: 64 MiB or 2 GiB in float32
+_BYTES_PER_LOGIT = 160  # of a GPU's memory: 2^29 logits on 80 GiB, and fewer on a smaller one
 _MIN_TOKENS = 256  # at once, even above _MAX_LOGITS: fewer would not be worth reading the head's matrix
+
+
+OfLogits = Callable[[Float[Tensor, "tokens vocabulary"], Int[Tensor, " tokens"]], Sequence[Tensor]]
+"""Tensors with one entry per token, from the logits and the targets of these tokens."""
 
 
 class OutputHead:
@@ -73,25 +79,41 @@ class OutputHead:
         self, hidden: Float[Tensor, "tokens hidden"], targets: Int[Tensor, " tokens"]
     ) -> Float[Tensor, " tokens"]:
         """`log pi(target)` in nats at each token: `token_logps` of the logits, which are never all in memory."""
-        vocabulary = self._model.config.get_text_config().vocab_size
-        chunk = max(_MIN_TOKENS, _MAX_LOGITS[hidden.device.type] // vocabulary)
-        if len(hidden) <= chunk:
+        parts = self._parts(hidden)
+        if parts == 1:
             return token_logps(self(hidden), targets)
-        logps: Tensor = _ChunkedLogps.apply(hidden, targets, self, chunk)  # type: ignore[no-untyped-call]
+        logps: Tensor = _ChunkedLogps.apply(hidden, targets, self, parts)  # type: ignore[no-untyped-call]
         return logps
+
+    def by_token(
+        self, hidden: Float[Tensor, "tokens hidden"], targets: Int[Tensor, " tokens"], function: OfLogits
+    ) -> list[Tensor]:
+        """The results of `function`, which treats tokens one by one. All logits are never in memory; no gradients."""
+        parts = self._parts(hidden)
+        pieces = zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)
+        columns = zip(*(function(self(part), part_targets) for part, part_targets in pieces), strict=True)
+        return [torch.cat(column) for column in columns]
+
+    def _parts(self, hidden: Float[Tensor, "tokens hidden"]) -> int:
+        """Parts of the tokens, of like size: a short one would read the whole matrix for few tokens."""
+        vocabulary: int = self._model.config.get_text_config().vocab_size
+        device = hidden.device
+        most = _MAX_LOGITS[device.type]
+        if device.type == "cuda":
+            most = min(most, device_bytes(device) // _BYTES_PER_LOGIT)
+        return max(1, math.ceil(len(hidden) / max(_MIN_TOKENS, most // vocabulary)))
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """Log-probabilities of `chunk` tokens at a time.
+    """Log-probabilities of one of several parts of the tokens at a time.
 
     A token's log-probability depends on its own hidden state alone. So the gradient of the sum is computed in the
     forward pass and scaled in the backward pass (Hsu et al. 2024, "Liger Kernel").
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: OutputHead, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: OutputHead, parts: int) -> Tensor:
         logps, gradients = list[Tensor](), list[Tensor]()
-        parts = math.ceil(len(hidden) / chunk)  # of like size: a short one would read the whole matrix for few tokens
         for part, part_targets in zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True):
             if not ctx.needs_input_grad[0]:
                 logps.append(token_logps(head(part), part_targets))

@@ -4,78 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from itertools import accumulate, chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.device import to_device
+from persona_rlhf.models.gather import DeterministicGather, GatherRun
 
 EMPTY = Row((), ())
 """A row without tokens. It pads a user's list of rows and has neither loss nor gradient."""
-
-
-class GatherRun(NamedTuple):
-    """Neighbouring outputs that read equally many neighbouring sources: `length` from `place` and from `source` on.
-
-    `repeat` counts the earlier runs that read the same sources.
-    """
-
-    source: int
-    place: int
-    length: int
-    repeat: int
-
-
-class DeterministicGather:
-    """`x[index]` along the first dimension, with a gradient that is summed in a fixed order.
-
-    On a GPU, torch's own gradient of indexing adds with atomics in any order. Here each source's first reader is
-    written, then its second reader is added, and so on. So every run gives the same bits.
-
-    sources: rows of x
-    fill: (source, count) of consecutive places; places that are in no run read it and send no gradient back
-    """
-
-    def __init__(
-        self, sources: int, fill: Sequence[tuple[int, int]], runs: Sequence[GatherRun], device: torch.device
-    ) -> None:
-        index = np.repeat(*np.array(fill, dtype=np.int64).reshape(-1, 2).T)
-        source, place, length, repeat = np.array(runs, dtype=np.int64).reshape(-1, 4).T
-        within = np.arange(length.sum()) - np.repeat(length.cumsum() - length, length)
-        reads = np.stack([np.repeat(source, length), np.repeat(place, length)]) + within
-        index[reads[1]] = reads[0]
-        repeats = np.repeat(repeat, length)
-        first = np.full(sources, -1)
-        first[reads[0, repeats == 0]] = reads[1, repeats == 0]
-        later = [torch.from_numpy(reads[:, repeats == n]).to(device) for n in range(1, repeat.max(initial=0) + 1)]
-        self.index: Int[Tensor, " places"] = torch.from_numpy(index).to(device)
-        self.unread: Int[Tensor, " unread"] = torch.from_numpy(np.flatnonzero(first < 0)).to(device)
-        self.first_reader: Int[Tensor, " sources"] = torch.from_numpy(first.clip(0)).to(device)
-        self.later_readers: list[Int[Tensor, "2 reads"]] = later
-
-    def __call__(self, x: Float[Tensor, "sources width"]) -> Float[Tensor, "places width"]:
-        y: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
-        return y
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gather: DeterministicGather) -> Tensor:
-        ctx.gather = gather
-        return x.index_select(0, gather.index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gather: DeterministicGather = ctx.gather
-        if not len(gradient):
-            return gradient.new_zeros(len(gather.first_reader), *gradient.shape[1:]), None
-        grad_x = gradient.index_select(0, gather.first_reader).index_fill_(0, gather.unread, 0)
-        for sources, places in gather.later_readers:
-            grad_x.index_add_(0, sources, gradient.index_select(0, places))  # no source twice
-        return grad_x, None
 
 
 _ROWS_PER_CALL = 8  # rows of like length share an attention call; a call costs little on a CPU
@@ -154,9 +94,7 @@ class AttentionLayout(NamedTuple):
     calls: list[AttentionCall]
 
 
-def attention_layout(
-    rows: Sequence[PackedRow], widths: Sequence[int], device: torch.device, one_call: bool
-) -> AttentionLayout:
+def attention_layout(rows: Sequence[PackedRow], widths: Sequence[int], one_call: bool) -> AttentionLayout:
     """Layout of the attention over packed rows; `widths` are the tokens of each user's line.
 
     With `one_call` all rows are attended whole in one call. Otherwise rows of like length share a call. Where that
@@ -164,14 +102,14 @@ def attention_layout(
     predict their completion, under a mask.
     """
     if one_call:
-        return _build_layout([list(rows)], [], widths, device)
+        return _build_layout([list(rows)], [], widths)
     groups = _group_by_length(rows)
     first, repeated = (_group_by_length([row for row in rows if (row.repeat == 0) == new]) for new in (True, False))
     masked = [_masked_scores(group) for group in groups]
     cost = sum(map(_causal_scores, first)) + sum(map(_masked_scores, repeated))
     if max(masked) > _MAX_MASK or cost >= sum(map(_causal_scores, groups)):
-        return _build_layout(groups, [], widths, device)
-    return _build_layout(first, repeated, widths, device)
+        return _build_layout(groups, [], widths)
+    return _build_layout(first, repeated, widths)
 
 
 def _group_by_length(rows: Sequence[PackedRow]) -> list[list[PackedRow]]:
@@ -195,7 +133,6 @@ def _build_layout(
     causal: Sequence[Sequence[PackedRow]],
     predicting: Sequence[Sequence[PackedRow]],
     widths: Sequence[int],
-    device: torch.device,
 ) -> AttentionLayout:
     """One call per group: over whole rows (`causal`), or with the predicting tokens as queries (`predicting`)."""
     calls, queries, keys, outputs = list[AttentionCall](), _Lines(widths), _Lines(widths), list[GatherRun]()
@@ -212,12 +149,12 @@ def _build_layout(
                 owned = [run for run in runs if run.repeat == 0]
                 outputs += [GatherRun(start + run.place, run.source, run.length, 0) for run in owned]
                 first_output.setdefault(row.user, start)
-            mask = _causal_mask(begins, query_count, key_count).to(device) if groups is predicting else None
+            mask = _causal_mask(begins, query_count, key_count) if groups is predicting else None
             calls.append(AttentionCall(len(rows), query_count, key_count, mask))
     # Tokens without an output of their own take one of the same user's.
     fill = [(first_output[user], width) for user, width in enumerate(widths)]
-    gather = DeterministicGather(queries.places, fill, outputs, device)
-    return AttentionLayout(queries.gather(device), keys.gather(device), gather, calls)
+    gather = DeterministicGather.of(queries.places, fill, outputs)
+    return AttentionLayout(queries.gather(), keys.gather(), gather, calls)
 
 
 def _causal_mask(begins: Sequence[int], queries: int, keys: int) -> Float[Tensor, "lines 1 queries keys"]:
@@ -243,9 +180,9 @@ class _Lines:
         self._runs += [run._replace(place=start + run.place) for run in runs]
         return start
 
-    def gather(self, device: torch.device) -> DeterministicGather:
+    def gather(self) -> DeterministicGather:
         """The gather of all lines from the packed tokens."""
-        return DeterministicGather(self._starts[-1], self._fill, self._runs, device)
+        return DeterministicGather.of(self._starts[-1], self._fill, self._runs)
 
 
 class RowPlace(NamedTuple):
@@ -292,6 +229,11 @@ class Batch(NamedTuple):
     row_places: list[RowPlace]
     tokens_per_user: list[int] | None
 
+    def on(self, device: torch.device) -> Batch:
+        """The batch on another device, in one copy for each type of its tensors."""
+        moved = to_device(self._replace(row_places=[], tokens_per_user=None), device)
+        return moved._replace(row_places=self.row_places, tokens_per_user=self.tokens_per_user)
+
     def targets_per_user(self, users: int) -> list[int]:
         """Number of completion tokens of each user."""
         rows_per_user, counts = self.row_count // users, [0] * users
@@ -318,8 +260,8 @@ def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Batch:
             start = number * width
             places.append(RowPlace(row, number, SharedPrefix(start, 0, 0), start, start + len(row.prompt), True))
         targets += len(row.completion)
-    predictors = DeterministicGather(len(rows) * width, [(0, targets)], runs, device)
-    return Batch(torch.tensor(ids).to(device), None, None, predictors, *_targets(rows, device), places, None)
+    predictors = DeterministicGather.of(len(rows) * width, [(0, targets)], runs)
+    return Batch(torch.tensor(ids), None, None, predictors, *_targets(rows), places, None).on(device)
 
 
 def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device, equal_lines: bool = True) -> Batch:
@@ -353,14 +295,14 @@ def pack(rows: Sequence[Row], users: int, pad: int, device: torch.device, equal_
     ids = [line + [pad] * (width - len(line)) for line, width in zip(lines, widths, strict=True)]
     padded = [line + [0] * (width - len(line)) for line, width in zip(positions, widths, strict=True)]
     return Batch(
-        torch.tensor(ids if equal_lines else [list(chain(*ids))]).to(device),
-        torch.tensor(padded if equal_lines else [list(chain(*padded))]).to(device),
-        attention_layout(packed, widths, device, one_call=equal_lines),
-        DeterministicGather(sum(widths), [(0, targets)], runs, device),
-        *_targets(rows, device),
+        torch.tensor(ids if equal_lines else [list(chain(*ids))]),
+        torch.tensor(padded if equal_lines else [list(chain(*padded))]),
+        attention_layout(packed, widths, one_call=equal_lines),
+        DeterministicGather.of(sum(widths), [(0, targets)], runs),
+        *_targets(rows),
         places,
         None if equal_lines else widths,
-    )
+    ).on(device)
 
 
 def _pack_lines(rows: Sequence[Row], users: int, pad: int) -> tuple[list[list[int]], list[list[int]], list[PackedRow]]:
@@ -411,10 +353,10 @@ def _shared_length(prompts: Collection[tuple[int, ...]]) -> int:
     return shared if shared >= _LEAST_SHARED else 0
 
 
-def _targets(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+def _targets(rows: Sequence[Row]) -> tuple[Tensor, Tensor, int, int]:
     """`targets`, `grid_index`, `row_count` and `longest` of a batch."""
     longest = max(1, *(len(row.completion) for row in rows))
     targets = [token for row in rows for token in row.completion]
     index = [n * longest + m for n, row in enumerate(rows) for m in range(len(row.completion))]
-    columns = [torch.tensor(column, dtype=torch.int64).to(device) for column in (targets, index)]
+    columns = [torch.tensor(column, dtype=torch.int64) for column in (targets, index)]
     return columns[0], columns[1], len(rows), longest

@@ -12,7 +12,7 @@ from torch import Tensor
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.base import Base
 from persona_rlhf.models.generation import Generated
-from persona_rlhf.models.model_split import HiddenStates
+from persona_rlhf.models.model_split import HiddenStates, OfLogits
 from persona_rlhf.models.packing import EMPTY, Batch, RowPlace
 from persona_rlhf.models.passes import plan_passes
 from persona_rlhf.models.row_decoding import (
@@ -25,7 +25,7 @@ from persona_rlhf.models.row_decoding import (
     RowCache,
     token_chooser,
 )
-from persona_rlhf.models.scores import GreedyScore, greedy_scores
+from persona_rlhf.models.scores import GreedyScore, greedy_scores, logps_and_greedy
 
 
 @runtime_checkable  # for beartype in the tests
@@ -42,6 +42,14 @@ class RowModel(Protocol):
     def logits(
         self, batch: Batch, states: Sequence[HiddenStates] = (), passed: list[LayerTokens] | None = None
     ) -> Float[Tensor, "tokens vocabulary"]: ...
+
+    def by_token(
+        self,
+        batch: Batch,
+        function: OfLogits,
+        states: Sequence[HiddenStates] = (),
+        passed: list[LayerTokens] | None = None,
+    ) -> list[Tensor]: ...
 
     def cached_tokens(
         self, places: Sequence[RowPlace], lengths: Sequence[int], passed: Sequence[LayerTokens], from_states: bool
@@ -69,7 +77,7 @@ def greedy_answers(
         for pass_rows in plan_passes(rows, model.tokens_per_pass):
             batch_rows = [EMPTY if n is None else rows[user][n] for user, n in pass_rows]
             batch, passed = model.batch(batch_rows, users), list[LayerTokens]()
-            of_rows = greedy_scores(batch, batch_rows, model.logits(batch, states, passed))
+            of_rows = greedy_scores(batch, batch_rows, *model.by_token(batch, logps_and_greedy, states, passed))
             answers, places = list[BegunAnswer](), list[RowPlace]()
             for place in batch.row_places:
                 (user, n), score = pass_rows[place.number], of_rows[place.number]

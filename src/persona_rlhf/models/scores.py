@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from persona_rlhf.data.tokenize import Row
@@ -38,12 +39,22 @@ class GreedyScore(NamedTuple):
         return self.matched == self.tokens
 
 
-def greedy_scores(batch: Batch, rows: Sequence[Row], logits: Float[Tensor, "tokens vocabulary"]) -> list[GreedyScore]:
-    """Scores of a batch's rows from its logits, with the greedy alternative to each."""
-    sums = batch.to_grid(token_logps(logits, batch.targets)).double().sum(1).tolist()
-    greedy = logits.argmax(-1)
-    matched = batch.to_grid((greedy == batch.targets).double()).cumprod(1).sum(1).long().tolist()
-    grid = batch.to_grid(greedy.double()).long().tolist()
+def logps_and_greedy(
+    logits: Float[Tensor, "tokens vocabulary"], targets: Int[Tensor, " tokens"]
+) -> tuple[Float[Tensor, " tokens"], Int[Tensor, " tokens"]]:
+    """At each position the log-probability of the target in nats, and the most likely token."""
+    return token_logps(logits, targets), logits.argmax(-1)
+
+
+def greedy_scores(
+    batch: Batch, rows: Sequence[Row], logps: Float[Tensor, " tokens"], greedy: Int[Tensor, " tokens"]
+) -> list[GreedyScore]:
+    """Scores of a batch's rows from `logps_and_greedy`, with the greedy alternative to each."""
+    sums = batch.to_grid(logps).double().sum(1)
+    matches = batch.to_grid((greedy == batch.targets).double()).cumprod(1).sum(1)
+    figures = torch.cat([sums[:, None], matches[:, None], batch.to_grid(greedy.double())], dim=1).tolist()
+    matched, grid = [int(row[1]) for row in figures], [list(map(int, row[2:])) for row in figures]
     tokens = [len(row.completion) for row in rows]
     nexts = [ids[same] if same < n else None for ids, same, n in zip(grid, matched, tokens, strict=True)]
-    return [GreedyScore(*figures) for figures in zip(sums, tokens, matched, nexts, strict=True)]
+    logps_of_rows = [row[0] for row in figures]
+    return [GreedyScore(*score) for score in zip(logps_of_rows, tokens, matched, nexts, strict=True)]

@@ -38,7 +38,7 @@ from persona_rlhf.evaluation.power import power
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.fast_paths import keep_large_blocks
 from persona_rlhf.models.row_decoding import LayerTokens
-from persona_rlhf.models.scores import greedy_scores
+from persona_rlhf.models.scores import greedy_scores, logps_and_greedy
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, WorkCounter, silent, watched
 from persona_rlhf.pipeline.plan_samples import (
@@ -319,7 +319,7 @@ def _judging_bytes(ready: Prepared, slots: int) -> tuple[int, int]:
 
     def scored() -> None:
         batch = adapted.batch(rows, 1)
-        greedy_scores(batch, rows, adapted.logits(batch, (), passed))
+        greedy_scores(batch, rows, *adapted.by_token(batch, logps_and_greedy, (), passed))
 
     with torch.no_grad(), adapted.using(None):
         one_pass = taken_by(scored, adapted.base.device) / tokens

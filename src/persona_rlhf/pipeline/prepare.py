@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.errors import InputError, Problem, counted
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.training import BasisSettings
 from persona_rlhf.data.feedback import Review
@@ -112,6 +112,16 @@ def basis_of(settings: BasisSettings, weights_hash: str) -> RewardBasis:
         sentence = f"was fitted over the base {basis.base[:16]}, and base.model is {weights_hash[:16]}; fit it again"
         raise InputError([Problem(str(settings.file), None, "basis.file", sentence)])
     return basis
+
+
+def check_gpus(config: Config) -> None:
+    """Raises InputError for more processes than GPUs, each of which would plan with all memory of its GPU."""
+    if config.base.device == "cpu" or not torch.cuda.is_available():
+        return
+    gpus, processes = torch.cuda.device_count(), config.fleet.processes
+    if processes > gpus:
+        sentence = f"is {processes}, but torch finds {counted(gpus, 'GPU')} here; write {gpus}, or `base.device: cpu`"
+        raise InputError([Problem("config", None, "fleet.processes", sentence)])
 
 
 def evaluator_of(

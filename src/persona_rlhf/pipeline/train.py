@@ -21,7 +21,15 @@ from persona_rlhf.pipeline.monitoring import (
     check_trackers,
     silent,
 )
-from persona_rlhf.pipeline.prepare import Chunk, Prepared, chunks_of, label_pairs, prepare, prepare_users
+from persona_rlhf.pipeline.prepare import (
+    Chunk,
+    Prepared,
+    check_gpus,
+    chunks_of,
+    label_pairs,
+    prepare,
+    prepare_users,
+)
 from persona_rlhf.pipeline.release import Cohort, cohorts, judge, overlapped, write
 from persona_rlhf.pipeline.run_dir import RunDir, identity_of
 from persona_rlhf.pipeline.shared_values import (
@@ -74,6 +82,8 @@ def train_share(
     where the users are trained for a run that exists already. `plan` are the looks planned with those of other runs.
     """
     keep_large_blocks()
+    if share.rank == 0:
+        check_gpus(config)
     need_private(config.policy, run)
     with RunDir.open(run, share, resume, audit_run) as run_dir:
         check_trackers(config.run.report_to, share.workers)

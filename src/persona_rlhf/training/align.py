@@ -36,7 +36,7 @@ from persona_rlhf.config.training import AlignSettings, LoraSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import Row, prompt_ids, text_row
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.base import Base
+from persona_rlhf.models.base import Base, multiplies_bfloat16
 from persona_rlhf.models.generation import Generated
 from persona_rlhf.models.merge import merge_adapter
 from persona_rlhf.models.multi_lora import target_layers
@@ -323,7 +323,7 @@ def _options(base: Base, settings: AlignSettings, folder: str, seed: int) -> dic
         "max_length": None,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
-        "bf16": on_gpu,
+        "bf16": multiplies_bfloat16(base.device),
         "use_cpu": base.device.type == "cpu",
         "gradient_checkpointing": on_gpu,
         "report_to": "none",

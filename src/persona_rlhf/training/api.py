@@ -22,7 +22,7 @@ from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetS
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, halved
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.base import Base
+from persona_rlhf.models.base import Base, set_product_precision
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.training import constraint_data
 from persona_rlhf.training.cache import Reference, rows_ahead
@@ -127,7 +127,15 @@ def policy_bank(
 def _adapted(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, lora: LoraSettings
 ) -> Iterator[AdaptedModel]:
-    """The model, frozen and with room for adapters; unchanged at the end."""
+    """The model, frozen and with room for adapters; unchanged at the end.
+
+    Raises InputError for a model on another kind of device than a CPU or CUDA.
+    """
+    if model.device.type not in ("cpu", "cuda"):
+        sentence = f"the model is on {model.device.type}; move it to a CPU or a CUDA device"
+        raise InputError([Problem(model.name_or_path or "model", None, None, sentence)])
+    precision = torch.get_float32_matmul_precision()
+    set_product_precision(model.dtype, model.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     model.requires_grad_(False).eval()
@@ -138,6 +146,7 @@ def _adapted(
         yield adapted
     finally:
         adapted.close()
+        torch.set_float32_matmul_precision(precision)
         model.train(was_training)
         for parameter in trained:
             parameter.requires_grad_(True)

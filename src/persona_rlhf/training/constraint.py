@@ -19,6 +19,7 @@ from torch import Tensor
 
 from persona_rlhf.config.training import ConstraintSettings
 from persona_rlhf.data.tokenize import Row
+from persona_rlhf.models.device import to_device
 from persona_rlhf.training.user_state import user_generator
 
 OPENING_LENGTH = 8
@@ -212,6 +213,7 @@ class LagrangianConstraint:
     def __init__(self, data: ConstraintData, settings: ConstraintSettings, seed: int) -> None:
         self.data, self.settings, self.names, self.gain = data, settings, data.names, settings.gain
         self._sampler = lru_cache(maxsize=_USERS)(partial(ConstraintSampler, data, settings, seed))
+        self._constants = lru_cache(maxsize=2)(self._made_constants)
 
     def rows(self) -> list[Row]:
         """Every row of the data."""
@@ -261,16 +263,23 @@ class LagrangianConstraint:
         categories, names = len(data.categories), len(self.names)
         width = logps.shape[1]
         padded = [[*sample.terms, *[names + 2] * (width - len(sample.terms))] for sample in samples]
-        terms = torch.tensor(padded, dtype=torch.long, device=logps.device).view(logps.shape)
         avoided = [False] * categories + [requirement.unlikelihood for requirement in data.requirements] + [False] * 3
-        unlikelihood = torch.tensor(avoided, device=logps.device)[terms]
+        numbers = torch.tensor([padded, [[avoided[term] for term in row] for row in padded]], dtype=torch.long)
+        terms, unlikely = to_device([numbers], logps.device)[0].view(2, *logps.shape).unbind()
+        unlikelihood = unlikely.bool()
         never = torch.log1p(-logps.clamp(max=-_CERTAIN).exp())
         taught = -torch.where(unlikelihood, never, logps)
         opening = torch.relu(logps - (base + settings.margin).clamp(min=settings.floor))
         values = torch.where(terms < categories, base - logps, torch.where(terms < names, taught, opening))
         means, counts = _means_by_term(values, terms, names + 2)
-        each = [1.0] * categories + [requirement.per_answer for requirement in data.requirements] + [1.0] * 2
-        return TermMeans(means * means.new_tensor(each), counts)
+        return TermMeans(means * self._constants(means.device, means.dtype)[1], counts)
+
+    def _made_constants(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The limit of each name, and the rows of each term that an answer has."""
+        data = self.data
+        limits = [*data.limits, *(requirement.limit for requirement in data.requirements)]
+        each = [1.0] * len(data.categories) + [requirement.per_answer for requirement in data.requirements] + [1.0] * 2
+        return torch.tensor(limits, dtype=dtype, device=device), torch.tensor(each, dtype=dtype, device=device)
 
     def penalty(
         self,
@@ -282,8 +291,8 @@ class LagrangianConstraint:
         """See the class."""
         means, counts = self.losses(samples, logps, base)
         names = len(self.names)
-        limits = [*self.data.limits, *(requirement.limit for requirement in self.data.requirements)]
-        violations, seen = means[:, :names] - means.new_tensor(limits), counts[:, :names] > 0
+        limits = self._constants(means.device, means.dtype)[0]
+        violations, seen = means[:, :names] - limits, counts[:, :names] > 0
         total = (duals.to(violations) * torch.relu(violations) * seen).sum(1)
         total = total + self.settings.opening_weight * (means[:, names] + means[:, names + 1])
         return Penalty(total, violations.detach(), seen)

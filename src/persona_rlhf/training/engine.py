@@ -16,16 +16,18 @@ from persona_rlhf.common.files import slug
 from persona_rlhf.config.training import DpoSettings, FleetSettings
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.device import is_out_of_memory, release_cache, to_device
 from persona_rlhf.models.model_split import HiddenStates
 from persona_rlhf.models.multi_lora import fresh_adapter
-from persona_rlhf.models.passes import release_cache
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.cache import HiddenStateCache, Reference
 from persona_rlhf.training.constraint import ConstraintFunctional, ConstraintSample
 from persona_rlhf.training.memory import empty_slots, slots_of
-from persona_rlhf.training.objective import StepLoss, detached, heldout_loss, joined, step_loss
+from persona_rlhf.training.objective import StepLoss, detached, heldout_losses, joined, step_loss
 from persona_rlhf.training.records import DualTrace
 from persona_rlhf.training.user_state import UserSchedule, queue_order, user_generator
+
+_QUICK = 0.1  # seconds of a write that delays no checkpoint
 
 
 class TrainedUser(NamedTuple):
@@ -112,6 +114,7 @@ class Engine:
             self.count = min(chosen, len(queue))
         else:
             self.count = kept[1].pop("slots")
+        self._next_save = 0.0
         self.together = self.count if kept is None else kept[1].pop("together")
         self.slots = empty_slots(adapted, self.count, constraint, dpo)
         memory, disk = fleet.trunk_cache * 2**20, fleet.trunk_disk * 2**20
@@ -139,15 +142,16 @@ class Engine:
             reports, moved = self._step(say)
             self.slots.spend(time.perf_counter() - started)
             report(reports)
+            stops = self._stops(moved)
             for place, user_id in enumerate(self.slots.users):
                 assert user_id is not None
                 if not moved[place]:
                     reason = f"the gradient of step {self.slots.steps[place]} is not finite, so training stopped there"
                     yield self._finish(place, user_id, reason)
-                elif self._stops(place, user_id) or self.slots.steps[place] == self.schedules[user_id].steps:
+                elif stops[place] or self.slots.steps[place] == self.schedules[user_id].steps:
                     yield self._finish(place, user_id, None)
             since_checkpoint += 1
-            if since_checkpoint >= self.fleet.checkpoint_every:
+            if since_checkpoint >= self.fleet.checkpoint_every and time.perf_counter() >= self._next_save:
                 self._save()
                 since_checkpoint = 0
         if since_checkpoint:
@@ -181,9 +185,9 @@ class Engine:
             for user, schedule, user_pairs, rows in zip(users, schedules, pairs, constraint_rows, strict=True)
         ]
         gradient, loss = self._gradients(pairs, samples, states, say)
-        device = slots.flat.device
-        rates = [schedule.rate(step) for schedule, step in zip(schedules, slots.steps, strict=True)]
-        norms, moves = slots.optimizer.step(gradient, torch.tensor(rates, dtype=torch.float64, device=device))
+        each = [schedule.rate(step) for schedule, step in zip(schedules, slots.steps, strict=True)]
+        [rates] = to_device([torch.tensor(each, dtype=torch.float64)], slots.flat.device)
+        norms, moves = slots.optimizer.step(gradient, rates)
         if loss.violations is not None and loss.seen is not None:
             slots.duals.update(loss.violations, loss.seen, moves)
         slots.steps = [step + 1 for step in slots.steps]
@@ -217,7 +221,9 @@ class Engine:
                     loss = step_loss(self.adapted, self.reference, *inputs)
                     gradients.append(self.gradient(loss, learning))
                     losses.append(detached(loss))
-            except torch.OutOfMemoryError:
+            except Exception as fault:
+                if not is_out_of_memory(fault):
+                    raise
                 fits = False  # the failed step's memory is released when this handler ends
             if fits:
                 first += len(pairs[part])
@@ -234,17 +240,26 @@ class Engine:
         self.together = users // 2
         say(f"out of memory with {users} users in a step: it is taken in parts of {self.together} from now on")
 
-    def _stops(self, place: int, user_id: str) -> bool:
-        """Whether early stopping ends this user's training; never for a user without deciding pairs."""
-        slots, schedule = self.slots, self.schedules[user_id]
-        pairs = schedule.rows.deciding
-        if not pairs or not slots.stopping.due(slots.steps[place], schedule.steps):
-            return False
-        started = time.perf_counter()
-        with self.adapted.using(slots.flat[place : place + 1]):
-            loss = heldout_loss(self.adapted, self.reference, pairs, self.dpo)
-        slots.seconds[place] += time.perf_counter() - started
-        return slots.stopping.check(place, loss, slots.flat[place])
+    def _stops(self, moved: Sequence[bool]) -> list[bool]:
+        """By slot, whether early stopping ends the training of its user; never for a user without deciding pairs.
+
+        On a CPU users are scored alone, so that no bit depends on others. A GPU scores all of them at once.
+        """
+        slots, due, stops = self.slots, list[int](), [False] * len(moved)
+        schedules = [self.schedules[user] for user in slots.users if user is not None]
+        for place, schedule in enumerate(schedules):
+            if moved[place] and schedule.rows.deciding and slots.stopping.due(slots.steps[place], schedule.steps):
+                due.append(place)
+        alone = self.adapted.base.device.type == "cpu"
+        for places in [[place] for place in due] if alone else [due] if due else []:
+            started = time.perf_counter()
+            with self.adapted.using(torch.stack([slots.flat[place] for place in places])):
+                pairs = [schedules[place].rows.deciding for place in places]
+                losses = heldout_losses(self.adapted, self.reference, pairs, self.dpo)
+            for place, loss in zip(places, losses, strict=True):
+                slots.seconds[place] += (time.perf_counter() - started) / len(places)
+                stops[place] = slots.stopping.check(place, loss, slots.flat[place])
+        return stops
 
     def _finish(self, place: int, user_id: str, fault: str | None) -> TrainedUser:
         """Frees the slot. The user's result is on disk before it is returned."""
@@ -269,10 +284,14 @@ class Engine:
         return user
 
     def _save(self) -> None:
+        """Writes a checkpoint, and sets the time of the next one: slow writes take a twentieth of the time at most."""
+        started = time.perf_counter()
         if self.state is not None:
             self.reference.save()  # first: a resumed run must find the values that its steps were taken with
             notes = self.slots.notes() | {"waiting": self.queue, "slots": self.count, "together": self.together}
             checkpoint.save(self.state / "slots.safetensors", self.slots.tensors(), notes)
+        ended = time.perf_counter()
+        self._next_save = ended + (20 * (ended - started) if ended - started > _QUICK else 0.0)
 
     def _kept(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The last checkpoint of the slots; None in a run that has just begun."""

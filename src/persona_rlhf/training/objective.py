@@ -12,8 +12,10 @@ from torch import Tensor
 from persona_rlhf.config.training import DpoSettings
 from persona_rlhf.data.tokenize import PairRow, Row, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.device import to_device
 from persona_rlhf.models.model_split import HiddenStates
 from persona_rlhf.models.packing import EMPTY
+from persona_rlhf.models.scores import RowScore
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import ConstraintFunctional, ConstraintSample
 from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses, user_means
@@ -47,13 +49,20 @@ def joined(losses: Sequence[StepLoss]) -> StepLoss:
     return StepLoss(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
-def heldout_loss(adapted: AdaptedModel, reference: Reference, pairs: Sequence[PairRow], dpo: DpoSettings) -> float:
-    """The DPO loss of one user's held-out pairs, their weighted mean; only this user's adapter may be on.
+def heldout_losses(
+    adapted: AdaptedModel, reference: Reference, pairs: Sequence[Sequence[PairRow]], dpo: DpoSettings
+) -> list[float]:
+    """The DPO loss of the held-out pairs of each user, their weighted mean; the users' adapters must be on.
 
-    The user is scored alone, so no bit of the loss depends on other users.
+    A user scored alone has a loss of which no bit depends on other users.
     """
-    [scores] = adapted.score([both_rows(pairs)])
+    scores = adapted.score([both_rows(user_pairs) for user_pairs in pairs])
+    return [_heldout_loss(reference, *of_user, dpo) for of_user in zip(pairs, scores, strict=True)]
 
+
+def _heldout_loss(
+    reference: Reference, pairs: Sequence[PairRow], scores: Sequence[RowScore], dpo: DpoSettings
+) -> float:
     def column(values: Sequence[float]) -> Float[Tensor, "1 pairs"]:
         return torch.tensor([values], dtype=torch.float64)
 
@@ -98,26 +107,23 @@ def step_loss(
     chosen, rejected, constraint_logps = logps.view(len(pairs), -1).split(widths, dim=1)
 
     def padded(values: Sequence[Sequence[float]], width: int = most) -> Float[Tensor, "users width"]:
-        filled = [[*row, *[0.0] * (width - len(row))] for row in values]
-        return torch.tensor(filled, dtype=logps.dtype, device=logps.device)
+        return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in values], dtype=logps.dtype)
 
-    pair_logps = PairLogps(
-        chosen,
-        rejected,
+    figures = [
         padded([[reference[pair.chosen] for pair in user_pairs] for user_pairs in pairs]),
         padded([[reference[pair.rejected] for pair in user_pairs] for user_pairs in pairs]),
-    )
-    tokens = PairTokens(
         padded([[len(pair.chosen.completion) for pair in user_pairs] for user_pairs in pairs]),
         padded([[len(pair.rejected.completion) for pair in user_pairs] for user_pairs in pairs]),
-    )
-    weights = padded([[pair.pair.weight for pair in user_pairs] for user_pairs in pairs])
-    probability = padded([[pair.probability for pair in user_pairs] for user_pairs in pairs])
+        padded([[pair.pair.weight for pair in user_pairs] for user_pairs in pairs]),
+        padded([[pair.probability for pair in user_pairs] for user_pairs in pairs]),
+        padded([[1.0] * len(user_pairs) for user_pairs in pairs]),
+        padded([[reference[row] for row in sample.rows] for sample in samples] or [[]] * len(pairs), widths[2]),
+    ]
+    of_chosen, of_rejected, *lengths, weights, probability, present, base = to_device(figures, logps.device)
+    pair_logps, tokens = PairLogps(chosen, rejected, of_chosen, of_rejected), PairTokens(*lengths)
     pair_loss, margins = pair_losses(dpo.loss, pair_logps, tokens, dpo.beta, dpo.label_smoothing, probability)
     loss, margins = user_means(pair_loss, weights), margins.detach()
-    present = padded([[1.0] * len(user_pairs) for user_pairs in pairs])
     margin, accuracy = user_means(margins, present), user_means((margins > 0).to(margins), present)
     if constraint is None:
         return StepLoss(loss, margin, accuracy)
-    base = padded([[reference[row] for row in sample.rows] for sample in samples], widths[2])
     return StepLoss(loss, margin, accuracy, *constraint.penalty(samples, constraint_logps, base, duals))

@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.tokenize import Row, prompt_ids, tokenize
@@ -123,12 +124,16 @@ def likely_places(adapted: AdaptedModel, rows: Sequence[Row], tokens: Sequence[i
     places_of: list[list[Row]] = [[] for _ in rows]
     forbidden = torch.tensor(tokens, device=adapted.base.device)
 
+    def chances_of(logits: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        odds = logits.float().softmax(-1)[:, forbidden]
+        return odds.sum(-1), forbidden[odds.argmax(-1)]
+
     def run(places: PassRows) -> None:
         picked = [rows[place] for _, place in places if place is not None]
         batch = adapted.batch(picked, 1)
-        odds = adapted.logits(batch).float().softmax(-1)[:, forbidden]
-        chances = batch.to_grid(odds.sum(-1)).tolist()
-        likeliest = batch.to_grid(forbidden[odds.argmax(-1)].double()).long().tolist()
+        odds, picks = adapted.by_token(batch, chances_of)
+        chances = batch.to_grid(odds).tolist()
+        likeliest = batch.to_grid(picks.double()).long().tolist()
         for (_, place), row, chance, token in zip(places, picked, chances, likeliest, strict=True):
             assert place is not None  # a lone user's pass has no empty place
             ids = row.prompt + row.completion
@@ -136,7 +141,7 @@ def likely_places(adapted: AdaptedModel, rows: Sequence[Row], tokens: Sequence[i
             places_of[place] = [Row(ids[: len(row.prompt) + n], (token[n],)) for n in positions]
 
     with adapted.using(None):
-        run_in_passes([rows], adapted.tokens_per_pass, run)
+        adapted.tokens_per_pass = run_in_passes([rows], adapted.tokens_per_pass, run)
     return places_of
 
 

@@ -202,8 +202,9 @@ class Stopping:
         self.settings = settings
         kept = params if settings is not None else 0
         self.best: Float[Tensor, "users kept"] = torch.zeros(users, kept, device=device, dtype=dtype)
-        self.losses: Float[Tensor, " users"] = torch.full((users,), inf, dtype=torch.float64, device=device)
-        self.waited: Int[Tensor, " users"] = torch.zeros(users, dtype=torch.int64, device=device)
+        # On the CPU, where they are read: a GPU would be waited for.
+        self.losses: Float[Tensor, " users"] = torch.full((users,), inf, dtype=torch.float64)
+        self.waited: Int[Tensor, " users"] = torch.zeros(users, dtype=torch.int64)
 
     def reset(self, user: int) -> None:
         """Resets row `user` for a new user."""
@@ -276,7 +277,7 @@ class Slots:
         for owner in self._owners().values():
             for name, value in vars(owner).items():
                 if isinstance(value, Tensor):
-                    setattr(owner, name, value.index_select(0, rows))
+                    setattr(owner, name, value.index_select(0, rows.to(value.device)))
         self.flat = self.optimizer.params
         self.users = [self.users[place] for place in kept]
         self.steps = [self.steps[place] for place in kept]
@@ -306,6 +307,7 @@ class Slots:
         """Restores the result of `tensors` and `notes`."""
         for key, value in tensors.items():
             title, name = key.split(".")
-            setattr(self._owners()[title], name, value)
+            owner = self._owners()[title]
+            setattr(owner, name, value.to(getattr(owner, name).device))
         self.flat = self.optimizer.params
         self.users, self.steps, self.seconds = notes["users"], notes["steps"], notes["seconds"]

@@ -1,0 +1,180 @@
+"""Steps of training and of decoding on a pretended GPU: launches, copies, waits, and room."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from persona_rlhf.config.training import (
+    BaseSettings,
+    ConstraintSettings,
+    DpoSettings,
+    EarlyStopSettings,
+    FleetSettings,
+    LoraSettings,
+)
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import select_dtype
+from persona_rlhf.training.cache import Reference, rows_ahead
+from persona_rlhf.training.constraint import constraint_of
+from persona_rlhf.training.engine import Engine
+from tests.gpu.pretended_cuda import PLENTY, Watch, backends, enable
+from tests.models.tiny import constraint_bank, tiny_base, user_rows
+
+machine = enable()
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+LAUNCHES_PER_LAYER = 221
+"""Kernels of a training step in one layer of a Llama, all its linear layers adapted."""
+
+
+def base_on(device, dtype=torch.bfloat16, **shape):
+    base = tiny_base(dtype=dtype, **shape)
+    base.model.to(device)
+    return base
+
+
+def engine_on(base, users=4, constrained=True, slots=None, **dpo):
+    adapted, bank = AdaptedModel(base, LoraSettings(rank=4)), constraint_bank() if constrained else None
+    people = [user_rows(f"user {n}", 8, seed=n, even=True) for n in range(users)]
+    if "early_stop" in dpo:
+        people = [user._replace(train=user.train[:6], deciding=user.train[6:]) for user in people]
+    reference = Reference(adapted)
+    reference.add(rows_ahead(adapted, people, bank.rows() if bank else ()))
+    constraint = None if bank is None else constraint_of(bank, ConstraintSettings(), 0)
+    return Engine(
+        adapted, people, reference, constraint, DpoSettings(epochs=2, **dpo), FleetSettings(slots=slots or users), 0
+    )
+
+
+def step_of(users=4, layers=2, **options):
+    """The watch of an engine's second step."""
+    engine = engine_on(base_on(CUDA, layers=layers), users, **options)
+    assert engine._fill()
+    engine._step(print)
+    backends.clear()
+    with Watch() as watch:
+        engine._step(print)
+    return watch
+
+
+def test_a_fleet_trains_on_the_second_gpu_as_on_the_cpu():
+    torch.cuda.set_device(1)
+    try:
+        adapters = {}
+        for device in (torch.device("cuda", 1), CPU):
+            engine = engine_on(base_on(device, torch.float32), slots=3)
+            adapters[device.type] = {user.user_id: user.adapter for user in engine.run()}
+    finally:
+        torch.cuda.set_device(0)
+    for user, adapter in adapters["cpu"].items():
+        assert (adapters["cuda"][user] - adapter).norm() <= 1e-4 * adapter.norm()
+
+
+def test_no_fast_path_is_lost_in_bfloat16():
+    adapted = AdaptedModel(base_on(CUDA), LoraSettings(rank=4))
+    assert adapted.packs_rows
+    assert adapted._split is not None
+    assert adapted.patch is not None
+
+
+def test_launches_grow_with_layers_and_not_with_users():
+    few, many, crowd = step_of(layers=2), step_of(layers=4), step_of(layers=4, users=8)
+    assert (many.launches - few.launches) / 2 <= LAUNCHES_PER_LAYER
+    assert crowd.launches == many.launches
+
+
+def test_attention_of_a_step_is_flash():
+    step_of()
+    assert set(backends) == {"flash"}
+
+
+@pytest.mark.parametrize("users", [2, 8])
+def test_a_step_waits_for_the_device_once_and_never_for_a_copy_to_it(users):
+    """One copy of the batch, one of the loss's figures, one of the constraint's, one of the rates; one read of all."""
+    watch = step_of(users)
+    assert (watch.h2d, watch.blocking) == (4, 0), watch.places
+    assert (watch.d2h, watch.waits) == (1, 0), watch.places
+
+
+def test_early_stopping_scores_all_users_at_once():
+    def check(users):
+        engine = engine_on(base_on(CUDA), users, constrained=False, early_stop=EarlyStopSettings(every=1, patience=9))
+        assert engine._fill()
+        _, moved = engine._step(print)
+        with Watch() as watch:
+            engine._stops(moved)
+        return watch
+
+    one, many = check(1), check(6)
+    assert many.d2h == one.d2h == 1
+    assert many.launches <= one.launches + 30
+
+
+@pytest.mark.parametrize("share", [0.7, 0.4])
+def test_a_step_that_does_not_fit_is_taken_in_parts(share):
+    def run(room=None):
+        engine, notices = engine_on(base_on(CUDA, torch.float32), 8, constrained=False), []
+        held = machine.held()
+        machine.reset_peak()
+        with machine.memory(PLENTY if room is None else held + room):
+            adapters = {user.user_id: user.adapter for user in engine.run(say=notices.append)}
+        return adapters, machine.peak() - held, notices
+
+    whole, peak, silence = run()
+    parts, _, notices = run(int(share * peak))
+    assert silence == []
+    assert notices
+    assert all(torch.allclose(parts[user], adapter, rtol=1e-3, atol=1e-5) for user, adapter in whole.items())
+
+
+def test_a_pass_that_did_not_fit_is_tried_once():
+    adapted = AdaptedModel(base_on(CUDA, torch.float32), LoraSettings(rank=4))
+    rows = [[pair.chosen for n in range(4) for pair in user_rows("a", 8, seed=n).train]]
+    whole, before, held = adapted.score(rows), adapted.tokens_per_pass, machine.held()
+    machine.reset_peak()
+    adapted.score(rows)
+    with machine.memory(held + (machine.peak() - held) * 2 // 3):
+        parts = adapted.score(rows)
+        fitting = adapted.tokens_per_pass
+        assert fitting < before
+        batches, batch = [], adapted.batch
+        adapted.batch = lambda *words: batches.append(words) or batch(*words)
+        adapted.score(rows)
+        assert adapted.tokens_per_pass == fitting
+    assert sum(len(batch_rows) for batch_rows, _ in batches) == len(rows[0]), "no row twice"
+    for one, other in zip(whole[0], parts[0], strict=True):
+        assert one.logp == pytest.approx(other.logp, rel=1e-4)
+
+
+def test_greedy_scores_need_no_more_memory_than_scores(monkeypatch):
+    monkeypatch.setattr("persona_rlhf.models.model_split._MIN_TOKENS", 8)
+    monkeypatch.setattr("persona_rlhf.models.model_split._MAX_LOGITS", {"cpu": 1 << 24, "cuda": 1 << 16})
+    adapted = AdaptedModel(base_on(CUDA, vocabulary=8_000), LoraSettings(rank=4))
+    rows = [[pair.chosen for pair in user_rows("a", 32, seed=0).train]]
+    peaks = {}
+    for name in ("score", "score_greedy"):
+        getattr(adapted, name)(rows)
+        held = machine.held()
+        machine.reset_peak()
+        getattr(adapted, name)(rows)
+        peaks[name] = machine.peak() - held
+    assert peaks["score_greedy"] <= 1.5 * peaks["score"]
+
+
+def test_a_small_gpu_has_smaller_passes():
+    base = base_on(CUDA)
+    with machine.memory(16 << 30):
+        adapted = AdaptedModel(base, LoraSettings(rank=4))
+    assert adapted.tokens_per_pass == 26_214
+    adapted.close()
+    assert AdaptedModel(base, LoraSettings(rank=4)).tokens_per_pass == 131_072
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_an_old_gpu_computes_in_float32(capability, dtype):
+    with machine.of_capability(*capability):
+        assert select_dtype(BaseSettings(model="data/base"), CUDA) == dtype
+        assert select_dtype(BaseSettings(model="data/base", dtype="bfloat16"), CUDA) == torch.bfloat16
