@@ -20,7 +20,7 @@ def trained(monkeypatch, room=None):
     """The adapters of a fleet of five, and what was said; more than `room` users in a pass are too many."""
     adapted, bank, said, sizes = AdaptedModel(tiny_base(), LoraSettings(rank=4)), constraint_bank(), [], []
     reference = Reference(adapted)
-    reference.add([*(row for user in USERS for pair in user.train for row in pair[1:]), *bank.rows()])
+    reference.add([*(row for user in USERS for pair in user.train for row in pair[1:3]), *bank.rows()])
     dpo = DpoSettings(epochs=2, pairs_per_step=2)
     constraint = LagrangianConstraint(bank, ConstraintSettings(), 0)
     engine = Engine(adapted, USERS, reference, constraint, dpo, FleetSettings(slots=5), 0)
@@ -57,7 +57,7 @@ def test_one_user_who_does_not_fit_is_told_so(monkeypatch):
 def test_the_parts_of_a_step_are_kept_in_a_checkpoint(monkeypatch, tmp_path):
     adapted = AdaptedModel(tiny_base(), LoraSettings(rank=4))
     reference = Reference(adapted)
-    reference.add([row for user in USERS for pair in user.train for row in pair[1:]])
+    reference.add([row for user in USERS for pair in user.train for row in pair[1:3]])
     settings = (DpoSettings(epochs=1), FleetSettings(slots=5), 0, tmp_path)
     engine = Engine(adapted, USERS, reference, None, *settings)
     engine.together = 2
