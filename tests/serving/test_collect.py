@@ -96,7 +96,7 @@ class Site:
         """A new server over the same files."""
         self.open = OpenComparisons(lambda: forgotten(self.run))
         sampler = AnswerSampler(self.writer, self.access, self.policy_filter, BASE, 64)
-        suggestions = Suggestions([f"suggestion {n}" for n in range(9)])
+        suggestions = Suggestions([f"suggestion {n}" for n in range(40)])
         settings = CollectSettings(first_update=3)
         desk = WishDesk(self.run, tuple(map(find, DOCUMENTS)), policy())
         self.app = FeedbackPages(
@@ -413,7 +413,10 @@ def test_hostile_texts_are_shown_as_data(site):
     assert choice.left == site.writer.text
     assert len(choice.reason) == 1_000
     assert not [line for line in site.log if "script" in line]
-    assert json.loads(browser.get("/choices.json").text)[0]["left"] == site.writer.text
+    browser.send("/undo")
+    [kept] = json.loads(browser.get("/choices.json").text)["choices"]
+    assert kept["left"] == site.writer.text
+    assert kept["undone_at"]
 
 
 def test_every_response_forbids_scripts_frames_and_copies(site):

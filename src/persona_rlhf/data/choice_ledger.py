@@ -219,6 +219,20 @@ class ChoiceLedger:
             return [Choice(*row) for row in self._all(f"{query} ORDER BY number")]
         return [Choice(*row) for row in self._all(f"{query} AND user_id = ? ORDER BY number", user_id)]
 
+    def everything(self, user_id: str) -> dict[str, list[dict[str, Any]]]:
+        """All that is kept of a user: choices, each with the time at which it was undone or None, and consents."""
+        columns = ", ".join(f"choices.{name}" for name in Choice._fields)
+        choices = self._all(
+            f"SELECT {columns}, undos.at FROM choices LEFT JOIN undos USING (id) WHERE choices.user_id = ? "
+            "ORDER BY choices.number",
+            user_id,
+        )
+        consents = self._all("SELECT scope, at FROM consents WHERE user_id = ? ORDER BY number", user_id)
+        return {
+            "choices": [dict(zip((*Choice._fields, "undone_at"), row, strict=True)) for row in choices],
+            "consents": [dict(zip(("scope", "at"), row, strict=True)) for row in consents],
+        }
+
     def ids(self) -> set[str]:
         """The ids of all choices, undone ones among them."""
         return {row[0] for row in self._all("SELECT id FROM choices")}

@@ -168,8 +168,8 @@ class FeedbackPages:
 
     async def _choices(self, session: Session, _: Request) -> Response:
         """All that the ledger holds of the user, to take away."""
-        choices = await run_in_threadpool(self._ledger.choices, session.user_id)
-        text = json.dumps([choice._asdict() for choice in choices], indent=2, ensure_ascii=False)
+        everything = await run_in_threadpool(self._ledger.everything, session.user_id)
+        text = json.dumps(everything, indent=2, ensure_ascii=False)
         headers = {"Content-Disposition": 'attachment; filename="choices.json"'}
         return Response(text, media_type="application/json; charset=utf-8", headers=headers)
 

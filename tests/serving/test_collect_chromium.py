@@ -1,0 +1,176 @@
+"""The feedback page in a real Chromium: by keyboard, by mouse, without JavaScript, on a phone."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import count
+
+import pytest
+
+from persona_rlhf.serving.collect import LIMITS
+from persona_rlhf.serving.openai_api import TextChunk, Usage
+from tests.serving.live import live
+from tests.serving.test_collect import HOSTILE, site  # noqa: F401 - a fixture
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium, site):
+    """Opens a user's page: `visit(user, **options of the browser)`; at the end, no page has complained."""
+    numbers = count()
+    site.writer.chunks = lambda *_: iter([TextChunk(f"{HOSTILE} {next(numbers)}", "stop", Usage(1, 1))])
+    site.restart(LIMITS._replace(rate=10_000))
+    complaints, contexts = [], []
+    with live(site.app) as port:
+
+        def visit(user="Ada", link=None, **options):
+            context = chromium.new_context(**options)
+            contexts.append(context)
+            page = context.new_page()
+            page.on("console", lambda message: complaints.append(message.text))
+            page.on("pageerror", lambda fault: complaints.append(str(fault)))
+            page.on("dialog", lambda dialog: complaints.append("a script ran"))
+            page.address = f"http://127.0.0.1:{port}"
+            page.goto(page.address + (link or site.link(user)))
+            if page.get_by_role("button", name="I agree, begin").count():
+                page.get_by_role("button", name="I agree, begin").click()
+                page.wait_for_selector(".suggestions")
+                page.wait_for_load_state()
+            return page
+
+        yield visit
+        for context in contexts:
+            context.close()
+    assert not [line for line in complaints if "status of 401" not in line]
+
+
+def fits(page) -> bool:
+    """Whether nothing stands out of the page at the side."""
+    return page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def test_twenty_choices_by_keyboard_with_undo_and_pause(visit, site):
+    page = visit()
+    for number in range(20):
+        page.keyboard.press("123"[number % 3])
+        page.wait_for_selector(".pair")
+        page.keyboard.press(("1", "2", "3", "4", "ArrowLeft", "ArrowRight")[number % 6])
+        page.wait_for_selector(".undo")
+    verdicts = [choice.verdict for choice in site.ledger.choices()]
+    assert verdicts == (["left", "right", "tie", "both_bad", "left", "right"] * 4)[:20]
+    page.keyboard.press("u")
+    page.wait_for_selector(".pair")
+    assert len(site.ledger.choices()) == 19
+    page.keyboard.press("p")
+    page.wait_for_selector("text=Paused")
+    page.keyboard.press("p")
+    page.wait_for_selector(".pair")
+    page.get_by_text("Say why").click()
+    page.get_by_label("Your reason").fill("12 34 u p")  # keys in a field are text
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="Equally good").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".undo")
+    assert (site.ledger.choices()[-1].verdict, site.ledger.choices()[-1].reason) == ("tie", "12 34 u p")
+    page.get_by_role("button", name="Turn the keys off").click()
+    page.keyboard.press("u")
+    page.keyboard.press("1")
+    assert page.get_by_role("heading", name="Ask for two answers").is_visible()
+    assert len(site.ledger.choices()) == 20
+
+
+@pytest.mark.parametrize("options", [{}, PHONE, {"java_script_enabled": False, **PHONE}, {"color_scheme": "dark"}])
+def test_twenty_choices_by_mouse_or_finger(visit, site, options):
+    page = visit("Bob", **options)
+    names = ("Answer 1 is better", "Answer 2 is better", "Equally good", "Both bad")
+    for number in range(20):
+        page.locator(".suggestions button").first.click()
+        page.wait_for_selector(".pair")
+        assert fits(page) or not options.get("java_script_enabled", True)
+        page.get_by_role("button", name=names[number % 4]).click()
+        page.wait_for_selector(".undo")
+        if len(site.ledger.choices()) % 8 == 0:
+            page.get_by_label("Your prompt").fill(f"prompt {number}\nmarhaban \u0645\u0631\u062d\u0628\u0627")
+    assert [choice.verdict for choice in site.ledger.choices()] == ["left", "right", "tie", "both_bad"] * 5
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_selector(".pair")
+    assert len(site.ledger.choices()) == 19
+
+
+def test_a_reload_two_tabs_and_a_double_click(visit, site):
+    page = visit()
+    page.get_by_label("Your prompt").fill("hello")
+    page.get_by_role("button", name="Write two answers").dblclick()
+    page.wait_for_selector(".pair")
+    shown = page.locator(".pair").inner_text()
+    assert len(site.writer.requests) == 2
+    page.reload()
+    assert page.locator(".pair").inner_text() == shown
+    tab = page.context.new_page()
+    tab.goto(page.address)
+    assert tab.locator(".pair").inner_text() == shown
+    page.get_by_role("button", name="Answer 1 is better").dblclick()
+    page.wait_for_selector(".undo")
+    tab.get_by_role("button", name="Answer 2 is better").click()
+    tab.wait_for_selector("text=counts once")
+    assert [choice.verdict for choice in site.ledger.choices()] == ["left"]
+    page.go_back()
+    page.wait_for_selector("text=Ask for two answers")
+
+
+def test_an_expired_link_says_so(visit, site):
+    page = visit(link=site.link(days=-1.0))
+    assert page.get_by_text("Your link has expired.").is_visible()
+    page.get_by_role("link", name="Go on").click()
+    assert page.get_by_text("opens with your personal link").is_visible()
+
+
+def test_a_deletion_asks_once_more(visit, site):
+    page = visit()
+    page.keyboard.press("1")
+    page.wait_for_selector(".pair")
+    page.keyboard.press("1")
+    page.wait_for_selector(".undo")
+    page.get_by_role("link", name="Your data").click()
+    page.get_by_role("button", name="Delete my choices").click()
+    page.get_by_role("link", name="No, keep them").click()
+    page.get_by_role("button", name="Delete my choices").click()
+    page.get_by_role("button", name="Yes, delete them").click()
+    page.wait_for_selector("text=Your choices are deleted")
+    assert site.ledger.choices() == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(visit, scheme):
+    axe = pytest.importorskip("axe_core_python.sync_playwright", reason="axe-core-python is not installed").Axe()
+    page = visit(color_scheme=scheme, bypass_csp=True, viewport={"width": 360, "height": 740})
+
+    def check():
+        assert not [(fault["id"], fault["nodes"][0]["html"]) for fault in axe.run(page)["violations"]], page.url
+
+    check()
+    for path in ("/wishes", "/data", "/enter/x"):
+        page.goto(page.address + path)
+        check()
+    page.goto(page.address)
+    page.get_by_label("Your prompt").fill("hello")
+    page.get_by_role("button", name="Write two answers").click()
+    page.wait_for_selector(".pair")
+    check()
