@@ -183,6 +183,33 @@ def test_a_deletion_waits_for_no_reader_and_is_finished_later(tmp_path, monkeypa
     ledger.close()
 
 
+def test_a_deletion_that_was_killed_is_finished_by_the_next(tmp_path):
+    user, unfinished = DataSubject(pseudonym(CANARY)), 0
+    for n in range(12):
+        file = tmp_path / f"run{n}" / CHOICES
+        ledger = ChoiceLedger(file)
+        for number in range(30):
+            ledger.append(choice(number, CANARY, prompt="CANARY" * 500))
+            ledger.append(choice(number))
+        ledger.close()
+        if not (child := os.fork()):
+            try:
+                ledger = ChoiceLedger(file)
+                ledger.erase(user)
+            finally:
+                os._exit(0)
+        time.sleep(n * 0.002)
+        kill(child)
+        unfinished += sum(trace.pieces for trace in choice_traces(file.parents[1], user)) > 0
+        for trace in choice_traces(file.parents[1], user):
+            trace.remove()
+        assert b"CANARY" not in bytes_of(file)
+        ledger = ChoiceLedger(file)
+        assert ledger.choices() == [choice(number) for number in range(30)]
+        ledger.close()
+    assert unfinished
+
+
 def test_a_forgotten_user_is_refused(tmp_path):
     barred = set[str]()
     ledger = ChoiceLedger(tmp_path / "choices.db", lambda: barred)

@@ -89,6 +89,17 @@ def test_a_second_export_holds_no_pair_twice_and_drops_undone_ones(run, config, 
     assert ids == ["Ada-0", "Ada-1", "Ada-2", "Ada 0", "Ada 1", "Ada 3"]
 
 
+def test_for_sharing_only_choices_with_consent_that_still_holds(run, config, ledger, tmp_path):
+    for user, last in (("Ada", "shared"), ("Bob", "own"), ("Carl", "shared")):
+        ledger.record_consent(user, "shared")
+        ledger.append(choice(1, user, consent="shared"))
+        ledger.append(choice(2, user, consent="own"))
+        ledger.record_consent(user, last)
+    out = tmp_path / "shared.jsonl"
+    assert export_choices(run, config, ledger, out, shared=True) == ExportedChoices(users=2, chosen=2, earlier=0)
+    assert [pair.id for pair in read_pairs(out, 0.25)] == ["Ada 1", "Carl 1"]
+
+
 def test_a_forgotten_users_pairs_stay_out(run, config, ledger, tmp_path):
     (run / "forgotten").mkdir()
     (run / f"forgotten/{pseudonym('Ada')}.json").write_text("{}")

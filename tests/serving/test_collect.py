@@ -278,6 +278,27 @@ def test_a_prompt_sent_twice_at_once_is_asked_once(site):
     assert len(site.writer.requests) == 2
 
 
+def test_users_wait_for_a_place_and_nobody_is_sent_away(site):
+    site.restart(LIMITS._replace(concurrent=2))
+    browsers = [site.browser(f"user {n}") for n in range(6)]
+    site.writer.hold.clear()
+
+    async def ask(browser):
+        transport = httpx.ASGITransport(site.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here", cookies=browser.cookies) as client:
+            return (await client.post("/ask", data=browser.form("/ask") | {"prompt": "p"})).status_code
+
+    async def all_at_once():
+        asking = [asyncio.create_task(ask(browser)) for browser in browsers]
+        await asyncio.sleep(0.2)
+        assert len(site.writer.requests) == 4  # two answers each for two users
+        site.writer.hold.set()
+        return [await one for one in asking]
+
+    assert asyncio.run(all_at_once()) == [303] * 6
+    assert all(site.open.of(f"user {n}") for n in range(6))
+
+
 @pytest.mark.parametrize("prompt", ["", "  \r\n ", "a\x00b", "x" * 4_001, "\x1b[2J"])
 def test_a_prompt_that_cannot_be_asked_is_explained_beside_its_field(site, prompt):
     browser = site.browser()
@@ -634,8 +655,12 @@ def test_a_ledger_that_is_in_use_keeps_the_deletion_wish(site, monkeypatch):
     monkeypatch.setattr(site.ledger, "erase", in_use)
     browser.get("/data")
     browser.send("/delete")
+    form = browser.form("/delete")
     assert browser.send("/delete").status_code == 503
     assert (site.run / DELETIONS).exists()
+    monkeypatch.undo()
+    assert "Your choices are deleted" in browser.request("POST", "/delete", data=form).text  # the link still opens
+    assert site.ledger.choices() == []
 
 
 def test_static_files_are_those_of_the_page_alone(site):

@@ -49,6 +49,9 @@ def collect(
         Path | None,
         typer.Option(metavar="FILE", help="Write the choices as pairs to a new *.jsonl for `add`, and end."),
     ] = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="With --export: only choices that may be shared, for `basis fit`.")
+    ] = False,
     status: Annotated[
         bool, typer.Option("--status", help="Print users and the numbers of their choices, and end.")
     ] = False,
@@ -56,6 +59,8 @@ def collect(
     wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Serve a page on which users compare two answers; their choices are kept in a ledger."""
+    if shared and export is None:
+        raise typer.BadParameter("--shared goes with --export")
     from persona_rlhf.config.experiment import read_run_config
     from persona_rlhf.data.choice_ledger import CHOICES, ChoiceLedger
     from persona_rlhf.pipeline.run_dir import RunDir
@@ -72,24 +77,24 @@ def collect(
         if status:
             _print_status(run, choices, as_json)
         elif export is not None:
-            _export(run, config, choices, export, as_json)
+            _export(run, config, choices, export, shared, as_json)
         else:
             _serve(run, config, choices, user, prompts, (host, port, address), days, first_update, max_tokens)
     finally:
         choices.close()
 
 
-def _export(run: Path, config: Config, choices: ChoiceLedger, out: Path, as_json: bool) -> None:
+def _export(run: Path, config: Config, choices: ChoiceLedger, out: Path, shared: bool, as_json: bool) -> None:
     from persona_rlhf.pipeline.export_choices import export_choices
 
-    done = export_choices(run, config, choices, out)
+    done = export_choices(run, config, choices, out, shared)
     if as_json:
         print_json({**done._asdict(), "path": str(out)})
     note(
         f"{counted(done.chosen, 'pair')} from choices of {counted(done.users, 'user')}, after {done.earlier} that the "
         f"run has of them: {out}"
     )
-    if done.users:
+    if done.users and not shared:
         note(f"To train them: persona-rlhf add {run} --users {out}")
 
 

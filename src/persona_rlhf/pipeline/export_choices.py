@@ -24,11 +24,12 @@ class ExportedChoices(NamedTuple):
     earlier: int
 
 
-def export_choices(run: Path, config: Config, ledger: ChoiceLedger, out: Path) -> ExportedChoices:
+def export_choices(run: Path, config: Config, ledger: ChoiceLedger, out: Path, shared: bool = False) -> ExportedChoices:
     """Writes the pairs of every user who preferred an answer: those that the run has, then those of the choices.
 
     `add` replaces a user's pairs by those of its source, so a source holds all of them. Ties, undone choices and equal
-    answers are left out. Raises InputError for an `out` that is no new .jsonl file, and where the run's pairs cannot
+    answers are left out. `shared` writes for `basis fit` instead: only choices that were made for sharing, of users who
+    still consent to it. Raises InputError for an `out` that is no new .jsonl file, and where the run's pairs cannot
     be read.
     """
     if out.suffix != ".jsonl" or out.exists():
@@ -36,12 +37,14 @@ def export_choices(run: Path, config: Config, ledger: ChoiceLedger, out: Path) -
         raise InputError([Problem(str(out), None, "--export", sentence)])
     rows: dict[str, list[dict[str, Any]]] = {}
     for choice in ledger.choices():
-        if (pair := choice.pair) is not None:
+        if (pair := choice.pair) is not None and not (shared and choice.consent != "shared"):
             rows.setdefault(choice.user_id, []).append(pair)
+    if shared:
+        rows = {user_id: pairs for user_id, pairs in rows.items() if ledger.consent(user_id) == "shared"}
     selection, saved = RunDir(run).selection, ledger.ids()
     numbers = {user[0]: number for number, user in enumerate(selection.user_digests) if user is not None}
     earlier: dict[str, list[dict[str, Any]]] = {}
-    if any(pseudonym(user_id) in numbers for user_id in rows):
+    if not shared and any(pseudonym(user_id) in numbers for user_id in rows):
         store = PairStore(config.users.path, config.users.heldout, selection)
         for user_id in rows:
             if (number := numbers.get(pseudonym(user_id))) is not None:

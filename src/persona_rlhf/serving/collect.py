@@ -46,7 +46,7 @@ from persona_rlhf.serving.comparisons import AnswerPair, AnswerSampler, OpenComp
 from persona_rlhf.serving.openai_api import APIError
 from persona_rlhf.serving.server import read_body
 
-LIMITS = Limits(body=1 << 18, tokens=256, rate=120, concurrent=32, concurrent_each=2)
+LIMITS = Limits(body=1 << 18, rate=120, concurrent=24)
 _LONGEST_REASON = 1_000
 _CLIENT_LEFT = 499
 
@@ -93,6 +93,7 @@ class FeedbackPages:
         self._settings, self._limits = settings or CollectSettings(), limits
         self._links, self._rate = Links(run), RateLimiter(limits)
         self._asking: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._places = asyncio.Semaphore(limits.concurrent)  # for users whose answers are being written
         self._cookie = f"collect-{pseudonym(str(run.resolve()))[:8]}"  # two runs on one host keep their sessions apart
 
     def app(self) -> FastAPI:
@@ -190,15 +191,14 @@ class FeedbackPages:
         if await run_in_threadpool(self._ledger.consent, session.user_id) is None:
             return _to("/")
         before = self._open.of(session.user_id)
-        async with self._asking[session.user_id]:
+        async with self._asking[session.user_id], self._places:
             if self._open.of(session.user_id) in (None, before):
-                with self._rate.slot(session.user_id):
-                    try:
-                        comparison = await run_in_threadpool(self._sampler.compare, session.user_id, prompt)
-                    except APIError as error:
-                        if error.status >= 500:
-                            raise
-                        return await self._prompt_page(session, prompt, error.message, status=400)
+                try:
+                    comparison = await run_in_threadpool(self._sampler.compare, session.user_id, prompt)
+                except APIError as error:
+                    if error.status >= 500:
+                        raise
+                    return await self._prompt_page(session, prompt, error.message, status=400)
                 self._open.put(comparison)
         return _to("/")
 
@@ -267,9 +267,12 @@ class FeedbackPages:
         row = json.dumps({"user_id": user_id, "at": now()}) + "\n"
         with (self._run / DELETIONS).open("ab") as stream:
             append_whole(stream, row.encode())
+        user = DataSubject(pseudonym(user_id))
+        self._ledger.erase(user)  # before the links: where it fails, the user can try again
         remove_links(self._run, user_id)
         self._open.drop(user_id)
-        self._ledger.erase(DataSubject(pseudonym(user_id)))
+        if self._ledger.pieces(user):  # from another page of the user, meanwhile
+            self._ledger.erase(user)
         self._log(visible(f"A user deleted their choices on the page. For all else: forget RUN --user {user_id!r}"))
 
     # Sessions, checks and errors
@@ -332,7 +335,9 @@ class FeedbackPages:
                 response = Response(status_code=_CLIENT_LEFT)  # nobody reads it
             except InputError as fault:
                 self._log(f"Not done: {fault}")
-                response = self._page(None, "error", 503, sentence="This could not be saved. Please try again later.")
+                response = self._page(
+                    None, "error", 503, sentence="This could not be done now. Please try again later."
+                )
             except Exception as fault:
                 self._log_fault(fault)
                 response = self._page(
