@@ -31,9 +31,10 @@ from persona_rlhf.common.files import find
 from persona_rlhf.config.training import FleetSettings
 from persona_rlhf.data.tokenize import both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.training.base_shape import BaseShape
 from persona_rlhf.training.cache import Reference, rows_ahead
 from persona_rlhf.training.engine import Engine
-from persona_rlhf.training.memory import BaseShape, most_held
+from persona_rlhf.training.memory import most_held
 
 CONTENDERS = [
     *(f"TRL, {setting}" for setting in TRL_SETTINGS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from persona_rlhf.benchmarks.trl_baseline import random_base
 from persona_rlhf.config.training import (
     BaseSettings,
     ConstraintSettings,
@@ -15,11 +16,15 @@ from persona_rlhf.config.training import (
 )
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import select_dtype
+from persona_rlhf.models.generation import decode
+from persona_rlhf.serving.local_engine import BatchingEngine
+from persona_rlhf.serving.openai_api import SamplingParams
+from persona_rlhf.training.api import fleet_train
 from persona_rlhf.training.cache import Reference, rows_ahead
 from persona_rlhf.training.constraint import constraint_of
 from persona_rlhf.training.engine import Engine
 from tests.gpu.pretended_cuda import PLENTY, Watch, backends, enable
-from tests.models.tiny import constraint_bank, tiny_base, user_rows
+from tests.models.tiny import constraint_bank, random_flat, tiny_base, user_rows
 
 machine = enable()
 
@@ -178,3 +183,81 @@ def test_an_old_gpu_computes_in_float32(capability, dtype):
     with machine.of_capability(*capability):
         assert select_dtype(BaseSettings(model="data/base"), CUDA) == dtype
         assert select_dtype(BaseSettings(model="data/base", dtype="bfloat16"), CUDA) == torch.bfloat16
+
+
+def prompts_of(count):
+    return [tuple(range(2, 9 + n)) for n in range(count)]
+
+
+def test_a_decoding_step_reads_nothing_and_eight_are_read_at_once():
+    """The host waits for no step of the model: it asks for tokens once in eight."""
+    adapted = AdaptedModel(base_on(CUDA), LoraSettings(rank=4))
+    with torch.no_grad(), adapted.using(random_flat(adapted, 4)):
+        steps = decode(adapted.base, 4, prompts_of(4), lambda logits, _: logits.argmax(-1), [False] * 4, block=8)
+        for _ in range(8):
+            next(steps)
+        with Watch() as watch:
+            for _ in range(8):
+                next(steps)
+    assert (watch.h2d, watch.d2h, watch.waits) == (0, 1, 0), watch.places
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_are_those_of_a_cpu(temperature):
+    """Also those that end within eight tokens, or at a limit that is no multiple of eight."""
+    answers = {}
+    for device in (CPU, CUDA):
+        adapted = AdaptedModel(base_on(device, torch.float32), LoraSettings(rank=4))
+        with adapted.using(random_flat(adapted, 2)):
+            prompts = [prompts_of(5), prompts_of(3)]
+            answers[device.type] = adapted.generate(prompts, 21, temperature, seed=3)
+    assert answers["cuda"] == answers["cpu"]
+
+
+def test_the_server_samples_with_one_read_a_token():
+    adapted = AdaptedModel(base_on(CUDA), LoraSettings(rank=4))
+    engine = BatchingEngine(adapted)
+    try:
+        sampling = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=1)
+        adapters = random_flat(adapted, 3)
+        with Watch() as watch:
+            streams = [engine.generate(adapter, prompts_of(3)[n], sampling) for n, adapter in enumerate(adapters)]
+            chunks = [list(stream) for stream in streams]
+    finally:
+        engine.close()
+    assert all(chunks)
+    assert watch.d2h <= 3 * 12, watch.places
+
+
+def test_uneven_users_share_a_step_within_the_token_budget():
+    """No pass has more tokens than the budget, with padding; users of a step are trained in several passes."""
+    base = base_on(CUDA, torch.float32)
+    adapted, fleet = AdaptedModel(base, LoraSettings(rank=4)), FleetSettings(tokens_per_step=400)
+    people = [user_rows(f"user {n}", 8, seed=n) for n in range(12)]
+    reference = Reference(adapted)
+    reference.add(rows_ahead(adapted, people))
+    engine, sizes, row_logps = Engine(adapted, people, reference, None, DpoSettings(), fleet, 0), [], adapted.row_logps
+    assert engine.count > 2
+    adapted.row_logps = lambda batch, states: sizes.append(batch.input_ids.numel()) or row_logps(batch, states)
+    assert len(list(engine.run())) == 12
+    assert max(sizes) <= 400
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "products"), [((9, 0), torch.bfloat16, "high"), ((7, 5), torch.float32, "highest")]
+)
+def test_the_benchmark_computes_as_a_run_does(capability, dtype, products):
+    config = tiny_base().model.config
+    with machine.of_capability(*capability):
+        base = random_base(config, CUDA, "shape")
+    assert base.model.dtype == dtype
+    assert torch.get_float32_matmul_precision() == products
+
+
+def test_a_library_call_computes_as_a_run_does_and_sets_back_the_precision():
+    torch.set_float32_matmul_precision("highest")
+    base, seen = base_on(CUDA), []
+    base.model.register_forward_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    fleet_train(base.model, [user_rows("u", 4, seed=0)], tokenizer=base.tokenizer, fleet=FleetSettings(slots=1))
+    assert set(seen) == {"high"}
+    assert torch.get_float32_matmul_precision() == "highest"

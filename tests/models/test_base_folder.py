@@ -20,7 +20,7 @@ from persona_rlhf.config.experiment import GuardSettings
 from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.evaluation.request_screens import load_guard
 from persona_rlhf.models.base import load_base, select_device, weights_hash
-from persona_rlhf.training.memory import shape_of
+from persona_rlhf.training.base_shape import shape_of
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2587144\n"
 

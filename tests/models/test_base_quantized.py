@@ -9,7 +9,7 @@ from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models import base as base_module
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Fp8Linear, load_base, weights_hash
-from persona_rlhf.training.memory import shape_of
+from persona_rlhf.training.base_shape import shape_of
 
 pytest.importorskip("bitsandbytes")
 SETTINGS = BaseSettings(model="data/base", quantization="nf4")

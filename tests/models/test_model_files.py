@@ -15,7 +15,7 @@ from persona_rlhf.data.tokenize import prompt_ids
 from persona_rlhf.models import model_files
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base, load_tokenizer, weights_hash
-from persona_rlhf.training.memory import shape_of
+from persona_rlhf.training.base_shape import shape_of
 from tests.models.gguf_files import TEMPLATE, tiny_llama, write_gguf
 
 

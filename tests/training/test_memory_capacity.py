@@ -1,3 +1,4 @@
+import random
 from functools import partial
 
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.training import memory
 from persona_rlhf.training.cache import Reference
@@ -18,8 +20,12 @@ from persona_rlhf.training.memory import (
     largest_step,
     machine_bytes,
     most_held,
+    pair_tokens,
+    step_passes,
+    step_room,
     taken_by,
 )
+from persona_rlhf.training.user_state import UserSchedule, waves
 from tests.models.tiny import constraint_bank, tiny_base, user_rows
 
 CPU = torch.device("cpu")
@@ -158,3 +164,35 @@ def test_a_resumed_run_keeps_its_slots_though_the_machine_has_changed(tmp_path, 
     resumed = {user.user_id: user.adapter for user in second.run()}
     assert set(resumed) == set(whole)
     assert all(torch.equal(whole[name], adapter) for name, adapter in resumed.items())
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5, 0.8])
+def test_a_gpu_is_filled_by_users_of_uneven_lengths(sigma):
+    """Tokens without padding of a step over the token budget, on lognormal lengths; and no pass exceeds it."""
+    budget, draw = 65_536, random.Random(0)
+    users = [[_pair(round(60 * draw.lognormvariate(0, sigma))) for _ in range(20)] for _ in range(400)]
+    rows = [UserRows(f"u{n}", pairs, []) for n, pairs in enumerate(users)]
+    dpo = DpoSettings(epochs=1)
+    steps = [sum(map(pair_tokens, schedule.pairs(n))) for schedule in _schedules(rows, dpo) for n in range(5)]
+    largest, state = max(steps), 16 << 20
+    cost = StepCost(largest, state + largest * (1 << 20), 2048, state, round(sum(steps) / len(steps)))
+    slots = choose_slots(FleetSettings(), cost, "cuda", 140 * GIB, 3 * GIB)
+    room = step_room(FleetSettings(), cost, 140 * GIB, 3 * GIB, slots)
+    waves_ = [[sum(map(pair_tokens, s.pairs(n))) for s, n in wave] for wave in waves(_schedules(rows, dpo), slots)]
+    full = [wave for wave in waves_ if len(wave) == slots]
+    assert sum(map(sum, full)) / len(full) / budget >= 0.8
+    passes = [(len(users) * max(wave[n] for n in users)) for wave in full for users in step_passes(wave, room)]
+    assert max(passes) <= room <= budget
+    assert sum(passes) <= 1.35 * sum(map(sum, full)), "padding"
+
+
+_PAIR = user_rows("u", 1, seed=0).train[0].pair
+
+
+def _pair(length):
+    row = Row(tuple(range(length)), tuple(range(length)))
+    return PairRow(_PAIR, row, row)
+
+
+def _schedules(rows, dpo):
+    return [UserSchedule(user, dpo, 0) for user in rows]

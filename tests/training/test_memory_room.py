@@ -11,6 +11,7 @@ from persona_rlhf.models.passes import run_in_passes
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import LagrangianConstraint
 from persona_rlhf.training.engine import Engine
+from persona_rlhf.training.memory import step_passes
 from tests.models.tiny import constraint_bank, random_flat, tiny_base, user_rows
 
 USERS = [user_rows(f"user-{n}", 6, seed=n) for n in range(5)]
@@ -126,3 +127,36 @@ def test_a_row_that_does_not_fit_alone_is_an_error():
 
     with pytest.raises(torch.OutOfMemoryError):
         run_in_passes([[USERS[0].train[0].chosen]], 10, run)
+
+
+def test_users_of_like_length_share_the_passes_of_a_step():
+    assert step_passes([5, 9, 4, 6], None) == step_passes([5, 9, 4, 6], 36) == [[0, 1, 2, 3]]
+    assert step_passes([5, 9, 4, 6], 18) == [[1, 3], [0, 2]]
+    assert step_passes([6, 9, 4, 7], 35) == [[1, 3, 0], [2]], "a third of a row at most is padding"
+    assert step_passes([5, 9, 4, 6], 1) == [[1], [3], [0], [2]]
+
+
+def test_a_step_in_passes_trains_the_same_adapters(tmp_path):
+    """Duals and reports stay with their users, and a resumed run keeps the passes."""
+    adapted, bank = AdaptedModel(tiny_base(), LoraSettings(rank=4)), constraint_bank()
+    reference = Reference(adapted)
+    reference.add([*(row for user in USERS for pair in user.train for row in pair[1:3]), *bank.rows()])
+    constraint = LagrangianConstraint(bank, ConstraintSettings(), 0)
+    settings = (DpoSettings(epochs=2, pairs_per_step=2), FleetSettings(slots=5), 0)
+    runs = {}
+    for room in (None, 300, 1):
+        engine, reports = Engine(adapted, USERS, reference, constraint, *settings), []
+        engine.room = room
+        runs[room] = {user.user_id: user for user in engine.run(reports.extend)}, reports
+    whole, reports = runs.pop(None)
+    for parts, others in runs.values():
+        for user, result in whole.items():
+            torch.testing.assert_close(parts[user].adapter, result.adapter, rtol=1e-4, atol=1e-6)
+            for name, dual in result.duals.items():
+                assert parts[user].duals[name] == pytest.approx(dual, abs=1e-4)
+        losses = [{(r.user_id, r.step): r.loss for r in run} for run in (reports, others)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    engine = Engine(adapted, USERS, reference, None, *settings, tmp_path)
+    engine.room = 77
+    engine._save()
+    assert Engine(adapted, USERS, reference, None, *settings, tmp_path).room == 77

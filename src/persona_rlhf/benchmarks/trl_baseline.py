@@ -31,7 +31,7 @@ from persona_rlhf.common.files import find
 from persona_rlhf.config.training import BaseSettings, DpoSettings, LoraSettings
 from persona_rlhf.data.pairs import Message, PreferencePair, read_pairs
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, tokenize
-from persona_rlhf.models.base import Base, load_base, select_dtype
+from persona_rlhf.models.base import Base, load_base, multiplies_bfloat16, set_product_precision
 from persona_rlhf.models.multi_lora import LayerSpan, adaptable_layers, attach, detach, fresh_adapter, lora_matrices
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import ConstraintData, ConstraintExample
@@ -252,7 +252,8 @@ def _llama(hidden: int, layers: int) -> LlamaConfig:
 def random_base(config: PreTrainedConfig, device: torch.device, name: str) -> Base:
     """A model of random weights, drawn on its device, with one word for every token."""
     torch.manual_seed(SEED)
-    dtype = select_dtype(BaseSettings(model=name), device)  # as a run chooses it, with the precision of its products
+    dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32  # as a run chooses it
+    set_product_precision(dtype, device)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(False).eval()

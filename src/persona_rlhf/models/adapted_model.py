@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from persona_rlhf.config.training import LoraSettings
 from persona_rlhf.data.tokenize import Row
-from persona_rlhf.models.attention import max_row_length, packed_attention
+from persona_rlhf.models.attention import packed_attention
 from persona_rlhf.models.base import Base
 from persona_rlhf.models.device import device_bytes
 from persona_rlhf.models.fast_paths import (
@@ -27,6 +27,7 @@ from persona_rlhf.models.model_split import (
     FrozenPrefix,
     HiddenStates,
     OfLogits,
+    max_row_length,
     pack_states,
     split_model,
     token_logps,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import inf
 from typing import Any
 
 import torch
@@ -35,18 +34,6 @@ def packed_attention(config: PreTrainedConfig) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
-
-
-def max_row_length(config: PreTrainedConfig) -> float:
-    """Longest row, in tokens, in which every layer of a (text) config attends to all earlier tokens.
-
-    Infinite without sliding windows; 0 for layers of another type.
-    """
-    types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not types <= {"full_attention", "sliding_attention"}:
-        return 0
-    window: int | None = getattr(config, "sliding_window", None)  # None or 0: none
-    return window or (0 if "sliding_attention" in types else inf)
 
 
 def _attend(

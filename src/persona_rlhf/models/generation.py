@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from persona_rlhf.models.base import Base
+from persona_rlhf.models.device import to_device
+from persona_rlhf.models.model_split import max_row_length
 
 
 def nucleus(
@@ -35,6 +38,17 @@ class Generated(NamedTuple):
     finished: bool
 
 
+_BLOCK = 8
+"""Tokens a row that a GPU decodes before the host reads them; up to seven after the end of an answer are dropped."""
+
+
+def _attends_whole_rows(base: Base) -> bool:
+    """Whether a mask of our own holds in every layer of a base on a GPU, by its kernels: there are no windows."""
+    config = base.model.config.get_text_config()
+    torch_attention = config._attn_implementation == "sdpa"
+    return base.device.type == "cuda" and torch_attention and max_row_length(config) == math.inf
+
+
 class DecodeStep(NamedTuple):
     """One decoding step: numbers of the rows still in the batch, and each one's next token."""
 
@@ -53,33 +67,42 @@ def decode(
     choose: Choose,
     done: Sequence[bool],
     keep_users: Callable[[Sequence[int]], None] | None = None,
+    block: int = 1,
 ) -> Iterator[DecodeStep]:
     """Continues user-major prompts (equally many per user) by one token per step, with the adapters that are on.
 
     Prompts are left-padded and masked. Between steps the caller marks finished rows in `done`; decoding ends when all
     are. Finished rows leave the batch while the users keep equally many. With `keep_users`, finished users leave it
     too: it is called with the positions of the users that stay.
+
+    Tokens are read from the device after every `block` steps, and come to the caller then.
     """
     device = base.device
     width = max(map(len, prompts))
-    ids = torch.tensor([[base.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids = torch.tensor([[base.pad_id] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    step_ids, mask = to_device([ids, mask], device)
     rows = list(range(len(prompts)))
-    cache, step_ids = DynamicCache(config=base.model.config), ids
+    cache, whole = DynamicCache(config=base.model.config), _attends_whole_rows(base)
     while not all(done[row] for row in rows):
-        positions = (mask.cumsum(1) - 1).clamp(0, base.context - 1)[:, -step_ids.shape[1] :]
-        output = base.model(
-            input_ids=step_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        tokens = choose(output.logits[:, -1].float(), rows)
-        yield DecodeStep(rows, tokens.tolist())
-        step_ids = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        chosen_tokens = []
+        for _ in range(block):
+            # A mask of four dimensions is used as it is; for one of two the model asks whether any row is padded.
+            seen = mask[:, None, None, :].bool() if whole and step_ids.shape[1] == 1 else mask
+            output = base.model(
+                input_ids=step_ids,
+                attention_mask=seen,
+                position_ids=(mask.cumsum(1) - 1).clamp(0, base.context - 1)[:, -step_ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            tokens = choose(output.logits[:, -1].float(), rows)
+            chosen_tokens.append(tokens)
+            step_ids = tokens[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        for of_step in torch.stack(chosen_tokens).tolist():
+            yield DecodeStep(rows, of_step)
         ended, per_user = [done[row] for row in rows], len(rows) // users
         staying = [
             user
@@ -115,14 +138,19 @@ def generate_answers(
     draws = _uniforms(seeds, max_new_tokens) if temperature > 0 else None
     answers: list[list[int]] = [[] for _ in prompts]
     finished, done = [False] * len(prompts), [seed is None for seed in seeds]
-    steps, ends = 0, base.eos_ids
+    steps, ends, block = 0, base.eos_ids, 1 if base.device.type == "cpu" else min(_BLOCK, max_new_tokens)
+    current: tuple[Sequence[int], Tensor] | None = None
 
     def choose(logits: Float[Tensor, "rows vocabulary"], rows: Sequence[int]) -> Tensor:
+        nonlocal steps, current
+        steps += 1
         if draws is None:
             return logits.argmax(-1)
-        return inverse_sample(logits / temperature, draws[list(rows), steps].to(logits.device))
+        if current is None or current[0] is not rows:  # the draws of these rows, on the device until rows leave
+            current = (rows, to_device([draws[list(rows)]], logits.device)[0])
+        return inverse_sample(logits / temperature, current[1][:, min(steps, max_new_tokens) - 1])
 
-    for step in islice(decode(base, users, prompts, choose, done), max_new_tokens):
+    for step in islice(decode(base, users, prompts, choose, done, block=block), max_new_tokens):
         for row, token in zip(step.rows, step.tokens, strict=True):
             if done[row]:
                 continue
@@ -130,7 +158,6 @@ def generate_answers(
             if not finished[row]:
                 answers[row].append(token)
             done[row] = finished[row] or len(prompts[row]) + len(answers[row]) >= base.context
-        steps += 1
         on_step()
     return [Generated(tuple(ids), ended) for ids, ended in zip(answers, finished, strict=True)]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from persona_rlhf.data.tokenize import Row
@@ -177,6 +177,18 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Name and list of a model's decoder layers: the module list with the most parameters."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()), default=None)
+
+
+def max_row_length(config: PreTrainedConfig) -> float:
+    """Longest row, in tokens, in which every layer of a (text) config attends to all earlier tokens.
+
+    Infinite without sliding windows; 0 for layers of another type.
+    """
+    types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not types <= {"full_attention", "sliding_attention"}:
+        return 0
+    window: int | None = getattr(config, "sliding_window", None)  # None or 0: none
+    return window or (0 if "sliding_attention" in types else math.inf)
 
 
 def layer_number(name: str, stack: str) -> int | None:

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import ceil
-from statistics import fmean
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -55,7 +54,7 @@ from persona_rlhf.pipeline.plan_samples import (
 from persona_rlhf.pipeline.plan_steps import StepTime, fit
 from persona_rlhf.pipeline.prepare import Prepared, check_prompts, prepare
 from persona_rlhf.pipeline.shared_values import with_reference
-from persona_rlhf.training.constraint import ConstraintData, ConstraintFunctional, constraint_of
+from persona_rlhf.training.constraint import ConstraintData, constraint_of
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.memory import (
     choose_slots,
@@ -64,6 +63,9 @@ from persona_rlhf.training.memory import (
     machine_bytes,
     most_held,
     pair_tokens,
+    sample_tokens,
+    step_passes,
+    step_room,
     taken_by,
 )
 from persona_rlhf.training.user_state import UserSchedule, queue_order, waves
@@ -161,10 +163,12 @@ def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgres
         )
     constraint = None if bank is None else constraint_of(bank, config.constraint, config.seed)
     cost = largest_step(adapted, rows, constraint, config.dpo)
-    slots = min(len(rows), choose_slots(config.fleet, cost, device.type, machine_bytes(device), base))
+    machine = machine_bytes(device)
+    slots = min(len(rows), choose_slots(config.fleet, cost, device.type, machine, base))
+    room = None if device.type == "cpu" else step_room(config.fleet, cost, machine, base, slots)
     typical = rows[len(rows) // 2 :][:slots]
 
-    walked = _walk(queue, slots, _constraint_tokens(constraint), adapted.pads_users)
+    walked = _walk(queue, slots, sample_tokens(constraint), adapted.pads_users, room)
     cohorts = list({tuple(user.user_id for user in one): one for one in (rows[:slots], typical, typical[:1])}.values())
     few = max(2, min(_STEPS, round(_SHARE * len(walked) / len(cohorts))))
     examples = max(1, _EXAMPLES * EVERY // every)
@@ -175,7 +179,8 @@ def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgres
         judging = judging_seconds(ready, inputs, rows[:1], typical, users, every)
     stack = slots * adapted.params_per_user * torch.promote_types(adapted.base.model.dtype, torch.float32).itemsize
     adapters = stack if config.dpo.early_stop is None else 2 * stack  # the best adapter of each user is kept too
-    largest = max(wave.computed for wave in walked) / (slots * cost.tokens)  # of a wave of nothing but largest steps
+    computed = max(min(wave.computed, room or wave.computed) for wave in walked)  # in one pass
+    largest = computed / (slots * cost.tokens)  # of a wave of nothing but largest steps
     activations = (slots * cost.memory - adapters - 2 * stack) * min(1.0, largest)
     caches, judged = _judging_bytes(ready, slots)  # beside what the samples held: they fill no pass
     judged += _state_bytes(ready, rows[:slots])
@@ -223,20 +228,16 @@ class CohortStep(NamedTuple):
     computed: int
 
 
-def _walk(queue: Sequence[UserSchedule], slots: int, constraint_tokens: int, pads: bool) -> list[CohortStep]:
-    """All steps of a run, as the engine takes them; with `pads`, each user is padded to the longest one."""
+def _walk(
+    queue: Sequence[UserSchedule], slots: int, constraint_tokens: int, pads: bool, room: int | None = None
+) -> list[CohortStep]:
+    """All steps of a run, as the engine takes them; with `pads`, each user is padded to the longest one of its pass."""
     walked = []
     for seated in waves(queue, slots):
         sizes = [constraint_tokens + sum(map(pair_tokens, schedule.pairs(step))) for schedule, step in seated]
-        walked.append(CohortStep(len(sizes), sum(sizes), len(sizes) * max(sizes) if pads else sum(sizes)))
+        padded = sum(len(users) * max(sizes[user] for user in users) for users in step_passes(sizes, room))
+        walked.append(CohortStep(len(sizes), sum(sizes), padded if pads else sum(sizes)))
     return walked
-
-
-def _constraint_tokens(constraint: ConstraintFunctional | None) -> int:
-    """Tokens of a user's constraint rows in a step, on average."""
-    if constraint is None:
-        return 0
-    return round(fmean(sum(row.length for row in constraint.sample("", step).rows) for step in range(32)))
 
 
 def _probe_steps(
@@ -279,9 +280,7 @@ def _probe_steps(
 
         for _ in engine.run(taken):
             pass
-        sizes += [
-            wave.computed for wave in _walk(queue, len(cohort), _constraint_tokens(constraint), adapted.pads_users)
-        ]
+        sizes += [wave.computed for wave in _walk(queue, len(cohort), sample_tokens(constraint), adapted.pads_users)]
         seconds += [end - start for start, end in pairwise(ends)]
     warm = min(1, len(sizes) - 1)  # the first step of all warms up
     return fit(sizes[warm:], seconds[warm:]), each

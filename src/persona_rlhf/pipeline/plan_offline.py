@@ -20,9 +20,10 @@ from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.pipeline.inputs import RunInputs
 from persona_rlhf.pipeline.plan_samples import CHANGED, MEASURED_USERS
+from persona_rlhf.training.base_shape import BaseShape, shape_of
 from persona_rlhf.training.constraint import OPENING_LENGTH
 from persona_rlhf.training.constraint_data import constraint_probes
-from persona_rlhf.training.memory import BaseShape, StepCost, choose_slots, shape_of, widest
+from persona_rlhf.training.memory import StepCost, choose_slots, widest
 
 _CHARACTERS = 4  # a token of English, about
 _TURN = 6  # tokens that a chat template adds to a prompt, about
@@ -92,7 +93,7 @@ def plan_offline(config: Config, inputs: RunInputs, memory: float | None, rate: 
     state = 4 * 4 * shape.adapter_parameters  # float32: adapter, gradient, two moments
     slots = None
     if memory is not None:
-        cost = StepCost(step.tokens, state + step.kept, widest(shape.spans.values()))
+        cost = StepCost(step.tokens, state + step.kept, widest(shape.spans.values()), state)
         slots = min(users, choose_slots(config.fleet, cost, "cuda", int(memory * _GIB), shape.base_bytes))
     return OfflinePlan(
         base=config.base.model,

@@ -23,6 +23,7 @@ from persona_rlhf.data.pairs import Prompt
 from persona_rlhf.data.tokenize import ChatTokenizer, prompt_ids
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, conditions_of, load_base
+from persona_rlhf.models.device import to_device
 from persona_rlhf.models.generation import decode, inverse_sample, nucleus
 from persona_rlhf.models.multi_lora import LayerSpan
 from persona_rlhf.release.adapter import adapter_vector
@@ -49,11 +50,11 @@ def sample_tokens(
     sampled = [row for row, params in enumerate(sampling) if params.temperature > 0]
     if not sampled:
         return tokens
-    temperatures = torch.tensor([sampling[row].temperature for row in sampled], device=logits.device)
-    shares = torch.tensor([sampling[row].top_p for row in sampled], device=logits.device)
+    settings = torch.tensor([[sampling[row].temperature, sampling[row].top_p] for row in sampled])
     draws = torch.cat([1 - torch.rand(1, generator=generators[row], dtype=torch.float64) for row in sampled])
-    kept = nucleus(logits[sampled] / temperatures[:, None], shares)
-    tokens[sampled] = inverse_sample(kept, draws.to(logits.device))  # draws lie in (0, 1]: none selects a zero
+    settings, draws, places = to_device([settings, draws, torch.tensor(sampled)], logits.device)
+    kept = nucleus(logits[places] / settings[:, :1], settings[:, 1])
+    tokens[places] = inverse_sample(kept, draws)  # draws lie in (0, 1]: none selects a zero
     return tokens
 
 
@@ -216,9 +217,9 @@ class BatchingEngine:
         def choose(logits: Float[Tensor, "rows vocabulary"], rows: Sequence[int]) -> Tensor:
             jobs = [batch[row] for row in rows]
             tokens = sample_tokens(logits, [job.sampling for job in jobs], [job.generator for job in jobs])
-            for job, scores, token in zip(jobs, logits, tokens.tolist(), strict=True):
+            for n, job in enumerate(jobs):
                 if job.sampling.logprobs is not None:
-                    job.logprob = token_logprob(scores, token, job.sampling.logprobs, base.tokenizer)
+                    job.logprob = token_logprob(logits[n], int(tokens[n]), job.sampling.logprobs, base.tokenizer)
             return tokens
 
         with self._adapted.using(flat):

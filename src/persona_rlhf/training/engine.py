@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,8 +23,8 @@ from persona_rlhf.models.multi_lora import fresh_adapter
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.cache import HiddenStateCache, Reference
 from persona_rlhf.training.constraint import ConstraintFunctional, ConstraintSample
-from persona_rlhf.training.memory import empty_slots, slots_of
-from persona_rlhf.training.objective import StepLoss, detached, heldout_losses, joined, step_loss
+from persona_rlhf.training.memory import empty_slots, plan_slots, step_passes, step_tokens
+from persona_rlhf.training.objective import StepLoss, detached, heldout_losses, in_order, joined, step_loss
 from persona_rlhf.training.records import DualTrace
 from persona_rlhf.training.user_state import UserSchedule, queue_order, user_generator
 
@@ -84,7 +85,7 @@ class Engine:
     `reference` must hold the rows of `rows_ahead`. `state` is the folder of checkpoints; without it nothing is kept on
     disk. With a `start` every user begins there. Another `gradient` rule may combine the gradients of DPO loss and
     penalty in its own way. `pool` holds the rows of all labelled pairs, which users share. `count` is the number of
-    slots of the whole run, which a resumed run keeps.
+    slots of the whole run and `room` the most tokens of a pass (None: any); a resumed run keeps both.
     """
 
     def __init__(
@@ -110,10 +111,9 @@ class Engine:
         kept = self._kept()
         if kept is None:
             rows = [schedule.rows for schedule in queue]
-            chosen = slots_of(adapted, rows, constraint, dpo, fleet) if rows else 0
-            self.count = min(chosen, len(queue))
+            self.count, self.room = plan_slots(adapted, rows, constraint, dpo, fleet)
         else:
-            self.count = kept[1].pop("slots")
+            self.count, self.room = kept[1].pop("slots"), kept[1].pop("room", None)
         self._next_save = 0.0
         self.together = self.count if kept is None else kept[1].pop("together")
         self.slots = empty_slots(adapted, self.count, constraint, dpo)
@@ -210,26 +210,35 @@ class Engine:
         say: Callable[[str], None],
     ) -> tuple[Float[Tensor, "users params"], StepLoss]:
         """Every user's gradient, and its loss without the graph; as many users at once as the device has room for."""
-        gradients, losses, first = [], list[StepLoss](), 0
-        while first < len(pairs):
-            part, fits = slice(first, first + self.together), True
-            learning = self.slots.flat[part].detach().requires_grad_()
-            try:
-                with self.adapted.using(learning):
-                    duals = self.slots.duals.values[part]
-                    inputs = pairs[part], samples[part], self.constraint, duals, self.dpo, states[part]
-                    loss = step_loss(self.adapted, self.reference, *inputs)
-                    gradients.append(self.gradient(loss, learning))
-                    losses.append(detached(loss))
-            except Exception as fault:
-                if not is_out_of_memory(fault):
-                    raise
-                fits = False  # the failed step's memory is released when this handler ends
-            if fits:
-                first += len(pairs[part])
-            else:
-                self._halve(len(pairs[part]), say)
-        return torch.cat(gradients), joined(losses)
+        lengths = [step_tokens(user, samples[n : n + 1]) for n, user in enumerate(pairs)]
+        passes, gradients, losses, first = step_passes(lengths, self.room), [], list[StepLoss](), 0
+        order = [user for users in passes for user in users]
+        flat, duals, back = self.slots.flat, self.slots.duals.values, None
+        if len(passes) > 1:
+            there, back = to_device([torch.tensor(order), torch.tensor(order).argsort()], flat.device)
+            flat, duals = flat.index_select(0, there), duals.index_select(0, there)
+            pairs, states = [pairs[user] for user in order], [states[user] for user in order]
+            samples = [samples[user] for user in order] if samples else []
+        for last in accumulate(map(len, passes)):
+            while first < last:
+                part, fits = slice(first, min(last, first + self.together)), True
+                learning = flat[part].detach().requires_grad_()
+                try:
+                    with self.adapted.using(learning):
+                        inputs = pairs[part], samples[part], self.constraint, duals[part], self.dpo, states[part]
+                        loss = step_loss(self.adapted, self.reference, *inputs)
+                        gradients.append(self.gradient(loss, learning))
+                        losses.append(detached(loss))
+                except Exception as fault:
+                    if not is_out_of_memory(fault):
+                        raise
+                    fits = False  # the failed step's memory is released when this handler ends
+                if fits:
+                    first = part.stop
+                else:
+                    self._halve(len(pairs[part]), say)
+        gradient, loss = torch.cat(gradients), joined(losses)
+        return (gradient, loss) if back is None else (gradient.index_select(0, back), in_order(loss, back))
 
     def _halve(self, users: int, say: Callable[[str], None]) -> None:
         """Fewer users in a pass from now on. Raises InputError if there was only one."""
@@ -288,7 +297,8 @@ class Engine:
         started = time.perf_counter()
         if self.state is not None:
             self.reference.save()  # first: a resumed run must find the values that its steps were taken with
-            notes = self.slots.notes() | {"waiting": self.queue, "slots": self.count, "together": self.together}
+            sizes = {"slots": self.count, "together": self.together, "room": self.room}
+            notes = self.slots.notes() | {"waiting": self.queue} | sizes
             checkpoint.save(self.state / "slots.safetensors", self.slots.tensors(), notes)
         ended = time.perf_counter()
         self._next_save = ended + (20 * (ended - started) if ended - started > _QUICK else 0.0)

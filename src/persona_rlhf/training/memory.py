@@ -1,42 +1,31 @@
-"""Memory model: bytes of a machine and of a step, the number of users that fit side by side, and shapes of bases.
+"""Memory model: bytes of a machine and of a step, and the number of users that fit side by side.
 
-The largest step of one user is measured, or counted from the shape of a base without its weights. Its bytes and tokens,
+The largest step of one user is measured, or counted from the shape of a base (see `base_shape`). Its bytes and tokens,
 against those of the device, give the number of slots.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from heapq import nlargest
+from math import ceil
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.common.files import find, is_gguf, is_hub_id
-from persona_rlhf.config.training import BaseSettings, DpoSettings, FleetSettings, LoraSettings
+from persona_rlhf.config.training import DpoSettings, FleetSettings
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.attention import packed_attention
-from persona_rlhf.models.base import Fp8Linear, fits_fp8, is_linear
-from persona_rlhf.models.base_folder import cannot_load, config_reasons
-from persona_rlhf.models.model_files import gguf_config
-from persona_rlhf.models.model_split import token_logps
-from persona_rlhf.models.multi_lora import LayerSpan, MultiLoRALinear, attach, lora_matrices, target_layers
-from persona_rlhf.models.packing import pack
+from persona_rlhf.models.multi_lora import LayerSpan
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import ConstraintFunctional, ConstraintSample
 from persona_rlhf.training.objective import step_loss
@@ -128,22 +117,66 @@ _SHARE = {"cpu": 0.5, "cuda": 0.8}  # of the memory; the rest is for judging, an
 
 class StepCost(NamedTuple):
     """One user's largest step: its `tokens`, the `memory` (bytes) of adapter, moments and activations in it, and the
-    `width` of the widest adapted layer (numbers a token)."""
+    `width` of the widest adapted layer (numbers a token).
+
+    state: bytes of the memory that do not depend on the tokens
+    mean: tokens of a step of mean lengths; 0 where that is the largest
+    """
 
     tokens: int
     memory: int
     width: int
+    state: int = 0
+    mean: int = 0
+
+    @property
+    def typical(self) -> int:
+        """Tokens of a step of mean lengths."""
+        return self.mean or self.tokens
+
+    @property
+    def per_token(self) -> float:
+        """Bytes of activations of a token."""
+        return (self.memory - self.state) / self.tokens
 
 
 def choose_slots(fleet: FleetSettings, cost: StepCost, device: str, machine: int, base: int) -> int:
     """Users in memory at once: `fleet.slots`, or as many as memory and the token budget allow; at least 1.
 
-    `machine` is all memory of the device, `base` what the base takes of it; both in bytes.
+    On a CPU they do at their largest steps, on a GPU at steps of mean lengths; see `step_room`. `machine` is all memory
+    of the device, `base` what the base takes of it; both in bytes.
     """
     if fleet.slots != "auto":
         return fleet.slots
-    in_memory = int(machine * _SHARE[device] - base) // cost.memory
-    return max(1, min(in_memory, _most_slots(fleet, cost.tokens, cost.width, device)))
+    each = cost.memory if device == "cpu" else cost.state + cost.typical * cost.per_token
+    in_memory = int((machine * _SHARE[device] - base) // each)
+    tokens = cost.tokens if device == "cpu" else cost.typical
+    return max(1, min(in_memory, _most_slots(fleet, tokens, cost.width, device)))
+
+
+def step_room(fleet: FleetSettings, cost: StepCost, machine: int, base: int, slots: int) -> int:
+    """Tokens, with padding, of one pass of a step on a GPU: the token budget, or less where memory is short."""
+    in_memory = (machine * _SHARE["cuda"] - base - slots * cost.state) / max(1.0, cost.per_token)
+    return max(1, min(int(in_memory), _GPU_TOKENS if fleet.tokens_per_step == "auto" else fleet.tokens_per_step))
+
+
+def step_passes(lengths: Sequence[int], room: int | None) -> list[list[int]]:
+    """The users of a step in passes of at most `room` tokens, by number; each is padded to the longest of its pass.
+
+    Where one pass has too little room for all, users of like `lengths` (tokens) go together, none shorter than two
+    thirds of the longest: a pass for each length would be launches for few tokens.
+    """
+    users = list(range(len(lengths)))
+    if room is None or len(users) * max(lengths) <= room:
+        return [users]
+    passes = list[list[int]]()
+    for user in sorted(users, key=lambda user: -lengths[user]):
+        longest = lengths[passes[-1][0]] if passes else 0
+        if passes and (len(passes[-1]) + 1) * longest <= room and 3 * lengths[user] >= 2 * longest:
+            passes[-1].append(user)
+        else:
+            passes.append([user])
+    return passes
 
 
 def _most_slots(fleet: FleetSettings, tokens: int, width: int, device: str) -> int:
@@ -153,26 +186,35 @@ def _most_slots(fleet: FleetSettings, tokens: int, width: int, device: str) -> i
     return min(fits, _CPU_SLOTS) if device == "cpu" else fits
 
 
-def slots_of(
+class SlotPlan(NamedTuple):
+    """The number of slots of a run, and the tokens of one pass of a step (see `step_room`); None: all in one."""
+
+    slots: int
+    room: int | None
+
+
+def plan_slots(
     adapted: AdaptedModel,
     users: Sequence[UserRows],
     constraint: ConstraintFunctional | None,
     dpo: DpoSettings,
     fleet: FleetSettings,
-) -> int:
-    """The number of slots of a run; for `auto`, one step is measured on an adapter that is thrown away, unless the
-    token budget leaves room for one user only.
+) -> SlotPlan:
+    """The slots of a run. For `auto`, one step is measured on an adapter that is thrown away; not on a CPU whose token
+    budget leaves room for one user only.
 
     It does not depend on other programs, so the same machine always chooses the same number.
     """
-    if fleet.slots != "auto":
-        return fleet.slots
-    device, tokens = adapted.base.device, _tokens(*_largest(users, constraint, dpo))
-    if _most_slots(fleet, tokens, widest(adapted.spans.values()), device.type) <= 1:
-        return 1
+    if fleet.slots != "auto" or not users:
+        return SlotPlan(len(users) if fleet.slots == "auto" else min(fleet.slots, len(users)), None)
+    device, tokens = adapted.base.device, step_tokens(*_largest(users, constraint, dpo))
+    on_cpu = device.type == "cpu"
+    if on_cpu and _most_slots(fleet, tokens, widest(adapted.spans.values()), device.type) <= 1:
+        return SlotPlan(1, None)
     cost = largest_step(adapted, users, constraint, dpo)
-    base = held_by(list(adapted.base.model.parameters()))
-    return choose_slots(fleet, cost, device.type, machine_bytes(device), base)
+    machine, base = machine_bytes(device), held_by(list(adapted.base.model.parameters()))
+    slots = min(len(users), choose_slots(fleet, cost, device.type, machine, base))
+    return SlotPlan(slots, None if on_cpu else step_room(fleet, cost, machine, base, slots))
 
 
 def empty_slots(adapted: AdaptedModel, count: int, constraint: ConstraintFunctional | None, dpo: DpoSettings) -> Slots:
@@ -197,6 +239,8 @@ def largest_step(
     sample. No step of any user is larger."""
     pairs, samples = _largest(users, constraint, dpo)
     reference, device = _Unread(), adapted.base.device
+    steps = sum(ceil(len(user.train) / dpo.pairs_per_step) for user in users)
+    mean = round(sum(pair_tokens(pair) for user in users for pair in user.train) / max(1, steps))
 
     def step() -> None:
         slots = empty_slots(adapted, 1, constraint, dpo)
@@ -206,7 +250,11 @@ def largest_step(
         assert learning.grad is not None
         slots.optimizer.step(learning.grad, torch.zeros(1, dtype=torch.float64, device=device))
 
-    return StepCost(_tokens(pairs, samples), taken_by(step, device), widest(adapted.spans.values()))
+    numbers = adapted.params_per_user * (5 if dpo.early_stop else 4)  # adapter, gradient, moments, the best adapter
+    state = numbers * torch.promote_types(adapted.base.model.dtype, torch.float32).itemsize
+    tokens, memory = step_tokens(pairs, samples), taken_by(step, device)
+    typical = min(tokens, mean + sample_tokens(constraint))
+    return StepCost(tokens, memory, widest(adapted.spans.values()), min(state, memory), typical)
 
 
 def _largest(
@@ -217,7 +265,15 @@ def _largest(
     return pairs, [] if constraint is None else [constraint.largest()]
 
 
-def _tokens(pairs: Sequence[PairRow], samples: Sequence[ConstraintSample]) -> int:
+def sample_tokens(constraint: ConstraintFunctional | None) -> int:
+    """Tokens of a user's constraint rows in a step, on average."""
+    if constraint is None:
+        return 0
+    return round(fmean(sum(row.length for row in constraint.sample("", step).rows) for step in range(32)))
+
+
+def step_tokens(pairs: Sequence[PairRow], samples: Sequence[ConstraintSample]) -> int:
+    """Tokens of one user's step."""
     return sum(map(pair_tokens, pairs)) + sum(row.length for sample in samples for row in sample.rows)
 
 
@@ -234,119 +290,3 @@ class _Unread(Reference):
 
     def __getitem__(self, row: Row) -> float:
         return 0.0
-
-
-_META = torch.device("meta")
-_SHAPES = "data/shapes.json"
-
-
-class StepWork(NamedTuple):
-    """A step of one user: its `tokens`; floating-point operations of the forward pass and of `both` passes; the bytes
-    `kept` for the backward pass."""
-
-    tokens: int
-    forward: int
-    both: int
-    kept: int
-
-
-_NF4_BITS = 4.127
-"""Bits per weight: four, and a share of the quantization constants, which are quantized too (QLoRA, section 3)."""
-
-
-class BaseShape:
-    """The shape of a base from its config: tensors without values, so nothing is read or computed."""
-
-    def __init__(
-        self, config: PreTrainedConfig, lora: LoraSettings, dtype: torch.dtype, quantization: str | None = None
-    ) -> None:
-        with _META:
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        self.model.requires_grad_(False).eval()
-        self.parameters, self._quantization = self.model.num_parameters(), quantization
-        self.spans = attach(self.model, target_layers(self.model, lora).names, lora.rank, lora.alpha / lora.rank)
-        self.adapter_parameters = max(span.stop for span in self.spans.values())
-
-    @property
-    def base_bytes(self) -> int:
-        """Bytes of the frozen weights."""
-        head = self.model.get_output_embeddings()
-        layers = [m for m in self.model.modules() if is_linear(m) and m is not head]
-        rest = self.parameters - sum(layer.weight.numel() for layer in layers)
-        return int(rest * self.model.dtype.itemsize + sum(map(self._stored, layers)))
-
-    def _stored(self, layer: nn.Linear | Conv1D | Fp8Linear) -> float:
-        """Bytes of a linear layer's weight."""
-        if self._quantization == "nf4":
-            return layer.weight.numel() * _NF4_BITS / 8
-        if self._quantization == "fp8" and fits_fp8(layer):
-            outputs = layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
-            return layer.weight.numel() + outputs * torch.float32.itemsize
-        return layer.weight.numel() * self.model.dtype.itemsize
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the keys and values of one token."""
-        config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize)
-
-    def step(self, rows: Sequence[Row]) -> StepWork:
-        """The work of one step over these rows: shared prompts once, as packed batches have them."""
-        flat = torch.zeros(1, self.adapter_parameters, device=_META, requires_grad=True)
-        spans = list(self.spans.values())
-        for span, (a, b) in zip(spans, lora_matrices(flat, spans), strict=True):
-            layer = self.model.get_submodule(span.name)
-            assert isinstance(layer, MultiLoRALinear)
-            layer.a, layer.b = a, b
-        batch = pack(rows, 1, 0, _META)
-        counted = {tensor.untyped_storage()._cdata for tensor in (*self.model.parameters(), flat)}
-        kept: list[Tensor] = []  # held, so that no storage is reused and counted once
-
-        def keep(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage()._cdata not in counted:
-                counted.add(tensor.untyped_storage()._cdata)
-                kept.append(tensor)
-            return tensor
-
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        with packed_attention(self.model.config.get_text_config()), FlopCounterMode(display=False) as counter:
-            with saved_tensors_hooks(keep, lambda tensor: tensor):
-                hidden = self.model.base_model(
-                    input_ids=batch.input_ids, use_cache=False, position_ids=batch.position_ids, layout=batch.layout
-                ).last_hidden_state
-                loss = token_logps(head(batch.predictors(hidden.flatten(0, 1))), batch.targets).sum()
-            forward = counter.get_total_flops()
-            loss.backward()
-            both = counter.get_total_flops()
-        size = sum(tensor.untyped_storage().nbytes() for tensor in kept)
-        return StepWork(batch.input_ids.numel(), forward, both, size)
-
-
-def shape_of(base: BaseSettings, lora: LoraSettings) -> BaseShape:
-    """The shape of a base by its name, from a shipped config, a folder or the hub.
-
-    Raises InputError if there is no config, or if packed attention does not work with its architecture.
-    """
-    try:
-        dtype = torch.float32 if base.dtype == "float32" else torch.bfloat16
-        return BaseShape(_config(base.model), lora, dtype, base.quantization)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError) as fault:
-        raise cannot_load(base.model, fault) from fault
-
-
-def _config(model: str) -> PreTrainedConfig:
-    shipped = json.loads(find(_SHAPES).read_text())
-    if model in shipped:
-        return AutoConfig.for_model(**shipped[model])
-    name = model if is_hub_id(model) else find(model)
-    if is_gguf(name):
-        return gguf_config(model, Path(name))
-    config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if reasons := list(config_reasons(config.to_dict())):
-        raise InputError([Problem(model, None, "base.model", reason) for reason in reasons])
-    return config

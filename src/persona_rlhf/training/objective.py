@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from persona_rlhf.config.training import DpoSettings
@@ -47,6 +47,11 @@ def joined(losses: Sequence[StepLoss]) -> StepLoss:
     """The losses of groups of users as one."""
     columns = zip(*losses, strict=True)
     return StepLoss(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+def in_order(loss: StepLoss, users: Int[Tensor, " users"]) -> StepLoss:
+    """The loss with the users in another order."""
+    return StepLoss(*(None if part is None else part.index_select(0, users) for part in loss))  # type: ignore[arg-type]
 
 
 def heldout_losses(

@@ -8,7 +8,7 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.training import BaseSettings, LoraSettings
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.training.memory import BaseShape, shape_of
+from persona_rlhf.training.base_shape import BaseShape, shape_of
 from tests.models.tiny import tiny_base
 
 PUBLISHED = {
