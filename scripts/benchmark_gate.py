@@ -25,7 +25,7 @@ from persona_rlhf.config.experiment import read_config
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import prompt_ids
 from persona_rlhf.evaluation.refusals import BaseAnswers, refusal_outcomes
-from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.models.heap import keep_large_blocks
 from persona_rlhf.pipeline.prepare import prepare, prepare_users
 from persona_rlhf.pipeline.release import cohorts
 from persona_rlhf.pipeline.shared_values import constraint_bank, with_reference

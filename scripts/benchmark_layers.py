@@ -38,7 +38,7 @@ from persona_rlhf.evaluation.metrics import clean_accuracy, score_pairs, score_p
 from persona_rlhf.evaluation.statistics import bootstrap
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
-from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.models.heap import keep_large_blocks
 from persona_rlhf.simulation.users import read_utilities
 from persona_rlhf.training.cache import Reference, rows_ahead
 from persona_rlhf.training.engine import Engine, StepReport

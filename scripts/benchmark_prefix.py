@@ -23,7 +23,7 @@ from persona_rlhf.benchmarks.trl_baseline import VOCABULARY, Workload, make_work
 from persona_rlhf.config.training import FleetSettings
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.models.heap import keep_large_blocks
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.engine import Engine
 

@@ -38,7 +38,7 @@ from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.data.tokenize import tokenize
 from persona_rlhf.evaluation.gate import demands_of, release_unjudged
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.models.heap import keep_large_blocks
 from persona_rlhf.models.multi_lora import fresh_adapter
 from persona_rlhf.pipeline.release import manifest_settings
 from persona_rlhf.pipeline.shared_values import with_reference

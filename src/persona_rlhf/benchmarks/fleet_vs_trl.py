@@ -19,7 +19,7 @@ from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.config.training import ConstraintSettings, DpoSettings, FleetSettings, LoraSettings, TopLayers
 from persona_rlhf.data.tokenize import Row, UserRows, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.models.heap import keep_large_blocks
 from persona_rlhf.training.cache import Reference, rows_ahead
 from persona_rlhf.training.constraint import ConstraintData, constraint_of
 from persona_rlhf.training.engine import Engine, TrainedUser

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -270,21 +269,3 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     y_first.addcmul_(second, angle, value=-sign)
     y_second.addcmul_(first, angle, value=sign)
     return y
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
-
-
-def keep_large_blocks(size: int = 1 << 30) -> bool:
-    """Makes glibc's malloc keep freed blocks of up to `size` bytes for the next step; True where it agrees.
-
-    By default glibc returns large blocks to the system at once, and every step faults their pages in again: 1.6 million
-    faults instead of 0.1 million in a run of eight users, and 3 s more of 57 CPU-seconds (docs/LOG.md).
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        return bool(libc.mallopt(_M_MMAP_THRESHOLD, size)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, size))
-    except (OSError, AttributeError):
-        return False

@@ -35,7 +35,7 @@ from persona_rlhf.config.training import DpoSettings
 from persona_rlhf.data.tokenize import Row, UserRows, both_rows
 from persona_rlhf.evaluation.power import power
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.models.heap import keep_large_blocks
 from persona_rlhf.models.row_decoding import LayerTokens
 from persona_rlhf.models.scores import greedy_scores, logps_and_greedy
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs

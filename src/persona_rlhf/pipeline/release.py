@@ -20,6 +20,7 @@ from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.evaluation.warm_start import WarmStartInterpolation
+from persona_rlhf.models.heap import return_free_blocks
 from persona_rlhf.pipeline.looks import GateLooks, gate_looks, users_of
 from persona_rlhf.pipeline.prepare import Chunk, Prepared
 from persona_rlhf.release import integrity
@@ -95,6 +96,7 @@ def judge(
         raise
     except Exception:
         judged_users = _judged_alone(ready, looks, chunk, users, interpolation)
+    return_free_blocks()
     info = BaseInfo.of(base.name, base.weights_hash, config.base.quantization)
     used, conditions = looks.ledger.uses(looks.bank), ready.examination.conditions
     demands, settings = ready.examination.demands, manifest_settings(config)

@@ -9,7 +9,7 @@ from pathlib import Path
 from persona_rlhf.common.errors import counted
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.evaluation.ledger import LookPlan
-from persona_rlhf.models.fast_paths import keep_large_blocks
+from persona_rlhf.models.heap import keep_large_blocks, return_free_blocks
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
 from persona_rlhf.pipeline.looks import GateLooks, gate_looks, users_of
@@ -126,6 +126,7 @@ def _train_chunks(
     run_dir.begin(config, ready.policy, ready.pairs, identity, size)
     with ready.watched(ProgressEvent("shared values"), on_progress):
         shared = shared_values(ready, run_dir, bank, len(chunks))
+    return_free_blocks()  # those of the base's answers
     run_dir.set_ready()
     tracking = Tracking(config, run_dir.path)
     users = sum(len(chunks[number]) for number in todo)
