@@ -57,6 +57,7 @@ def test_everything_is_counted(tmp_path: Path) -> None:
         "clean_labels": 0.5,
         "unknown_columns": {"extra": 1},
         "read_as": {},
+        "personal_data": {},
         "patterns": [],
         "columns": {
             "user": {"user_id": 4},

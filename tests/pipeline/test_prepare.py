@@ -106,3 +106,19 @@ def test_a_refusal_that_only_the_model_recognises_is_not_quarantined() -> None:
     certain = GateJudges(lambda text: text == pair.chosen)
     assert not prepare_users(ready([])._replace(screens=[screen], judges=certain), [pair]).dropped
     assert prepare_users(ready([])._replace(screens=[screen]), [pair]).dropped
+
+
+def test_masked_pairs_are_trained_on_and_listed_without_their_text() -> None:
+    given = pairs({"prompt": "who is ana@mail.org?"}, {})
+    parts = ready(given)
+    treated = {}
+    for treatment in ("keep", "mask", "drop"):
+        parts.config.screening = ScreeningSettings(personal_data=treatment)
+        chunk = prepare_users(parts, given)
+        [user] = chunk.rows
+        prompts = [row.pair.prompt[0].content for row in user.train]
+        treated[treatment] = (prompts, [(one.action, one.reason) for one in chunk.dropped])
+        assert chunk.pairs == 2
+    assert treated["keep"] == (["who is ana@mail.org?", "question 2"], [])
+    assert treated["mask"] == (["who is [email]?", "question 2"], [("masked", "personal data: email in `prompt`")])
+    assert treated["drop"] == (["question 2"], [("dropped", "personal data: email in `prompt`")])

@@ -34,6 +34,9 @@ def data_check(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...")],
     render: Annotated[bool, typer.Option("--render", help="Show the first pair as the model sees it.")] = False,
     base: Annotated[str, typer.Option("--base", help="With --render: the base with the chat template.")] = "data/base",
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Also write a page (HTML) with distributions.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Validate preference files: every bad row, with its number, at once."""
@@ -44,6 +47,11 @@ def data_check(
         from persona_rlhf.models.base import load_tokenizer
 
         pair = check.rendered(check.first_pair(paths[0]), base, load_tokenizer(base))
+    if report is not None:
+        from persona_rlhf.release.data_report import write_data_report
+
+        write_data_report(summary, paths, report)
+        note(f"report: {report}")
     if as_json:
         print_json(summary.to_json() | ({} if pair is None else {"rendered": pair.to_json()}))
         return

@@ -124,6 +124,10 @@ class ScreeningSettings(Section):
     patterns: PatternSettings = Field(
         PatternSettings(), description="Choices by place or length, and changed ones, that `data screen` reports."
     )
+    personal_data: Literal["keep", "mask", "drop"] = Field(
+        "keep",
+        description="Addresses and numbers that name a person: keep them, mask them, or drop the pairs with them.",
+    )
     reviews: ExistingPath | None = Field(
         None,
         description="Advanced: an earlier run's decisions about quarantined pairs (RUN/reviews.jsonl).",

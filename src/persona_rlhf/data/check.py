@@ -16,6 +16,7 @@ from persona_rlhf.config.experiment import PatternSettings
 from persona_rlhf.data.answer_patterns import AnswerPattern, answer_patterns
 from persona_rlhf.data.columns import UserSpellings
 from persona_rlhf.data.pairs import PreferencePair, ReadPairs, RowNotes, first_problems, parsed_rows, read
+from persona_rlhf.data.personal_data import counted_kinds
 from persona_rlhf.data.screening import unfit_to_teach
 from persona_rlhf.data.tokenize import ChatTokenizer, control_tokens, tokenize
 
@@ -31,6 +32,15 @@ class Spread(NamedTuple):
     median: float
     p95: int
     maximum: int
+
+
+class Distributions(NamedTuple):
+    """Values that a summary condenses: pairs of each user, words of each text, and by user the share of pairs of
+    unequal length whose chosen answer is the longer one."""
+
+    pairs_per_user: list[int]
+    words: dict[str, list[int]]  # of prompt, chosen, rejected
+    longer_by_user: list[float]
 
 
 @dataclass(frozen=True)
@@ -54,10 +64,13 @@ class DataSummary:
     read_as: dict[str, int]  # other layouts that were read, with their rows
     patterns: list[AnswerPattern]  # users whose choices follow a place or a length, or change
     columns: dict[str, dict[str, int]]  # by role, the columns that it was read from, with their rows
+    personal_data: dict[str, int]  # pairs with an address or number that names a person, by its kind
+    distributions: Distributions
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         plain = asdict(self)
+        del plain["distributions"]
         plain["pairs_per_user"] = self.pairs_per_user._asdict()
         plain["patterns"] = [pattern.to_json() for pattern in self.patterns]
         plain["words"] = {name: spread._asdict() for name, spread in self.words.items()}
@@ -98,8 +111,12 @@ def _summary(pairs: list[PreferencePair], notes: RowNotes) -> DataSummary:
         "chosen": [len(pair.chosen.split()) for pair in pairs],
         "rejected": [len(pair.rejected.split()) for pair in pairs],
     }
-    lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
-    unequal = [chosen > rejected for chosen, rejected in lengths if chosen != rejected]
+    longer: dict[str, list[bool]] = {}
+    for pair in pairs:
+        if len(pair.chosen) != len(pair.rejected):
+            longer.setdefault(pair.user_id, []).append(len(pair.chosen) > len(pair.rejected))
+    unequal = [chosen for of_user in longer.values() for chosen in of_user]
+    per_user = [counts.total() for counts in splits.values()]
     labels = [pair.clean_choice for pair in pairs if pair.clean_choice is not None]
     _, dropped = unfit_to_teach(pairs)
     columns: dict[str, dict[str, int]] = {}
@@ -108,7 +125,7 @@ def _summary(pairs: list[PreferencePair], notes: RowNotes) -> DataSummary:
     return DataSummary(
         pairs=len(pairs),
         users=len(splits),
-        pairs_per_user=_spread([counts.total() for counts in splits.values()]),
+        pairs_per_user=_spread(per_user),
         splits={split: sum(counts[split] for counts in splits.values()) for split in ("train", "heldout")},
         users_without_train=sum(not counts["train"] for counts in splits.values()),
         users_without_heldout=sum(not counts["heldout"] for counts in splits.values()),
@@ -121,6 +138,8 @@ def _summary(pairs: list[PreferencePair], notes: RowNotes) -> DataSummary:
         read_as=dict(notes.read_as),
         patterns=answer_patterns(pairs, PatternSettings()),
         columns=columns,
+        personal_data=dict(Counter(counted_kinds(pairs)).most_common()),
+        distributions=Distributions(per_user, words, [sum(chosen) / len(chosen) for chosen in longer.values()]),
     )
 
 
@@ -150,6 +169,13 @@ def render(summary: DataSummary) -> Table:
     for role, names in summary.columns.items():
         taken = ", ".join(name if rows == summary.pairs else f"{name} ({rows:,} rows)" for name, rows in names.items())
         table.add_row(f"column, {role}", taken)
+    for name, count in notes_of(summary).items():
+        table.add_row(name, f"{count:,}")
+    return table
+
+
+def notes_of(summary: DataSummary) -> dict[str, int]:
+    """Counts of users, pairs and rows that deserve a look, by their names; those of none are left out."""
     patterns = Counter(pattern.kind for pattern in summary.patterns)
     notes = {
         "users with nothing to train on": summary.users_without_train,
@@ -157,13 +183,11 @@ def render(summary: DataSummary) -> Table:
         "prompts in train and held out": summary.on_both_sides,
         **{f"will be dropped, {kind}": count for kind, count in summary.screened_out.items()},
         **{f"users who {_PATTERNS[kind]}": count for kind, count in patterns.items()},
+        **{f"pairs with personal data, {kind}": count for kind, count in summary.personal_data.items()},
         **{f"read {layout}, rows": rows for layout, rows in summary.read_as.items()},
         **{f"{_column(name)}, ignored, rows": rows for name, rows in summary.unknown_columns.items()},
     }
-    for name, count in notes.items():
-        if count:
-            table.add_row(name, f"{count:,}")
-    return table
+    return {name: count for name, count in notes.items() if count}
 
 
 _PATTERNS = {

@@ -135,13 +135,14 @@ TOLERATED_COPIES = 0.05
 FEWEST_COPIES = 3
 """Number of such pairs that a user may always have."""
 
-Action = Literal["dropped", "quarantined", "flagged", "accepted"]
+Action = Literal["dropped", "masked", "quarantined", "flagged", "accepted"]
 
 
 class Dropped(NamedTuple):
     """A pair with a finding. `dropped` and `quarantined` pairs are not trained on.
 
-    `flagged` ones are, since the quarantine is off; `accepted` ones are, since a reviewer accepted them.
+    `flagged` ones are, since the quarantine is off; `accepted` ones are, since a reviewer accepted them. `masked` ones
+    are, without their personal data.
     """
 
     pair: PreferencePair
@@ -156,7 +157,7 @@ class Dropped(NamedTuple):
     @property
     def trained(self) -> bool:
         """Whether the pair is trained on in spite of the finding."""
-        return self.action in ("flagged", "accepted")
+        return self.action in ("masked", "flagged", "accepted")
 
     @property
     def alarming(self) -> bool:

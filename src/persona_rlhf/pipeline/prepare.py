@@ -15,6 +15,7 @@ from persona_rlhf.config.training import BasisSettings
 from persona_rlhf.data.feedback import Review
 from persona_rlhf.data.near_copies import NearCopyIndex
 from persona_rlhf.data.pairs import PreferencePair, first_problems
+from persona_rlhf.data.personal_data import treat
 from persona_rlhf.data.screening import Dropped, fit, screen
 from persona_rlhf.data.store import PairStore
 from persona_rlhf.data.tokenize import UserRows, by_user, halved, tokenize_readable, unreadable_prompts
@@ -209,8 +210,9 @@ def label_pairs(ready: Prepared, chunk: Chunk, pool: AnswerPool | None) -> Chunk
     return chunk._replace(rows=rows, basis_use=use)
 
 
-def _prepared(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
+def _prepared(ready: Prepared, given: Sequence[PreferencePair]) -> Chunk:
     base = ready.adapted.base
+    pairs, personal = treat(given, ready.config.screening.personal_data)
     screens = [calibrated.screen for calibrated in ready.screens]
     unreadable = unreadable_prompts(pairs, base.tokenizer, base.context)  # no screen of a model can read them either
     left_out = {pair.pair for pair in unreadable}
@@ -222,7 +224,7 @@ def _prepared(ready: Prepared, pairs: Sequence[PreferencePair]) -> Chunk:
     fitted = fit(by_user(tokenized.rows), base.tokenizer, base.context)
     split = fitted.rows if ready.config.dpo.early_stop is None else [halved(user) for user in fitted.rows]
     rows_of = {user.user_id: user for user in split}
-    users = dict.fromkeys(pair.user_id for pair in pairs)
+    users = dict.fromkeys(pair.user_id for pair in given)
     rows = [rows_of.get(user_id) or UserRows(user_id, [], []) for user_id in users]
     unread = [Dropped(pair, reason, "dropped") for pair, _, reason in (*unreadable, *tokenized.unreadable)]
-    return Chunk(len(pairs), rows, [*unread, *screened.dropped, *fitted.dropped], {})
+    return Chunk(len(given), rows, [*personal, *unread, *screened.dropped, *fitted.dropped], {})
