@@ -342,6 +342,12 @@ def test_a_new_adapter_is_announced_until_the_next_choice(site):
     browser.send("/choose", verdict="left")
     assert "Your assistant was updated" not in browser.response.text
     assert site.ledger.choices()[-1].left_by == "e" * 64
+    site.policy_filter = PolicyFilter(redirect=lambda _: "Ask a doctor.")
+    site.restart()
+    browser = site.asked()
+    browser.send("/choose", verdict="tie")
+    assert site.ledger.choices()[-1].left_by == "policy"
+    assert "Your assistant was updated" not in browser.response.text
 
 
 def test_wishes_become_the_users_document(site):
@@ -617,6 +623,8 @@ def test_a_fault_is_logged_by_type_and_place_alone(site):
 def test_a_deletion_asks_once_more_and_leaves_nothing(site):
     browser = site.asked(prompt="CANARY")
     browser.send("/choose", verdict="left", reason="CANARY")
+    browser.get("/wishes")
+    browser.send("/wishes", tone="CANARY")
     site.asked("Bob").send("/choose", verdict="left")
     browser.get("/data")
     browser.send("/delete")

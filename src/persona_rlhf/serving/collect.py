@@ -28,7 +28,7 @@ from persona_rlhf.common.errors import InputError, visible
 from persona_rlhf.common.files import append_whole, pseudonym
 from persona_rlhf.data.choice_ledger import CONSENTS, DELETIONS, VERDICTS, ChoiceLedger, now
 from persona_rlhf.data.erasure import DataSubject
-from persona_rlhf.data.wish_documents import WishDesk
+from persona_rlhf.data.wish_documents import WishDesk, document_file
 from persona_rlhf.release.deletion_records import forgotten
 from persona_rlhf.serving.access import Limits, RateLimiter
 from persona_rlhf.serving.collect_forms import (
@@ -147,10 +147,10 @@ class FeedbackPages:
         return self._page(session, "prompt", status, **content, last=last, **await self._progress(session))
 
     async def _progress(self, session: Session) -> dict[str, Any]:
-        """The user's numbers, and whether the adapter changed since the last choice."""
+        """The user's numbers, and whether the adapter is newer than all choices."""
         choices = await run_in_threadpool(self._ledger.choices, session.user_id)
         adapter = await run_in_threadpool(self._sampler.adapter, session.user_id)
-        authors = {choices[-1].left_by, choices[-1].right_by} if choices else set()
+        authors = {author for choice in choices for author in (choice.left_by, choice.right_by)}
         return {
             "answered": len(choices),
             "preferred": sum(choice.pair is not None for choice in choices),
@@ -248,14 +248,16 @@ class FeedbackPages:
             raise PageError(403, "Your data was deleted, so nothing is saved.")
         faults = await run_in_threadpool(self._desk.faults, user_id, wishes)
         if not faults:
-            await run_in_threadpool(self._desk.save, user_id, wishes)
+            file = await run_in_threadpool(self._desk.save, user_id, wishes)
+            if pseudonym(user_id) in forgotten(self._run):  # meanwhile
+                file.unlink()
         overruled = [] if faults else await run_in_threadpool(self._desk.overruled, user_id, wishes)
         fields = wish_fields(self._desk, wishes)
         status = 400 if faults else 200
         return self._page(session, "wishes", status, **fields, faults=faults, overruled=overruled, saved=not faults)
 
     async def _delete(self, session: Session, form: Form) -> Response:
-        """Asks once more; then deletes the user's choices and links, and notes the wish for the operator."""
+        """Asks once more; then deletes the user's choices, wishes and links, and notes it for the operator."""
         if form.get("sure") != "yes":
             return self._page(session, "delete")
         await run_in_threadpool(self._erase, session.user_id)
@@ -269,6 +271,7 @@ class FeedbackPages:
             append_whole(stream, row.encode())
         user = DataSubject(pseudonym(user_id))
         self._ledger.erase(user)  # before the links: where it fails, the user can try again
+        document_file(self._run, user_id).unlink(missing_ok=True)
         remove_links(self._run, user_id)
         self._open.drop(user_id)
         if self._ledger.pieces(user):  # from another page of the user, meanwhile
