@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +16,7 @@ from persona_rlhf.training.engine import Engine
 from tests.gpu.pretended_cuda import enable
 from tests.story.experiment import UNMEASURED, adapters, results, shrink, write_users, write_yaml
 
-enable()
+machine = enable()
 
 USERS = ["Ann", "Bob", "Cy"]
 SHORT = (
@@ -54,11 +56,18 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
+    machine.reset_peak()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         done = run("train", "experiment.yaml", *SHORT, "--run", "run")
     assert done.exit_code in (0, 3), done.output
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def peak(trained):
+    """The most bytes that the run in bfloat16 held."""
+    return machine.peak() - machine.held()
 
 
 @pytest.fixture(autouse=True)
@@ -113,15 +122,39 @@ def test_a_user_is_added_and_the_others_stay(trained):
     assert run("verify", "run").exit_code == 0
 
 
-def test_float32_is_the_cpu_s_run_up_to_rounding(folder):
-    """The same experiment on both devices: the losses of every step agree."""
-    losses = {}
+def test_an_old_and_small_gpu_gives_the_cpu_s_run(trained, peak, monkeypatch):
+    """Compute capability 7.5 means float32; passes of reference, gate and training do not fit and are cut."""
+    freed, outcomes = [], {}
+    for place in ("models.passes", "training.engine"):
+        monkeypatch.setattr(f"persona_rlhf.{place}.release_cache", lambda place=place: freed.append(place))
     for device in ("cpu", "cuda"):
-        words = (*SHORT, f"base.device={device}", "base.dtype=float32", "gate.enabled=false", "--run", device)
-        assert run("train", "experiment.yaml", *words).exit_code == 0
-        rows = map(json.loads, (folder / device / "metrics.jsonl").read_text().splitlines())
-        losses[device] = {(row["user_id"], row["step"]): row["loss"] for row in rows}
-    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+        with machine.of_capability(7, 5), machine.memory(machine.held() + peak // 2):
+            done = run("train", "experiment.yaml", *SHORT, f"base.device={device}", "--run", device)
+        assert done.exit_code in (0, 3), done.output
+        rows = map(json.loads, Path(device, "metrics.jsonl").read_text().splitlines())
+        losses = {(row["user_id"], row["step"]): row["loss"] for row in rows}
+        outcomes[device] = [(line["status"], line["tier_one"]) for line in results(Path(device))], losses
+    assert set(freed) >= {"models.passes"}
+    assert outcomes["cuda"][0] == outcomes["cpu"][0]
+    assert outcomes["cuda"][1] == pytest.approx(outcomes["cpu"][1], rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pipes to ended processes
+def test_two_processes_train_on_two_gpus(trained, tmp_path, monkeypatch):
+    """Each process has the pretended GPUs through a Python of its own; the users are those of one process."""
+    program = "import sys, runpy; from tests.gpu.pretended_cuda import enable; enable(); import torch; "
+    program += f"open({str(tmp_path / 'gpus')!r}, 'a').write(__import__('os').environ['LOCAL_RANK']); "
+    program += "runpy.run_module('persona_rlhf', run_name='__main__', alter_sys=True)"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -c "{program}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{Path(__file__).parents[2] / 'src'}")
+    monkeypatch.setattr("persona_rlhf.pipeline.distributed.sys.executable", str(python))
+    done = run("train", "experiment.yaml", *SHORT, "fleet.processes=2", "--run", "pair")
+    assert done.exit_code in (0, 3), done.output
+    assert sorted((tmp_path / "gpus").read_text()) == ["0", "1"]
+    assert [line["user_id"] for line in results(Path("pair"))] == USERS
+    assert [line["status"] for line in results(Path("pair"))] == [line["status"] for line in results(trained)][:3]
 
 
 def test_more_processes_than_gpus_are_refused_before_anything_is_written(folder, monkeypatch):

@@ -152,6 +152,17 @@ def test_a_pass_that_did_not_fit_is_tried_once():
         assert one.logp == pytest.approx(other.logp, rel=1e-4)
 
 
+def test_answers_that_did_not_fit_are_written_in_smaller_passes():
+    adapted = AdaptedModel(base_on(CUDA, torch.float32), LoraSettings(rank=4))
+    prompts, before = [[tuple(range(2, 12 + n)) for n in range(32)]], adapted.tokens_per_generation
+    whole, held = adapted.generate(prompts, 16), machine.held()
+    machine.reset_peak()
+    adapted.generate(prompts, 16)
+    with machine.memory(held + (machine.peak() - held) // 2):
+        assert adapted.generate(prompts, 16) == whole
+    assert adapted.tokens_per_generation < before
+
+
 def test_greedy_scores_need_no_more_memory_than_scores(monkeypatch):
     monkeypatch.setattr("persona_rlhf.models.model_split._MIN_TOKENS", 8)
     monkeypatch.setattr("persona_rlhf.models.model_split._MAX_LOGITS", {"cpu": 1 << 24, "cuda": 1 << 16})

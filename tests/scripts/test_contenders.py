@@ -27,7 +27,7 @@ def adapters(contenders):
     adapted, data, users = AdaptedModel(tiny_base(), LoraSettings(rank=4)), constraint_bank(limit=0.0), []
     users = [user_rows(f"user {n}", 6, seed=n) for n in range(2)]
     reference = Reference(adapted)
-    reference.add([*(row for user in users for pair in user.train for row in pair[1:]), *data.rows()])
+    reference.add([*(row for user in users for pair in user.train for row in pair[1:3]), *data.rows()])
     trained = {
         name: contender.train(adapted, users, reference, data, CONFIG, FleetSettings(slots=2))
         for name, contender in contenders.CONTENDERS.items()

@@ -333,7 +333,7 @@ def _final_excess(kind: type[LagrangianConstraint] | None) -> torch.Tensor:
     adapted = AdaptedModel(tiny_base(), LORA)
     bank, users = _poisoned(adapted)
     reference = Reference(adapted)
-    reference.add([*(row for user in users for pair in user.train for row in pair[1:]), *bank.rows()])
+    reference.add([*(row for user in users for pair in user.train for row in pair[1:3]), *bank.rows()])
     dpo = DpoSettings(epochs=20, learning_rate=5e-3)
     constraint = kind and kind(bank, ConstraintSettings(), 1)
     engine = Engine(adapted, users, reference, constraint, dpo, FleetSettings(), seed=1)
@@ -368,7 +368,7 @@ def test_a_user_who_keeps_the_limits_pays_nothing():
     users = [user_rows("user", 4, seed=2)]
     bank = constraint_bank(limit=1.0)
     reference = Reference(adapted)
-    reference.add([*(row for pair in users[0].train for row in pair[1:]), *bank.rows()])
+    reference.add([*(row for pair in users[0].train for row in pair[1:3]), *bank.rows()])
     samples = [ConstraintSampler(bank, ConstraintSettings(rows_per_step=4), 1, "user").sample(0)]
     arguments = (adapted, reference, [users[0].train], samples)
     constraint = LagrangianConstraint(bank, ConstraintSettings(), 1)
@@ -392,7 +392,7 @@ def test_a_violation_is_what_lies_over_the_limit():
     violations = []
     for limit in (0.0, 0.75):
         bank = constraint_bank(limit=limit)
-        reference.add([*(row for pair in user.train for row in pair[1:]), *bank.rows()])
+        reference.add([*(row for pair in user.train for row in pair[1:3]), *bank.rows()])
         constraint = LagrangianConstraint(bank, ConstraintSettings(), 1)
         samples = [constraint.sample("user", 0)]
         with torch.no_grad(), adapted.using(random_flat(adapted, 1)):
