@@ -423,6 +423,12 @@ def test_a_document_names_its_user_whatever_the_name(site, user):
 # Hostile texts, forms and links
 
 
+def test_the_page_of_data_says_how_long_the_link_opens_it(site):
+    browser = site.browser()
+    [link] = [json.loads(line) for line in (site.run / LINKS).read_text().splitlines()]
+    assert f"until {link['expires'][:10]}." in browser.get("/data").text
+
+
 def test_hostile_texts_are_shown_as_data(site):
     site.writer.text = HOSTILE + "x" * 100_000
     browser = site.asked("<i>user</i>\u202e", prompt=HOSTILE.replace("\0", "").replace("\x1b", ""))

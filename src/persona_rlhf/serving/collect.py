@@ -56,6 +56,7 @@ class Session(NamedTuple):
 
     user_id: str
     token: str
+    expires: str  # the day on which the link expires
 
     @property
     def form_token(self) -> str:
@@ -165,7 +166,8 @@ class FeedbackPages:
 
     async def _data(self, session: Session, _: Request) -> Response:
         consent = await run_in_threadpool(self._ledger.consent, session.user_id)
-        return self._page(session, "data", scope=consent or "own", **await self._progress(session))
+        content = {"scope": consent or "own", "expires": session.expires, **await self._progress(session)}
+        return self._page(session, "data", **content)
 
     async def _choices(self, session: Session, _: Request) -> Response:
         """All that the ledger holds of the user, to take away."""
@@ -299,7 +301,7 @@ class FeedbackPages:
             raise PageError(401, "This page opens with your personal link. Open the link that you were given.")
         if link.expired:
             raise PageError(401, "Your link has expired. Your choices are safe; ask for a new link.")
-        return Session(link.user_id, token)
+        return Session(link.user_id, token, link.expires[:10])
 
     async def _shown(self, show: Callable[[Session, Request], Awaitable[Response]], request: Request) -> Response:
         session = self._session_of(request.cookies.get(self._cookie))
