@@ -23,9 +23,10 @@ from statistics import quantiles
 
 import httpx
 
+from persona_rlhf.common.files import find
 from persona_rlhf.serving.collect_links import make_links
 
-PROMPTS = Path("data/prompts/everyday.jsonl")
+PROMPTS = find("data/prompts/everyday.jsonl")
 
 
 @contextmanager

@@ -89,6 +89,14 @@ def test_a_second_export_holds_no_pair_twice_and_drops_undone_ones(run, config, 
     assert ids == ["Ada-0", "Ada-1", "Ada-2", "Ada 0", "Ada 1", "Ada 3"]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_without_a_preferred_answer_nothing_is_written(run, config, ledger, tmp_path, shared):
+    ledger.append(choice(1, verdict="tie"))
+    with pytest.raises(InputError, match="prefers an answer, so there are no pairs"):
+        export_choices(run, config, ledger, tmp_path / "out.jsonl", shared)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_for_sharing_only_choices_with_consent_that_still_holds(run, config, ledger, tmp_path):
     for user, last in (("Ada", "shared"), ("Bob", "own"), ("Carl", "shared")):
         ledger.record_consent(user, "shared")

@@ -120,7 +120,7 @@ def test_a_reload_two_tabs_and_a_double_click(visit, site):
     page.get_by_role("button", name="Write two answers").dblclick()
     page.wait_for_selector(".pair")
     shown = page.locator(".pair").inner_text()
-    assert len(site.writer.requests) == 2
+    assert len(site.writer.requests) == 3
     page.reload()
     assert page.locator(".pair").inner_text() == shown
     tab = page.context.new_page()

@@ -45,6 +45,9 @@ def collect(
         int, typer.Option(min=1, help="Choices that the page names as enough for a first update.")
     ] = 20,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
+    candidates: Annotated[
+        int, typer.Option(min=2, max=8, help="Answers sampled for a prompt; the two that differ most are shown.")
+    ] = 4,
     export: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the choices as pairs to a new *.jsonl for `add`, and end."),
@@ -79,7 +82,9 @@ def collect(
         elif export is not None:
             _export(run, config, choices, export, shared, as_json)
         else:
-            _serve(run, config, choices, user, prompts, (host, port, address), days, first_update, max_tokens)
+            _serve(
+                run, config, choices, user, prompts, (host, port, address), days, first_update, (max_tokens, candidates)
+            )
     finally:
         choices.close()
 
@@ -132,7 +137,7 @@ def _serve(
     place: tuple[str, int, str | None],
     days: float,
     first_update: int,
-    max_tokens: int,
+    sampling: tuple[int, int],
 ) -> None:
     server, connections, _ = server_modules()
     from persona_rlhf.data.wish_documents import WishDesk
@@ -158,7 +163,7 @@ def _serve(
     ):
         address = (address or f"http://{host}:{bound.getsockname()[1]}").rstrip("/")
         sampler = AnswerSampler(
-            served.generator, served.access, PolicyFilter.of(policy), served.access.weights_hash, max_tokens
+            served.generator, served.access, PolicyFilter.of(policy), served.access.weights_hash, *sampling
         )
         settings = CollectSettings(first_update, address)
         desk = WishDesk(run, tuple(config.policy.documents), policy)

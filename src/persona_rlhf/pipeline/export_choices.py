@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,9 @@ from persona_rlhf.data.choice_ledger import DELETIONS, Choice, ChoiceLedger
 from persona_rlhf.data.pairs import PreferencePair, parsed_rows
 from persona_rlhf.data.store import PairStore
 from persona_rlhf.pipeline.run_dir import RunDir
+
+Rows = dict[str, list[dict[str, Any]]]
+"""Rows of preferences by user."""
 
 
 class ExportedChoices(NamedTuple):
@@ -29,27 +32,18 @@ def export_choices(run: Path, config: Config, ledger: ChoiceLedger, out: Path, s
 
     `add` replaces a user's pairs by those of its source, so a source holds all of them. Ties, undone choices and equal
     answers are left out. `shared` writes for `basis fit` instead: only choices that were made for sharing, of users who
-    still consent to it. Raises InputError for an `out` that is no new .jsonl file, and where the run's pairs cannot
-    be read.
+    still consent to it. Raises InputError for an `out` that is no new .jsonl file, for a ledger without pairs, and
+    where the run's pairs cannot be read.
     """
     if out.suffix != ".jsonl" or out.exists():
         sentence = "name a new file *.jsonl: the run reads the file of each `add` again later, so none is overwritten"
         raise InputError([Problem(str(out), None, "--export", sentence)])
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for choice in ledger.choices():
-        if (pair := choice.pair) is not None and not (shared and choice.consent != "shared"):
-            rows.setdefault(choice.user_id, []).append(pair)
-    if shared:
-        rows = {user_id: pairs for user_id, pairs in rows.items() if ledger.consent(user_id) == "shared"}
-    selection, saved = RunDir(run).selection, ledger.ids()
-    numbers = {user[0]: number for number, user in enumerate(selection.user_digests) if user is not None}
-    earlier: dict[str, list[dict[str, Any]]] = {}
-    if not shared and any(pseudonym(user_id) in numbers for user_id in rows):
-        store = PairStore(config.users.path, config.users.heldout, selection)
-        for user_id in rows:
-            if (number := numbers.get(pseudonym(user_id))) is not None:
-                pairs = store.of(range(number, number + 1))
-                earlier[user_id] = [_row(pair) for pair in pairs if pair.id not in saved]
+    rows = _preferred(ledger, shared)
+    if not rows:
+        kind = "choice that may be shared" if shared else "choice"
+        sentence = f"no {kind} in it prefers an answer, so there are no pairs; nothing was written"
+        raise InputError([Problem(str(ledger.file), None, "--export", sentence)])
+    earlier = {} if shared else _earlier(run, config, rows, ledger.ids())
 
     def lines() -> Iterator[str]:
         for user_id, chosen in rows.items():
@@ -58,6 +52,30 @@ def export_choices(run: Path, config: Config, ledger: ChoiceLedger, out: Path, s
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, lines(), private=True)
     return ExportedChoices(len(rows), sum(map(len, rows.values())), sum(map(len, earlier.values())))
+
+
+def _preferred(ledger: ChoiceLedger, shared: bool) -> Rows:
+    """The choices with a preferred answer as rows."""
+    rows: Rows = {}
+    for choice in ledger.choices():
+        pair = choice.pair
+        if pair is not None and (choice.consent == "shared" or not shared):
+            rows.setdefault(choice.user_id, []).append(pair)
+    return {user: pairs for user, pairs in rows.items() if not shared or ledger.consent(user) == "shared"}
+
+
+def _earlier(run: Path, config: Config, users: Iterable[str], saved: Collection[str]) -> Rows:
+    """The pairs that a run has of these users, without those of choices (`saved` ids): a choice may be undone since."""
+    selection = RunDir(run).selection
+    numbers = {user[0]: number for number, user in enumerate(selection.user_digests) if user is not None}
+    present = {user: numbers[name] for user in users if (name := pseudonym(user)) in numbers}
+    if not present:
+        return {}
+    store = PairStore(config.users.path, config.users.heldout, selection)
+    return {
+        user: [_row(pair) for pair in store.of(range(number, number + 1)) if pair.id not in saved]
+        for user, number in present.items()
+    }
 
 
 def _row(pair: PreferencePair) -> dict[str, Any]:

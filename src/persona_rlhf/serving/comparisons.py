@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import NamedTuple
 
 from persona_rlhf.common.files import pseudonym, slug
 from persona_rlhf.data.choice_ledger import BASE, POLICY, Choice, Consent, Verdict, now
 from persona_rlhf.data.pairs import Message
+from persona_rlhf.policy.judges import shingles
 from persona_rlhf.release.results import Result
 from persona_rlhf.serving.access import AdapterAccess
 from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, SamplingParams, TextChunk, TextGenerator
@@ -22,7 +24,6 @@ SOURCE = "collect"
 """The source of pairs that come from the page."""
 
 _TEMPERATURE = 0.8  # greedy answers would be the same
-_TRIES = 3  # samples of the second answer, until it differs from the first
 _SEEDS = 1 << 31
 
 
@@ -107,10 +108,11 @@ class AnswerSampler:
         policy_filter: PolicyFilter,
         base: str,
         max_tokens: int,
+        candidates: int = 4,
     ) -> None:
-        """`base` is the hash of the base's weights."""
+        """`base` is the hash of the base's weights; `candidates` answers are sampled, of which two are shown."""
         self._generator, self._access, self._policy_filter = generator, access, policy_filter
-        self._base, self._most = base, max_tokens
+        self._base, self._most, self._candidates = base, max_tokens, candidates
 
     def adapter(self, user_id: str) -> AdmittedAdapter | None:
         """The user's adapter that may be served at present; None where there is none, which means the base."""
@@ -124,16 +126,15 @@ class AnswerSampler:
             return None
 
     def compare(self, user_id: str, prompt: str) -> AnswerPair:
-        """Two answers with different seeds, in random order; equal ones only where all samples were equal.
+        """The two of several sampled answers that have the fewest words in common, in random order.
 
-        Raises APIError where the engine cannot answer the prompt.
+        Like answers teach little. Both are equal only where all samples are. Raises APIError where the engine cannot
+        answer the prompt.
         """
         adapter = self.adapter(user_id)
-        seeds = [secrets.randbelow(_SEEDS) for _ in range(1 + _TRIES)]
-        first, second = self._answers(user_id, adapter, prompt, seeds[:2])
-        for seed in seeds[2:]:
-            if first.text == second.text and second.author != POLICY:
-                [second] = self._answers(user_id, adapter, prompt, [seed])
+        seeds = [secrets.randbelow(_SEEDS) for _ in range(self._candidates)]
+        answers = self._answers(user_id, adapter, prompt, seeds)
+        first, second = min(combinations(answers, 2), key=lambda pair: _likeness(pair[0].text, pair[1].text))
         left, right = (first, second) if secrets.randbelow(2) else (second, first)
         return AnswerPair(user_id, prompt, left, right, self._base)
 
@@ -153,6 +154,14 @@ class AnswerSampler:
             SampledAnswer(answer.text, _author(answer, adapter), seed)
             for answer, seed in zip(answers, seeds, strict=True)
         ]
+
+
+def _likeness(one: str, other: str) -> float:
+    """The share of neighbouring words that two texts have in common; above 1 for equal texts."""
+    if one == other:
+        return 2.0
+    first, second = shingles(one), shingles(other)
+    return len(first & second) / len(first | second)
 
 
 def _author(answer: TextChunk, adapter: AdmittedAdapter | None) -> str:
