@@ -35,7 +35,15 @@ _ALIGNS = "trains a base, minutes; tests/pipeline/test_align_base.py"
 _REAL = "half an hour over a downloaded base; tests/scripts/test_quickstart.py"
 _PRIVATE = "needs a folder of private probes; tests/pipeline/test_rotate_bank.py, tests/story/test_private_banks.py"
 _IMPORTS = "needs files of others; tests/data/test_preference_import.py"
+_CHOICES = "needs choices of a person; tests/story/test_collect.py"
 NOT_RUN = {
+    ("how-to/collect.md", "persona-rlhf collect runs/quickstart --user rosa"): (
+        "serves until it is stopped; tests/cli/test_collect.py"
+    ),
+    ("how-to/collect.md", "persona-rlhf collect runs/quickstart --status"): _CHOICES,
+    ("how-to/collect.md", "persona-rlhf collect runs/quickstart --export choices-1.jsonl"): _CHOICES,
+    ("how-to/collect.md", "persona-rlhf data check choices-1.jsonl"): _CHOICES,
+    ("how-to/collect.md", "persona-rlhf add runs/quickstart --users choices-1.jsonl"): _CHOICES,
     (
         "how-to/import.md",
         "persona-rlhf data import community-alignment filtered_community_alignment.csv pairs.jsonl",
