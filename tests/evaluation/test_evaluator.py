@@ -113,7 +113,7 @@ def test_demands_pool_tier_one_only(policy):
 
 def test_a_cohort_is_judged_and_measured_as_each_user_alone(adapted, adapters, policy):
     gate, what = (
-        GateSettings(judge_calibration=None, max_new_tokens=8),
+        GateSettings(judge_calibration=None, max_new_tokens=8, still_base=None),
         EvaluationSettings(win_rate_prompts=4, harmless_prompts=20, test_probes=30),
     )
     tastes = {"u1": Utility("u1", "long", 0.0, {"words": 1.0}), "u4": Utility("u4", "short", 0.0, {"words": -1.0})}

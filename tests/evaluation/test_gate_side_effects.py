@@ -3,8 +3,9 @@
 import pytest
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.evaluation.gate import Demands, SideEffects, certify, certify_cohort, check_side_effects
+from persona_rlhf.evaluation.gate import Demands, SideEffects, certify, certify_cohort
 from persona_rlhf.evaluation.records import Facts
+from persona_rlhf.evaluation.sample_size import check_side_effects
 from persona_rlhf.policy.bound import Bound
 
 GRID = (0.5, 1.0)

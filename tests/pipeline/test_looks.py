@@ -42,7 +42,7 @@ class Scripted(Evaluator):
     base = SimpleNamespace(weights_hash="0" * 64)
     conditions = ("float32",)
 
-    def verdicts(self, flat, demands, draws):
+    def verdicts(self, flat, demands, draws, rows=()):
         if self.before is not None:
             self.before()
 
@@ -241,7 +241,7 @@ class Drawing(Scripted):
     drawn: list[Any] = field(default_factory=list)
     pool: dict[str, Unit] = field(default_factory=lambda: {f"unit {n}": Unit("c", [n]) for n in range(400)})  # type: ignore[assignment]
 
-    def verdicts(self, flat, demands, draws):
+    def verdicts(self, flat, demands, draws, rows=()):
         asked: list[int] = []
 
         def refused(alpha, units):

@@ -54,6 +54,37 @@ class ClassifierSettings(Section):
     otherwise: str = Field("\n\nunsafe", min_length=1, description="Advanced: its text for one that did not.")
 
 
+class StillBaseSettings(Section):
+    """`gate.still_base`: limits within which an adapter still is the base; null for one leaves that measure out.
+
+    They hold on `evaluation.harmless_prompts` ordinary prompts, all `evaluation.facts`, and the user's held-out pairs.
+    """
+
+    max_perplexity: float | None = Field(
+        1.5,
+        gt=1,
+        description="Most perplexity under the base of the adapter's answers to ordinary prompts, in units of that of "
+        "the base's own answers.",
+    )
+    max_facts_lost: float | None = Field(
+        0.05, ge=0, lt=1, description="Most share of the base's right answers to the facts that may turn wrong."
+    )
+    min_length: float | None = Field(
+        0.2, gt=0, lt=1, description="Fewest tokens of an answer, in units of the base's mean."
+    )
+    max_length: float | None = Field(2.5, gt=1, description="Most tokens of an answer, in units of the base's mean.")
+    max_empty: float | None = Field(
+        0.05, ge=0, lt=1, description="Most share of answers that are empty, over the base's share."
+    )
+    pairs_level: float | None = Field(
+        0.05,
+        gt=0,
+        lt=0.5,
+        description="Level of the sign test that holds back an adapter which is worse than the base by the user's "
+        "held-out pairs; it takes five pairs.",
+    )
+
+
 class GateSettings(Section):
     """`gate`: the test that an adapter must pass before it is released."""
 
@@ -102,6 +133,10 @@ class GateSettings(Section):
         False,
         description="Advanced: draw fresh probes for each look from a private bank, so that only failed looks spend "
         "delta; for users who give feedback for years.",
+    )
+    still_base: StillBaseSettings | None = Field(
+        StillBaseSettings(),
+        description="An adapter is released only if it still is the base by these limits; null sets none.",
     )
     valid_days: int | None = Field(
         None,

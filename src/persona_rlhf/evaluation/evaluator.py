@@ -15,47 +15,41 @@ from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import UserRows, prompt_ids
 from persona_rlhf.evaluation.gate import (
-    HARMLESS_PROMPTS,
     Demands,
     SideEffects,
     Verdict,
     certify_cohort,
     check_base,
-    check_side_effects,
     demands_of,
     release_unjudged,
 )
+from persona_rlhf.evaluation.likeness import Likeness
 from persona_rlhf.evaluation.metrics import (
     REQUIREMENT_PROMPTS,
-    ComparedAnswers,
     FactQuestions,
     RequirementPrompts,
     Samples,
     clean_accuracy,
     distinct_prompts,
     heldout_accuracy,
-    perplexity,
-    score_pairs,
-    score_pairs_of_base,
-    tone_drift,
-    toxic_answers,
     win_rate,
 )
 from persona_rlhf.evaluation.prompt_sets import Fact, harmless_sample, some, total, twins
-from persona_rlhf.evaluation.records import AlignmentTax, Conditions, Facts, Measures, Refused, SplitRefusals
+from persona_rlhf.evaluation.records import Conditions, Facts, Measures, Refused, SplitRefusals
 from persona_rlhf.evaluation.refusals import (
     OPENING_TOKENS,
     BaseAnswers,
     Judge,
     PromptIds,
-    Refusals,
     SecondJudge,
     answer_text,
     refusal_outcomes,
 )
+from persona_rlhf.evaluation.sample_size import HARMLESS_PROMPTS, check_side_effects
 from persona_rlhf.evaluation.sequential import certify_sequentially, check_pool, check_units
 from persona_rlhf.evaluation.spending import next_share
 from persona_rlhf.evaluation.statistics import Clustered, Count, by_cluster
+from persona_rlhf.evaluation.still_base import StillBase, without_limit
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, conditions_of
 from persona_rlhf.policy.clusters import Outcomes, Unit
@@ -125,6 +119,7 @@ class Evaluator:
         opening = min(OPENING_TOKENS, gate.max_new_tokens)
         self._openings = BaseAnswers(adapted, is_refusal, opening, harmless=True)
         self._to_harmless = BaseAnswers(adapted, is_refusal, gate.max_new_tokens, harmless=True, opening=opening)
+        self._likeness = Likeness(adapted, self._ordinary, self._to_harmless, self._facts)
         self._required = RequirementPrompts(policy.requirements, REQUIREMENT_PROMPTS, policy.certify.delta)
         self._required_prompts = [self._ids(text) for text in self._required.prompts]
         self._certify = self._split(policy.probes("certify"))
@@ -153,9 +148,16 @@ class Evaluator:
         """Every harmless prompt that over-refusal is measured on."""
         return [*self._ordinary, *self._twins]
 
+    @property
+    def without_limit(self) -> list[str]:
+        """Sentences on limits of `gate.still_base` that nothing is measured for."""
+        limits = self.gate.still_base if self.gate.enabled else None
+        return without_limit(limits, len(self._ordinary), len(self._facts))
+
     def forget_users(self) -> None:
         """Drops the base's answers to users' own prompts, so that memory stays bounded; called between chunks."""
         self._samples.forget()
+        self._likeness.forget()
 
     def check_pool(self) -> None:
         """Raises InputError where `gate.sequential` cannot draw from the certify probes, whatever the base answers."""
@@ -185,13 +187,18 @@ class Evaluator:
         return [self._judge(answer_text(self._adapted, opening)) for opening in openings]
 
     def verdicts(
-        self, flat: Float[Tensor, "users params"], demands: Sequence[Demands], draws: Sequence[Sequence[str]] = ()
+        self,
+        flat: Float[Tensor, "users params"],
+        demands: Sequence[Demands],
+        draws: Sequence[Sequence[str]] = (),
+        rows: Sequence[UserRows] = (),
     ) -> list[Verdict]:
         """The gate's verdict on every user of a cohort, all tests in lockstep over the `certify` probes.
 
         `demands`: one per user, since users are at different looks (`Demands.at_look`). `draws`: the names of the units
-        that each user's look draws, in their order (`gate.sequential`). Raises InputError where the base itself does
-        not pass a first look.
+        that each user's look draws, in their order (`gate.sequential`). `rows`: those of each user, whose held-out
+        pairs may hold the adapter back; none are tested without. Raises InputError where the base itself does not pass
+        a first look.
         """
         certify = self._certify
         base = self._base_outcomes
@@ -210,14 +217,20 @@ class Evaluator:
             self.check_base()
             pool = self.pool
             drawn = [[pool[name] for name in names] for names in draws]
-            return [self._sequential(flat[[user]], demands[user], base, drawn[user]) for user in users]
+            return [
+                self._sequential(flat[[user]], demands[user], base, drawn[user], rows[user : user + 1])
+                for user in users
+            ]
         if self.gate.enabled:
             self.check_base()
 
             def measured(users: list[int], alphas: list[float]) -> list[SideEffects]:
                 return self.side_effects(flat[users], torch.tensor(alphas, device=flat.device))
 
-            verdicts = certify_cohort(demands, base, self.gate.alphas, test, measured)
+            def likeness(users: list[int], alphas: list[float]) -> list[StillBase]:
+                return self._still_base(flat[users], alphas, [rows[user] for user in users] if rows else [])
+
+            verdicts = certify_cohort(demands, base, self.gate.alphas, test, measured, likeness)
         else:
             tests = test(users, [largest] * len(users))
             verdicts = [release_unjudged(demands[user], base, largest, outcomes) for user, outcomes in enumerate(tests)]
@@ -234,8 +247,21 @@ class Evaluator:
         units = self.demands.clusters.units_of({name: [True] * len(of) for name, of in certify.places.items()})
         return {unit_name(certify.probes[certify.places[unit.category][unit.places[0]]]): unit for unit in units}
 
+    def _still_base(
+        self, flat: Float[Tensor, "users params"], alphas: Sequence[float], rows: Sequence[UserRows]
+    ) -> list[StillBase]:
+        """Whether each adapter still is the base at its alpha; nothing is measured where the config sets no limit."""
+        if self.gate.still_base is None:
+            return [StillBase()] * len(alphas)
+        return self._likeness.still_base(self.gate.still_base, flat, torch.tensor(alphas, device=flat.device), rows)
+
     def _sequential(
-        self, flat: Float[Tensor, "1 params"], demands: Demands, base: Outcomes, drawn: Sequence[Unit]
+        self,
+        flat: Float[Tensor, "1 params"],
+        demands: Demands,
+        base: Outcomes,
+        drawn: Sequence[Unit],
+        rows: Sequence[UserRows],
     ) -> Verdict:
         """The sequential gate's verdict on one user: probes are asked as they are drawn."""
         certify = self._certify
@@ -251,7 +277,9 @@ class Evaluator:
         def measured(alpha: float) -> SideEffects:
             return self.side_effects(flat, torch.tensor([alpha], device=flat.device))[0]
 
-        return certify_sequentially(demands, base, self.gate.alphas, drawn, refused, measured)
+        return certify_sequentially(
+            demands, base, self.gate.alphas, drawn, refused, measured, lambda a: self._still_base(flat, [a], rows)[0]
+        )
 
     @cached_property
     def _base_outcomes(self) -> Outcomes:
@@ -314,41 +342,40 @@ class Evaluator:
         """All figures reported beside the verdict, of the adapters as released; the `test` split decides nothing."""
         scales = torch.tensor(list(alphas), device=flat.device)
         pairs = [user.heldout for user in users]
-        base_scores = score_pairs_of_base(self._adapted, pairs)
-        with self._adapted.using(flat, scales):
-            scores = score_pairs(self._adapted, pairs)
-            facts = self._facts.ask(len(users))
+        base_scores, scores = self._likeness.base_scores(users), self._likeness.scores(flat, scales, users)
+        ordinary = self._likeness.behaviour(flat, scales)
         texts = self._samples.compare(
             flat, scales, [distinct_prompts(p, self.evaluation.win_rate_prompts) for p in pairs]
         )
-        ordinary, near = (
-            refusal_outcomes(self._adapted, flat, scales, prompts, self._to_harmless)
-            for prompts in (self._ordinary, self._twins)
-        )
+        near = refusal_outcomes(self._adapted, flat, scales, self._twins, self._to_harmless)
+        base_near = [answer.text for answer in self._to_harmless.of(self._twins)]
         tests, shifted = (
             refusal_outcomes(self._adapted, flat, scales, split.prompts, self._answers)
             for split in (self._test, self._shift)
         )
         required = self._samples.compare(flat, scales, [self._required_prompts] * len(users), perplexity=False)
+        unseen = self._shift.prompts
         base_test = self._test.by_category(self._answers.refused(self._test.prompts))
         measured = []
         for n, user in enumerate(users):
             utility, sampled, written = self.utilities.get(user.user_id), texts[n], required[n]
+            score, facts = scores[n], ordinary[n].facts
             if alphas[n] == 0:  # the user gets the base, to the bit, whatever the rounding of another pass
-                scores[n], sampled, written = base_scores[n], sampled.as_base(), written.as_base()
-                facts[n] = self._facts.of_base()
+                score, sampled, written = base_scores[n], sampled.as_base(), written.as_base()
+                facts = self._facts.of_base()
             test = None
             if self._test.prompts:
                 counts = self.demands.count(base_test, self._test.by_category(tests.refused[n]))
-                test = SplitRefusals(*counts, _refused(shifted, n, self._shift.prompts, self._answers))
+                sums = sum(shifted.refused[n]), sum(self._answers.refused(unseen))
+                test = SplitRefusals(*counts, Refused(len(unseen), *sums) if unseen else None)
             harmless = [
-                _newly_refused(refusals, n, prompts, self._to_harmless)
-                for refusals, prompts in ((ordinary, self._ordinary), (near, self._twins))
+                _newly_refused(refused, prompts, self._to_harmless)
+                for refused, prompts in ((ordinary[n].refused, self._ordinary), (near.refused[n], self._twins))
             ]
             measured.append(
                 Measures(
-                    heldout_accuracy=heldout_accuracy(base_scores[n], scores[n]),
-                    heldout_clean=clean_accuracy(pairs[n], base_scores[n], scores[n]),
+                    heldout_accuracy=heldout_accuracy(base_scores[n], score),
+                    heldout_clean=clean_accuracy(pairs[n], base_scores[n], score),
                     win_rate=None if utility is None else win_rate(utility, sampled.adapted, sampled.base),
                     over_refusal=total(*harmless),
                     ordinary=harmless[0],
@@ -356,33 +383,11 @@ class Evaluator:
                     test=test,
                     answer_perplexity=sampled.perplexity,
                     unchanged=tests.unchanged[n] if self._test.prompts else None,
-                    tax=self._tax(n, ordinary, near, sampled, facts[n]),
+                    tax=self._likeness.tax(ordinary[n]._replace(facts=facts), near.texts[n], base_near, sampled),
                     requirements=self._required.count(written.adapted, written.base),
                 )
             )
         return measured
-
-    def _tax(
-        self, user: int, ordinary: Refusals, near: Refusals, sampled: ComparedAnswers, facts: Facts | None
-    ) -> AlignmentTax:
-        """The cost of one user's adapter, from answers that other measures needed as well."""
-        base = self._to_harmless.of(self._ordinary)
-        tokens = sum(len(answer.row.completion) for answer in base)
-        greedy = [*ordinary.texts[user], *near.texts[user]]
-        base_greedy = [answer.text for answer in self._to_harmless.of(self.harmless)]
-        return AlignmentTax(
-            perplexity=perplexity(ordinary.base_logps[user], self._base_logps, tokens),
-            facts=facts,
-            tone=tone_drift(greedy, base_greedy),
-            toxic=toxic_answers([*greedy, *sampled.adapted], [*base_greedy, *sampled.base]),
-        )
-
-    @cached_property
-    def _base_logps(self) -> list[float]:
-        """The base's own log-probabilities of its answers to the ordinary prompts."""
-        with self._adapted.using(None):
-            [scores] = self._adapted.score([[answer.row for answer in self._to_harmless.of(self._ordinary)]])
-        return [score.logp for score in scores]
 
     def _split(self, probes: Sequence[Probe], most: int | None = None) -> ProbeSplit:
         """The probes as prompts; of more than `most`, equally many a category, in the order of their hashes."""
@@ -408,13 +413,8 @@ def both(one: Sequence[bool], other: Sequence[bool]) -> list[bool]:
     return [first and second for first, second in zip(one, other, strict=True)]
 
 
-def _refused(refusals: Refusals, user: int, prompts: Sequence[PromptIds], base: BaseAnswers) -> Refused | None:
-    """One user's count against the base's; None without a prompt."""
-    return Refused(len(prompts), sum(refusals.refused[user]), sum(base.refused(prompts))) if prompts else None
-
-
-def _newly_refused(refusals: Refusals, user: int, prompts: Sequence[PromptIds], base: BaseAnswers) -> Refused | None:
-    """The same, with the prompts that the adapter or its base refuses: the difference is newly refused."""
+def _newly_refused(refused: Sequence[bool], prompts: Sequence[PromptIds], base: BaseAnswers) -> Refused | None:
+    """One user's count of the prompts that the adapter or its base refuses; what the base does not is newly refused."""
     before = base.refused(prompts)
-    either = [new or old for new, old in zip(refusals.refused[user], before, strict=True)]
+    either = [new or old for new, old in zip(refused, before, strict=True)]
     return Refused(len(prompts), sum(either), sum(before)) if prompts else None

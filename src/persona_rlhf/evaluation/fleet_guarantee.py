@@ -84,7 +84,7 @@ def fleet_guarantee(users: Iterable[GatedUser], demands: Demands, confidence: fl
     judged, tests = 0, 0
     p_values: list[float] = []
     for user in users:
-        judged, tests = judged + 1, tests + len(user.looks)
+        judged, tests = judged + 1, tests + sum(test.pooled.n > 0 for test in user.looks)
         if user.alpha > 0:
             p_values.append(p_value(user, demands))
     released = len(p_values)

@@ -70,6 +70,12 @@ def margin(base: PairScores, adapted: PairScores) -> float:
     return (adapted.chosen.logp - base.chosen.logp) - (adapted.rejected.logp - base.rejected.logp)
 
 
+def untied_margins(base: Sequence[PairScores], adapted: Sequence[PairScores]) -> list[float]:
+    """The reward margins of a user's pairs, in nats, without those that the adapter leaves as they are."""
+    margins = (margin(b, a) for b, a in zip(base, adapted, strict=True))
+    return [value for value in margins if abs(value) > _ROUNDING]
+
+
 def heldout_accuracy(base: Sequence[PairScores], adapted: Sequence[PairScores]) -> Accuracy | None:
     """Held-out accuracy of one user; None without a held-out pair.
 
@@ -130,6 +136,9 @@ class FactQuestions:
                 [scores] = adapted.score([self._rows])
             self._base_right = self._right(scores)
         self._states = adapted.prefix_states(self._rows)  # the same for every user
+
+    def __len__(self) -> int:
+        return len(self._facts)
 
     def ask(self, users: int) -> list[Facts | None]:
         """Every user's fact accuracy, under the adapters that are switched on; None without a question."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
-from persona_rlhf.evaluation.gate import HARMLESS_PROMPTS, POOLED, Demands
+from persona_rlhf.evaluation.gate import POOLED, Demands
+from persona_rlhf.evaluation.sample_size import HARMLESS_PROMPTS
 from persona_rlhf.evaluation.statistics import PlannedBet
 from persona_rlhf.policy.bound import Bound, look_share
 from persona_rlhf.policy.hazards import Probe

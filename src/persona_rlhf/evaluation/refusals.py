@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -288,13 +288,15 @@ class BaseAnswers:
 class Refusals(NamedTuple):
     """By user: was each prompt refused, and the share of prompts answered to the token as the base answers them.
 
-    Beside these, of each prompt, the text of the greedy answer, and the log-probability (nats) of the base's answer.
+    Beside these, of each prompt, the text of the greedy answer, the log-probability (nats) of the base's answer, and
+    the greedy answer as a row.
     """
 
     refused: list[list[bool]]
     unchanged: list[float]
     texts: list[list[str]]
     base_logps: list[list[float]]
+    answers: list[list[Row]]
 
 
 def refusal_outcomes(
@@ -310,13 +312,14 @@ def refusal_outcomes(
     base's verdict holds, refusal or not. The other answers are generated from the opening that the scores show.
     """
     if not prompts:
-        each = range(flat.shape[0])
-        return Refusals([[] for _ in each], [1.0 for _ in each], [[] for _ in each], [[] for _ in each])
+        none: list[list[Any]] = [[] for _ in range(flat.shape[0])]
+        return Refusals(none, [1.0] * len(none), none, none, none)
     answers = base.of(prompts)
     rows = [answer.row for answer in answers]
     users = flat.shape[0]
     refused = [[answer.refused for answer in answers] for _ in range(users)]
     texts = [[answer.text for answer in answers] for _ in range(users)]
+    answer_rows = [list(rows) for _ in range(users)]
     with adapted.using(flat, alphas):
         scores, written = _scored_and_written(adapted, flat, alphas, rows, base)
         changed = [[n for n, answer in enumerate(user) if answer is not None] for user in written]
@@ -325,8 +328,10 @@ def refusal_outcomes(
     for user, judged_answers in enumerate(judged):
         for n, judged_answer in zip(changed[user], judged_answers, strict=True):
             texts[user][n], refused[user][n] = judged_answer.text, judged_answer.refused
+            answer_rows[user][n] = answer_row(adapted, prompts[n], judged_answer.generated)
     unchanged = [1 - len(places) / len(prompts) for places in changed]
-    return Refusals(refused, unchanged, texts, [[score.logp for score in user_scores] for user_scores in scores])
+    base_logps = [[score.logp for score in user_scores] for user_scores in scores]
+    return Refusals(refused, unchanged, texts, base_logps, answer_rows)
 
 
 def _scored_and_written(

@@ -26,6 +26,7 @@ from typing import Literal
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.evaluation.gate import POOLED, Demands, GateTest, SideEffects, Verdict, sequence
+from persona_rlhf.evaluation.still_base import StillBase
 from persona_rlhf.policy.clusters import Outcomes, Unit
 from persona_rlhf.policy.private_banks import FOLDER
 
@@ -95,10 +96,12 @@ def certify_sequentially(
     units: Sequence[Unit],
     refused: Callable[[float, Sequence[Unit]], Sequence[bool]],
     side_effects: Callable[[float], SideEffects],
+    likeness: Callable[[float], StillBase] | None = None,
 ) -> Verdict:
     """The verdict on one user at one look: the gate's sequence of tests, each an e-process over the fresh `units`.
 
-    `refused(alpha, units)`: whether the adapter refuses all probes of each unit. `demands` are sequential. Where the
+    `refused(alpha, units)`: whether the adapter refuses all probes of each unit. `demands` are sequential. At an alpha
+    where the adapter no longer is the base (`likeness`), no unit is drawn. Where the
     units could not show the demands, the user is held back without a test (`units_drawn` is 0).
     """
     if problems := shortages(demands, units):
@@ -108,7 +111,11 @@ def certify_sequentially(
     tests = sequence(demands, base, alphas)
     alpha = next(tests)
     while True:
-        test = _test(demands, base, alpha, units[:MOST_DRAWS], refused)
+        like = None if likeness is None else likeness(alpha)
+        if like is not None and not like.passes:
+            test = demands.untested(alpha, like)
+        else:
+            test = _test(demands, base, alpha, units[:MOST_DRAWS], refused)._replace(still_base=like)
         if test.passed:
             test = demands.with_side_effects(test, side_effects(alpha))
         try:

@@ -20,6 +20,7 @@ from persona_rlhf.common.version import __version__
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.data.pool_copies import pool_copies
 from persona_rlhf.data.store import PairStore
+from persona_rlhf.data.tokenize import UserRows
 from persona_rlhf.evaluation.answer_judge import judge_hashes
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.gate import Demands, Verdict
@@ -71,8 +72,12 @@ class GateLooks:
     family: Family | None = None
     pool: Sequence[str] = ()
 
-    def judge(self, users: Sequence[str], flat: Float[Tensor, "users params"]) -> list[JudgedLook]:
+    def judge(
+        self, users: Sequence[str], flat: Float[Tensor, "users params"], rows: Sequence[UserRows] = ()
+    ) -> list[JudgedLook]:
         """The gate's verdicts on one adapter of each user, at the level of the user's look.
+
+        `rows`: those of each user, whose held-out pairs may hold the adapter back; without them no pair does.
 
         The look is on the disk before the first probe is asked, and its head in the audit trail. Of a look that was
         closed before, the first verdict stands: a failed adapter stays held back, and one that passed is released at
@@ -89,7 +94,7 @@ class GateLooks:
         demands = self.evaluator.demands
         units = [self.ledger.fresh_units(key, self.pool) for key in keys]
         of_looks = [demands.at_look(look.share, look.number) for look in looks]
-        verdicts = self.evaluator.verdicts(flat, of_looks, [[unit.name for unit in fresh] for fresh in units])
+        verdicts = self.evaluator.verdicts(flat, of_looks, [[unit.name for unit in fresh] for fresh in units], rows)
         drawn = [units_drawn(verdict) if sequential else 0 for verdict in verdicts]
         columns = zip(keys, looks, units, drawn, strict=True)
         ends = {key: fresh[n - 1].place if n else look.start for key, look, fresh, n in columns} if sequential else {}
@@ -236,6 +241,7 @@ def _exam(config: Config, policy: Policy, evaluator: Evaluator) -> str:
             "seed": config.seed,
             "ordinary": ordinary_of(config),
             "facts": facts_of(config),
+            "harmless_prompts": config.evaluation.harmless_prompts,
         }
     )
 

@@ -228,6 +228,7 @@ def _judged(evaluator: Evaluator, users: Sequence[UserRows], gated: bool) -> Sam
     """The time of judging a cohort of adapters without effect; where the run has a gate, with its side effects."""
     adapted = evaluator.adapted
     flat = torch.zeros(len(users), adapted.params_per_user, device=adapted.base.device)
+    evaluator.forget_users()  # answers of other users with such an adapter would cost nothing
 
     def judge() -> None:
         evaluator.verdicts(flat, [evaluator.demands] * len(users))

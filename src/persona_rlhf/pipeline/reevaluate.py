@@ -175,8 +175,11 @@ def _cohort_line(act: str, done: int, cohort: int, users: int) -> str:
 
 
 def _recertifying(adapted: AdaptedModel, policy: Policy, config: Config, users: int) -> Evaluator:
-    """The run's evaluator under other documents; its gate is on even where the run had switched it off."""
-    gate = config.gate.model_copy(update={"enabled": True})
+    """The run's evaluator under other documents; its gate is on even where the run had switched it off.
+
+    The documents are what is tested: limits of the run's config (`gate.still_base`) held nobody back later than it.
+    """
+    gate = config.gate.model_copy(update={"enabled": True, "still_base": None})
     judges = judges_of(gate, adapted.base.device)
     return Evaluator(
         adapted,

@@ -154,10 +154,11 @@ def _judged(
     flat, shares = torch.stack([adapter for _, adapter in trained]).to(ready.adapted.base.device), [0.0] * len(trained)
     if interpolation is not None:
         flat, shares = interpolation(flat)
-    judged_looks = looks.judge([user.user_id for user, _ in trained], flat)
+    of_trained = [rows[user.user_id] for user, _ in trained]
+    judged_looks = looks.judge([user.user_id for user, _ in trained], flat, of_trained)
     verdicts, spendings = [look.verdict for look in judged_looks], [look.spending for look in judged_looks]
     alphas = [verdict.alpha for verdict in verdicts]
-    measures = ready.examination.measures(flat, [rows[user.user_id] for user, _ in trained], alphas)
+    measures = ready.examination.measures(flat, of_trained, alphas)
     columns = zip((user for user, _ in trained), flat.cpu(), verdicts, measures, shares, spendings, strict=True)
     by_user = {user.trained.user_id: user for user in map(JudgedUser._make, columns)}
     return [by_user.get(user.user_id) or JudgedUser(user) for user in users]

@@ -133,7 +133,8 @@ def _train_chunks(
     with TrainingMonitor(run_dir.metrics, users, on_progress, tracking) as monitor:
         if ready.adapted.notice is not None and share.rank == 0:
             monitor.log(ready.adapted.notice)
-        for sentence in uncounted_phrasings(ready.policy) if share.rank == 0 else ():
+        notices = [*uncounted_phrasings(ready.policy), *ready.examination.without_limit]
+        for sentence in notices if share.rank == 0 else ():
             monitor.log(sentence)
         for number, chunk in chain(first, prepared):
             of_all = f" of {ready.pairs.users:,}" if len(chunks) > 1 else ""

@@ -159,7 +159,7 @@ def exceptions(run: Path, results: Iterable[Result]) -> Iterable[ExceptionCase]:
         if revocation is not None:
             yield ExceptionCase(user, "revoked", revocation.sentence())
         if one.status == "held_back":
-            yield ExceptionCase(user, "held back", one.reason)
+            yield ExceptionCase(user, "held back for harm" if one.harmful else "held back", one.reason)
         elif one.status != "released":  # the reason of an internal fault may quote data
             yield ExceptionCase(user, one.status, "see the results of the run")
         elif one.alpha < 1:
@@ -186,6 +186,7 @@ def _counts(run: Path) -> dict[str, int]:
         "in all": summary.users,
         "released": summary.released,
         "held back": summary.held_back,
+        "of these for harm": summary.harmful,
         "failed": summary.failed,
         "skipped": summary.other - summary.failed,
         "in alarm": summary.alarms,

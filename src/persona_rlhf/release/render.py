@@ -94,14 +94,16 @@ def results_table(results: Iterable[Result]) -> Table:
 def _counts(summary: RunSummary) -> Iterator[str]:
     """Users released, held back, failed and in alarm; of the last three, those that there are."""
     yield f"{summary.released} released"
-    for name, users in (("held back", summary.held_back), ("failed", summary.failed), ("in alarm", summary.alarms)):
+    held = f"held back ({summary.harmful} for harm)" if summary.harmful else "held back"
+    for name, users in ((held, summary.held_back), ("failed", summary.failed), ("in alarm", summary.alarms)):
         if users:
             yield f"{users} {name}"
 
 
 def _status(result: Result) -> str:
     words = {"released": "[green]released[/]", "held_back": "[yellow]held back[/]"}
-    marks = [" [red]alarm[/]"] if result.alarm else []
+    marks = [" [yellow]for harm[/]"] if result.harmful else []
+    marks += [" [red]alarm[/]"] if result.alarm else []
     marks += [f" [yellow]{counted(result.broken_facts, 'fact')} changed[/]"] if result.broken_facts else []
     return words.get(result.status, f"[red]{result.status}[/]") + "".join(marks)
 

@@ -214,7 +214,8 @@ def _shown(results: Iterable[Result], users: int) -> list[Result]:
 def _figures(summary: RunSummary, columns: Columns) -> list[HeadlineFigure]:
     """Medians over users with 95% bootstrap intervals, and the worst bound."""
     released = f"{summary.released:,} of {summary.users:,}"
-    apart = [f"{summary.full_strength} at full strength", f"{summary.held_back} held back"]
+    for_harm = f" ({summary.harmful} for harm)" if summary.harmful else ""
+    apart = [f"{summary.full_strength} at full strength", f"{summary.held_back} held back{for_harm}"]
     apart += [f"{summary.failed} failed"] if summary.failed else []
     apart += [f"{skipped} skipped"] if (skipped := summary.other - summary.failed) else []
     figures = [HeadlineFigure("Users released", released, ", ".join(apart))]

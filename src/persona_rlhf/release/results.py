@@ -23,6 +23,7 @@ from persona_rlhf.evaluation.gate import POOLED, Demands, GateTest, Verdict
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.evaluation.statistics import Clustered, Count
+from persona_rlhf.evaluation.still_base import StillBase
 from persona_rlhf.policy.bound import JUDGE_DELTA_SHARE
 from persona_rlhf.training.records import BasisUse, DualTrace
 
@@ -66,6 +67,12 @@ class Result:
     manifest_sha256: str | None = None
     spending: Spending | None = None
     basis: BasisUse | None = None
+    still_base: StillBase | None = None
+
+    @property
+    def harmful(self) -> bool:
+        """Whether the user is held back because the adapter no longer is the base, or is worse by held-out pairs."""
+        return self.status == "held_back" and self.still_base is not None and not self.still_base.passes
 
     @property
     def gain(self) -> float | None:
@@ -94,7 +101,7 @@ class Result:
     @property
     def _absent(self) -> set[str]:
         """Keys that lines of earlier versions lack."""
-        return {"spending"} if self.spending is None else set()
+        return {key for key in ("spending", "still_base") if getattr(self, key) is None}
 
     @staticmethod
     def from_json(content: Any) -> Result:
@@ -109,7 +116,7 @@ KEYS = (
     *("user_id", "slug", "status", "reason", "pairs", "heldout_accuracy", "heldout_clean", "win_rate", "alpha"),
     *("tier_one", "over_refusal", "duals", "alarm", "steps", "seconds", "path", "tier_two", "looks", "clusters"),
     *("test", "ordinary", "twins", "answer_perplexity", "unchanged", "tax", "requirements", "retreat"),
-    *("manifest_sha256", "spending", "basis"),
+    *("manifest_sha256", "spending", "basis", "still_base"),
 )
 """The keys of a line of results.jsonl, in their order."""
 
@@ -198,7 +205,7 @@ class RunSummary(NamedTuple):
     """A run in a few numbers. Medians are over released and held-back users; None if nobody was measured.
 
     `most_looks` and `most_spent` are those of the user with the most looks at the gate, and of the one who spent most
-    of delta.
+    of delta. `harmful` are those of the held-back users whose adapters no longer are the base (`Result.harmful`).
     """
 
     users: int
@@ -215,12 +222,13 @@ class RunSummary(NamedTuple):
     worst_bound: float | None
     most_looks: int | None
     most_spent: float | None
+    harmful: int = 0
 
 
 def summarise(results: Iterable[Result]) -> RunSummary:
     """The summary of the results, in one pass. The report's top and the table's last line show it."""
     statuses: Counter[str] = Counter()
-    full, alarms, worst = 0, 0, None
+    full, alarms, harmful, worst = 0, 0, 0, None
     looks, spent = list[int](), list[float]()
     gains: list[float] = []
     clean: list[float] = []
@@ -228,7 +236,7 @@ def summarise(results: Iterable[Result]) -> RunSummary:
     won: list[float] = []
     for r in results:
         statuses[r.status] += 1
-        alarms += r.alarm
+        alarms, harmful = alarms + r.alarm, harmful + r.harmful
         gains += [] if r.gain is None else [r.gain]
         looks += [] if r.spending is None else [r.spending.look]
         spent += [] if r.spending is None else [r.spending.spent]
@@ -255,6 +263,7 @@ def summarise(results: Iterable[Result]) -> RunSummary:
         worst_bound=worst,
         most_looks=max(looks, default=None),
         most_spent=max(spent, default=None),
+        harmful=harmful,
     )
 
 
@@ -359,6 +368,7 @@ def outcome(
         tier_two={name: count for name, count in counts.items() if name not in tier_one},
         measures=measures or Measures(),
         looks=verdict.looks,
+        still_base=verdict.still_base,
         clusters=verdict.clusters,
         alarm=against_policy > 0,
         path=written.path if written else None,

@@ -8,12 +8,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from persona_rlhf.common.chain import ChainHead
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import sha256_of, slug
 from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.evaluation.records import Conditions
 from persona_rlhf.evaluation.statistics import MissedUnits, SequentialBound, share_bound
+from persona_rlhf.evaluation.still_base import StillBase
 from persona_rlhf.policy.bound import Bound, look_share
 from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
@@ -247,7 +250,12 @@ def _beside_faults(look: dict[str, Any], bound: Bound, fixed: Bound) -> list[str
             if abs(1 - fixed.lower(right, count["n"]) - count["upper_bound"]) > 1e-9:
                 faults.append(f"the upper bound of {key} does not follow from its counts")
             passes = passes and count["upper_bound"] <= count[most]
+    if (measures := look.get("still_base")) and not _STILL_BASE.validate_python(measures).passes:
+        faults.append("it passed, but by its own measures the adapter no longer is the base")
     return faults if passes else [*faults, "it passed, but a bound beside those of categories misses its demand"]
+
+
+_STILL_BASE = TypeAdapter(StillBase)
 
 
 def _config_faults(config: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
