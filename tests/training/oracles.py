@@ -142,7 +142,8 @@ def ordered_trainer(
         "max_grad_norm": dpo.max_grad_norm,
         "weight_decay": dpo.weight_decay,
         "beta": dpo.beta,
-        "loss_type": [dpo.loss],
+        "loss_type": [dpo.loss, "sft"] if dpo.anchor else [dpo.loss],
+        "loss_weights": [1.0, dpo.anchor] if dpo.anchor else None,
         "save_strategy": "no",
     }
     trainer = Trainer(

@@ -111,10 +111,10 @@ def test_every_kind_of_loss_is_the_same_in_the_fleet(kind):
         assert _apart(together[user.user_id], _train([user], dpo=dpo)[user.user_id]) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "sigmoid_norm"])
-def test_a_user_is_what_trl_and_peft_train(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "anchor"), [("sigmoid", 0.0), ("sigmoid", 0.3), ("sigmoid_norm", 0.0)])
+def test_a_user_is_what_trl_and_peft_train(kind, anchor, tmp_path):
     """Same first A, same order of pairs, 24 steps with warm-up, decay and clip, fp32, no tricks on TRL's side."""
-    dpo = DPO.model_copy(update={"loss": kind})
+    dpo = DPO.model_copy(update={"loss": kind, "anchor": anchor})
     user = user_rows("user", 32, seed=5)
     losses: dict[str, list[float]] = {}
     [ours] = _train([user], dpo=dpo, losses=losses).values()

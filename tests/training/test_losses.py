@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_rlhf.models.model_split import token_logps
-from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses, reward_margins, user_means
+from persona_rlhf.training.losses import PairLogps, PairTokens, anchor_losses, pair_losses, reward_margins, user_means
 
 BETA, FLIPPED = 0.3, 0.2
 # Two pairs of one user: log-probabilities under the adapter and the base, and completion lengths.
@@ -82,6 +82,18 @@ def test_each_loss_is_that_of_trl(kind):
     """TRL 1.x, `DPOTrainer._compute_loss`, is run on the same log-probabilities through a stand-in for the model."""
     logps, tokens = _made()
     assert pair_losses(kind, logps, tokens, BETA, FLIPPED).losses.mean().item() == pytest.approx(_trl(kind), rel=1e-6)
+
+
+def test_the_anchor_is_the_sft_loss_of_trl():
+    logps, tokens = _made()
+    anchor = anchor_losses(logps.chosen, tokens.chosen, torch.ones_like(tokens.chosen))
+    assert anchor.item() == pytest.approx(_trl("sft"), rel=1e-6) == pytest.approx(12 / 9)
+
+
+def test_the_anchor_weighs_pairs_and_is_0_without_one():
+    chosen, tokens = torch.tensor([[-2.0, -9.0, 0.0], [0.0, 0.0, 0.0]]), torch.tensor([[4.0, 3.0, 0.0], [0.0] * 3])
+    weights = torch.tensor([[0.25, 0.5, 0.0], [0.0] * 3])
+    assert anchor_losses(chosen, tokens, weights).tolist() == pytest.approx([5 / 2.5, 0.0])
 
 
 def _trl(kind: str) -> float:

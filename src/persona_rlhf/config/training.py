@@ -154,6 +154,12 @@ class DpoSettings(Section):
         "sigmoid", description="Loss of a pair; robust allows for flipped labels, *_norm averages over tokens."
     )
     beta: float = Field(0.1, gt=0, description="Scale of the implicit reward, per nat; lower lets the user go further.")
+    anchor: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the chosen answers' negative log-likelihood (nats a token) beside the loss: it keeps "
+        "text from collapsing under an extreme taste. 0.3 costs no accuracy in our trials, 0 is plain DPO.",
+    )
     epochs: int = Field(3, ge=1, le=1000, description="Passes over a user's pairs.")
     pairs_per_step: int = Field(4, ge=1, description="Pairs of one user in a step; LoRA likes small batches.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak AdamW rate; about ten times that of full fine-tuning.")

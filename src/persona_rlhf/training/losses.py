@@ -88,6 +88,18 @@ def _losses(
     return -F.logsigmoid(beta * advantage if kind == "sigmoid_norm" else advantage)
 
 
+def anchor_losses(
+    chosen: Float[Tensor, "users pairs"], tokens: Float[Tensor, "users pairs"], weights: Float[Tensor, "users pairs"]
+) -> Float[Tensor, " users"]:
+    """The negative log-likelihood of each user's chosen answers, in nats a token; 0 for a user without a pair.
+
+    DPO may make both answers unlikely, as long as the rejected one falls further (likelihood displacement). This term
+    beside it keeps the chosen one likely: RPO, Pang et al. 2024, "Iterative Reasoning Preference Optimization",
+    equation 1. Its mean is over the tokens of a step, as TRL's loss `sft` has it.
+    """
+    return user_means(-chosen / tokens.clamp(min=1), weights * tokens)
+
+
 def user_means(losses: Float[Tensor, "users pairs"], weights: Float[Tensor, "users pairs"]) -> Float[Tensor, " users"]:
     """Weighted mean over each user's own pairs; 0 for a user without a pair in this step."""
     total = weights.sum(dim=1)

@@ -18,11 +18,11 @@ from persona_rlhf.models.packing import EMPTY
 from persona_rlhf.models.scores import RowScore
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import ConstraintFunctional, ConstraintSample
-from persona_rlhf.training.losses import PairLogps, PairTokens, pair_losses, user_means
+from persona_rlhf.training.losses import PairLogps, PairTokens, anchor_losses, pair_losses, user_means
 
 
 class StepLoss(NamedTuple):
-    """Per user: the DPO loss, the mean reward margin and the share of positive margins of the step's pairs; and with a
+    """Per user: the DPO loss with its anchor, the mean reward margin and the share of positive margins of the step's pairs; and with a
     constraint its penalty and violations, see `constraint.Penalty`."""
 
     dpo: Float[Tensor, " users"]
@@ -57,7 +57,7 @@ def in_order(loss: StepLoss, users: Int[Tensor, " users"]) -> StepLoss:
 def heldout_losses(
     adapted: AdaptedModel, reference: Reference, pairs: Sequence[Sequence[PairRow]], dpo: DpoSettings
 ) -> list[float]:
-    """The DPO loss of the held-out pairs of each user, their weighted mean; the users' adapters must be on.
+    """The DPO loss, with its anchor, of the held-out pairs of each user, a weighted mean; the users' adapters must be on.
 
     A user scored alone has a loss of which no bit depends on other users.
     """
@@ -79,7 +79,8 @@ def _heldout_loss(
     )
     tokens = PairTokens(column([s.tokens for s in scores[::2]]), column([s.tokens for s in scores[1::2]]))
     losses, _ = pair_losses(dpo.loss, logps, tokens, dpo.beta, dpo.label_smoothing)
-    return float(user_means(losses, column([pair.pair.weight for pair in pairs])))
+    weights = column([pair.pair.weight for pair in pairs])
+    return float(user_means(losses, weights) + dpo.anchor * anchor_losses(logps.chosen, tokens.chosen, weights))
 
 
 def step_loss(
@@ -92,7 +93,7 @@ def step_loss(
     dpo: DpoSettings,
     states: Sequence[HiddenStates] = (),
 ) -> StepLoss:
-    """`L_u = L_DPO + penalty_u`.
+    """`L_u = L_DPO + anchor L_NLL(chosen) + penalty_u`.
 
     `pairs`, `samples` and `states` hold one entry a user. Without a constraint `samples` is empty; without `states` the
     whole model is computed. The adapters must be on.
@@ -128,6 +129,8 @@ def step_loss(
     pair_logps, tokens = PairLogps(chosen, rejected, of_chosen, of_rejected), PairTokens(*lengths)
     pair_loss, margins = pair_losses(dpo.loss, pair_logps, tokens, dpo.beta, dpo.label_smoothing, probability)
     loss, margins = user_means(pair_loss, weights), margins.detach()
+    if dpo.anchor:
+        loss = loss + dpo.anchor * anchor_losses(chosen, tokens.chosen, weights)
     margin, accuracy = user_means(margins, present), user_means((margins > 0).to(margins), present)
     if constraint is None:
         return StepLoss(loss, margin, accuracy)
