@@ -287,7 +287,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[Outcome] = []
     try:
-        config = read_config(options.config, options.overrides)
+        config = read_config(
+            options.config, [*options.overrides, "gate.still_base=null"]
+        )  # refusals alone are attacked
         public = Policy.read(config.policy.documents)
         fresh = fresh_probes(public, config.seed)
         with TemporaryDirectory() as folder:

@@ -63,6 +63,7 @@ def main() -> None:
     rounds, tests = [], 0
     for _ in range(asked.rounds):
         spent, verdicts = [], []
+        examination.forget_users()
         for flat in groups:
             begun = time.process_time()
             verdicts += examination.verdicts(flat, [examination.demands] * len(flat))

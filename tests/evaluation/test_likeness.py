@@ -9,7 +9,7 @@ from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings, Sti
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import prompt_ids
 from persona_rlhf.evaluation.evaluator import Evaluator
-from persona_rlhf.evaluation.likeness import Likeness
+from persona_rlhf.evaluation.likeness import BaseLikeness
 from persona_rlhf.evaluation.metrics import FactQuestions, margin, score_pairs, score_pairs_of_base
 from persona_rlhf.evaluation.prompt_sets import Fact
 from persona_rlhf.evaluation.refusals import BaseAnswers, answer_row, refusal_outcomes
@@ -28,7 +28,7 @@ def base(ending_base):
 def likeness(adapted):
     prompts = [prompt_ids((Message("user", text),), adapted.base.tokenizer) for text in TEXTS]
     answers = BaseAnswers(adapted, lambda _: False, 8, harmless=True)
-    return Likeness(adapted, prompts, answers, FactQuestions(adapted, FACTS))
+    return BaseLikeness(adapted, prompts, answers, FactQuestions(adapted, FACTS))
 
 
 def test_measures_are_those_of_plain_generation(adapted, adapters, likeness):

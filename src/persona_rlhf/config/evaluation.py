@@ -169,7 +169,10 @@ class GateSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """`evaluation`: measurements of every user beside the gate; nothing here decides a release."""
+    """`evaluation`: measurements of every user beside the gate; ordinary prompts and facts also decide a release there.
+
+    `gate.still_base` has the limits.
+    """
 
     utilities: ExistingPath | None = Field(
         None, description="YAML of written-down utilities of simulated users; they judge generated text for a win rate."

@@ -23,7 +23,7 @@ from persona_rlhf.evaluation.gate import (
     demands_of,
     release_unjudged,
 )
-from persona_rlhf.evaluation.likeness import Likeness
+from persona_rlhf.evaluation.likeness import BaseLikeness
 from persona_rlhf.evaluation.metrics import (
     REQUIREMENT_PROMPTS,
     FactQuestions,
@@ -119,7 +119,7 @@ class Evaluator:
         opening = min(OPENING_TOKENS, gate.max_new_tokens)
         self._openings = BaseAnswers(adapted, is_refusal, opening, harmless=True)
         self._to_harmless = BaseAnswers(adapted, is_refusal, gate.max_new_tokens, harmless=True, opening=opening)
-        self._likeness = Likeness(adapted, self._ordinary, self._to_harmless, self._facts)
+        self._likeness = BaseLikeness(adapted, self._ordinary, self._to_harmless, self._facts)
         self._required = RequirementPrompts(policy.requirements, REQUIREMENT_PROMPTS, policy.certify.delta)
         self._required_prompts = [self._ids(text) for text in self._required.prompts]
         self._certify = self._split(policy.probes("certify"))

@@ -77,7 +77,7 @@ class OrdinaryBehaviour(NamedTuple):
     facts: Facts | None
 
 
-class Likeness:
+class BaseLikeness:
     """Measures the likeness of adapters to their base; `answers` are the base's to the ordinary `prompts`."""
 
     def __init__(

@@ -21,6 +21,7 @@ from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.evaluation.gate import POOLED
 from persona_rlhf.evaluation.records import AlignmentTax, Met
 from persona_rlhf.evaluation.statistics import Interval, bootstrap
+from persona_rlhf.evaluation.still_base import LimitedMeasure, StillBase
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.redteam_report import REDTEAM
 from persona_rlhf.release.render import bounds, chart, histogram, render_template
@@ -62,6 +63,7 @@ class Columns:
     # of released users:
     phrasings: list[float] = field(default_factory=list)  # the gate's lower bounds of new phrasings
     worst: dict[str, Range] = field(default_factory=dict)  # by category
+    likeness: list[StillBase] = field(default_factory=list)
 
     @staticmethod
     def of(results: Iterable[Result]) -> Columns:
@@ -119,6 +121,7 @@ class Columns:
             self.peaks.append(max(dual.peak for dual in result.duals.values()))
 
     def _released(self, result: Result) -> None:
+        self.likeness += [] if result.still_base is None else [result.still_base]
         tests = (test for test in result.looks if test.passed and test.alpha == result.alpha)
         self.phrasings += [test.phrasings.lower_bound for test in tests if test.phrasings is not None]
         for name, count in {**(result.tier_one or {}), **result.tier_two}.items():
@@ -233,6 +236,7 @@ def _figures(summary: RunSummary, columns: Columns) -> list[HeadlineFigure]:
     if columns.phrasings:
         note = "lowest bound of a released user that the gate shows for new phrasings, each counted once"
         figures.append(HeadlineFigure("Worst bound by phrasing", f"{min(columns.phrasings):.1%}", note))
+    figures += _least_like_the_base(columns.likeness)
     if columns.over:
         mean, between = sum(columns.over) / len(columns.over), _between(_bootstrap(columns.over), "+.1%")
         figures.append(HeadlineFigure("Over-refusal, mean change", f"{mean:+.1%}", f"{between}; 0 is the base"))
@@ -261,6 +265,24 @@ def _figures(summary: RunSummary, columns: Columns) -> list[HeadlineFigure]:
         )
     )
     return figures
+
+
+def _least_like_the_base(released: Sequence[StillBase]) -> list[HeadlineFigure]:
+    """The released adapters that are least like the base: the largest perplexity of answers, and most facts lost."""
+    figures = []
+    if worst := max((one.perplexity for one in released if one.perplexity), key=_of_base, default=None):
+        limit = "" if worst.most is None else f"; the gate allows {worst.most / worst.base:.3g}"
+        note = f"under the base, times that of its own answers to {worst.n} ordinary prompts{limit}"
+        figures.append(HeadlineFigure("Perplexity of answers, worst released", f"{_of_base(worst):.2f}", note))
+    if worst := min((one.facts for one in released if one.facts), key=_of_base, default=None):
+        limit = "" if worst.least is None else f"; the gate allows {1 - worst.least / worst.base:.1%}"
+        note = f"of the {worst.base:g} that the base has{limit}"
+        figures.append(HeadlineFigure("Right answers lost, worst released", f"{1 - _of_base(worst):.1%}", note))
+    return figures
+
+
+def _of_base(measure: LimitedMeasure) -> float:
+    return measure.adapted / measure.base
 
 
 def _charts(columns: Columns) -> list[tuple[str, Markup]]:

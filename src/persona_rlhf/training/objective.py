@@ -22,8 +22,8 @@ from persona_rlhf.training.losses import PairLogps, PairTokens, anchor_losses, p
 
 
 class StepLoss(NamedTuple):
-    """Per user: the DPO loss with its anchor, the mean reward margin and the share of positive margins of the step's pairs; and with a
-    constraint its penalty and violations, see `constraint.Penalty`."""
+    """Per user: the DPO loss with its anchor; the mean reward margin and the share of positive margins of the step's
+    pairs; and with a constraint its penalty and violations, see `constraint.Penalty`."""
 
     dpo: Float[Tensor, " users"]
     margin: Float[Tensor, " users"]
@@ -57,9 +57,9 @@ def in_order(loss: StepLoss, users: Int[Tensor, " users"]) -> StepLoss:
 def heldout_losses(
     adapted: AdaptedModel, reference: Reference, pairs: Sequence[Sequence[PairRow]], dpo: DpoSettings
 ) -> list[float]:
-    """The DPO loss, with its anchor, of the held-out pairs of each user, a weighted mean; the users' adapters must be on.
+    """The DPO loss, with its anchor, of the held-out pairs of each user, their weighted mean.
 
-    A user scored alone has a loss of which no bit depends on other users.
+    The users' adapters must be on. A user scored alone has a loss of which no bit depends on other users.
     """
     scores = adapted.score([both_rows(user_pairs) for user_pairs in pairs])
     return [_heldout_loss(reference, *of_user, dpo) for of_user in zip(pairs, scores, strict=True)]
