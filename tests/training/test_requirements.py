@@ -215,7 +215,10 @@ def test_a_user_begins_where_the_requirement_is_met_and_stays_there():
         [trained] = engine.run()
         ended[rows] = loss(trained.adapter)
         assert set(trained.duals) == {"c", "r"}
-        if start is not None:  # the dual variable of the requirement goes on from where the warm start's ended
+        if start is not None:
+            anchored = train_warm_start(model, bank, dpo.model_copy(update={"anchor": 0.3}), section, seed=1)
+            assert torch.equal(anchored.adapter, start.adapter)  # its idle pairs are no text to keep likely
+            # the dual variable of the requirement goes on from where the warm start's ended
             assert start.duals[0] == 0
             assert 0 < start.duals[1] <= trained.duals["r"].peak + 0.1
         assert (trained.duals["r"].peak > 0) == (rows > 0)

@@ -54,7 +54,7 @@ def train_warm_start(
     idle_pair = PreferencePair(_WARM_START, (Message("user", ""),), "", "", "", None, None, 1.0, "train", None, "", 0)
     steps = _PASSES * len(data.answers) // _ROWS
     steps_only = UserRows(_WARM_START, [PairRow(idle_pair, idle_row, idle_row)] * steps, [])
-    once = dpo.model_copy(update={"epochs": 1, "pairs_per_step": 1, "early_stop": None})
+    once = dpo.model_copy(update={"epochs": 1, "pairs_per_step": 1, "early_stop": None, "anchor": 0.0})
     more = settings.model_copy(update={"lesson_rows_per_step": _ROWS * len(every.requirements)})
     constraint = constraint_of(every, more, seed)
     engine = Engine(adapted, [steps_only], reference, constraint, once, FleetSettings(slots=1), seed)
