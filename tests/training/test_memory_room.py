@@ -1,5 +1,7 @@
 """A device without room: the same adapters and answers, in smaller pieces."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,6 +50,39 @@ def test_a_step_without_room_is_taken_in_parts(monkeypatch):
         assert result.steps == parts[user].steps
         assert result.duals.keys() == parts[user].duals.keys()
         torch.testing.assert_close(parts[user].adapter, result.adapter, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("room", "parts"), [(60, [2]), (40, [2, 4])])
+def test_a_user_without_room_is_trained_pair_by_pair(monkeypatch, tmp_path, room, parts):
+    """The pairs of a step and its constraint in passes of their own: the same adapter, duals and reports."""
+    adapted, bank, user = AdaptedModel(tiny_base(), LoraSettings(rank=4)), constraint_bank(), USERS[0]
+    user = user._replace(train=[row._replace(pair=replace(row.pair, weight=n / 3)) for n, row in enumerate(user.train)])
+    reference = Reference(adapted)
+    reference.add([*(row for pair in user.train for row in pair[1:3]), *bank.rows()])
+    constraint, dpo = LagrangianConstraint(bank, ConstraintSettings(), 0), DpoSettings(epochs=2, pairs_per_step=4)
+    settings = (constraint, dpo, FleetSettings(slots=1), 0)
+    reports, notices = [], []
+    [whole] = Engine(adapted, [user], reference, *settings).run(reports.extend)
+    row_logps, seen = adapted.row_logps, []
+
+    def small(batch, states=()):
+        seen.append(batch.input_ids.numel())
+        if seen[-1] > room:
+            raise torch.OutOfMemoryError("no room")
+        return row_logps(batch, states)
+
+    monkeypatch.setattr(adapted, "row_logps", small)
+    engine, in_parts = Engine(adapted, [user], reference, *settings, tmp_path), []
+    [trained_in_parts] = engine.run(in_parts.extend, notices.append)
+    assert notices == [
+        f"out of memory with one user in a step: its pairs are taken in {n} parts from now on" for n in parts
+    ]
+    torch.testing.assert_close(trained_in_parts.adapter, whole.adapter, rtol=1e-4, atol=1e-6)
+    for name, dual in whole.duals.items():
+        assert trained_in_parts.duals[name] == pytest.approx(dual, abs=1e-4)
+    for report, other in zip(reports[1:], in_parts[1:], strict=True):  # at first all margins are zero but for rounding
+        assert other[3:] == pytest.approx(report[3:], rel=1e-3, abs=1e-5)
+    assert Engine(adapted, [user], reference, *settings, tmp_path).pieces == parts[-1]
 
 
 def test_one_user_who_does_not_fit_is_told_so(monkeypatch):

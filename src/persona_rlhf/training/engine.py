@@ -24,7 +24,7 @@ from persona_rlhf.training import checkpoint
 from persona_rlhf.training.cache import HiddenStateCache, Reference
 from persona_rlhf.training.constraint import ConstraintFunctional, ConstraintSample
 from persona_rlhf.training.memory import empty_slots, plan_slots, step_passes, step_tokens
-from persona_rlhf.training.objective import StepLoss, detached, heldout_losses, in_order, joined, step_loss
+from persona_rlhf.training.objective import StepLoss, detached, heldout_losses, in_order, joined, step_pieces, summed
 from persona_rlhf.training.records import DualTrace
 from persona_rlhf.training.user_state import UserSchedule, queue_order, user_generator
 
@@ -115,6 +115,7 @@ class Engine:
         else:
             self.count, self.room = kept[1].pop("slots"), kept[1].pop("room", None)
         self._next_save = 0.0
+        self.pieces = 1 if kept is None else kept[1].pop("pieces", 1)
         self.together = self.count if kept is None else kept[1].pop("together")
         self.slots = empty_slots(adapted, self.count, constraint, dpo)
         memory, disk = fleet.trunk_cache * 2**20, fleet.trunk_disk * 2**20
@@ -130,8 +131,8 @@ class Engine:
         """Trains until queue and slots are empty; yields each user at the end of its training, those of a resumed run
         first.
 
-        If a step runs out of memory, steps are taken in halves of their users from then on, with a notice to `say`.
-        Raises InputError if a step of one user alone does not fit.
+        If a step runs out of memory, steps are taken in halves of their users from then on, and those of one user in
+        halves of its pairs, with a notice to `say`. Raises InputError if a pair alone does not fit.
         """
         if not (self.finished or any(self.slots.users)):
             self._save()  # so that a resumed run has these slots, wherever it was killed
@@ -226,9 +227,13 @@ class Engine:
                 try:
                     with self.adapted.using(learning):
                         inputs = pairs[part], samples[part], self.constraint, duals[part], self.dpo, states[part]
-                        loss = step_loss(self.adapted, self.reference, *inputs)
-                        gradients.append(self.gradient(loss, learning))
-                        losses.append(detached(loss))
+                        pieces = self.pieces if len(learning) == 1 else 1
+                        of_pieces = [
+                            (self.gradient(loss, learning), detached(loss))
+                            for loss in step_pieces(pieces, self.adapted, self.reference, *inputs)
+                        ]
+                    gradients.append(sum((gradient for gradient, _ in of_pieces[1:]), of_pieces[0][0]))
+                    losses.append(summed([loss for _, loss in of_pieces]))
                 except Exception as fault:
                     if not is_out_of_memory(fault):
                         raise
@@ -241,8 +246,15 @@ class Engine:
         return (gradient, loss) if back is None else (gradient.index_select(0, back), in_order(loss, back))
 
     def _halve(self, users: int, say: Callable[[str], None]) -> None:
-        """Fewer users in a pass from now on. Raises InputError if there was only one."""
+        """Fewer users in a pass from now on, or fewer pairs of a lone user.
+
+        Raises InputError if there was one pair only, or for a rule that needs the gradient of the whole step.
+        """
         release_cache()
+        if users == 1 and self.pieces < max(2, self.dpo.pairs_per_step) and self.gradient is total_gradient:
+            self.pieces = min(2 * self.pieces, max(2, self.dpo.pairs_per_step))
+            say(f"out of memory with one user in a step: its pairs are taken in {self.pieces} parts from now on")
+            return
         if users == 1:
             sentence = "one user's step does not fit the device; lower dpo.pairs_per_step, or take a smaller base"
             raise InputError([Problem(self.adapted.base.name, None, "dpo.pairs_per_step", sentence)])
@@ -297,7 +309,7 @@ class Engine:
         started = time.perf_counter()
         if self.state is not None:
             self.reference.save()  # first: a resumed run must find the values that its steps were taken with
-            sizes = {"slots": self.count, "together": self.together, "room": self.room}
+            sizes = {"slots": self.count, "together": self.together, "room": self.room, "pieces": self.pieces}
             notes = self.slots.notes() | {"waiting": self.queue} | sizes
             checkpoint.save(self.state / "slots.safetensors", self.slots.tensors(), notes)
         ended = time.perf_counter()

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from persona_rlhf.config.training import DpoSettings, FleetSettings
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.device import is_out_of_memory
 from persona_rlhf.models.multi_lora import LayerSpan
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import ConstraintFunctional, ConstraintSample
@@ -211,7 +212,12 @@ def plan_slots(
     on_cpu = device.type == "cpu"
     if on_cpu and _most_slots(fleet, tokens, widest(adapted.spans.values()), device.type) <= 1:
         return SlotPlan(1, None)
-    cost = largest_step(adapted, users, constraint, dpo)
+    try:
+        cost = largest_step(adapted, users, constraint, dpo)
+    except Exception as fault:
+        if not is_out_of_memory(fault):
+            raise
+        return SlotPlan(1, None)  # the engine takes such a step in parts
     machine, base = machine_bytes(device), held_by(list(adapted.base.model.parameters()))
     slots = min(len(users), choose_slots(fleet, cost, device.type, machine, base))
     return SlotPlan(slots, None if on_cpu else step_room(fleet, cost, machine, base, slots))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -81,6 +82,48 @@ def _heldout_loss(
     losses, _ = pair_losses(dpo.loss, logps, tokens, dpo.beta, dpo.label_smoothing)
     weights = column([pair.pair.weight for pair in pairs])
     return float(user_means(losses, weights) + dpo.anchor * anchor_losses(logps.chosen, tokens.chosen, weights))
+
+
+def summed(losses: Sequence[StepLoss]) -> StepLoss:
+    """The loss of a step from those of its pieces (see `step_pieces`); the last piece has the constraint's figures."""
+    return losses[-1]._replace(
+        dpo=torch.stack([loss.dpo for loss in losses]).sum(0),
+        margin=torch.stack([loss.margin for loss in losses]).sum(0),
+        accuracy=torch.stack([loss.accuracy for loss in losses]).sum(0),
+    )
+
+
+def step_pieces(
+    pieces: int,
+    adapted: AdaptedModel,
+    reference: Reference,
+    pairs: Sequence[Sequence[PairRow]],
+    samples: Sequence[ConstraintSample],
+    constraint: ConstraintFunctional | None,
+    duals: Float[Tensor, "users names"],
+    dpo: DpoSettings,
+    states: Sequence[HiddenStates] = (),
+) -> Iterator[StepLoss]:
+    """Losses that add up to `step_loss`, computed one after the other for steps too large for memory.
+
+    One piece is the whole step. More are for one user: so many parts of its pairs, then the constraint's rows.
+    """
+    if pieces == 1:
+        yield step_loss(adapted, reference, pairs, samples, constraint, duals, dpo, states)
+        return
+    [of_user] = pairs
+    size, weight = ceil(len(of_user) / pieces), sum(pair.pair.weight for pair in of_user)
+    for first in range(0, len(of_user), size):
+        part = of_user[first : first + size]
+        loss = step_loss(adapted, reference, [part], [], None, duals, dpo, states)
+        share = len(part) / len(of_user)
+        yield StepLoss(
+            loss.dpo * (sum(pair.pair.weight for pair in part) / (weight or 1.0)),
+            loss.margin * share,
+            loss.accuracy * share,
+        )
+    if constraint is not None:
+        yield step_loss(adapted, reference, [[]], samples, constraint, duals, dpo, states)
 
 
 def step_loss(
