@@ -351,8 +351,10 @@ def test_a_new_adapter_is_announced_until_the_next_choice(site):
     site.access.weights = "e" * 64
     browser = site.asked()
     assert "Your assistant was updated" in browser.response.text
+    assert "since it was trained: 0" in browser.response.text
     browser.send("/choose", verdict="left")
     assert "Your assistant was updated" not in browser.response.text
+    assert "since it was trained: 1" in browser.response.text
     assert site.ledger.choices()[-1].left_by == "e" * 64
     site.policy_filter = PolicyFilter(redirect=lambda _: "Ask a doctor.")
     site.restart()

@@ -151,13 +151,15 @@ class FeedbackPages:
         """The user's numbers, and whether the adapter is newer than all choices."""
         choices = await run_in_threadpool(self._ledger.choices, session.user_id)
         adapter = await run_in_threadpool(self._sampler.adapter, session.user_id)
-        authors = {author for choice in choices for author in (choice.left_by, choice.right_by)}
+        weights = None if adapter is None else adapter.weights_sha256
+        since = [choice for choice in choices if weights in (choice.left_by, choice.right_by)]
         return {
             "answered": len(choices),
             "preferred": sum(choice.pair is not None for choice in choices),
             "first_update": self._settings.first_update,
-            "adapted": adapter is not None,
-            "updated": bool(choices) and adapter is not None and adapter.weights_sha256 not in authors,
+            "adapted": weights is not None,
+            "updated": weights is not None and bool(choices) and not since,
+            "since": sum(choice.pair is not None for choice in since),
         }
 
     async def _wishes(self, session: Session, _: Request) -> Response:
