@@ -35,11 +35,12 @@ _ALIGNS = "trains a base, minutes; tests/pipeline/test_align_base.py"
 _REAL = "half an hour over a downloaded base; tests/scripts/test_quickstart.py"
 _PRIVATE = "needs a folder of private probes; tests/pipeline/test_rotate_bank.py, tests/story/test_private_banks.py"
 _IMPORTS = "needs files of others; tests/data/test_preference_import.py"
+_COLLECTS = "serves until it is stopped; tests/cli/test_collect.py"
 _CHOICES = "needs choices of a person; tests/story/test_collect.py"
 NOT_RUN = {
-    ("how-to/collect.md", "persona-rlhf collect runs/quickstart --user rosa"): (
-        "serves until it is stopped; tests/cli/test_collect.py"
-    ),
+    ("how-to/collect.md", "persona-rlhf collect runs/quickstart --user rosa"): _COLLECTS,
+    ("README.md", "persona-rlhf collect runs/first --user rosa"): _COLLECTS,
+    ("README.md", "persona-rlhf collect runs/first --export choices.jsonl"): _CHOICES,
     ("how-to/collect.md", "persona-rlhf collect runs/quickstart --status"): _CHOICES,
     ("how-to/collect.md", "persona-rlhf collect runs/quickstart --export choices-1.jsonl"): _CHOICES,
     ("how-to/collect.md", "persona-rlhf data check choices-1.jsonl"): _CHOICES,
