@@ -7,8 +7,9 @@
 
 `rewards`: a population of users with drawn tastes (`--population`) and other users (`--users`), on three disjoint sets
 of prompts: for the population, for a new user's N pairs, and for the test. `adapters`: the 24 clean users of
-data/users, whose prompts are not in the pool. The basis is fitted on a population; each user's posterior ranks sampled
-answers to prompts of the pool, and the adapter is trained on the real pairs and on those, by the shipped engine.
+data/users, whose prompts are not in the pool. The basis is fitted on a population, or read (`--basis`); each user's
+posterior labels pairs of answers to prompts of the pool, and the adapter is trained on the real pairs and on those, by
+the shipped engine.
 
 Accuracy is noise-free: the share of test pairs whose truly better answer gets the higher reward. Win rate: the share of
 sampled answers to held-out prompts that are truly better than the base's, ties counting half. The pool (prompts with
@@ -21,7 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import combinations, islice, pairwise
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -35,7 +36,7 @@ from torch import Tensor
 from persona_rlhf.common.files import atomic_write, find
 from persona_rlhf.config.training import BaseSettings, DpoSettings, FleetSettings, LoraSettings, TopLayers
 from persona_rlhf.data.pairs import Message, PreferencePair
-from persona_rlhf.data.tokenize import UserRows, tokenize
+from persona_rlhf.data.tokenize import Row, UserRows, tokenize
 from persona_rlhf.evaluation.metrics import (
     Samples,
     clean_accuracy,
@@ -52,6 +53,7 @@ from persona_rlhf.simulation.users import Utility, properties, read_utilities
 from persona_rlhf.training.answer_features import scaled_features
 from persona_rlhf.training.cache import Reference, rows_ahead
 from persona_rlhf.training.engine import Engine
+from persona_rlhf.training.labelled_pairs import AnswerPool, answer_pool, with_labels
 from persona_rlhf.training.reward_basis import (
     Population,
     Posterior,
@@ -60,6 +62,7 @@ from persona_rlhf.training.reward_basis import (
     approximate,
     fit_basis,
     laplace,
+    load_basis,
 )
 
 COUNTS = (0, 1, 3, 5, 10, 20, 40, 80)
@@ -70,9 +73,10 @@ RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # prior variances of individual rew
 TUNED = 40  # users on which the variance is chosen; none of them is reported
 TRIES = 3  # answers of the pool, of which the user's reward picks one, against a further answer
 WON = 200  # prompts of the pool on which that is judged
-DRAWN = 240  # prompts of the pool whose answers the user's posterior ranks
-TRAINING = DpoSettings(learning_rate=4e-3)  # as configs/quickstart.yaml
+DPO = DpoSettings(learning_rate=4e-3)  # plain DPO of 80 pairs, as before there was a basis
 LORA = LoraSettings(layers=TopLayers(top=0.25))
+SHIPPED = DpoSettings(learning_rate=1e-2, epochs=1, beta=0.3)  # as configs/quickstart.yaml
+LABELLED = 160  # pairs of the base's answers that the posterior labels
 
 
 class Choices(NamedTuple):
@@ -295,11 +299,24 @@ def measure_calibration(
         cells.add(part="calibration", **setting, pairs=count, bins=json.dumps(means))
 
 
-def preferred(row: dict[str, Any], number: int, weight: float = 1.0) -> PreferencePair:
+def preferred(row: dict[str, Any], number: int) -> PreferencePair:
     """A row of data/users as a pair in memory."""
     texts, message = (row["chosen"], row["rejected"]), (Message("user", row["prompt"]),)
     split, clean = row["split"], row["clean_choice"]
-    return PreferencePair(row["user_id"], message, *texts, f"{number}", None, None, weight, split, clean, "", number)
+    return PreferencePair(row["user_id"], message, *texts, f"{number}", None, None, 1.0, split, clean, "", number)
+
+
+def base_answers(adapted: AdaptedModel, pool: Sequence[SampledPrompt], basis: RewardBasis, seed: int) -> AnswerPool:
+    """Pairs of different answers to some prompts of the pool."""
+    prompts = Random(f"{seed} labelled").sample(list(pool), LABELLED)
+    rows = [
+        {"user_id": "", "prompt": prompt.prompt, "chosen": first, "rejected": second, "split": "train"}
+        for prompt in prompts
+        for first, second in combinations(prompt.answers, 2)
+    ]
+    pairs = [preferred(row | {"clean_choice": None}, number) for number, row in enumerate(rows)]
+    [tokenized] = tokenize(pairs, adapted.base.tokenizer, adapted.base.context)
+    return answer_pool(basis, tokenized.train)
 
 
 def measure_adapters(
@@ -308,46 +325,36 @@ def measure_adapters(
     """The 24 clean users of data/users: adapters of DPO, and of the reward basis, with the same engine and settings."""
     seed = options.seeds[0]
     utilities = {name: u for name, u in read_utilities(find("data/users/utilities.yaml")).items() if not u.poisoned}
-    world, setting = World(pool, seed), {"seed": seed, "population": options.population}
-    tastes = draw_tastes(options.population, pool, PAIRS, seed + 1000)
-    basis = fit_basis(world.features, world.population(tastes, seed), seed=seed)
-    coordinates = basis.coordinates(world.rows)
+    people = options.population if options.basis is None else options.basis.name
+    world, setting = World(pool, seed), {"seed": seed, "population": people}
+    if options.basis is None:
+        tastes = draw_tastes(options.population, pool, PAIRS, seed + 1000)
+        basis = fit_basis(world.features, world.population(tastes, seed), seed=seed)
+    else:
+        basis = load_basis(options.basis)
     rows = [row for row in users_rows() if row["user_id"] in utilities]
+    answers = base_answers(adapted, pool, basis, seed)
 
     def posterior_of(user_id: str, count: int) -> Posterior:
         train = [row for row in rows if row["user_id"] == user_id and row["split"] == "train"][:count]
         chosen, rejected = (basis.coordinates(basis.features([r[c] for r in train])) for c in ("chosen", "rejected"))
         return basis.posterior(chosen - rejected)
 
-    def drawn_pairs(user_id: str, count: int) -> Iterator[PreferencePair]:
-        """The best and the worst of a prompt's answers by the user's posterior, weighted by its confidence."""
-        posterior, rng = posterior_of(user_id, count), Random(f"{seed} drawn {user_id}")
-        for number, prompt in enumerate(rng.sample(world.pool, DRAWN)):
-            places = [world.place[text] for text in prompt.answers]
-            rewards = coordinates[places] @ posterior.mean
-            top, bottom = int(rewards.argmax()), int(rewards.argmin())
-            gap = coordinates[places[top]] - coordinates[places[bottom]]
-            weight = 2 * float(posterior.probability(gap[None])) - 1
-            if weight > 0.05:
-                row = {"user_id": user_id, "prompt": prompt.prompt, "split": "train", "clean_choice": None}
-                row |= {"chosen": prompt.answers[top], "rejected": prompt.answers[bottom]}
-                yield preferred(row, 1000 + number, weight)
-
     samples = Samples(adapted, 128, seed)
     for count in options.pairs:
-        real = [preferred(row, number) for user in utilities for number, row in enumerate(kept_rows(rows, user, count))]
-        drawn = [pair for user in utilities for pair in drawn_pairs(user, count)]
         name = f"reward basis, best of {TRIES}"
         if cells.missing(part="adapters", **setting, method=name, pairs=count):
             posteriors = {user: posterior_of(user, count) for user in utilities}
             figures = best_of(world, rows, posteriors, basis, utilities, seed)
             cells.add(part="adapters", **setting, method=name, pairs=count, users=len(utilities), **figures)
-        sets = {"DPO": real, "reward basis to adapter": real + drawn}
-        for name, pairs in sets.items():
+        pairs = [preferred(r, number) for user in utilities for number, r in enumerate(kept_rows(rows, user, count))]
+        plain = tokenize(pairs, adapted.base.tokenizer, adapted.base.context)
+        labelled = [with_labels(user, basis, answers)[0] for user in plain]
+        methods = {"DPO": (plain, DPO, ()), "reward basis to adapter": (labelled, SHIPPED, answers.distinct_rows)}
+        for name, (users, settings, shared) in methods.items():
             if cells.missing(part="adapters", **setting, method=name, pairs=count):
                 started = time.process_time()
-                users = tokenize(pairs, adapted.base.tokenizer, adapted.base.context)
-                adapters = train(adapted, users, seed)
+                adapters = train(adapted, users, settings, seed, shared)
                 seconds = round((time.process_time() - started) / len(users), 2)
                 cells.add(
                     part="adapters", **setting, method=name, pairs=count, users=len(users),
@@ -362,11 +369,13 @@ def kept_rows(rows: Sequence[dict[str, Any]], user_id: str, count: int) -> Itera
     yield from islice((row for row in own_rows if row["split"] == "train"), count)
 
 
-def train(adapted: AdaptedModel, users: Sequence[UserRows], seed: int) -> Float[Tensor, "users params"]:
-    """One adapter per user, by the training loop, without constraint."""
+def train(
+    adapted: AdaptedModel, users: Sequence[UserRows], dpo: DpoSettings, seed: int, shared: Sequence[Row] = ()
+) -> Float[Tensor, "users params"]:
+    """One adapter per user, by the training loop, without constraint; `shared` are the rows of labelled pairs."""
     reference = Reference(adapted)
     reference.add(rows_ahead(adapted, users))
-    engine = Engine(adapted, users, reference, None, TRAINING, FleetSettings(slots=8), seed)
+    engine = Engine(adapted, users, reference, None, dpo, FleetSettings(slots=8), seed, pool=shared)
     trained = {user.user_id: user.adapter for user in engine.run()}
     return torch.stack([adapter for user in users if (adapter := trained[user.user_id]) is not None])
 
@@ -455,6 +464,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=6000, help="prompts drawn for the pool; repeated ones go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--population", type=int, default=1400, help="users that the basis is fitted on")
+    parser.add_argument("--basis", type=Path, help="adapters: a fitted basis, in place of a population")
     parser.add_argument("--users", type=int, default=200, help="unseen users a seed")
     parser.add_argument("--pairs", type=int, nargs="+", default=[80], help="real pairs of an adapter's user")
     options = parser.parse_args()

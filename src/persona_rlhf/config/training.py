@@ -194,7 +194,7 @@ class BasisSettings(Section):
         description="JSON lines of ordinary prompts that the base answers once for all users; none may be a user's.",
     )
     pairs: int = Field(
-        300, ge=1, description="Labelled pairs of a user at most, one a prompt; each is seen once, whatever the epochs."
+        160, ge=1, description="Labelled pairs of a user at most, one a prompt; each is seen once, whatever the epochs."
     )
 
 
