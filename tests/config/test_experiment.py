@@ -227,3 +227,9 @@ def test_the_configs_of_hub_models_load(file):
     materials = read_inputs(config)
     assert len(materials.policy.probes("certify")) == 1224
     assert materials.pairs.users > 0
+
+
+def test_the_quickstart_with_a_basis_differs_in_how_pairs_teach_alone():
+    plain, shared = (read_config(f"configs/{name}.yaml") for name in ("quickstart", "quickstart_basis"))
+    assert shared.basis is not None
+    assert shared.model_copy(update={"basis": None, "dpo": plain.dpo}) == plain
