@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Makes data/basis: prompts for the base, and a reward basis of users with drawn tastes; none is a user of data/users.
+"""Makes prompts for the base, and a reward basis of users with drawn tastes, as in data/basis; none is of data/users.
 
-    python scripts/make_basis.py    # 1,400 users, about 75 pairs each; some ten minutes on one core
+    python scripts/make_basis.py --out /tmp/basis    # 1,400 users, about 75 pairs each; some twenty minutes on one core
 
 The prompts are ordinary ones of the bundled world; none is a prompt of data/users or a probe. The users' pairs are made
 by `generate_users.py` in a temporary folder, those of prompts of data/users are left out, and `persona-rlhf basis fit`
@@ -45,9 +45,9 @@ def leave_out(prompts: set[str], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data/basis"), help="folder to write to")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--users", type=int, default=1400)
-    parser.add_argument("--pool", type=int, default=6000, help="prompts that the users' pairs are drawn from")
+    parser.add_argument("--pool", type=int, default=3000, help="prompts that the users' pairs are drawn from, at most")
     parser.add_argument("--prompts", type=int, default=1000, help="prompts for the base")
     parser.add_argument("--seed", type=int, default=41)
     options = parser.parse_args()
