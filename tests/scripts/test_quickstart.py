@@ -58,7 +58,7 @@ def test_a_processor_that_multiplies_bfloat16_does_so(place):
 
 def test_the_tiny_run_begins_anew(place):
     for _ in range(2):
-        assert quickstart(place) == (0, ["train configs/quickstart.yaml --run runs/quickstart"])
+        assert quickstart(place) == (0, ["train configs/quickstart_basis.yaml --run runs/quickstart"])
 
 
 @pytest.mark.parametrize("arguments", [["--users", "8"], ["--real", "--users", "9"], ["--real", "--users"], ["--help"]])

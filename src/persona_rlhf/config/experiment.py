@@ -179,7 +179,7 @@ class Config(Section):
     screening: ScreeningSettings = ScreeningSettings()
     lora: LoraSettings = LoraSettings()
     dpo: DpoSettings = DpoSettings()
-    basis: BasisSettings | None = None
+    basis: BasisSettings | None = Field(None, description="A reward that users share, for few pairs; null is none.")
     constraint: ConstraintSettings = ConstraintSettings()
     gate: GateSettings = GateSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
