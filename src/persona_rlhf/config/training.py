@@ -191,7 +191,7 @@ class BasisSettings(Section):
     prompts: ExistingPath = Field(
         Path("data/basis/prompts.jsonl"),
         validate_default=True,
-        description="Advanced: JSON lines of ordinary prompts that the base answers once for all users; none may be a user's.",
+        description="Advanced: JSON lines of ordinary prompts that the base answers once; none may be a user's.",
     )
     pairs: int = Field(
         160, ge=1, description="Labelled pairs of a user at most, one a prompt; each is seen once, whatever the epochs."
