@@ -28,6 +28,7 @@ from tests.models.tiny import constraint_bank, random_flat, tiny_base, user_rows
 
 machine = enable()
 
+LORA = LoraSettings(rank=4)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 LAUNCHES_PER_LAYER = 221
 """Kernels of a training step in one layer of a Llama, all its linear layers adapted."""
@@ -39,17 +40,16 @@ def base_on(device, dtype=torch.bfloat16, **shape):
     return base
 
 
-def engine_on(base, users=4, constrained=True, slots=None, **dpo):
-    adapted, bank = AdaptedModel(base, LoraSettings(rank=4)), constraint_bank() if constrained else None
+def engine_on(base, users=4, constrained=True, slots=None, lora=LORA, fleet=None, **dpo):
+    adapted, bank = AdaptedModel(base, lora), constraint_bank() if constrained else None
     people = [user_rows(f"user {n}", 8, seed=n, even=True) for n in range(users)]
     if "early_stop" in dpo:
         people = [user._replace(train=user.train[:6], deciding=user.train[6:]) for user in people]
     reference = Reference(adapted)
     reference.add(rows_ahead(adapted, people, bank.rows() if bank else ()))
     constraint = None if bank is None else constraint_of(bank, ConstraintSettings(), 0)
-    return Engine(
-        adapted, people, reference, constraint, DpoSettings(epochs=2, **dpo), FleetSettings(slots=slots or users), 0
-    )
+    fleet = FleetSettings(slots=slots or users, **(fleet or {}))
+    return Engine(adapted, people, reference, constraint, DpoSettings(epochs=2, **dpo), fleet, 0)
 
 
 def step_of(users=4, layers=2, **options):
@@ -77,7 +77,7 @@ def test_a_fleet_trains_on_the_second_gpu_as_on_the_cpu():
 
 
 def test_no_fast_path_is_lost_in_bfloat16():
-    adapted = AdaptedModel(base_on(CUDA), LoraSettings(rank=4))
+    adapted = AdaptedModel(base_on(CUDA), LORA)
     assert adapted.packs_rows
     assert adapted._split is not None
     assert adapted.patch is not None
@@ -100,6 +100,15 @@ def test_a_step_waits_for_the_device_once_and_never_for_a_copy_to_it(users):
     watch = step_of(users)
     assert (watch.h2d, watch.blocking) == (4, 0), watch.places
     assert (watch.d2h, watch.waits) == (1, 0), watch.places
+
+
+def test_states_on_disk_are_copied_once_a_user_and_never_waited_for():
+    """Hidden states below the adapters that memory has no room for: of the user's pairs, and of the shared rows."""
+    lora = LoraSettings(rank=4, layers={"top": 0.5})
+    watch = step_of(4, lora=lora, fleet={"trunk_cache": 0, "trunk_disk": 64})
+    assert watch.blocking == 0, watch.places
+    assert watch.h2d == 4 + 2 * 4, watch.places
+    assert step_of(4, lora=lora).h2d == 4
 
 
 def test_early_stopping_scores_all_users_at_once():
@@ -134,7 +143,7 @@ def test_a_step_that_does_not_fit_is_taken_in_parts(share):
 
 
 def test_a_pass_that_did_not_fit_is_tried_once():
-    adapted = AdaptedModel(base_on(CUDA, torch.float32), LoraSettings(rank=4))
+    adapted = AdaptedModel(base_on(CUDA, torch.float32), LORA)
     rows = [[pair.chosen for n in range(4) for pair in user_rows("a", 8, seed=n).train]]
     whole, before, held = adapted.score(rows), adapted.tokens_per_pass, machine.held()
     machine.reset_peak()
@@ -153,7 +162,7 @@ def test_a_pass_that_did_not_fit_is_tried_once():
 
 
 def test_answers_that_did_not_fit_are_written_in_smaller_passes():
-    adapted = AdaptedModel(base_on(CUDA, torch.float32), LoraSettings(rank=4))
+    adapted = AdaptedModel(base_on(CUDA, torch.float32), LORA)
     prompts, before = [[tuple(range(2, 12 + n)) for n in range(32)]], adapted.tokens_per_generation
     whole, held = adapted.generate(prompts, 16), machine.held()
     machine.reset_peak()
@@ -166,7 +175,7 @@ def test_answers_that_did_not_fit_are_written_in_smaller_passes():
 def test_greedy_scores_need_no_more_memory_than_scores(monkeypatch):
     monkeypatch.setattr("persona_rlhf.models.model_split._MIN_TOKENS", 8)
     monkeypatch.setattr("persona_rlhf.models.model_split._MAX_LOGITS", {"cpu": 1 << 24, "cuda": 1 << 16})
-    adapted = AdaptedModel(base_on(CUDA, vocabulary=8_000), LoraSettings(rank=4))
+    adapted = AdaptedModel(base_on(CUDA, vocabulary=8_000), LORA)
     rows = [[pair.chosen for pair in user_rows("a", 32, seed=0).train]]
     peaks = {}
     for name in ("score", "score_greedy"):
@@ -181,10 +190,10 @@ def test_greedy_scores_need_no_more_memory_than_scores(monkeypatch):
 def test_a_small_gpu_has_smaller_passes():
     base = base_on(CUDA)
     with machine.memory(16 << 30):
-        adapted = AdaptedModel(base, LoraSettings(rank=4))
+        adapted = AdaptedModel(base, LORA)
     assert adapted.tokens_per_pass == 26_214
     adapted.close()
-    assert AdaptedModel(base, LoraSettings(rank=4)).tokens_per_pass == 131_072
+    assert AdaptedModel(base, LORA).tokens_per_pass == 131_072
 
 
 @pytest.mark.parametrize(
@@ -202,7 +211,7 @@ def prompts_of(count):
 
 def test_a_decoding_step_reads_nothing_and_eight_are_read_at_once():
     """The host waits for no step of the model: it asks for tokens once in eight."""
-    adapted = AdaptedModel(base_on(CUDA), LoraSettings(rank=4))
+    adapted = AdaptedModel(base_on(CUDA), LORA)
     with torch.no_grad(), adapted.using(random_flat(adapted, 4)):
         steps = decode(adapted.base, 4, prompts_of(4), lambda logits, _: logits.argmax(-1), [False] * 4, block=8)
         for _ in range(8):
@@ -218,7 +227,7 @@ def test_answers_are_those_of_a_cpu(temperature):
     """Also those that end within eight tokens, or at a limit that is no multiple of eight."""
     answers = {}
     for device in (CPU, CUDA):
-        adapted = AdaptedModel(base_on(device, torch.float32), LoraSettings(rank=4))
+        adapted = AdaptedModel(base_on(device, torch.float32), LORA)
         with adapted.using(random_flat(adapted, 2)):
             prompts = [prompts_of(5), prompts_of(3)]
             answers[device.type] = adapted.generate(prompts, 21, temperature, seed=3)
@@ -226,7 +235,7 @@ def test_answers_are_those_of_a_cpu(temperature):
 
 
 def test_the_server_samples_with_one_read_a_token():
-    adapted = AdaptedModel(base_on(CUDA), LoraSettings(rank=4))
+    adapted = AdaptedModel(base_on(CUDA), LORA)
     engine = BatchingEngine(adapted)
     try:
         sampling = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=1)
@@ -243,7 +252,7 @@ def test_the_server_samples_with_one_read_a_token():
 def test_uneven_users_share_a_step_within_the_token_budget():
     """No pass has more tokens than the budget, with padding; users of a step are trained in several passes."""
     base = base_on(CUDA, torch.float32)
-    adapted, fleet = AdaptedModel(base, LoraSettings(rank=4)), FleetSettings(tokens_per_step=400)
+    adapted, fleet = AdaptedModel(base, LORA), FleetSettings(tokens_per_step=400)
     people = [user_rows(f"user {n}", 8, seed=n) for n in range(12)]
     reference = Reference(adapted)
     reference.add(rows_ahead(adapted, people))

@@ -26,6 +26,7 @@ from persona_rlhf.common.files import atomic_path, naming_full_disk
 from persona_rlhf.data.erasure import Trace
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, both_rows
 from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.device import to_device
 from persona_rlhf.models.model_split import HiddenStates
 
 
@@ -188,6 +189,14 @@ class DiskStates(Mapping[Row, Float[Tensor, "_tokens hidden"]]):
     def __getitem__(self, row: Row) -> Float[Tensor, "_tokens hidden"]:
         return self._states[self._places[row]].to(self._device)
 
+    def of(self, rows: Iterable[Row]) -> HiddenStates:
+        """The states of those of `rows` that are here, read at once: a GPU gets them in one copy."""
+        here = [row for row in dict.fromkeys(rows) if row in self]
+        return dict(zip(here, to_device([self._states[self._places[row]] for row in here], self._device), strict=True))
+
+    def __contains__(self, row: object) -> bool:
+        return row in self._places
+
     def __iter__(self) -> Iterator[Row]:
         return iter(self._places)
 
@@ -239,7 +248,9 @@ class HiddenStateCache:
         if shared is None:
             of_pool = [row for row in both_rows(pairs) if row not in user]
             shared = self._adapted.prefix_states([*constraint_rows, *of_pool])
-        return ChainMap(user, shared)  # type: ignore[arg-type]  # it is only read
+        rows = [*both_rows(pairs), *constraint_rows]
+        read = [states.of(rows) if isinstance(states, DiskStates) else states for states in (user, shared)]
+        return ChainMap(*read)  # type: ignore[arg-type]  # it is only read
 
     def _kept(self, rows: Sequence[Row], parts: int) -> HiddenStates | None:
         size = self._adapted.prefix_bytes(rows)
