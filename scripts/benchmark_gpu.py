@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The fleet on a GPU, on models of a real size with random weights: against TRL, and against what the device can do.
 
-python scripts/benchmark_gpu.py                                  # every shape that is shipped, a JSON line each
+python scripts/benchmark_gpu.py --out gpu.jsonl                  # every shape that is shipped, a JSON line each
 python scripts/benchmark_gpu.py --shapes smollm2-135m --rounds 5
 python scripts/benchmark_gpu.py --shapes llama-3.2-1b --users 16 --left-out "TRL, precomputed reference"
 
@@ -10,6 +10,8 @@ A shape comes with the work that is asked of it: many short pairs for small base
 after the device has done all it was given. `flops` counts one step by the model's shape (shared prompts once) and sets
 what the fleet's steps reach against a large dense product in the base's type, measured in the same process. Time for a
 thousand users is the fleet's seconds a user, a thousand times. Without a GPU it says so and measures nothing.
+A shape takes about `--minutes` at most: it has fewer rounds then. Shapes that `--out` has already are not measured
+again. At the end comes a table of all of them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import json
 import sys
 import time
 from itertools import pairwise
+from math import inf
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -99,17 +103,37 @@ def _dense(work: Workload, side: int = 8192) -> float:
 
 
 def measure(
-    config: PreTrainedConfig, task: Task, rounds: int, left_out: list[str], device: torch.device
+    config: PreTrainedConfig,
+    task: Task,
+    rounds: int,
+    left_out: list[str],
+    device: torch.device,
+    minutes: float = inf,
 ) -> dict[str, Any]:
     """One shape, JSON-ready."""
     work = work_of(config, task, device)
     found = {"shape": task.shape, "parameters": work.base.model.num_parameters(), **task._asdict()}
-    found |= compare(work, rounds, left_out)
+    found |= compare(work, rounds, left_out, seconds=60 * minutes)
     [fleet] = [row for row in found["rows"] if row["contender"] == FLEET]
     found |= flops(work, config)
     found["share_of_dense"] = found["step_teraflops"] / found["dense_teraflops"]
     found["minutes_of_1000_users"] = fleet["seconds_per_user"] * 1000 / 60
     return found | {"peak_gib": most_held(device) / 2**30}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The shapes as a table for docs/explanation/performance.md."""
+    lines = [
+        "| shape | rounds | TRL's best over the fleet | s a user | share of the dense rate | 1,000 users | peak, GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        [fleet] = [each for each in row["rows"] if each["contender"] == FLEET]
+        lines.append(
+            f"| {row['shape']} | {row['rounds']} | {row['ratio']:.2f} | {fleet['seconds_per_user']:.2f} | "
+            f"{row['share_of_dense']:.0%} | {row['minutes_of_1000_users']:.0f} min | {row['peak_gib']:.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -120,21 +144,33 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contender; medians are over them")
     parser.add_argument("--users", type=int, help="users side by side, in the place of the task's number")
     parser.add_argument("--left-out", nargs="+", choices=CONTENDERS, default=[], metavar="CONTENDER")
+    parser.add_argument("--minutes", type=float, default=10.0, help="most minutes of a shape, about")
+    parser.add_argument("--out", type=Path, help="file for the JSON lines; shapes that it has are left out")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         print("There is no GPU here that torch can use, so nothing was measured.", file=sys.stderr)
         return 2
     device = torch.device("cuda")
     shapes = json.loads(find("data/shapes.json").read_text())
+    done: list[dict[str, Any]] = []
+    if asked.out is not None and asked.out.exists():
+        done = [json.loads(line) for line in asked.out.read_text().splitlines()]
     for name in asked.shapes:
+        if TASKS[name].shape in {row["shape"] for row in done}:
+            continue
         task = TASKS[name]._replace(**({"users": asked.users} if asked.users else {}))
         config = AutoConfig.for_model(**shapes[task.shape], eos_token_id=1, pad_token_id=0, bos_token_id=None)
         started = time.perf_counter()
-        found = measure(config, task, asked.rounds, asked.left_out, device)
+        found = measure(config, task, asked.rounds, asked.left_out, device, asked.minutes)
         found |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+        done.append(found)
         print(json.dumps(found), flush=True)
+        if asked.out is not None:
+            with asked.out.open("a") as lines:
+                lines.write(json.dumps(found) + "\n")
         print(f"{name}: {found['ratio']:.2f}x, {time.perf_counter() - started:.0f} s", file=sys.stderr)
         torch.cuda.empty_cache()
+    print(table(done), file=sys.stderr)
     return 0
 
 

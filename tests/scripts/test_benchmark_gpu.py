@@ -25,7 +25,9 @@ def test_a_shape_is_measured_whole(script):
     work = script.work_of(config, task, torch.device("cpu"))
     lengths = {(len(row.chosen.prompt), len(row.rejected.completion)) for user in work.users for row in user.train}
     assert lengths == {(9, 8)}, "an end token on top"
-    found = script.measure(config, task, 1, LEFT_OUT, torch.device("cpu"))
+    found = script.measure(config, task, 3, LEFT_OUT, torch.device("cpu"), minutes=0)
+    assert found["rounds"] == 1, "no time for a second one"
+    assert f"| toy | 1 | {found['ratio']:.2f} |" in script.table([found])
     assert {row["contender"] for row in found["rows"]} == {
         FLEET, "TRL, reference in every step", "TRL, shared reference columns"
     }  # fmt: skip
@@ -51,3 +53,23 @@ def test_without_a_gpu_it_says_so(script, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert script.main() == 2
     assert "no GPU" in capsys.readouterr().err
+
+
+def test_shapes_that_are_measured_are_not_measured_again(script, capsys, monkeypatch, tmp_path):
+    names, out = [], tmp_path / "gpu.jsonl"
+    row = {"rows": [{"contender": FLEET, "seconds_per_user": 1.0}], "ratio": 2.0, "rounds": 5, "share_of_dense": 0.4}
+
+    def measured(_, task, *__):
+        names.append(task.shape)
+        return row | {"shape": task.shape, "minutes_of_1000_users": 16.7, "peak_gib": 3.0}
+
+    monkeypatch.setattr(script, "measure", measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for shapes in (["smollm2-135m"], ["smollm2-135m", "qwen3-0.6b"]):
+        monkeypatch.setattr("sys.argv", ["benchmark_gpu.py", "--out", str(out), "--shapes", *shapes])
+        assert script.main() == 0
+    assert names == [script.TASKS["smollm2-135m"].shape, script.TASKS["qwen3-0.6b"].shape]
+    assert len(out.read_text().splitlines()) == 2
+    assert capsys.readouterr().err.count("| 2.00 |") == 1 + 2

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Sequence
+from math import inf
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -67,9 +69,17 @@ def bench(
 
 
 def compare(
-    work: Workload, rounds: int, left_out: Collection[str] = (), log: Callable[[str], None] = lambda _: None
+    work: Workload,
+    rounds: int,
+    left_out: Collection[str] = (),
+    log: Callable[[str], None] = lambda _: None,
+    seconds: float = inf,
 ) -> dict[str, Any]:
-    """Times every contender except those `left_out` on any workload; JSON-ready (see `bench`)."""
+    """Times every contender except those `left_out` on any workload; JSON-ready (see `bench`).
+
+    No round begins that would end after so many `seconds`, by the longest one so far; the first one always does.
+    """
+    started, longest = perf_counter(), 0.0
     keep_large_blocks()
     threads, device, users = torch.get_num_threads(), work.base.device, len(work.users)
     if device.type == "cpu":
@@ -86,9 +96,13 @@ def compare(
         }
         timings: dict[str, list[BenchmarkRound]] = {name: [] for name in contenders if name not in left_out}
         for turn in range(rounds):
+            begun = perf_counter()
+            if turn and begun + longest > started + seconds:
+                break
             for name in _turned(list(timings), turn):
                 log(f"round {turn + 1} of {rounds}: {name}")
                 timings[name].append(contenders[name](turn))
+            longest = max(longest, perf_counter() - begun)
         rows = _rows(work, timings)
     finally:
         torch.set_num_threads(threads)
@@ -101,7 +115,7 @@ def compare(
         "users": users,
         "pairs": len(work.users[0].train),
         "epochs": work.dpo.epochs,
-        "rounds": rounds,
+        "rounds": len(next(iter(timings.values()))),
         "rows": rows,
     }
 
