@@ -1,6 +1,6 @@
 // A pretended CUDA device for CPU builds of torch. Its tensors say "cuda:N" and lie in host memory.
 //
-// An operation that total be a kernel on a GPU is computed by the CPU's kernel on the same memory, and counted.
+// An operation that would be a kernel on a GPU is computed by the CPU's kernel on the same memory, and counted.
 // As on a GPU, operands on different devices are refused and memory is limited. Every transfer and every wait of the
 // host is reported to a Python callback, which can look at the Python stack.
 //
@@ -36,7 +36,7 @@ std::atomic<int64_t> held_bytes[MAX_DEVICES], peak_bytes[MAX_DEVICES], launches{
 std::atomic<bool> by_name{false};
 std::atomic<int> paused{0};
 std::mutex lock;
-std::map<std::string, int64_t> names, traffic;  // launches, and bytes read and written, by operation
+std::map<std::string, int64_t> names;  // launches by operation
 PyObject* listener = nullptr;  // callable(kind, bytes, blocking)
 
 void report(const char* kind, int64_t bytes, bool blocking) {
@@ -247,7 +247,7 @@ Tensor& copy(Tensor& self, const Tensor& from, bool non_blocking) {
   if (self.is_cuda() && from.is_cuda()) {
     if (!paused) ++d2d, ++launches;
     if (self.device() != from.device()) report("p2p", bytes, !non_blocking);
-    if (by_name && !paused) { std::lock_guard<std::mutex> guard(lock); ++names["aten::copy_"]; traffic["aten::copy_"] += bytes + self.nbytes(); }
+    if (by_name && !paused) { std::lock_guard<std::mutex> guard(lock); ++names["aten::copy_"]; }
   } else if (self.is_cuda()) {
     ++h2d;
     if (from.dtype() != self.dtype()) ++launches;  // converted on the device
@@ -334,8 +334,6 @@ void fallback(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* 
       v = made;
     } else if (v.isDevice()) v = Device(DeviceType::CPU);
   }
-  int64_t touched = 0;
-  for (auto& pair : aliases) touched += pair.first.nbytes();
   op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
   const size_t results = schema.returns().size(), first = stack->size() - results;
   for (auto& [device_side, host_side] : aliases)  // `out=` that was resized
@@ -349,7 +347,6 @@ void fallback(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* 
     for (auto& [device_side, host_side] : aliases)
       TORCH_CHECK(!t.has_storage() || t.storage().unsafeGetStorageImpl() != host_side.storage().unsafeGetStorageImpl() || !t.nbytes(),
                   name, " gives a view, which the pretended GPU has no kernel for");
-    touched += t.nbytes();
     return as_device(t, *device);
   };
   for (size_t n = first; n < stack->size(); ++n) {
@@ -357,7 +354,6 @@ void fallback(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* 
     if (v.isTensor()) v = back(v.toTensor());
     else if (v.isTensorList()) { std::vector<Tensor> made; for (const Tensor& t : v.toTensorVector()) made.push_back(back(t)); v = c10::List<Tensor>(made); }
   }
-  if (by_name && !paused) { std::lock_guard<std::mutex> guard(lock); traffic[name] += touched; }
 }
 
 py::dict counts() {
@@ -401,9 +397,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("counts", &counts);
-  m.def("zero", [] { launches = h2d = d2h = d2d = waits = items = 0; std::lock_guard<std::mutex> guard(lock); names.clear(); traffic.clear(); });
+  m.def("zero", [] { launches = h2d = d2h = d2d = waits = items = 0; std::lock_guard<std::mutex> guard(lock); names.clear(); });
   m.def("names", [] { std::lock_guard<std::mutex> guard(lock); return names; });
-  m.def("traffic", [] { std::lock_guard<std::mutex> guard(lock); return traffic; });
   m.def("by_name", [](bool on) { by_name = on; });
   m.def("set_limit", [](int64_t n) { limit = n; });
   m.def("limit", [] { return limit.load(); });
