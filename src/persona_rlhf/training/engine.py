@@ -228,12 +228,14 @@ class Engine:
                     with self.adapted.using(learning):
                         inputs = pairs[part], samples[part], self.constraint, duals[part], self.dpo, states[part]
                         pieces = self.pieces if len(learning) == 1 else 1
-                        of_pieces = [
-                            (self.gradient(loss, learning), detached(loss))
-                            for loss in step_pieces(pieces, self.adapted, self.reference, *inputs)
-                        ]
-                    gradients.append(sum((gradient for gradient, _ in of_pieces[1:]), of_pieces[0][0]))
-                    losses.append(summed([loss for _, loss in of_pieces]))
+                        of_pieces = step_pieces(pieces, self.adapted, self.reference, *inputs)
+                        loss = next(of_pieces)
+                        gradient, parts = self.gradient(loss, learning), [detached(loss)]
+                        for loss in of_pieces:
+                            gradient += self.gradient(loss, learning)
+                            parts.append(detached(loss))
+                    gradients.append(gradient)
+                    losses.append(summed(parts))
                 except Exception as fault:
                     if not is_out_of_memory(fault):
                         raise

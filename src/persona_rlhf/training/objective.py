@@ -86,6 +86,8 @@ def _heldout_loss(
 
 def summed(losses: Sequence[StepLoss]) -> StepLoss:
     """The loss of a step from those of its pieces (see `step_pieces`); the last piece has the constraint's figures."""
+    if len(losses) == 1:
+        return losses[0]
     return losses[-1]._replace(
         dpo=torch.stack([loss.dpo for loss in losses]).sum(0),
         margin=torch.stack([loss.margin for loss in losses]).sum(0),
