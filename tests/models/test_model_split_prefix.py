@@ -139,11 +139,12 @@ def test_a_fleet_trains_the_same_with_and_without_room_for_states():
 def test_states_that_memory_has_no_room_for_are_found_on_disk(monkeypatch):
     users, made = [user_rows(f"u{n}", 6, n) for n in range(3)], []
 
-    def spilled(*args):
-        made.append(DiskStates(*args))
-        return made[-1]
+    class Spilled(DiskStates):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
 
-    monkeypatch.setattr(cache, "DiskStates", spilled)
+    monkeypatch.setattr(cache, "DiskStates", Spilled)
     kept, reread = _train(users, 64), _train(users, 0, trunk_disk=64)
     assert len(made) == 4  # the bank's and each user's
     for user_id, adapter in kept.items():
