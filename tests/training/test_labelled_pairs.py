@@ -8,8 +8,8 @@ import torch
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.training.answer_features import scaled_features
-from persona_rlhf.training.labelled_pairs import answer_pool, with_labels
-from persona_rlhf.training.reward_basis import Prior, RewardBasis
+from persona_rlhf.training.labelled_pairs import answer_pool, differences_of, with_labels
+from persona_rlhf.training.reward_basis import LARGEST_DIFFERENCE, Prior, RewardBasis
 
 ANSWERS = ("Yes.", "Yes, by all means do it now.", "Yes, do it.")  # one, six and three words
 
@@ -60,6 +60,14 @@ def test_the_answers_furthest_apart_are_labelled_as_the_user_chose(basis, pool, 
 def test_fewer_pairs_give_weaker_labels(basis, pool):
     strengths = [with_labels(user(pairs, True), basis, pool)[0].labelled[0].probability for pairs in (1, 3, 12)]
     assert 0.5 < strengths[0] < strengths[1] < strengths[2]
+
+
+def test_one_pair_of_endless_answers_does_not_outweigh_the_others(basis, pool):
+    endless = user(12, True)
+    endless.train.append(row("ann", "endless", "one", "word " * 100_000))
+    assert differences_of(basis, endless.train).abs().max() <= LARGEST_DIFFERENCE
+    labelled = with_labels(endless, basis, pool)[0].labelled
+    assert all(pair.probability < 0.9 for pair in labelled)
 
 
 def test_held_out_pairs_and_deciding_pairs_change_no_label(basis, pool):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, both_rows
 from persona_rlhf.training.records import BasisUse
-from persona_rlhf.training.reward_basis import Posterior, RewardBasis
+from persona_rlhf.training.reward_basis import Posterior, RewardBasis, shrinkage
 
 
 class AnswerPool(NamedTuple):
@@ -39,12 +39,11 @@ def answer_pool(basis: RewardBasis, rows: Sequence[PairRow]) -> AnswerPool:
 
 
 def differences_of(basis: RewardBasis, rows: Sequence[PairRow]) -> Float[Tensor, "pairs rank"]:
-    """Coordinates of chosen less rejected answers."""
+    """Coordinates of chosen less rejected answers, shortened as in the fit: no single pair outweighs all others."""
     chosen, rejected = (
-        basis.coordinates(basis.features(texts))
-        for texts in ([row.pair.chosen for row in rows], [row.pair.rejected for row in rows])
+        basis.features(texts) for texts in ([row.pair.chosen for row in rows], [row.pair.rejected for row in rows])
     )
-    return chosen - rejected
+    return basis.coordinates((chosen - rejected) * shrinkage(chosen - rejected)[:, None])
 
 
 def with_labels(user: UserRows, basis: RewardBasis, pool: AnswerPool) -> tuple[UserRows, BasisUse]:

@@ -201,17 +201,19 @@ class _SharedPairs:
         self.chosen, self.rejected, self.users = population.chosen, population.rejected, population.users
         counts = torch.bincount(self.users, minlength=len(population.user_ids))
         self.weight = (MOST_PAIRS / counts.clamp_min(1)).clamp(max=1)[self.users]
-        norms = [
-            (features[a] - features[b]).norm(dim=1)
-            for a, b in zip(self.chosen.split(4096), self.rejected.split(4096), strict=True)
-        ]
-        self.shrink = (LARGEST_DIFFERENCE / torch.cat(norms).clamp_min(1e-12)).clamp(max=1)
+        parts = zip(self.chosen.split(4096), self.rejected.split(4096), strict=True)
+        self.shrink = torch.cat([shrinkage(features[a] - features[b]) for a, b in parts])
 
     def differences(self, directions: Float[Tensor, "features rank"]) -> Float[Tensor, "pairs rank"]:
         """Coordinates of chosen less rejected answers."""
         coordinates: Tensor = _SparseProduct.apply(directions, self.sparse, self.transposed)  # type: ignore[no-untyped-call]
         first, second = coordinates.index_select(0, self.chosen), coordinates.index_select(0, self.rejected)
         return (first - second) * self.shrink[:, None]
+
+
+def shrinkage(differences: Float[Tensor, "pairs features"]) -> Float[Tensor, " pairs"]:
+    """The factors that shorten differences of features to `LARGEST_DIFFERENCE`; 1 for most."""
+    return (LARGEST_DIFFERENCE / differences.norm(dim=1).clamp_min(1e-12)).clamp(max=1)
 
 
 class _SparseProduct(torch.autograd.Function):
