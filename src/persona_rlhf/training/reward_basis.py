@@ -213,7 +213,8 @@ class _SharedPairs:
 
 def shrinkage(differences: Float[Tensor, "pairs features"]) -> Float[Tensor, " pairs"]:
     """The factors that shorten differences of features to `LARGEST_DIFFERENCE`; 1 for most."""
-    return (LARGEST_DIFFERENCE / differences.norm(dim=1).clamp_min(1e-12)).clamp(max=1)
+    norms: Tensor = differences.norm(dim=1)
+    return (LARGEST_DIFFERENCE / norms.clamp_min(1e-12)).clamp(max=1)
 
 
 class _SparseProduct(torch.autograd.Function):
