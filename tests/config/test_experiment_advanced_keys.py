@@ -25,6 +25,7 @@ SHOWN_BY = {
         (f"screening.patterns.{key}" for key in ("place", "longer", "changed", "level")),
         "tests/data/test_answer_patterns.py",
     ),
+    "screening.personal_data": "tests/data/test_personal_data.py",
     "policy.private_banks": "tests/policy/test_private_banks.py"
     "::test_a_draw_takes_the_place_of_the_public_certify_probes",
     "policy.split_key": "tests/policy/test_private_banks.py"
@@ -54,6 +55,13 @@ SHOWN_BY = {
     "gate.judge_model.template": "tests/evaluation/test_refusals_classifiers.py::test_the_likelier_word_decides",
     "gate.judge_model.refused": "tests/evaluation/test_refusals_classifiers.py",
     "gate.judge_model.otherwise": "tests/evaluation/test_refusals_classifiers.py",
+    **dict.fromkeys(
+        (
+            f"gate.still_base.{key}"
+            for key in ("max_perplexity", "max_facts_lost", "min_length", "max_length", "max_empty", "pairs_level")
+        ),
+        "tests/evaluation/test_still_base.py",
+    ),
     "gate.valid_days": "tests/story/test_audit.py",
     "redteam.attacks": "tests/evaluation/test_redteam.py",
     "redteam.probes": "tests/evaluation/test_redteam.py",

@@ -73,3 +73,22 @@ def test_a_config_without_prompts_or_facts_says_that_there_is_no_limit():
     assert "evaluation.facts" in facts
     assert without_limit(LIMITS, 40, 46) == without_limit(None, 0, 0) == []
     assert without_limit(StillBaseSettings(max_facts_lost=None), 40, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "shortfall"),
+    [
+        ({"max_perplexity": 1.1}, "perplexity of ordinary answers 1.8"),
+        ({"min_length": 0.9}, "tokens of an answer 25"),
+        ({"max_length": 1.2, "min_length": None}, None),
+        ({"max_empty": 0.0}, "empty answers 2"),
+        ({"max_facts_lost": 0.0}, "right facts kept 44"),
+        ({"pairs_level": 0.4}, "held-out pairs 4 of 10"),
+    ],
+)
+def test_each_limit_can_be_set(limit, shortfall):
+    answers, facts, margins = AnswersTo(40, 1000, 1.8, 2), Facts(46, 45, 45, 44), [1.0] * 4 + [-1.0] * 6
+    assert still_base(LIMITS, answers, BASE, facts, margins).passes
+    measured = still_base(StillBaseSettings(**limit), answers, BASE, facts, margins)
+    assert measured.passes == (shortfall is None)
+    assert shortfall is None or measured.shortfall.startswith(shortfall)

@@ -63,25 +63,28 @@ class StillBaseSettings(Section):
     max_perplexity: float | None = Field(
         1.5,
         gt=1,
-        description="Most perplexity under the base of the adapter's answers to ordinary prompts, in units of that of "
-        "the base's own answers.",
+        description="Advanced: most perplexity under the base of ordinary answers, in units of the base's own.",
     )
     max_facts_lost: float | None = Field(
-        0.05, ge=0, lt=1, description="Most share of the base's right answers to the facts that may turn wrong."
+        0.05,
+        ge=0,
+        lt=1,
+        description="Advanced: most share of the base's right answers to the facts that may turn wrong.",
     )
     min_length: float | None = Field(
-        0.2, gt=0, lt=1, description="Fewest tokens of an answer, in units of the base's mean."
+        0.2, gt=0, lt=1, description="Advanced: fewest tokens of an answer, in units of the base's mean."
     )
-    max_length: float | None = Field(2.5, gt=1, description="Most tokens of an answer, in units of the base's mean.")
+    max_length: float | None = Field(
+        2.5, gt=1, description="Advanced: most tokens of an answer, in units of the base's mean."
+    )
     max_empty: float | None = Field(
-        0.05, ge=0, lt=1, description="Most share of answers that are empty, over the base's share."
+        0.05, ge=0, lt=1, description="Advanced: most share of answers that are empty, over the base's share."
     )
     pairs_level: float | None = Field(
         0.05,
         gt=0,
         lt=0.5,
-        description="Level of the sign test that holds back an adapter which is worse than the base by the user's "
-        "held-out pairs; it takes five pairs.",
+        description="Advanced: level of the sign test on held-out pairs, which holds back an adapter that is worse.",
     )
 
 

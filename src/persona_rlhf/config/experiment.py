@@ -126,7 +126,7 @@ class ScreeningSettings(Section):
     )
     personal_data: Literal["keep", "mask", "drop"] = Field(
         "keep",
-        description="Addresses and numbers that name a person: keep them, mask them, or drop the pairs with them.",
+        description="Advanced: addresses and numbers that name a person: keep them, mask them, or drop their pairs.",
     )
     reviews: ExistingPath | None = Field(
         None,
