@@ -177,9 +177,9 @@ def _cohort_line(act: str, done: int, cohort: int, users: int) -> str:
 def _recertifying(adapted: AdaptedModel, policy: Policy, config: Config, users: int) -> Evaluator:
     """The run's evaluator under other documents; its gate is on even where the run had switched it off.
 
-    The documents are what is tested: limits of the run's config (`gate.still_base`) held nobody back later than it.
+    Its limits on text are the run's, so a strength that these lowered is tested again. Held-out pairs are not read.
     """
-    gate = config.gate.model_copy(update={"enabled": True, "still_base": None})
+    gate = config.gate.model_copy(update={"enabled": True})
     judges = judges_of(gate, adapted.base.device)
     return Evaluator(
         adapted,
