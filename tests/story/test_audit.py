@@ -124,7 +124,10 @@ def test_the_same_documents_give_the_same_verdicts_and_change_nothing(here):
     lines = {line["user_id"]: line for line in results(here / "run") if line["path"]}
     assert found["tested"] == found["passed"] == len(lines)
     for user in found["users"]:
-        assert user["verdict"]["looks"] == lines[user["user_id"]]["looks"]
+        looks = lines[user["user_id"]]["looks"]
+        for look in looks:
+            look["still_base"]["pairs"] = None  # no pair of a user is read again
+        assert user["verdict"]["looks"] == looks
         assert user["status"] == "passes"
     after = {file: file.read_bytes() for file in (here / "run").rglob("*") if file.is_file()}
     changed = {file.name for file in after if after[file] != before.get(file)}
@@ -168,6 +171,7 @@ def test_stricter_documents_give_the_verdicts_of_a_fresh_gate(here):
     make_key(here / "key.pem")
     changes = [
         *("screening.quarantine=false", "constraint.enabled=false", "dpo.epochs=6", "dpo.learning_rate=0.02"),
+        "gate.still_base=null",  # or the text would hold these adapters back before their refusals do
         "gate.alphas=[0.25, 0.5, 1.0]",  # powers of two: divided out of an adapter, they leave it to the bit
         *("evaluation.win_rate_prompts=0", "evaluation.test_probes=0", "evaluation.harmless_prompts=0"),
     ]
