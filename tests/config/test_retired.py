@@ -122,3 +122,27 @@ def test_the_second_judge_of_an_old_run_has_its_new_name(run, model, judge):
     assert gate.calibration is None, "the run trusted its judge, and its guarantee stays as it was"
     with pytest.raises(InputError, match=r"write gate\.judge_model, beside gate\.judge: both"):
         read_config(run / "config.yaml")
+
+
+def test_an_earlier_run_has_no_limit_on_text_and_trains_as_it_did(run):
+    config = read_run_config(run)
+    assert (config.gate.still_base, config.dpo.anchor, config.screening.personal_data) == (None, 0.0, "keep")
+    changed(run, "screening", "personal_data", "mask")
+    assert read_run_config(run).screening.personal_data == "mask"
+
+
+def test_an_interrupted_run_goes_on_where_new_keys_have_the_values_that_do_as_it_did(tmp_path):
+    before = {"dpo": {"beta": 0.1}, "gate": {"enabled": True}, "screening": {"quarantine": True}}
+    now = {
+        "dpo": {"beta": 0.1, "anchor": 0.0},
+        "gate": {"enabled": True, "still_base": None},
+        "screening": {"quarantine": True, "personal_data": "keep"},
+    }
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "identity.json").write_text(
+        json.dumps({"config": json.dumps(before), "users per chunk": "1"})
+    )
+    RunDir(tmp_path).check_same({"config": json.dumps(now)})
+    now["gate"]["still_base"] = {"max_perplexity": 1.5}
+    with pytest.raises(InputError, match=r"gate\.still_base"):
+        RunDir(tmp_path).check_same({"config": json.dumps(now)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from math import inf
 from typing import Any
 
 import pytest
@@ -47,6 +48,11 @@ def test_objects_over_several_lines_have_the_line_of_their_first(rows: list[dict
     texts = [json.dumps(row, indent=1) for row in rows]
     lines = [1 + sum(text.count("\n") + 1 for text in texts[:n]) for n in range(len(texts))]
     assert read("\n".join(texts).encode(), block) == list(zip(lines, rows, strict=True))
+
+
+@pytest.mark.parametrize("block", range(1, 13))
+def test_the_longest_name_may_be_cut_anywhere(block: int) -> None:
+    assert read(b'[{"a": -Infinity}, {"b": -Infinity}]', block) == [(1, {"a": -inf}), (1, {"b": -inf})]
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 20])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import process_time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,3 +82,19 @@ def test_a_pair_is_kept_masked_or_dropped_and_its_finding_repeats_no_text() -> N
     [finding] = result.findings
     assert (finding.action, finding.trained, finding.alarming) == ("masked", True, False)
     assert finding.reason == "personal data: email in `prompt`; phone number in `chosen`"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        part * (200_000 // len(part))
+        for part in ("a@b.co ", "8.8.8.8 ", "1" * 15 + " ", "+1 2", "a@", "DE89 ", "0 ", ":1")
+    ],
+)
+def test_long_hostile_texts_take_no_more_than_their_length(text: str) -> None:
+    """Twice the text takes about twice the time; a square would take four times as long."""
+    begun = process_time()
+    personal_data(text[: len(text) // 4])
+    quarter = process_time() - begun
+    personal_data(text)
+    assert process_time() - begun - quarter < 10 * quarter + 0.5

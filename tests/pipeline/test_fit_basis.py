@@ -11,6 +11,7 @@ from persona_rlhf.cli import app
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import shipped_root
 from persona_rlhf.config.training import BaseSettings
+from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.models.base import weights_hash
 from persona_rlhf.pipeline.fit_basis import population_of, read_basis_inputs
 from persona_rlhf.training.answer_features import scaled_features
@@ -74,6 +75,17 @@ def test_held_out_pairs_refusals_and_strangers(place):
     assert "none.jsonl" in told
     assert "--without" in told
     assert "Ann" in told
+
+
+def test_the_prompts_that_a_run_holds_out_are_left_out(place):
+    folder, _ = place
+    rows = [{"user_id": "Ann", "prompt": f"how {n}?", "chosen": "So.", "rejected": "Thus."} for n in range(40)]
+    (folder / "ann.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for share in (0.25, 0.5):
+        inputs = read_basis_inputs(folder / "ann.jsonl", folder / "new", folder / "prompts.jsonl", heldout=share)
+        of_run = [pair.prompt for pair in read_pairs(folder / "ann.jsonl", share) if pair.split == "train"]
+        assert 0 < len(of_run) < 40
+        assert [pair.prompt for pair in inputs.pairs] == of_run
 
 
 def test_a_population_has_a_row_for_every_different_answer(place):

@@ -30,6 +30,10 @@ def basis_fit(
     without: Annotated[
         list[str] | None, typer.Option("--without", metavar="USER", help="A user whose consent was withdrawn.")
     ] = None,
+    heldout: Annotated[
+        float,
+        typer.Option("--heldout", min=0, max=0.99, help="Share of prompts held out, as users.heldout of the run."),
+    ] = 0.25,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the base's answers and of the fit.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -37,7 +41,7 @@ def basis_fit(
     from persona_rlhf.pipeline.fit_basis import basis_fit as fit
     from persona_rlhf.pipeline.fit_basis import read_basis_inputs
 
-    inputs = read_basis_inputs(path, out, find(prompts), without or [])
+    inputs = read_basis_inputs(path, out, find(prompts), without or [], heldout)
     with progress_display() as display:
         fitted = fit(inputs, base, seed, display)
     if as_json:

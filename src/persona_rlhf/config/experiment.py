@@ -26,7 +26,7 @@ from persona_rlhf.config.loader import (
     parse_yaml,
     read_yaml,
 )
-from persona_rlhf.config.retired import RETIRED, remove_retired, retired_problems
+from persona_rlhf.config.retired import RETIRED, add_missing, remove_retired, retired_problems
 from persona_rlhf.config.training import (
     BaseSettings,
     BasisSettings,
@@ -217,6 +217,7 @@ def read_run_config(run: Path, overrides: Sequence[str] = (), *, exact: str | No
     """
     document = read_yaml(run / "config.yaml")
     retired = remove_retired(document.tree)
+    add_missing(document.tree)
     document.problems.extend(
         Problem(
             document.name,

@@ -1,4 +1,4 @@
-"""Config keys of earlier versions that are fixed values today, or have another name.
+"""Config keys of earlier versions that are fixed values today or have another name, and keys that are new.
 
 Configs of runs that an earlier version wrote are read without them. A new config that sets one is rejected, with the
 value that holds now or the new name.
@@ -24,6 +24,10 @@ RETIRED: Mapping[str, Any] = {
     "redteam.merged_pairs": 8,
 }
 """Each retired key (all retired in 0.2) with the value that is fixed now. The code beside each value is its reason."""
+
+ADDED: Mapping[str, Any] = {"dpo.anchor": 0.0, "screening.personal_data": "keep", "gate.still_base": None}
+"""Keys that runs of earlier versions lack, with the value that does as those runs did; a new config has other
+defaults."""
 
 _REPLACEMENTS = {"gate.runs": "looks are counted instead: name one `gate.ledger` in all runs over the same users"}
 
@@ -59,6 +63,15 @@ def remove_retired(tree: Tree) -> list[RetiredValue]:
         if isinstance(section, dict) and name in section:
             removed.append(RetiredValue(key, section.pop(name)))
     return removed
+
+
+def add_missing(tree: Tree) -> None:
+    """Gives the config of an earlier run the values of `ADDED` where it lacks them, in place."""
+    for key, value in ADDED.items():
+        section_name, name = key.split(".")
+        section = tree.setdefault(section_name, {}) if isinstance(tree, dict) else None
+        if isinstance(section, dict):
+            section.setdefault(name, value)
 
 
 def retired_problems(document: YamlDocument) -> list[Problem]:

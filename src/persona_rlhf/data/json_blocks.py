@@ -12,7 +12,7 @@ BLOCK = 1 << 20
 """Bytes of a file that are read at once; a value that is longer is read in twice as many each time."""
 
 _SPACES = re.compile(r"\s*")
-_LONGEST_TOKEN = 8  # characters of an escape, a name or an exponent that may be cut at the end of a block
+_LONGEST_TOKEN = len("-Infinity")  # no escape, name or exponent that may be cut at the end of a block is longer
 
 
 class JsonBlocks:

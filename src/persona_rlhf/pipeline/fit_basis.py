@@ -48,16 +48,20 @@ class BasisInputs(NamedTuple):
     out: Path
 
 
-def read_basis_inputs(path: Path | str, out: Path, prompts: Path, without: Collection[str] = ()) -> BasisInputs:
+def read_basis_inputs(
+    path: Path | str, out: Path, prompts: Path, without: Collection[str] = (), heldout: float = 0.25
+) -> BasisInputs:
     """Reads pairs and prompts. Held-out pairs, pairs unfit to teach, and pairs with a refusal are left out.
 
-    A user in `without` is left out as if the user had never been there. Raises InputError with the problems of all.
+    `heldout` is the share of a user's prompts that are held out where rows state no split, as in `users.heldout`: so a
+    run over the same pairs holds out the same ones. A user in `without` is left out as if the user had never been
+    there. Raises InputError with the problems of all.
     """
     problems, pairs, questions = list[Problem](), list[PreferencePair](), list[str]()
     if out.exists():
         problems.append(Problem(str(out), None, "OUT", "there is a file here already, and nothing is overwritten"))
     with collecting(problems):
-        pairs = read_pairs(path, heldout=0.0)
+        pairs = read_pairs(path, heldout)
     with collecting(problems):
         questions = read_ordinary(prompts)
     users = {pair.user_id for pair in pairs}

@@ -16,7 +16,7 @@ from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_path, atomic_write, remove_folder
 from persona_rlhf.common.run_lock import LOCK, is_lock, run_lock, tell_nobody
 from persona_rlhf.config.experiment import Config
-from persona_rlhf.config.retired import RETIRED
+from persona_rlhf.config.retired import RETIRED, add_missing
 from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.data.screening import Dropped, screening_rows
 from persona_rlhf.data.store import PairStore, UserSelection, fingerprint_of
@@ -356,7 +356,10 @@ def _lines(users: Iterable[tuple[str, str] | None]) -> str:
 
 def _changed_keys(before: str, now: str) -> list[str]:
     """Dotted keys whose values differ between two configs (JSON)."""
-    one, two = (dotted(json.loads(text)) for text in (before, now))
+    trees = [json.loads(text) for text in (before, now)]
+    for tree in trees:
+        add_missing(tree)
+    one, two = map(dotted, trees)
     for key, value in RETIRED.items():
         if one.get(key) == value:  # written by an earlier version, and equal to today's constant
             del one[key]
