@@ -18,7 +18,7 @@ from persona_rlhf.data.choice_ledger import CHOICES, DELETIONS, ChoiceLedger
 from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.release.served_places import served_places
 from persona_rlhf.serving.collect_links import Links
-from tests.data.test_choice_ledger import choice
+from tests.data.test_choice_ledger import add, choice
 from tests.serving.collect_browser import Forms
 from tests.serving.conftest import base, base_folder, run, served_run  # noqa: F401 - fixtures
 
@@ -34,8 +34,8 @@ def choices(served_run):
     ledger = ChoiceLedger(served_run.path / CHOICES)
     for number, verdict in enumerate(("left", "tie", "right")):
         for user in ("Ada", "new\x1b[2J"):
-            ledger.append(choice(number, user, verdict))
-    ledger.append(choice(9, "Ada", "left", prompt="prompt 0", left="right 0", right="left 0"))  # the other answer now
+            add(ledger, choice(number, user, verdict))
+    add(ledger, choice(9, "Ada", "left", prompt="prompt 0", left="right 0", right="left 0"))  # the other answer now
     ledger.undo("new\x1b[2J 0", "new\x1b[2J")
     ledger.close()
     return served_run

@@ -29,6 +29,13 @@ def choice(number: object, user: str = "Ada", verdict: str = "left", **changes) 
     return Choice(**line | changes)
 
 
+def add(ledger: ChoiceLedger, line: Choice) -> bool:
+    """Saves a choice of a user who consents."""
+    if ledger.consent(line.user_id) is None:
+        ledger.record_consent(line.user_id, "own")
+    return ledger.append(line)
+
+
 @pytest.fixture
 def ledger(tmp_path):
     ledger = ChoiceLedger(tmp_path / "choices.db")
@@ -43,25 +50,25 @@ def bytes_of(file: Path) -> bytes:
 
 def test_a_choice_reads_back_as_it_was_saved(ledger):
     strange = choice(1, "\U0001f600" * 128, reason="a\0b\u202e<b>", prompt="x" * 100_000)
-    assert ledger.append(strange)
+    assert add(ledger, strange)
     assert ledger.choices() == ledger.choices(strange.user_id) == [strange]
     assert ledger.choices("Ada") == []
     assert ledger.file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_form_that_is_sent_twice_is_one_choice(ledger):
-    assert ledger.append(choice(1))
-    assert not ledger.append(choice(1, verdict="right"))
+    assert add(ledger, choice(1))
+    assert not add(ledger, choice(1, verdict="right"))
     assert [one.verdict for one in ledger.choices()] == ["left"]
 
 
 def test_an_undone_choice_stays_in_the_file_and_counts_no_more(ledger):
     for number in (1, 2):
-        ledger.append(choice(number))
+        add(ledger, choice(number))
     assert ledger.undo("Ada 1", "Bob") is None  # another user's
     assert ledger.undo("Ada 1", "Ada") == choice(1)
     assert ledger.undo("Ada 1", "Ada") is None
-    assert not ledger.append(choice(1))  # its id is taken
+    assert not add(ledger, choice(1))  # its id is taken
     assert ledger.choices() == [choice(2)]
     assert ledger.ids() == {"Ada 1", "Ada 2"}
     assert ledger.has("Ada 1")
@@ -83,7 +90,7 @@ def test_an_undone_choice_stays_in_the_file_and_counts_no_more(ledger):
     ],
 )
 def test_lines_are_neither_changed_nor_removed(ledger, statement):
-    ledger.append(choice(1))
+    add(ledger, choice(1))
     ledger.undo("Ada 1", "Ada")
     ledger.record_consent("Ada", "own")
     with sqlite3.connect(ledger.file) as other, pytest.raises(sqlite3.IntegrityError, match="append-only"):
@@ -97,9 +104,9 @@ def test_lines_are_neither_changed_nor_removed(ledger, statement):
 @pytest.mark.parametrize("wrong", [{"verdict": "middle"}, {"seconds": -1.0}, {"consent": "all"}])
 def test_a_line_of_another_kind_is_refused(ledger, wrong):
     with pytest.raises(sqlite3.IntegrityError):
-        ledger.append(choice(1, **wrong))
+        add(ledger, choice(1, **wrong))
     assert ledger.choices() == []
-    assert ledger.append(choice(2))  # the transaction before is over
+    assert add(ledger, choice(2))  # the transaction before is over
 
 
 def test_the_last_consent_counts(ledger):
@@ -136,9 +143,9 @@ def test_another_database_is_no_ledger(tmp_path):
 def test_a_full_disk_is_named_and_the_ledger_goes_on(ledger):
     ledger._rows.execute("PRAGMA max_page_count = 20")
     with pytest.raises(DiskFullError):
-        ledger.append(choice(1, prompt="x" * 1_000_000))
+        add(ledger, choice(1, prompt="x" * 1_000_000))
     ledger._rows.execute("PRAGMA max_page_count = 4000")
-    assert ledger.append(choice(1))
+    assert add(ledger, choice(1))
     assert ledger.choices() == [choice(1)]
 
 
@@ -148,9 +155,8 @@ def test_nothing_of_a_user_is_left_in_the_bytes(tmp_path):
     for number in range(40):
         for name in (CANARY, "Ada"):
             texts = {key: f"{name} {key} " * 50 for key in ("prompt", "left", "right", "reason")}
-            ledger.append(choice(number, name, **texts))
+            add(ledger, choice(number, name, **texts))
     ledger.undo(f"{CANARY} 3", CANARY)
-    ledger.record_consent(CANARY, "own")
     assert b"CANARY" in bytes_of(file)
     before = ledger.choices("Ada")
     [trace] = choice_traces(tmp_path, user)
@@ -167,7 +173,7 @@ def test_a_deletion_waits_for_no_reader_and_is_finished_later(tmp_path, monkeypa
     monkeypatch.setattr("persona_rlhf.data.choice_ledger._BUSY_SECONDS", 0.1)
     file, user = tmp_path / CHOICES, DataSubject(pseudonym(CANARY))
     ledger = ChoiceLedger(file)
-    ledger.append(choice(1, CANARY))
+    add(ledger, choice(1, CANARY))
     reader = sqlite3.connect(file, isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM choices").fetchall()
@@ -189,8 +195,8 @@ def test_a_deletion_that_was_killed_is_finished_by_the_next(tmp_path):
         file = tmp_path / f"run{n}" / CHOICES
         ledger = ChoiceLedger(file)
         for number in range(30):
-            ledger.append(choice(number, CANARY, prompt="CANARY" * 500))
-            ledger.append(choice(number))
+            add(ledger, choice(number, CANARY, prompt="CANARY" * 500))
+            add(ledger, choice(number))
         ledger.close()
         if not (child := os.fork()):
             try:
@@ -213,12 +219,27 @@ def test_a_deletion_that_was_killed_is_finished_by_the_next(tmp_path):
 def test_a_forgotten_user_is_refused(tmp_path):
     barred = set[str]()
     ledger = ChoiceLedger(tmp_path / "choices.db", lambda: barred)
-    assert ledger.append(choice(1))
+    assert add(ledger, choice(1))
     barred.add(pseudonym("Ada"))
     with pytest.raises(InputError, match="this user was forgotten"):
         ledger.append(choice(2))
-    assert ledger.append(choice(2, "ada"))
+    assert add(ledger, choice(2, "ada"))
     ledger.close()
+
+
+def test_a_choice_or_undo_that_a_deletion_overtook_is_not_saved(ledger):
+    user = DataSubject(pseudonym("Ada"))
+    add(ledger, choice(1))
+    add(ledger, choice(1, "Bob"))
+    earlier = ledger.choices("Ada")
+    ledger.erase(user)
+    with pytest.raises(InputError, match="no consent"):
+        ledger.append(choice(2))
+    ledger.choices = lambda *_: earlier  # read before the deletion
+    with pytest.raises(InputError, match="no consent"):
+        ledger.undo("Ada 1", "Ada")
+    assert ledger.pieces(user) == 0
+    assert ledger.append(choice(2, "Bob"))
 
 
 def start(file: Path, name: str) -> int:
@@ -229,7 +250,7 @@ def start(file: Path, name: str) -> int:
         ledger = ChoiceLedger(file)
         with (file.parent / f"{name}.txt").open("a") as acknowledged:
             for number in count():
-                ledger.append(choice(number, name))
+                add(ledger, choice(number, name))
                 acknowledged.write(f"{name} {number}\n")
                 acknowledged.flush()
     except BaseException as fault:

@@ -16,7 +16,7 @@ from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.data.store import PairStore
 from persona_rlhf.pipeline.export_choices import ExportedChoices, export_choices
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
-from tests.data.test_choice_ledger import choice
+from tests.data.test_choice_ledger import add, choice
 
 CONFIG = {"name": "tiny", "base": {"model": "data/base"}, "policy": {"documents": ["configs/policy/tier_one.yaml"]}}
 
@@ -52,10 +52,10 @@ def ledger(run):
 
 def test_each_user_comes_with_all_pairs_and_the_order_of_time(run, config, ledger, tmp_path):
     for number, verdict in enumerate(("left", "right", "tie", "both_bad", "left")):
-        ledger.append(choice(number, "Ada", verdict))
-        ledger.append(choice(number, "new user", verdict))
-    ledger.append(choice(9, "Carl", "tie"))
-    ledger.append(choice(10, "Ada", right="left 10"))
+        add(ledger, choice(number, "Ada", verdict))
+        add(ledger, choice(number, "new user", verdict))
+    add(ledger, choice(9, "Carl", "tie"))
+    add(ledger, choice(10, "Ada", right="left 10"))
     ledger.undo("Ada 4", "Ada")
     out = tmp_path / "out/choices.jsonl"
     assert export_choices(run, config, ledger, out) == ExportedChoices(users=2, chosen=5, earlier=3)
@@ -76,14 +76,14 @@ def test_each_user_comes_with_all_pairs_and_the_order_of_time(run, config, ledge
 
 def test_a_second_export_holds_no_pair_twice_and_drops_undone_ones(run, config, ledger, tmp_path):
     for number in range(3):
-        ledger.append(choice(number, "Ada"))
+        add(ledger, choice(number, "Ada"))
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     export_choices(run, config, ledger, first)
     RunDir(run).add_source(str(first))  # as `add` does
     store = PairStore(config.users.path, 0.25, RunDir(run).selection)
     RunDir(run).change_users(store.user_digests)
     ledger.undo("Ada 2", "Ada")
-    ledger.append(choice(3, "Ada"))
+    add(ledger, choice(3, "Ada"))
     assert export_choices(run, config, ledger, second) == ExportedChoices(users=1, chosen=3, earlier=3)
     ids = [pair.id for pair in read_pairs(second, 0.25)]
     assert ids == ["Ada-0", "Ada-1", "Ada-2", "Ada 0", "Ada 1", "Ada 3"]
@@ -91,7 +91,7 @@ def test_a_second_export_holds_no_pair_twice_and_drops_undone_ones(run, config, 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_without_a_preferred_answer_nothing_is_written(run, config, ledger, tmp_path, shared):
-    ledger.append(choice(1, verdict="tie"))
+    add(ledger, choice(1, verdict="tie"))
     with pytest.raises(InputError, match="prefers an answer, so there are no pairs"):
         export_choices(run, config, ledger, tmp_path / "out.jsonl", shared)
     assert not (tmp_path / "out.jsonl").exists()
@@ -100,8 +100,8 @@ def test_without_a_preferred_answer_nothing_is_written(run, config, ledger, tmp_
 def test_for_sharing_only_choices_with_consent_that_still_holds(run, config, ledger, tmp_path):
     for user, last in (("Ada", "shared"), ("Bob", "own"), ("Carl", "shared")):
         ledger.record_consent(user, "shared")
-        ledger.append(choice(1, user, consent="shared"))
-        ledger.append(choice(2, user, consent="own"))
+        add(ledger, choice(1, user, consent="shared"))
+        add(ledger, choice(2, user, consent="own"))
         ledger.record_consent(user, last)
     out = tmp_path / "shared.jsonl"
     assert export_choices(run, config, ledger, out, shared=True) == ExportedChoices(users=2, chosen=2, earlier=0)
@@ -115,7 +115,7 @@ def test_a_forgotten_users_pairs_stay_out(run, config, ledger, tmp_path):
     with pytest.raises(InputError):
         barred.append(choice(1))
     barred.close()
-    ledger.append(choice(1, "Bob"))
+    add(ledger, choice(1, "Bob"))
     export_choices(run, config, ledger, tmp_path / "out.jsonl")
     assert {pair.user_id for pair in read_pairs(tmp_path / "out.jsonl", 0.25)} == {"Bob"}
 

@@ -28,7 +28,7 @@ from persona_rlhf.release.report import write_report
 from persona_rlhf.release.results import read_results
 from persona_rlhf.release.verify import verify
 from persona_rlhf.training import checkpoint
-from tests.data.test_choice_ledger import choice
+from tests.data.test_choice_ledger import add, choice
 from tests.pipeline.cut_short import DONE, FAILED, KILLED, UNMINDED, cut_short
 from tests.release import conftest as small
 
@@ -53,10 +53,9 @@ def write_choices(file):
     """Choices of the user, with canaries, and of another one; one choice is undone."""
     ledger = ChoiceLedger(file)
     for n in range(2):
-        ledger.append(choice(n, ID, prompt=TEXTS[0], left=TEXTS[1], right=TEXTS[2]))
-        ledger.append(choice(n))
+        add(ledger, choice(n, ID, prompt=TEXTS[0], left=TEXTS[1], right=TEXTS[2]))
+        add(ledger, choice(n))
     ledger.undo(f"{ID} 1", ID)
-    ledger.record_consent(ID, "own")
     ledger.close()
 
 

@@ -19,8 +19,6 @@ WRITES |= {"atomic_write", "atomic_path", "atomic_folder", "save_file"}
 # Modules that write rows with a `user_id` (JSON lines), which forget looks for in every file of a run
 ROWS = {
     "data.feedback",
-    "serving.collect",
-    "serving.collect_links",
     "pipeline.monitoring",
     "pipeline.update_run",
     "release.results",

@@ -20,13 +20,14 @@ import yaml
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import find, pseudonym, slug
 from persona_rlhf.data.choice_ledger import CHOICES, DELETIONS, ChoiceLedger
+from persona_rlhf.data.page_rows import LINKS
 from persona_rlhf.data.wish_documents import WishDesk, document_file
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.deletion_records import forgotten
 from persona_rlhf.serving import collect as collect_module
 from persona_rlhf.serving.access import Limits
 from persona_rlhf.serving.collect import LIMITS, CollectSettings, FeedbackPages
-from persona_rlhf.serving.collect_links import LINKS, make_links
+from persona_rlhf.serving.collect_links import make_links
 from persona_rlhf.serving.comparisons import AnswerSampler, OpenComparisons, Suggestions
 from persona_rlhf.serving.openai_api import APIError, TextChunk, Usage
 from persona_rlhf.serving.policy_filter import PolicyFilter
@@ -661,6 +662,34 @@ def test_a_deletion_asks_once_more_and_leaves_nothing(site):
     assert (site.run / LINKS).stat().st_mode & 0o777 == 0o600
     assert json.loads((site.run / DELETIONS).read_text())["user_id"] == "Ada"
     assert any("forget RUN --user 'Ada'" in line for line in site.log)
+
+
+@pytest.mark.parametrize("form", ["/choose", "/wishes", "/consent"])
+def test_a_form_under_way_is_not_saved_after_a_deletion_in_another_tab(site, monkeypatch, form):
+    browser, other = site.asked(prompt="CANARY"), site.browser()
+    if form != "/choose":
+        browser.get({"/wishes": "/wishes", "/consent": "/data"}[form])
+    other.get("/data")
+    other.send("/delete")
+
+    def after_a_deletion(act):
+        def late(*arguments):
+            sending = threading.Thread(target=other.send, args=("/delete",))
+            sending.start()
+            sending.join()
+            return act(*arguments)
+
+        return late
+
+    if form == "/choose":
+        monkeypatch.setattr(site.ledger, "append", after_a_deletion(site.ledger.append))
+    else:
+        monkeypatch.setattr(FeedbackPages, "_while_linked", after_a_deletion(FeedbackPages._while_linked))
+    response = browser.send(form, verdict="left", reason="CANARY", tone="CANARY")
+    assert response.status_code == (503 if form == "/choose" else 401)
+    assert "Your choices are deleted" in other.response.text
+    assert site.ledger.everything("Ada") == {"choices": [], "consents": []}
+    assert not any(b"CANARY" in file.read_bytes() for file in site.run.rglob("*") if file.is_file())
 
 
 def test_a_forgotten_user_saves_nothing_more(site):

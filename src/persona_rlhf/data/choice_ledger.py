@@ -188,12 +188,16 @@ class ChoiceLedger:
     def append(self, choice: Choice) -> bool:
         """Adds a choice; False where one with its id is there already, such as from a form sent twice.
 
-        On return it is on the disk. Raises InputError for a barred user, DiskFullError for a full disk.
+        On return it is on the disk. Raises InputError for a barred user, and for one without a consent, such as one
+        whose lines were deleted meanwhile. Raises DiskFullError for a full disk.
         """
         return self._add("choices", choice._asdict())
 
     def undo(self, choice_id: str, user_id: str) -> Choice | None:
-        """Takes back a user's choice, whose line stays; None where the user has no such choice, or it is undone."""
+        """Takes back a user's choice, whose line stays; None where the user has no such choice, or it is undone.
+
+        Raises InputError as `append` does.
+        """
         choice = next((one for one in self.choices(user_id) if one.id == choice_id), None)
         if choice is None or not self._add("undos", {"id": choice_id, "user_id": user_id, "at": now()}):
             return None
@@ -285,6 +289,8 @@ class ChoiceLedger:
                 raise self._unusable("this user was forgotten, so nothing is saved")
             if self._all(f"SELECT 1 FROM {table} WHERE id = ?", line["id"]):
                 return False
+            if table != "consents" and not self._all("SELECT 1 FROM consents WHERE pseudonym = ?", name):
+                raise self._unusable("this user has given no consent, or deleted it, so nothing is saved")
             self._rows.execute(f"INSERT INTO {table} ({', '.join(line)}) VALUES ({places})", tuple(line.values()))
         return True
 

@@ -21,6 +21,7 @@ from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.data.choice_ledger import choice_traces
 from persona_rlhf.data.erasure import DataSubject, Trace, erasable, erase, files_with_rows, row_traces, rows_of
+from persona_rlhf.data.page_rows import PAGE_ROWS, page_traces
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.store import PairStore, UserSelection
 from persona_rlhf.data.wish_documents import wish_traces
@@ -84,6 +85,7 @@ def traces(run: Path, user: DataSubject, on_progress: OnProgress = silent) -> It
     yield from served_traces(run, user)
     yield from choice_traces(run, user)
     yield from wish_traces(run, user)
+    yield from page_traces(run, user)
     files = [file for file in sorted(run.rglob("*")) if _may_hold_rows(run, file)]
     yield from row_traces(_counted(files, on_progress), user)
     yield from index_traces(run, user)
@@ -100,7 +102,7 @@ def _counted(files: Sequence[Path], on_progress: OnProgress) -> Iterator[Path]:
 def _may_hold_rows(run: Path, file: Path) -> bool:
     """Whether a file in the run folder may hold rows of a user: results, feedback, sources of pairs, and copies."""
     without = file.name in _PSEUDONYMOUS | _WITHOUT_ROWS or FORGOTTEN in file.relative_to(run).parts
-    return erasable(file) and not without
+    return erasable(file) and not without and file.relative_to(run) not in PAGE_ROWS
 
 
 def remove_leftovers(run: Path) -> None:

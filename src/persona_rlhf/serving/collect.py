@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
@@ -25,9 +25,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from persona_rlhf.common.errors import InputError, visible
-from persona_rlhf.common.files import append_whole, pseudonym
+from persona_rlhf.common.files import pseudonym
 from persona_rlhf.data.choice_ledger import CONSENTS, DELETIONS, VERDICTS, ChoiceLedger, now
 from persona_rlhf.data.erasure import DataSubject
+from persona_rlhf.data.page_rows import append_rows, page_lock
 from persona_rlhf.data.wish_documents import WishDesk, document_file
 from persona_rlhf.release.deletion_records import forgotten
 from persona_rlhf.serving.access import Limits, RateLimiter
@@ -49,6 +50,8 @@ from persona_rlhf.serving.server import read_body
 LIMITS = Limits(body=1 << 18, rate=120, concurrent=24)
 _LONGEST_REASON = 1_000
 _CLIENT_LEFT = 499
+
+T = TypeVar("T")
 
 
 class Session(NamedTuple):
@@ -184,7 +187,9 @@ class FeedbackPages:
         scope = form.get("scope")
         if scope not in CONSENTS:
             raise PageError(400, "Choose one of the two uses of your choices.")
-        await run_in_threadpool(self._ledger.record_consent, session.user_id, scope)
+        await run_in_threadpool(
+            self._while_linked, session, partial(self._ledger.record_consent, session.user_id, scope)
+        )
         return _to("/")
 
     async def _ask(self, session: Session, form: Form) -> Response:
@@ -252,7 +257,8 @@ class FeedbackPages:
             raise PageError(403, "Your data was deleted, so nothing is saved.")
         faults = await run_in_threadpool(self._desk.faults, user_id, wishes)
         if not faults:
-            file = await run_in_threadpool(self._desk.save, user_id, wishes)
+            save = partial(self._desk.save, user_id, wishes)
+            file = await run_in_threadpool(self._while_linked, session, save)
             if pseudonym(user_id) in forgotten(self._run):  # meanwhile
                 file.unlink()
         overruled = [] if faults else await run_in_threadpool(self._desk.overruled, user_id, wishes)
@@ -270,17 +276,22 @@ class FeedbackPages:
         return response
 
     def _erase(self, user_id: str) -> None:
-        row = json.dumps({"user_id": user_id, "at": now()}) + "\n"
-        with (self._run / DELETIONS).open("ab") as stream:
-            append_whole(stream, row.encode())
+        append_rows(self._run, DELETIONS, json.dumps({"user_id": user_id, "at": now()}).encode() + b"\n")
         user = DataSubject(pseudonym(user_id))
         self._ledger.erase(user)  # before the links: where it fails, the user can try again
-        document_file(self._run, user_id).unlink(missing_ok=True)
-        remove_links(self._run, user_id)
+        with page_lock(self._run):
+            document_file(self._run, user_id).unlink(missing_ok=True)
+            remove_links(self._run, user_id)
         self._open.drop(user_id)
         if self._ledger.pieces(user):  # from another page of the user, meanwhile
             self._ledger.erase(user)
         self._log(visible(f"A user deleted their choices on the page. For all else: forget RUN --user {user_id!r}"))
+
+    def _while_linked(self, session: Session, write: Callable[[], T]) -> T:
+        """Writes while the link holds: a deletion in another tab comes before or after. Raises PageError (401)."""
+        with page_lock(self._run):
+            self._session_of(session.token)
+            return write()
 
     # Sessions, checks and errors
 

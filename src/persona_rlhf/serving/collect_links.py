@@ -5,7 +5,6 @@ RUN/state/links.jsonl holds their hashes in rows with a `user_id`, so `forget` r
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import json
@@ -16,11 +15,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from persona_rlhf.common.files import append_whole, pseudonym
+from persona_rlhf.common.files import pseudonym
 from persona_rlhf.common.json_lines import read_json_lines
-from persona_rlhf.data.erasure import DataSubject, erase
-
-LINKS = Path("state") / "links.jsonl"
+from persona_rlhf.data.erasure import DataSubject
+from persona_rlhf.data.page_rows import LINKS, append_rows, remove_rows
 
 
 class Link(NamedTuple):
@@ -46,20 +44,13 @@ def make_links(run: Path, user_ids: Iterable[str], days: float) -> dict[str, str
         key = secrets.token_hex(8)
         tokens[user_id] = f"{key}.{secrets.token_urlsafe(32)}"
         rows += json.dumps(Link(user_id, key, _hash(tokens[user_id]), expires)._asdict()).encode() + b"\n"
-    file = run / LINKS
-    file.parent.mkdir(exist_ok=True)
-    if not file.exists():
-        file.touch(0o600)
-    with file.open("ab") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        append_whole(stream, rows)
+    append_rows(run, LINKS, rows)
     return tokens
 
 
 def remove_links(run: Path, user_id: str) -> None:
     """Removes all links of a user."""
-    if (run / LINKS).exists():
-        erase(run / LINKS, DataSubject(pseudonym(user_id)))
+    remove_rows(run, LINKS, DataSubject(pseudonym(user_id)))
 
 
 class Links:
