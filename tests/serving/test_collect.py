@@ -24,6 +24,7 @@ from persona_rlhf.data.page_rows import LINKS
 from persona_rlhf.data.wish_documents import WishDesk, document_file
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.deletion_records import forgotten
+from persona_rlhf.release.served_places import note_place
 from persona_rlhf.serving import collect as collect_module
 from persona_rlhf.serving.access import Limits
 from persona_rlhf.serving.collect import LIMITS, CollectSettings, FeedbackPages
@@ -31,6 +32,7 @@ from persona_rlhf.serving.collect_links import make_links
 from persona_rlhf.serving.comparisons import AnswerSampler, OpenComparisons, Suggestions
 from persona_rlhf.serving.openai_api import APIError, TextChunk, Usage
 from persona_rlhf.serving.policy_filter import PolicyFilter
+from tests.data.test_choice_ledger import add, choice
 from tests.serving.collect_browser import Browser
 from tests.serving.test_server import FixedAccess
 
@@ -90,7 +92,7 @@ class Site:
         self.run, self.writer, self.access, self.log = run, Writer(), ReleasedAccess(["Ada"]), []
         self.ledger = ChoiceLedger(run / CHOICES, lambda: forgotten(run))
         self.open = OpenComparisons(lambda: forgotten(run))
-        self.policy_filter, self.candidates = PolicyFilter(), 3
+        self.policy_filter, self.candidates, self.address = PolicyFilter(), 3, ""
         self.restart()
 
     def restart(self, limits: Limits = LIMITS):
@@ -98,7 +100,7 @@ class Site:
         self.open = OpenComparisons(lambda: forgotten(self.run))
         sampler = AnswerSampler(self.writer, self.access, self.policy_filter, BASE, 64, self.candidates)
         suggestions = Suggestions([f"suggestion {n}" for n in range(40)])
-        settings = CollectSettings(first_update=3)
+        settings = CollectSettings(3, self.address)
         desk = WishDesk(self.run, tuple(map(find, DOCUMENTS)), policy())
         self.app = FeedbackPages(
             self.run, sampler, self.ledger, suggestions, self.open, desk, self.log.append, settings, limits
@@ -395,6 +397,7 @@ def test_a_wish_that_a_requirement_overrules_is_explained(site):
     [
         ({"max_words": "few"}, "max words: expected a whole number, got `few`"),
         ({"max_words": "0"}, "max words: must be"),
+        ({"max_words": "9" * 5_000}, "max words: expected a whole number"),
         ({"language": "English"}, "language: does not match the pattern"),
         ({"avoid": ","}, "avoid: expected at least one"),
         ({"tone": "\u200b"}, "tone: must have a visible character"),
@@ -562,6 +565,35 @@ def test_a_form_needs_the_sessions_token_and_this_site(site, path):
     assert site.open.of("Ada").id == fields["comparison"]
 
 
+@pytest.mark.parametrize("address", ["http://feedback.example", "http://Feedback.example:80/"])
+def test_a_form_may_come_from_the_address_that_a_proxy_serves(site, address):
+    site.address = address
+    site.restart()
+    browser = site.browser()
+    browser.get("/data")
+    form = browser.form("/consent")
+    origins = {"http://feedback.example": 200, "http://here": 200, "http://evil.example": 403, "null": 403, "": 403}
+    for origin, status in origins.items():
+        response = browser.request("POST", "/consent", data=form, headers={"Origin": origin})
+        assert response.status_code == status, origin
+
+
+def test_a_link_of_another_user_replaces_no_open_session_by_itself(site):
+    ada, link = site.asked(), site.link("Mallory")
+    page = ada.get(link)
+    assert "Open another user" in page.text
+    assert "Ada" in page.text
+    form = ada.form("/enter")
+    assert ada.get("/choices.json").status_code == 200
+    assert "Which answer do you like better?" in ada.get("/").text  # it is still Ada's page
+    for wrong in (form | {"form_token": ""}, form | {"token": "x"}):
+        assert ada.request("POST", "/enter", data=wrong).status_code in (401, 403)
+    assert ada.request("POST", "/enter", data=form, headers={"Origin": "http://evil.example"}).status_code == 403
+    assert "Ada" in ada.get("/").text
+    assert "Mallory" in ada.request("POST", "/enter", data=form).text
+    assert "Mallory" in ada.get(site.link("Mallory")).text  # another link of the same user
+
+
 def test_another_users_pair_cannot_be_chosen_skipped_or_undone(site):
     ada, mallory = site.asked(), site.asked("Mallory")
     mallory.send("/choose", verdict="left", comparison=site.open.of("Ada").id)
@@ -662,6 +694,23 @@ def test_a_deletion_asks_once_more_and_leaves_nothing(site):
     assert (site.run / LINKS).stat().st_mode & 0o777 == 0o600
     assert json.loads((site.run / DELETIONS).read_text())["user_id"] == "Ada"
     assert any("forget RUN --user 'Ada'" in line for line in site.log)
+
+
+def test_a_deletion_reaches_every_ledger_of_the_run_that_can_be_read(site, tmp_path):
+    for name in ("other.db", "gone.db"):
+        note_place(site.run, "ledger", tmp_path / name)
+    other = ChoiceLedger(tmp_path / "other.db")
+    for user in ("Ada", "Bob"):
+        add(other, choice(1, user, prompt=f"of {user}"))
+    browser = site.browser()
+    browser.get("/data")
+    browser.send("/delete")
+    browser.send("/delete")
+    assert "Your choices are deleted" in browser.response.text
+    assert [one.user_id for one in other.choices()] == ["Bob"]
+    other.close()
+    assert not any(b"of Ada" in file.read_bytes() for file in tmp_path.glob("other.db*"))
+    assert not (tmp_path / "gone.db").exists()
 
 
 @pytest.mark.parametrize("form", ["/choose", "/wishes", "/consent"])

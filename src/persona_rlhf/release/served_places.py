@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import append_whole, atomic_write
 from persona_rlhf.common.json_lines import read_json_lines
-from persona_rlhf.data.choice_ledger import choices_in
+from persona_rlhf.data.choice_ledger import choice_traces, choices_in
 from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.release.engine_layout import erase_from_layout, layout_adapters_of
 
@@ -69,6 +69,14 @@ def served_traces(run: Path, user: DataSubject) -> Iterator[Trace]:
             )
         if kind == "ledger" and _reachable(_choices_of, path, user):
             yield from choices_in(path, user)
+
+
+def ledger_choices(run: Path, user: DataSubject) -> Iterator[Trace]:
+    """The choices of a user in every ledger of the run that can be read now."""
+    yield from choice_traces(run, user)
+    for kind, place in served_places(run):
+        if kind == "ledger" and _reachable(_choices_of, Path(place), user):
+            yield from choices_in(Path(place), user)
 
 
 def served_remains(run: Path, user: DataSubject) -> Iterator[tuple[str, str]]:

@@ -31,6 +31,7 @@ from persona_rlhf.data.erasure import DataSubject
 from persona_rlhf.data.page_rows import append_rows, page_lock
 from persona_rlhf.data.wish_documents import WishDesk, document_file
 from persona_rlhf.release.deletion_records import forgotten
+from persona_rlhf.release.served_places import ledger_choices
 from persona_rlhf.serving.access import Limits, RateLimiter
 from persona_rlhf.serving.collect_forms import (
     LONGEST_PROMPT,
@@ -38,11 +39,12 @@ from persona_rlhf.serving.collect_forms import (
     PageError,
     prompt_fault,
     read_form,
+    site_of,
     wish_fields,
     wishes_of,
 )
 from persona_rlhf.serving.collect_links import Link, Links, form_token, remove_links
-from persona_rlhf.serving.collect_views import CSP, STATIC, page
+from persona_rlhf.serving.collect_views import HEADERS, STATIC, page
 from persona_rlhf.serving.comparisons import AnswerPair, AnswerSampler, OpenComparisons, Suggestions
 from persona_rlhf.serving.openai_api import APIError
 from persona_rlhf.serving.server import read_body
@@ -96,6 +98,7 @@ class FeedbackPages:
         self._suggestions, self._open, self._desk = suggestions, comparisons, desk
         self._settings, self._limits = settings or CollectSettings(), limits
         self._links, self._rate = Links(run), RateLimiter(limits)
+        self._site = site_of(self._settings.address)  # a proxy may put its own Host in place of this one
         self._asking: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._places = asyncio.Semaphore(limits.concurrent)  # for users whose answers are being written
         self._cookie = f"collect-{pseudonym(str(run.resolve()))[:8]}"  # two runs on one host keep their sessions apart
@@ -118,6 +121,7 @@ class FeedbackPages:
             "/pause": self._pause,
             "/wishes": self._wish,
             "/delete": self._delete,
+            "/enter": self._replace,
         }
         for path, handle in forms.items():
             app.add_api_route(path, self._safely(partial(self._handled, handle)), methods=["POST"])
@@ -279,12 +283,14 @@ class FeedbackPages:
         append_rows(self._run, DELETIONS, json.dumps({"user_id": user_id, "at": now()}).encode() + b"\n")
         user = DataSubject(pseudonym(user_id))
         self._ledger.erase(user)  # before the links: where it fails, the user can try again
+        for trace in ledger_choices(self._run, user):  # of servers with another --ledger
+            trace.remove()
         with page_lock(self._run):
             document_file(self._run, user_id).unlink(missing_ok=True)
             remove_links(self._run, user_id)
         self._open.drop(user_id)
-        if self._ledger.pieces(user):  # from another page of the user, meanwhile
-            self._ledger.erase(user)
+        for trace in ledger_choices(self._run, user):  # from another page of the user, meanwhile
+            trace.remove()
         self._log(visible(f"A user deleted their choices on the page. For all else: forget RUN --user {user_id!r}"))
 
     def _while_linked(self, session: Session, write: Callable[[], T]) -> T:
@@ -301,11 +307,29 @@ class FeedbackPages:
     async def _enter(self, request: Request) -> Response:
         """Opens a session by the secret of a link, which leaves the address bar at once."""
         token = str(request.path_params["token"])
-        self._session_of(token)
+        session = self._session_of(token)
+        if (present := self._present(request)) is not None and present.user_id != session.user_id:
+            return self._page(present, "replace", other=session.user_id, token=token)
+        return self._entered(token)
+
+    def _entered(self, token: str) -> Response:
         response = _to("/")
         secure = self._settings.address.startswith("https:")
         response.set_cookie(self._cookie, token, httponly=True, samesite="lax", secure=secure, path="/")
         return response
+
+    async def _replace(self, _: Session, form: Form) -> Response:
+        """Opens another user's session in place of the present one, as a link alone must not do."""
+        token = form.get("token", "")
+        self._session_of(token)
+        return self._entered(token)
+
+    def _present(self, request: Request) -> Session | None:
+        """The session that a browser has open, if any."""
+        try:
+            return self._session_of(request.cookies.get(self._cookie))
+        except PageError:
+            return None
 
     def _session_of(self, token: str | None) -> Session:
         """Raises PageError (401) unless the secret opens a page now."""
@@ -326,7 +350,8 @@ class FeedbackPages:
         session = self._session_of(request.cookies.get(self._cookie))
         self._rate.count(session.user_id)
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        sites = {request.headers.get("host"), self._site} - {""}
+        if origin is not None and urlsplit(origin).netloc not in sites:
             raise PageError(403, "This form comes from another site, so nothing was done.")
         form = read_form(request.headers.get("content-type", ""), await read_body(request, self._limits.body))
         if not hmac.compare_digest(form.pop("form_token", "").encode(), session.form_token.encode()):
@@ -361,7 +386,7 @@ class FeedbackPages:
                 response = self._page(
                     None, "error", 500, sentence="The page failed here, and nothing was saved. Please try again."
                 )
-            response.headers.update(_HEADERS)
+            response.headers.update(HEADERS)
             return response
 
         return respond
@@ -375,18 +400,8 @@ class FeedbackPages:
         status = fault.status_code if isinstance(fault, HTTPException) else 404
         sentence = "There is nothing here." if status == 404 else f"{HTTPStatus(status).phrase}."
         response = self._page(None, "error", status, sentence=sentence)
-        response.headers.update(_HEADERS)
+        response.headers.update(HEADERS)
         return response
-
-
-_HEADERS = {
-    "Content-Security-Policy": CSP,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",  # an address with a secret goes nowhere else; `no-referrer` makes the Origin null
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 
 
 def _to(path: str) -> Response:

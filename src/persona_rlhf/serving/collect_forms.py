@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 from persona_rlhf.data.wish_documents import ASPECTS, WishDesk, Wishes
 
@@ -11,6 +11,7 @@ LONGEST_PROMPT = 4_000
 """Characters of a prompt, at most."""
 
 _FIELDS = 16  # of a form
+_DIGITS = 9  # of a number of words
 
 Form = dict[str, str]
 """Texts by the names of fields."""
@@ -22,6 +23,12 @@ class PageError(Exception):
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
         self.status, self.sentence = status, sentence
+
+
+def site_of(address: str) -> str:
+    """Host and port of an address as a browser's `Origin` has them: in lower case, without the scheme's usual port."""
+    parts = urlsplit(address)
+    return parts.netloc.lower().removesuffix({"http": ":80", "https": ":443"}.get(parts.scheme, ""))
 
 
 def read_form(kind: str, body: bytes) -> Form:
@@ -64,5 +71,6 @@ def wishes_of(form: Form) -> Wishes:
         if name == "avoid":
             wishes[name] = [topic for part in text.split(",") if (topic := part.strip())]
         else:
-            wishes[name] = int(text) if name.endswith("_words") and text.isascii() and text.isdecimal() else text
+            number = name.endswith("_words") and text.isascii() and text.isdecimal() and len(text) <= _DIGITS
+            wishes[name] = int(text) if number else text
     return wishes

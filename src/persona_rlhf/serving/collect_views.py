@@ -19,6 +19,16 @@ CSP = (
 )
 """No inline script or style runs, and nothing comes from elsewhere."""
 
+HEADERS = {
+    "Content-Security-Policy": CSP,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",  # an address with a secret goes nowhere else; `no-referrer` makes the Origin null
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+"""Headers of all responses."""
+
 _ACTIVE = {
     "comparison": "home",
     "prompt": "home",
