@@ -13,6 +13,7 @@ from persona_rlhf.evaluation.likeness import BaseLikeness
 from persona_rlhf.evaluation.metrics import FactQuestions, margin, score_pairs, score_pairs_of_base
 from persona_rlhf.evaluation.prompt_sets import Fact
 from persona_rlhf.evaluation.refusals import BaseAnswers, answer_row, refusal_outcomes
+from persona_rlhf.evaluation.still_base import LimitedMeasure, StillBase
 from tests.evaluation.test_evaluator import judge, policy, users  # noqa: F401
 
 TEXTS = ["hello.", "how are you?", "a b c", "why not!", "tell me", "zzz"]
@@ -97,6 +98,19 @@ def test_a_user_whose_text_is_ruined_is_held_back_and_a_good_one_is_not(adapted,
     assert "no longer the base: " in ruined.reason
     assert not ruined.looks[0].passed
     assert ruined.looks[0].pooled.n == 0
+
+
+def test_recorded_measures_decide_in_place_of_new_ones(adapted, adapters, policy):
+    """The adapter's own text would pass at once. One of no record has no limits."""
+    gate = GateSettings(judge_calibration=None, max_new_tokens=8)
+    evaluator = Evaluator(adapted, policy(), lambda _: True, gate, EvaluationSettings(), users=2)
+    ruined, whole = (StillBase(LimitedMeasure(40, value, 1.5, None, 2.25)) for value in (3.0, 1.6))
+    recorded = {1.0: ruined, 0.25: whole, 0.5: whole, 0.75: ruined}
+    verdict, free = evaluator.verdicts(adapters[[0, 0]], [evaluator.demands] * 2, recorded=[recorded, {}])
+    assert (verdict.alpha, free.alpha) == (0.5, 1.0)
+    assert [(test.alpha, test.passed, test.still_base) for test in verdict.looks] == [
+        (alpha, like == whole, like) for alpha, like in recorded.items()
+    ]
 
 
 def test_worse_than_the_base_by_held_out_pairs_is_held_back(adapted, adapters, policy):

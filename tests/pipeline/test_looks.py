@@ -12,14 +12,15 @@ import torch
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import pseudonym
-from persona_rlhf.config.evaluation import ClassifierSettings, GateSettings
+from persona_rlhf.config.evaluation import ClassifierSettings, GateSettings, StillBaseSettings
 from persona_rlhf.config.experiment import read_config, scaffold
+from persona_rlhf.data.tokenize import PairRow, Row, UserRows
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.gate import Demands, SideEffects, certify, release_unjudged
 from persona_rlhf.evaluation.ledger import Ledger, LookKey
 from persona_rlhf.evaluation.sequential import certify_sequentially
 from persona_rlhf.pipeline import looks as module
-from persona_rlhf.pipeline.looks import GateLooks, gate_looks
+from persona_rlhf.pipeline.looks import GateLooks, Recorded, gate_looks
 from persona_rlhf.policy.clusters import Unit
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.policy import Policy
@@ -42,7 +43,7 @@ class Scripted(Evaluator):
     base = SimpleNamespace(weights_hash="0" * 64)
     conditions = ("float32",)
 
-    def verdicts(self, flat, demands, draws, rows=()):
+    def verdicts(self, flat, demands, draws, rows=(), recorded=()):
         if self.before is not None:
             self.before()
 
@@ -115,6 +116,32 @@ def test_of_two_programs_at_one_look_the_first_to_end_decides(judged):
 def test_with_the_gate_off_nothing_is_held_back(judged):
     off = GateSettings(alphas=ALPHAS, enabled=False)
     assert [judged(gate=off).alpha, judged(gate=off).alpha] == [1, 1]
+
+
+def heldout_of(*tokens):
+    """A user with a held-out pair of each of these tokens."""
+    pairs = [PairRow(None, Row((1,), (token,)), Row((1,), (0,))) for token in tokens]
+    return UserRows("ada", [], pairs)
+
+
+def test_other_held_out_pairs_are_another_look(tmp_path):
+    """They decide the verdict too. A recertification has only their digest, and is the look of the release."""
+
+    def look(rows=(), recorded=(), gate=None):
+        evaluator = Scripted(set(ALPHAS), gate=gate or GateSettings(alphas=ALPHAS))
+        looks = GateLooks(evaluator, Ledger(tmp_path / "looks.jsonl"), tmp_path, "bank", "exam", [])
+        [judged] = looks.judge(["ada"], ADAPTER, rows, recorded)
+        return judged.spending
+
+    first, other = look([heldout_of(2, 3)]), look([heldout_of(2)])
+    assert (first.look, look([heldout_of(3, 2)]).look, other.look) == (1, 1, 2)
+    assert None is not first.heldout != other.heldout is not None
+    for spending in (first, other):
+        assert look(recorded=[Recorded({}, spending.heldout)]) == spending
+    none = look([heldout_of()])
+    assert (none.look, none.heldout) == (3, None)
+    untested = GateSettings(alphas=ALPHAS, still_base=StillBaseSettings(pairs_level=None))
+    assert look([heldout_of(2)], gate=untested) == none
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +268,7 @@ class Drawing(Scripted):
     drawn: list[Any] = field(default_factory=list)
     pool: dict[str, Unit] = field(default_factory=lambda: {f"unit {n}": Unit("c", [n]) for n in range(400)})  # type: ignore[assignment]
 
-    def verdicts(self, flat, demands, draws, rows=()):
+    def verdicts(self, flat, demands, draws, rows=(), recorded=()):
         asked: list[int] = []
 
         def refused(alpha, units):

@@ -1,6 +1,7 @@
 """What `evaluate RUN --redteam` says where there is nothing to attack; the attacks themselves are in tests/story."""
 
 import json
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -9,10 +10,14 @@ from typer.testing import CliRunner
 from persona_rlhf.cli import app
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import slug
-from persona_rlhf.pipeline.reevaluate import pairs_of, probes_of
+from persona_rlhf.config.evaluation import GateSettings
+from persona_rlhf.evaluation.gate import Demands, certify_cohort
+from persona_rlhf.evaluation.still_base import LimitedMeasure, SignTest, StillBase
+from persona_rlhf.pipeline.reevaluate import _recorded, pairs_of, probes_of
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.rule_schema import Certify
 from persona_rlhf.release.results import PairCounts, Result, write_results
+from persona_rlhf.release.revocation import Retested
 
 
 @pytest.fixture
@@ -74,3 +79,26 @@ def test_a_policy_without_test_probes_is_told_so(tmp_path):
     empty = Policy((), (), (), Certify(min_refusal=0.9, delta=0.05), (), (), (), "b" * 64)
     with pytest.raises(InputError, match="no probe of the test split"):
         probes_of(tmp_path, empty)
+
+
+@pytest.mark.parametrize(
+    "ruined",
+    [StillBase(LimitedMeasure(40, 3.0, 1.5, None, 2.25)), StillBase(pairs=SignTest(10, 1, 0.011, 0.05))],
+)
+def test_who_was_released_below_full_strength_for_harm_is_certified_anew_there(ruined):
+    """Also where held-out pairs lowered the strength, which a recertification does not read."""
+    demands, base = Demands(0.9, {"a": 0.8}, frozenset({"a"}), 0.05), {"a": [True] * 200}
+
+    def judged(likeness):
+        [verdict] = certify_cohort(
+            [demands], base, GateSettings().alphas, lambda users, _: [base] * len(users), likeness=likeness
+        )
+        return verdict
+
+    first = judged(lambda _, alphas: [ruined if alpha == 1 else StillBase() for alpha in alphas])
+    released = Result.from_json(replace(result("released"), alpha=first.alpha, looks=first.looks).to_json())
+    measures = _recorded(released).still_base
+    again = judged(lambda _, alphas: [measures[alpha] for alpha in alphas])
+    assert first.alpha == 0.75
+    assert again.looks == first.looks
+    assert Retested("ada", "ada-1", released.alpha, again, False, False).passes

@@ -16,6 +16,7 @@ from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import UserRows, prompt_ids
 from persona_rlhf.evaluation.gate import (
     Demands,
+    Likeness,
     SideEffects,
     Verdict,
     certify_cohort,
@@ -192,13 +193,14 @@ class Evaluator:
         demands: Sequence[Demands],
         draws: Sequence[Sequence[str]] = (),
         rows: Sequence[UserRows] = (),
+        recorded: Sequence[Mapping[float, StillBase]] = (),
     ) -> list[Verdict]:
         """The gate's verdict on every user of a cohort, all tests in lockstep over the `certify` probes.
 
         `demands`: one per user, since users are at different looks (`Demands.at_look`). `draws`: the names of the units
         that each user's look draws, in their order (`gate.sequential`). `rows`: those of each user, whose held-out
-        pairs may hold the adapter back; none are tested without. Raises InputError where the base itself does not pass
-        a first look.
+        pairs may hold the adapter back; none are tested without. `recorded`: in place of measures, those of each user's
+        release by alpha. Raises InputError where the base itself does not pass a first look.
         """
         certify = self._certify
         base = self._base_outcomes
@@ -212,23 +214,21 @@ class Evaluator:
             tested.update(zip(zip(users, alphas, strict=True), outcomes, strict=True))
             return outcomes
 
+        def likeness(users: list[int], alphas: list[float]) -> list[StillBase]:
+            if recorded:
+                return [recorded[user].get(alpha, StillBase()) for user, alpha in zip(users, alphas, strict=True)]
+            return self._still_base(flat[users], alphas, [rows[user] for user in users] if rows else [])
+
         users, largest = list(range(flat.shape[0])), self.gate.alphas[-1]
         if self.gate.enabled and self.gate.sequential:
             self.check_base()
-            pool = self.pool
-            drawn = [[pool[name] for name in names] for names in draws]
-            return [
-                self._sequential(flat[[user]], demands[user], base, drawn[user], rows[user : user + 1])
-                for user in users
-            ]
+            drawn = [[self.pool[name] for name in names] for names in draws]
+            return [self._sequential(flat, user, demands[user], base, drawn[user], likeness) for user in users]
         if self.gate.enabled:
             self.check_base()
 
             def measured(users: list[int], alphas: list[float]) -> list[SideEffects]:
                 return self.side_effects(flat[users], torch.tensor(alphas, device=flat.device))
-
-            def likeness(users: list[int], alphas: list[float]) -> list[StillBase]:
-                return self._still_base(flat[users], alphas, [rows[user] for user in users] if rows else [])
 
             verdicts = certify_cohort(demands, base, self.gate.alphas, test, measured, likeness)
         else:
@@ -257,14 +257,15 @@ class Evaluator:
 
     def _sequential(
         self,
-        flat: Float[Tensor, "1 params"],
+        cohort: Float[Tensor, "users params"],
+        user: int,
         demands: Demands,
         base: Outcomes,
         drawn: Sequence[Unit],
-        rows: Sequence[UserRows],
+        likeness: Likeness,
     ) -> Verdict:
         """The sequential gate's verdict on one user: probes are asked as they are drawn."""
-        certify = self._certify
+        certify, flat = self._certify, cohort[[user]]
 
         def refused(alpha: float, units: Sequence[Unit]) -> list[bool]:
             places = [certify.places[unit.category][place] for unit in units for place in unit.places]
@@ -277,9 +278,8 @@ class Evaluator:
         def measured(alpha: float) -> SideEffects:
             return self.side_effects(flat, torch.tensor([alpha], device=flat.device))[0]
 
-        return certify_sequentially(
-            demands, base, self.gate.alphas, drawn, refused, measured, lambda a: self._still_base(flat, [a], rows)[0]
-        )
+        like = lambda alpha: likeness([user], [alpha])[0]  # noqa: E731
+        return certify_sequentially(demands, base, self.gate.alphas, drawn, refused, measured, like)
 
     @cached_property
     def _base_outcomes(self) -> Outcomes:

@@ -63,7 +63,7 @@ class Spending(NamedTuple):
 
     `spent` has the judge's part in it, which is spent once; `of` is the whole delta. `pool` is the number of units of
     private probes from which the look drew, and `drawn` those that the user's looks have drawn so far; None without
-    `gate.sequential`.
+    `gate.sequential`. `heldout` is sha256 of the held-out pairs that could decide; None where none could.
     """
 
     look: int
@@ -73,6 +73,7 @@ class Spending(NamedTuple):
     of: float
     pool: int | None = None
     drawn: int | None = None
+    heldout: str | None = None
 
     @staticmethod
     def of_look(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from persona_rlhf.evaluation.gate import Demands, Verdict
 from persona_rlhf.evaluation.ledger import LOOKS, Family, KeptHead, Ledger, LookKey, LookPlan
 from persona_rlhf.evaluation.sequential import shortages, units_drawn
 from persona_rlhf.evaluation.spending import Spending
+from persona_rlhf.evaluation.still_base import StillBase
 from persona_rlhf.pipeline.inputs import facts_of, ordinary_of
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.policy import Policy
@@ -38,6 +39,13 @@ from persona_rlhf.release.report import config_of
 
 _NOT_THE_EXAM: dict[str, bool | set[str]] = {"ledger": True, "valid_days": True, "judge_model": {"model", "template"}}
 """Keys of `gate` that change no verdict, and paths whose files `judge_hashes` covers."""
+
+
+class Recorded(NamedTuple):
+    """The likeness of a user's adapter and the base at its release, by alpha, and its `Spending.heldout`."""
+
+    still_base: Mapping[float, StillBase]
+    heldout: str | None
 
 
 EarlierLooks = list[list[tuple[LookKey, bool]]]
@@ -73,19 +81,32 @@ class GateLooks:
     pool: Sequence[str] = ()
 
     def judge(
-        self, users: Sequence[str], flat: Float[Tensor, "users params"], rows: Sequence[UserRows] = ()
+        self,
+        users: Sequence[str],
+        flat: Float[Tensor, "users params"],
+        rows: Sequence[UserRows] = (),
+        recorded: Sequence[Recorded] = (),
     ) -> list[JudgedLook]:
         """The gate's verdicts on one adapter of each user, at the level of the user's look.
 
         `rows`: those of each user, whose held-out pairs may hold the adapter back; without them no pair does.
+        `recorded`: in place of measures, those of an adapter that was released.
 
         The look is on the disk before the first probe is asked, and its head in the audit trail. Of a look that was
         closed before, the first verdict stands: a failed adapter stays held back, and one that passed is released at
         most at the alpha recorded. Raises InputError for a ledger that has forgotten looks.
         """
+        heldout = (
+            [one.heldout for one in recorded] or [self._heldout(of_user) for of_user in rows] or [None] * len(users)
+        )
         keys = [
-            LookKey(pseudonym(user), _digest(adapter), self.bank, self.exam)
-            for user, adapter in zip(users, flat, strict=True)
+            LookKey(
+                pseudonym(user),
+                _digest(adapter),
+                self.bank,
+                self.exam if pairs is None else _sha256([self.exam, pairs]),
+            )
+            for user, adapter, pairs in zip(users, flat, heldout, strict=True)
         ]
         self.earlier = enter_earlier(self.ledger, self.audit_run, self.earlier)
         sequential = self.evaluator.gate.enabled and self.evaluator.gate.sequential
@@ -94,7 +115,8 @@ class GateLooks:
         demands = self.evaluator.demands
         units = [self.ledger.fresh_units(key, self.pool) for key in keys]
         of_looks = [demands.at_look(look.share, look.number) for look in looks]
-        verdicts = self.evaluator.verdicts(flat, of_looks, [[unit.name for unit in fresh] for fresh in units], rows)
+        draws, measures = [[unit.name for unit in fresh] for fresh in units], [one.still_base for one in recorded]
+        verdicts = self.evaluator.verdicts(flat, of_looks, draws, rows, measures)
         drawn = [units_drawn(verdict) if sequential else 0 for verdict in verdicts]
         columns = zip(keys, looks, units, drawn, strict=True)
         ends = {key: fresh[n - 1].place if n else look.start for key, look, fresh, n in columns} if sequential else {}
@@ -105,10 +127,18 @@ class GateLooks:
         integrity.append_all(self.audit_run, [looked(self.ledger)])
         size = len(self.pool)
         pools = [(size, size - len(fresh) + n) if sequential else () for fresh, n in zip(units, drawn, strict=True)]
-        return [
-            JudgedLook(verdict, Spending.of_look(look, demands.delta, demands.judge_delta, *of_pool))
-            for verdict, look, of_pool in zip(verdicts, looks, pools, strict=True)
+        spendings = [
+            Spending.of_look(look, demands.delta, demands.judge_delta, *of_pool)._replace(heldout=pairs)
+            for look, of_pool, pairs in zip(looks, pools, heldout, strict=True)
         ]
+        return list(map(JudgedLook, verdicts, spendings))
+
+    def _heldout(self, rows: UserRows) -> str | None:
+        """sha256 of the tokens of a user's held-out pairs; None where they decide nothing."""
+        gate = self.evaluator.gate
+        tested = gate.enabled and gate.still_base is not None and gate.still_base.pairs_level is not None
+        tokens = sorted((pair.chosen, pair.rejected) for pair in rows.heldout)
+        return _sha256(tokens) if tested and tokens else None
 
     def _at_most(self, verdict: Verdict, recorded: float, demands: Demands) -> Verdict:
         """A verdict that allows no more than the alpha that the ledger recorded for its look."""

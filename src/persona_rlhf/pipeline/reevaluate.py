@@ -25,7 +25,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.models.multi_lora import LayerSpan
 from persona_rlhf.pipeline.inputs import facts_of, ordinary_of, read_inputs
-from persona_rlhf.pipeline.looks import gate_looks
+from persona_rlhf.pipeline.looks import Recorded, gate_looks
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCounter, silent, watched
 from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
@@ -144,7 +144,7 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
         for cohort, flat in released_adapters(run, released, adapted, as_trained=True):
             counter(len(users), _cohort_line("testing", len(users), len(cohort), len(released)))
             with watched([adapted], counter.event, on_progress):
-                judged = looks.judge([result.user_id for result in cohort], flat)
+                judged = looks.judge([result.user_id for result in cohort], flat, recorded=list(map(_recorded, cohort)))
             pairs = list(zip(cohort, judged, strict=True))
             integrity.append_all(run, [retested(result.user_id, look.verdict, policy.hash) for result, look in pairs])
             users += [
@@ -170,6 +170,12 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
     return Recertified(policy.hash, users, head)
 
 
+def _recorded(result: Result) -> Recorded:
+    """The measures of a release: a strength that was left out for harm then is left out again."""
+    measures = {test.alpha: test.still_base for test in result.looks if test.still_base is not None}
+    return Recorded(measures, result.spending.heldout if result.spending else None)
+
+
 def _cohort_line(act: str, done: int, cohort: int, users: int) -> str:
     return f"{act} {done + 1} to {done + cohort} of {users} users"
 
@@ -177,7 +183,7 @@ def _cohort_line(act: str, done: int, cohort: int, users: int) -> str:
 def _recertifying(adapted: AdaptedModel, policy: Policy, config: Config, users: int) -> Evaluator:
     """The run's evaluator under other documents; its gate is on even where the run had switched it off.
 
-    Its limits on text are the run's, so a strength that these lowered is tested again. Held-out pairs are not read.
+    The documents are what is tested: by the limits of `gate.still_base` the measures of the release decide.
     """
     gate = config.gate.model_copy(update={"enabled": True})
     judges = judges_of(gate, adapted.base.device)
