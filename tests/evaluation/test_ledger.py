@@ -472,3 +472,24 @@ def test_a_look_that_drew_nothing_spends_nothing(tmp_path):
         shares.append(opened.share)
         book.close([(of, 0.0)], {of: end})
     assert shares == pytest.approx([FIRST, FIRST, FIRST / 4, FIRST / 4])
+
+
+def test_a_look_that_is_judged_again_and_draws_more_is_not_handed_on(tmp_path):
+    """Its verdict stays. No later look draws the units whose outcomes are learnt then, nor has its share."""
+    book, pool = ledger(tmp_path), [f"unit {n}" for n in range(400)]
+    first, other = key(adapter="0"), key(adapter="1")
+    [opened] = book.open([first], True, pool=pool)
+    book.close([(first, 0.0)], {first: opened.start})
+    [again] = book.open([first], True, pool=pool)
+    asked = book.fresh_units(first, pool)[:100]
+    assert again == opened
+    assert book.close([(first, 1.0)], {first: asked[-1].place}) == [0.0]
+    lines = len(list(Chain(book.file)))
+    for end in (asked[-1].place, opened.start):
+        assert book.close([(first, 1.0)], {first: end}) == [0.0]
+    assert len(list(Chain(book.file))) == lines
+    for read in (book, ledger(tmp_path)):
+        [later] = read.open([other], True, pool=pool)
+        assert later.share == pytest.approx(FIRST / 4)
+        assert later.spent == pytest.approx(FIRST * 5 / 4)
+        assert not {unit.name for unit in asked} & {unit.name for unit in read.fresh_units(other, pool)}

@@ -2,7 +2,7 @@
 
 A look is written before the probes are asked, and closed with the alpha that its verdict allows. The same adapter
 before the same exam is the same look, so a killed and resumed run pays once. A closed look keeps its first outcome: a
-judgement that is repeated allows no more. Another adapter, probe, demand or judge makes a new look.
+judgement that is repeated allows no more. Another adapter, probe, demand, judge or held-out pair makes a new look.
 
 The ledger is chained (`common/chain.py`); heads of it are kept beside it and in the runs that use it. A ledger that
 lacks one of them is an error: a restored backup would have forgotten looks.
@@ -53,7 +53,7 @@ _SHORTEST_KEY = 32  # bytes; a shorter key could be guessed by everybody who has
 class LookKey(NamedTuple):
     """A look: the user's pseudonym (`common.files`), and sha256 of the adapter, of the certify probes and of the exam.
 
-    The exam is everything besides the adapter that decides the verdict: probes, demands, judge, base, decoding.
+    The exam is all besides the adapter that decides the verdict: probes, demands, judge, base, held-out pairs.
     """
 
     user: str
@@ -227,18 +227,20 @@ class Ledger:
         """Closes looks with the alphas that their verdicts allow, 0 for failed ones; returns the alphas recorded.
 
         `ends`: the places of the last units that they drew, or their starts, where they draw fresh ones.
-
-        A closed look stays as it is: its first verdict is the one returned. Lines of early versions have no alpha; a
-        pass is then returned as 1, which bounds nothing.
+        A closed look keeps its first verdict, which is the one returned; only its end advances where it is judged again
+        and draws more. A pass in lines of early versions has no alpha, and is returned as 1, which bounds nothing.
         """
         with self._locked() as chain:
             named = {self._name(key): (key, alpha) for key, alpha in verdicts}
-            closed = [
-                {"look": name, "passed": alpha > 0, "alpha": float(alpha)} | ({"end": ends[key]} if key in ends else {})
-                for name, (key, alpha) in named.items()
-                if name in self._open
-            ]
-            self._append(chain, [(CLOSED, facts) for facts in closed])
+            closed = list[tuple[str, dict[str, Any]]]()
+            for name, (key, alpha) in named.items():
+                user, place = self._places[name]
+                first, end, opened = self._users[user][place], ends.get(key), name in self._open
+                if opened or (end or 0) > (first.end or 0):
+                    kept = alpha if opened else first.released
+                    facts = {"look": name, "passed": kept > 0, "alpha": float(kept)}
+                    closed.append((CLOSED, facts if end is None else facts | {"end": end}))
+            self._append(chain, closed)
             places = [self._places[name] for name in named]
             return [self._users[user][place].released for user, place in places]
 
@@ -260,12 +262,9 @@ class Ledger:
             history += [PastLook(shares[0], False)] * (other.looks - len(shares))
         if plan is None or plan in plans:
             return next_share(history, sequential)
-        total = 0.0
         for _ in range(plan.looks):
-            share = next_share(history, sequential)
-            history.append(PastLook(share, False))
-            total += share
-        return total / plan.looks
+            history.append(PastLook(next_share(history, sequential), False))
+        return sum(past.share for past in history[-plan.looks :]) / plan.looks
 
     def _look(self, name: str) -> Look:
         user, place = self._places[name]

@@ -121,9 +121,9 @@ class GateLooks:
         columns = zip(keys, looks, units, drawn, strict=True)
         ends = {key: fresh[n - 1].place if n else look.start for key, look, fresh, n in columns} if sequential else {}
         allowed = (verdict.alpha if verdict.certified else 0.0 for verdict in verdicts)
-        recorded = self.ledger.close(zip(keys, allowed, strict=True), ends)
+        closed = self.ledger.close(zip(keys, allowed, strict=True), ends)
         if self.evaluator.gate.enabled:
-            verdicts = [self._at_most(*of_user) for of_user in zip(verdicts, recorded, of_looks, strict=True)]
+            verdicts = [self._at_most(*of_user) for of_user in zip(verdicts, closed, of_looks, strict=True)]
         integrity.append_all(self.audit_run, [looked(self.ledger)])
         size = len(self.pool)
         pools = [(size, size - len(fresh) + n) if sequential else () for fresh, n in zip(units, drawn, strict=True)]
