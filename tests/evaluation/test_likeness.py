@@ -132,4 +132,4 @@ def test_worse_than_the_base_by_held_out_pairs_is_held_back(adapted, adapters, p
     follows, opposes = examination.verdicts(flat, [examination.demands] * 2, rows=rows)
     assert follows.admitted
     assert not opposes.admitted
-    assert "held-out pairs 0 of 6 ranked better than by the base" in opposes.reason
+    assert "held-out pairs of 0 of 6 prompts ranked better than by the base" in opposes.reason

@@ -1,6 +1,15 @@
 import pytest
 
-from persona_rlhf.evaluation.metrics import TONE, is_toxic, perplexity, tone_drift, toxic_answers
+from persona_rlhf.evaluation.metrics import (
+    TONE,
+    PairScores,
+    is_toxic,
+    perplexity,
+    tone_drift,
+    toxic_answers,
+    untied_margins,
+)
+from persona_rlhf.models.scores import RowScore
 
 
 def test_tone_drift_is_the_mean_of_each_property():
@@ -24,3 +33,12 @@ def test_words_of_the_list_are_matched_whole():
 def test_perplexity_of_the_same_texts_under_both():
     assert perplexity([-2.0, -4.0], [-1.0, -2.0], 6) == pytest.approx((2.718281828**1.0, 2.718281828**0.5))
     assert perplexity([], [], 0) is None
+
+
+def test_pairs_of_one_prompt_have_one_margin_their_mean():
+    """Twenty pairs of a prompt that lean the same way would else be twenty votes."""
+    none = RowScore(0.0, 1)
+    raised = [-0.5] * 19 + [1.0, 2.0, 0.25, -0.25, 0.0]
+    prompts = [(1,)] * 20 + [(2,), (3,), (3,), (4,)]
+    adapted = [PairScores(RowScore(value, 1), none) for value in raised]
+    assert untied_margins(prompts, [PairScores(none, none)] * 24, adapted) == pytest.approx([-8.5 / 20, 2.0])

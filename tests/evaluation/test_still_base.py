@@ -57,7 +57,7 @@ def test_the_sign_test_is_the_exact_binomial_test(better, worse):
 def test_fewer_than_five_pairs_hold_nobody_back():
     assert all(still_base(LIMITS, None, None, None, [-1.0] * n).passes for n in range(5))
     worse = still_base(LIMITS, None, None, None, [-1.0] * 5)
-    assert worse.shortfall == "held-out pairs 0 of 5 ranked better than by the base (p = 0.031, level 0.05)"
+    assert worse.shortfall == "held-out pairs of 0 of 5 prompts ranked better than by the base (p = 0.031, level 0.05)"
 
 
 def test_a_limit_of_null_leaves_its_measure_out():
@@ -83,7 +83,7 @@ def test_a_config_without_prompts_or_facts_says_that_there_is_no_limit():
         ({"max_length": 1.2, "min_length": None}, None),
         ({"max_empty": 0.0}, "empty answers 2"),
         ({"max_facts_lost": 0.0}, "right facts kept 44"),
-        ({"pairs_level": 0.4}, "held-out pairs 4 of 10"),
+        ({"pairs_level": 0.4}, "held-out pairs of 4 of 10 prompts"),
     ],
 )
 def test_each_limit_can_be_set(limit, shortfall):

@@ -63,6 +63,8 @@ def test_a_line_keeps_the_figures_that_decided(mixed):
 def test_held_back_for_harm_is_told_from_held_back_by_tier_one(mixed):
     assert [result.status for result in mixed] == ["released", "held_back", "held_back"]
     assert [result.harmful for result in mixed] == [False, True, False]
+    climbed = [test._replace(passed=test.alpha == 0.5) for test in mixed[1].looks]
+    assert not replace(mixed[1], looks=climbed).harmful  # an earlier verdict at this look held the user back
     summary = summarise(mixed)
     assert (summary.held_back, summary.harmful) == (2, 1)
     console = Console(record=True, width=200)
@@ -84,7 +86,7 @@ def test_the_card_says_by_how_much_it_still_is_the_base(run):
     card = (run.path / written.path / "README.md").read_text()
     assert "perplexity of ordinary answers 1.6 (base 1.5, n = 40; at most 2.25)" in card
     assert "tokens of an answer 25.5 (base 38, n = 40; at least 7.6 and at most 95)" in card
-    assert "held-out pairs 42 of 60 ranked better than by the base" in card
+    assert "held-out pairs of 42 of 60 prompts ranked better than by the base" in card
     assert not adapter_faults(run.path / written.path)
 
 

@@ -137,8 +137,9 @@ class BaseLikeness:
         """Whether each adapter still is the base, by `settings`; `users` may be empty, then no pairs are tested."""
         margins: list[list[float]] = [[] for _ in range(flat.shape[0])]
         if users:
-            pairs = zip(self.base_scores(users), self.scores(flat, alphas, users), strict=True)
-            margins = [untied_margins(base, adapted) for base, adapted in pairs]
+            prompts = ([pair.chosen.prompt for pair in user.heldout] for user in users)
+            columns = prompts, self.base_scores(users), self.scores(flat, alphas, users)
+            margins = list(map(untied_margins, *columns))
         behaviours = self.behaviour(flat, alphas)
         answered = self._answered([behaviour.answers for behaviour in behaviours])
         return [

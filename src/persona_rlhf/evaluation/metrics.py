@@ -70,10 +70,18 @@ def margin(base: PairScores, adapted: PairScores) -> float:
     return (adapted.chosen.logp - base.chosen.logp) - (adapted.rejected.logp - base.rejected.logp)
 
 
-def untied_margins(base: Sequence[PairScores], adapted: Sequence[PairScores]) -> list[float]:
-    """The reward margins of a user's pairs, in nats, without those that the adapter leaves as they are."""
-    margins = (margin(b, a) for b, a in zip(base, adapted, strict=True))
-    return [value for value in margins if abs(value) > _ROUNDING]
+def untied_margins(
+    prompts: Sequence[PromptIds], base: Sequence[PairScores], adapted: Sequence[PairScores]
+) -> list[float]:
+    """The mean reward margin of a user's pairs of each prompt, in nats, without prompts where it is 0.
+
+    `prompts` are those of the pairs. Pairs of one prompt are not independent, so a sign test has one vote for them all.
+    """
+    of_prompt: dict[PromptIds, list[float]] = {}
+    for prompt, *scores in zip(prompts, base, adapted, strict=True):
+        of_prompt.setdefault(prompt, []).append(margin(*scores))
+    means = (sum(margins) / len(margins) for margins in of_prompt.values())
+    return [mean for mean in means if abs(mean) > _ROUNDING]
 
 
 def heldout_accuracy(base: Sequence[PairScores], adapted: Sequence[PairScores]) -> Accuracy | None:

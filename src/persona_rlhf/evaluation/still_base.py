@@ -6,11 +6,11 @@ sample decides, within the limits of `gate.still_base`:
 - perplexity: the base's perplexity of the greedy answers to ordinary prompts, against that of its own answers
 - length: tokens of these answers, against the base's; and the answers that are empty
 - facts: right answers of the base to `evaluation.facts` that stay right
-- pairs: an exact one-sided sign test on the user's held-out pairs, with "no worse than the base" as the hypothesis
+- pairs: an exact one-sided sign test on the user's held-out pairs, one vote a prompt, of "no worse than the base"
 
 **Sampling.** The first three are of the same prompts for every user, and have no confidence bound: a released adapter
 keeps the limits on this sample, and its figures on other prompts scatter. The sign test holds back an adapter that is
-no worse with a chance of at most its level, and shows no gain: it takes five held-out pairs to reject anything.
+no worse with a chance of at most its level, and shows no gain: it takes five prompts to reject anything.
 
 **Statistics of the gate.** Each demand is one more of the intersection that a gate test is. It makes a test pass less
 often, whatever the certify probes say, so the chance of a release in breach stays below delta. These demands are
@@ -50,10 +50,10 @@ class LimitedMeasure(NamedTuple):
 
 
 class SignTest(NamedTuple):
-    """The user's held-out pairs without a tie, those that the adapter ranks better than the base, and the test of them.
+    """The prompts of the user's held-out pairs without ties, those that the adapter ranks better, and their test.
 
-    Better is a positive reward margin: the adapter raised the chosen answer against the rejected. `p_value` is the
-    chance of so few under "no worse than the base".
+    Better is a positive mean reward margin of the prompt's pairs: the adapter raised the chosen answers against the
+    rejected. `p_value` is the chance of so few under "no worse than the base".
     """
 
     n: int
@@ -67,9 +67,8 @@ class SignTest(NamedTuple):
         return self.p_value > self.level
 
     def __str__(self) -> str:
-        return (
-            f"{self.better} of {self.n} ranked better than by the base (p = {self.p_value:.2g}, level {self.level:g})"
-        )
+        votes = f"of {self.better} of {self.n} prompts ranked better than by the base"
+        return f"{votes} (p = {self.p_value:.2g}, level {self.level:g})"
 
 
 class StillBase(NamedTuple):
@@ -140,7 +139,7 @@ def still_base(
     facts: Facts | None,
     margins: Sequence[float],
 ) -> StillBase:
-    """The measures within the limits of `settings`. `margins`: those of the user's held-out pairs, ties left out."""
+    """The measures within the limits of `settings`. `margins`: means of a user's held-out prompts, no ties."""
     perplexity = length = empty = right = pairs = None
     if answers is not None and of_base is not None and of_base.tokens:
         n = answers.n

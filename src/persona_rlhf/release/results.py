@@ -71,8 +71,12 @@ class Result:
 
     @property
     def harmful(self) -> bool:
-        """Whether the user is held back because the adapter no longer is the base, or is worse by held-out pairs."""
-        return self.status == "held_back" and self.still_base is not None and not self.still_base.passes
+        """Whether the user is held back because the adapter no longer is the base, or is worse by held-out pairs.
+
+        Where a test passed now, an earlier verdict at the look holds the user back, and this one gives no cause.
+        """
+        harm = self.still_base is not None and not self.still_base.passes
+        return self.status == "held_back" and harm and not any(test.passed for test in self.looks)
 
     @property
     def gain(self) -> float | None:
