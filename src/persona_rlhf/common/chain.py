@@ -12,10 +12,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from persona_rlhf.common.clock import now
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import append_whole
 
@@ -158,7 +158,7 @@ class LockedChain:
         lines = bytearray()
         for event, facts in events:
             seq += 1
-            time = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+            time = now()
             content = {"seq": seq, "time": time, "event": event, "facts": dict(facts), "previous": previous}
             previous = _digest(content)
             lines += _rendered(content | {"hash": previous})

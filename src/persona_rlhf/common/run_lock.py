@@ -21,11 +21,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, ParamSpec, TypeVar
 
+from persona_rlhf.common.clock import now
 from persona_rlhf.common.errors import InputError, Problem
 
 WAIT_SECONDS = 10.0
@@ -210,7 +210,7 @@ def _is_at(handle: int, file: Path) -> bool:
 
 def _enter(handle: int, verb: str, alone: bool) -> None:
     """Writes the holder's line: alone in the file, or after those of other readers."""
-    since = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    since = now()
     line = json.dumps(Holder(os.getpid(), socket.gethostname(), verb, since)._asdict()) + "\n"
     with contextlib.suppress(OSError):  # a reader may not write here, or the disk is full: the lock holds all the same
         if alone:

@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from persona_rlhf.common.clock import now
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import naming_full_disk, pseudonym
 from persona_rlhf.data.erasure import DataSubject, Trace
@@ -72,11 +72,6 @@ class Choice(NamedTuple):
         place = "1/2" if self.verdict == "left" else "2/2"
         pair = {"user_id": self.user_id, "prompt": self.prompt, "chosen": chosen, "rejected": rejected}
         return {**pair, "id": self.id, "created_at": self.at, "source": self.source, "place": place}
-
-
-def now() -> str:
-    """The time in UTC, to the second (ISO 8601)."""
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 _VERSION = 1

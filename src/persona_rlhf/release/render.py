@@ -136,18 +136,19 @@ def render_template(template: str, **values: object) -> str:
 
 def _template(name: str) -> Template:
     """A template of pages (HTML, escaped) or of cards (Markdown). A missing value is an error."""
-    return _environment(html=name.endswith(".html.j2")).get_template(name)
+    return environment("persona_rlhf.release", html=name.endswith(".html.j2")).get_template(name)
 
 
 @cache
-def _environment(html: bool) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("persona_rlhf.release"),
+def environment(package: str, html: bool) -> Environment:
+    """Jinja2 with the templates of a package, whose values are escaped in HTML. A missing value is an error."""
+    templates = Environment(
+        loader=PackageLoader(package),
         autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["printable"] = visible
-    environment.filters["shell"] = shlex.quote
-    return environment
+    templates.filters["printable"] = visible
+    templates.filters["shell"] = shlex.quote
+    return templates

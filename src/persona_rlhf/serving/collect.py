@@ -24,9 +24,10 @@ from fastapi.responses import RedirectResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from persona_rlhf.common.clock import now
 from persona_rlhf.common.errors import InputError, visible
 from persona_rlhf.common.files import pseudonym
-from persona_rlhf.data.choice_ledger import CONSENTS, DELETIONS, VERDICTS, ChoiceLedger, now
+from persona_rlhf.data.choice_ledger import CONSENTS, DELETIONS, VERDICTS, ChoiceLedger
 from persona_rlhf.data.erasure import DataSubject
 from persona_rlhf.data.page_rows import append_rows, page_lock
 from persona_rlhf.data.wish_documents import WishDesk, document_file

@@ -9,9 +9,10 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 from fastapi.responses import HTMLResponse, Response
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
-from persona_rlhf.common.errors import counted, visible
+from persona_rlhf.common.errors import counted
+from persona_rlhf.release.render import environment
 
 CSP = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -61,15 +62,9 @@ def page(name: str, status: int = 200, **content: Any) -> Response:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("persona_rlhf.serving"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"shown": _shown, "line": visible, "counted": counted}
-    return environment
+    pages = environment("persona_rlhf.serving", html=True)
+    pages.filters |= {"shown": _shown, "counted": counted}
+    return pages
 
 
 def _shown(text: str) -> str:

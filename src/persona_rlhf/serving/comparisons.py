@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import NamedTuple
 
+from persona_rlhf.common.clock import now
 from persona_rlhf.common.files import pseudonym, slug
-from persona_rlhf.data.choice_ledger import BASE, POLICY, Choice, Consent, Verdict, now
+from persona_rlhf.data.choice_ledger import BASE, POLICY, Choice, Consent, Verdict
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.policy.judges import shingles
 from persona_rlhf.release.results import Result
