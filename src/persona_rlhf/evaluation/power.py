@@ -184,7 +184,7 @@ def _shows(
     zeros[:, 0] = 1.0  # the chance of so many zeros after rounding
     for phrasing in phrasings:
         share = np.mean(phrasing, axis=0)[:, None]
-        zeros = zeros * (1 - share) + np.pad(zeros, ((0, 0), (1, 0)))[:, :-1] * share
+        zeros[:, 1:], zeros[:, 0] = zeros[:, 1:] * (1 - share) + zeros[:, :-1] * share, zeros[:, 0] * (1 - share[:, 0])
     chance = np.where(np.arange(bet.most + 1) + alone[:, None] <= bet.most, zeros, 0.0).sum(axis=1)
     shown: NDArray[np.bool_] = chance * bet.wealth(1.0, bet.demand) * bet.level >= 1
     return shown

@@ -1,6 +1,6 @@
 """`plan`: time and memory of a run, extrapolated from a sample of its work, before anything is trained.
 
-A plan takes about a tenth of the run. Up to two users are screened as `train` does; of other users all pairs are
+A plan takes about a tenth of the run. One user is screened as `train` does; of other users all pairs are
 assumed to stay. Of many users the first thousand are read. One prompt in sixteen is
 asked, of a slow base one in up to 64: of the base for its check and for the constraint data, and of two cohorts for the
 gate and the measures. Decoding steps are timed apart, since a run has fewer of them than sixteen samples (see

@@ -18,7 +18,7 @@ from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import Row, UserRows, prompt_ids
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.request_screens import measure_screen, screened_probes
-from persona_rlhf.pipeline.base_answers import prompts_of, sampled_pairs
+from persona_rlhf.pipeline.base_answers import ANSWERS, prompts_of, sampled_pairs
 from persona_rlhf.pipeline.inputs import RunInputs
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCounter
 from persona_rlhf.pipeline.plan_steps import SampledTime, timed
@@ -34,7 +34,6 @@ _RAREST = 64  # the same, of a slow base
 _QUICK = 0.02  # seconds of a decoding step of one row, up to which a base is not slow
 _ASKED = 512  # prompts of a kind, of which one in sixteen is asked; of fewer, more
 _LEAST_EXAMPLES = 8  # of a category, in the constraint data
-_SCREENED = 2  # users that are screened; of others, all pairs are assumed to stay
 _AT_ONCE = 32  # users tokenized together
 _OPENING = 8  # tokens of the prompt that tells how slow a base is
 
@@ -73,8 +72,8 @@ def sampled_every(ready: Prepared) -> int:
 
 
 def screened(ready: Prepared, users: int, on_progress: OnProgress) -> ScreenedUsers:
-    """The first `users` users: a few of them screened as `train` does, the others tokenized alone."""
-    chosen = range(0, users, max(1, ceil(users / _SCREENED)))
+    """The first `users` users: one of them screened as `train` does, the others tokenized alone."""
+    chosen = range(min(1, users))
     rows = list[UserRows]()
 
     def screen() -> None:
@@ -123,7 +122,7 @@ def base_answers_seconds(ready: Prepared, every: int) -> float:
     if ready.config.basis is None:
         return 0.0
     prompts = prompts_of(ready.config.basis)
-    few = prompts[:: _every(len(prompts), every)]
+    few = prompts[:: _every(len(prompts) * ANSWERS, every)]
     sampled = timed(ready.adapted, lambda: sampled_pairs(ready, few))
     return sampled.of_all(len(few) / len(prompts), most_rows(ready))
 
