@@ -18,8 +18,8 @@ from persona_rlhf.evaluation.answer_judge import (
     sentences,
     shipped_judge,
 )
+from persona_rlhf.evaluation.classifier import AnsweredPrompt
 from persona_rlhf.evaluation.gate import Demands
-from persona_rlhf.evaluation.refusals import AnsweredPrompt
 from persona_rlhf.policy.judges import is_refusal
 from tests.scripts.loading import load_script
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -47,6 +49,19 @@ def test_the_shortcut_equals_writing_every_answer(adapted, adapters, prompts, to
     assert found.unchanged[0] == 1.0
     assert 0 < sum(found.unchanged[1:4]) / 3 < 1, "some answers must change, and some not, or the test shows nothing"
     assert any(own != found.refused[0] for own in found.refused)
+
+
+@pytest.mark.parametrize("harmless", [False, True])
+@pytest.mark.parametrize("tokens", [3, 12])
+def test_kept_answers_have_the_same_verdicts_and_are_not_written_again(adapted, prompts, monkeypatch, tokens, harmless):
+    first, second = (BaseAnswers(adapted, judge, tokens, harmless=harmless) for _ in range(2))
+    answers = first.of(prompts)
+    second.keep(json.loads(json.dumps(first.to_json())))
+    monkeypatch.setattr(adapted, "generate", None)
+    assert second.of(prompts) == answers
+    assert second.to_json() == first.to_json()
+    assert second.states.keys() == first.states.keys()
+    assert {answer.refused for answer in answers} == {True, False}, "both verdicts, or the test shows little"
 
 
 def test_alpha_zero_is_the_base_and_writes_nothing(adapted, adapters, prompts, monkeypatch):

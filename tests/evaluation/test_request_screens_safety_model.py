@@ -6,9 +6,9 @@ import torch
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.experiment import GuardSettings
 from persona_rlhf.data.pairs import Message
-from persona_rlhf.evaluation.refusals import WordScorer
+from persona_rlhf.evaluation.classifier import WordScorer
 from persona_rlhf.evaluation.request_screens import SafetyModelScreen, load_guard
-from tests.evaluation.test_refusals_classifiers import by_hand
+from tests.evaluation.test_classifier import by_hand
 
 SETTINGS = GuardSettings(model="data/base", unsafe="ab", safe="ca")
 

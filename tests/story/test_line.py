@@ -9,6 +9,10 @@ import pytest
 import torch
 
 from persona_rlhf.common.files import shipped_root
+from persona_rlhf.config.experiment import read_run_config
+from persona_rlhf.pipeline.inputs import read_inputs
+from persona_rlhf.pipeline.prepare import prepare
+from persona_rlhf.pipeline.run_dir import RunDir
 from tests.story.experiment import OVERRIDES, STRANGE, adapters, listing, persona_rlhf, results, rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -38,6 +42,19 @@ def test_train_releases_and_prints_nothing_but_json(trained):
     assert "run/report.html" in trained.err
     for name in ("config.yaml", "policy.json", "screening.jsonl", "metrics.jsonl", "state"):
         assert (trained.run / name).exists()
+
+
+def test_a_command_that_goes_on_reads_the_bases_answers(trained, monkeypatch):
+    """The base's check of a finished run, and its measures of over-refusal, write nothing again."""
+    monkeypatch.chdir(trained.folder)
+    config, run = read_run_config(trained.run), RunDir(trained.run)
+    inputs = read_inputs(config, run.selection)
+    examination = prepare(config, inputs, check=False, answers=run.base_answers).examination
+    monkeypatch.setattr(examination.adapted, "generate", None)
+    examination.check_base()
+    assert examination.base_counts(examination.first_look)[0].n > 0
+    assert len(examination.base_answers[0].of(examination.probes)) == len(examination.probes)
+    assert len(examination.base_answers[2].of(examination.harmless)) == len(examination.harmless)
 
 
 def test_a_line_of_the_results_holds_what_is_promised(trained):

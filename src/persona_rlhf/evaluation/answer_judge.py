@@ -25,7 +25,8 @@ from safetensors.numpy import load_file
 
 from persona_rlhf.common.files import find, sha256_of
 from persona_rlhf.config.evaluation import GateSettings
-from persona_rlhf.evaluation.refusals import AnsweredPrompt, Judge, SecondJudge, classifier_files, load_classifier
+from persona_rlhf.evaluation.classifier import AnsweredPrompt, SecondJudge, classifier_files, load_classifier
+from persona_rlhf.evaluation.refusals import Judge
 from persona_rlhf.policy import judges
 from persona_rlhf.policy.judges import folded, is_refusal, signs
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import UserRows, prompt_ids
+from persona_rlhf.evaluation.classifier import SecondJudge
 from persona_rlhf.evaluation.gate import (
     Demands,
     Likeness,
@@ -42,7 +43,6 @@ from persona_rlhf.evaluation.refusals import (
     BaseAnswers,
     Judge,
     PromptIds,
-    SecondJudge,
     answer_text,
     refusal_outcomes,
 )
@@ -101,8 +101,7 @@ class Evaluator:
         self.first_look = self.demands.at_look(next_share([]))
         self.gate, self.evaluation, self.utilities = gate, evaluation, utilities or {}
         self.adapted = self._adapted = adapted
-        self._policy, self._seed = policy, seed
-        self._judge = judge
+        self._policy, self._seed, self._judge = policy, seed, judge
         self._prompt_texts: dict[PromptIds, str] = {}
         self._answers = BaseAnswers(adapted, judge, gate.max_new_tokens, second, self._prompt_texts)
         self._samples = Samples(adapted, gate.max_new_tokens, seed)
@@ -120,6 +119,7 @@ class Evaluator:
         opening = min(OPENING_TOKENS, gate.max_new_tokens)
         self._openings = BaseAnswers(adapted, is_refusal, opening, harmless=True)
         self._to_harmless = BaseAnswers(adapted, is_refusal, gate.max_new_tokens, harmless=True, opening=opening)
+        self.base_answers = (self._answers, self._openings, self._to_harmless)
         self._likeness = BaseLikeness(adapted, self._ordinary, self._to_harmless, self._facts)
         self._required = RequirementPrompts(policy.requirements, REQUIREMENT_PROMPTS, policy.certify.delta)
         self._required_prompts = [self._ids(text) for text in self._required.prompts]

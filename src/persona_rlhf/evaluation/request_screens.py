@@ -17,9 +17,10 @@ from persona_rlhf.config.experiment import Config, GuardSettings
 from persona_rlhf.data.pairs import Message, Prompt
 from persona_rlhf.data.screening import Patterns, RequestClassifier, RequestScore, RequestScreen
 from persona_rlhf.data.tokenize import Row, control_tokens, prompt_ids
+from persona_rlhf.evaluation.classifier import WordScorer, load_words
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.prompt_sets import some
-from persona_rlhf.evaluation.refusals import OPENING_TOKENS, Judge, WordScorer, load_words
+from persona_rlhf.evaluation.refusals import OPENING_TOKENS, Judge
 from persona_rlhf.evaluation.statistics import Interval, interval
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.policy.hazards import Probe, Split, of_llama_guard

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from persona_rlhf.evaluation.request_screens import CalibratedScreen, screens_of
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
+from persona_rlhf.pipeline.kept_answers import read_answers
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent, watched
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.manifest import DataInfo
@@ -83,10 +85,15 @@ class Chunk(NamedTuple):
 
 
 def prepare(
-    config: Config, inputs: RunInputs | None = None, check: bool = True, on_progress: OnProgress = silent
+    config: Config,
+    inputs: RunInputs | None = None,
+    check: bool = True,
+    on_progress: OnProgress = silent,
+    answers: Path | None = None,
 ) -> Prepared:
     """Reads everything that a config names. With `check`, every prompt is tokenized, and the gate tests the base.
 
+    `answers`: a file of `kept_answers`, which the base need not write again.
     Raises InputError with the problems of the inputs.
     """
     inputs = inputs or read_inputs(config)
@@ -96,6 +103,8 @@ def prepare(
     basis = None if config.basis is None else basis_of(config.basis, adapted.base.weights_hash)
     judges = judges_of(config.gate, adapted.base.device)
     examination = evaluator_of(config, inputs, _judged(adapted, config), judges)
+    if answers is not None:
+        read_answers(examination, answers)
     near_copies = NearCopyIndex.of(policy, ordinary)
     ready = Prepared(config, policy, adapted, examination, pairs, judges, (), reviews, near_copies, sign, basis)
     with ready.watched(ProgressEvent("preparing"), on_progress):

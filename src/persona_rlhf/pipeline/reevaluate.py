@@ -25,6 +25,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.models.multi_lora import LayerSpan
 from persona_rlhf.pipeline.inputs import facts_of, ordinary_of, read_inputs
+from persona_rlhf.pipeline.kept_answers import read_answers
 from persona_rlhf.pipeline.looks import Recorded, gate_looks
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCounter, silent, watched
 from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
@@ -94,9 +95,8 @@ def evaluate(run: Path, on_progress: OnProgress = silent) -> list[Result]:
     config = read_run_config(run)
     run_dir = RunDir(run)
     on_progress(ProgressEvent("preparing"))
-    ready = prepare(
-        config, read_inputs(config, run_dir.selection), check=False, on_progress=on_progress
-    )  # checked by the run
+    inputs = read_inputs(config, run_dir.selection)
+    ready = prepare(config, inputs, check=False, on_progress=on_progress, answers=run_dir.base_answers)  # checked then
     run_dir.check_same({PAIRS: ready.pairs.fingerprint})
     counter = UserCounter("measuring", ready.pairs.users, on_progress)
     lines, results = iter(RunResults(run)), list[Result]()
@@ -135,6 +135,7 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
     adapted = AdaptedModel(base, config.lora)
     try:
         evaluator = _recertifying(adapted, policy, config, users=len(RunResults(run)))
+        read_answers(evaluator, RunDir(run).base_answers)
         with watched([adapted], ProgressEvent("preparing"), on_progress):
             evaluator.check_base()
         users_of_run = (pseudonym(result.user_id) for result in RunResults(run))

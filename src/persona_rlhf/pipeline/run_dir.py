@@ -53,7 +53,8 @@ class RunDir:
         self.addition = self.state / "adding"  # a run of its own, of users to be added
         self.addition_trained = self.addition / "joining.json"
         self.start = self.state / "start.safetensors"
-        self.answers = self.state / "answers.jsonl"  # pairs of the base's answers, which all users label
+        # pairs of the base's answers that all users label, and its answers to probes and harmless prompts
+        self.answers, self.base_answers = self.state / "answers.jsonl", self.state / "base_answers.json"
         self._identity, self._ready = self.state / "identity.json", self.state / "ready"
         if self.share.workers > 1:
             self.metrics = self.state / f"metrics-{self.share.name}.jsonl"
@@ -143,9 +144,8 @@ class RunDir:
     def begin_as(self, other: RunDir, users: Sequence[tuple[str, str] | None], chunk: int) -> None:
         """Begins a run of other users under the identity of another run, with its shared state copied."""
         self.state.mkdir(parents=True, exist_ok=True)
-        for shared, place in ((other.bank, self.bank), (other.start, self.start), (other.answers, self.answers)):
-            if shared.exists():
-                atomic_write(place, shared.read_bytes())
+        for shared in filter(Path.exists, (other.bank, other.start, other.answers, other.base_answers)):
+            atomic_write(self.state / shared.name, shared.read_bytes())
         changed = {PAIRS: fingerprint_of(users), _CHUNK: str(chunk)}
         self.write(self._identity, _rendered(other._read_identity() | changed))
 

@@ -12,6 +12,7 @@ from persona_rlhf.evaluation.ledger import LookPlan
 from persona_rlhf.models.heap import keep_large_blocks, return_free_blocks
 from persona_rlhf.pipeline.distributed import WorkShare
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
+from persona_rlhf.pipeline.kept_answers import write_answers
 from persona_rlhf.pipeline.looks import GateLooks, gate_looks, users_of
 from persona_rlhf.pipeline.monitoring import (
     OnProgress,
@@ -91,7 +92,8 @@ def train_share(
         selection = run_dir.selection
         if inputs is None or selection.excluded or selection.later_files:
             inputs = read_inputs(config, selection)
-        ready = prepare(config, inputs, check=share.rank == 0, on_progress=on_progress)
+        answers = run_dir.base_answers
+        ready = prepare(config, inputs, check=share.rank == 0, on_progress=on_progress, answers=answers)
         if share.rank > 0:
             run_dir.wait_until_ready()
         identity = identity_of(config, ready.policy, ready.pairs, ready.adapted.base.weights_hash)
@@ -126,6 +128,7 @@ def _train_chunks(
     run_dir.begin(config, ready.policy, ready.pairs, identity, size)
     with ready.watched(ProgressEvent("shared values"), on_progress):
         shared = shared_values(ready, run_dir, bank, len(chunks))
+    write_answers(ready.examination, ready.policy, run_dir.base_answers)
     return_free_blocks()  # those of the base's answers
     run_dir.set_ready()
     tracking = Tracking(config, run_dir.path)
@@ -220,6 +223,7 @@ def _judge(
         monitor.log(f"judging {', '.join(user.user_id[:32] for user in users)}")
         with ready.watched(monitor.last._replace(phase="judging"), monitor.on_progress):
             judged = judge(ready, run_dir.path, chunk, users, interpolation, looks)
+        write_answers(ready.examination, ready.policy, run_dir.base_answers)
         yield judged
 
 

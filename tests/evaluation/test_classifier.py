@@ -5,14 +5,8 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.evaluation import ClassifierSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import prompt_ids
-from persona_rlhf.evaluation.refusals import (
-    AnsweredPrompt,
-    BaseAnswers,
-    RefusalClassifier,
-    WordScorer,
-    load_classifier,
-    refusal_outcomes,
-)
+from persona_rlhf.evaluation.classifier import AnsweredPrompt, RefusalClassifier, WordScorer, load_classifier
+from persona_rlhf.evaluation.refusals import BaseAnswers, refusal_outcomes
 
 
 @pytest.fixture
