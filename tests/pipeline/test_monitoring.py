@@ -79,6 +79,7 @@ def test_work_is_counted_with_the_time_left_at_the_mean_pace(monkeypatch):
     assert [(event.step, event.steps) for event in events] == [(4, 10), (5, 30)]
     assert [event.seconds_left for event in events] == pytest.approx([12.0, 50.0])
     assert events[0].figures == "4 of 10 texts, 0:12 left"
+    assert events[0]._replace(scope="these users").figures == "4 of 10 texts, 0:12 left for these users"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class ProgressEvent(NamedTuple):
 
     `text` is a line to show; without it, only the figures changed. `steps` counts `unit`: steps of single users, or
     texts that the model scores or writes, or files. `loss` and `margin` are means over the users of the last step,
-    `violation` is the largest one (nats over the limit).
+    `violation` is the largest one (nats over the limit). `scope`: the part of the phase that ends in `seconds_left`.
     """
 
     phase: str
@@ -52,6 +52,7 @@ class ProgressEvent(NamedTuple):
     violation: float | None = None
     seconds_left: float | None = None
     unit: str = "steps"
+    scope: str = ""
 
     @property
     def figures(self) -> str:
@@ -63,7 +64,7 @@ class ProgressEvent(NamedTuple):
             "" if self.loss is None else f"loss {self.loss:.3f}",
             "" if self.margin is None else f"margin {self.margin:+.2f}",
             "" if self.violation is None else f"worst violation {self.violation:+.2f} nats",
-            "" if left is None else f"{int(left // 60)}:{int(left % 60):02d} left",
+            "" if left is None else f"{int(left // 60)}:{int(left % 60):02d} left{self.scope and f' for {self.scope}'}",
         ]
         return ", ".join(filter(None, parts))
 

@@ -221,7 +221,7 @@ def _judge(
         for user in users:
             monitor.end(user.user_id, user.steps)
         monitor.log(f"judging {', '.join(user.user_id[:32] for user in users)}")
-        with ready.watched(monitor.last._replace(phase="judging"), monitor.on_progress):
+        with ready.watched(monitor.last._replace(phase="judging", scope="these users"), monitor.on_progress):
             judged = judge(ready, run_dir.path, chunk, users, interpolation, looks)
         write_answers(ready.examination, ready.policy, run_dir.base_answers)
         yield judged

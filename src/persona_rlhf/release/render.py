@@ -117,7 +117,7 @@ def _figures(result: Result) -> tuple[str, ...]:
         share(measures.heldout_clean.adapted if measures.heldout_clean else None),
         share(measures.win_rate.value if measures.win_rate else None),
         f"{pooled.refused}/{pooled.n}" if pooled else "",
-        f"{pooled.lower_bound:.3f}" if pooled else "",
+        f"{pooled.lower_bound:.3f}" if pooled and result.looks else "",  # without a test there is no promise
         f"{(over.refused - over.base_refused) / over.n:+.1%}" if over and over.n else "",
         f"{spending.look}" if spending else "",
         f"{spending.spent:.4f}" if spending else "",

@@ -250,7 +250,7 @@ def summarise(results: Iterable[Result]) -> RunSummary:
         won += [measures.win_rate.value] if measures.win_rate else []
         if r.status == "released":
             full += r.alpha == 1
-            if r.pooled:
+            if r.pooled and r.looks:  # without a test there is no promise
                 worst = r.pooled.lower_bound if worst is None else min(worst, r.pooled.lower_bound)
     return RunSummary(
         users=statuses.total(),
