@@ -62,12 +62,17 @@ def test_labelled_pairs_train_and_a_stopped_run_ends_in_the_same_bits(place, mon
     assert (place / "stopped/state/answers.jsonl").read_bytes() == answers
     assert len(adapters(place / "whole")) == len(USERS)
     assert adapters(place / "stopped") == adapters(place / "whole")
+    priors = {(place / run / "state/prior.safetensors").read_bytes() for run in ("stopped", "whole")}
+    assert len(priors) == 1
 
     digest = sha256_of(place / "basis.safetensors")
     for line in results(place / "whole"):
         use = line["basis"]
         assert (use["sha256"], use["pairs"]) == (digest, line["pairs"]["train"])
         assert 5 <= use["labelled"] <= 9
+        gain = line["gain_over_prior"]
+        assert (gain["prior"], gain["by"], gain["n"]) == ("population", "left-out pairs", 12)
+        assert gain["low"] <= gain["gain"] <= gain["high"]
         assert line["steps"] == sum(-(-(12 + part) // 4) for part in (use["labelled"] // 2, -(-use["labelled"] // 2)))
         manifest = json.loads((place / "whole" / line["path"] / "persona.json").read_text())
         assert manifest["settings"]["basis"] == {"sha256": digest, "pairs": 9}

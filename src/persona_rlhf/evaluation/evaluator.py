@@ -120,7 +120,7 @@ class Evaluator:
         self._openings = BaseAnswers(adapted, is_refusal, opening, harmless=True)
         self._to_harmless = BaseAnswers(adapted, is_refusal, gate.max_new_tokens, harmless=True, opening=opening)
         self.base_answers = (self._answers, self._openings, self._to_harmless)
-        self._likeness = BaseLikeness(adapted, self._ordinary, self._to_harmless, self._facts)
+        self.likeness = BaseLikeness(adapted, self._ordinary, self._to_harmless, self._facts)
         self._required = RequirementPrompts(policy.requirements, REQUIREMENT_PROMPTS, policy.certify.delta)
         self._required_prompts = [self._ids(text) for text in self._required.prompts]
         self._certify = self._split(policy.probes("certify"))
@@ -158,7 +158,7 @@ class Evaluator:
     def forget_users(self) -> None:
         """Drops the base's answers to users' own prompts, so that memory stays bounded; called between chunks."""
         self._samples.forget()
-        self._likeness.forget()
+        self.likeness.forget()
 
     def check_pool(self) -> None:
         """Raises InputError where `gate.sequential` cannot draw from the certify probes, whatever the base answers."""
@@ -253,7 +253,7 @@ class Evaluator:
         """Whether each adapter still is the base at its alpha; nothing is measured where the config sets no limit."""
         if self.gate.still_base is None:
             return [StillBase()] * len(alphas)
-        return self._likeness.still_base(self.gate.still_base, flat, torch.tensor(alphas, device=flat.device), rows)
+        return self.likeness.still_base(self.gate.still_base, flat, torch.tensor(alphas, device=flat.device), rows)
 
     def _sequential(
         self,
@@ -342,8 +342,8 @@ class Evaluator:
         """All figures reported beside the verdict, of the adapters as released; the `test` split decides nothing."""
         scales = torch.tensor(list(alphas), device=flat.device)
         pairs = [user.heldout for user in users]
-        base_scores, scores = self._likeness.base_scores(users), self._likeness.scores(flat, scales, users)
-        ordinary = self._likeness.behaviour(flat, scales)
+        base_scores, scores = self.likeness.base_scores(users), self.likeness.scores(flat, scales, users)
+        ordinary = self.likeness.behaviour(flat, scales)
         texts = self._samples.compare(
             flat, scales, [distinct_prompts(p, self.evaluation.win_rate_prompts) for p in pairs]
         )
@@ -383,7 +383,7 @@ class Evaluator:
                     test=test,
                     answer_perplexity=sampled.perplexity,
                     unchanged=tests.unchanged[n] if self._test.prompts else None,
-                    tax=self._likeness.tax(ordinary[n]._replace(facts=facts), near.texts[n], base_near, sampled),
+                    tax=self.likeness.tax(ordinary[n]._replace(facts=facts), near.texts[n], base_near, sampled),
                     requirements=self._required.count(written.adapted, written.base),
                 )
             )

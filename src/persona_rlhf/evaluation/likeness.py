@@ -23,6 +23,7 @@ from persona_rlhf.evaluation.metrics import (
     FactQuestions,
     PairScores,
     perplexity,
+    prompt_gains,
     score_pairs,
     score_pairs_of_base,
     tone_drift,
@@ -126,6 +127,18 @@ class BaseLikeness:
             scored = score_pairs_of_base(self._adapted, [user.heldout for user in new])
             self._base_scores.update(zip((user.user_id for user in new), scored, strict=True))
         return [self._base_scores[user.user_id] for user in users]
+
+    def prompt_gains(
+        self, flat: Float[Tensor, "users params"], users: Sequence[UserRows], prior: Float[Tensor, " params"] | None
+    ) -> list[list[float]]:
+        """The gain of each user's adapter, as trained, on each held-out prompt; see `metrics.prompt_gains`."""
+        whole = torch.ones(len(users), device=flat.device)
+        base, scores = self.base_scores(users), self.scores(flat, whole, users)
+        of_prior: Sequence[list[PairScores] | None] = [None] * len(users)
+        if prior is not None:
+            of_prior = self.scores(prior.to(flat).expand_as(flat), whole, users)
+        prompts = ([pair.chosen.prompt for pair in user.heldout] for user in users)
+        return [prompt_gains(*columns) for columns in zip(prompts, base, scores, of_prior, strict=True)]
 
     def still_base(
         self,

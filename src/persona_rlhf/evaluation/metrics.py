@@ -84,6 +84,23 @@ def untied_margins(
     return [mean for mean in means if abs(mean) > _ROUNDING]
 
 
+def prompt_gains(
+    prompts: Sequence[PromptIds],
+    base: Sequence[PairScores],
+    adapted: Sequence[PairScores],
+    prior: Sequence[PairScores] | None = None,
+) -> list[float]:
+    """Of each prompt, the share of its pairs with a positive reward margin, less that share of the `prior` adapter.
+
+    `prompts` are those of the pairs. Without a prior adapter the base is the prior, and orders half of the pairs.
+    """
+    of_prompt: dict[PromptIds, list[float]] = {}
+    for prompt, before, after, other in zip(prompts, base, adapted, prior or base, strict=True):
+        points = (_points(margin(before, one), _ROUNDING) for one in (after, other))
+        of_prompt.setdefault(prompt, []).append(next(points) - next(points))
+    return [sum(gains) / len(gains) for gains in of_prompt.values()]
+
+
 def heldout_accuracy(base: Sequence[PairScores], adapted: Sequence[PairScores]) -> Accuracy | None:
     """Held-out accuracy of one user; None without a held-out pair.
 

@@ -17,12 +17,14 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import sha256_of
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.evaluation.gate import Verdict
+from persona_rlhf.evaluation.prior_gain import PriorGain
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.evaluation.warm_start import WarmStartInterpolation
 from persona_rlhf.models.heap import return_free_blocks
 from persona_rlhf.pipeline.looks import GateLooks, gate_looks, users_of
 from persona_rlhf.pipeline.prepare import Chunk, Prepared
+from persona_rlhf.pipeline.prior import gains_over_prior
 from persona_rlhf.release import integrity
 from persona_rlhf.release.adapter import AdapterFiles, Exporter
 from persona_rlhf.release.integrity import ended, judged
@@ -30,6 +32,9 @@ from persona_rlhf.release.manifest import BaseInfo, Provenance, Stamp
 from persona_rlhf.release.results import Result, outcome
 from persona_rlhf.release.revocation import last_day
 from persona_rlhf.training.engine import TrainedUser
+
+Prior = Float[Tensor, " params"] | None
+"""The population's adapter; None where the run has no basis, and the base itself is the prior."""
 
 _WRITERS = 8
 _FEW = 1_000  # users whose folders lie side by side; those of more lie in subfolders by hash
@@ -40,7 +45,7 @@ class JudgedUser(NamedTuple):
     """A judged user: the adapter (on the CPU), its verdict and its measures; None where training or judging failed.
 
     `retreat` is the share of the way that the adapter was interpolated to the warm start (`WarmStartInterpolation`),
-    `spending` the part of delta that the look spent.
+    `spending` the part of delta that the look spent. `gain_over_prior` is that of the user's adapter as trained.
     """
 
     trained: TrainedUser
@@ -49,6 +54,7 @@ class JudgedUser(NamedTuple):
     measures: Measures | None = None
     retreat: float = 0.0
     spending: Spending | None = None
+    gain_over_prior: PriorGain | None = None
 
 
 class Cohort(NamedTuple):
@@ -68,9 +74,10 @@ def release(
     users: Sequence[TrainedUser],
     interpolation: WarmStartInterpolation | None = None,
     looks: GateLooks | None = None,
+    prior: Prior = None,
 ) -> list[Result]:
     """Judges users and writes the adapters that pass: `judge` and `write`, one after the other."""
-    return write(judge(ready, run, chunk, users, interpolation, looks))
+    return write(judge(ready, run, chunk, users, interpolation, looks, prior))
 
 
 def judge(
@@ -80,22 +87,24 @@ def judge(
     users: Sequence[TrainedUser],
     interpolation: WarmStartInterpolation | None = None,
     looks: GateLooks | None = None,
+    prior: Prior = None,
 ) -> Cohort:
     """Judges users together, and measures them at the alpha that the gate allows.
 
     With a warm start, adapters that miss a requirement are first interpolated toward it. `looks` counts the looks of
-    the users and names the audit trail that records them; without it, the gate is that of `run`.
+    the users and names the audit trail that records them; without it, the gate is that of `run`. `prior` is the
+    population's adapter, where there is one.
 
     On an exception each user is judged alone, and fails on a second one; raises where all users fail.
     """
     config, base = ready.config, ready.adapted.base
     looks = looks or gate_looks(config, ready.policy, ready.examination, run, users_of(ready.pairs))
     try:
-        judged_users = _judged(ready, looks, chunk, users, interpolation)
+        judged_users = _judged(ready, looks, chunk, users, interpolation, prior)
     except (InputError, OSError):
         raise
     except Exception:
-        judged_users = _judged_alone(ready, looks, chunk, users, interpolation)
+        judged_users = _judged_alone(ready, looks, chunk, users, interpolation, prior)
     return_free_blocks()
     info = BaseInfo.of(base.name, base.weights_hash, config.base.quantization)
     used, conditions = looks.ledger.uses(looks.bank), ready.examination.conditions
@@ -130,7 +139,8 @@ def write(cohort: Cohort) -> list[Result]:
         against = cohort.chunk.against_policy(name)
         result = outcome(user.trained, data.pairs, verdict, user.measures, place, cohort.tier_one, against)
         basis = cohort.chunk.basis_use.get(name)
-        return replace(result, retreat=user.retreat, spending=user.spending, basis=basis)
+        result = replace(result, retreat=user.retreat, spending=user.spending, basis=basis)
+        return replace(result, gain_over_prior=user.gain_over_prior)
 
     with ThreadPoolExecutor(_WRITERS) as writers:  # a disk that is asked to keep many folders keeps them together
         results = list(writers.map(written, cohort.users))
@@ -146,6 +156,7 @@ def _judged(
     chunk: Chunk,
     users: Sequence[TrainedUser],
     interpolation: WarmStartInterpolation | None,
+    prior: Prior,
 ) -> list[JudgedUser]:
     rows = {user.user_id: user for user in chunk.rows}
     trained = [(user, user.adapter) for user in users if user.adapter is not None]
@@ -159,7 +170,8 @@ def _judged(
     verdicts, spendings = [look.verdict for look in judged_looks], [look.spending for look in judged_looks]
     alphas = [verdict.alpha for verdict in verdicts]
     measures = ready.examination.measures(flat, of_trained, alphas)
-    columns = zip((user for user, _ in trained), flat.cpu(), verdicts, measures, shares, spendings, strict=True)
+    gains = gains_over_prior(ready, of_trained, flat, prior)
+    columns = zip((user for user, _ in trained), flat.cpu(), verdicts, measures, shares, spendings, gains, strict=True)
     by_user = {user.trained.user_id: user for user in map(JudgedUser._make, columns)}
     return [by_user.get(user.user_id) or JudgedUser(user) for user in users]
 
@@ -170,12 +182,13 @@ def _judged_alone(
     chunk: Chunk,
     users: Sequence[TrainedUser],
     interpolation: WarmStartInterpolation | None,
+    prior: Prior,
 ) -> list[JudgedUser]:
     """Each user judged alone; raises the exception of the last user where all fail."""
     judged_users = list[JudgedUser]()
     for user in users:
         try:
-            judged_users += _judged(ready, looks, chunk, [user], interpolation)
+            judged_users += _judged(ready, looks, chunk, [user], interpolation, prior)
         except Exception as fault:
             judged_users.append(_failed(user, "judged", fault))
             if user is users[-1] and len(users) > 1 and all(one.trained.status == "failed" for one in judged_users):

@@ -37,8 +37,7 @@ _CHUNK_RESULTS = ("results.jsonl", "screening.jsonl")  # of a chunk; joined for 
 
 
 class RunDir:
-    """Paths of a run, and its identity: the facts that must not change between a kill and `--resume`, or between
-    its shards.
+    """Paths of a run, and its identity: the facts that must not change between kill and `--resume`, or shards.
 
     `audit_run` is the run whose audit trail records this one; it differs for users in training for another run.
     """
@@ -52,8 +51,8 @@ class RunDir:
         self.users = self.state / "users.jsonl"
         self.addition = self.state / "adding"  # a run of its own, of users to be added
         self.addition_trained = self.addition / "joining.json"
-        self.start = self.state / "start.safetensors"
-        # pairs of the base's answers that all users label, and its answers to probes and harmless prompts
+        self.start, self.prior = self.state / "start.safetensors", self.state / "prior.safetensors"
+        # the base's answers: pairs that all users label; those to probes and harmless prompts
         self.answers, self.base_answers = self.state / "answers.jsonl", self.state / "base_answers.json"
         self._identity, self._ready = self.state / "identity.json", self.state / "ready"
         if self.share.workers > 1:
@@ -144,7 +143,7 @@ class RunDir:
     def begin_as(self, other: RunDir, users: Sequence[tuple[str, str] | None], chunk: int) -> None:
         """Begins a run of other users under the identity of another run, with its shared state copied."""
         self.state.mkdir(parents=True, exist_ok=True)
-        for shared in filter(Path.exists, (other.bank, other.start, other.answers, other.base_answers)):
+        for shared in filter(Path.exists, (other.bank, other.start, other.prior, other.answers, other.base_answers)):
             atomic_write(self.state / shared.name, shared.read_bytes())
         changed = {PAIRS: fingerprint_of(users), _CHUNK: str(chunk)}
         self.write(self._identity, _rendered(other._read_identity() | changed))

@@ -7,7 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.config.experiment import Config
+from persona_rlhf.config.training import FleetSettings
 from persona_rlhf.data.tokenize import UserRows
 from persona_rlhf.evaluation.metrics import REQUIREMENT_PROMPTS
 from persona_rlhf.evaluation.warm_start import WarmStartInterpolation
@@ -20,22 +25,22 @@ from persona_rlhf.release.report import SCREENS
 from persona_rlhf.training import checkpoint
 from persona_rlhf.training.api import train_warm_start
 from persona_rlhf.training.cache import Reference, rows_ahead, shared_reference
-from persona_rlhf.training.constraint import OPENING_LENGTH, ConstraintData
+from persona_rlhf.training.constraint import OPENING_LENGTH, ConstraintData, constraint_of
 from persona_rlhf.training.constraint_data import (
     cached_constraint_data,
     constraint_data_from_json,
     constraint_data_to_json,
     policy_constraint_data,
 )
-from persona_rlhf.training.engine import WarmStart
-from persona_rlhf.training.labelled_pairs import AnswerPool
+from persona_rlhf.training.engine import Engine, WarmStart
+from persona_rlhf.training.labelled_pairs import AnswerPool, prior_rows
 
 
 class SharedValues(NamedTuple):
     """Values that all chunks of a run share: constraint rows, warm start, reference log-probabilities.
 
     `cache` keeps the log-probabilities for other runs (`fleet.reference_cache`). `pool` are the pairs of the base's
-    answers that users' rewards label, where the config names a basis.
+    answers that users' rewards label, where the config names a basis, and `prior` is the population's adapter there.
     """
 
     bank: ConstraintData | None
@@ -43,6 +48,7 @@ class SharedValues(NamedTuple):
     reference: Reference
     cache: Reference | None
     pool: AnswerPool | None = None
+    prior: Float[Tensor, " params"] | None = None
 
 
 def shared_values(ready: Prepared, run_dir: RunDir, bank: ConstraintData | None, chunks: int) -> SharedValues:
@@ -58,10 +64,11 @@ def shared_values(ready: Prepared, run_dir: RunDir, bank: ConstraintData | None,
     reference = Reference(ready.adapted, run_dir.reference, cache)
     if bank is not None and chunks > 1:  # a single chunk scores them in the same passes as its own rows
         reference.add(bank.rows())
-    pool = None
+    pool = prior = None
     if ready.basis is not None and ready.config.basis is not None:
         pool = shared_answers(ready, run_dir, ready.basis, ready.config.basis)
-    return SharedValues(bank, start, reference, cache, pool)
+        prior = shared_prior(ready, run_dir, prior_rows(ready.basis, pool), bank, start)
+    return SharedValues(bank, start, reference, cache, pool, prior)
 
 
 def shared_bank(ready: Prepared, run_dir: RunDir) -> ConstraintData | None:
@@ -83,6 +90,33 @@ def shared_start(ready: Prepared, bank: ConstraintData | None, run_dir: RunDir) 
     if start is not None:
         checkpoint.save(run_dir.start, start._asdict(), {})
     return start
+
+
+def shared_prior(
+    ready: Prepared, run_dir: RunDir, rows: UserRows, bank: ConstraintData | None, start: WarmStart | None
+) -> Float[Tensor, " params"]:
+    """The population's adapter, read from the run folder, or trained as a fleet of one under the same constraint.
+
+    Labelled pairs are seen once, as a user sees them. It stands on no pair of the run's users, so nobody's deletion
+    changes it. Raises InputError if training fails.
+    """
+    adapted, config = ready.adapted, ready.config
+    if run_dir.prior.exists():
+        return checkpoint.load(run_dir.prior, adapted.base.device)[0]["adapter"]
+    once = config.dpo.model_copy(update={"epochs": 1, "early_stop": None})
+    constraint = None if bank is None else constraint_of(bank, config.constraint, config.seed)
+    reference = with_reference(adapted, [rows], bank)
+    [trained] = Engine(
+        adapted, [rows], reference, constraint, once, FleetSettings(slots=1), config.seed, start=start
+    ).run()
+    if trained.adapter is None:
+        sentence = f"the population's adapter could not be trained: {trained.reason}; lower the learning rate"
+        raise InputError([Problem(adapted.base.name, None, "dpo.learning_rate", sentence)])
+    adapter = trained.adapter
+    if start is not None:
+        [adapter], _ = interpolation_of(ready, start)(adapter[None].to(adapted.base.device))
+    checkpoint.save(run_dir.prior, {"adapter": adapter}, {})
+    return adapter
 
 
 def constraint_bank(config: Config, policy: Policy, adapted: AdaptedModel) -> ConstraintData | None:

@@ -222,7 +222,7 @@ def _judge(
             monitor.end(user.user_id, user.steps)
         monitor.log(f"judging {', '.join(user.user_id[:32] for user in users)}")
         with ready.watched(monitor.last._replace(phase="judging", scope="these users"), monitor.on_progress):
-            judged = judge(ready, run_dir.path, chunk, users, interpolation, looks)
+            judged = judge(ready, run_dir.path, chunk, users, interpolation, looks, shared.prior)
         write_answers(ready.examination, ready.policy, run_dir.base_answers)
         yield judged
 

@@ -64,6 +64,7 @@ def results_table(results: Iterable[Result]) -> Table:
         "held-out",
         "noise-free",
         "win rate",
+        "over prior",
         "refused",
         "bound",
         "over-refusal",
@@ -81,6 +82,7 @@ def results_table(results: Iterable[Result]) -> Table:
         share(summary.accuracy),
         share(summary.clean_accuracy),
         share(summary.win_rate),
+        "",
         "",
         "" if summary.worst_bound is None else f">= {summary.worst_bound:.3f}",
         "",
@@ -116,6 +118,7 @@ def _figures(result: Result) -> tuple[str, ...]:
         share(measures.heldout_accuracy.adapted if measures.heldout_accuracy else None),
         share(measures.heldout_clean.adapted if measures.heldout_clean else None),
         share(measures.win_rate.value if measures.win_rate else None),
+        f"{result.gain_over_prior.gain:+.2f}" if result.gain_over_prior else "",
         f"{pooled.refused}/{pooled.n}" if pooled else "",
         f"{pooled.lower_bound:.3f}" if pooled and result.looks else "",  # without a test there is no promise
         f"{(over.refused - over.base_refused) / over.n:+.1%}" if over and over.n else "",

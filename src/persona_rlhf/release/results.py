@@ -20,6 +20,7 @@ from persona_rlhf.config.evaluation import GateSettings
 from persona_rlhf.config.retired import remove_retired
 from persona_rlhf.evaluation.fleet_guarantee import FleetGuarantee, GatedUser, fleet_guarantee
 from persona_rlhf.evaluation.gate import POOLED, Demands, GateTest, Verdict
+from persona_rlhf.evaluation.prior_gain import PriorGain
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.evaluation.statistics import Clustered, Count
@@ -68,6 +69,7 @@ class Result:
     spending: Spending | None = None
     basis: BasisUse | None = None
     still_base: StillBase | None = None
+    gain_over_prior: PriorGain | None = None
 
     @property
     def harmful(self) -> bool:
@@ -105,7 +107,7 @@ class Result:
     @property
     def _absent(self) -> set[str]:
         """Keys that lines of earlier versions lack."""
-        return {key for key in ("spending", "still_base") if getattr(self, key) is None}
+        return {key for key in ("spending", "still_base", "gain_over_prior") if getattr(self, key) is None}
 
     @staticmethod
     def from_json(content: Any) -> Result:
@@ -120,7 +122,7 @@ KEYS = (
     *("user_id", "slug", "status", "reason", "pairs", "heldout_accuracy", "heldout_clean", "win_rate", "alpha"),
     *("tier_one", "over_refusal", "duals", "alarm", "steps", "seconds", "path", "tier_two", "looks", "clusters"),
     *("test", "ordinary", "twins", "answer_perplexity", "unchanged", "tax", "requirements", "retreat"),
-    *("manifest_sha256", "spending", "basis", "still_base"),
+    *("manifest_sha256", "spending", "basis", "still_base", "gain_over_prior"),
 )
 """The keys of a line of results.jsonl, in their order."""
 

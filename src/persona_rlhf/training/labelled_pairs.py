@@ -61,6 +61,15 @@ def with_labels(user: UserRows, basis: RewardBasis, pool: AnswerPool) -> tuple[U
     return user._replace(labelled=labelled), use
 
 
+def prior_rows(basis: RewardBasis, pool: AnswerPool) -> UserRows:
+    """The population as one more user of a fleet: pairs that the mean of the basis labels, and no pair of a person.
+
+    A user without a pair has the same labels. Its id is that of no user, who has at least one character.
+    """
+    nobody, _ = with_labels(UserRows("", [], []), basis, pool)
+    return UserRows("", list(nobody.labelled), [])
+
+
 def _furthest(distances: Float[Tensor, " pairs"], prompts: Int[Tensor, " pairs"]) -> list[int]:
     """The place of the largest distance of each prompt; the first of equal ones."""
     best: dict[int, int] = {}

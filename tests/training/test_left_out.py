@@ -1,0 +1,52 @@
+"""Predictions of a user's pairs from those of other prompts, and the test of coin-flip labels."""
+
+import pytest
+import torch
+
+from persona_rlhf.training.left_out import FLIPS, left_out
+from persona_rlhf.training.reward_basis import Prior, approximate
+
+PRIOR = Prior(torch.zeros(3, dtype=torch.float64), 0.4)
+
+
+def pairs_of(n: int, seed: int, taste: float) -> torch.Tensor:
+    """Differences of chosen less rejected answers of a user who weighs one direction by `taste`."""
+    generator = torch.Generator().manual_seed(seed)
+    differences = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    chances = torch.sigmoid(taste * differences[:, 0])
+    labels = torch.rand(n, generator=generator, dtype=torch.float64) < chances
+    return differences * (labels * 2.0 - 1)[:, None]
+
+
+def test_each_prompt_is_predicted_from_the_others_alone():
+    differences, prompts = pairs_of(9, 0, 2.0), [0, 0, 1, 2, 3, 3, 3, 4, 5]
+    predicted = left_out(differences, prompts, PRIOR)
+    assert len(predicted.gains) == 6
+    for prompt, gain in enumerate(predicted.gains):
+        there = torch.tensor([one == prompt for one in prompts])
+        mean = approximate(differences[~there][None], PRIOR).mean[0]
+        assert gain == pytest.approx(float((differences[there] @ mean).sign().mean()) / 2)
+
+
+def test_over_a_prior_that_orders_pairs_only_other_orders_gain():
+    leaning = PRIOR._replace(location=torch.tensor([3.0, 0.0, 0.0], dtype=torch.float64), scale=0.01)
+    assert set(left_out(pairs_of(12, 1, 9.0), range(12), leaning).gains) == {0.0}
+
+
+def test_random_labels_are_called_a_taste_at_the_level_and_a_taste_is_called_one():
+    random = [left_out(pairs_of(12, seed, 0.0), range(12), PRIOR, seed).p_value for seed in range(120)]
+    assert sum(value <= 0.1 for value in random) <= 21  # P(Binomial(120, 0.1) > 21) = 0.005
+    assert min(random) >= 1 / (FLIPS + 1)
+    clear = [left_out(pairs_of(12, seed, 3.0), range(12), PRIOR, seed).p_value for seed in range(30)]
+    assert sum(value <= 0.1 for value in clear) >= 20
+
+
+def test_pairs_of_one_prompt_are_flipped_together():
+    alike = torch.ones(8, 3, dtype=torch.float64)
+    assert left_out(alike, [0] * 8, PRIOR).p_value > 0.9  # one coin: both of its sides fit alike
+    assert left_out(alike, range(8), PRIOR).p_value <= 0.05
+
+
+def test_no_pair_is_an_error():
+    with pytest.raises(ValueError, match="no pair"):
+        left_out(torch.zeros(0, 3, dtype=torch.float64), [], PRIOR)
