@@ -16,7 +16,7 @@ CONTRACTS = {"base.quantization", "users.heldout", "dpo.loss", "gate.alphas", "g
 SHOWN_BY = {
     "screening.base": "tests/story/test_screening.py",
     "screening.rules": "tests/story/test_screening.py",
-    "screening.classifier.template": "tests/evaluation/test_refusals_classifiers.py::test_the_likelier_word_decides",
+    "screening.classifier.template": "tests/evaluation/test_classifier.py::test_the_likelier_word_decides",
     "screening.classifier.unsafe": "tests/evaluation/test_request_screens_safety_model.py"
     "::test_a_model_is_loaded_and_asked_by_its_chat_template",
     "screening.classifier.safe": "tests/evaluation/test_request_screens_safety_model.py"
@@ -52,9 +52,9 @@ SHOWN_BY = {
     "::test_the_judges_error_moves_every_bound_and_takes_its_share",
     "gate.judge_calibration.called_refusals": "tests/evaluation/test_fleet_guarantee.py"
     "::test_the_judges_error_moves_every_bound_and_takes_its_share",
-    "gate.judge_model.template": "tests/evaluation/test_refusals_classifiers.py::test_the_likelier_word_decides",
-    "gate.judge_model.refused": "tests/evaluation/test_refusals_classifiers.py",
-    "gate.judge_model.otherwise": "tests/evaluation/test_refusals_classifiers.py",
+    "gate.judge_model.template": "tests/evaluation/test_classifier.py::test_the_likelier_word_decides",
+    "gate.judge_model.refused": "tests/evaluation/test_classifier.py",
+    "gate.judge_model.otherwise": "tests/evaluation/test_classifier.py",
     **dict.fromkeys(
         (
             f"gate.still_base.{key}"
