@@ -91,10 +91,7 @@ def side(results: Sequence[Result]) -> dict[str, Any]:
 def compare(run_a: Path, run_b: Path, utilities: Path) -> dict[str, Any]:
     """Everything that is reported, as plain JSON values; over-refusal in percentage points against the base."""
     clean = clean_users(utilities)
-    sides = [
-        {r.user_id: r for r in read_results(run) if r.user_id in clean and r.status in ("released", "held_back")}
-        for run in (run_a, run_b)
-    ]
+    sides = [{r.user_id: r for r in read_results(run) if r.user_id in clean and r.judged} for run in (run_a, run_b)]
     users = [user for user in sides[0] if user in sides[1]]
     if not users:
         raise SystemExit("the two runs have no clean user in common")

@@ -11,9 +11,12 @@ import torch
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import sha256_of, shipped_root
 from persona_rlhf.config.experiment import read_config
-from persona_rlhf.config.training import BaseSettings
-from persona_rlhf.models.base import weights_hash
+from persona_rlhf.config.training import BaseSettings, LoraSettings
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import load_base, weights_hash
 from persona_rlhf.pipeline.train import train
+from persona_rlhf.release.adapter import read_adapter
+from persona_rlhf.training import checkpoint
 from persona_rlhf.training.answer_features import scaled_features
 from persona_rlhf.training.reward_basis import Prior, RewardBasis
 from tests.story.experiment import adapters, persona_rlhf, results, rows_of, shrink
@@ -79,6 +82,42 @@ def test_labelled_pairs_train_and_a_stopped_run_ends_in_the_same_bits(place, mon
     texts = {row[key] for row in rows_of(place / "users/pairs.jsonl") for key in ("prompt", "chosen", "rejected")}
     pool = [json.loads(line) for line in answers.decode().splitlines()]
     assert not texts & {text for row in pool for text in row[:1]}
+
+
+def test_users_whose_pairs_show_no_gain_keep_the_gated_prior_everywhere(place, monkeypatch):
+    gated = ("gate.enabled=true", "basis.prior_level=0.001", "fleet.checkpoint_every=100")
+    train(config_of(place, monkeypatch, *gated), place / "prior")
+    population = checkpoint.load(place / "prior/state/prior.safetensors", torch.device("cpu"))[0]["adapter"]
+    lines = results(place / "prior")
+    assert [line["status"] for line in lines] == ["prior", "prior"]
+    for line in lines:
+        assert line["spending"]["look"] == 1
+        assert "passed" in line["reason"]
+        assert "left-out pairs of 12 prompts" in line["reason"]
+        folder = place / "prior" / line["path"]
+        manifest = json.loads((folder / "persona.json").read_text())
+        assert (manifest["adapter"], manifest["verdict"]["certified"]) == ("population", True)
+        assert manifest["settings"]["basis"]["prior_level"] == 0.001
+        assert "the mean preferences of a population" in (folder / "README.md").read_text()
+    assert len(set(adapters(place / "prior").values())) == 1
+    base = load_base(BaseSettings(model=str(shipped_root() / "data/base")))
+    spans = list(AdaptedModel(base, LoraSettings(layers={"top": 0.25})).spans.values())
+    assert torch.equal(read_adapter(place / "prior" / lines[0]["path"], spans), population)
+
+    summary = json.loads((place / "prior/summary.json").read_text())
+    assert (summary["released"], summary["prior"], summary["promise"]["released"]) == (0, 2, 2)
+    assert "2 with the population&#39;s adapter" in (place / "prior/report.html").read_text()
+    for arguments in (("verify", "prior"), ("export", "prior", "--user", "Ann", "--to", "ann"), ("evaluate", "prior")):
+        done = persona_rlhf(*arguments, cwd=place)
+        assert done.returncode == 0, done.stderr
+    line = (place / "prior/results.jsonl").read_text().replace('"status": "prior"', '"status": "released"', 1)
+    kept = (place / "prior/results.jsonl").read_text()
+    (place / "prior/results.jsonl").write_text(line)
+    assert persona_rlhf("verify", "prior", cwd=place).returncode != 0
+    (place / "prior/results.jsonl").write_text(kept)
+    assert persona_rlhf("forget", "prior", "--user", "Ann", cwd=place).returncode == 0
+    assert [line["user_id"] for line in results(place / "prior")] == ["Bob"]
+    assert (place / "prior/state/prior.safetensors").exists()
 
 
 def test_a_basis_of_another_base_or_a_missing_one_is_named(place, monkeypatch):

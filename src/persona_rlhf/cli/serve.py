@@ -95,7 +95,7 @@ def _print_new_tokens(run: Path, file: Path) -> None:
     from persona_rlhf.release.results import RunResults
     from persona_rlhf.serving.access import make_tokens
 
-    released = {one.slug: one.user_id for one in RunResults(run) if one.status == "released"}
+    released = {one.slug: one.user_id for one in RunResults(run) if one.has_adapter}
     _note_places(run, file)
     for slug, token in make_tokens(file, released).items():
         typer.echo(json.dumps({"user_id": released[slug], "model": slug, "token": token}))

@@ -196,6 +196,13 @@ class BasisSettings(Section):
     pairs: int = Field(
         160, ge=1, description="Labelled pairs of a user at most, one a prompt; each is seen once, whatever the epochs."
     )
+    prior_level: float | None = Field(
+        None,
+        gt=0,
+        lt=0.5,
+        description="Level at which a user's pairs must show that the user's adapter is better than the population's. "
+        "Else the user keeps the population's (`status: prior`). Null asks for no such test.",
+    )
 
 
 class ConstraintSettings(Section):

@@ -14,6 +14,18 @@ other adapter leaves B or B - s. So M is a supermartingale that starts at delta,
 delta (Ville). Tian & Ramdas (2021, "Online control of the familywise error rate") call such a rule online fallback.
 Theirs moves along its series of shares at every look; here only a failure moves along, so years of passes cost nothing.
 
+**The prior** (`basis.prior_level`). A user gets the user's adapter or the population's, so delta covers both of them.
+- Where the user's own pairs decide for one of the two, they decide before the look. They are no certify probes, so the
+  adapter of the look is fixed beforehand, and it is the user's only look: one share, and the proofs above hold as they
+  stand.
+- Where the user's adapter no longer is the base, the population's is the user's next look and spends the next share.
+  Ordinary prompts and facts chose it then, and `max_over_refusal` and `max_changed` are demands on such prompts. A test
+  chosen by its own prompts errs with a chance of at most the sum over all tests that may be chosen. Both looks are
+  charged, so that sum stays within delta.
+The population's adapter is one for many users, and each of them tests it at the share of the user's own look. Nothing
+is divided among users: the promise is for each. Their errors come together: if it breaks a demand and passes, all of
+them have it, with a chance of at most delta. With `gate.family: all` each user has a part of delta, as for any adapter.
+
 Harmless prompts and questions of fixed aspects are the same at every look, so no look renews them. With `sequential`,
 demands on them spend by the counted series, whatever passes (`Demands.at_look`).
 

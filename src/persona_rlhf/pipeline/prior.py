@@ -1,14 +1,18 @@
-"""The gain of users' adapters over the prior, by the pairs that each user has."""
+"""The population's adapter beside users' adapters: gains over it, and the users who keep it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from persona_rlhf.data.tokenize import UserRows
+from persona_rlhf.evaluation.gate import Verdict
 from persona_rlhf.evaluation.prior_gain import FEWEST_HELDOUT, PriorGain, PriorName, heldout_gain, left_out_gain
+from persona_rlhf.pipeline.looks import GateLooks, JudgedLook
 from persona_rlhf.pipeline.prepare import Prepared
 from persona_rlhf.training.labelled_pairs import differences_of
 from persona_rlhf.training.left_out import left_out
@@ -41,3 +45,75 @@ def _left_out(basis: RewardBasis, user: UserRows) -> PriorGain:
     train = user.train[:_MOST_LEFT_OUT]
     predicted = left_out(differences_of(basis, train), [row.pair.prompt for row in train], basis.prior)
     return left_out_gain(predicted.gains, predicted.p_value)
+
+
+class AdapterLook(NamedTuple):
+    """The look that decides on a user, and its adapter; `prior`: it is the population's.
+
+    `other` is the verdict of the user's other look, where both adapters were judged.
+    """
+
+    look: JudgedLook
+    adapter: Float[Tensor, " params"]
+    prior: bool = False
+    other: Verdict | None = None
+
+
+def judge_beside_prior(
+    looks: GateLooks,
+    rows: Sequence[UserRows],
+    flat: Float[Tensor, "users params"],
+    gains: Sequence[PriorGain | None],
+    prior: Float[Tensor, " params"],
+    level: float,
+) -> list[AdapterLook]:
+    """Looks at the users' adapters, or at the population's (`prior`) for users who keep it.
+
+    A user keeps it where the user's pairs do not show at `level` that the user's adapter is better. They decide before
+    the look, which is then the user's only one. A user also keeps it where the user's adapter no longer is the base at
+    every alpha tried: then it is one more look. `evaluation/spending.py` has the statistics.
+    """
+    population = prior.to(flat)
+    kept = [gain is None or gain.p_value > level for gain in gains]
+    adapters = torch.where(torch.tensor(kept, device=flat.device)[:, None], population, flat)
+    users = [user.user_id for user in rows]
+    ends = [
+        AdapterLook(_explained(look, _unproven(gain, level)) if prior_kept else look, adapter, prior_kept)
+        for look, adapter, prior_kept, gain in zip(
+            looks.judge(users, adapters, rows), adapters, kept, gains, strict=True
+        )
+    ]
+    harmed = [place for place, end in enumerate(ends) if not end.prior and _no_longer_base(end.look.verdict)]
+    if harmed:
+        again = looks.judge(
+            [users[place] for place in harmed], population.repeat(len(harmed), 1), [rows[place] for place in harmed]
+        )
+        for place, look in zip(harmed, again, strict=True):
+            ends[place] = _second(ends[place], look, population)
+    return ends
+
+
+def _no_longer_base(verdict: Verdict) -> bool:
+    """Whether an adapter was held back because it no longer is the base at every alpha tried."""
+    measures = [test.still_base for test in verdict.looks]
+    return bool(measures) and not any(measure is None or measure.passes for measure in measures)
+
+
+def _second(first: AdapterLook, look: JudgedLook, population: Float[Tensor, " params"]) -> AdapterLook:
+    """The end of a user whose adapter was held back for harm, after a look at the population's."""
+    before, after = first.look.verdict, look.verdict
+    if after.admitted:
+        return AdapterLook(_explained(look, f"the user's adapter was {before.reason}"), population, True, before)
+    reason = f"{before.reason} (of the population's adapter: {after.reason})"
+    return first._replace(look=JudgedLook(before._replace(reason=reason), look.spending), other=after)
+
+
+def _unproven(gain: PriorGain | None, level: float) -> str:
+    shown = "no pair tells a gain" if gain is None else f"the gain over it is {gain}"
+    return f"{shown}, and level {level:g} asks for more"
+
+
+def _explained(look: JudgedLook, why: str) -> JudgedLook:
+    """The look at the population's adapter, with the cause in its reason."""
+    reason = f"{look.verdict.reason} (of the population's adapter: {why})"
+    return look._replace(verdict=look.verdict._replace(reason=reason))

@@ -24,7 +24,7 @@ from persona_rlhf.evaluation.warm_start import WarmStartInterpolation
 from persona_rlhf.models.heap import return_free_blocks
 from persona_rlhf.pipeline.looks import GateLooks, gate_looks, users_of
 from persona_rlhf.pipeline.prepare import Chunk, Prepared
-from persona_rlhf.pipeline.prior import gains_over_prior
+from persona_rlhf.pipeline.prior import AdapterLook, gains_over_prior, judge_beside_prior
 from persona_rlhf.release import integrity
 from persona_rlhf.release.adapter import AdapterFiles, Exporter
 from persona_rlhf.release.integrity import ended, judged
@@ -46,6 +46,7 @@ class JudgedUser(NamedTuple):
 
     `retreat` is the share of the way that the adapter was interpolated to the warm start (`WarmStartInterpolation`),
     `spending` the part of delta that the look spent. `gain_over_prior` is that of the user's adapter as trained.
+    `prior` and `other` are as in `AdapterLook`.
     """
 
     trained: TrainedUser
@@ -55,6 +56,8 @@ class JudgedUser(NamedTuple):
     retreat: float = 0.0
     spending: Spending | None = None
     gain_over_prior: PriorGain | None = None
+    prior: bool = False
+    other: Verdict | None = None
 
 
 class Cohort(NamedTuple):
@@ -110,8 +113,9 @@ def judge(
     used, conditions = looks.ledger.uses(looks.bank), ready.examination.conditions
     demands, settings = ready.examination.demands, manifest_settings(config)
     provenance = Provenance.of(info, ready.policy, demands, settings, used, conditions)
-    verdicts = [(user.trained.user_id, user.verdict) for user in judged_users if user.verdict is not None]
-    head = integrity.append_all(looks.audit_run, [judged(user_id, verdict) for user_id, verdict in verdicts])
+    verdicts = [(user.trained.user_id, verdict) for user in judged_users for verdict in (user.other, user.verdict)]
+    events = [judged(user_id, verdict) for user_id, verdict in verdicts if verdict is not None]
+    head = integrity.append_all(looks.audit_run, events)
     stamp, nested = Stamp(head, last_day(config.gate.valid_days)), ready.pairs.users > _FEW
     exporter = Exporter(run, AdapterFiles(ready.adapted, config.lora, info), provenance, nested, stamp, ready.sign)
     return Cohort(judged_users, chunk, exporter, ready.examination.demands.in_pool, looks.audit_run)
@@ -130,14 +134,16 @@ def write(cohort: Cohort) -> list[Result]:
         data, place = cohort.chunk.data_of(rows[name]), None
         if verdict is not None and user.adapter is not None and verdict.admitted:
             try:
-                place = cohort.exporter.write(name, user.adapter, verdict, user.measures, data, user.spending)
+                place = cohort.exporter.write(
+                    name, user.adapter, verdict, user.measures, data, user.spending, user.prior
+                )
             except (InputError, OSError):
                 raise
             except Exception as fault:
                 faults.append(fault)
                 return written(_failed(user.trained, "written", fault))
         against = cohort.chunk.against_policy(name)
-        result = outcome(user.trained, data.pairs, verdict, user.measures, place, cohort.tier_one, against)
+        result = outcome(user.trained, data.pairs, verdict, user.measures, place, cohort.tier_one, against, user.prior)
         basis = cohort.chunk.basis_use.get(name)
         result = replace(result, retreat=user.retreat, spending=user.spending, basis=basis)
         return replace(result, gain_over_prior=user.gain_over_prior)
@@ -166,13 +172,29 @@ def _judged(
     if interpolation is not None:
         flat, shares = interpolation(flat)
     of_trained = [rows[user.user_id] for user, _ in trained]
-    judged_looks = looks.judge([user.user_id for user, _ in trained], flat, of_trained)
-    verdicts, spendings = [look.verdict for look in judged_looks], [look.spending for look in judged_looks]
-    alphas = [verdict.alpha for verdict in verdicts]
-    measures = ready.examination.measures(flat, of_trained, alphas)
     gains = gains_over_prior(ready, of_trained, flat, prior)
-    columns = zip((user for user, _ in trained), flat.cpu(), verdicts, measures, shares, spendings, gains, strict=True)
-    by_user = {user.trained.user_id: user for user in map(JudgedUser._make, columns)}
+    level = None if ready.config.basis is None else ready.config.basis.prior_level
+    if prior is None or level is None:
+        judged_looks = looks.judge([user.user_id for user in of_trained], flat, of_trained)
+        ends = list(map(AdapterLook, judged_looks, flat))
+    else:
+        ends = judge_beside_prior(looks, of_trained, flat, gains, prior, level)
+    alphas = [end.look.verdict.alpha for end in ends]
+    measures = ready.examination.measures(torch.stack([end.adapter for end in ends]), of_trained, alphas)
+    by_user = {
+        user.user_id: JudgedUser(
+            user,
+            end.adapter.cpu(),
+            end.look.verdict,
+            measured,
+            0.0 if end.prior else share,
+            end.look.spending,
+            gain,
+            end.prior,
+            end.other,
+        )
+        for (user, _), end, measured, share, gain in zip(trained, ends, measures, shares, gains, strict=True)
+    }
     return [by_user.get(user.user_id) or JudgedUser(user) for user in users]
 
 
@@ -208,7 +230,9 @@ def manifest_settings(config: Config) -> dict[str, Any]:
     del settings["gate"]["ledger"]
     settings["aligned_by"] = config.base.aligned_by
     if config.basis is not None:
-        settings["basis"] = {"sha256": sha256_of(config.basis.file), "pairs": config.basis.pairs}
+        level = config.basis.prior_level
+        of_prior = {} if level is None else {"prior_level": level}
+        settings["basis"] = {"sha256": sha256_of(config.basis.file), "pairs": config.basis.pairs, **of_prior}
     models = (
         ("gate", "judge_model", config.gate.judge_model),
         ("screening", "classifier", config.screening.classifier),

@@ -130,15 +130,18 @@ class Exporter:
         measures: Measures | None,
         data: DataInfo,
         spending: Spending | None = None,
+        prior: bool = False,
     ) -> Written:
         """Writes RUN/adapters/SLUG (or RUN/adapters/XX/SLUG): weights, config, card and manifest.
+
+        `prior`: the adapter is the population's.
 
         Raises ValueError, and writes nothing, where a common loader would refuse the folder (`compatibility.lint`).
         """
         assert verdict.admitted and verdict.alpha > 0, f"{user_id} is held back"  # noqa: PT018
         files = self.adapter.of(flat, verdict.alpha)
-        files[CARD] = card(self.provenance, data, verdict, measures, spending).encode()
-        manifest = rendered(manifest_of(user_id, self.provenance, data, verdict, files, self.stamp, spending))
+        files[CARD] = card(self.provenance, data, verdict, measures, spending, prior).encode()
+        manifest = rendered(manifest_of(user_id, self.provenance, data, verdict, files, self.stamp, spending, prior))
         name = slug(user_id)
         path = f"{ADAPTERS}/{name[-2:]}/{name}" if self.nested else f"{ADAPTERS}/{name}"
         signature = {} if self.sign is None else {f"{MANIFEST}{SIGNATURE}": self.sign(manifest)}

@@ -139,7 +139,7 @@ def bounds_shown(policy: Mapping[str, Any], results: Iterable[Result]) -> list[D
     }
     shown: dict[str, list[float]] = {name: [] for name in demands}
     for result in results:
-        if result.status == "released":
+        if result.has_adapter:
             for name, count in {**(result.tier_one or {}), **result.tier_two}.items():
                 shown.setdefault(name, []).append(count.lower_bound)
     return [
@@ -152,7 +152,7 @@ def bounds_shown(policy: Mapping[str, Any], results: Iterable[Result]) -> list[D
 
 
 def exceptions(run: Path, results: Iterable[Result]) -> Iterable[ExceptionCase]:
-    """Users held back, failed, skipped, with an alarm, released below full strength or revoked since."""
+    """Users with the prior, held back, failed, skipped, with an alarm, below full strength or revoked since."""
     revocations = revoked(run)
     for one in results:
         user, revocation = pseudonym(one.user_id), revocations.get(one.manifest_sha256 or "")
@@ -160,6 +160,8 @@ def exceptions(run: Path, results: Iterable[Result]) -> Iterable[ExceptionCase]:
             yield ExceptionCase(user, "revoked", revocation.sentence())
         if one.status == "held_back":
             yield ExceptionCase(user, "held back for harm" if one.harmful else "held back", one.reason)
+        elif one.status == "prior":
+            yield ExceptionCase(user, f"the population's adapter at alpha {one.alpha:g}", one.reason)
         elif one.status != "released":  # the reason of an internal fault may quote data
             yield ExceptionCase(user, one.status, "see the results of the run")
         elif one.alpha < 1:
@@ -185,6 +187,7 @@ def _counts(run: Path) -> dict[str, int]:
     return {
         "in all": summary.users,
         "released": summary.released,
+        "with the population's adapter": summary.prior,
         "held back": summary.held_back,
         "of these for harm": summary.harmful,
         "failed": summary.failed,

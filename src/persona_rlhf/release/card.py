@@ -24,8 +24,12 @@ def card(
     verdict: Verdict,
     measures: Measures | None,
     spending: Spending | None = None,
+    prior: bool = False,
 ) -> str:
-    """README.md of an adapter folder: YAML front matter that the hub reads, and a page for people."""
+    """README.md of an adapter folder: YAML front matter that the hub reads, and a page for people.
+
+    `prior`: the adapter is the population's.
+    """
     body = render_template(
         "card.md.j2",
         base=provenance.base,
@@ -33,6 +37,7 @@ def card(
         demands=provenance.demands_at(spending),
         delta=provenance.demands.delta,
         spending=spending,
+        prior=prior,
         conditions=provenance.conditions,
         dtype=None if provenance.conditions is None else provenance.conditions.dtype,
         data=data,

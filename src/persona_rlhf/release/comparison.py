@@ -82,8 +82,8 @@ def compare(arms: Mapping[str, Arm]) -> Comparison:
         rates = [count.refused / count.n for result in judged if (count := result.pooled) is not None and count.n]
         summaries[name] = ArmSummary(
             runs=sum(len(results) for results in arm.values()),
-            released=sum(result.status == "released" for result in judged),
-            full_strength=sum(result.status == "released" and result.alpha == 1 for result in judged),
+            released=sum(result.has_adapter for result in judged),
+            full_strength=sum(result.has_adapter and result.alpha == 1 for result in judged),
             worst_refusal=min(rates, default=None),
             figures={
                 title: _figure(by_user, first[title] if by_user is not first[title] else {})

@@ -19,7 +19,7 @@ def refusals_to_release(run: Path, result: Result) -> list[str]:
     Reasons: it was not released, its folder does not verify, it was revoked, or its verdict has expired. An unreadable
     list of revocations is a reason too, and no error.
     """
-    if result.status != "released" or result.path is None:
+    if not result.has_adapter or result.path is None:
         return [f"it is not released ({result.status}): {result.reason}"]
     reasons = [f"it does not verify: {fault}" for fault in adapter_faults(run / result.path, result)]
     try:
@@ -64,7 +64,7 @@ def exportable(run: Path) -> Exportable:
     """All adapters that may be exported, and why the others may not. Skipped and failed users are in neither list."""
     folders, held_back = dict[str, Path](), list[str]()
     for result in RunResults(run):
-        if result.status in ("released", "held_back"):
+        if result.judged:
             try:
                 folders[result.user_id] = admitted(run, result)
             except HeldBack as reason:

@@ -149,6 +149,7 @@ def _top_files(run: Path) -> set[str]:
 
 
 JUDGED, LOOKED, RELEASED, RETESTED, RECERTIFIED = "judged", "looked", "released", "retested", "recertified"
+PRIOR = "prior"  # the population's adapter was released to a user
 
 
 Event = tuple[str, dict[str, Any]]
@@ -266,7 +267,7 @@ def ledger_faults(run: Path) -> list[str]:
 
 
 def ended(result: Result) -> Event:
-    """The event on a user's final status: released, held_back, skipped or failed."""
+    """The event on a user's final status: released, prior, held_back, skipped or failed."""
     facts: dict[str, Any] = {"user": pseudonym(result.user_id)}
     if result.path is not None:
         facts |= {"alpha": result.alpha, "manifest_sha256": result.manifest_sha256}
@@ -289,7 +290,9 @@ def audit_faults(run: Path, adapters: Iterable[AdapterRecord], kept: Iterable[tu
             heads.append((f"{adapter.path}/{MANIFEST}", of_adapter))
             stamped.append(adapter)
     released = {
-        (entry.facts.get("user"), entry.facts.get("manifest_sha256")) for entry in read(run) if entry.event == RELEASED
+        (entry.facts.get("user"), entry.facts.get("manifest_sha256"))
+        for entry in read(run)
+        if entry.event in (RELEASED, PRIOR)
     }
     return faults(run, heads) + [
         f"{AUDIT}: no line released {adapter.path} with its present manifest"

@@ -27,6 +27,8 @@ from persona_rlhf.release.results import PairCounts, plain
 
 MANIFEST = "persona.json"
 FORMAT = 1
+POPULATION = "population"
+"""The entry `adapter` of a manifest where the adapter is the population's; others have no such entry."""
 _SELF = "manifest_hash"
 
 
@@ -159,8 +161,12 @@ def manifest_of(
     files: Mapping[str, bytes],
     stamp: Stamp,
     spending: Spending | None = None,
+    prior: bool = False,
 ) -> dict[str, Any]:
-    """The manifest of one adapter whose other files have these bytes."""
+    """The manifest of one adapter whose other files have these bytes; `prior`: it is the population's.
+
+    Then `data` is that of the user who has it, whose pairs did not train it.
+    """
     demands = provenance.demands_at(spending)
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -193,6 +199,8 @@ def manifest_of(
         },
         "files": {name: {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)} for name, raw in files.items()},
     }
+    if prior:
+        content["adapter"] = POPULATION
     if provenance.conditions is not None:
         content["conditions"] = plain(provenance.conditions)
     if stamp.head is not None:

@@ -52,7 +52,7 @@ def results_table(results: Iterable[Result]) -> Table:
     summary = summarise(results)
     caption = None
     if summary.users > _MOST:
-        shown = nsmallest(_MOST, results, key=lambda r: (r.status == "released" and not r.alarm, r.alpha))
+        shown = nsmallest(_MOST, results, key=lambda r: (r.has_adapter and not r.alarm, r.alpha))
         caption = f"{_MOST} of {summary.users} users, those held back or in alarm first; the report shows more"
     else:
         shown = list(results)
@@ -94,8 +94,10 @@ def results_table(results: Iterable[Result]) -> Table:
 
 
 def _counts(summary: RunSummary) -> Iterator[str]:
-    """Users released, held back, failed and in alarm; of the last three, those that there are."""
+    """Users released; then those with the prior, held back, failed and in alarm, as far as there are any."""
     yield f"{summary.released} released"
+    if summary.prior:
+        yield f"{summary.prior} with the prior"
     held = f"held back ({summary.harmful} for harm)" if summary.harmful else "held back"
     for name, users in ((held, summary.held_back), ("failed", summary.failed), ("in alarm", summary.alarms)):
         if users:
@@ -103,7 +105,7 @@ def _counts(summary: RunSummary) -> Iterator[str]:
 
 
 def _status(result: Result) -> str:
-    words = {"released": "[green]released[/]", "held_back": "[yellow]held back[/]"}
+    words = {"released": "[green]released[/]", "prior": "[green]prior[/]", "held_back": "[yellow]held back[/]"}
     marks = [" [yellow]for harm[/]"] if result.harmful else []
     marks += [" [red]alarm[/]"] if result.alarm else []
     marks += [f" [yellow]{counted(result.broken_facts, 'fact')} changed[/]"] if result.broken_facts else []
@@ -114,7 +116,7 @@ def _figures(result: Result) -> tuple[str, ...]:
     pooled, measures, spending = result.pooled, result.measures, result.spending
     over = measures.over_refusal
     return (
-        f"{result.alpha:g}" if result.status in ("released", "held_back") else "",
+        f"{result.alpha:g}" if result.judged else "",
         share(measures.heldout_accuracy.adapted if measures.heldout_accuracy else None),
         share(measures.heldout_clean.adapted if measures.heldout_clean else None),
         share(measures.win_rate.value if measures.win_rate else None),

@@ -71,9 +71,9 @@ class Columns:
         columns = Columns()
         for result in results:
             columns._measured(result)
-            if result.status in ("released", "held_back"):
+            if result.judged:
                 columns._judged(result)
-            if result.status == "released":
+            if result.has_adapter:
                 columns._released(result)
         return columns
 
@@ -182,7 +182,7 @@ def render(
         "report.html.j2",
         name=visible(str(config.get("name", "run"))),
         gate={"enabled": True, "family": "each"} | (config.get("gate") or {}),
-        judged=summary.released + summary.held_back,
+        judged=summary.released + summary.prior + summary.held_back,
         summary=summary,
         figures=_figures(summary, columns),
         charts=_charts(columns),
@@ -207,7 +207,7 @@ def _shown(results: Iterable[Result], users: int) -> list[Result]:
 
     def trouble(result: Result) -> tuple[bool, bool, float, float]:
         bound = result.pooled.lower_bound if result.pooled else 0.0
-        return (result.status == "released", not result.alarm, result.alpha, bound)
+        return (result.has_adapter, not result.alarm, result.alpha, bound)
 
     worst = nsmallest(_MOST // 2, results, key=trouble)
     listed = {result.user_id for result in worst}
@@ -219,6 +219,7 @@ def _figures(summary: RunSummary, columns: Columns) -> list[HeadlineFigure]:
     released = f"{summary.released:,} of {summary.users:,}"
     for_harm = f" ({summary.harmful} for harm)" if summary.harmful else ""
     apart = [f"{summary.full_strength} at full strength", f"{summary.held_back} held back{for_harm}"]
+    apart += [f"{summary.prior} with the population's adapter"] if summary.prior else []
     apart += [f"{summary.failed} failed"] if summary.failed else []
     apart += [f"{skipped} skipped"] if (skipped := summary.other - summary.failed) else []
     figures = [HeadlineFigure("Users released", released, ", ".join(apart))]

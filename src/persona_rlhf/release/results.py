@@ -33,7 +33,8 @@ if TYPE_CHECKING:  # a result is read without torch
 
 RESULTS = "results.jsonl"
 
-Status = Literal["released", "held_back", "skipped", "failed"]
+Status = Literal["released", "prior", "held_back", "skipped", "failed"]
+"""`prior`: the gate released the population's adapter to the user, in place of the user's adapter."""
 
 
 class PairCounts(NamedTuple):
@@ -70,6 +71,16 @@ class Result:
     basis: BasisUse | None = None
     still_base: StillBase | None = None
     gain_over_prior: PriorGain | None = None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the gate released an adapter to the user: the user's, or the population's."""
+        return self.status in ("released", "prior")
+
+    @property
+    def judged(self) -> bool:
+        """Whether the gate judged an adapter of the user."""
+        return self.has_adapter or self.status == "held_back"
 
     @property
     def harmful(self) -> bool:
@@ -208,8 +219,9 @@ _RESULT = TypeAdapter(Result)
 
 
 class RunSummary(NamedTuple):
-    """A run in a few numbers. Medians are over released and held-back users; None if nobody was measured.
+    """A run in a few numbers. Medians are over judged users; None if nobody was measured.
 
+    `released` are users with an adapter trained on their pairs, `prior` those who keep the population's.
     `most_looks` and `most_spent` are those of the user with the most looks at the gate, and of the one who spent most
     of delta. `harmful` are those of the held-back users whose adapters no longer are the base (`Result.harmful`).
     """
@@ -229,6 +241,7 @@ class RunSummary(NamedTuple):
     most_looks: int | None
     most_spent: float | None
     harmful: int = 0
+    prior: int = 0
 
 
 def summarise(results: Iterable[Result]) -> RunSummary:
@@ -250,10 +263,9 @@ def summarise(results: Iterable[Result]) -> RunSummary:
         clean += [measures.heldout_clean.adapted] if measures.heldout_clean else []
         accuracy += [measures.heldout_accuracy.adapted] if measures.heldout_accuracy else []
         won += [measures.win_rate.value] if measures.win_rate else []
-        if r.status == "released":
-            full += r.alpha == 1
-            if r.pooled and r.looks:  # without a test there is no promise
-                worst = r.pooled.lower_bound if worst is None else min(worst, r.pooled.lower_bound)
+        full += r.status == "released" and r.alpha == 1
+        if r.has_adapter and r.pooled and r.looks:  # without a test there is no promise
+            worst = r.pooled.lower_bound if worst is None else min(worst, r.pooled.lower_bound)
     return RunSummary(
         users=statuses.total(),
         released=statuses["released"],
@@ -270,6 +282,7 @@ def summarise(results: Iterable[Result]) -> RunSummary:
         most_looks=max(looks, default=None),
         most_spent=max(spent, default=None),
         harmful=harmful,
+        prior=statuses["prior"],
     )
 
 
@@ -301,7 +314,7 @@ def guarantee_of_run(
         if r.spending is None
         else GatedUser(r.alpha, r.looks, r.spending.share, r.spending.look)
         for r in results
-        if r.status in ("released", "held_back")
+        if r.judged
     )
     return fleet_guarantee(judged, demands)
 
@@ -347,8 +360,11 @@ def outcome(
     written: Written | None,
     tier_one: Collection[str],
     against_policy: int,
+    prior: bool = False,
 ) -> Result:
     """The line of a trained user. `verdict` is None if training failed, `written` if the user is held back.
+
+    `prior`: the verdict is on the population's adapter.
 
     `tier_one` are the categories that the gate pools. The alarm says that the screen found pairs against the policy
     (`against_policy`), whatever became of the adapter: held back is the gate's verdict, failed an internal fault. Dual
@@ -367,7 +383,7 @@ def outcome(
         return Result(status="failed", reason=trained.reason, alarm=against_policy > 0, **common)
     counts = verdict.categories
     return Result(
-        status="held_back" if written is None else "released",
+        status="held_back" if written is None else "prior" if prior else "released",
         reason=verdict.reason,
         alpha=verdict.alpha,
         tier_one={POOLED: verdict.pooled} | {name: count for name, count in counts.items() if name in tier_one},

@@ -28,7 +28,7 @@ from persona_rlhf.release.integrity import (
     recertified_documents,
     run_manifest_faults,
 )
-from persona_rlhf.release.manifest import MANIFEST, read_manifest, user_mark
+from persona_rlhf.release.manifest import MANIFEST, POPULATION, read_manifest, user_mark
 from persona_rlhf.release.redteam_report import redteam_faults
 from persona_rlhf.release.results import RESULTS, Result, RunResults, plain
 from persona_rlhf.release.revocation import Revocation, revocation_faults, revoked, revoked_here, today
@@ -95,7 +95,7 @@ def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
         for result in RunResults(run):
             if result.slug != slug(result.user_id):
                 faults.append(f"{RESULTS}: the slug `{result.slug}` is not that of its user")
-            if (result.status == "released") != (result.path is not None):
+            if result.has_adapter != (result.path is not None):
                 faults.append(f"{RESULTS}: {result.slug} is {result.status}, but its path is {result.path}")
             if result.path is None:
                 continue
@@ -306,7 +306,8 @@ def _line_faults(folder: Path, manifest: dict[str, Any], result: Result) -> list
         faults.append(f"{MANIFEST} is not the one that {RESULTS} names")
     if manifest["user"] != user_mark(result.user_id, manifest["data"]["fingerprint"]):
         faults.append("the user hash in persona.json does not match this line's user_id")
-    if manifest["alpha"] != result.alpha or result.status != "released":
+    status = "prior" if manifest.get("adapter") == POPULATION else "released"
+    if manifest["alpha"] != result.alpha or result.status != status:
         faults.append(f"{RESULTS} says {result.status} at alpha {result.alpha:g}, {MANIFEST} {manifest['alpha']:g}")
     counts = {"pooled": manifest["verdict"]["pooled"], **manifest["verdict"]["categories"]}
     if plain({**(result.tier_one or {}), **result.tier_two}) != counts:

@@ -119,7 +119,7 @@ class AnswerSampler:
         """The user's adapter that may be served at present; None where there is none, which means the base."""
         self._access.refresh()
         result: Result | None = self._access.results.get(slug(user_id))
-        if result is None or result.user_id != user_id or result.status != "released":
+        if result is None or result.user_id != user_id or not result.has_adapter:
             return None
         try:
             return self._access.admit(result.slug)
