@@ -134,13 +134,18 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     shard: Annotated[str | None, typer.Option(metavar="i/n", help="Train the i-th of n parts of the users.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Train in shards on a Ray cluster; `local` is this machine.")
+    ] = None,
     as_json: Json = False,
     wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Run the whole pipeline: screen, train one adapter per user, gate, release."""
     from persona_rlhf.cli.train import start
 
-    folder, results = start(config, overrides or [], run, resume, shard, as_json, wait)
+    if ray is not None and shard is not None:
+        raise typer.BadParameter("--ray cuts the shards itself; leave --shard out")
+    folder, results = start(config, overrides or [], run, resume, shard, as_json, wait, ray)
     if results is None:
         return
     print_results(results, as_json)

@@ -30,8 +30,9 @@ def start(
     shard: str | None,
     as_json: bool,
     wait: float,
+    ray: str | None = None,
 ) -> tuple[Path, RunResults | None]:
-    """Trains in this process, or in several that it launches.
+    """Trains in this process, in several that it launches, or in shards on the Ray cluster at an address.
 
     Returns the run's folder, and the results if all shards are done. Raises typer.Exit with the exit code of the
     launched processes, or with 130 after Ctrl-C.
@@ -47,11 +48,34 @@ def start(
         if share.rank == 0:
             for sentence in out_of_force(inputs.policy.written):
                 note(visible(sentence))
-        if settings.fleet.processes == 1 or share.world > 1:
+        if ray is None and (settings.fleet.processes == 1 or share.world > 1):
             return folder, _train(settings, run_dir, resume, inputs, words, shard)
+    if ray is not None:
+        again = f"persona-rlhf train {shlex.join([*words, '--ray', ray, '--resume'])}"
+        _train_on_ray(settings, run_dir, resume, inputs.pairs.users, ray, again)
+        return folder, _train(settings, run_dir, True, inputs, words, shard)
     flags = [*["--resume"] * resume, *(["--shard", shard] if shard else []), *["--json"] * as_json]
     words += [*flags, "--wait", f"{wait:g}"]
     raise typer.Exit(distributed.launch(["train", *words], settings.fleet.processes, note))
+
+
+def _train_on_ray(settings: Config, run_dir: RunDir, resume: bool, users: int, address: str, again: str) -> None:
+    """Trains all shards on a Ray cluster; says how to go on (`again`) after Ctrl-C and after a shard that failed."""
+    from persona_rlhf.pipeline.ray_shards import FailedShardsError, ray_tasks, train_shards
+
+    try:
+        with (
+            progress_display() as display,
+            ray_tasks(address, settings) as tasks,
+            distributed.ended_as_by_ctrl_c(),  # after Ray, which takes the signal for itself
+        ):
+            train_shards(settings, run_dir.path, users, tasks, resume=resume, on_progress=display)
+    except FailedShardsError as fault:
+        note(visible(str(fault)))
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        note(f"Interrupted; continue with: {again}")
+        raise typer.Exit(130) from None
 
 
 def _train(

@@ -270,3 +270,13 @@ class FleetSettings(Section):
         "auto",
         description="Advanced: users read, trained and written together; bounds memory. auto is at most 256.",
     )
+    shards: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = Field(
+        "auto", description="Advanced: tasks of `train --ray`; auto is four for each that runs at once."
+    )
+    shard_cpus: int = Field(1, ge=1, description="Advanced: CPUs that Ray sets apart for a shard.")
+    shard_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="Advanced: GPUs that Ray sets apart for a shard; auto is one where the cluster has any."
+    )
+    shard_retries: int = Field(
+        3, ge=0, description="Advanced: times that Ray gives a shard again after its worker or machine was lost."
+    )

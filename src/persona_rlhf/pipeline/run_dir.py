@@ -86,6 +86,11 @@ class RunDir:
         return self._identity.is_file()
 
     @property
+    def ready(self) -> bool:
+        """Whether the state that all processes share is written."""
+        return self.begun and self._ready.exists()
+
+    @property
     def finished(self) -> bool:
         """Whether the run is whole and sealed."""
         return (self.path / RUN_MANIFEST).is_file()
@@ -199,7 +204,7 @@ class RunDir:
 
     def wait_until_ready(self) -> None:
         """Waits until the first process of this host has checked everything; it reports a failure itself."""
-        while not (self.begun and self._ready.exists()):
+        while not self.ready:
             time.sleep(0.1)
 
     @property
@@ -314,13 +319,8 @@ def identity_of(config: Config, policy: Policy, pairs: PairStore, weights_hash: 
 
     Left out are the place and the number of processes, attacks on released adapters, and other facts in manifests.
     """
-    aside: dict[str, Any] = {
-        "run": True,
-        "name": True,
-        "redteam": True,
-        "release": True,
-        "fleet": {"processes", "chunk"},
-    }
+    aside: dict[str, Any] = dict.fromkeys(("run", "name", "redteam", "release"), True)
+    aside["fleet"] = {"processes", "chunk", "shards", "shard_cpus", "shard_gpus", "shard_retries"}
     basis = {} if config.basis is None else {"files of basis": _digest([config.basis.file, config.basis.prompts])}
     return basis | {
         "config": json.dumps(config.model_dump(mode="json", exclude=aside), sort_keys=True),
