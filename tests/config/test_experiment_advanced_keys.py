@@ -32,6 +32,7 @@ SHOWN_BY = {
     "::test_a_split_key_changes_the_bank_and_no_hash_of_the_policy",
     "screening.reviews": "tests/data/test_screening.py::test_what_a_person_accepted_is_trained_and_rings_no_alarm",
     "basis.prompts": "tests/pipeline/test_base_answers.py",
+    "basis.prior_level": "tests/story/test_basis.py",
     "dpo.warmup": "tests/training/test_user_state_scheduler.py::test_learning_rates_are_those_of_transformers",
     "dpo.schedule": "tests/training/test_user_state_scheduler.py::test_learning_rates_are_those_of_transformers",
     "dpo.max_grad_norm": "tests/training/test_user_state_optimizer.py::test_each_user_moves_as_under_torchs_adamw",

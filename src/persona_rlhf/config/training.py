@@ -200,8 +200,8 @@ class BasisSettings(Section):
         None,
         gt=0,
         lt=0.5,
-        description="Level at which a user's pairs must show that the user's adapter is better than the population's. "
-        "Else the user keeps the population's (`status: prior`). Null asks for no such test.",
+        description="Advanced: level at which a user's pairs must show that the user's adapter is better than the "
+        "population's. Else the user keeps the population's (`status: prior`). Null asks for no such test.",
     )
 
 
