@@ -16,7 +16,10 @@ from tests.serving.conftest import base, base_folder, served_run  # noqa: F401 -
 from tests.story import experiment
 from tests.story.experiment import tier_one, write_yaml
 
-RUN_ELSEWHERE = {"explanation/policy.md": "tests/docs/test_policy_page.py"}  # with the documents of that page
+RUN_ELSEWHERE = {
+    "explanation/policy.md": "tests/docs/test_policy_page.py",  # with the documents of that page
+    "how-to/machines.md": "tests/docs/test_machines_page.py",  # with a stand-in for submitit
+}
 
 
 BLOCKS = [

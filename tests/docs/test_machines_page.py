@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import re
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import yaml
 from typer.testing import CliRunner
@@ -22,9 +24,27 @@ def test_every_command_has_options_that_train_has():
     assert all(name in shown for name in names)
 
 
-def test_the_python_example_is_python():
+def test_the_python_example_trains_all_shards_and_puts_them_together(monkeypatch):
+    ran = list[list[str]]()
+
+    class Executor:
+        def __init__(self, folder: str) -> None: ...
+
+        def update_parameters(self, **_: int) -> None: ...
+
+        def submit(self, shard: Callable[[], None]) -> SimpleNamespace:
+            return SimpleNamespace(result=shard)
+
+    def command(words: list[str]) -> Callable[[], None]:
+        return lambda: ran.append(words)
+
+    helpers = SimpleNamespace(CommandFunction=command)
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor, helpers=helpers))
     [code] = blocks(PAGE, "python")
-    assert ast.parse(code)
+    exec(code, {})
+    *shards, last = [words[words.index("runs/first") + 1 :] for words in ran]
+    assert shards == [["--shard", f"{n}/16"] for n in range(1, 17)]
+    assert last == ["--resume"]
 
 
 def test_the_yaml_files_have_the_keys_that_their_tools_need():
