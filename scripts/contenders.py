@@ -2,10 +2,12 @@
 
 plain      DPO (Rafailov et al. 2023).
 swap       SafeDPO's rule (Kim et al. 2025): a pair whose chosen answer complies with what the base refuses is turned.
-mix        DPO plus the loss of the base's refusals at a fixed weight (SafeInstruct: Bianchi et al. 2024).
+mix        DPO plus the loss of the base's refusals at a fixed weight (SafeInstruct: Bianchi et al. 2024). Up to a
+           constant, this is an estimate of the divergence KL(base || user) over refusals.
+primal     a dual variable per user and category alone, without the hinges on openings (as primal-dual DPO,
+           arXiv 2510.05703).
 surgery    SafeGrad (Yi et al. 2025): the part of the user's gradient that conflicts with the refusals' is removed.
 null       A keeps clear of the directions that tier-one prompts take at each layer (as GuardSpace, AlphaEdit).
-event      log-sum-exp over four refusals of a probe: mass may move between wordings of a refusal at no cost.
 ours       excess loss of refusals over a limit, a dual variable per user and category, hinges on openings.
 """
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.training import ConstraintSettings, FleetSettings
-from persona_rlhf.data.tokenize import PairRow, Row, UserRows
+from persona_rlhf.data.tokenize import PairRow, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.pipeline.prepare import Prepared
 from persona_rlhf.policy.judges import is_refusal
@@ -35,7 +37,6 @@ from persona_rlhf.training.constraint import (
 from persona_rlhf.training.engine import Engine, GradientRule, TrainedUser, total_gradient
 from persona_rlhf.training.objective import StepLoss
 
-WORDINGS = 4  # refusals of a probe that `event` adds up
 NULL_SHARE = 0.25  # of a layer's input directions that `null` keeps clear of
 
 Projection = Callable[[Float[Tensor, "users params"]], None]
@@ -91,6 +92,11 @@ def refusal_mix(data: ConstraintData, settings: ConstraintSettings, seed: int) -
     return FixedWeights(data, settings.model_copy(update={"opening_weight": 0.0}), seed)
 
 
+def primal_dual(data: ConstraintData, settings: ConstraintSettings, seed: int) -> LagrangianConstraint:
+    """The constraint on the loss of refusals, without the hinges on openings."""
+    return LagrangianConstraint(data, settings.model_copy(update={"opening_weight": 0.0}), seed)
+
+
 def surgery(loss: StepLoss, adapters: Float[Tensor, "users params"]) -> Float[Tensor, "users params"]:
     """`g = g_user - (g_user . g_safe / |g_safe|^2) g_safe` where they conflict, plus `g_safe`: two backward passes."""
     assert loss.penalty is not None
@@ -98,55 +104,6 @@ def surgery(loss: StepLoss, adapters: Float[Tensor, "users params"]) -> Float[Te
     [safe] = torch.autograd.grad(loss.penalty.sum(), [adapters])
     along = (user * safe).sum(1, keepdim=True).clamp(max=0) / (safe * safe).sum(1, keepdim=True).clamp(min=1e-12)
     return user - along * safe + safe
-
-
-class RefusalEvent(LagrangianConstraint):
-    """`log sum_k pi_ref(y_k|x) - log sum_k pi_user(y_k|x)` over WORDINGS refusals of a probe.
-
-    `P_user(R) >= P_user(y_1..y_K) = P_ref(y_1..y_K) exp(-c)`: a bound by the mass of these wordings alone, which for
-    long answers is a small part of the mass of all refusals, so it is no useful bound.
-    """
-
-    def __init__(self, data: ConstraintData, settings: ConstraintSettings, seed: int) -> None:
-        super().__init__(data, settings, seed)
-        self._wordings: dict[Row, tuple[Row, ...]] = {
-            row: example.refusals for examples in data.examples for example in examples for row in example.refusals
-        }
-
-    def sample(self, user_id: str, step: int) -> ConstraintSample:
-        return self._with_wordings(super().sample(user_id, step))
-
-    def largest(self) -> ConstraintSample:
-        return self._with_wordings(super().largest())
-
-    def _with_wordings(self, sample: ConstraintSample) -> ConstraintSample:
-        """Each refusal as WORDINGS refusals of its probe (again from the first, where there are fewer)."""
-        rows, terms = list[Row](), list[int]()
-        for row, term in zip(*sample, strict=True):
-            wordings = self._wordings[row] if term < len(self.data.categories) else ()
-            rows += [wordings[n % len(wordings)] for n in range(WORDINGS)] if wordings else [row]
-            terms += [term] * (WORDINGS if wordings else 1)
-        return ConstraintSample(rows, terms)
-
-    def penalty(
-        self,
-        samples: Sequence[ConstraintSample],
-        logps: Float[Tensor, "users rows"],
-        base: Float[Tensor, "users rows"],
-        duals: Float[Tensor, "users names"],
-    ) -> Penalty:
-        """The shipped penalty with one row per group of wordings: the first, as much likelier as the group is."""
-        width = WORDINGS * self.settings.rows_per_step  # refusals come first
-        users, reference = (part[:, :width].unflatten(1, (-1, WORDINGS)) for part in (logps, base))
-        first, gap = reference[:, :, 0], reference.logsumexp(2) - users.logsumexp(2)
-        kept = [*range(0, width, WORDINGS), *range(width, logps.shape[1])]
-        grouped = [
-            ConstraintSample([sample.rows[n] for n in kept[:size]], [sample.terms[n] for n in kept[:size]])
-            for sample in samples
-            for size in [len(sample.rows) - width + width // WORDINGS]
-        ]
-        parts = torch.cat([first - gap, logps[:, width:]], 1), torch.cat([first, base[:, width:]], 1)
-        return super().penalty(grouped, *parts, duals)
 
 
 def null_space(adapted: AdaptedModel, data: ConstraintData) -> Projection:
@@ -200,8 +157,8 @@ CONTENDERS = {
     "plain": Contender(None),
     "swap": Contender(None, prepare=turned),
     "mix": Contender(refusal_mix),
+    "primal": Contender(primal_dual),
     "surgery": Contender(FixedWeights, gradient=surgery),
     "null": Contender(LagrangianConstraint, projection=null_space),
-    "event": Contender(RefusalEvent),
     "ours": Contender(LagrangianConstraint),
 }

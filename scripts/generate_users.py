@@ -254,8 +254,10 @@ def draw_rows(
     return rows
 
 
-def draw_tastes(count: int, pool: Sequence[SampledPrompt], pairs: int, seed: int) -> list[Utility]:
-    """Users of the kinds of TURN with labels of AGREEMENT; the pool has at least `pairs` prompts for each.
+def draw_tastes(
+    count: int, pool: Sequence[SampledPrompt], pairs: int, seed: int, kinds: Sequence[str] = TURN
+) -> list[Utility]:
+    """Users of `kinds` in turn with labels of AGREEMENT; the pool has at least `pairs` prompts for each.
 
     Most like or dislike one to three properties of their kind, the first the most. Raises ValueError where the pool has
     too few prompts.
@@ -263,7 +265,7 @@ def draw_tastes(count: int, pool: Sequence[SampledPrompt], pairs: int, seed: int
     sampled = [properties(text) for prompt in pool for text in prompt.answers]
     spread = {name: pstdev(row[name] for row in sampled) for name in sampled[0]}
     tastes = []
-    for number, kind in enumerate(islice(cycle(TURN), count)):
+    for number, kind in enumerate(islice(cycle(kinds), count)):
         rng = Random(f"{seed} taste {number}")
         for _ in range(20):
             weights, prompts = liking(kind, spread, rng)

@@ -37,6 +37,7 @@ _PRIVATE = "needs a folder of private probes; tests/pipeline/test_rotate_bank.py
 _IMPORTS = "needs files of others; tests/data/test_preference_import.py"
 _COLLECTS = "serves until it is stopped; tests/cli/test_collect.py"
 _RAY = "needs Ray; tests/story/test_ray.py, tests/pipeline/test_ray_shards.py"
+_EXPERIMENT = "trains for minutes; tests/scripts/test_experiment.py"
 _CHOICES = "needs choices of a person; tests/story/test_collect.py"
 NOT_RUN = {
     ("how-to/machines.md", "pip install 'persona-rlhf[ray]'"): "installs",
@@ -92,6 +93,11 @@ NOT_RUN = {
         "persona-rlhf sweep configs/sweeps/paper-poison.yaml users.path=data/users/poisoned.jsonl "
         "screening.quarantine=false",
     ): "a grid of runs, hours; tests/pipeline/test_sweep.py",
+    ("how-to/experiments.md", "python scripts/experiment.py run runs/experiment --quick"): _EXPERIMENT,
+    (
+        "how-to/experiments.md",
+        "python scripts/experiment.py table runs/experiment --svg runs/experiment.svg",
+    ): _EXPERIMENT,
     ("how-to/gpu.md", "python scripts/measure_quantization.py configs/quickstart.yaml"): "measures for minutes",
     (
         "how-to/hub.md",

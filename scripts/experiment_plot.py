@@ -1,25 +1,19 @@
-#!/usr/bin/env python3
-"""Pictures of a comparison of constraints: what users keep of their taste, and the base of its refusals.
+"""A picture of the experiment: what users keep of their taste, and the base of its refusals.
 
-python scripts/compare_constraints.py CONFIG ... --records FILE
-python scripts/plot_constraints.py FILE... --out docs/explanation/constraints.svg
-
-One panel a group of users. Across: mean gain in held-out accuracy over chance, as a share of plain DPO's of the same
-users; up: mean refusal of tier-one probes in percent; bars are 95% bootstrap intervals over users. A contender on the
-front is filled: no other keeps at least as much of both, and more of one.
+One panel a population, layers and screen. Across: mean gain in held-out accuracy over chance at full strength, as a
+share of plain DPO's of the same users; up: mean refusals of test probes, in percent of the base's; bars are 95%
+bootstrap intervals over users. A method on the front is filled: no other keeps at least as much of both, and more of
+one.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from comparison_table import Record, comparison
+from experiment_table import Summary
 
 WIDTH, HEIGHT, LEFT, BELOW, ACROSS = 300, 230, 46, 40, 3
 COLOURS = ("#1b6ca8", "#c4541d", "#3b8132", "#8a3ab9", "#a67c00", "#b8336a", "#2b7a78", "#555555", "#7a4a2b")
@@ -30,7 +24,7 @@ STYLE = (
 
 
 class Point(NamedTuple):
-    """A contender in one group: the share that is kept, and refusals in percent, each with its interval."""
+    """A method in one panel: the share that is kept, and refusals in percent, each with its interval."""
 
     name: str
     kept: float
@@ -59,16 +53,14 @@ class Axes(NamedTuple):
         return f'<line x1="{a:.1f}" y1="{b:.1f}" x2="{c:.1f}" y2="{d:.1f}" {look}/>'
 
 
-def points_of(group: dict[str, dict[str, Any]]) -> list[Point]:
-    """The contenders of a group that have both figures, where there is a gain to keep."""
-    found = []
-    for name, summary in group.items():
-        refusal, kept = summary.get("refusal"), summary.get("accuracy_kept")
-        if name == "plain":
-            kept = {"ratio": 1.0, "interval": (1.0, 1.0)}
-        if refusal and kept and kept["ratio"] is not None and all(map(isfinite, kept["interval"])):
-            found.append(Point(name, kept["ratio"], kept["interval"], refusal["mean"], refusal["interval"]))
-    return found
+def points_of(methods: Mapping[str, Summary]) -> list[Point]:
+    """The methods of a panel that have both figures, where there is a gain to keep."""
+    points = []
+    for name, of in methods.items():
+        if of.test and of.accuracy_kept and all(map(isfinite, of.accuracy_kept)):
+            mean, low, high = (100 * value for value in of.test[:3])
+            points.append(Point(name, of.accuracy_kept.value, of.accuracy_kept[1:], mean, (low, high)))
+    return points
 
 
 def on_front(point: Point, others: Sequence[Point]) -> bool:
@@ -95,19 +87,19 @@ def panel(title: str, points: Sequence[Point], colours: dict[str, str], x: float
         (a, b), colour = axes.at(point.kept, point.refused), colours[point.name]
         look = f'stroke="{colour}" stroke-opacity="0.45"'
         fill = colour if on_front(point, points) else "#ffffff"
-        told = f"{point.name}: keeps {point.kept:.3f} of plain DPO's gain, refuses {point.refused:.2f}%"
+        title_of = f"{point.name}: keeps {point.kept:.3f} of plain DPO's gain, {point.refused:.2f}% of refusals"
         parts += [
             axes.line((point.kept_interval[0], point.refused), (point.kept_interval[1], point.refused), look),
             axes.line((point.kept, point.refused_interval[0]), (point.kept, point.refused_interval[1]), look),
             f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="1.6">'
-            f"<title>{escape(told)}</title></circle>",
+            f"<title>{escape(title_of)}</title></circle>",
         ]
     under = f'x="{x + WIDTH / 2:.0f}" y="{y + HEIGHT - 8}" class="tick"'
     return [*parts, f"<text {under}>share of plain DPO's accuracy gain kept</text>"]
 
 
-def picture(groups: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """All groups whose users have a gain to keep, in rows of panels, and a key."""
+def picture(groups: Mapping[str, Mapping[str, Summary]]) -> str:
+    """All groups by title whose users have a gain to keep, in rows of panels, and a key. Values are by method."""
     panels = {title: points for title, group in groups.items() if len(points := points_of(group)) > 1}
     names = list(dict.fromkeys(point.name for points in panels.values() for point in points))
     colours = dict(zip(names, COLOURS, strict=False))
@@ -121,21 +113,7 @@ def picture(groups: dict[str, dict[str, dict[str, Any]]]) -> str:
         body.append(f'<text x="{at + 9}" y="{height - 10}">{escape(name)}</text>')
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {ACROSS * WIDTH} {height}" role="img">'
-        f"<title>Constraints compared: taste and refusals kept, by group of users</title><style>{STYLE}</style>"
+        f"<title>The experiment: taste and refusals kept, by users</title><style>{STYLE}</style>"
         '<rect width="100%" height="100%" fill="#ffffff"/>'
     )
     return "\n".join([head, *body, "</svg>"]) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", nargs="+", type=Path)
-    parser.add_argument("--out", required=True, type=Path)
-    asked = parser.parse_args()
-    lines = (line for file in asked.records for line in file.read_text(encoding="utf-8").splitlines())
-    found = comparison([Record(**json.loads(line)) for line in lines])
-    asked.out.write_text(picture(found["groups"]), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
