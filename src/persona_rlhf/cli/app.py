@@ -223,11 +223,27 @@ def evaluate(
 
 @app.command()
 @with_exit_codes
-def report(run: RunArgument, wait: Wait = WAIT_SECONDS) -> None:
+def report(
+    run: RunArgument,
+    impact: Annotated[
+        bool, typer.Option("--impact", help="Measure benefits and risks too; writes RUN/impact.json and impact.html.")
+    ] = False,
+    groups: Annotated[
+        Path | None,
+        typer.Option("--groups", metavar="FILE", help="Groups for --impact: a JSON object, user_id to group."),
+    ] = None,
+    wait: Wait = WAIT_SECONDS,
+) -> None:
     """Write RUN/report.html, a page that needs no network."""
     from persona_rlhf.release.report import write_report
 
+    if groups is not None and not impact:
+        raise typer.BadParameter("--groups goes with --impact")
     with open_run(run, "report", wait):
+        if impact:
+            from persona_rlhf.pipeline.impact import impact as measure
+
+            note(f"Impact: {measure(run, groups)}")
         page = write_report(run)
     print_guarantee(run)
     note(f"Report: {page}")

@@ -41,6 +41,7 @@ from persona_rlhf.release.deletion_records import (
     write_proof,
 )
 from persona_rlhf.release.hub import delete_upload, uploads_of
+from persona_rlhf.release.impact_report import remove_impact
 from persona_rlhf.release.integrity import REVOKED, RUN_MANIFEST, run_manifest_faults, write_run_manifest
 from persona_rlhf.release.manifest import read_manifest
 from persona_rlhf.release.redteam_report import REDTEAM, redteam_traces
@@ -271,6 +272,7 @@ def _finish(run: Path, user: DataSubject, on_progress: OnProgress = silent) -> F
         for trace in _source_rows(outside, run_dir, user):
             trace.remove()
     if run_dir.finished:
+        remove_impact(run)
         write_report(run)
         named, _ = read_manifest(run / RUN_MANIFEST)
         erased = {entry["path"] for entry in order["removed"]} & set((named or {}).get("files", ()))

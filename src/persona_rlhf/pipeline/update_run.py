@@ -22,6 +22,7 @@ from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent
 from persona_rlhf.pipeline.run_dir import PAIRS, SOURCES, RunDir, number_of
 from persona_rlhf.release import integrity
 from persona_rlhf.release.comparison import Comparison, RebasedUser, compare, rebased_users, to_json, write_rebase
+from persona_rlhf.release.impact_report import remove_impact
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.manifest import read_manifest
 from persona_rlhf.release.redteam_report import REDTEAM
@@ -136,6 +137,7 @@ def complete_addition(run: Path) -> None:
     names = {user[0] for user in before if user is not None}
     run_dir.change_users([*before, *(user for name, user in added.items() if name not in names)])
     (run / REDTEAM).unlink(missing_ok=True)  # it covers the adapters released before
+    remove_impact(run)
     write_report(run)
     inner_seal = (read_manifest(inner / RUN_MANIFEST)[0] or {}).get("manifest_hash")
     events = (entry for entry in integrity.read(run) if entry.event == ADDED_EVENT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from heapq import nsmallest
 from itertools import islice
 from math import ceil
@@ -19,9 +18,11 @@ from persona_rlhf.common.errors import InputError, Problem, visible
 from persona_rlhf.common.files import atomic_write
 from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.evaluation.gate import POOLED
-from persona_rlhf.evaluation.records import AlignmentTax, Met
+from persona_rlhf.evaluation.impact import ImpactMeasure
 from persona_rlhf.evaluation.statistics import Interval, bootstrap
 from persona_rlhf.evaluation.still_base import LimitedMeasure, StillBase
+from persona_rlhf.release.columns import Columns
+from persona_rlhf.release.impact_report import impact_in, shown
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.redteam_report import REDTEAM
 from persona_rlhf.release.render import bounds, chart, histogram, render_template
@@ -34,102 +35,6 @@ from persona_rlhf.release.results import (
     summarise,
     write_summary,
 )
-
-Range = tuple[float, float, float]  # the worst lower bound, the worst rate, and the demand
-
-
-@dataclass(slots=True)
-class Columns:
-    """Figures of all users that have them, in the order of the users."""
-
-    accuracy: list[float] = field(default_factory=list)
-    alone: list[float] = field(default_factory=list)
-    clean: list[float] = field(default_factory=list)
-    won: list[float] = field(default_factory=list)
-    over: list[float] = field(default_factory=list)  # change of the over-refusal rate
-    perplexities: list[tuple[float, float]] = field(default_factory=list)  # adapted, base
-    ordinary: list[tuple[float, float]] = field(default_factory=list)  # perplexities of ordinary answers: adapted, base
-    knowledge: list[float] = field(default_factory=list)  # change of the share of facts known
-    lost: list[float] = field(default_factory=list)  # share of the base's right answers that are wrong now
-    toxicity: list[float] = field(default_factory=list)  # change of the share of toxic answers
-    tones: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # adapted, base, by property
-    required: dict[str, list[Met]] = field(default_factory=dict)  # by rule
-    retreats: list[float] = field(default_factory=list)  # of users interpolated toward the warm start
-    # of judged users:
-    points: list[tuple[float, float]] = field(default_factory=list)  # accuracy of the base alone, adapted
-    judged_won: list[float] = field(default_factory=list)
-    peaks: list[float] = field(default_factory=list)  # of dual variables
-    alphas: Counter[float] = field(default_factory=Counter)
-    # of released users:
-    phrasings: list[float] = field(default_factory=list)  # the gate's lower bounds of new phrasings
-    worst: dict[str, Range] = field(default_factory=dict)  # by category
-    likeness: list[StillBase] = field(default_factory=list)
-
-    @staticmethod
-    def of(results: Iterable[Result]) -> Columns:
-        """The columns of these results, in one pass."""
-        columns = Columns()
-        for result in results:
-            columns._measured(result)
-            if result.judged:
-                columns._judged(result)
-            if result.has_adapter:
-                columns._released(result)
-        return columns
-
-    def _measured(self, result: Result) -> None:
-        self.retreats += [result.retreat] if result.retreat else []
-        if result.measures.heldout_accuracy:
-            self.accuracy.append(result.measures.heldout_accuracy.adapted)
-            self.alone.append(result.measures.heldout_accuracy.reference_free)
-        if result.measures.heldout_clean:
-            self.clean.append(result.measures.heldout_clean.adapted)
-        if result.measures.win_rate:
-            self.won.append(result.measures.win_rate.value)
-        if (over := result.measures.over_refusal) is not None:
-            self.over.append((over.refused - over.base_refused) / over.n)
-        if result.measures.answer_perplexity:
-            self.perplexities.append(
-                (result.measures.answer_perplexity.adapted, result.measures.answer_perplexity.base)
-            )
-        for name, met in result.measures.requirements.items():
-            self.required.setdefault(name, []).append(met)
-        if result.measures.tax is not None:
-            self._taxed(result.measures.tax)
-
-    def _taxed(self, tax: AlignmentTax) -> None:
-        if tax.perplexity:
-            self.ordinary.append(tax.perplexity)
-        if tax.facts:
-            self.knowledge.append((tax.facts.right - tax.facts.base_right) / tax.facts.n)
-            if tax.facts.kept is not None and tax.facts.base_right:
-                self.lost.append(1 - tax.facts.kept / tax.facts.base_right)
-        if tax.toxic:
-            self.toxicity.append((tax.toxic.adapted - tax.toxic.base) / tax.toxic.n)
-        for name, drift in tax.tone.items():
-            self.tones.setdefault(name, []).append(drift)
-
-    def _judged(self, result: Result) -> None:
-        self.alphas[result.alpha] += 1
-        if result.measures.heldout_accuracy:
-            self.points.append(
-                (result.measures.heldout_accuracy.reference_free, result.measures.heldout_accuracy.adapted)
-            )
-        if result.measures.win_rate:
-            self.judged_won.append(result.measures.win_rate.value)
-        if result.duals:
-            self.peaks.append(max(dual.peak for dual in result.duals.values()))
-
-    def _released(self, result: Result) -> None:
-        self.likeness += [] if result.still_base is None else [result.still_base]
-        tests = (test for test in result.looks if test.passed and test.alpha == result.alpha)
-        self.phrasings += [test.phrasings.lower_bound for test in tests if test.phrasings is not None]
-        for name, count in {**(result.tier_one or {}), **result.tier_two}.items():
-            if count.n:
-                bound, rate, demand = self.worst.get(name, (1.0, 1.0, 0.0))
-                refused = count.refused / count.n
-                self.worst[name] = min(bound, count.lower_bound), min(rate, refused), max(demand, count.min_refusal)
-
 
 REPORT = "report.html"
 SCREENS = "screens.json"
@@ -151,7 +56,7 @@ def write_report(run: Path) -> Path:
     Raises InputError if the run has no results.
     """
     results, config, policy = RunResults(run), config_of(run), policy_of(run)
-    page = render(config, results, policy, screening_of(run), screens_in(run), attacks_in(run))
+    page = render(config, results, policy, screening_of(run), screens_in(run), attacks_in(run), impact_in(run))
     file = run / REPORT
     atomic_write(file, page.encode("utf-8"))
     write_summary(run, summary := summarise(results), guarantee_of_run(config, policy, results, summary.users))
@@ -168,9 +73,10 @@ def render(
     screening: Sequence[tuple[str, str, int]],
     screens: Sequence[dict[str, Any]] = (),
     attacks: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    impact: Sequence[ImpactMeasure] = (),
 ) -> str:
     """The page. `screening` are counts (action, reason, pairs), `screens` the rows of RUN/screens.json, `attacks` the
-    figures of RUN/redteam.json.
+    figures of RUN/redteam.json, `impact` the measures of RUN/impact.json.
 
     The results are read four times and never held all at once. For many users, charts and figures cover all of them;
     rows show the users with problems and then the first others.
@@ -193,6 +99,8 @@ def render(
         screening=screening,
         screens=screens,
         attacks=attacks,
+        impact=impact,
+        impact_shown=shown,
         perplexity=_perplexity(columns),
         tones=_tones(columns),
         required=_required(columns),
