@@ -22,6 +22,7 @@ from persona_rlhf.evaluation.impact import ImpactMeasure
 from persona_rlhf.evaluation.statistics import Interval, bootstrap
 from persona_rlhf.evaluation.still_base import LimitedMeasure, StillBase
 from persona_rlhf.release.columns import Columns
+from persona_rlhf.release.decision import decision_of, identity_of
 from persona_rlhf.release.impact_report import impact_in, shown
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.redteam_report import REDTEAM
@@ -38,6 +39,7 @@ from persona_rlhf.release.results import (
 
 REPORT = "report.html"
 SCREENS = "screens.json"
+_FIRST = ("Held-out accuracy, median", "Win rate against the base, median", "Worst refusal bound")
 _MOST = 1000  # users with a row of their own on the page
 _DOTS = 2000  # users with a dot of their own in a picture
 
@@ -56,7 +58,8 @@ def write_report(run: Path) -> Path:
     Raises InputError if the run has no results.
     """
     results, config, policy = RunResults(run), config_of(run), policy_of(run)
-    page = render(config, results, policy, screening_of(run), screens_in(run), attacks_in(run), impact_in(run))
+    parts = screening_of(run), screens_in(run), attacks_in(run), impact_in(run), identity_of(run, config)
+    page = render(config, results, policy, *parts)
     file = run / REPORT
     atomic_write(file, page.encode("utf-8"))
     write_summary(run, summary := summarise(results), guarantee_of_run(config, policy, results, summary.users))
@@ -74,23 +77,29 @@ def render(
     screens: Sequence[dict[str, Any]] = (),
     attacks: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     impact: Sequence[ImpactMeasure] = (),
+    identity: Sequence[tuple[str, str]] = (),
 ) -> str:
     """The page. `screening` are counts (action, reason, pairs), `screens` the rows of RUN/screens.json, `attacks` the
-    figures of RUN/redteam.json, `impact` the measures of RUN/impact.json.
+    figures of RUN/redteam.json, `impact` the measures of RUN/impact.json, `identity` the rows of `identity_of`.
 
-    The results are read four times and never held all at once. For many users, charts and figures cover all of them;
+    The results are read five times and never held all at once. For many users, charts and figures cover all of them;
     rows show the users with problems and then the first others.
     """
     summary = summarise(results)
     columns = Columns.of(results)
     certify = policy.get("certify") or {}
+    gate = {"enabled": True, "family": "each"} | (config.get("gate") or {})
+    figures = _figures(summary, columns)
     return render_template(
         "report.html.j2",
         name=visible(str(config.get("name", "run"))),
-        gate={"enabled": True, "family": "each"} | (config.get("gate") or {}),
+        gate=gate,
+        decision=decision_of(results, summary, bool(gate["enabled"]), impact),
+        identity=identity,
         judged=summary.released + summary.prior + summary.held_back,
         summary=summary,
-        figures=_figures(summary, columns),
+        first=[figure for figure in figures if figure.name in _FIRST],
+        figures=[figure for figure in figures if figure.name not in _FIRST],
         charts=_charts(columns),
         results=_shown(results, summary.users),
         policy=policy,
