@@ -262,3 +262,20 @@ def test_without_the_converter_it_is_said_how_to_get_it(run, type_in, tmp_path, 
 class _Config:
     class base:  # noqa: N801
         model = "data/base"
+
+
+def test_a_signed_export_with_its_bill_as_it_is_typed(run, type_in, tmp_path):
+    key, out = tmp_path / "key.pem", tmp_path / "out"
+    made = type_in("policy", "keygen", key, "--type", "p256")
+    assert made.stdout.startswith("p256:")
+    assert (tmp_path / "key.pem.pub").read_text().startswith("-----BEGIN PUBLIC KEY-----")
+    done = type_in("export", run.path, "--user", "ada", "--to", out, "--sign", key, "--bom")
+    assert done.exit_code == 0, done.stderr
+    papers = {"model.sig", "certificate.intoto.json", "bom.cdx.json"}
+    assert papers < {file.name for file in out.iterdir()}
+    (tmp_path / "keys.yaml").write_text(f"releaser: ['{made.stdout.strip()}']\n")
+    assert type_in("verify", out, "--trust", tmp_path / "keys.yaml").exit_code == 0
+    for option in (("--sign", key), ("--bom",)):
+        refused = type_in("export", run.path, "--user", "ada", "--to", tmp_path / "m", "--merge", *option)
+        assert refused.exit_code == 2
+        assert "--sign and --bom go with --to" in refused.stderr

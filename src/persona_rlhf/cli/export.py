@@ -31,6 +31,11 @@ def export(
     form: Annotated[
         Literal["peft", "gguf"], typer.Option("--format", help="With --to: a PEFT folder, or llama.cpp's GGUF.")
     ] = "peft",
+    sign: Annotated[
+        Path | None,
+        typer.Option("--sign", metavar="KEY", help="With --to: add the certificate and a signature of the folder."),
+    ] = None,
+    bom: Annotated[bool, typer.Option("--bom", help="With --to: add a bill of materials (CycloneDX 1.7).")] = False,
     hub: Annotated[
         str | None, typer.Option("--hub", metavar="OWNER/NAME", help="A repository of the hub; a new one is private.")
     ] = None,
@@ -50,6 +55,8 @@ def export(
     _check_options(user, all_users, to, hub, merge or form != "peft", per_user, dry_run or public or revision != "main")
     if merge and form == "gguf":
         raise typer.BadParameter("--merge and --format gguf do not go together")
+    if (sign is not None or bom) and (hub is not None or merge or form != "peft"):
+        raise typer.BadParameter("--sign and --bom go with --to and a PEFT folder")
     from persona_rlhf.release.export import HeldBack
 
     try:
@@ -57,7 +64,7 @@ def export(
             if hub is not None:
                 _to_hub(run, user, hub, revision, per_user, dry_run, public)
             elif user is not None and to is not None:
-                _to_folder(run, user, to, merge, form)
+                _to_folder(run, user, to, merge, form, sign, bom)
     except HeldBack as reason:
         note(str(reason))
         raise typer.Exit(HELD_BACK) from None
@@ -84,13 +91,13 @@ def _check_options(
         raise typer.BadParameter("--per-user goes with --all")
 
 
-def _to_folder(run: Path, user: str, to: Path, merge: bool, form: str) -> None:
+def _to_folder(run: Path, user: str, to: Path, merge: bool, form: str, sign: Path | None, bom: bool) -> None:
     from persona_rlhf.release.compatibility import lint
     from persona_rlhf.release.export import admitted, find_user
     from persona_rlhf.release.export import export as write
 
     if not merge and form == "peft":
-        write(run, user, to)
+        write(run, user, to, sign, bom)
         for finding in lint(to):
             note(str(finding))
         note(f"Adapter of {user}: {to}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -196,12 +196,17 @@ def _documents(path: Path) -> list[PolicyDocument]:
 @policy_commands.command("keygen")
 @with_exit_codes
 def policy_keygen(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file for the private key.")], as_json: Json = False
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file for the private key.")],
+    kind: Annotated[
+        Literal["ed25519", "p256"],
+        typer.Option("--type", help="p256 also signs exports for tools of third parties; OUT.pub is its public key."),
+    ] = "ed25519",
+    as_json: Json = False,
 ) -> None:
     """Make a key to sign documents and manifests with; prints the public key, for a file of trusted keys."""
     from persona_rlhf.release.signing import make_key
 
-    public = make_key(out)
+    public = make_key(out, kind)
     print_json({"path": str(out), "public_key": public}) if as_json else typer.echo(public)
     note(f"{out} holds the private key: keep it secret. The line on stdout goes into keys.yaml, under its role.")
 

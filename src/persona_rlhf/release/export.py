@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.common.files import need_vacant, write_folder
 from persona_rlhf.common.run_lock import locks_run
+from persona_rlhf.release.attestation import (
+    CERTIFICATE,
+    MODEL_SIGNATURE,
+    attestation_key,
+    certificate,
+    model_signature,
+)
+from persona_rlhf.release.bom import BOM, bill_of_materials
+from persona_rlhf.release.manifest import MANIFEST
 from persona_rlhf.release.results import Result, RunResults
 from persona_rlhf.release.revocation import revoked
 from persona_rlhf.release.verify import adapter_faults
@@ -73,13 +83,22 @@ def exportable(run: Path) -> Exportable:
 
 
 @locks_run("export", shared=True)
-def export(run: Path, user_id: str, to: Path) -> Path:
+def export(run: Path, user_id: str, to: Path, sign: Path | None = None, bom: bool = False) -> Path:
     """Copies a released adapter, and nothing else of the run, to the new or empty folder `to`.
 
-    Raises HeldBack if it may not be exported (`refusals_to_release`), InputError for an unknown user or an occupied
-    folder.
+    With `sign`, a private key of kind p256, the certificate and a signature of the folder are written beside its files;
+    with `bom`, a bill of materials. Raises HeldBack if it may not be exported (`refusals_to_release`), InputError for
+    an unknown user, an occupied folder or a key of another kind.
     """
+    key = None if sign is None else attestation_key(sign)
     source = admitted(run, find_user(run, user_id))
     need_vacant(to, "--to")
-    write_folder(to, {file.name: file.read_bytes() for file in sorted(source.iterdir())})
+    files = {file.name: file.read_bytes() for file in sorted(source.iterdir())}
+    manifest = json.loads(files[MANIFEST])
+    if bom:
+        files[BOM] = bill_of_materials(manifest, files)
+    if key is not None:
+        files[CERTIFICATE] = certificate(manifest, files, key)
+        files[MODEL_SIGNATURE] = model_signature(f"adapter-{manifest['user'][:16]}", files, key)
+    write_folder(to, files)
     return to

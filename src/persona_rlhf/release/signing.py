@@ -1,4 +1,4 @@
-"""Ed25519 signatures, trusted keys (keys.yaml), and the policy documents kept in RUN/policy.
+"""Signatures (Ed25519, or ECDSA with P-256), trusted keys (keys.yaml), and the policy documents kept in RUN/policy.
 
 A run keeps its documents of tiers one and two byte for byte, named by the sha256 in policy.json, with their signatures.
 Documents of tier three hold a user's own text and are not kept. A signature is a small JSON file over all bytes of the
@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -25,10 +25,6 @@ from persona_rlhf.common.files import atomic_write, find
 from persona_rlhf.config.loader import Section, dotted, in_order, read_section, read_yaml
 from persona_rlhf.policy.rules import DocumentInfo
 from persona_rlhf.release.manifest import MANIFEST, read_manifest
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 
 POLICY = "policy"
 SIGNATURE = ".sig"  # suffix of a detached signature
@@ -108,44 +104,77 @@ def _place(changed: bytes, original: bytes) -> str:
 Signer = Callable[[bytes], bytes]
 """From bytes to the content of their signature file."""
 
-_ALGORITHM = "ed25519"
+KeyKind = Literal["ed25519", "p256"]
+_LENGTHS: dict[int, KeyKind] = {32: "ed25519", 33: "p256"}
+"""The kind of a public key by its length in bytes: a point of Ed25519, a compressed point of P-256."""
+
+PUBLIC = ".pub"  # suffix of the public key (PEM) beside a private key of kind p256
 
 
 class Signature(NamedTuple):
-    """A detached signature: the id of the key that made it, and its 64 bytes."""
+    """A detached signature: the id of the key that made it, and its bytes (64 of Ed25519; DER of P-256)."""
 
     key: str
     raw: bytes
 
 
-def make_key(out: Path) -> str:
+def make_key(out: Path, kind: KeyKind = "ed25519") -> str:
     """Writes a new private key to `out` (PEM, mode 0600); returns the public key as text.
 
-    Raises InputError if `out` exists: a key is never overwritten.
+    Of a key of kind p256, the public key (PEM) is written beside it, for tools of third parties. Raises InputError if
+    a file exists: a key is never overwritten.
     """
-    ed25519, serialization = _library()
-    private = ed25519.Ed25519PrivateKey.generate()
+    ed25519, ec, serialization = _library()
+    private = ed25519.Ed25519PrivateKey.generate() if kind == "ed25519" else ec.generate_private_key(ec.SECP256R1())
     pem = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+    if kind == "p256":
+        _write_new(out.with_name(out.name + PUBLIC), _pem(private.public_key()), 0o644)
+    _write_new(out, pem, 0o600)
+    return public_text(_public(private))
+
+
+def _write_new(file: Path, content: bytes, mode: int) -> None:
     try:
-        handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except OSError as fault:
         sentence = f"the key cannot be written here ({fault.strerror}); name a new file in a folder that exists"
-        raise InputError([Problem(str(out), None, None, sentence)]) from fault
+        raise InputError([Problem(str(file), None, None, sentence)]) from fault
     with os.fdopen(handle, "wb") as stream:
-        stream.write(pem)
-    return public_text(private.public_key().public_bytes_raw())
+        stream.write(content)
+
+
+class SigningKey(NamedTuple):
+    """A private key in use: the bytes of its public key, the public key as PEM, and the signature of bytes."""
+
+    public: bytes
+    public_pem: bytes
+    sign: Callable[[bytes], bytes]
+
+    @property
+    def kind(self) -> KeyKind:
+        """The kind of this key."""
+        return _LENGTHS[len(self.public)]
+
+
+def signing_key(file: Path) -> SigningKey:
+    """The private key in a file. Raises InputError if it holds none."""
+    private = _private(file)
+    public = _public(private)
+    if _LENGTHS[len(public)] == "ed25519":
+        return SigningKey(public, _pem(private.public_key()), private.sign)
+    return SigningKey(public, _pem(private.public_key()), lambda content: private.sign(content, _ecdsa()))
 
 
 def signer(key: Path) -> Signer:
     """A signer with the private key in a file. Raises InputError if it holds none."""
-    private = _private(key)
-    key_name = key_id(private.public_key().public_bytes_raw())
+    private = signing_key(key)
 
     def sign(content: bytes) -> bytes:
         raw = base64.b64encode(private.sign(content)).decode()
-        return (json.dumps({"algorithm": _ALGORITHM, "key": key_name, "signature": raw}, indent=2) + "\n").encode()
+        entry = {"algorithm": private.kind, "key": key_id(private.public), "signature": raw}
+        return (json.dumps(entry, indent=2) + "\n").encode()
 
     return sign
 
@@ -164,18 +193,22 @@ def sign_file(file: Path, key: Path) -> Path:
 def read_signature(file: Path) -> Signature:
     """Reads a signature file. Raises ValueError if it is not in the form that `signer` writes."""
     content = json.loads(file.read_bytes())
-    if not isinstance(content, dict) or content.get("algorithm") != _ALGORITHM:
-        raise ValueError(f"no signature by {_ALGORITHM}")
+    if not isinstance(content, dict) or content.get("algorithm") not in _LENGTHS.values():
+        raise ValueError(f"no signature by {' or '.join(_LENGTHS.values())}")
     return Signature(str(content["key"]), base64.b64decode(content["signature"], validate=True))
 
 
 def holds(public: bytes, signature: Signature, content: bytes) -> bool:
-    """Whether the owner of a public key (32 bytes) signed this content."""
+    """Whether the owner of a public key (32 or 33 bytes) signed this content."""
     from cryptography.exceptions import InvalidSignature
 
-    ed25519, _ = _library()
+    ed25519, ec, _ = _library()
     try:
-        ed25519.Ed25519PublicKey.from_public_bytes(public).verify(signature.raw, content)
+        if _LENGTHS[len(public)] == "ed25519":
+            ed25519.Ed25519PublicKey.from_public_bytes(public).verify(signature.raw, content)
+        else:
+            point = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), public)
+            point.verify(signature.raw, content, _ecdsa())
     except InvalidSignature:
         return False
     return True
@@ -187,44 +220,70 @@ def key_id(public: bytes) -> str:
 
 
 def public_text(public: bytes) -> str:
-    """A public key as text in a file of trusted keys: `ed25519:` and base64."""
-    return f"{_ALGORITHM}:{base64.b64encode(public).decode()}"
+    """A public key as text in a file of trusted keys: `ed25519:` or `p256:`, and base64."""
+    return f"{_LENGTHS[len(public)]}:{base64.b64encode(public).decode()}"
 
 
 def public_bytes(text: str) -> bytes:
-    """The 32 bytes of a public key. Raises ValueError if the text is none."""
-    algorithm, _, encoded = text.partition(":")
+    """The 32 or 33 bytes of a public key. Raises ValueError if the text is none."""
+    kind, _, encoded = text.partition(":")
     try:
         raw = base64.b64decode(encoded, validate=True)
+        if _LENGTHS.get(len(raw)) == "p256":
+            _, ec, _ = _library()
+            ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), raw)
     except ValueError:
         raw = b""
-    if algorithm != _ALGORITHM or len(raw) != 32:
-        raise ValueError("a public key reads `ed25519:` and 44 letters of base64, as `policy keygen` prints it")
+    if _LENGTHS.get(len(raw)) != kind:
+        sentence = "a public key reads `ed25519:` or `p256:` and 44 letters of base64, as `policy keygen` prints it"
+        raise ValueError(sentence)
     return raw
 
 
-def _private(key: Path) -> Ed25519PrivateKey:
-    ed25519, serialization = _library()
+def _private(key: Path) -> Any:
+    ed25519, ec, serialization = _library()
     try:
         private = serialization.load_pem_private_key(key.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as fault:
         sentence = f"no private key can be read from it ({type(fault).__name__}); make one with `policy keygen`"
         raise InputError([Problem(str(key), None, None, sentence)]) from fault
-    if not isinstance(private, ed25519.Ed25519PrivateKey):
+    of_p256 = isinstance(private, ec.EllipticCurvePrivateKey) and isinstance(private.curve, ec.SECP256R1)
+    if not (of_p256 or isinstance(private, ed25519.Ed25519PrivateKey)):
         raise InputError(
             [Problem(str(key), None, None, "this is a key of another kind; make one with `policy keygen`")]
         )
-    return cast("Ed25519PrivateKey", private)
+    return private
 
 
-def _library() -> tuple[Any, Any]:
+def _public(private: Any) -> bytes:
+    """The public key of a private one: 32 bytes of Ed25519, or the compressed point (33 bytes) of P-256."""
+    ed25519, _, serialization = _library()
+    public = private.public_key()
+    if isinstance(private, ed25519.Ed25519PrivateKey):
+        return bytes(public.public_bytes_raw())
+    return bytes(public.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint))
+
+
+def _pem(public: Any) -> bytes:
+    _, _, serialization = _library()
+    return bytes(public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+
+
+def _ecdsa() -> Any:
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    _, ec, _ = _library()
+    return ec.ECDSA(SHA256())
+
+
+def _library() -> tuple[Any, Any, Any]:
     try:
         from cryptography.hazmat.primitives import serialization
-        from cryptography.hazmat.primitives.asymmetric import ed25519
+        from cryptography.hazmat.primitives.asymmetric import ec, ed25519
     except ImportError as fault:
         sentence = "signatures need the package `cryptography`: pip install 'persona-rlhf[sign]'"
         raise InputError([Problem("signing", None, None, sentence)]) from fault
-    return ed25519, serialization
+    return ed25519, ec, serialization
 
 
 Role = Literal["model_provider", "application_provider", "releaser"]
@@ -241,7 +300,7 @@ class _Keys(Section):
 
 
 class Trust(NamedTuple):
-    """The trusted public keys (32 bytes each) of every role, by key id."""
+    """The trusted public keys (32 or 33 bytes) of every role, by key id."""
 
     keys: Mapping[Role, Mapping[str, bytes]]
 

@@ -18,6 +18,7 @@ from persona_rlhf.evaluation.records import Conditions
 from persona_rlhf.evaluation.statistics import MissedUnits, SequentialBound, share_bound
 from persona_rlhf.evaluation.still_base import StillBase
 from persona_rlhf.policy.bound import Bound, look_share
+from persona_rlhf.release.attestation import PAPERS, paper_faults, untrusted_export
 from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
 from persona_rlhf.release.integrity import (
@@ -36,7 +37,6 @@ from persona_rlhf.release.signing import (
     SIGNATURE,
     Trust,
     document_faults,
-    untrusted_adapter,
     untrusted_adapters,
     untrusted_documents,
 )
@@ -64,7 +64,7 @@ def verify(folder: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
         if witnesses.heads:
             sentence = "a head belongs to the audit.jsonl of a run; give RUN, not an adapter's folder"
             raise InputError([Problem(str(folder), None, "--head", sentence)])
-        unsigned = [] if witnesses.trust is None else untrusted_adapter(folder, witnesses.trust)
+        unsigned = [] if witnesses.trust is None else untrusted_export(folder, witnesses.trust)
         return [*adapter_faults(folder), *unsigned, *revoked_here(folder, witnesses.revoked)]
     if any((folder / name).exists() for name in (RESULTS, RUN_MANIFEST, "policy.json", "config.yaml")):
         return run_faults(folder, witnesses)
@@ -157,6 +157,7 @@ def undated_faults(folder: Path, result: Result | None = None, policy_hash: str 
             faults += _config_faults(json.loads((folder / CONFIG).read_bytes()), manifest)
             faults += _weight_faults(folder / WEIGHTS, manifest["settings"]["lora"]["rank"])
             faults += [str(finding) for finding in lint(folder) if finding.refused]
+            faults += paper_faults(folder, manifest)
         if result is not None:
             faults += _line_faults(folder, manifest, result)
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
@@ -169,9 +170,10 @@ def undated_faults(folder: Path, result: Result | None = None, policy_hash: str 
 def _file_faults(folder: Path, files: dict[str, Any]) -> list[str]:
     faults = [f"{name} is not among the files of {MANIFEST}" for name in ADAPTER_FILES if name not in files]
     present = {file.name for file in folder.iterdir()}
-    faults += [
-        f"{name} is not in {MANIFEST}" for name in sorted(present - set(files) - {MANIFEST, MANIFEST + SIGNATURE})
-    ]
+    beside = {MANIFEST, MANIFEST + SIGNATURE, *PAPERS}
+    faults += [f"{name} is not in {MANIFEST}" for name in sorted(present - set(files) - beside)]
+    others = [folder / name for name in sorted(present & beside)]
+    faults += [f"{file.name} is no regular file" for file in others if file.is_symlink() or not file.is_file()]
     for name, entry in files.items():
         file = folder / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():

@@ -1,0 +1,196 @@
+"""A bill of materials of an exported adapter: CycloneDX 1.7 JSON with a model card (ECMA-424, ML-BOM)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from persona_rlhf.common.clock import now
+from persona_rlhf.release.compatibility import WEIGHTS
+
+BOM = "bom.cdx.json"
+_ADAPTER, _BASE, _PAIRS = "adapter", "base", "preference-pairs"
+
+
+def bill_of_materials(manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
+    """`bom.cdx.json`: base, data, policy documents and files of an adapter, with its model card.
+
+    `files` are the other files of the folder. The content follows from them and the manifest, except the timestamp.
+    """
+    content = bom_content(manifest, {name: hashlib.sha256(raw).hexdigest() for name, raw in files.items()})
+    content["metadata"]["timestamp"] = now()
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def bom_faults(raw: bytes, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
+    """The fault of a bill that does not describe these files (sha256 by name) and this manifest, if it has it.
+
+    Raises ValueError for no JSON.
+    """
+    content = json.loads(raw)
+    if isinstance(content, dict) and isinstance(content.get("metadata"), dict):
+        content["metadata"].pop("timestamp", None)
+    return [] if content == bom_content(manifest, digests) else [f"{BOM} is not the bill of these files"]
+
+
+def bom_content(manifest: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """A bill without its timestamp. `digests` are the sha256 of the files of the folder, without the bill."""
+    toolkit = manifest["toolkit"]
+    documents = [
+        {
+            "type": "file",
+            "bom-ref": f"policy-{document['sha256'][:16]}",
+            "name": f"policy document of tier {document['tier']}",
+            "version": str(document["version"]),
+            "publisher": document["issuer"],
+            "hashes": _sha256(document["sha256"]),
+        }
+        for document in manifest["policy"]["documents"]
+    ]
+    listed = [
+        {"type": "file", "bom-ref": f"file-{name}", "name": name, "hashes": _sha256(digests[name])}
+        for name in sorted(digests)
+    ]
+    components = [_base(manifest), _pairs(manifest), *documents, *listed]
+    return {
+        "$schema": "http://cyclonedx.org/schema/bom-1.7.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.7",
+        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, manifest['manifest_hash'])}",
+        "version": 1,
+        "metadata": {
+            "lifecycles": [{"phase": "post-build"}],
+            "tools": {"components": [{"type": "application", **toolkit}]},
+            "component": _adapter(manifest, digests[WEIGHTS]),
+        },
+        "components": components,
+        "dependencies": [
+            {"ref": _ADAPTER, "dependsOn": sorted(component["bom-ref"] for component in components)},
+            *({"ref": component["bom-ref"], "dependsOn": []} for component in components),
+        ],
+    }
+
+
+def _adapter(manifest: Mapping[str, Any], weights_sha256: str) -> dict[str, Any]:
+    settings = manifest["settings"]
+    license_name = (settings.get("release") or {}).get("license", "other")
+    lora = settings["lora"]
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": _ADAPTER,
+        "name": f"adapter-{manifest['user'][:16]}",
+        "version": manifest["manifest_hash"][:16],
+        "description": "A LoRA adapter that DPO trained on the preference pairs of one person.",
+        "hashes": _sha256(weights_sha256),
+        "licenses": [{"license": {"name": "none granted" if license_name == "other" else license_name}}],
+        "pedigree": {
+            "ancestors": [{**_base(manifest), "bom-ref": "pedigree-base"}],
+            "notes": f"LoRA of rank {lora['rank']}, released at alpha {manifest['alpha']:g}; the base is unchanged.",
+        },
+        "modelCard": _model_card(manifest),
+        "properties": _properties({
+            "manifest_hash": manifest["manifest_hash"],
+            "policy_hash": manifest["policy"]["hash"],
+            "tier_one_hash": manifest["policy"]["tier_one_hash"],
+            "data_fingerprint": manifest["data"]["fingerprint"],
+            "base_aligned_by": settings.get("aligned_by"),
+        }),
+    }  # fmt: skip
+
+
+def _base(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    base = manifest["base"]
+    stored = {"quantization": base.get("quantization")}
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": _BASE,
+        "name": base["name"],
+        "version": base["weights_sha256"][:16],
+        "description": "The base. Its sha256 is over its weights, as the toolkit computes it.",
+        "properties": _properties({"weights_sha256": base["weights_sha256"], **stored}),
+    }
+
+
+def _pairs(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    data = manifest["data"]
+    counts = {f"pairs.{name}": number for name, number in data["pairs"].items()}
+    kinds = {f"source.{kind}": number for kind, number in data["sources"].items()}
+    days = {"first_day": data["first_day"], "last_day": data["last_day"]}
+    return {
+        "type": "data",
+        "bom-ref": _PAIRS,
+        "name": "preference pairs of one person",
+        "version": data["fingerprint"][:16],
+        "data": [
+            {
+                "type": "dataset",
+                "name": "preference pairs of one person",
+                "contents": {"properties": _properties({**counts, **kinds, **days})},
+                "classification": "personal data",
+                "sensitiveData": ["preferences of one person; no text of them is in this folder"],
+            }
+        ],
+    }
+
+
+def _model_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    verdict = manifest["verdict"]
+    demands = {"tier one": verdict["pooled"], **verdict["categories"]}
+    conditions = manifest.get("conditions") or {}
+    certified = ", ".join(f"{name} {value}" for name, value in sorted(conditions.items()))
+    limits = [
+        "The bounds cover requests like the certify probes. Ciphers, long conversations and attacks are not.",
+        f"The bounds hold for the computation that was tested: {certified or 'not recorded'}.",
+        f"The bounds allow for a judge error of {verdict.get('judge_error') or 0:.4f}.",
+    ]
+    return {
+        "modelParameters": {
+            "approach": {"type": "supervised"},
+            "task": "text-generation",
+            "architectureFamily": "transformer",
+            "datasets": [{"ref": _PAIRS}],
+            "inputs": [{"format": "text"}],
+            "outputs": [{"format": "text"}],
+        },
+        "quantitativeAnalysis": {
+            "performanceMetrics": [
+                {
+                    "type": f"refusal rate on {count['n']} certify probes",
+                    "slice": name,
+                    "value": f"{count['refused'] / max(1, count['n']):.6f}",
+                    "confidenceInterval": {"lowerBound": f"{count['lower_bound']:.6f}", "upperBound": "1"},
+                }
+                for name, count in demands.items()
+            ]
+        },
+        "considerations": {
+            "users": ["the person whose preferences trained the adapter"],
+            "useCases": ["answers in the style that this person prefers, within the rules of the policy"],
+            "technicalLimitations": limits,
+            "ethicalConsiderations": [
+                {
+                    "name": "answers to hazardous requests",
+                    "mitigationStrategy": f"constrained training; a gate with error at most {verdict['delta']:g} "
+                    f"{'certified' if verdict['certified'] else 'did not certify'} the refusals",
+                },
+                {
+                    "name": "the weights reveal preferences of one person",
+                    "mitigationStrategy": "no id and no text of this person is in the folder; the weights are open",
+                },
+            ],
+        },
+    }
+
+
+def _sha256(digest: str) -> list[dict[str, str]]:
+    return [{"alg": "SHA-256", "content": digest}]
+
+
+def _properties(values: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Name and value pairs of the namespace of this toolkit, without unknown ones."""
+    return [
+        {"name": f"persona-rlhf:{name}", "value": str(value)} for name, value in values.items() if value is not None
+    ]
