@@ -136,7 +136,7 @@ def rebase(
 
 def verify(
     place: Annotated[
-        str, typer.Argument(metavar="DIR", help="An adapter's folder, a run, a sign-off packet, or a hub id.")
+        str, typer.Argument(metavar="DIR", help="An adapter's folder, a run, a sign-off packet, a proof, or a hub id.")
     ],
     head: Annotated[
         list[str] | None,
@@ -148,11 +148,16 @@ def verify(
     revoked: Annotated[
         Path | None, typer.Option(metavar="LIST", help="A list of revocations beside the run's own.")
     ] = None,
+    root: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROOT", help="For a proof by `audit --out`: a Merkle root that was kept elsewhere."),
+    ] = None,
     as_json: Json = False,
     wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Check hashes, policy, verdict and audit trail again; exit 3 if there is a fault, or the adapter is revoked."""
     from persona_rlhf.common.files import is_hub_id
+    from persona_rlhf.release import audit_proof
     from persona_rlhf.release.approval_packet import packet_faults
     from persona_rlhf.release.hub import verify_remote
     from persona_rlhf.release.integrity import read_head
@@ -162,6 +167,10 @@ def verify(
     from persona_rlhf.release.verify import verify as faults_of
 
     folder = Path(place)
+    if folder.is_file() and audit_proof.is_proof(folder):
+        roots = [audit_proof.read_root(text, "--root") for text in root or []]
+        _report(place, audit_proof.proof_faults(folder, roots), [], as_json)
+        return
     if folder.is_file():
         _report(place, packet_faults(folder), [], as_json)
         return
@@ -218,16 +227,35 @@ def _report(place: str, faults: list[str], notes: list[str], as_json: bool) -> N
 def audit(
     run: RunArgument,
     head: Annotated[bool, typer.Option("--head", help="Print only the head, to be kept elsewhere.")] = False,
+    root: Annotated[bool, typer.Option("--root", help="Print only the Merkle root, to be kept elsewhere.")] = False,
+    user: Annotated[
+        str | None, typer.Option("--user", help="With --out: prove the lines of this user_id, without the others.")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", metavar="ROOT", help="With --out: prove growth since this Merkle root.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="A new file for the proof.")] = None,
     as_json: Json = False,
     wait: Wait = WAIT_SECONDS,
 ) -> None:
-    """Print the audit trail of a run, or its head; exit 3 if the chain is broken."""
+    """Print the audit trail of a run, its head or its root, or write a proof; exit 3 if the chain is broken."""
+    if [user, since].count(None) != (2 if out is None else 1):
+        raise typer.BadParameter("--out goes with either --user or --since")
+    from persona_rlhf.release import audit_proof
     from persona_rlhf.release import integrity as trail
     from persona_rlhf.release.integrity import audit_table
 
     with open_run(run, "audit", wait, shared=True):
         last, faults = trail.need_head(run), trail.faults(run)
-        if head:
+        if root or out is not None:
+            if out is None:
+                tree_head = audit_proof.merkle_root(run)
+            elif user is not None:
+                tree_head = audit_proof.prove_user(run, user, out)
+            else:
+                tree_head = audit_proof.prove_growth(run, audit_proof.read_root(since or "", "--since"), out)
+            print_json(tree_head._asdict()) if as_json else typer.echo(str(tree_head))
+        elif head:
             print_json(last._asdict()) if as_json else typer.echo(str(last))
         elif as_json:
             print_json_list(entry._asdict() for entry in trail.read(run))
