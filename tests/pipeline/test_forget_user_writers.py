@@ -34,6 +34,7 @@ EXEMPT = {
     "pipeline.export_choices": "writes a new source file, named by the user",
     "pipeline.curate": "draft writes a new source file; review writes by data.feedback",
     "release.adapter": "adapter folders; their traces are in release.deletion_records, which needs no torch",
+    "release.audit_proof": "a file that leaves the run; pseudonyms only",
     "release.approval_packet": "a page that leaves the run; it names no user",
     "release.comparison": "figures of sweeps and rebased runs",
     "release.export": "copies that leave the run",
