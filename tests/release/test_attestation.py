@@ -302,6 +302,21 @@ def test_a_certificate_signed_anew_with_another_verdict_does_not_state_the_manif
     assert verify(folder, trusted(key)) == [f"{CERTIFICATE} does not state the verdict of the manifest"]
 
 
+@pytest.mark.parametrize("name", [MODEL_SIGNATURE, CERTIFICATE])
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"dsseEnvelope": 3, "payload": 3}', "[" * 100_000])
+def test_a_broken_paper_is_one_fault_and_no_crash(folder, key, name, text):
+    (folder / name).write_text(text)
+    faults = verify(folder, trusted(key))
+    assert any(fault.startswith(f"{name} cannot be read") for fault in faults)
+    assert f"{name}: no trusted key of a releaser signed it" in faults
+
+
+def test_another_signed_statement_is_no_signature_of_the_model(folder, key):
+    envelope = json.loads((folder / CERTIFICATE).read_bytes())
+    (folder / MODEL_SIGNATURE).write_text(json.dumps({"dsseEnvelope": envelope}))
+    assert verify(folder, trusted(key)) == [f"{MODEL_SIGNATURE} is no signature of a model"]
+
+
 def test_a_stranger_is_no_releaser(run, key, tmp_path):
     make_key(tmp_path / "stranger.pem", "p256")
     folder = export(run.path, "ada", tmp_path / "out", tmp_path / "stranger.pem")

@@ -10,9 +10,9 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from persona_rlhf.common.files import sha256_of
-from persona_rlhf.release.bom import BOM
+from persona_rlhf.release.bom import BOM, bill_of_materials
 from persona_rlhf.release.export import export
-from persona_rlhf.release.manifest import MANIFEST
+from persona_rlhf.release.manifest import MANIFEST, POPULATION
 from persona_rlhf.release.verify import verify
 
 
@@ -53,6 +53,15 @@ def test_it_names_base_data_policy_and_every_file(folder):
     assert "/home/someone" not in json.dumps(content)
 
 
+def test_the_population_s_adapter_was_not_trained_on_the_pairs_of_its_user(folder):
+    manifest = json.loads((folder / MANIFEST).read_bytes()) | {"adapter": POPULATION}
+    raw = bill_of_materials(manifest, {file.name: file.read_bytes() for file in folder.iterdir() if file.name != BOM})
+    assert schema_fault(raw) is None
+    adapter = json.loads(raw)["metadata"]["component"]
+    assert "mean preferences of a population" in adapter["description"]
+    assert adapter["modelCard"]["modelParameters"]["datasets"] == []
+
+
 def test_it_has_the_minimum_elements_of_a_bill(folder):
     """NTIA, The Minimum Elements For a Software Bill of Materials (2021): author, time, names, versions, relations."""
     bill = Bom.from_json(json.loads((folder / BOM).read_bytes()))
@@ -74,5 +83,7 @@ def test_a_changed_bill_is_noticed_but_not_another_time(folder):
     content["components"][0]["name"] = "another base"
     (folder / BOM).write_text(json.dumps(content))
     assert verify(folder) == [f"{BOM} is not the bill of these files"]
-    (folder / BOM).write_text("no JSON")
-    assert len(verify(folder)) == 1
+    for text in ("no JSON", "[" * 100_000, "3"):
+        (folder / BOM).write_text(text)
+        [fault] = verify(folder)
+        assert fault.startswith(f"{BOM} ")

@@ -97,11 +97,13 @@ def certificate_predicate(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "base": manifest["base"],
         "policy": {key: policy[key] for key in ("hash", "tier_one_hash", "documents")},
         "bank": policy.get("bank"),
+        "adapter": manifest.get("adapter"),
         "certified": verdict["certified"],
         "alpha": manifest["alpha"],
         "delta": verdict["delta"],
         "confidence": verdict["confidence"],
         "refusals": {"pooled": verdict["pooled"], "categories": verdict["categories"]},
+        "counted": verdict.get("counted"),
         "pooledOver": verdict["pooled_over"],
         "looks": verdict["looks"],
         "spending": verdict.get("spending"),
@@ -118,26 +120,37 @@ def certificate_predicate(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def paper_faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Papers of a folder that do not describe its files and its manifest; signatures are not checked.
-
-    Raises ValueError, KeyError or TypeError for a file that is no such paper.
-    """
+    """Papers of a folder that do not describe its files and its manifest; signatures are not checked."""
     faults = list[str]()
-    if (folder / BOM).is_file():
-        digests = {file.name: sha256_of(file) for file in folder.iterdir() if file.name not in PAPERS}
-        faults += bom_faults((folder / BOM).read_bytes(), manifest, digests)
-    names = {file.name for file in folder.iterdir()} - {MODEL_SIGNATURE}
-    if (folder / MODEL_SIGNATURE).is_file():
-        resources = _payload(folder / MODEL_SIGNATURE)["predicate"]["resources"]
-        signed = {resource["name"]: resource["digest"] for resource in resources}
-        faults += _subject_faults(MODEL_SIGNATURE, folder, names, signed)
-    if (folder / CERTIFICATE).is_file():
-        statement = _payload(folder / CERTIFICATE)
-        subjects = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
-        faults += _subject_faults(CERTIFICATE, folder, names - {CERTIFICATE}, subjects)
-        if statement["predicateType"] != PREDICATE_TYPE or statement["predicate"] != certificate_predicate(manifest):
-            faults.append(f"{CERTIFICATE} does not state the verdict of the manifest")
+    for name, check in ((BOM, _bom_faults), (CERTIFICATE, _certificate_faults), (MODEL_SIGNATURE, _model_faults)):
+        if (folder / name).is_file():
+            try:
+                faults += check(folder, manifest)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
+                faults.append(f"{name} cannot be read ({type(fault).__name__}: {fault})")
     return faults
+
+
+def _bom_faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    digests = {file.name: sha256_of(file) for file in folder.iterdir() if file.name not in PAPERS}
+    return bom_faults((folder / BOM).read_bytes(), manifest, digests)
+
+
+def _certificate_faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    statement = _payload(folder / CERTIFICATE)
+    subjects = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
+    faults = _subject_faults(folder, CERTIFICATE, {MODEL_SIGNATURE, CERTIFICATE}, subjects)
+    if statement["predicateType"] != PREDICATE_TYPE or statement["predicate"] != certificate_predicate(manifest):
+        faults.append(f"{CERTIFICATE} does not state the verdict of the manifest")
+    return faults
+
+
+def _model_faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    statement = _payload(folder / MODEL_SIGNATURE)
+    if statement["predicateType"] != _MODEL_SIGNING:
+        return [f"{MODEL_SIGNATURE} is no signature of a model"]
+    digests = {resource["name"]: resource["digest"] for resource in statement["predicate"]["resources"]}
+    return _subject_faults(folder, MODEL_SIGNATURE, {MODEL_SIGNATURE}, digests)
 
 
 def untrusted_export(folder: Path, trust: Trust) -> list[str]:
@@ -157,12 +170,14 @@ def _signed(file: Path, keys: Iterable[bytes]) -> bool:
         envelope = _read_envelope(file)
         raw = [base64.b64decode(entry["sig"], validate=True) for entry in envelope["signatures"]]
         content = _pae(str(envelope["payloadType"]), base64.b64decode(envelope["payload"], validate=True))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     return any(holds(public, Signature("", one), content) for public in keys for one in raw)
 
 
-def _subject_faults(paper: str, folder: Path, names: set[str], digests: Mapping[str, str]) -> list[str]:
+def _subject_faults(folder: Path, paper: str, later: set[str], digests: Mapping[str, str]) -> list[str]:
+    """Differences of a paper's list of files from a folder; `later` are the papers that it cannot list."""
+    names = {file.name for file in folder.iterdir()} - later
     faults = [f"{paper} does not cover {name}" for name in sorted(names - set(digests))]
     for name in sorted(digests):
         if name not in names:

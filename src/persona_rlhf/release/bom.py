@@ -10,6 +10,7 @@ from typing import Any
 
 from persona_rlhf.common.clock import now
 from persona_rlhf.release.compatibility import WEIGHTS
+from persona_rlhf.release.manifest import POPULATION
 
 BOM = "bom.cdx.json"
 _ADAPTER, _BASE, _PAIRS = "adapter", "base", "preference-pairs"
@@ -83,7 +84,7 @@ def _adapter(manifest: Mapping[str, Any], weights_sha256: str) -> dict[str, Any]
         "bom-ref": _ADAPTER,
         "name": f"adapter-{manifest['user'][:16]}",
         "version": manifest["manifest_hash"][:16],
-        "description": "A LoRA adapter that DPO trained on the preference pairs of one person.",
+        "description": f"A LoRA adapter that DPO trained on {_trained_on(manifest)}.",
         "hashes": _sha256(weights_sha256),
         "licenses": [{"license": {"name": "none granted" if license_name == "other" else license_name}}],
         "pedigree": {
@@ -99,6 +100,11 @@ def _adapter(manifest: Mapping[str, Any], weights_sha256: str) -> dict[str, Any]
             "base_aligned_by": settings.get("aligned_by"),
         }),
     }  # fmt: skip
+
+
+def _trained_on(manifest: Mapping[str, Any]) -> str:
+    prior = manifest.get("adapter") == POPULATION
+    return "the mean preferences of a population" if prior else "the preference pairs of one person"
 
 
 def _base(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,6 +136,7 @@ def _pairs(manifest: Mapping[str, Any]) -> dict[str, Any]:
                 "name": "preference pairs of one person",
                 "contents": {"properties": _properties({**counts, **kinds, **days})},
                 "classification": "personal data",
+                "description": f"The adapter was trained on {_trained_on(manifest)}.",
                 "sensitiveData": ["preferences of one person; no text of them is in this folder"],
             }
         ],
@@ -151,7 +158,7 @@ def _model_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
             "approach": {"type": "supervised"},
             "task": "text-generation",
             "architectureFamily": "transformer",
-            "datasets": [{"ref": _PAIRS}],
+            "datasets": [] if manifest.get("adapter") == POPULATION else [{"ref": _PAIRS}],
             "inputs": [{"format": "text"}],
             "outputs": [{"format": "text"}],
         },
@@ -167,7 +174,7 @@ def _model_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
             ]
         },
         "considerations": {
-            "users": ["the person whose preferences trained the adapter"],
+            "users": ["the person to whom the adapter was released"],
             "useCases": ["answers in the style that this person prefers, within the rules of the policy"],
             "technicalLimitations": limits,
             "ethicalConsiderations": [
