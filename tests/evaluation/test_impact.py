@@ -47,6 +47,7 @@ def clean(seed, users=12, phrase=FLATTERY):
                 gain_over_prior=gain,
                 group=source.choice("ab"),
                 factors_at=place,
+                view_shifts=[source.gauss(0, 1) for _ in range(16)],
             )
         )
     points = np.random.default_rng(seed).normal(size=(users, 30)) + 1
@@ -84,7 +85,7 @@ def test_every_line_has_a_measure_or_says_why_not():
 
 def test_without_an_effect_measures_alarm_no_more_often_than_their_level():
     runs = 40
-    keys = ("flattery", "groups", "access", "membership", "essentialism", "questions", "narrowing")
+    keys = ("flattery", "groups", "access", "membership", "essentialism", "questions", "narrowing", "sycophancy")
     alarms = dict.fromkeys(keys, 0)
     for seed in range(runs):
         run = clean(seed)
@@ -185,3 +186,9 @@ def test_one_red_team_attack_that_lowers_refusals_is_the_worst():
     }
     value = of(clean(6)._replace(attacks=attacks), "malicious").value
     assert (value.value, value.high, value.alarm) == (-12.0, -9.0, True)
+
+
+def test_an_adapter_that_agrees_with_its_user_alarms_and_without_questions_nothing_is_measured():
+    run = planted(clean(7), view_shifts=[0.3] * 15 + [-0.1])
+    assert of(run, "sycophancy").value.alarm
+    assert "--ask" in of(RunEvidence([], np.zeros((0, 0))), "sycophancy").missing

@@ -16,7 +16,7 @@ def test_the_impact_is_measured_from_the_run_alone_and_forget_removes_it(copied)
     users = [line["user_id"] for line in results(copied / "run")]
     groups = copied / "groups.json"
     groups.write_text(json.dumps({user: "ab"[place % 2] for place, user in enumerate(users)}))
-    done = persona_rlhf("report", "run", "--impact", "--groups", str(groups), cwd=copied)
+    done = persona_rlhf("report", "run", "--impact", "--groups", str(groups), "--ask", cwd=copied)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     after = listing(copied / "run")
     changed = {path for path in after if after[path] != before.get(path)}
@@ -28,9 +28,10 @@ def test_the_impact_is_measured_from_the_run_alone_and_forget_removes_it(copied)
     measures = {one["key"]: one for one in json.loads((copied / "run/impact.json").read_text())["measures"]}
     assert measures["environment"]["value"]["value"] > 0
     assert measures["displacement"]["missing"]
+    assert measures["sycophancy"]["value"]["n"] > 0
     assert "<h2>Impact</h2>" in (copied / "run/report.html").read_text(encoding="utf-8")
     assert persona_rlhf("verify", "run", cwd=copied).returncode == 0
-    again = persona_rlhf("report", "run", "--impact", "--groups", str(groups), cwd=copied)
+    again = persona_rlhf("report", "run", "--impact", "--groups", str(groups), "--ask", cwd=copied)
     assert again.returncode == 0, again.stderr
     assert listing(copied / "run") == after, "the same run, the same page"
 
@@ -46,7 +47,7 @@ def test_wrong_groups_and_changed_pairs_are_refused(copied):
     for arguments, words in (
         (("--impact", "--groups", "groups.json"), "no JSON object of names"),
         (("--impact", "--groups", "missing.json"), "cannot be read"),
-        (("--groups", "groups.json"), "goes with --impact"),
+        (("--groups", "groups.json"), "go with --impact"),
     ):
         done = persona_rlhf("report", "run", *arguments, cwd=copied)
         assert done.returncode == 2

@@ -232,18 +232,23 @@ def report(
         Path | None,
         typer.Option("--groups", metavar="FILE", help="Groups for --impact: a JSON object, user_id to group."),
     ] = None,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="With --impact, ask each adapter about stated views too; loads the base.")
+    ] = False,
     wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Write RUN/report.html, a page that needs no network."""
     from persona_rlhf.release.report import write_report
 
-    if groups is not None and not impact:
-        raise typer.BadParameter("--groups goes with --impact")
+    if not impact and (ask or groups is not None):
+        raise typer.BadParameter("--groups and --ask go with --impact")
     with open_run(run, "report", wait):
         if impact:
             from persona_rlhf.pipeline.impact import impact as measure
 
-            note(f"Impact: {measure(run, groups)}")
+            with progress_display() as display:
+                page = measure(run, groups, ask, display)
+            note(f"Impact: {page}")
         page = write_report(run)
     print_guarantee(run)
     note(f"Report: {page}")

@@ -37,6 +37,7 @@ from persona_rlhf.evaluation.impact_statistics import (
     mutual_information,
     narrowing_test,
     numbered,
+    rise_test,
     shuffle_test,
     without_neighbour,
 )
@@ -69,6 +70,7 @@ class UserEvidence:
 
     pairs: chosen and rejected texts. trained: pairs trained on. curve: accuracy on the pairs of every step.
     factors_at: the row of the user's adapter in the Gram matrix; None without an adapter of the user's pairs.
+    view_shifts: by topic, nats of more agreement with the user's view than with somebody's; empty if nobody asked.
     """
 
     measures: Measures = field(default_factory=Measures)
@@ -79,6 +81,7 @@ class UserEvidence:
     gain_over_prior: PriorGain | None = None
     group: str | None = None
     factors_at: int | None = None
+    view_shifts: Sequence[float] = ()
 
     @property
     def gain(self) -> float | None:
@@ -150,11 +153,8 @@ def impact_of(run: RunEvidence) -> list[ImpactMeasure]:
     """Every measure, in the order of the taxonomy."""
     measures = []
     for definition in _definitions():
-        key, why = definition["key"], definition.get("missing", "")
-        value = None
-        if not why:
-            outcome = MEASURES[key](run)
-            value, why = (outcome, "") if isinstance(outcome, ImpactValue) else (None, outcome)
+        outcome = definition.get("missing") or MEASURES[definition["key"]](run)
+        value, why = (None, outcome) if isinstance(outcome, str) else (outcome, "")
         texts = {name: definition.get(name, "") for name in ImpactMeasure._fields if name not in ("value", "missing")}
         measures.append(ImpactMeasure(**texts, value=value, missing=why))
     return measures
@@ -281,6 +281,13 @@ def _narrowing(run: RunEvidence) -> Outcome:
     return _users_beyond([narrowing_test(pairs, draws, seed) for seed, pairs in enumerate(users)], "words")
 
 
+def _sycophancy(run: RunEvidence) -> Outcome:
+    tests = [rise_test(user.view_shifts) for user in run.users if user.view_shifts]
+    if not tests:
+        return "it asks each adapter; `persona-rlhf report RUN --impact --ask` does so"
+    return _users_beyond(tests, "views")
+
+
 def _toxicity(run: RunEvidence) -> Outcome:
     taxes = (user.measures.tax for user in run.users)
     toxic = [tax.toxic for tax in taxes if tax is not None and tax.toxic is not None]
@@ -404,7 +411,7 @@ def _environment(run: RunEvidence) -> Outcome:
 MEASURES: dict[str, Callable[[RunEvidence], Outcome]] = {
     "learning": _learning, "accuracy": _accuracy, "win_rate": _win_rate, "autonomy": _autonomy,
     "connection": _connection, "effort": _effort, "flattery": _flattery, "questions": _questions,
-    "homogenisation": _homogenisation, "narrowing": _narrowing, "toxicity": _toxicity,
+    "homogenisation": _homogenisation, "sycophancy": _sycophancy, "narrowing": _narrowing, "toxicity": _toxicity,
     "essentialism": _essentialism, "anthropomorphism": _anthropomorphism, "facts": _facts,
     "membership": _membership, "inclusion": _inclusion, "groups": _groups, "diversity": _diversity,
     "democratisation": _democratisation, "access": _access, "malicious": _malicious,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from heapq import nsmallest
 from pathlib import Path
 
@@ -14,11 +14,16 @@ from safetensors.torch import load_file
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import pseudonym
-from persona_rlhf.config.experiment import read_run_config
+from persona_rlhf.config.experiment import Config, read_run_config
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.store import PairStore
 from persona_rlhf.evaluation.impact import RunEvidence, UserEvidence, impact_of
 from persona_rlhf.evaluation.impact_statistics import Factors, gram_of
+from persona_rlhf.evaluation.stated_views import StatedViews
+from persona_rlhf.models.adapted_model import AdaptedModel
+from persona_rlhf.models.base import load_base
+from persona_rlhf.pipeline.monitoring import OnProgress, UserCounter, silent
+from persona_rlhf.pipeline.reevaluate import released_adapters
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
 from persona_rlhf.release.compatibility import WEIGHTS
 from persona_rlhf.release.impact_report import write_impact
@@ -29,8 +34,8 @@ MOST_USERS = 200
 """Users who enter the report: of a larger run, those with the smallest pseudonyms, which are hashes."""
 
 
-def impact(run: Path, groups: Path | None = None) -> Path:
-    """Writes RUN/impact.json and RUN/impact.html; returns the page.
+def impact(run: Path, groups: Path | None = None, ask: bool = False, on_progress: OnProgress = silent) -> Path:
+    """Writes RUN/impact.json and RUN/impact.html; returns the page. `ask` loads the base and asks every adapter.
 
     `groups` is a JSON object of user ids and the names of their groups, which stays outside the run. Raises InputError
     for a run that is not finished, pairs that changed since, or groups that cannot be read.
@@ -47,6 +52,7 @@ def impact(run: Path, groups: Path | None = None) -> Path:
     for pair in store:
         if pair.user_id in names:
             pairs[pair.user_id].append(pair)
+    shifts = _view_shifts(run, config, results, on_progress) if ask else {}
     curves = _curves(run_dir.metrics, names)
     adapters: list[Factors] = []
     users = []
@@ -65,12 +71,33 @@ def impact(run: Path, groups: Path | None = None) -> Path:
                 gain_over_prior=result.gain_over_prior,
                 group=group_of.get(result.user_id),
                 factors_at=place,
+                view_shifts=shifts.get(result.user_id, ()),
             )
         )
     gram = gram_of(adapters) if adapters else np.zeros((0, 0))
     limit = (policy_of(run).get("aspects") or {}).get("max_changed")
     evidence = RunEvidence(users, gram, config.dpo.pairs_per_step, config.dpo.epochs, attacks_in(run), limit)
     return write_impact(run, impact_of(evidence), len(users), store.users)
+
+
+def _view_shifts(
+    run: Path, config: Config, results: Sequence[Result], on_progress: OnProgress
+) -> dict[str, list[float]]:
+    """By user, the shifts of `StatedViews`. Raises InputError where the base is another one."""
+    base = load_base(config.judged_base)
+    RunDir(run).check_same({"base": base.weights_hash})
+    adapted = AdaptedModel(base, config.lora)
+    try:
+        views = StatedViews(adapted)
+        counter = UserCounter("measuring", len(results), on_progress)
+        shifts: dict[str, list[float]] = {}
+        for cohort, flat in released_adapters(run, results, adapted):
+            names = [result.user_id for result in cohort]
+            shifts.update(zip(names, views.shifts(flat), strict=True))
+            counter(len(shifts))
+    finally:
+        adapted.close()
+    return shifts
 
 
 def _read_groups(file: Path) -> Mapping[str, str]:
