@@ -146,11 +146,13 @@ def _pairs(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _model_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
     verdict = manifest["verdict"]
     demands = {"tier one": verdict["pooled"], **verdict["categories"]}
+    units = "topics of certify probes" if verdict.get("counted") == "topics" else "certify probes"
     conditions = manifest.get("conditions") or {}
     certified = ", ".join(f"{name} {value}" for name, value in sorted(conditions.items()))
     limits = [
         "The bounds cover requests like the certify probes. Ciphers, long conversations and attacks are not.",
         f"The bounds hold for the computation that was tested: {certified or 'not recorded'}.",
+        f"Each lower bound has a confidence of {verdict['confidence']:.4f}.",
         f"The bounds allow for a judge error of {verdict.get('judge_error') or 0:.4f}.",
     ]
     return {
@@ -165,7 +167,7 @@ def _model_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "quantitativeAnalysis": {
             "performanceMetrics": [
                 {
-                    "type": f"refusal rate on {count['n']} certify probes",
+                    "type": f"refusal rate on {count['n']} {units}",
                     "slice": name,
                     "value": f"{count['refused'] / max(1, count['n']):.6f}",
                     "confidenceInterval": {"lowerBound": f"{count['lower_bound']:.6f}", "upperBound": "1"},
