@@ -350,6 +350,10 @@ def test_a_p256_key_also_signs_documents_and_manifests(run, key, tmp_path):
     with pytest.raises(InputError, match="name a new file"):
         make_key(key, "p256")  # its public key lies there
     assert not key.exists()
+    make_key(tmp_path / "old.pem")
+    with pytest.raises(InputError, match="name a new file"):
+        make_key(tmp_path / "old.pem", "p256")
+    assert not (tmp_path / "old.pem.pub").exists(), "it would be the public key of another private key"
     assert before.startswith(b"-----BEGIN PRIVATE KEY-----")
 
 

@@ -69,6 +69,13 @@ def test_a_forged_proof_is_noticed(run, tmp_path, forge):
     assert proof_faults(tmp_path / "proof.json", [root])
 
 
+def test_a_proof_of_nothing_is_none(run, tmp_path):
+    root = prove_user(run, "ada", tmp_path / "proof.json")
+    content = json.loads((tmp_path / "proof.json").read_text()) | {"entries": []}
+    (tmp_path / "proof.json").write_text(json.dumps(content))
+    assert proof_faults(tmp_path / "proof.json", [root]) == ["it holds no line"]
+
+
 def test_another_user_s_line_is_no_line_of_this_user(run, tmp_path):
     root = prove_user(run, "ada", tmp_path / "proof.json")
     content = json.loads((tmp_path / "proof.json").read_text())
@@ -110,6 +117,7 @@ def test_as_it_is_typed(run, tmp_path):
     assert type_in("verify", proof, "--root", root).exit_code == 0
     assert type_in("verify", proof, "--root", "8:" + "0" * 64).exit_code == 3
     assert type_in("verify", proof, "--root", "no root").exit_code == 2
+    assert type_in("verify", run, "--root", root).exit_code == 2
     assert type_in("audit", run, "--user", "ada", "--out", proof).exit_code == 2  # it exists
     assert type_in("audit", run, "--user", "nobody", "--out", tmp_path / "n.json").exit_code == 2
     assert type_in("audit", run, "--user", "ada").exit_code == 2

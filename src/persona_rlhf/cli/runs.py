@@ -171,6 +171,8 @@ def verify(
         roots = [audit_proof.read_root(text, "--root") for text in root or []]
         _report(place, audit_proof.proof_faults(folder, roots), [], as_json)
         return
+    if root:
+        raise typer.BadParameter("--root goes with a proof that `audit --out` wrote")
     if folder.is_file():
         _report(place, packet_faults(folder), [], as_json)
         return

@@ -35,14 +35,14 @@ def read_root(text: str, option: str) -> TreeHead:
 def prove_user(run: Path, user_id: str, out: Path) -> TreeHead:
     """Writes the audit lines of one user and their paths to a new file; returns the root.
 
-    Lines that also name other users are left out. Raises InputError if the trail has no line of this user.
+    Lines that name no single user are left out. Raises InputError if the trail has no line of this user.
     """
     lines = _lines(run)
     tree, mark = MerkleTree(lines), pseudonym(user_id)
     entries = [
         {"index": index, "line": line.decode(), "path": tree.inclusion(index)}
         for index, line in enumerate(lines)
-        if (entry := entry_of(line)) is not None and entry.facts.get("user") == mark
+        if _names(line, mark)
     ]
     if not entries:
         raise InputError([Problem(str(run / AUDIT), None, "--user", f"it has no line of the user `{user_id}`")])
@@ -55,10 +55,9 @@ def prove_growth(run: Path, before: TreeHead, out: Path) -> TreeHead:
 
     Raises InputError if it does not begin with them.
     """
-    tree, lines = None, _lines(run)
-    if 0 < before.size <= len(lines):
-        tree = MerkleTree(lines)
-    if tree is None or tree.head(before.size) != before:
+    lines = _lines(run)
+    tree = MerkleTree(lines)
+    if not 0 < before.size <= len(lines) or tree.head(before.size) != before:
         sentence = f"its first {before.size:,} lines do not have this root: lines were changed, removed or inserted"
         raise InputError([Problem(str(run / AUDIT), None, "--since", sentence)])
     proof = {"before": str(before), "root": str(tree.head()), "proof": tree.consistency(before.size)}
@@ -86,8 +85,10 @@ def proof_faults(file: Path, roots: list[TreeHead]) -> list[str]:
             holds = extends(before, root, content["proof"])
             return faults if holds else [*faults, "it does not show that the trail begins with the earlier lines"]
         [root] = named
+        if not content["entries"]:
+            return [*faults, "it holds no line"]
         return faults + [fault for entry in content["entries"] for fault in _entry_faults(entry, root, content["user"])]
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         return [f"it is no proof that `audit` writes ({type(fault).__name__})"]
 
 
@@ -95,9 +96,13 @@ def _entry_faults(entry: dict[str, Any], root: TreeHead, mark: str) -> list[str]
     line = entry["line"].encode()
     if not includes(root, entry["index"], line, entry["path"]):
         return [f"line {entry['index'] + 1} is not in the trail of this root"]
-    read = entry_of(line)
-    named = read is not None and read.facts.get("user") == mark
-    return [] if named else [f"line {entry['index'] + 1} is not a line of this user"]
+    return [] if _names(line, mark) else [f"line {entry['index'] + 1} is not a line of this user"]
+
+
+def _names(line: bytes, mark: str) -> bool:
+    """Whether a valid line is about the user with this pseudonym."""
+    entry = entry_of(line)
+    return entry is not None and mark in (entry.facts.get("user"), entry.facts.get("user_id"))
 
 
 def _lines(run: Path) -> list[bytes]:

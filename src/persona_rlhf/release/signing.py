@@ -129,8 +129,9 @@ def make_key(out: Path, kind: KeyKind = "ed25519") -> str:
     pem = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    if kind == "p256":
-        _write_new(out.with_name(out.name + PUBLIC), _pem(private.public_key()), 0o644)
+    public = out.with_name(out.name + PUBLIC)
+    if kind == "p256" and not out.exists():
+        _write_new(public, _pem(private.public_key()), 0o644)
     _write_new(out, pem, 0o600)
     return public_text(_public(private))
 
