@@ -28,6 +28,7 @@ def schema_fault(raw: bytes) -> object:
 def test_the_official_schema_accepts_it_and_a_fault_in_it_is_noticed(folder):
     raw = (folder / BOM).read_bytes()
     assert schema_fault(raw) is None
+    assert json.loads(raw)["specVersion"] == "1.7", "the schema takes any version"
     assert schema_fault(raw.replace(b'"machine-learning-model"', b'"adapter"')) is not None
     assert verify(folder) == []
 
