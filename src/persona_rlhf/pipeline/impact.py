@@ -112,12 +112,18 @@ def _read_groups(file: Path) -> Mapping[str, str]:
 
 
 def _curves(metrics: Path, names: set[str]) -> dict[str, list[float]]:
-    """The accuracy on the training pairs of every step, by user; the last attempt at a step counts."""
+    """The accuracy on the training pairs of every step, by user; the last attempt at a step counts.
+
+    A line that a kill cut short is left out.
+    """
     steps: dict[str, dict[int, float]] = defaultdict(dict)
     if metrics.exists():
         with metrics.open(encoding="utf-8") as lines:
             for line in lines:
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
                 if row.get("user_id") in names and row.get("accuracy") is not None:
                     steps[row["user_id"]][int(row["step"])] = float(row["accuracy"])
     curves = {user: [rows[step] for step in sorted(rows)] for user, rows in steps.items()}
