@@ -82,7 +82,7 @@ def test_what_is_kept_as_released_is_of_the_unprotected_gain(table):
 def test_a_user_whose_probes_were_not_asked_at_full_strength_is_left_out_there_alone(table):
     silent = user("b") | {"looks": [{"alpha": 1.0, "passed": False, "refused": 0, "n": 0}]}
     of = table.summary([user("a"), silent], ())
-    assert of.certify.mean == 1.0
+    assert (of.certify.mean, of.certify.n) == (1.0, 1)
     assert of.users == 2
 
 
