@@ -62,6 +62,11 @@ class UsersSettings(Section):
     heldout: float = Field(
         0.25, ge=0, lt=1, description="Share of a user's prompts never trained on, where rows state no split."
     )
+    start: ExistingPath | None = Field(
+        None,
+        description="Advanced: folder of a plain LoRA adapter (PEFT, TRL, Unsloth) that every user begins with; the "
+        "reference stays the bare base.",
+    )
 
 
 class GuardSettings(Section):

@@ -34,6 +34,7 @@ from persona_rlhf.policy.hazards import (
     read_refusal_texts,
 )
 from persona_rlhf.policy.policy import Policy
+from persona_rlhf.release.foreign_adapter import ForeignAdapter, read_foreign
 from persona_rlhf.simulation.users import Utility, read_utilities
 
 REAL_POLICY = Path("configs/policy/real/tier_one.yaml")
@@ -130,7 +131,7 @@ def _prompt(row: OrdinaryExample) -> tuple[Message, ...]:
 
 class RunInputs(NamedTuple):
     """Inputs of a run: policy and preference pairs; utilities, ordinary prompts and facts to measure by; decisions
-    about quarantined pairs; patterns of forbidden requests."""
+    about quarantined pairs; patterns of forbidden requests; the adapter that users begin with."""
 
     policy: Policy
     pairs: PairStore
@@ -139,6 +140,7 @@ class RunInputs(NamedTuple):
     facts: list[Fact]
     reviews: Mapping[str, Review]
     rules: Patterns | None
+    start: ForeignAdapter | None = None
 
 
 def read_inputs(config: Config, selection: UserSelection | None = None) -> RunInputs:
@@ -151,6 +153,7 @@ def read_inputs(config: Config, selection: UserSelection | None = None) -> RunIn
     facts: list[Fact] = []
     reviews: dict[str, Review] = {}
     rules: Patterns | None = None
+    start: ForeignAdapter | None = None
     with collecting(problems):
         policy = Policy.of(config.policy, sequential=config.gate.sequential)
     with collecting(problems):
@@ -169,9 +172,12 @@ def read_inputs(config: Config, selection: UserSelection | None = None) -> RunIn
     if policy is not None and config.screening.rules is not None:
         with collecting(problems):
             rules = Patterns.read(config.screening.rules, policy.categories)
+    if config.users.start is not None:
+        with collecting(problems):
+            start = read_foreign(config.users.start, config.lora.rank)
     if policy is None or pairs is None or problems:
         raise InputError(problems)
-    return RunInputs(policy, pairs, utilities, ordinary, facts, reviews, rules)
+    return RunInputs(policy, pairs, utilities, ordinary, facts, reviews, rules, start)
 
 
 def ordinary_of(config: Config) -> list[str]:

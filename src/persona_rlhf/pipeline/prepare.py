@@ -9,6 +9,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from persona_rlhf.common.errors import InputError, Problem, counted
 from persona_rlhf.config.experiment import Config
@@ -25,16 +27,20 @@ from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.evaluation.request_screens import CalibratedScreen, screens_of
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
+from persona_rlhf.models.multi_lora import fresh_adapter
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
 from persona_rlhf.pipeline.kept_answers import read_answers
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent, watched
 from persona_rlhf.policy.policy import Policy
+from persona_rlhf.release.foreign_adapter import ForeignAdapter
+from persona_rlhf.release.foreign_fit import fit_problems, started
 from persona_rlhf.release.manifest import DataInfo
 from persona_rlhf.release.results import Result, untrained
 from persona_rlhf.release.signing import Signer, signer
 from persona_rlhf.training.labelled_pairs import AnswerPool, with_labels
 from persona_rlhf.training.records import BasisUse
 from persona_rlhf.training.reward_basis import RewardBasis, load_basis
+from persona_rlhf.training.user_state import user_generator
 
 
 class Prepared(NamedTuple):
@@ -51,6 +57,15 @@ class Prepared(NamedTuple):
     near_copies: NearCopyIndex | None = None
     sign: Signer | None = None
     basis: RewardBasis | None = None
+    start: ForeignAdapter | None = None
+
+    def first_adapter(self, user_id: str) -> Float[Tensor, " params"] | None:
+        """The adapter that a user begins with by `users.start`; None where it names none."""
+        if self.start is None:
+            return None
+        lora, spans = self.config.lora, self.adapted.spans
+        fresh = fresh_adapter(list(spans.values()), user_generator(self.config.seed, user_id, "init"))
+        return started(self.start, spans, lora.alpha / lora.rank, fresh)
 
     def watched(self, event: ProgressEvent, on_progress: OnProgress, texts: int = 0) -> AbstractContextManager[None]:
         """Reports the texts that the run's models score and write inside, as `monitoring.watched`."""
@@ -97,16 +112,20 @@ def prepare(
     Raises InputError with the problems of the inputs.
     """
     inputs = inputs or read_inputs(config)
-    policy, pairs, _, ordinary, _, reviews, rules = inputs
+    policy, pairs, _, ordinary, _, reviews, rules, start = inputs
     sign = None if config.release.signing_key is None else signer(config.release.signing_key)
     adapted = AdaptedModel(load_base(config.base), config.lora)
+    if start is not None and check:
+        problems = fit_problems(start, config.base, adapted.base.weights_hash, adapted.spans)
+        if problems:
+            raise InputError(problems)
     basis = None if config.basis is None else basis_of(config.basis, adapted.base.weights_hash)
     judges = judges_of(config.gate, adapted.base.device)
     examination = evaluator_of(config, inputs, _judged(adapted, config), judges)
     if answers is not None:
         read_answers(examination, answers)
     near_copies = NearCopyIndex.of(policy, ordinary)
-    ready = Prepared(config, policy, adapted, examination, pairs, judges, (), reviews, near_copies, sign, basis)
+    ready = Prepared(config, policy, adapted, examination, pairs, judges, (), reviews, near_copies, sign, basis, start)
     with ready.watched(ProgressEvent("preparing"), on_progress):
         if check:
             check_prompts(ready)

@@ -117,7 +117,9 @@ def judge(
     events = [judged(user_id, verdict) for user_id, verdict in verdicts if verdict is not None]
     head = integrity.append_all(looks.audit_run, events)
     stamp, nested = Stamp(head, last_day(config.gate.valid_days)), ready.pairs.users > _FEW
-    exporter = Exporter(run, AdapterFiles(ready.adapted, config.lora, info), provenance, nested, stamp, ready.sign)
+    files = AdapterFiles(ready.adapted, config.lora, info)
+    start = None if ready.start is None else ready.start.sha256
+    exporter = Exporter(run, files, provenance, nested, stamp, ready.sign, start)
     return Cohort(judged_users, chunk, exporter, ready.examination.demands.in_pool, looks.audit_run)
 
 

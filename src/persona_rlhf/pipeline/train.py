@@ -97,6 +97,8 @@ def train_share(
         if share.rank > 0:
             run_dir.wait_until_ready()
         identity = identity_of(config, ready.policy, ready.pairs, ready.adapted.base.weights_hash)
+        if ready.start is not None:
+            identity["adapter of users.start"] = ready.start.digest
         if run_dir.begun:
             run_dir.check_same(identity)
         users = users_of(ready.pairs)
@@ -195,7 +197,10 @@ def _engine(ready: Prepared, chunk: Chunk, reference: Reference, shared: SharedV
     constraint = None if bank is None else constraint_of(bank, config.constraint, config.seed)
     settings = (config.dpo, config.fleet, config.seed)
     pool = () if shared.pool is None else shared.pool.distinct_rows
-    return Engine(ready.adapted, chunk.rows, reference, constraint, *settings, folder, shared.start, pool=pool)
+    begin = ready.first_adapter
+    return Engine(
+        ready.adapted, chunk.rows, reference, constraint, *settings, folder, shared.start, pool=pool, begin=begin
+    )
 
 
 def _train(engine: Engine, chunk: Chunk, judged: set[str], monitor: TrainingMonitor) -> Iterator[TrainedUser]:

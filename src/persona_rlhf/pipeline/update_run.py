@@ -219,8 +219,8 @@ def _rebase(run: Path, base: str, to: Path, on_progress: OnProgress) -> Rebased:
     from persona_rlhf.models.base import weights_hash
 
     run_dir, new = RunDir(run), RunDir(to)
-    # the issuer who aligned the old base says nothing of the new one
-    changes = [f"base.model={json.dumps(base)}", "base.aligned_by=null"]
+    # the issuer who aligned the old base says nothing of the new one, and adapters over the old one do not fit it
+    changes = [f"base.model={json.dumps(base)}", "base.aligned_by=null", "users.start=null"]
     config = read_run_config(run, changes, exact="")
     ledger = ledger_of(config, run)  # with the looks of the old run: it goes on in the new one
     config = config.model_copy(update={"gate": config.gate.model_copy(update={"ledger": ledger.file})})

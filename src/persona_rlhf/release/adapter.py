@@ -80,12 +80,13 @@ def _tensors(
     """A and alpha B of every layer in float32, under PEFT's names: the released scale is folded into B."""
     tensors: dict[str, Tensor] = {}
     for span, (a, b) in zip(spans, lora_matrices(flat.detach().to("cpu", torch.float32)[None], spans), strict=True):
-        tensors[_name(span, "A")] = a[0].contiguous()
-        tensors[_name(span, "B")] = (b[0] * alpha).contiguous()
+        tensors[tensor_name(span, "A")] = a[0].contiguous()
+        tensors[tensor_name(span, "B")] = (b[0] * alpha).contiguous()
     return tensors
 
 
-def _name(span: LayerSpan, side: str) -> str:
+def tensor_name(span: LayerSpan, side: str) -> str:
+    """PEFT's name of A or B of a layer."""
     return f"base_model.model.{span.name}.lora_{side}.weight"
 
 
@@ -101,7 +102,8 @@ def adapter_vector(weights: bytes, spans: Sequence[LayerSpan], alpha: float = 1.
     power of two.
     """
     tensors, scales = load(weights), {"A": 1.0, "B": alpha}
-    return torch.cat([tensors[_name(span, side)].float().flatten() / scales[side] for span in spans for side in "AB"])
+    parts = ((tensors[tensor_name(span, side)], scales[side]) for span in spans for side in "AB")
+    return torch.cat([tensor.float().flatten() / scale for tensor, scale in parts])
 
 
 _BLANK = Stamp()
@@ -112,7 +114,7 @@ class Exporter:
     """Writes the adapters of one run. `lora_alpha` stays the config's integer at every released alpha.
 
     `nested` spreads them over 256 subfolders, for runs of many thousands. `stamp` adds entries to their manifests;
-    `sign` makes the signature file of a manifest.
+    `sign` makes the signature file of a manifest. `start` is as in `manifest_of`.
     """
 
     run: Path
@@ -121,6 +123,7 @@ class Exporter:
     nested: bool = False
     stamp: Stamp = _BLANK
     sign: Signer | None = None
+    start: str | None = None
 
     def write(
         self,
@@ -140,8 +143,10 @@ class Exporter:
         """
         assert verdict.admitted and verdict.alpha > 0, f"{user_id} is held back"  # noqa: PT018
         files = self.adapter.of(flat, verdict.alpha)
-        files[CARD] = card(self.provenance, data, verdict, measures, spending, prior).encode()
-        manifest = rendered(manifest_of(user_id, self.provenance, data, verdict, files, self.stamp, spending, prior))
+        start = None if prior else self.start
+        files[CARD] = card(self.provenance, data, verdict, measures, spending, prior, start).encode()
+        entries = manifest_of(user_id, self.provenance, data, verdict, files, self.stamp, spending, prior, start)
+        manifest = rendered(entries)
         name = slug(user_id)
         path = f"{ADAPTERS}/{name[-2:]}/{name}" if self.nested else f"{ADAPTERS}/{name}"
         signature = {} if self.sign is None else {f"{MANIFEST}{SIGNATURE}": self.sign(manifest)}

@@ -25,10 +25,11 @@ def card(
     measures: Measures | None,
     spending: Spending | None = None,
     prior: bool = False,
+    start: str | None = None,
 ) -> str:
     """README.md of an adapter folder: YAML front matter that the hub reads, and a page for people.
 
-    `prior`: the adapter is the population's.
+    `prior`: the adapter is the population's. `start` is as in `manifest_of`.
     """
     body = render_template(
         "card.md.j2",
@@ -38,6 +39,7 @@ def card(
         delta=provenance.demands.delta,
         spending=spending,
         prior=prior,
+        start=start,
         conditions=provenance.conditions,
         dtype=None if provenance.conditions is None else provenance.conditions.dtype,
         data=data,

@@ -18,10 +18,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The allowed values of `vllm serve --max-lora-rank`."""
 
 _VLLM_DEFAULT_RANK, _LORAX_RANK = 16, 64
-_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
-_FLOATS = ("F32", "F16", "BF16")
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
-_EXTRAS = ("lora_bias", "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "target_parameters")
+TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+FLOATS = ("F32", "F16", "BF16")
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
+EXTRAS = ("lora_bias", "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "target_parameters")
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings", "embed_in")
 _VLLM_LAYERS = frozenset((
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj",
@@ -92,10 +92,10 @@ def _config_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("vLLM", f"modules_to_save holds {config['modules_to_save']}; whole layers are not taken")
     if config.get("use_dora"):
         yield Finding("vLLM", "it is a DoRA adapter; llama.cpp takes none either")
-    for key in _EXTRAS:
+    for key in EXTRAS:
         if config.get(key):
             yield Finding("vLLM", f"{key} is set; only plain LoRA is taken")
-    if (start := config.get("init_lora_weights", True)) not in _PLAIN_STARTS:
+    if (start := config.get("init_lora_weights", True)) not in PLAIN_STARTS:
         yield Finding("vLLM", f"init_lora_weights is {start!r}, which changes the base; plain LoRA starts with true")
     if config.get("use_rslora"):
         yield Finding(
@@ -124,12 +124,12 @@ def _tensor_findings(config: Mapping[str, Any], tensors: Mapping[str, str]) -> I
     for name, kind in tensors.items():
         if "lora_embedding_" in name or (name.split(".")[-2:-1] and name.split(".")[-2] in _EMBEDDINGS):
             yield Finding("llama.cpp", f"the weights hold an embedding, `{name}`")
-        elif (match := _TENSOR.fullmatch(name)) is None:
+        elif (match := TENSOR.fullmatch(name)) is None:
             yield Finding("vLLM", f"the weights hold `{name}`, which is neither lora_A nor lora_B of a layer")
         else:
             modules.add(match["module"])
-        if kind not in _FLOATS:
-            yield Finding("llama.cpp", f"`{name}` is of type {kind}; it reads {', '.join(_FLOATS)}")
+        if kind not in FLOATS:
+            yield Finding("llama.cpp", f"`{name}` is of type {kind}; it reads {', '.join(FLOATS)}")
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
         yield Finding("vLLM", f"target_modules is {targets!r}; it must list the adapted layers by name")

@@ -162,10 +162,12 @@ def manifest_of(
     stamp: Stamp,
     spending: Spending | None = None,
     prior: bool = False,
+    start: str | None = None,
 ) -> dict[str, Any]:
     """The manifest of one adapter whose other files have these bytes; `prior`: it is the population's.
 
-    Then `data` is that of the user who has it, whose pairs did not train it.
+    Then `data` is that of the user who has it, whose pairs did not train it. `start` is the sha256 of the adapter of
+    another trainer that training began with.
     """
     demands = provenance.demands_at(spending)
     content: dict[str, Any] = {
@@ -201,6 +203,8 @@ def manifest_of(
     }
     if prior:
         content["adapter"] = POPULATION
+    if start is not None:
+        content["start"] = {"sha256": start}
     if provenance.conditions is not None:
         content["conditions"] = plain(provenance.conditions)
     if stamp.head is not None:

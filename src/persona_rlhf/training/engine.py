@@ -83,9 +83,10 @@ class Engine:
     """The training loop: all users of a run, some at once in slots.
 
     `reference` must hold the rows of `rows_ahead`. `state` is the folder of checkpoints; without it nothing is kept on
-    disk. With a `start` every user begins there. Another `gradient` rule may combine the gradients of DPO loss and
-    penalty in its own way. `pool` holds the rows of all labelled pairs, which users share. `count` is the number of
-    slots of the whole run and `room` the most tokens of a pass (None: any); a resumed run keeps both.
+    disk. With a `start` every user begins there; `begin` gives a user another adapter, or None. Another `gradient` rule
+    may combine the gradients of DPO loss and penalty in its own way. `pool` holds the rows of all labelled pairs, which
+    users share. `count` is the number of slots of the whole run and `room` the most tokens of a pass (None: any); a
+    resumed run keeps both.
     """
 
     def __init__(
@@ -101,10 +102,11 @@ class Engine:
         start: WarmStart | None = None,
         gradient: GradientRule = total_gradient,
         pool: Sequence[Row] = (),
+        begin: Callable[[str], Float[Tensor, " params"] | None] = lambda _: None,
     ) -> None:
         self.adapted, self.reference, self.constraint = adapted, reference, constraint
         self.dpo, self.fleet, self.seed, self.state = dpo, fleet, seed, state
-        self.start, self.gradient = start, gradient
+        self.start, self.gradient, self.begin = start, gradient, begin
         queue = queue_order([UserSchedule(user, dpo, seed) for user in users if user.train])
         self.schedules = {schedule.rows.user_id: schedule for schedule in queue}
         self.queue = list(self.schedules)
@@ -163,11 +165,13 @@ class Engine:
         for place, occupant in enumerate(self.slots.users):
             if occupant is None and self.queue:
                 user_id = self.queue.pop(0)
-                if self.start is None:
+                adapter, duals = self.begin(user_id), None if self.start is None else self.start.duals
+                if adapter is None and self.start is not None:
+                    adapter = self.start.adapter
+                elif adapter is None:
                     generator = user_generator(self.seed, user_id, "init")
-                    self.slots.take(place, user_id, fresh_adapter(list(self.adapted.spans.values()), generator))
-                else:
-                    self.slots.take(place, user_id, *self.start)
+                    adapter = fresh_adapter(list(self.adapted.spans.values()), generator)
+                self.slots.take(place, user_id, adapter, duals)
         self.slots.close_free()
         return bool(self.slots.users)
 
