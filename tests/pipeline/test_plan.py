@@ -68,6 +68,7 @@ def _planned(monkeypatch, rows, users, overrides=()):
         pairs=SimpleNamespace(users=users),
         watched=lambda *_: nullcontext(),
         examination=examination,
+        basis=None,
     )
     stand_ins = {
         "read_inputs": None,

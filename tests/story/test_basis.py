@@ -110,6 +110,18 @@ def test_users_whose_pairs_show_no_gain_keep_the_gated_prior_everywhere(place, m
     for arguments in (("verify", "prior"), ("export", "prior", "--user", "Ann", "--to", "ann"), ("evaluate", "prior")):
         done = persona_rlhf(*arguments, cwd=place)
         assert done.returncode == 0, done.stderr
+    done = persona_rlhf("evaluate", "prior", "--data-curve", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    curve = json.loads((place / "prior/data_curve.json").read_text())
+    assert json.loads(done.stdout) == curve
+    assert [(one["user_id"], one["pairs"], one["adapter"]) for one in curve["users"]] == [
+        ("Ann", 12, None),
+        ("Bob", 12, None),
+    ]
+    assert [point["pairs"] for point in curve["users"][0]["points"]] == [0, 1, 2, 5, 10]
+    assert curve["need"]["users"] == 2
+    assert "Pairs that a user needs" in (place / "prior/report.html").read_text()
+    assert persona_rlhf("verify", "prior", cwd=place).returncode == 0
     line = (place / "prior/results.jsonl").read_text().replace('"status": "prior"', '"status": "released"', 1)
     kept = (place / "prior/results.jsonl").read_text()
     (place / "prior/results.jsonl").write_text(line)
@@ -118,6 +130,9 @@ def test_users_whose_pairs_show_no_gain_keep_the_gated_prior_everywhere(place, m
     assert persona_rlhf("forget", "prior", "--user", "Ann", cwd=place).returncode == 0
     assert [line["user_id"] for line in results(place / "prior")] == ["Bob"]
     assert (place / "prior/state/prior.safetensors").exists()
+    curve = json.loads((place / "prior/data_curve.json").read_text())
+    assert ([one["user_id"] for one in curve["users"]], curve["need"], curve["all_users"]) == (["Bob"], None, [])
+    assert persona_rlhf("verify", "prior", cwd=place).returncode == 0
 
 
 def test_a_basis_of_another_base_or_a_missing_one_is_named(place, monkeypatch):

@@ -184,6 +184,13 @@ def evaluate(
     redteam: Annotated[
         bool, typer.Option("--redteam", help="Attack every released adapter instead; writes RUN/redteam.json.")
     ] = False,
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--data-curve",
+            help="Fit each user's labels on growing parts of them instead: pairs needed; writes RUN/data_curve.json.",
+        ),
+    ] = False,
     model: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="Measure a base alone, without a run.")
     ] = None,
@@ -195,13 +202,15 @@ def evaluate(
     if model is not None:
         from persona_rlhf.pipeline import evaluate_base
 
-        if redteam:
-            raise typer.BadParameter("--base and --redteam do not go together")
+        if redteam or curve:
+            raise typer.BadParameter("--base goes with neither --redteam nor --data-curve")
         with progress_display() as display:
             card = evaluate_base.base_card(model, [*([] if run is None else [str(run)]), *arguments], display)
         print_json(card.to_json()) if as_json else print_table(evaluate_base.render(card))
     elif run is None:
         raise typer.BadParameter("name a run, or a base with --base")
+    elif redteam and curve:
+        raise typer.BadParameter("--redteam and --data-curve do not go together")
     elif redteam:
         from persona_rlhf.pipeline import reevaluate
         from persona_rlhf.release.redteam_report import redteam_table
@@ -212,6 +221,14 @@ def evaluate(
         note(f"Red team: {file}")
     elif arguments:
         raise typer.BadParameter("settings go with --redteam or --base")
+    elif curve:
+        from persona_rlhf.pipeline.data_curve import data_curve
+        from persona_rlhf.release.data_curve_file import data_curve_table
+
+        with open_run(run, "evaluate --data-curve", wait), progress_display() as display:
+            curves, file = data_curve(run, display)
+        print_json(curves.to_json()) if as_json else print_table(data_curve_table(curves))
+        note(f"Curves: {file}")
     else:
         from persona_rlhf.pipeline import reevaluate
 

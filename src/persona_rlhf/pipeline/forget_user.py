@@ -29,6 +29,7 @@ from persona_rlhf.evaluation.ledger import LOOKS
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, WorkCounter, silent
 from persona_rlhf.pipeline.run_dir import RunDir, addition_traces, before, index_traces, number_of
 from persona_rlhf.release import integrity
+from persona_rlhf.release.data_curve_file import DATA_CURVE, data_curve_traces
 from persona_rlhf.release.deletion_records import (
     FORGOTTEN,
     adapter_traces,
@@ -56,6 +57,7 @@ _PSEUDONYMOUS = {integrity.AUDIT, REVOKED, LOOKS, "users.jsonl"}  # files that n
 _WITHOUT_ROWS = {
     RUN_MANIFEST,
     REDTEAM,
+    DATA_CURVE,
     SUMMARY,
     "policy.json",
     "bank.json",
@@ -79,6 +81,7 @@ def traces(run: Path, user: DataSubject, on_progress: OnProgress = silent) -> It
     yield from addition_traces(run, user)
     yield from adapter_traces(run, user)
     yield from redteam_traces(run, user)
+    yield from data_curve_traces(run, user)
     if next(run.glob("state/**/*.safetensors"), None) is not None:
         from persona_rlhf.training.checkpoint import checkpoint_traces  # it needs torch
 

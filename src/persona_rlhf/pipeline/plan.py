@@ -33,11 +33,13 @@ from rich.table import Table
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.training import DpoSettings
 from persona_rlhf.data.tokenize import Row, UserRows, both_rows
+from persona_rlhf.evaluation.data_curve import DataNeed
 from persona_rlhf.evaluation.power import power
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.heap import keep_large_blocks
 from persona_rlhf.models.row_decoding import LayerTokens
 from persona_rlhf.models.scores import greedy_scores, logps_and_greedy
+from persona_rlhf.pipeline.data_curve import planned_need
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, WorkCounter, silent, watched
 from persona_rlhf.pipeline.plan_samples import (
@@ -54,6 +56,7 @@ from persona_rlhf.pipeline.plan_samples import (
 from persona_rlhf.pipeline.plan_steps import StepTime, fit
 from persona_rlhf.pipeline.prepare import Prepared, check_prompts, prepare
 from persona_rlhf.pipeline.shared_values import with_reference
+from persona_rlhf.release.results import plain
 from persona_rlhf.training.constraint import ConstraintData, constraint_of
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.memory import (
@@ -109,7 +112,8 @@ class Plan(NamedTuple):
     """Size of a run: users to train, users skipped, pairs, tokens without padding, steps of single users, slots.
 
     `notice` names layers of the base that cannot be adapted. `held_back`: the users that the gate would be expected to
-    hold back at their first look, if all of them refused so much of what it asks (by that rate).
+    hold back at their first look, if all of them refused so much of what it asks (by that rate). `need`: the pairs that
+    users need, by a reward fitted to their labels.
     """
 
     users: int
@@ -122,6 +126,7 @@ class Plan(NamedTuple):
     seconds: Seconds
     notice: str | None = None
     held_back: Mapping[str, float] = MappingProxyType({})
+    need: DataNeed | None = None
 
     def to_json(self) -> dict[str, Any]:
         seconds = self.seconds._asdict() | {"total": self.seconds.total}
@@ -129,7 +134,7 @@ class Plan(NamedTuple):
         counts = {key: value for key, value in self._asdict().items() if isinstance(value, int)}
         rounded = {part: {key: round(value, 1) for key, value in values.items()} for part, values in parts.items()}
         held_back = {rate: round(users, 2) for rate, users in self.held_back.items()}
-        return {**counts, **rounded, "notice": self.notice, "expected_held_back": held_back}
+        return {**counts, **rounded, "notice": self.notice, "expected_held_back": held_back, "need": plain(self.need)}
 
 
 def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgress = silent) -> Plan:
@@ -209,6 +214,7 @@ def plan(config: Config, inputs: RunInputs | None = None, on_progress: OnProgres
         ),
         notice=" ".join(filter(None, (adapted.notice, sampled.notice))) or None,
         held_back=_held_back(ready, users),
+        need=planned_need(user_rows, ready.basis),
     )
 
 
@@ -350,4 +356,6 @@ def render(plan: Plan) -> Table:
         table.add_row(f"time: {name}", show, end_section=name == "total")
     for rate, held in plan.held_back.items():
         table.add_row(f"held back at first, if all refuse {float(rate):.1%}", f"{held:,.1f} users")
+    if plan.need is not None:
+        table.add_row("pairs of a user", plan.need.sentence())
     return table

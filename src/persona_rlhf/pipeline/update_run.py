@@ -22,6 +22,7 @@ from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent
 from persona_rlhf.pipeline.run_dir import PAIRS, SOURCES, RunDir, number_of
 from persona_rlhf.release import integrity
 from persona_rlhf.release.comparison import Comparison, RebasedUser, compare, rebased_users, to_json, write_rebase
+from persona_rlhf.release.data_curve_file import DATA_CURVE
 from persona_rlhf.release.impact_report import remove_impact
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.manifest import read_manifest
@@ -136,7 +137,8 @@ def complete_addition(run: Path) -> None:
     before = [user if user is None else added.get(user[0], user) for user in run_dir.selection.user_digests]
     names = {user[0] for user in before if user is not None}
     run_dir.change_users([*before, *(user for name, user in added.items() if name not in names)])
-    (run / REDTEAM).unlink(missing_ok=True)  # it covers the adapters released before
+    for earlier in (REDTEAM, DATA_CURVE):  # they cover the adapters released before
+        (run / earlier).unlink(missing_ok=True)
     remove_impact(run)
     write_report(run)
     inner_seal = (read_manifest(inner / RUN_MANIFEST)[0] or {}).get("manifest_hash")
@@ -144,7 +146,7 @@ def complete_addition(run: Path) -> None:
     if not any(entry.facts.get("seal") == inner_seal for entry in events):
         users = {pseudonym(user): result.manifest_sha256 for user, result in new.items()}
         integrity.append(run, ADDED_EVENT, seal=inner_seal, users=users)
-    for name in (RESULTS, "screening.jsonl", "metrics.jsonl", SOURCES, REDTEAM, REPORT, integrity.AUDIT):
+    for name in (RESULTS, "screening.jsonl", "metrics.jsonl", SOURCES, REDTEAM, DATA_CURVE, REPORT, integrity.AUDIT):
         write_run_manifest(run, only=name)
     remove_folder(inner)
 

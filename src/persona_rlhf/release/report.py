@@ -22,6 +22,7 @@ from persona_rlhf.evaluation.impact import ImpactMeasure
 from persona_rlhf.evaluation.statistics import Interval, bootstrap
 from persona_rlhf.evaluation.still_base import LimitedMeasure, StillBase
 from persona_rlhf.release.columns import Columns
+from persona_rlhf.release.data_curve_file import DataCurve, data_curve_of, data_curve_section
 from persona_rlhf.release.decision import decision_of, identity_of
 from persona_rlhf.release.impact_report import impact_in, shown
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
@@ -59,7 +60,7 @@ def write_report(run: Path) -> Path:
     """
     results, config, policy = RunResults(run), config_of(run), policy_of(run)
     parts = screening_of(run), screens_in(run), attacks_in(run), impact_in(run), identity_of(run, config)
-    page = render(config, results, policy, *parts)
+    page = render(config, results, policy, *parts, curve=data_curve_of(run))
     file = run / REPORT
     atomic_write(file, page.encode("utf-8"))
     write_summary(run, summary := summarise(results), guarantee_of_run(config, policy, results, summary.users))
@@ -78,9 +79,11 @@ def render(
     attacks: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     impact: Sequence[ImpactMeasure] = (),
     identity: Sequence[tuple[str, str]] = (),
+    curve: DataCurve | None = None,
 ) -> str:
     """The page. `screening` are counts (action, reason, pairs), `screens` the rows of RUN/screens.json, `attacks` the
-    figures of RUN/redteam.json, `impact` the measures of RUN/impact.json, `identity` the rows of `identity_of`.
+    figures of RUN/redteam.json, `impact` the measures of RUN/impact.json, `identity` the rows of `identity_of`, `curve`
+    the curves of RUN/data_curve.json.
 
     The results are read five times and never held all at once. For many users, charts and figures cover all of them;
     rows show the users with problems and then the first others.
@@ -114,6 +117,7 @@ def render(
         tones=_tones(columns),
         required=_required(columns),
         retreats=columns.retreats,
+        data_curve="" if curve is None else data_curve_section(curve),
     )
 
 
