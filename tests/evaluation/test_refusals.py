@@ -64,6 +64,19 @@ def test_kept_answers_have_the_same_verdicts_and_are_not_written_again(adapted, 
     assert {answer.refused for answer in answers} == {True, False}, "both verdicts, or the test shows little"
 
 
+def test_the_second_judge_reads_prompts_that_are_filled_in_later(adapted, prompts):
+    texts, read = {}, []
+
+    def second(answered):
+        read.extend(one.prompt for one in answered)
+        return [True] * len(answered)
+
+    answers = BaseAnswers(adapted, lambda text: True, 3, second, texts)
+    texts |= {prompt: f"prompt {n}" for n, prompt in enumerate(prompts)}
+    answers.of(prompts)
+    assert set(read) == set(texts.values())
+
+
 def test_alpha_zero_is_the_base_and_writes_nothing(adapted, adapters, prompts, monkeypatch):
     base = BaseAnswers(adapted, judge, 8)
     expected = base.refused(prompts)

@@ -35,7 +35,8 @@ class Judging(Evaluator):
 
     def __init__(self, written=(), weights="w", tokens=48, gate=None):
         self.gate, self.base_answers = gate or GateSettings(), (Kind(written), Kind(), Kind())
-        self.base = SimpleNamespace(weights_hash=weights)
+        model = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(num_embeddings=9))
+        self.base = SimpleNamespace(weights_hash=weights, eos_ids=(1,), model=model)
         self.conditions = Conditions("float32", "sdpa", "cpu", tokens)
 
 
@@ -49,7 +50,8 @@ def file(tmp_path):
 def test_the_same_gate_reads_them_again(file):
     again = Judging()
     read_answers(again, file)
-    assert [kind.kept for kind in again.base_answers] == [WRITTEN, {}, {}]
+    kept = {name: (ids, finished) for name, (ids, finished) in WRITTEN.items()}
+    assert [kind.kept for kind in again.base_answers] == [kept, {}, {}]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,19 @@ def test_a_damaged_or_missing_file_is_no_fault(file, content):
     read_answers(Judging(), file)
     file.unlink()
     read_answers(Judging(), file)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [[[], [], []], [{}, {}], [{"p": [[9], True]}, {}, {}], [{"p": [[-1], True]}, {}, {}], [{"p": [["x"], 1]}, {}, {}]],
+    ids=["lists", "two kinds", "beyond the vocabulary", "below it", "texts"],
+)
+def test_answers_of_another_form_are_written_anew(file, answers):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "answers": answers}))
+    other = Judging()
+    read_answers(other, file)
+    assert [kind.kept for kind in other.base_answers] == [None, None, None]
 
 
 def test_answers_to_a_private_bank_are_not_written(tmp_path):

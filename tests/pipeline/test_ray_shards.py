@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from threading import Event, Thread
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from persona_rlhf.common.errors import InputError, Problem
+from persona_rlhf.common.run_lock import run_lock
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.training import FleetSettings
 from persona_rlhf.pipeline import ray_shards
@@ -76,6 +78,35 @@ def test_there_are_no_more_shards_than_chunks(train, shards, count):
     assert len(train(shards=shards).submitted) == count
 
 
+def test_a_shard_is_worth_its_start(tmp_path):
+    """Without a size of chunks, no shard has fewer than eight users where there are that many."""
+    fleet = FleetSettings()
+    assert [ray_shards._count(fleet, users, 16, None) for users in (1, 8, 9, 48, 1_000)] == [1, 1, 2, 6, 64]
+
+
+def test_a_shard_waits_for_the_lock_of_a_lost_machine_and_its_end_is_no_wrong_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray_shards, "_LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(ray_shards, "train_share", lambda *_, **__: None)
+    run, share = tmp_path / "run", WorkShare(1, 4)
+    ready, done = Event(), Event()
+
+    def hold() -> None:
+        with run_lock(run, "train", part=RunDir(run, share).part):
+            ready.set()
+            done.wait(10)
+
+    other = Thread(target=hold)
+    other.start()
+    assert ready.wait(10)
+    end = train_shard(Config.model_construct(), run, share, False, str(tmp_path))
+    done.set()
+    other.join()
+    assert not end.problems
+    assert "2-of-4" in end.fault
+    assert train_shard(Config.model_construct(), run, share, False, str(tmp_path)) == WELL
+
+
 def test_every_failed_shard_is_named_and_the_others_are_trained(train, tmp_path):
     with pytest.raises(FailedShardsError) as told:
         train({2: ShardEnd([], "OSError: no GPU"), 5: ShardEnd([], "the worker died")})
@@ -99,13 +130,14 @@ def test_no_other_shard_begins_where_the_first_fails_before_it_is_ready(tmp_path
 
 
 class Cluster:
-    """Stands for the module `ray`: a cluster with these resources."""
+    """Stands for the module `ray`: a cluster of machines with these resources."""
 
-    def __init__(self, **resources):
-        self.resources, self.options = resources, None
+    def __init__(self, *machines):
+        self.machines, self.options = machines, None
 
-    def cluster_resources(self):
-        return self.resources
+    def nodes(self):
+        lost = {"Resources": {"CPU": 99.0, "GPU": 99.0}, "Alive": False}
+        return [lost, *({"Resources": machine, "Alive": True} for machine in self.machines)]
 
     def remote(self, **options):
         self.options = options
@@ -113,17 +145,17 @@ class Cluster:
 
 
 @pytest.mark.parametrize(
-    ("resources", "fleet", "on_cpu", "capacity", "gpus"),
+    ("machines", "fleet", "on_cpu", "capacity", "gpus"),
     [
-        ({"CPU": 8.0}, {}, False, 8, 0.0),
-        ({"CPU": 8.0, "GPU": 2.0}, {}, False, 2, 1.0),
-        ({"CPU": 8.0, "GPU": 2.0}, {}, True, 8, 0.0),
-        ({"CPU": 8.0, "GPU": 2.0}, {"shard_gpus": 0.5}, False, 4, 0.5),
-        ({"CPU": 8.0}, {"shard_cpus": 3}, False, 2, 0.0),
+        ([{"CPU": 8.0}], {}, False, 8, 0.0),
+        ([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0}], {}, False, 2, 1.0),
+        ([{"CPU": 8.0, "GPU": 2.0}], {}, True, 8, 0.0),
+        ([{"CPU": 8.0, "GPU": 2.0}], {"shard_gpus": 0.5}, False, 4, 0.5),
+        ([{"CPU": 4.0}, {"CPU": 5.0}], {"shard_cpus": 3}, False, 2, 0.0),
     ],
 )
-def test_a_shard_takes_its_share_of_the_cluster(resources, fleet, on_cpu, capacity, gpus):
-    cluster = Cluster(**resources)
+def test_a_shard_takes_its_share_of_the_cluster(machines, fleet, on_cpu, capacity, gpus):
+    cluster = Cluster(*machines)
     tasks = RayTasks(cluster, FleetSettings(shard_retries=5, **fleet), on_cpu)
     assert tasks.capacity == capacity
     assert cluster.options["num_gpus"] == gpus
@@ -131,8 +163,8 @@ def test_a_shard_takes_its_share_of_the_cluster(resources, fleet, on_cpu, capaci
 
 
 def test_a_shard_that_fits_no_machine_is_wrong_input():
-    with pytest.raises(InputError, match="this cluster has 2 CPUs and 0 GPUs"):
-        RayTasks(Cluster(CPU=2.0), FleetSettings(shard_cpus=4), False)
+    with pytest.raises(InputError, match=r"no machine has them \(2 CPUs and 0 GPUs; 3 CPUs and"):
+        RayTasks(Cluster({"CPU": 2.0}, {"CPU": 3.0}), FleetSettings(shard_cpus=4), False)
 
 
 @pytest.mark.parametrize("module", [None, ModuleType("ray")], ids=["not installed", "a folder of this name"])

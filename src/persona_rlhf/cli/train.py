@@ -52,7 +52,8 @@ def start(
             return folder, _train(settings, run_dir, resume, inputs, words, shard)
     if ray is not None:
         again = f"persona-rlhf train {shlex.join([*words, '--ray', ray, '--resume'])}"
-        _train_on_ray(settings, run_dir, resume, inputs.pairs.users, ray, again)
+        with open_run(folder, "train", wait, part="driver"):  # no second driver, with other shards
+            _train_on_ray(settings, run_dir, resume, inputs.pairs.users, ray, again)
         return folder, _train(settings, run_dir, True, inputs, words, shard)
     flags = [*["--resume"] * resume, *(["--shard", shard] if shard else []), *["--json"] * as_json]
     words += [*flags, "--wait", f"{wait:g}"]

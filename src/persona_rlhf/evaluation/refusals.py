@@ -72,7 +72,8 @@ class BaseAnswers:
         the first `opening` tokens of an answer, or all of it.
         """
         self.judge, self.max_new_tokens, self._opening = judge, max_new_tokens, opening
-        self._second, self._prompt_texts, self._harmless = second, prompt_texts or {}, harmless
+        self._second, self._harmless = second, harmless
+        self._prompt_texts = {} if prompt_texts is None else prompt_texts  # an empty one is filled later
         self._adapted = adapted
         self._answers: dict[PromptIds, BaseAnswer] = {}
         self._written: dict[PromptIds, Generated] = {}

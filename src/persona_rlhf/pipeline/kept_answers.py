@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 from hashlib import sha256
 from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+from pydantic import Field, TypeAdapter
 
 from persona_rlhf.common.files import atomic_write
 from persona_rlhf.common.version import __version__
 from persona_rlhf.evaluation.evaluator import Evaluator
 from persona_rlhf.policy.policy import Policy
+
+_Kind = dict[str, tuple[list[Annotated[int, Field(ge=0)]], bool]]
+_ANSWERS = TypeAdapter(tuple[_Kind, _Kind, _Kind])
 
 
 def read_answers(evaluator: Evaluator, file: Path) -> None:
@@ -20,8 +28,11 @@ def read_answers(evaluator: Evaluator, file: Path) -> None:
     try:
         content = json.loads(file.read_bytes())
         if content["of"] == _origin(evaluator):
-            for of_kind, kept in zip(evaluator.base_answers, content["answers"], strict=True):
-                of_kind.keep(kept)
+            answers = _ANSWERS.validate_python(content["answers"])
+            tokens = evaluator.base.model.get_input_embeddings().num_embeddings
+            if all(token < tokens for kept in answers for ids, _ in kept.values() for token in ids):
+                for of_kind, kept in zip(evaluator.base_answers, answers, strict=True):
+                    of_kind.keep(kept)
     except (OSError, ValueError, LookupError, TypeError):
         return
 
@@ -34,7 +45,8 @@ def write_answers(evaluator: Evaluator, policy: Policy, file: Path) -> None:
 
 
 def _origin(evaluator: Evaluator) -> str:
-    """A hash of everything that decides the answers: weights, computation, limits, judges, version."""
-    gate = evaluator.gate.model_dump(mode="json")
-    parts = [evaluator.base.weights_hash, *evaluator.conditions, gate, __version__]
+    """A hash of everything that decides the answers: weights, end tokens, computation, limits, judges, versions."""
+    base, gate = evaluator.base, evaluator.gate.model_dump(mode="json")
+    versions = [__version__, torch.__version__, transformers.__version__]
+    parts = [base.weights_hash, *base.eos_ids, *evaluator.conditions, gate, *versions]
     return sha256(json.dumps(parts).encode()).hexdigest()

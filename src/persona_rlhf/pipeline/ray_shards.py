@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import socket
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from math import ceil
 from pathlib import Path
 from time import monotonic
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from persona_rlhf.common.errors import InputError, Problem, counted
+from persona_rlhf.common.run_lock import run_lock
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.config.training import FleetSettings
 from persona_rlhf.pipeline.distributed import WorkShare
@@ -29,7 +30,11 @@ from persona_rlhf.pipeline.train import train_share
 SHARDS_EACH = 4
 """Shards for each one that runs at once, so that a slow one holds up little."""
 
+LEAST_USERS = 8
+"""Users of a shard, at least, where `fleet.chunk` is auto: each shard imports torch and loads the base."""
+
 _POLL_SECONDS = 1.0
+_LOCK_SECONDS = 300.0
 _REACH_SECONDS = 5.0
 _CLIENT_PORT = 10001  # of ray:// where none is given
 
@@ -101,7 +106,7 @@ def train_shards(
 
 def _count(fleet: FleetSettings, users: int, capacity: int, chunk: int | None) -> int:
     """Shards of a run: `fleet.shards`, or four for each that runs at once; no more than chunks of users."""
-    size = chunk or (fleet.chunk if isinstance(fleet.chunk, int) else 1)
+    size = chunk or (fleet.chunk if isinstance(fleet.chunk, int) else LEAST_USERS)
     most = SHARDS_EACH * capacity if fleet.shards == "auto" else fleet.shards
     return max(1, min(most, ceil(users / size)))
 
@@ -127,7 +132,12 @@ def train_shard(config: Config, run: Path, share: WorkShare, resume: bool, folde
     """Trains one shard in `folder`, the working directory that the config's paths start from."""
     os.chdir(folder)
     try:
-        train_share(config, run, resume=resume or RunDir(run).begun, share=share)
+        with ExitStack() as stack:
+            try:  # the lock of a lost machine can outlive it
+                stack.enter_context(run_lock(run, "train", part=RunDir(run, share).part, wait=_LOCK_SECONDS))
+            except InputError as fault:
+                return ShardEnd([], str(fault))
+            train_share(config, run, resume=resume or RunDir(run).begun, share=share)
     except InputError as fault:
         return ShardEnd(fault.problems, None)
     except Exception as fault:
@@ -140,18 +150,16 @@ class RayTasks:
     """Shards as stateless tasks of Ray. A task whose worker dies is given again, up to `fleet.shard_retries` times."""
 
     def __init__(self, ray: Any, fleet: FleetSettings, on_cpu: bool) -> None:
-        resources = ray.cluster_resources()
+        machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
         gpus = fleet.shard_gpus
         if gpus == "auto":
-            gpus = 0.0 if on_cpu else float(resources.get("GPU", 0) > 0)
+            gpus = 0.0 if on_cpu else float(any(machine.get("GPU", 0) for machine in machines))
         self._ray, self._shares = ray, dict[Any, WorkShare]()
-        self._rooms = [int(resources.get("CPU", 0) // fleet.shard_cpus)]
-        if gpus:
-            self._rooms.append(int(resources.get("GPU", 0) // gpus))
-        if not self.capacity:
-            have = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
+        self._capacity = sum(_rooms(machine, fleet.shard_cpus, gpus) for machine in machines)
+        if not self._capacity:
+            have = "; ".join(f"{m.get('CPU', 0):g} CPUs and {m.get('GPU', 0):g} GPUs" for m in machines)
             sentence = (
-                f"a shard takes {fleet.shard_cpus} CPUs and {gpus:g} GPUs, and this cluster has {have}; take less"
+                f"a shard takes {fleet.shard_cpus} CPUs and {gpus:g} GPUs, and no machine has them ({have}); take less"
             )
             raise InputError([Problem("config", None, "fleet.shard_cpus, fleet.shard_gpus", sentence)])
         options = {"num_cpus": fleet.shard_cpus, "num_gpus": gpus, "max_retries": fleet.shard_retries}
@@ -159,7 +167,7 @@ class RayTasks:
 
     @property
     def capacity(self) -> int:
-        return min(self._rooms)
+        return self._capacity
 
     def submit(self, config: Config, run: Path, share: WorkShare, resume: bool) -> None:
         self._shares[self._task.remote(config, run, share, resume, str(Path.cwd()))] = share
@@ -177,6 +185,12 @@ class RayTasks:
         return end
 
 
+def _rooms(machine: Mapping[str, float], cpus: int, gpus: float) -> int:
+    """Shards that a machine with these resources has room for."""
+    rooms = [machine.get("CPU", 0) // cpus, *([machine.get("GPU", 0) // gpus] if gpus else [])]
+    return int(min(rooms))
+
+
 @contextmanager
 def ray_tasks(address: str, config: Config) -> Iterator[RayTasks]:
     """Tasks on the cluster at an address of Ray (`auto`, `ray://host:port`), or on this machine for `local`.
@@ -191,7 +205,7 @@ def ray_tasks(address: str, config: Config) -> Iterator[RayTasks]:
         raise InputError([Problem("train", None, "--ray", sentence)]) from None
     try:
         if address == "local":
-            init(include_dashboard=False, log_to_driver=False)
+            init("local", include_dashboard=False, log_to_driver=False)  # whatever RAY_ADDRESS says
         else:
             _reach(address)
             init(address=address, log_to_driver=False)

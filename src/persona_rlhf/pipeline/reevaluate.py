@@ -25,7 +25,6 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.models.multi_lora import LayerSpan
 from persona_rlhf.pipeline.inputs import facts_of, ordinary_of, read_inputs
-from persona_rlhf.pipeline.kept_answers import read_answers
 from persona_rlhf.pipeline.looks import Recorded, gate_looks
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, UserCounter, silent, watched
 from persona_rlhf.pipeline.prepare import chunks_of, prepare, prepare_users
@@ -135,7 +134,6 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
     adapted = AdaptedModel(base, config.lora)
     try:
         evaluator = _recertifying(adapted, policy, config, users=len(RunResults(run)))
-        read_answers(evaluator, RunDir(run).base_answers)
         with watched([adapted], ProgressEvent("preparing"), on_progress):
             evaluator.check_base()
         users_of_run = (pseudonym(result.user_id) for result in RunResults(run))
