@@ -2,6 +2,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from persona_rlhf.config.evaluation import GateSettings
 from persona_rlhf.evaluation.evaluator import Evaluator
@@ -35,7 +36,7 @@ class Judging(Evaluator):
 
     def __init__(self, written=(), weights="w", tokens=48, gate=None):
         self.gate, self.base_answers = gate or GateSettings(), (Kind(written), Kind(), Kind())
-        model = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(num_embeddings=9))
+        model = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=torch.zeros(9, 1)))
         self.base = SimpleNamespace(weights_hash=weights, eos_ids=(1,), model=model)
         self.conditions = Conditions("float32", "sdpa", "cpu", tokens)
 

@@ -29,8 +29,9 @@ def read_answers(evaluator: Evaluator, file: Path) -> None:
         content = json.loads(file.read_bytes())
         if content["of"] == _origin(evaluator):
             answers = _ANSWERS.validate_python(content["answers"])
-            tokens = evaluator.base.model.get_input_embeddings().num_embeddings
-            if all(token < tokens for kept in answers for ids, _ in kept.values() for token in ids):
+            embedding = evaluator.base.model.get_input_embeddings().weight
+            assert isinstance(embedding, torch.Tensor)
+            if all(token < len(embedding) for kept in answers for ids, _ in kept.values() for token in ids):
                 for of_kind, kept in zip(evaluator.base_answers, answers, strict=True):
                     of_kind.keep(kept)
     except (OSError, ValueError, LookupError, TypeError):
