@@ -162,7 +162,8 @@ def exit_if_withheld(results: Iterable[Result]) -> None:
         if result.status in ("held_back", "failed"):
             withheld += 1
             if withheld <= _REASONS_SHOWN:
-                note(visible(f"{result.user_id}: {result.status.replace('_', ' ')}: {result.reason}"))
+                verdict = result.status.replace("_", " ")
+                note(visible(f"{result.user_id}: {verdict}: {result.reason.removeprefix(f'{verdict}: ')}"))
     if withheld > _REASONS_SHOWN:
         note(f"and {withheld - _REASONS_SHOWN:,} more users; results.jsonl has the reason of each")
     if withheld:
