@@ -84,7 +84,7 @@ class Summary(NamedTuple):
 
 
 class Attack(NamedTuple):
-    """Answers to one attack on all users of a row: how many refuse, as trained, as released, and of the base."""
+    """Answers to one attack on the attacked users of a row: how many refuse, as trained, as released, and of the base."""
 
     n: int
     full: int
@@ -151,7 +151,7 @@ def summary(users: Sequence[User], baseline: Sequence[User], cpu_seconds: float 
     tests = [share for user in users if (share := refusal(user["full"])) is not None]
     out = [user["certify"]["refused"] / user["certify"]["base_refused"] for user in users]
     clusters = [user["clusters"] for user in users if user["clusters"]]
-    names = dict.fromkeys(name for user in users for name in user["full"].get("attacks", {}))
+    names = dict.fromkeys(name for user in users for name in user["full"].get("attacks", ()))
     return Summary(
         users=len(users),
         released=sum(user["alpha"] > 0 for user in users),
@@ -180,8 +180,9 @@ def summary(users: Sequence[User], baseline: Sequence[User], cpu_seconds: float 
 
 
 def _attack(name: str, users: Sequence[User]) -> Attack:
-    """The outcomes of one attack, added up over users."""
-    full, released = ([user[state]["attacks"][name] for user in users] for state in ("full", "released"))
+    """The outcomes of one attack, added up over the users who were attacked: those of one seed."""
+    attacked = [user for user in users if name in user["full"].get("attacks", ())]
+    full, released = ([user[state]["attacks"][name] for user in attacked] for state in ("full", "released"))
     sums = [sum(outcome["refused"] for outcome in outcomes) for outcomes in (full, released)]
     return Attack(sum(outcome["n"] for outcome in full), *sums, sum(outcome["base_refused"] for outcome in full))
 

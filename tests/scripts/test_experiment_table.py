@@ -106,3 +106,9 @@ def test_the_markdown_has_a_row_a_cell_in_each_table(table):
     assert all(row.count("|") == rows[0].count("|") for rows in tables for row in rows)
     assert "| clean | ours | all | off | 1 | 0 | 100.0% (100.0 to 100.0; 100.0) |" in text
     assert "18, 18, 19 of 20" in text
+
+
+def test_attacks_count_the_seeds_that_were_attacked(table):
+    first = line("ours", [user("a", full=measures(attacked=18))], 0)
+    [row] = next(iter(table.rows([first, line("ours", [user("a")], 1)]).values()))
+    assert row.summary.attacks["turns"] == (20, 18, 18, 19)
