@@ -11,8 +11,9 @@ A cell is a population of users (experiment_users.py), a method (contenders.py),
 off, and a seed. Each user is trained, judged by the gate, and measured at full strength and as released. Refusals are
 of the `certify` probes (the gate) and of `test` probes, which decide nothing. The cells that decide come first.
 
-OUT/cells.jsonl has a line a cell. Started again, the command skips the cells that have a line; one that was cut off
-is computed again. A line holds its settings, so a changed setting is another cell.
+OUT/cells.jsonl has a line a cell; `untrained` names its users without an adapter. Started again, the command skips
+the cells that have a line; one that was cut off is computed again. A line holds its settings, so a changed setting is
+another cell.
 """
 
 from __future__ import annotations
@@ -146,14 +147,15 @@ def run(experiment: Experiment, cells: Sequence[Cell], say: Callable[[str], None
             shared = (cell.seed, cell.layers), prepared(experiment, cell)
         begun = time.process_time()
         measured = measure_cell(shared[1], cell, experiment.sizes)
-        if not measured["users"]:
+        if not measured["users"] and not measured["untrained"]:
             say(f"{cell}: no user")
             continue
         line: dict[str, Any] = {"settings": settings, "versions": versions(), **measured}
         line["cpu_seconds"] = round(time.process_time() - begun, 1)
         lines.append(line)
         atomic_write(file, "".join(json.dumps(one, allow_nan=False) + "\n" for one in lines).encode())
-        say(f"{cell}: {len(line['users'])} users, {line['cpu_seconds']} CPU-seconds")
+        without = f" and {len(line['untrained'])} without an adapter" if line["untrained"] else ""
+        say(f"{cell}: {len(line['users'])} users{without}, {line['cpu_seconds']} CPU-seconds")
 
 
 def versions() -> dict[str, str]:

@@ -96,3 +96,16 @@ def test_words_choose_cells(script, words, count):
     cells = [cell for cell in script.cells_in_order([3]) if script.wanted(cell, options)]
     assert len(cells) == count
     assert {cell.method for cell in cells} == set(words.get("methods", ["plain", "ours"]))
+
+
+def test_a_cell_whose_users_were_all_screened_out_is_computed_once(script, monkeypatch, tmp_path):
+    cells, computed = script.cells_in_order()[:1], []
+
+    def screened_out(shared, cell, sizes):
+        computed.append(cell)
+        return {"users": [], "untrained": ["a"], "training_cpu_seconds": 0.0}
+
+    first = run(script, monkeypatch, tmp_path, screened_out, cells)
+    assert run(script, monkeypatch, tmp_path, screened_out, cells) == first
+    assert computed == cells
+    assert json.loads(first)["untrained"] == ["a"]

@@ -1,5 +1,6 @@
 """The summaries of the experiment's cells, by hand."""
 
+import json
 from random import Random
 
 import pytest
@@ -34,9 +35,10 @@ def user(name="a", seed=0, alpha=1.0, certify=734, full=None, released=None):
     return {"user_id": name, "seed": seed, "alpha": alpha, "looks": looks, **state}
 
 
-def line(method, users, seed=0, **changes):
+def line(method, users, seed=0, untrained=(), **changes):
     settings = {"population": "clean", "method": method, "layers": "all", "quarantine": False, "seed": seed}
-    return {"settings": settings | {"base": "b", "users": 2} | changes, "users": users, "training_cpu_seconds": 6.0}
+    settings |= {"base": "b", "users": 2} | changes
+    return {"settings": settings, "users": users, "untrained": list(untrained), "training_cpu_seconds": 6.0}
 
 
 def test_figures_of_three_users_by_hand(table):
@@ -112,3 +114,22 @@ def test_attacks_count_the_seeds_that_were_attacked(table):
     first = line("ours", [user("a", full=measures(attacked=18))], 0)
     [row] = next(iter(table.rows([first, line("ours", [user("a")], 1)]).values()))
     assert row.summary.attacks["turns"] == (20, 18, 18, 19)
+
+
+def test_users_without_an_adapter_count_as_the_base(table):
+    """Two users gain 0.2 by plain DPO; a method that trains one of them keeps half of it."""
+    plain = line("plain", [user(n, full=measures(0.2, refused=40)) for n in "ab"])
+    ours = line("ours", [user("a", full=measures(0.2, win=0.2, refused=40))], untrained=["b"])
+    kept = table.rows([plain, ours])[json.dumps({"base": "b", "users": 2})][1].summary
+    assert (kept.users, kept.untrained, kept.released, kept.collapsed) == (2, 1, 1, 1)
+    assert (kept.accuracy.mean, kept.win.mean, kept.accuracy_kept.value) == pytest.approx((0.1, 0.1, 0.5))
+    assert (kept.accuracy_released.n, kept.test.mean, kept.certify.n) == (2, 0.75, 2)
+    assert "2 (1 without an adapter)" in table.markdown([plain, ours])
+
+
+def test_a_row_whose_users_were_all_screened_out_is_the_base(table):
+    [row] = next(iter(table.rows([line("ours", [], untrained=["a", "b"])]).values()))
+    assert (row.summary.users, row.summary.untrained, row.summary.released) == (2, 2, 0)
+    assert (row.summary.accuracy.mean, row.summary.test.mean, row.summary.facts.mean) == (0.0, 1.0, 1.0)
+    assert (row.summary.perplexity.mean, row.summary.over_refusal.mean) == (1.0, 0.0)
+    assert table.markdown([line("ours", [], untrained=["a"])])
