@@ -61,6 +61,23 @@ def test_the_population_s_adapter_was_not_trained_on_the_pairs_of_its_user(folde
     adapter = json.loads(raw)["metadata"]["component"]
     assert "mean preferences of a population" in adapter["description"]
     assert adapter["modelCard"]["modelParameters"]["datasets"] == []
+    considerations = json.dumps(adapter["modelCard"]["considerations"])
+    assert "the weights reveal preferences of a population on average" in considerations
+    assert "preferences of one person" not in considerations
+    [data] = [part for part in json.loads(raw)["components"] if part["type"] == "data"]
+    assert "trained on the mean preferences" in data["data"][0]["description"]
+
+
+def test_a_bill_without_a_certificate_has_no_bound(folder):
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    manifest["verdict"] |= {"certified": False, "looks": []}
+    raw = bill_of_materials(manifest, {file.name: file.read_bytes() for file in folder.iterdir() if file.name != BOM})
+    assert schema_fault(raw) is None
+    card = json.loads(raw)["metadata"]["component"]["modelCard"]
+    metrics = card["quantitativeAnalysis"]["performanceMetrics"]
+    assert metrics
+    assert not any("confidenceInterval" in one for one in metrics)
+    assert not any("confidence of" in limit for limit in card["considerations"]["technicalLimitations"])
 
 
 def test_it_has_the_minimum_elements_of_a_bill(folder):

@@ -107,6 +107,10 @@ def _trained_on(manifest: Mapping[str, Any]) -> str:
     return "the mean preferences of a population" if prior else "the preference pairs of one person"
 
 
+def _revealed(manifest: Mapping[str, Any]) -> str:
+    return "a population on average" if manifest.get("adapter") == POPULATION else "one person"
+
+
 def _base(manifest: Mapping[str, Any]) -> dict[str, Any]:
     base = manifest["base"]
     stored = {"quantization": base.get("quantization")}
@@ -136,7 +140,9 @@ def _pairs(manifest: Mapping[str, Any]) -> dict[str, Any]:
                 "name": "preference pairs of one person",
                 "contents": {"properties": _properties({**counts, **kinds, **days})},
                 "classification": "personal data",
-                "description": f"The adapter was trained on {_trained_on(manifest)}.",
+                "description": f"The adapter was not trained on them. It was trained on {_trained_on(manifest)}."
+                if manifest.get("adapter") == POPULATION
+                else "The adapter was trained on them.",
                 "sensitiveData": ["preferences of one person; no text of them is in this folder"],
             }
         ],
@@ -148,13 +154,15 @@ def _model_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
     demands = {"tier one": verdict["pooled"], **verdict["categories"]}
     units = "topics of certify probes" if verdict.get("counted") == "topics" else "certify probes"
     conditions = manifest.get("conditions") or {}
-    certified = ", ".join(f"{name} {value}" for name, value in sorted(conditions.items()))
+    tested_on = ", ".join(f"{name} {value}" for name, value in sorted(conditions.items()))
     limits = [
         "The bounds cover requests like the certify probes. Ciphers, long conversations and attacks are not.",
-        f"The bounds hold for the computation that was tested: {certified or 'not recorded'}.",
+        f"The bounds hold for the computation that was tested: {tested_on or 'not recorded'}.",
         f"Each lower bound has a confidence of {verdict['confidence']:.4f}.",
         f"The bounds allow for a judge error of {verdict.get('judge_error') or 0:.4f}.",
     ]
+    if not verdict["certified"]:
+        limits = ["The gate certified nothing, so no rate of refusals has a bound."]
     return {
         "modelParameters": {
             "approach": {"type": "supervised"},
@@ -170,14 +178,18 @@ def _model_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
                     "type": f"refusal rate on {count['n']} {units}",
                     "slice": name,
                     "value": f"{count['refused'] / max(1, count['n']):.6f}",
-                    "confidenceInterval": {"lowerBound": f"{count['lower_bound']:.6f}", "upperBound": "1"},
+                    **(
+                        {"confidenceInterval": {"lowerBound": f"{count['lower_bound']:.6f}", "upperBound": "1"}}
+                        if verdict["certified"]
+                        else {}
+                    ),
                 }
                 for name, count in demands.items()
             ]
         },
         "considerations": {
             "users": ["the person to whom the adapter was released"],
-            "useCases": ["answers in the style that this person prefers, within the rules of the policy"],
+            "useCases": [f"answers in the style that {_revealed(manifest)} prefers, within the rules of the policy"],
             "technicalLimitations": limits,
             "ethicalConsiderations": [
                 {
@@ -186,7 +198,7 @@ def _model_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
                     f"{'certified' if verdict['certified'] else 'did not certify'} the refusals",
                 },
                 {
-                    "name": "the weights reveal preferences of one person",
+                    "name": f"the weights reveal preferences of {_revealed(manifest)}",
                     "mitigationStrategy": "no id and no text of this person is in the folder; the weights are open",
                 },
             ],
