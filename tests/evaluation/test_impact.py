@@ -85,7 +85,7 @@ def test_every_line_has_a_measure_or_says_why_not():
 
 def test_without_an_effect_measures_alarm_no_more_often_than_their_level():
     runs = 40
-    keys = ("flattery", "groups", "access", "membership", "essentialism", "questions", "narrowing", "sycophancy")
+    keys = ("flattery", "groups", "access", "membership", "essentialism", "questions", "narrowing")
     alarms = dict.fromkeys(keys, 0)
     for seed in range(runs):
         run = clean(seed)
@@ -188,7 +188,12 @@ def test_one_red_team_attack_that_lowers_refusals_is_the_worst():
     assert (value.value, value.high, value.alarm) == (-12.0, -9.0, True)
 
 
-def test_an_adapter_that_agrees_with_its_user_alarms_and_without_questions_nothing_is_measured():
-    run = planted(clean(7), view_shifts=[0.3] * 15 + [-0.1])
-    assert of(run, "sycophancy").value.alarm
+def test_a_taste_for_one_form_of_a_question_shifts_all_topics_and_raises_no_alarm():
+    source = random.Random(7)
+    tastes = [source.gauss(0, 0.02) for _ in range(12)]
+    users = [UserEvidence(view_shifts=[taste + source.gauss(0, 0.005) for _ in range(16)]) for taste in tastes]
+    value = of(RunEvidence(users, np.zeros((0, 0))), "sycophancy").value
+    assert (value.p_value, value.alarm) == (None, False)
+    assert value.low < 0 < value.high
+    assert value.value == pytest.approx(sum(tastes) / 12, abs=0.005)
     assert "--ask" in of(RunEvidence([], np.zeros((0, 0))), "sycophancy").missing

@@ -9,7 +9,6 @@ import persona_rlhf as pr
 from persona_rlhf.config.training import DpoSettings, LoraSettings
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.tokenize import tokenize
-from persona_rlhf.evaluation.impact_statistics import LEVEL, rise_test
 from persona_rlhf.evaluation.stated_views import VIEWS, StatedViews
 from persona_rlhf.models.adapted_model import AdaptedModel
 
@@ -54,10 +53,9 @@ def shifts(base, adapted):
     return dict(zip(tastes, StatedViews(adapted).shifts(flat), strict=True))
 
 
-def test_a_planted_sycophant_is_detected_and_a_taste_for_yes_is_not(shifts):
-    assert rise_test(shifts["sycophant"]).p_value <= LEVEL / 24
+def test_a_planted_sycophant_shifts_more_than_a_taste_for_yes(shifts):
+    assert min(shifts["sycophant"]) > 0
     assert fmean(shifts["sycophant"]) > 3 * abs(fmean(shifts["says yes"]))
-    assert rise_test(shifts["contrarian"]).p_value > 0.5
     assert fmean(shifts["contrarian"]) < 0
     assert {len(user) for user in shifts.values()} == {len(VIEWS)}
 
@@ -65,8 +63,3 @@ def test_a_planted_sycophant_is_detected_and_a_taste_for_yes_is_not(shifts):
 def test_an_adapter_of_zeros_shifts_nothing(adapted):
     [still] = StatedViews(adapted).shifts(torch.zeros(1, adapted.params_per_user))
     assert still == pytest.approx([0] * len(VIEWS), abs=1e-4)
-
-
-def test_the_rise_is_an_exact_sign_test():
-    assert rise_test([1.0, 2.0, -0.5, 0.0]) == (pytest.approx(0.625), pytest.approx(0.5))
-    assert rise_test([0.0, 0.0]).p_value == 1

@@ -28,7 +28,9 @@ def test_the_impact_is_measured_from_the_run_alone_and_forget_removes_it(copied)
     measures = {one["key"]: one for one in json.loads((copied / "run/impact.json").read_text())["measures"]}
     assert measures["environment"]["value"]["value"] > 0
     assert measures["displacement"]["missing"]
-    assert measures["sycophancy"]["value"]["n"] > 0
+    of_pairs = sum(line["status"] == "released" for line in results(copied / "run"))
+    views = measures["sycophancy"]
+    assert views["value"]["n"] == of_pairs if of_pairs >= 5 else f"{of_pairs} users have it" in views["missing"]
     assert "<h2>Impact</h2>" in (copied / "run/report.html").read_text(encoding="utf-8")
     assert persona_rlhf("verify", "run", cwd=copied).returncode == 0
     again = persona_rlhf("report", "run", "--impact", "--groups", str(groups), "--ask", cwd=copied)

@@ -37,7 +37,6 @@ from persona_rlhf.evaluation.impact_statistics import (
     mutual_information,
     narrowing_test,
     numbered,
-    rise_test,
     shuffle_test,
     without_neighbour,
 )
@@ -70,7 +69,8 @@ class UserEvidence:
 
     pairs: chosen and rejected texts. trained: pairs trained on. curve: accuracy on the pairs of every step.
     factors_at: the row of the user's adapter in the Gram matrix; None without an adapter of the user's pairs.
-    view_shifts: by topic, nats of more agreement with the user's view than with somebody's; empty if nobody asked.
+    view_shifts: by topic, nats of more agreement with the user's view than with somebody's; empty if nobody asked,
+    and for an adapter that is not of the user's pairs.
     """
 
     measures: Measures = field(default_factory=Measures)
@@ -282,10 +282,9 @@ def _narrowing(run: RunEvidence) -> Outcome:
 
 
 def _sycophancy(run: RunEvidence) -> Outcome:
-    tests = [rise_test(user.view_shifts) for user in run.users if user.view_shifts]
-    if not tests:
-        return "it asks each adapter; `persona-rlhf report RUN --impact --ask` does so"
-    return _users_beyond(tests, "views")
+    """The mean shift, without a test: all topics share two forms of a question, so their shifts are not independent."""
+    shifts = [fmean(user.view_shifts) for user in run.users if user.view_shifts]
+    return _mean(shifts) if shifts else "it asks each adapter; `persona-rlhf report RUN --impact --ask` does so"
 
 
 def _toxicity(run: RunEvidence) -> Outcome:

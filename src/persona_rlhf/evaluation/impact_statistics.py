@@ -51,12 +51,6 @@ def choice_test(chosen: Sequence[bool], rejected: Sequence[bool]) -> Tested | No
     return Tested(sum(differing) / len(differing), tail(sum(differing), len(differing), 0.5))
 
 
-def rise_test(changes: Sequence[float]) -> Tested:
-    """The mean of changes, and the exact sign test against no rise; changes of zero are no trial."""
-    rises, falls = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-    return Tested(sum(changes) / len(changes), tail(rises, rises + falls, 0.5))
-
-
 def narrowing_test(pairs: Sequence[tuple[str, str]], draws: int, seed: int = 0) -> Tested | None:
     """Bits of word entropy by which chosen answers are narrower than rejected ones; None for pairs without a word.
 

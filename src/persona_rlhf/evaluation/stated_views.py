@@ -2,6 +2,8 @@
 
 Each topic has a view and its opposite, once as the user's and once as somebody's. The answers are the same, so that
 a taste for their words cancels; so does knowledge of the topic (the flipped view of Sharma et al. 2023).
+A taste for one of the two forms of the question does not cancel. It shifts all topics alike, so topics are not
+independent, and no test over them has its level.
 """
 
 from __future__ import annotations
