@@ -150,7 +150,8 @@ def run(experiment: Experiment, cells: Sequence[Cell], say: Callable[[str], None
         if not measured["users"] and not measured["untrained"]:
             say(f"{cell}: no user")
             continue
-        line: dict[str, Any] = {"settings": settings, "versions": versions(), **measured}
+        line: dict[str, Any] = {"settings": settings, "drawn": experiment.drawn, "versions": versions()}
+        line |= measured
         line["cpu_seconds"] = round(time.process_time() - begun, 1)
         lines.append(line)
         atomic_write(file, "".join(json.dumps(one, allow_nan=False) + "\n" for one in lines).encode())

@@ -1,9 +1,9 @@
 """A picture of the experiment: what users keep of their taste, and the base of its refusals.
 
 One panel a population, layers and screen. Across: mean gain in held-out accuracy over chance at full strength, as a
-share of plain DPO's of the same users; up: mean refusals of test probes, in percent of the base's; bars are 95%
-bootstrap intervals over users. A method on the front is filled: no other keeps at least as much of both, and more of
-one.
+share of plain DPO's of the same users; up: mean refusals of test probes, in percent of the base's. Bars are 95%
+bootstrap intervals over people; fewer than eight people have none. A method on the front is filled: no other keeps at
+least as much of both, and more of one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ STYLE = (
 
 
 class Point(NamedTuple):
-    """A method in one panel: the share that is kept, and refusals in percent, each with its interval."""
+    """A method in one panel: the share that is kept, and refusals in percent, each with the ends of its interval.
+
+    Without an interval both ends are the figure, and no bar is seen.
+    """
 
     name: str
     kept: float
@@ -57,9 +60,11 @@ def points_of(methods: Mapping[str, Summary]) -> list[Point]:
     """The methods of a panel that have both figures, where there is a gain to keep."""
     points = []
     for name, of in methods.items():
-        if of.test and of.accuracy_kept and all(map(isfinite, of.accuracy_kept)):
-            mean, low, high = (100 * value for value in of.test[:3])
-            points.append(Point(name, of.accuracy_kept.value, of.accuracy_kept[1:], mean, (low, high)))
+        if of.test and of.accuracy_kept:
+            kept, refused = of.accuracy_kept, of.test
+            across, up = kept.interval or (kept.value,) * 2, refused.interval or (refused.mean,) * 2
+            if all(map(isfinite, across)):
+                points.append(Point(name, kept.value, tuple(across), 100 * refused.mean, (100 * up[0], 100 * up[1])))
     return points
 
 

@@ -25,7 +25,7 @@ def test_the_front_is_who_is_beaten_by_nobody(plot):
 def summary(plot, refused, kept):
     figures = dict.fromkeys(plot.Summary._fields)
     test = load_script("experiment_table").Estimate.of([refused, refused])
-    share = None if kept is None else load_script("experiment_table").Share(kept, kept, kept)
+    share = None if kept is None else load_script("experiment_table").Share(kept, None)
     return plot.Summary(**figures | {"test": test, "accuracy_kept": share})
 
 

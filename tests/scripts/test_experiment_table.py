@@ -32,13 +32,19 @@ def user(name="a", seed=0, alpha=1.0, certify=734, full=None, released=None):
     clusters = {"topics": {"lower_bound": 0.96}, "phrasings": {"lower_bound": 0.95}}
     counts = {"n": 738, "refused": 730, "base_refused": 734}
     state = {"full": full, "released": released or full, "certify": counts, "clusters": clusters}
-    return {"user_id": name, "seed": seed, "alpha": alpha, "looks": looks, **state}
+    return {"user_id": name, "seed": seed, "person": f"{name} of seed {seed}", "alpha": alpha, "looks": looks, **state}
 
 
-def line(method, users, seed=0, untrained=(), **changes):
+def line(method, users, seed=0, untrained=(), drawn=True, **changes):
     settings = {"population": "clean", "method": method, "layers": "all", "quarantine": False, "seed": seed}
     settings |= {"base": "b", "users": 2} | changes
-    return {"settings": settings, "users": users, "untrained": list(untrained), "training_cpu_seconds": 6.0}
+    return {
+        "settings": settings,
+        "drawn": drawn,
+        "users": users,
+        "untrained": list(untrained),
+        "training_cpu_seconds": 6.0,
+    }
 
 
 def test_figures_of_three_users_by_hand(table):
@@ -68,16 +74,17 @@ def test_kept_pairs_users_by_seed_and_name_whatever_their_order(table):
     ]
     Random(2).shuffle(half)
     kept = table.summary(half, plain).accuracy_kept
-    assert kept == pytest.approx((0.5, 0.5, 0.5))  # each user keeps just half, so that no draw differs
+    assert (kept.value, *kept.interval) == pytest.approx(
+        (0.5, 0.5, 0.5)
+    )  # each user keeps just half, so that no draw differs
     unpaired = table.summary([u | {"seed": 1 - u["seed"]} for u in half], plain).accuracy_kept
-    assert unpaired.high - unpaired.low > 0.01
+    assert unpaired.interval.high - unpaired.interval.low > 0.01
 
 
 def test_what_is_kept_as_released_is_of_the_unprotected_gain(table):
     plain = [user(n, full=measures(0.2), released=measures(0.0), alpha=0.0) for n in "ab"]
     of = table.summary(plain, plain)
-    assert of.accuracy_kept == pytest.approx((1.0, 1.0, 1.0))
-    assert of.accuracy_kept_released == pytest.approx((0.0, 0.0, 0.0))
+    assert (of.accuracy_kept.value, of.accuracy_kept_released.value) == pytest.approx((1.0, 0.0))
     assert table.summary(plain, [user(n, full=measures(-0.1)) for n in "ab"]).accuracy_kept is None
 
 
@@ -95,7 +102,7 @@ def test_seeds_are_pooled_and_other_settings_are_not(table):
     first, other = table.rows(lines).values()
     plain, ours = first
     assert (plain.seeds, plain.summary.users, plain.summary.cpu_seconds) == ((0, 1), 4, 3.0)
-    assert ours.summary.accuracy_kept == pytest.approx((0.5, 0.5, 0.5))
+    assert ours.summary.accuracy_kept.value == pytest.approx(0.5)
     assert [row.summary.users for row in other] == [1]
     assert set(table.groups(lines)["clean, all layers, screen off"]) == {"plain", "ours"}
 
@@ -106,7 +113,7 @@ def test_the_markdown_has_a_row_a_cell_in_each_table(table):
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
     assert [len(rows) for rows in tables] == [4, 4, 4]
     assert all(row.count("|") == rows[0].count("|") for rows in tables for row in rows)
-    assert "| clean | ours | all | off | 1 | 0 | 100.0% (100.0 to 100.0; 100.0) |" in text
+    assert "| clean | ours | all | off | 1 | 0 | 100.0% (100.0) |" in text
     assert "18, 18, 19 of 20" in text
 
 
@@ -133,3 +140,29 @@ def test_a_row_whose_users_were_all_screened_out_is_the_base(table):
     assert (row.summary.accuracy.mean, row.summary.test.mean, row.summary.facts.mean) == (0.0, 1.0, 1.0)
     assert (row.summary.perplexity.mean, row.summary.over_refusal.mean) == (1.0, 0.0)
     assert table.markdown([line("ours", [], untrained=["a"])])
+
+
+def test_fewer_than_eight_people_have_no_interval(table):
+    """Oracle: three values span the mean of a normal distribution three times in four, and no draw leaves them."""
+    plain = [user(f"u{n}", full=measures(0.1 + 0.02 * n)) for n in range(8)]
+    few, enough = table.summary(plain[:7], plain[:7]), table.summary(plain, plain)
+    assert (few.accuracy.interval, few.accuracy_kept.interval) == (None, None)
+    assert enough.accuracy.interval.low < enough.accuracy.mean < enough.accuracy.interval.high
+    assert enough.accuracy_kept.interval is not None
+    assert "| 0.160 [0.100, 0.220] | 1.00 |" in table.markdown([line("plain", plain[:7])])
+
+
+def test_a_person_of_several_seeds_counts_once(table):
+    """Four people in two seeds are no eight: each stands with the mean of both."""
+    lines = [
+        line("plain", [user(f"u{n}", seed, full=measures(0.1 * (n + seed))) for n in range(4)], seed, drawn=False)
+        for seed in (0, 1)
+    ]
+    [row] = next(iter(table.rows(lines).values()))
+    assert (row.summary.users, row.summary.people, row.summary.accuracy.n) == (8, 4, 4)
+    assert row.summary.accuracy.interval is None
+    assert (row.summary.accuracy.least, row.summary.accuracy.most) == pytest.approx((0.05, 0.35))
+    assert "| 8 of 4 people |" in table.markdown(lines)
+    drawn = [one | {"drawn": True} for one in lines]
+    [row] = next(iter(table.rows(drawn).values()))
+    assert (row.summary.people, row.summary.accuracy.n) == (8, 8)
