@@ -50,6 +50,26 @@ def test_the_root_of_two_lines_by_hand(tmp_path):
     assert merkle_root(tmp_path) == TreeHead(2, hashlib.sha256(b"\1" + b"".join(leaves)).hexdigest())
 
 
+@pytest.mark.parametrize("kept", [10, -1])
+def test_a_root_taken_while_the_last_line_is_half_written_holds_later(run, tmp_path, kept):
+    """A kill leaves the beginning of a line, or a line without its newline; the next writer removes or completes it."""
+    before, whole = merkle_root(run), (run / AUDIT).read_bytes()
+    Chain(run / AUDIT).append([("signed", {"key": "k"})])
+    torn = (run / AUDIT).read_bytes()[len(whole) :][:kept]
+    (run / AUDIT).write_bytes(whole + torn)
+    root = merkle_root(run)
+    assert root == before
+    Chain(run / AUDIT).append([("exported", {})])
+    after = prove_growth(run, root, tmp_path / "grown.json")
+    assert proof_faults(tmp_path / "grown.json", [root, after]) == []
+
+
+def test_a_trail_of_a_half_written_line_alone_has_no_root(tmp_path):
+    (tmp_path / AUDIT).write_bytes(b'{"event": "be')
+    with pytest.raises(InputError, match="there is no audit trail here"):
+        merkle_root(tmp_path)
+
+
 @pytest.mark.parametrize(
     "forge",
     [

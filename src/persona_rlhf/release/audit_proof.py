@@ -1,7 +1,8 @@
 """Proofs over a run's audit.jsonl for people who may not read all of it.
 
 The lines of the trail, each with its newline, are the leaves of a Merkle tree (`common/merkle.py`). A proof shows the
-lines of one user to be in the tree of a root, or that a trail only grew since an earlier root.
+lines of one user to be in the tree of a root, or that a trail only grew since an earlier root. A last line without
+its newline is no leaf: a kill left it, and the next writer completes or removes it.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ def _names(line: bytes, mark: str) -> bool:
 def _lines(run: Path) -> list[bytes]:
     file = run / AUDIT
     lines = file.read_bytes().splitlines(True) if file.is_file() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        del lines[-1]
     if not lines:
         raise InputError([Problem(str(file), None, None, "there is no audit trail here")])
     return lines
