@@ -11,7 +11,7 @@ base's is zero, and orders half of all pairs.
   without a prompt orders the prompt's pairs (`training/left_out.py`, which also has the test).
 
 The interval of the mean is the betting bound, which holds for any distribution of independent prompts. Posteriors
-without a prompt share the other prompts, so there it is an approximation; the p-value is not.
+without a prompt share the other prompts, so there it is an approximation.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """Predictions of a user's few pairs, each prompt from the others: evidence for the reward without a held-out pair.
 
-The test is a randomisation test (Fisher 1935). If a user's labels were coin flips, each prompt's could as well be the
-other way round, all of its pairs together. So the posterior is fitted again to labels that are flipped by coins, and
-the p-value is the share of fits, the user's among them, at which the fitted pairs are as likely as the user's. It is
-exact for any number of pairs, and it is small only where the labels have a rule that the basis can express.
+The test is a Monte Carlo test (Barnard 1963) of "the user only repeats the population's mean". Its statistic is the
+log-likelihood of the pairs under the user's posterior, less that under the mean at the noise that suits the user best.
+It is small for a user who only repeats the mean, however surely. Labels are drawn anew, one draw a prompt: with
+P = sigmoid(d), where d is the mean reward difference of the prompt's pairs, and once more by coins. The p-value of each
+is the share of label sets, the user's among them, whose statistic is as large; the larger one counts. So it is exact or
+cautious for labels that are such draws, and for coin flips, with any number of prompts. For noise in between it is an
+approximation.
 """
 
 from __future__ import annotations
@@ -12,20 +15,22 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from persona_rlhf.training.reward_basis import Posterior, Prior, approximate
 
-FLIPS = 99
-"""Fits to flipped labels; the smallest p-value is one in 100."""
+DRAWS = 99
+"""Fits to labels drawn by the mean, and as many by coins; the smallest p-value is one in 100."""
 
+_CERTAINTIES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # factors of the population's mean reward
 _SAME = 1e-9  # of two log-likelihoods
 
 
 class LeftOut(NamedTuple):
     """Of each prompt, the share of its pairs that the posterior of all others orders as the user does, less the
-    prior's; and the p-value of "the labels are coin flips"."""
+    prior's; and the p-value of "the labels repeat the population's mean, or are coin flips"."""
 
     gains: list[float]
     p_value: float
@@ -47,15 +52,22 @@ def left_out(
     predicted, before = differences @ without.mean.T, differences @ prior.location
     points = (predicted[torch.arange(len(differences)), of_pair].sign() - before.sign()) / 2
     gains = [float(points[one].mean()) for one in member]
+    rewards = torch.stack([before[one].mean() for one in member])
     generator = torch.Generator().manual_seed(seed)
-    flips = torch.randint(0, 2, (FLIPS, len(numbers)), generator=generator)[:, of_pair] * 2 - 1
-    labels = torch.cat([torch.ones(1, len(differences), dtype=flips.dtype), flips])
-    fits = _likelihoods(differences * labels[..., None], prior)
-    return LeftOut(gains, float((fits >= fits[0] - _SAME).double().mean()))
+    draws = torch.rand(DRAWS, len(numbers), generator=generator, dtype=before.dtype)
+    p_values = []
+    for certainty in (0.0, 1.0):
+        kept = draws < torch.sigmoid(certainty * rewards)
+        labels = torch.cat([torch.ones(1, len(differences)), kept[:, of_pair] * 2.0 - 1]).to(differences)
+        statistics = _likelihood_ratios(differences * labels[..., None], prior)
+        p_values.append(float((statistics >= statistics[0] - _SAME).double().mean()))
+    return LeftOut(gains, max(p_values))
 
 
-def _likelihoods(differences: Float[Tensor, "fits pairs rank"], prior: Prior) -> Float[Tensor, " fits"]:
-    """The log-likelihood of each fit's pairs under its posterior."""
+def _likelihood_ratios(differences: Float[Tensor, "fits pairs rank"], prior: Prior) -> Float[Tensor, " fits"]:
+    """The log-likelihood of each fit's pairs under its posterior, less the largest under the population's mean."""
     posteriors = map(Posterior, *approximate(differences, prior))
     columns = zip(posteriors, differences, strict=True)
-    return torch.stack([posterior.probability(pairs).log().sum() for posterior, pairs in columns])
+    fitted = torch.stack([posterior.probability(pairs).log().sum() for posterior, pairs in columns])
+    margins = differences @ prior.location
+    return fitted - torch.stack([F.logsigmoid(factor * margins).sum(1) for factor in _CERTAINTIES]).amax(0)
