@@ -29,7 +29,7 @@ from persona_rlhf.evaluation.ledger import LOOKS
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, WorkCounter, silent
 from persona_rlhf.pipeline.run_dir import RunDir, addition_traces, before, index_traces, number_of
 from persona_rlhf.release import integrity
-from persona_rlhf.release.data_curve_file import DATA_CURVE, data_curve_traces
+from persona_rlhf.release.data_curve_file import DATA_CURVE, data_curve_traces, remove_shared_curves
 from persona_rlhf.release.deletion_records import (
     FORGOTTEN,
     adapter_traces,
@@ -276,6 +276,7 @@ def _finish(run: Path, user: DataSubject, on_progress: OnProgress = silent) -> F
             trace.remove()
     if run_dir.finished:
         remove_impact(run)
+        remove_shared_curves(run)
         write_report(run)
         named, _ = read_manifest(run / RUN_MANIFEST)
         erased = {entry["path"] for entry in order["removed"]} & set((named or {}).get("files", ()))

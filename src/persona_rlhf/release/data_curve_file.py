@@ -1,6 +1,7 @@
 """RUN/data_curve.json: the data-need curves of `evaluate RUN --data-curve`: file, table and section of the report.
 
-`users` holds the curves of users; `all_users` and `need` follow from them, so a deletion computes them again.
+`users` holds the curves of users; `all_users` and `need` follow from them, so a deletion computes them again. Without a
+basis a deletion removes the file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pydantic import TypeAdapter
 from rich.markup import escape
 from rich.table import Table
 
-from persona_rlhf.common.errors import visible
+from persona_rlhf.common.errors import InputError, Problem, visible
 from persona_rlhf.common.files import atomic_write
 from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.evaluation.data_curve import CurvePoint, DataNeed, UserCurve, data_need, over_users
@@ -74,28 +75,58 @@ def write_data_curve(run: Path, curve: DataCurve) -> Path:
 
 
 def data_curve_of(run: Path) -> DataCurve | None:
-    """The curves in RUN/data_curve.json; None where there is none."""
-    if not (run / DATA_CURVE).is_file():
+    """The curves in RUN/data_curve.json; None where there is none.
+
+    Raises InputError for a file that holds no curves.
+    """
+    file = run / DATA_CURVE
+    if not file.exists():
         return None
-    content = json.loads((run / DATA_CURVE).read_bytes())
-    return _CURVE.validate_python({key: content[key] for key in DataCurve._fields})
+    try:
+        content = json.loads(file.read_bytes())
+        return _CURVE.validate_python({key: content[key] for key in DataCurve._fields})
+    except (OSError, ValueError, LookupError, TypeError) as fault:
+        sentence = f"the curves cannot be read ({type(fault).__name__}); `evaluate RUN --data-curve` writes them again"
+        raise InputError([Problem(str(file), None, None, sentence)]) from fault
 
 
 def data_curve_traces(run: Path, user: DataSubject) -> Iterator[Trace]:
-    """The user's curve."""
-    curve = data_curve_of(run)
+    """The user's curve; none in a file that cannot be read, which `remove_shared_curves` removes."""
+    curve = _readable(run)
     if curve is not None and any(user(one.user_id) for one in curve.users):
         yield Trace(run / DATA_CURVE, "data-need curve", 1, partial(_erase, run, user))
 
 
 def _erase(run: Path, user: DataSubject) -> None:
     """Erases a user's curve, and computes the figures over the other users again; without one the file is deleted."""
-    curve = data_curve_of(run)
+    curve = _readable(run)
     left = [] if curve is None else [one for one in curve.users if not user(one.user_id)]
     if curve is None or not left:
         (run / DATA_CURVE).unlink(missing_ok=True)
     else:
         write_data_curve(run, curve._replace(users=left))
+
+
+def remove_shared_curves(run: Path) -> None:
+    """Removes the file where one user's deletion makes all of it stale: the curves of a reward without a basis.
+
+    All users' texts scale the features of such a reward, those of users without a curve too. A file that cannot be read
+    is also removed, since it may hold anybody's curve.
+    """
+    curve = _readable(run)
+    if not (run / DATA_CURVE).exists() or (curve is not None and curve.reward == "basis"):
+        return
+    (run / DATA_CURVE).unlink()
+    if (run / RUN_MANIFEST).exists():
+        write_run_manifest(run, only=DATA_CURVE)
+
+
+def _readable(run: Path) -> DataCurve | None:
+    """The curves; None also where they cannot be read."""
+    try:
+        return data_curve_of(run)
+    except InputError:
+        return None
 
 
 def data_curve_table(curve: DataCurve) -> Table:
