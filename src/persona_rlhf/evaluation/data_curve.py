@@ -12,22 +12,27 @@ from random import Random
 from statistics import fmean
 from typing import NamedTuple
 
-from persona_rlhf.evaluation.statistics import bootstrap
+from persona_rlhf.evaluation.statistics import Interval, bootstrap
 
 SHARE = 0.8
 """The part of the gain for which the pairs needed are told."""
 
 _DRAWS, _LEVEL = 400, 0.95  # of the bootstrap over users
 _FEWEST = 2  # users of a curve over users
+FEWEST_OF_INTERVAL = 8
+"""Users below which no interval over users is given: a bootstrap over three covers the mean three times of four."""
 
 
 class CurvePoint(NamedTuple):
-    """Held-out accuracy at a number of pairs, with its 95% interval; of n users, or of one user's n prompts."""
+    """Held-out accuracy at a number of pairs, with its 95% interval; of n users, or of one user's n prompts.
+
+    `low` and `high` are None over fewer users than `FEWEST_OF_INTERVAL`.
+    """
 
     pairs: int
     accuracy: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
 
 
@@ -44,7 +49,8 @@ class UserCurve(NamedTuple):
 class DataNeed(NamedTuple):
     """The pairs that bring `share` of the gain of `of` pairs, with a 95% interval over users.
 
-    None where the labels show no gain at `of` pairs.
+    All are None where the labels show no gain at `of` pairs; `low` and `high` with fewer users than
+    `FEWEST_OF_INTERVAL`.
     """
 
     pairs: int | None
@@ -59,7 +65,8 @@ class DataNeed(NamedTuple):
         gain = f"{self.share:.0%} of the gain that {self.of} pairs bring"
         if self.pairs is None:
             return f"{self.users} users' labels show no gain of the reward at {self.of} pairs"
-        return f"{self.pairs} pairs ({self.low} to {self.high}) bring {gain}, by the labels of {self.users} users"
+        interval = "too few users for an interval" if self.low is None else f"{self.low} to {self.high}"
+        return f"{self.pairs} pairs ({interval}) bring {gain}, by the labels of {self.users} users"
 
 
 def over_users(curves: Sequence[UserCurve]) -> list[CurvePoint]:
@@ -69,10 +76,14 @@ def over_users(curves: Sequence[UserCurve]) -> list[CurvePoint]:
         for point in curve.points:
             reached.setdefault(point.pairs, []).append(point.accuracy)
     return [
-        CurvePoint(pairs, fmean(values), *bootstrap(values), len(values))
+        CurvePoint(pairs, fmean(values), *_interval(values), len(values))
         for pairs, values in sorted(reached.items())
         if len(values) >= _FEWEST
     ]
+
+
+def _interval(values: Sequence[float]) -> Interval | tuple[None, None]:
+    return bootstrap(values) if len(values) >= FEWEST_OF_INTERVAL else (None, None)
 
 
 def data_need(curves: Sequence[UserCurve], seed: int = 0) -> DataNeed | None:
@@ -93,6 +104,8 @@ def data_need(curves: Sequence[UserCurve], seed: int = 0) -> DataNeed | None:
     pairs = _needed(whole, of)
     if pairs is None or sum(draw is None for draw in draws) > _DRAWS * (1 - _LEVEL) / 2:
         return DataNeed(None, None, None, of, len(whole))
+    if len(whole) < FEWEST_OF_INTERVAL:
+        return DataNeed(pairs, None, None, of, len(whole))
     needs = sorted(draw for draw in draws if draw is not None)
     outside = round((1 - _LEVEL) / 2 * len(needs))
     return DataNeed(pairs, needs[outside], needs[-1 - outside], of, len(whole))

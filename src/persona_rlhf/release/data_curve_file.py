@@ -143,9 +143,14 @@ def data_curve_table(curve: DataCurve) -> Table:
         adapter = "" if one.adapter is None else f"{one.adapter.accuracy:.2f} ({one.adapter.pairs})"
         table.add_row(escape(visible(one.user_id)), *(by_size.get(size, "") for size in sizes), adapter)
     table.add_section()
-    means = {point.pairs: f"{point.accuracy:.2f} ({point.low:.2f}-{point.high:.2f})" for point in all_users}
+    means = {point.pairs: _in_words(point) for point in all_users}
     table.add_row("mean", *(means.get(size, "") for size in sizes), "")
     return table
+
+
+def _in_words(point: CurvePoint) -> str:
+    interval = "" if point.low is None or point.high is None else f" ({point.low:.2f}-{point.high:.2f})"
+    return f"{point.accuracy:.2f}{interval}"
 
 
 class DrawnCurve(NamedTuple):
@@ -176,7 +181,7 @@ def data_curve_section(curve: DataCurve) -> Markup:
 
 
 def drawn(points: Sequence[CurvePoint]) -> DrawnCurve:
-    """A curve over users, from accuracy 0.4 to 1, over the logarithm of 1 + pairs."""
+    """A curve over users, from accuracy 0.4 to 1, over the logarithm of 1 + pairs; the band ends with the intervals."""
     widest = log2(1 + max((point.pairs for point in points), default=1))
 
     def x(point: CurvePoint) -> float:
@@ -186,6 +191,7 @@ def drawn(points: Sequence[CurvePoint]) -> DrawnCurve:
         return round(180 - 160 * (min(1.0, max(0.4, value)) - 0.4) / 0.6, 1)
 
     places = [(x(point), y(point.accuracy)) for point in points]
-    band = [(x(point), y(point.high)) for point in points] + [(x(point), y(point.low)) for point in reversed(points)]
+    band = [(x(point), y(point.high)) for point in points if point.high is not None]
+    band += [(x(point), y(point.low)) for point in reversed(points) if point.low is not None]
     line, area = (" ".join(f"{across},{down}" for across, down in each) for each in (places, band))
     return DrawnCurve(points, line, area, places)
