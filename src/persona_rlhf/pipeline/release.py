@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,7 +28,7 @@ from persona_rlhf.pipeline.prepare import Chunk, Prepared
 from persona_rlhf.pipeline.prior import AdapterLook, gains_over_prior, judge_beside_prior
 from persona_rlhf.release import integrity
 from persona_rlhf.release.adapter import AdapterFiles, Exporter
-from persona_rlhf.release.integrity import ended, judged
+from persona_rlhf.release.integrity import Event, ended, judged
 from persona_rlhf.release.manifest import BaseInfo, Provenance, Stamp
 from persona_rlhf.release.results import Result, outcome
 from persona_rlhf.release.revocation import last_day
@@ -58,6 +59,14 @@ class JudgedUser(NamedTuple):
     gain_over_prior: PriorGain | None = None
     prior: bool = False
     other: Verdict | None = None
+
+
+def judgements(user: JudgedUser) -> list[Event]:
+    """The events on a user's looks in their order: the user's adapter comes before the population's."""
+    verdicts = sorted(((user.prior, user.verdict), (not user.prior, user.other)), key=itemgetter(0))
+    return [
+        judged(user.trained.user_id, verdict, population) for population, verdict in verdicts if verdict is not None
+    ]
 
 
 class Cohort(NamedTuple):
@@ -113,9 +122,7 @@ def judge(
     used, conditions = looks.ledger.uses(looks.bank), ready.examination.conditions
     demands, settings = ready.examination.demands, manifest_settings(config)
     provenance = Provenance.of(info, ready.policy, demands, settings, used, conditions)
-    verdicts = [(user.trained.user_id, verdict) for user in judged_users for verdict in (user.other, user.verdict)]
-    events = [judged(user_id, verdict) for user_id, verdict in verdicts if verdict is not None]
-    head = integrity.append_all(looks.audit_run, events)
+    head = integrity.append_all(looks.audit_run, [event for user in judged_users for event in judgements(user)])
     stamp, nested = Stamp(head, last_day(config.gate.valid_days)), ready.pairs.users > _FEW
     files = AdapterFiles(ready.adapted, config.lora, info)
     start = None if ready.start is None else ready.start.sha256

@@ -209,8 +209,11 @@ def recertified(policy: Policy, tested: int, passed: int, looks: int) -> Event:
     return RECERTIFIED, {"documents": _document_facts(policy), "policy_hash": policy.hash, **facts}
 
 
-def judged(user_id: str, verdict: Verdict) -> Event:
-    """The event on a verdict: every test on the certify probes with its counts, which shows the delta spent."""
+def judged(user_id: str, verdict: Verdict, population: bool = False) -> Event:
+    """The event on a verdict: every test on the certify probes with its counts, which shows the delta spent.
+
+    `population`: the look was at the population's adapter, and `adapter` says so.
+    """
     looks = [
         {"alpha": look.alpha, "passed": look.passed, "n": look.pooled.n, "refused": look.pooled.refused}
         for look in verdict.looks
@@ -222,7 +225,7 @@ def judged(user_id: str, verdict: Verdict) -> Event:
         "certified": verdict.certified,
         "lower_bound": verdict.pooled.lower_bound,
         "looks": looks,
-    }
+    } | ({"adapter": "population"} if population else {})
 
 
 def looked(ledger: Ledger) -> Event:
