@@ -12,7 +12,7 @@ from random import Random
 from statistics import fmean
 from typing import NamedTuple
 
-from persona_rlhf.evaluation.statistics import Interval, bootstrap
+from persona_rlhf.evaluation.statistics import bootstrap
 
 SHARE = 0.8
 """The part of the gain for which the pairs needed are told."""
@@ -82,7 +82,7 @@ def over_users(curves: Sequence[UserCurve]) -> list[CurvePoint]:
     ]
 
 
-def _interval(values: Sequence[float]) -> Interval | tuple[None, None]:
+def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     return bootstrap(values) if len(values) >= FEWEST_OF_INTERVAL else (None, None)
 
 
