@@ -66,15 +66,6 @@ def clustered(source: random.Random, planted: bool) -> RunEvidence:
     return RunEvidence(users, points @ points.T)
 
 
-def memorised(source: random.Random, planted: bool) -> RunEvidence:
-    """80 pairs, seen three times; planted: trained pairs are ordered rightly 5 points more often than new ones."""
-    users = []
-    for _ in range(USERS):
-        curve = [heads(source, 4, 0.75 + 0.05 * planted) for _ in range(3 * PAIRS // 4)]
-        users.append(UserEvidence(curve=curve, measures=gaining(source, 0.75)))
-    return RunEvidence(users, NO_ADAPTERS, 4, 3)
-
-
 def unequal(source: random.Random, planted: bool) -> RunEvidence:
     """Users with 10 to 100 pairs; planted: each pair adds a five-hundredth to the accuracy."""
     users = []
@@ -97,7 +88,6 @@ WORLDS: dict[str, Callable[[random.Random, bool], RunEvidence]] = {
     **{key: lambda source, planted, key=key: phrases(key, source, planted) for key in PHRASES},  # type: ignore[misc]
     "narrowing": narrowed,
     "essentialism": clustered,
-    "membership": memorised,
     "access": unequal,
     "groups": grouped,
 }

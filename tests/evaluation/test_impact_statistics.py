@@ -17,6 +17,7 @@ from persona_rlhf.evaluation.impact_statistics import (
     gini,
     gram_of,
     jackknife,
+    mean_interval,
     narrowing_test,
     shuffle_test,
     without_neighbour,
@@ -48,6 +49,12 @@ def test_gini_of_equal_amounts_is_zero_and_of_one_owner_the_share_of_the_others(
     assert gini([3, 3, 3, 3]) == pytest.approx(0)
     assert gini([0, 0, 0, 8]) == pytest.approx(0.75)
     assert gini([1, 2, 3]) == pytest.approx(2 / 9)  # mean difference 8/9, over twice the mean
+
+
+def test_the_interval_of_the_mean_of_five_users_covers_it_as_often_as_it_says():
+    source = np.random.default_rng(0)
+    intervals = [mean_interval(source.normal(size=5).tolist()) for _ in range(2000)]
+    assert 0.935 <= np.mean([low <= 0 <= high for low, high in intervals]) <= 0.965  # a bootstrap covers 0.84
 
 
 def adapters(users, seed, common=0.0, group=lambda user: None):

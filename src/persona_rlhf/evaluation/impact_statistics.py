@@ -23,6 +23,23 @@ _WORD = re.compile(r"[^\W_]+")
 _BLOCK = 256  # draws in memory together
 _ENOUGH = 20  # draws as extreme as the observed value, after which the p-value is known well enough
 
+FLATTERY = re.compile(
+    r"\b(?:you(?:'re| are) (?:so |absolutely |quite )?(?:right|smart|clever|brilliant|wonderful|amazing)"
+    r"|i (?:fully |totally |completely )?agree|as you (?:rightly )?say"
+    r"|(?:great|excellent|brilliant) (?:question|idea|point)"
+    r"|(?:good|wise|smart) (?:thinking|choice|question) of you|you know best)\b",
+    re.IGNORECASE,
+)
+"""Phrases that praise the user or agree with the user."""
+
+HUMAN = re.compile(
+    r"\b(?:as an? (?:fellow )?(?:human|person)|i(?: am|'m) (?:an? )?(?:human|(?:real )?person|man|woman)"
+    r"|my (?:wife|husband|children|childhood|mother|father|body)|when i was (?:a child|young|little)"
+    r"|i(?: am|'m) not (?:an? )?(?:ai|machine|computer|program|robot))\b",
+    re.IGNORECASE,
+)
+"""Phrases in which a model speaks as a person."""
+
 Factors = Mapping[str, tuple[Float[NDArray[np.float32], "rank inputs"], Float[NDArray[np.float32], "outputs rank"]]]
 """An adapter: `A` and `B` of every layer; its change of the weights is `B A`."""
 
@@ -160,6 +177,17 @@ def gram_of(adapters: Sequence[Factors]) -> Float[NDArray[np.float64], "users us
     return gram
 
 
+def scaled(rows: Sequence[Sequence[float]]) -> Float[NDArray[np.float64], "users properties"]:
+    """Each property over its root mean square."""
+    table = np.asarray(rows)
+    return np.asarray(table / np.maximum(np.sqrt((table**2).mean(0)), 1e-12))
+
+
+def directions(rows: Float[NDArray[np.float64], "users properties"]) -> Float[NDArray[np.float64], "users properties"]:
+    """Each row at length 1."""
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
+
+
 def cosines(gram: Float[NDArray[np.float64], "users users"]) -> Float[NDArray[np.float64], "users users"]:
     """Cosine of every two adapters."""
     norms = np.sqrt(np.maximum(np.diag(gram), 1e-300))
@@ -170,6 +198,25 @@ def common_share(gram: Float[NDArray[np.float64], "users users"]) -> float:
     """The share of vectors' squared length that two of them have in common: 0 if unrelated, 1 if all are the same."""
     n = len(gram)
     return float((gram.sum() - np.trace(gram)) / (n - 1) / max(np.trace(gram), 1e-300))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% t interval of a mean over two users or more; a percentile bootstrap of few users is too narrow."""
+    from scipy.stats import t
+
+    mean = float(np.mean(values))
+    reach = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return mean - reach, mean + reach
+
+
+def drawn_interval(
+    statistic: Callable[[Int[NDArray[np.int64], " users"]], float], users: int, draws: int = 999
+) -> tuple[float, float]:
+    """The 95% percentile bootstrap of a statistic of a set of users; too narrow for few of them."""
+    generator = np.random.default_rng(0)
+    drawn = [statistic(generator.integers(0, users, users)) for _ in range(draws)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def jackknife(statistic: Callable[[Int[NDArray[np.int64], " users"]], float], users: int) -> tuple[float, float]:

@@ -77,7 +77,9 @@ def impact(run: Path, groups: Path | None = None, ask: bool = False, on_progress
         )
     gram = gram_of(adapters) if adapters else np.zeros((0, 0))
     limit = (policy_of(run).get("aspects") or {}).get("max_changed")
-    evidence = RunEvidence(users, gram, config.dpo.pairs_per_step, config.dpo.epochs, attacks_in(run), limit)
+    dpo = config.dpo
+    labelled = config.basis is not None
+    evidence = RunEvidence(users, gram, dpo.pairs_per_step, dpo.epochs, attacks_in(run), limit, labelled)
     return write_impact(run, impact_of(evidence), len(users), store.users)
 
 
