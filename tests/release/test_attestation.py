@@ -18,7 +18,9 @@ from model_signing import verifying
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import SSlibKey
+from typer.testing import CliRunner
 
+from persona_rlhf.cli.app import app
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import slug
 from persona_rlhf.release.attestation import CERTIFICATE, MODEL_SIGNATURE, PREDICATE_TYPE
@@ -315,6 +317,25 @@ def test_another_signed_statement_is_no_signature_of_the_model(folder, key):
     envelope = json.loads((folder / CERTIFICATE).read_bytes())
     (folder / MODEL_SIGNATURE).write_text(json.dumps({"dsseEnvelope": envelope}))
     assert verify(folder, trusted(key)) == [f"{MODEL_SIGNATURE} is no signature of a model"]
+
+
+@pytest.mark.parametrize("name", [MODEL_SIGNATURE, CERTIFICATE])
+def test_a_paper_without_a_signature_is_a_fault_without_keys_too(folder, name):
+    content = json.loads((folder / name).read_bytes())
+    content.get("dsseEnvelope", content)["signatures"] = []
+    (folder / name).write_text(json.dumps(content))
+    assert f"{name} holds no signature" in verify(folder)
+
+
+def test_verify_says_which_signatures_it_did_not_check(folder, key):
+    plain = CliRunner().invoke(app, ["verify", str(folder), "--json"])
+    notes = json.loads(plain.stdout)["notes"]
+    for name in (MODEL_SIGNATURE, CERTIFICATE):
+        assert f"{name}: its signature was not checked; give trusted keys (--trust)" in notes
+    keys = str(key.with_name("keys.yaml"))
+    checked = CliRunner().invoke(app, ["verify", str(folder), "--json", "--trust", keys])
+    assert (plain.exit_code, checked.exit_code) == (0, 0)
+    assert "not checked" not in checked.stdout
 
 
 def test_a_stranger_is_no_releaser(run, key, tmp_path):

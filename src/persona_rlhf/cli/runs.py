@@ -159,6 +159,7 @@ def verify(
     from persona_rlhf.common.files import is_hub_id
     from persona_rlhf.release import audit_proof
     from persona_rlhf.release.approval_packet import packet_faults
+    from persona_rlhf.release.attestation import unchecked_signatures
     from persona_rlhf.release.hub import verify_remote
     from persona_rlhf.release.integrity import read_head
     from persona_rlhf.release.revocation import read_list
@@ -186,7 +187,7 @@ def verify(
         faults = verify_remote(place, witnesses)
     elif is_adapter(folder):
         faults = faults_of(folder, witnesses)
-        notes += conditions_of(folder)
+        notes += [*(unchecked_signatures(folder) if trust is None else ()), *conditions_of(folder)]
     else:
         with open_run(folder, "verify", wait, shared=True):
             faults = faults_of(folder, witnesses)

@@ -120,12 +120,17 @@ def certificate_predicate(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def paper_faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Papers of a folder that do not describe its files and its manifest; signatures are not checked."""
+    """Papers of a folder that do not describe its files and its manifest, or hold no signature.
+
+    Signatures are not checked: that needs trusted keys (`untrusted_export`).
+    """
     faults = list[str]()
     for name, check in ((BOM, _bom_faults), (CERTIFICATE, _certificate_faults), (MODEL_SIGNATURE, _model_faults)):
         if (folder / name).is_file():
             try:
                 faults += check(folder, manifest)
+                if name != BOM and not _read_envelope(folder / name)["signatures"]:
+                    faults.append(f"{name} holds no signature")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
                 faults.append(f"{name} cannot be read ({type(fault).__name__}: {fault})")
     return faults
@@ -163,6 +168,12 @@ def untrusted_export(folder: Path, trust: Trust) -> list[str]:
     faults = [f"{name}: no trusted key of a releaser signed it" for name in present if not _signed(folder / name, keys)]
     covered = MODEL_SIGNATURE in present and not signature_of(folder / MANIFEST).exists()
     return faults if covered else [*untrusted_adapter(folder, trust), *faults]
+
+
+def unchecked_signatures(folder: Path) -> list[str]:
+    """A sentence for each signed paper of an adapter's folder, for a reader who has no trusted keys."""
+    present = [name for name in (MODEL_SIGNATURE, CERTIFICATE) if (folder / name).is_file()]
+    return [f"{name}: its signature was not checked; give trusted keys (--trust)" for name in present]
 
 
 def _signed(file: Path, keys: Iterable[bytes]) -> bool:
