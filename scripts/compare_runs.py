@@ -4,7 +4,8 @@ python scripts/compare_runs.py runs/on runs/off
 python scripts/compare_runs.py runs/on runs/off --utilities data/users/utilities.yaml --json
 
 Clean users are those that the utilities call `poisoned: 0` and that both runs released or held back (who is held back
-is measured as the base). Intervals are 95% bootstraps over users, the two runs of a user drawn together.
+is measured as the base). A user with the population's adapter (`prior`) counts as released and is also counted apart.
+Intervals are 95% bootstraps over users, the two runs of a user drawn together.
 """
 
 from __future__ import annotations
@@ -77,9 +78,10 @@ def side(results: Sequence[Result]) -> dict[str, Any]:
     rates = [count.refused / count.n for count in pooled]
     points = [100 * (count.refused - count.base_refused) / count.n for count in over]
     return {
-        "released": sum(r.status == "released" for r in results),
+        "released": sum(r.has_adapter for r in results),
+        "prior": sum(r.status == "prior" for r in results),
         "held_back": sum(r.status == "held_back" for r in results),
-        "share_at_full_strength": fmean(r.status == "released" and r.alpha == 1 for r in results),
+        "share_at_full_strength": fmean(r.has_adapter and r.alpha == 1 for r in results),
         "over_refusal_points": fmean(points) if points else None,
         "over_refusal_interval": bootstrap(points) if points else None,
         "refusal_mean": fmean(rates) if rates else None,
@@ -130,7 +132,9 @@ def rendered(found: dict[str, Any]) -> Table:
             table.add_row(f"mean of {name}", a, b, ratio)
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "released at alpha = 1": lambda run: f"{run['share_at_full_strength']:.1%}",
-        "released / held back": lambda run: f"{run['released']} / {run['held_back']}",
+        "released (with the population's adapter) / held back": lambda run: (
+            f"{run['released']} ({run['prior']}) / {run['held_back']}"
+        ),
         "over-refusal against the base, points": lambda run: (
             ""
             if run["over_refusal_points"] is None

@@ -253,6 +253,14 @@ def test_cut_short_anywhere_it_is_finished_by_the_next_start(planted, tmp_path, 
     assert cut >= (5 if full else 20)
 
 
+def test_curves_that_cannot_be_read_are_removed(planted):
+    (planted / "data_curve.json").write_text('{"users": [' + json.dumps(ID))
+    write_run_manifest(planted)
+    assert forget(planted, ID) is not None
+    assert not (planted / "data_curve.json").exists()
+    assert not [fault for fault in verify(planted) if "data_curve" in fault]
+
+
 def test_interrupted_twice_it_is_still_finished(planted):
     assert cut_short(lambda: forget(planted, ID), 12) == KILLED
     assert cut_short(lambda: finish_forgetting(planted), 9) == KILLED

@@ -32,7 +32,7 @@ PriorName = Literal["base", "population"]
 
 
 class PriorGain(NamedTuple):
-    """The mean gain over n prompts in the share of pairs ordered rightly, and its 95% interval.
+    """The mean gain over n prompts in the share of pairs ordered rightly, and its 95% interval; at alpha 1.
 
     `p_value` is that of "no better than the prior", one-sided. `by` names the pairs.
     """

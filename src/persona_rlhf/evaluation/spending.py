@@ -23,8 +23,11 @@ Theirs moves along its series of shares at every look; here only a failure moves
   chosen by its own prompts errs with a chance of at most the sum over all tests that may be chosen. Both looks are
   charged, so that sum stays within delta.
 The population's adapter is one for many users, and each of them tests it at the share of the user's own look. Nothing
-is divided among users: the promise is for each. Their errors come together: if it breaks a demand and passes, all of
-them have it, with a chance of at most delta. With `gate.family: all` each user has a part of delta, as for any adapter.
+is divided among users: the promise is for each. Demands on refusals are tested on the same probes for all users, and a
+larger share passes whatever a smaller one does. So one population's adapter in breach passes for anybody with a chance
+of at most the largest of these shares, and then it may pass for all of them. With `sequential` each user draws other
+units: an adapter in breach may pass for some users and fail for others. The chance is at most delta for each of them;
+that it passes for somebody, up to delta times their number. With `gate.family: all` each user has a part of delta.
 
 Harmless prompts and questions of fixed aspects are the same at every look, so no look renews them. With `sequential`,
 demands on them spend by the counted series, whatever passes (`Demands.at_look`).
