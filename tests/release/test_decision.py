@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 
 from persona_rlhf.evaluation.impact import RunEvidence, UserEvidence, impact_of
+from persona_rlhf.evaluation.prior_gain import PriorGain
 from persona_rlhf.release.decision import decision_of, identity_of
 from persona_rlhf.release.integrity import append
 from persona_rlhf.release.report import render, write_report
@@ -20,6 +21,22 @@ def test_the_first_sentence_counts_verdicts_and_reasons_are_of_users_without_an_
     assert {status for status, *_ in made.reasons} == {"held back", "skipped", "failed"}
     many = [replace(results[0], status="skipped", reason=f"reason {n}") for n in range(9)]
     assert (len(decision(many).reasons), decision(many).further) == (5, 4)
+
+
+def test_users_who_keep_the_population_s_adapter_for_one_cause_count_together(run):
+    [some, *_] = read_results(run.path)
+    gains = [PriorGain("population", "held-out pairs", 60, n / 100, -0.1, 0.4, 0.1 + n / 100) for n in range(9)]
+    causes = [f"the gain over it is {gain}, and level 0.05 asks for more" for gain in gains] + [
+        "no pair tells a gain, and level 0.05 asks for more"
+    ]
+    verdict = "passed at the first look (of the population's adapter: {})"
+    users = [replace(some, status="prior", reason=verdict.format(cause)) for cause in causes]
+    made = decision(users)
+    assert made.reasons == [
+        ("prior", "the gain over it is ... (whole reasons in the table of users)", 9),
+        ("prior", "no pair tells a gain ... (whole reasons in the table of users)", 1),
+    ]
+    assert made.further == 0
 
 
 def test_each_alarm_has_an_action_and_a_clean_run_has_none(run):

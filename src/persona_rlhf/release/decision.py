@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -16,6 +17,7 @@ from persona_rlhf.release.manifest import MANIFEST, read_manifest
 from persona_rlhf.release.results import Result, RunSummary
 
 _MOST_REASONS = 5
+_DETAIL = re.compile(r",|[\s(][-+]?\d")
 _ENDED = ("released", "prior", "held_back", "skipped", "failed")  # events of the audit trail
 
 
@@ -47,7 +49,7 @@ def decision_of(
     for result in results:
         changed += result.broken_facts > 0
         if result.status != "released":
-            reasons[result.status.replace("_", " "), result.reason] += 1
+            reasons[result.status.replace("_", " "), _shared(result)] += 1
     shown = reasons.most_common(_MOST_REASONS)
     parts = [f"{summary.released:,} of {counted(summary.users, 'user')} released"]
     parts += [f"{summary.prior:,} with the population's adapter"] if summary.prior else []
@@ -60,6 +62,15 @@ def decision_of(
         reasons.total() - sum(users for _, users in shown),
         list(_advice(summary, changed, gated, impact)),
     )
+
+
+def _shared(result: Result) -> str:
+    """The reason of a user, for the population's adapter without the user's figures: with them no two are the same."""
+    if result.status != "prior":
+        return result.reason
+    cause = result.reason.partition("(of the population's adapter: ")[2].removesuffix(")") or result.reason
+    words = _DETAIL.split(cause, maxsplit=1)[0]
+    return cause if words == cause else f"{words} ... (whole reasons in the table of users)"
 
 
 def _advice(summary: RunSummary, changed: int, gated: bool, impact: Sequence[ImpactMeasure]) -> Iterable[Advice]:
