@@ -55,6 +55,7 @@ def test_rank_scale_layers_and_base_are_read(tmp_path):
         ({"init_lora_weights": "pissa"}, "which changes the base"),
         ({"base_model_name_or_path": 5}, "it must be a name or a folder"),
         ({"lora_alpha": 0}, "it must be a number above 0"),
+        ({"lora_alpha": 10**400}, "is 100000000000000000...0000000000000000000; it must be a number above 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

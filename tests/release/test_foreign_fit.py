@@ -15,6 +15,7 @@ from persona_rlhf.config.training import BaseSettings, DpoSettings, FleetSetting
 from persona_rlhf.evaluation.gate import certify
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.pipeline.prepare import Prepared
+from persona_rlhf.release import foreign_fit
 from persona_rlhf.release.foreign_adapter import read_foreign
 from persona_rlhf.release.foreign_fit import fit_problems
 from persona_rlhf.release.manifest import DataInfo
@@ -160,6 +161,20 @@ def test_layers_and_shapes_and_values_that_do_not_fit_are_named_together(tmp_pat
     assert "let lora.target_modules and lora.layers cover up_proj" in outside
     assert "takes 16 inputs to 32 outputs, and 32 to 32 in tiny: it is an adapter of another base" in shape
     assert "holds values that are not finite" in values
+
+
+def test_a_scale_that_float32_cannot_hold_is_refused(tmp_path):
+    [problem] = problems(foreign(tmp_path, lora_alpha=10**300))
+    assert "times the scale 2.5e+299 holds values that are not finite" in problem
+
+
+def test_the_weights_are_read_once_for_all_users(tmp_path, monkeypatch):
+    reads = []
+    monkeypatch.setattr(foreign_fit, "load_file", lambda file: reads.append(file) or load_file(file))
+    ready = ready_of(foreign(tmp_path))
+    for user_id in ("ann", "bob"):
+        ready.first_adapter(user_id)
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize("prior", [False, True])

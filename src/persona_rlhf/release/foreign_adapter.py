@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import reprlib
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,8 +137,8 @@ def _faults(config: Mapping[str, Any], rank: int) -> Iterator[tuple[str, str]]:
         yield "r", f"is {r}, and lora.rank is {rank}: a lower rank would change the adapter; set lora.rank to {r}"
     if not isinstance(base := config.get(_BASE), str | None):
         yield _BASE, f"is {base!r}; it must be a name or a folder"
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        yield "lora_alpha", f"is {alpha!r}; it must be a number above 0"
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= sys.float_info.max:
+        yield "lora_alpha", f"is {reprlib.repr(alpha)}; it must be a number above 0 that a float can hold"
 
 
 def _shapes(folder: Path) -> tuple[dict[tuple[str, str], tuple[int, ...]], list[Problem]]:

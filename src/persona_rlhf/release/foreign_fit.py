@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PureWindowsPath
+from functools import lru_cache
+from pathlib import Path, PureWindowsPath
 
 from jaxtyping import Float
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from persona_rlhf.release.foreign_adapter import ForeignAdapter
 def fit_problems(
     adapter: ForeignAdapter, base: BaseSettings, base_hash: str, spans: Mapping[str, LayerSpan]
 ) -> list[Problem]:
-    """Another base, layers that the run does not adapt, other shapes, and values that are not finite.
+    """Another base, layers that the run does not adapt, other shapes, and values that are not finite in float32.
 
     `spans` are the layers that the run adapts, by name.
     """
@@ -38,9 +39,12 @@ def fit_problems(
             sentence = f"`{name}` takes {inputs} inputs to {outputs} outputs, and {span.inputs} to {span.outputs} in "
             problems.append(adapter.problem(f"{sentence}{base.model}: it is an adapter of another base"))
             break  # one layer tells it
-    for name, tensor in load_file(adapter.weights).items():
-        if not bool(tensor.isfinite().all()):
-            problems.append(adapter.problem(f"`{name}` holds values that are not finite; take an earlier checkpoint"))
+    for name, tensor in _tensors(adapter.weights, adapter.sha256).items():
+        if not bool((tensor.float() * adapter.scale).isfinite().all()):
+            sentence = f"`{name}` times the scale {adapter.scale:g} holds values that are not finite"
+            problems.append(
+                adapter.problem(f"{sentence}; take an earlier checkpoint, or one with a smaller lora_alpha")
+            )
             break
     return problems
 
@@ -77,6 +81,12 @@ def _hash_of(name: str, base: BaseSettings) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1)
+def _tensors(weights: Path, sha256: str) -> Mapping[str, Tensor]:
+    """The weights of an adapter, read once for all users of a run; the hash tells another file at the same place."""
+    return load_file(weights)
+
+
 def _last_part(name: str) -> str:
     return PureWindowsPath(name).name.casefold()
 
@@ -92,7 +102,7 @@ def started(
     B takes the ratio of the scales. `fresh` is a new adapter, whose B is zero: it gives A to the ranks and layers that
     the adapter lacks, so that they can be trained and change nothing before.
     """
-    flat, tensors = fresh.clone(), load_file(adapter.weights)
+    flat, tensors = fresh.clone(), _tensors(adapter.weights, adapter.sha256)
     places = list(spans.values())
     for span, (a, b) in zip(places, lora_matrices(flat[None], places), strict=True):
         if span.name in adapter.layers:
