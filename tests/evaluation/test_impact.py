@@ -206,6 +206,14 @@ def test_learning_is_measured_in_pairs():
     assert 20 * 4 <= value.value <= 29 * 4
 
 
+def test_few_users_get_no_interval_that_would_be_too_narrow():
+    run = clean(8, users=7)
+    for key in ("learning", "inclusion", "democratisation", "access", "homogenisation"):
+        assert of(run, key).missing, key
+        assert of(clean(8, users=8), key).value.low is not None, key
+    assert of(run, "accuracy").value.low is not None
+
+
 def test_one_red_team_attack_that_lowers_refusals_is_the_worst():
     attacks = {
         "plain": {"points": 0.0, "points_low": 0.0, "points_high": 0.0, "users": 9},

@@ -56,7 +56,7 @@ FEWEST = 5
 """Users below which a figure over users is not shown, nor that of a group: it would tell of single persons."""
 
 _FEWEST_DRAWN = 8
-"""Users below which a percentile bootstrap is too narrow."""
+"""Users below which a percentile bootstrap or a jackknife is too narrow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,8 +288,8 @@ def _facts(run: RunEvidence) -> Outcome:
 
 def _homogenisation(run: RunEvidence) -> Outcome:
     changes = [list(user.tone.values()) for user in run.users if user.tone]
-    if (n := len(changes)) < FEWEST:
-        return _NO_TONE
+    if (n := len(changes)) < _FEWEST_DRAWN:
+        return f"{n} users have answers whose tone was measured, and {_FEWEST_DRAWN} are needed"
     changes_of = scaled(changes)
     gram = changes_of @ changes_of.T
     low, high = jackknife(lambda places: common_share(gram[np.ix_(places, places)]), n)
@@ -369,15 +369,15 @@ def _inclusion(run: RunEvidence) -> Outcome:
 
 def _democratisation(run: RunEvidence) -> Outcome:
     amounts = [float(len(user.pairs)) for user in run.users if user.pairs]
-    if len(amounts) < FEWEST:
-        return f"{len(amounts)} users have pairs, and {FEWEST} are needed"
+    if len(amounts) < _FEWEST_DRAWN:
+        return f"{len(amounts)} users have pairs, and {_FEWEST_DRAWN} are needed"
     low, high = jackknife(lambda places: gini([amounts[place] for place in places]), len(amounts))
     return ImpactValue(gini(amounts), len(amounts), max(0.0, low), min(1.0, high))
 
 
 def _access(run: RunEvidence) -> Outcome:
     both = [(user.trained, user.gain) for user in run.users if user.trained and user.gain is not None]
-    if len(both) < FEWEST or len({trained for trained, _ in both}) < 2:
+    if len(both) < _FEWEST_DRAWN or len({trained for trained, _ in both}) < 2:
         return "all users have the same number of pairs, or too few users are measured"
     pairs, gains = (np.asarray(column) for column in zip(*both, strict=True))
     first, second = centred_ranks(pairs), centred_ranks(gains)
