@@ -25,7 +25,7 @@ from persona_rlhf.training.subset_accuracy import SUBSETS, LabelledUser, TextRew
 
 MOST_USERS = 200
 """Users of a run whose curves are computed, drawn by the seed."""
-_PLANNED, _PLANNED_SUBSETS = 4, 2  # users of a plan and subsets: a plan takes less than a tenth of a run
+_PLANNED, _PLANNED_SUBSETS = 3, 1  # users of a plan and subsets: a plan takes less than a tenth of a run
 
 
 @locks_run("evaluate --data-curve")
