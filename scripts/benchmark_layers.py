@@ -34,6 +34,7 @@ from persona_rlhf.config.experiment import read_config
 from persona_rlhf.config.training import DpoSettings, FleetSettings, LoraSettings, TopLayers
 from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.data.tokenize import UserRows, both_rows, tokenize
+from persona_rlhf.evaluation.data_curve import FEWEST_OF_INTERVAL
 from persona_rlhf.evaluation.metrics import clean_accuracy, score_pairs, score_pairs_of_base
 from persona_rlhf.evaluation.statistics import bootstrap
 from persona_rlhf.models.adapted_model import AdaptedModel
@@ -200,7 +201,8 @@ def main() -> None:
     found = []
     for name, course in courses.items():
         lost = [b - a for a, b in zip(full.accuracies[-1], course.accuracies[-1], strict=True)]
-        low, high = bootstrap(lost) if name != "all" else (0.0, 0.0)
+        few = name == "all" or len(lost) < FEWEST_OF_INTERVAL
+        low, high = (None, None) if few else bootstrap(lost)
         steps = reached(course, goal)
         seconds = None if steps is None else course.seconds[round(steps * CHECKS) - 1]
         found.append(
@@ -233,7 +235,7 @@ def main() -> None:
             f"{row['seconds_per_user']:.2f}",
             f"{row['accuracy']:.3f}",
             f"{row['against_all']:+.3f}",
-            f"{row['low']:+.3f} to {row['high']:+.3f}",
+            "" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}",
             "never" if to is None else f"{to:.2f}",
             "-" if to is None else f"{trl_to_goal / to:.2f}x",
         )
