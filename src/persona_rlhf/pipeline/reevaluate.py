@@ -145,7 +145,10 @@ def recertify(run: Path, documents: Sequence[Path], on_progress: OnProgress = si
             with watched([adapted], counter.event, on_progress):
                 judged = looks.judge([result.user_id for result in cohort], flat, recorded=list(map(_recorded, cohort)))
             pairs = list(zip(cohort, judged, strict=True))
-            integrity.append_all(run, [retested(result.user_id, look.verdict, policy.hash) for result, look in pairs])
+            events = [
+                retested(result.user_id, look.verdict, policy.hash, result.status == "prior") for result, look in pairs
+            ]
+            integrity.append_all(run, events)
             users += [
                 Retested(
                     result.user_id,

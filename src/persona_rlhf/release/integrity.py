@@ -198,9 +198,9 @@ def screened(chunk: int, users: int, pairs: int, dropped: Iterable[Dropped]) -> 
     return [("screened", {"chunk": chunk, "users": users, "pairs": pairs, "found": rows})]
 
 
-def retested(user_id: str, verdict: Verdict, policy_hash: str) -> Event:
-    """The event on a verdict by other documents than the run's."""
-    return RETESTED, judged(user_id, verdict)[1] | {"policy_hash": policy_hash}
+def retested(user_id: str, verdict: Verdict, policy_hash: str, population: bool = False) -> Event:
+    """The event on a verdict by other documents than the run's; `population` as in `judged`."""
+    return RETESTED, judged(user_id, verdict, population)[1] | {"policy_hash": policy_hash}
 
 
 def recertified(policy: Policy, tested: int, passed: int, looks: int) -> Event:
