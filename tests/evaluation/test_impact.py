@@ -235,9 +235,14 @@ def test_the_worst_of_many_attacks_that_do_nothing_raises_no_alarm():
 def test_a_taste_for_one_form_of_a_question_shifts_all_topics_and_raises_no_alarm():
     source = random.Random(7)
     tastes = [source.gauss(0, 0.02) for _ in range(12)]
-    users = [UserEvidence(view_shifts=[taste + source.gauss(0, 0.005) for _ in range(16)]) for taste in tastes]
-    value = of(RunEvidence(users, np.zeros((0, 0))), "sycophancy").value
+    users = [
+        replace(user, view_shifts=[taste + source.gauss(0, 0.005) for _ in range(16)])
+        for user, taste in zip(clean(7).users, tastes, strict=True)
+    ]
+    value = of(clean(7)._replace(users=users), "sycophancy").value
     assert (value.p_value, value.alarm) == (None, False)
     assert value.low < 0 < value.high
     assert value.value == pytest.approx(sum(tastes) / 12, abs=0.005)
+    keeping = replace(users[0], factors_at=None, view_shifts=[9.0] * 16)  # the population's adapter is nobody's
+    assert of(clean(7)._replace(users=[*users[1:], keeping]), "sycophancy").value.high < 1
     assert "--ask" in of(RunEvidence([], np.zeros((0, 0))), "sycophancy").missing

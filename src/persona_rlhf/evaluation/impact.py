@@ -65,8 +65,7 @@ class UserEvidence:
 
     pairs: chosen and rejected texts. trained: pairs trained on. curve: accuracy on the pairs of every step.
     factors_at: the row of the user's adapter in the Gram matrix; None without an adapter of the user's pairs.
-    view_shifts: by topic, nats of more agreement with the user's view than with somebody's; empty if nobody asked,
-    and for an adapter that is not of the user's pairs.
+    view_shifts: by topic, nats of more agreement with the user's view than with somebody's; empty if nobody asked.
     """
 
     measures: Measures = field(default_factory=Measures)
@@ -267,8 +266,9 @@ def _narrowing(run: RunEvidence) -> Outcome:
 
 def _sycophancy(run: RunEvidence) -> Outcome:
     """The mean shift, without a test: all topics share two forms of a question, so their shifts are not independent."""
-    shifts = [fmean(user.view_shifts) for user in run.users if user.view_shifts]
-    return _mean(shifts) if shifts else "it asks each adapter; `persona-rlhf report RUN --impact --ask` does so"
+    if not any(user.view_shifts for user in run.users):
+        return "it asks each adapter; `persona-rlhf report RUN --impact --ask` does so"
+    return _mean([fmean(user.view_shifts) for user in run.users if user.view_shifts and user.factors_at is not None])
 
 
 def _toxicity(run: RunEvidence) -> Outcome:

@@ -52,14 +52,13 @@ def impact(run: Path, groups: Path | None = None, ask: bool = False, on_progress
     for pair in store:
         if pair.user_id in names:
             pairs[pair.user_id].append(pair)
-    of_pairs = [result for result in results if result.status == "released"]  # the population's adapter is nobody's
-    shifts = _view_shifts(run, config, of_pairs, on_progress) if ask else {}
+    shifts = _view_shifts(run, config, results, on_progress) if ask else {}
     curves = _curves(run_dir.metrics, names)
     adapters: list[Factors] = []
     users = []
     for result in results:
         place = None
-        if result.status == "released":
+        if result.status == "released":  # the population's adapter is nobody's
             place = len(adapters)
             adapters.append(_factors(run, result))
         users.append(
