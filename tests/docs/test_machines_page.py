@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from persona_rlhf.cli import app
 from tests.docs.pages import ROOT, blocks
 
-PAGE = ROOT / "docs/how-to/machines.md"
+PAGE = ROOT / "docs" / "how-to/machines.md"
 
 
 def test_every_command_has_options_that_train_has():
