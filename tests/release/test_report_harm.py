@@ -73,7 +73,8 @@ def test_held_back_for_harm_is_told_from_held_back_by_tier_one(mixed):
     assert table.count("held back for harm") == 1
     assert "2 held back (1 for harm)" in table
     page = render({"name": "x"}, mixed, {"certify": {"delta": 0.05}}, [])
-    assert page.count("held back for harm") == 1
+    assert page.count("held back for harm") == 2  # the user's line, and what to do about it
+    assert "1 user held back for harm" in page
     assert "2 held back (1 for harm)" in page
     assert "Perplexity of answers, worst released" in page
     assert "; the gate allows 1.5" in page
