@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import sys
@@ -128,9 +129,15 @@ def console(people: bool) -> Console:
 
 
 def progress_display(share: WorkShare | None = None) -> ProgressDisplay:
-    """A display of progress events on stderr."""
+    """A display of progress events on stderr.
+
+    Imports are over by then, so garbage is collected as Python does by default. `main` has it collected rarely, and
+    tensors in reference cycles must not wait so long.
+    """
     from persona_rlhf.pipeline.monitoring import ProgressDisplay
 
+    gc.freeze()  # what is imported stays, and is not looked at again
+    gc.set_threshold(700, 10, 10)
     return ProgressDisplay(console(people=True), share)
 
 

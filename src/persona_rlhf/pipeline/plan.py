@@ -39,7 +39,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.heap import keep_large_blocks
 from persona_rlhf.models.row_decoding import LayerTokens
 from persona_rlhf.models.scores import greedy_scores, logps_and_greedy
-from persona_rlhf.pipeline.data_curve import planned_need
+from persona_rlhf.pipeline.data_need import planned_need
 from persona_rlhf.pipeline.inputs import RunInputs, read_inputs
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, WorkCounter, silent, watched
 from persona_rlhf.pipeline.plan_samples import (
