@@ -76,7 +76,6 @@ class BaseAnswers:
         self._prompt_texts = {} if prompt_texts is None else prompt_texts  # an empty one is filled later
         self._adapted = adapted
         self._answers: dict[PromptIds, BaseAnswer] = {}
-        self._written: dict[PromptIds, Generated] = {}
         self._kept: Mapping[str, Generated] = {}
         self.states: dict[Row, Float[Tensor, "_tokens hidden"]] = {}
         """The hidden states of each answer below the adapted layers: the same for every user."""
@@ -98,11 +97,18 @@ class BaseAnswers:
     def _add(self, prompts: Sequence[PromptIds], judged: Sequence[JudgedAnswer]) -> None:
         for prompt, (generated, text, refused) in zip(prompts, judged, strict=True):
             self._answers[prompt] = BaseAnswer(answer_row(self._adapted, prompt, generated), refused, text)
-            self._written[prompt] = generated
+
+    def __len__(self) -> int:
+        """The number of answers so far."""
+        return len(self._answers)
 
     def to_json(self) -> dict[str, list[Any]]:
         """All answers so far, by the hash of their prompt: token ids, and whether the answer ended by itself."""
-        return {_digest(prompt): [list(answer.ids), answer.finished] for prompt, answer in self._written.items()}
+        ends, kept = self._adapted.base.eos_ids[:1], {}
+        for prompt, answer in self._answers.items():
+            completion, finished = answer.row.completion, answer.row.completion[-1:] == ends
+            kept[_digest(prompt)] = [list(completion[:-1] if finished else completion), finished]
+        return kept
 
     def keep(self, answers: Mapping[str, Sequence[Any]]) -> None:
         """Takes answers of `to_json` in place of writing them. They must be of the same base, limit and judges."""

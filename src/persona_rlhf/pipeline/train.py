@@ -222,13 +222,16 @@ def _judge(
 ) -> Iterator[Cohort]:
     """The verdicts of the gate, cohort by cohort."""
     interpolation = None if shared.start is None else interpolation_of(ready, shared.start)
+    kept = 0  # answers of the base in the run's file: most are written at the first cohort, and later ones are rare
     for users in trained:
         for user in users:
             monitor.end(user.user_id, user.steps)
         monitor.log(f"judging {', '.join(user.user_id[:32] for user in users)}")
         with ready.watched(monitor.last._replace(phase="judging", scope="these users"), monitor.on_progress):
             judged = judge(ready, run_dir.path, chunk, users, interpolation, looks, shared.prior)
-        write_answers(ready.examination, ready.policy, run_dir.base_answers)
+        if (answers := sum(map(len, ready.examination.base_answers))) > kept:
+            write_answers(ready.examination, ready.policy, run_dir.base_answers)
+            kept = answers
         yield judged
 
 
