@@ -40,6 +40,7 @@ EXEMPT = {
     "release.export": "copies that leave the run",
     "release.integrity": "pseudonyms only",
     "release.report": "a page, written again by every deletion",
+    "release.run_comparison": "a page outside both runs, named by the user",
     "release.revocation": "pseudonyms only",
     "training.reward_basis": "numbers of a whole population; no run holds one, and removal is a refit",
 }

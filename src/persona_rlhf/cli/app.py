@@ -242,6 +242,12 @@ def evaluate(
 @with_exit_codes
 def report(
     run: RunArgument,
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A second run: compare both on one page.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="With two runs, the page (default: comparison.html).")
+    ] = None,
     impact: Annotated[
         bool, typer.Option("--impact", help="Measure benefits and risks too; writes RUN/impact.json and impact.html.")
     ] = False,
@@ -254,9 +260,16 @@ def report(
     ] = False,
     wait: Wait = WAIT_SECONDS,
 ) -> None:
-    """Write RUN/report.html, a page that needs no network."""
+    """Write RUN/report.html, a page that needs no network; of two runs, a page with their differences."""
     from persona_rlhf.release.report import write_report
 
+    if other is None and out is not None:
+        raise typer.BadParameter("--out goes with two runs")
+    if other is not None:
+        if impact or ask or groups is not None:
+            raise typer.BadParameter("--impact, --groups and --ask go with one run")
+        _compare_runs(run, other, out or Path("comparison.html"), wait)
+        return
     if not impact and (ask or groups is not None):
         raise typer.BadParameter("--groups and --ask go with --impact")
     with open_run(run, "report", wait):
@@ -269,6 +282,17 @@ def report(
         page = write_report(run)
     print_guarantee(run)
     note(f"Report: {page}")
+
+
+def _compare_runs(run: Path, other: Path, page: Path, wait: float) -> None:
+    """Writes the page of two runs. It lies in neither, so that both seals hold."""
+    from persona_rlhf.release.run_comparison import compare_runs
+
+    if any(folder.resolve() in page.resolve().parents for folder in (run, other)):
+        raise typer.BadParameter(f"the page {page} would lie in a run; name a place outside both with --out")
+    with open_run(run, "report", wait, shared=True), open_run(other, "report", wait, shared=True):
+        compare_runs(run, other, page)
+    note(f"Comparison: {page}")
 
 
 @app.command()
