@@ -19,6 +19,7 @@ from persona_rlhf.pipeline import update_run
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir, before, check_replacement, finish_replacement, replace_run
 from persona_rlhf.pipeline.update_run import Added, add, complete_addition, mark_trained, rebase
 from persona_rlhf.release import integrity
+from persona_rlhf.release.earlier_adapters import BASE, other_adapter, restore, result_of, set_aside
 from persona_rlhf.release.integrity import write_run_manifest
 from persona_rlhf.release.results import read_results, write_results
 from persona_rlhf.release.verify import verify
@@ -119,9 +120,44 @@ def test_a_changed_user_who_is_held_back_loses_his_adapter(joining):
     assert RunDir(path).sources == ["more.jsonl", "other.jsonl"]
 
 
+def test_with_keep_earlier_a_user_who_is_held_back_keeps_the_adapter_and_the_way_back_stays(joining):
+    path, _ = joining
+    mark_trained(path, "more.jsonl", keep_earlier=True)
+    complete_addition(path)
+    old = result_of(path, NEW)
+    assert {user: other_adapter(path, user).adapter for user in (NEW, CHANGED)} == {NEW: BASE, CHANGED: BASE}
+    assert other_adapter(path, CHANGED).result.status == "held_back"
+    inner = path / "state/adding"
+    shutil.copytree(path, path.with_name("inner"))
+    path.with_name("inner").rename(inner)
+    held = {"status": "held_back", "alpha": 0.0, "path": None, "manifest_sha256": None}
+    shutil.rmtree(inner / old.path)
+    write_results(inner, [replace(result_of(inner, NEW), **held)])
+    RunDir(inner).change_users([(pseudonym(NEW), "other pairs")])
+    mark_trained(path, "other.jsonl", keep_earlier=True)
+    complete_addition(path)
+    assert result_of(path, NEW) == old
+    assert (path / old.path).exists()
+    assert verify(path) == []
+    assert (pseudonym(NEW), "other pairs") in RunDir(path).selection.user_digests  # not trained again
+    assert other_adapter(path, NEW).adapter == BASE
+    assert restore(path, NEW, BASE).status == "skipped"
+    assert verify(path) == []
+
+
+def test_without_it_earlier_adapters_go_with_the_one_that_they_preceded(joining):
+    path, _ = joining
+    set_aside(path, {NEW: None, "../../etc": None})
+    complete_addition(path)
+    assert other_adapter(path, NEW) is None
+    assert other_adapter(path, "../../etc") is not None
+
+
 @pytest.mark.slow
-def test_killed_before_any_change_it_is_finished_by_the_next_start(joining, tmp_path):
+@pytest.mark.parametrize("keep", [False, True])
+def test_killed_before_any_change_it_is_finished_by_the_next_start(joining, tmp_path, keep):
     path, whole = joining
+    mark_trained(path, "more.jsonl", keep)
     others = adapters(path)
     for at in count(1):
         copy = tmp_path / "copy"
@@ -134,6 +170,8 @@ def test_killed_before_any_change_it_is_finished_by_the_next_start(joining, tmp_
         for left_over in copy.glob("state/.adding.*"):
             shutil.rmtree(left_over)  # the next `add` removes it
         check(copy, whole, others, at)
+        if keep:
+            assert [other_adapter(copy, user).adapter for user in (NEW, CHANGED)] == [BASE, BASE], at
         if met == DONE:
             assert at > 40
             break

@@ -181,17 +181,21 @@ def exit_if_withheld(results: Iterable[Result]) -> None:
 def open_run(run: Path, verb: str, wait: float, *, shared: bool = False, part: str | None = None) -> Iterator[None]:
     """Holds the lock of a run for a verb, alone, `shared` with readers, or as a `part` (see `run_lock`).
 
-    Additions, deletions and replacements that were interrupted in the run are finished first. Raises InputError if one
-    cannot be finished, or another program holds the lock for longer than `wait` seconds; OSError if the disk is full.
+    Additions, deletions, replacements and ways back to earlier adapters that were interrupted in the run are finished
+    first. Raises InputError if one cannot be finished, or another program holds the lock for longer than `wait`
+    seconds; OSError if the disk is full.
     """
     from persona_rlhf.pipeline.run_dir import RunDir, finish_replacement
     from persona_rlhf.release.deletion_records import pending
+    from persona_rlhf.release.earlier_adapters import finish_restoring, is_restoring
 
     if finish_replacement(run, wait, note):
         note(f"Finished an interrupted replacement: {run}")
     if RunDir(run).addition_trained.is_file() or pending(run):  # or they are under way: the lock tells
         with run_lock(run, verb, wait=wait, tell=note):
             _finish_interrupted(run)
+    if is_restoring(run):
+        finish_restoring(run, wait)
     with run_lock(run, verb, shared=shared, part=part, wait=wait, tell=note):
         yield
 

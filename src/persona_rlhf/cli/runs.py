@@ -70,6 +70,10 @@ def add(
     users: Annotated[
         str, typer.Option("--users", metavar="PATH", help="New or changed users, each with all of their pairs.")
     ],
+    keep_earlier: Annotated[
+        bool,
+        typer.Option("--keep-earlier", help="Set adapters before aside; one stays where no new one is released."),
+    ] = False,
     as_json: Json = False,
     wait: Wait = WAIT_SECONDS,
 ) -> None:
@@ -80,7 +84,7 @@ def add(
     from persona_rlhf.release.deletion_records import FORGOTTEN
 
     with progress_display() as display:
-        done = train(run, users, display, wait=wait, tell=note)
+        done = train(run, users, display, keep_earlier=keep_earlier, wait=wait, tell=note)
     if done.results or as_json:
         print_results(done.results, as_json)
     else:

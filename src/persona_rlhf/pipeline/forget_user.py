@@ -41,6 +41,7 @@ from persona_rlhf.release.deletion_records import (
     slug_hash,
     write_proof,
 )
+from persona_rlhf.release.earlier_adapters import earlier_traces
 from persona_rlhf.release.hub import delete_upload, uploads_of
 from persona_rlhf.release.impact_report import remove_impact
 from persona_rlhf.release.integrity import REVOKED, RUN_MANIFEST, run_manifest_faults, write_run_manifest
@@ -80,6 +81,7 @@ def traces(run: Path, user: DataSubject, on_progress: OnProgress = silent) -> It
     """
     yield from addition_traces(run, user)
     yield from adapter_traces(run, user)
+    yield from earlier_traces(run, user)
     yield from redteam_traces(run, user)
     yield from data_curve_traces(run, user)
     if next(run.glob("state/**/*.safetensors"), None) is not None:

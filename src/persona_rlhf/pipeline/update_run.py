@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from persona_rlhf.pipeline.run_dir import PAIRS, SOURCES, RunDir, number_of
 from persona_rlhf.release import integrity
 from persona_rlhf.release.comparison import Comparison, RebasedUser, compare, rebased_users, to_json, write_rebase
 from persona_rlhf.release.data_curve_file import DATA_CURVE
+from persona_rlhf.release.earlier_adapters import adapter_name, drop_earlier, set_aside
 from persona_rlhf.release.impact_report import remove_impact
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.manifest import read_manifest
@@ -47,6 +48,7 @@ def add(
     source: str,
     on_progress: OnProgress = silent,
     *,
+    keep_earlier: bool = False,
     wait: float = 0.0,
     tell: Callable[[str], None] = tell_nobody,
 ) -> Added:
@@ -55,11 +57,14 @@ def add(
     `source` holds all pairs of each of its users: they replace the pairs that the run has. Config, base and policy are
     those of the run. The users are trained in a run of their own inside the folder; the next call resumes a killed one.
 
+    `keep_earlier` sets a changed user's adapter aside, for the way back (`release/earlier_adapters`). Where the new one
+    is not released, the earlier one stays in its place.
+
     Raises InputError where the run is not finished, its base, policy or config changed since, it was recertified under
     other documents since, its gate shares delta among all users, or the source cannot be read; nothing is changed then.
     """
     with run_lock(run, "add", part="adding", wait=wait, tell=tell):  # readers may go on while the users are trained
-        added = _train_addition(run, source, on_progress)
+        added = _train_addition(run, source, on_progress, keep_earlier)
     if not added.results:
         return added
     with run_lock(run, "add", wait=math.inf, tell=tell):  # the work is done; a reader will not be long
@@ -82,7 +87,7 @@ def _need_same_documents(run: Path) -> None:
         raise
 
 
-def _train_addition(run: Path, source: str, on_progress: OnProgress) -> Added:
+def _train_addition(run: Path, source: str, on_progress: OnProgress, keep_earlier: bool) -> Added:
     """Trains the new and changed users in the run inside, and marks them as trained."""
     run_dir = RunDir(run)
     inner = RunDir(run_dir.addition)
@@ -110,13 +115,14 @@ def _train_addition(run: Path, source: str, on_progress: OnProgress) -> Added:
 
     train.train_share(config, inner.path, resume=True, on_progress=on_progress, inputs=inputs, audit_run=run)
     results = read_results(inner.path)
-    mark_trained(run, source)
+    mark_trained(run, source, keep_earlier)
     return Added(results, len(in_source) - len(changed), store.left_out)
 
 
-def mark_trained(run: Path, source: str) -> None:
+def mark_trained(run: Path, source: str, keep_earlier: bool = False) -> None:
     """Marks the added users as trained and sealed: from then on, any start of a program completes the addition."""
-    atomic_write(RunDir(run).addition_trained, json.dumps({"source": source}).encode())
+    mark = {"source": source, "keep_earlier": keep_earlier}
+    atomic_write(RunDir(run).addition_trained, json.dumps(mark).encode())
 
 
 @locks_run("add")
@@ -128,11 +134,13 @@ def complete_addition(run: Path) -> None:
     run_dir = RunDir(run)
     inner = run_dir.addition
     new = {result.user_id: result for result in RunResults(inner)}
-    _adapters(run, inner, new)
-    atomic_write(run / RESULTS, _in_place(run / RESULTS, inner / RESULTS))
+    mark = json.loads(run_dir.addition_trained.read_bytes())
+    joining = _joining(run, new, mark.get("keep_earlier", False))
+    _adapters(run, inner, joining)
+    atomic_write(run / RESULTS, _in_place(run / RESULTS, inner / RESULTS, joining))
     for name in ("screening.jsonl", "metrics.jsonl"):
         atomic_write(run / name, _replaced(run / name, inner / name, new.__contains__))
-    run_dir.add_source(json.loads(run_dir.addition_trained.read_bytes())["source"])
+    run_dir.add_source(mark["source"])
     added = {user[0]: user for user in RunDir(inner).selection.user_digests if user is not None}
     before = [user if user is None else added.get(user[0], user) for user in run_dir.selection.user_digests]
     names = {user[0] for user in before if user is not None}
@@ -151,6 +159,28 @@ def complete_addition(run: Path) -> None:
     remove_folder(inner)
 
 
+def _joining(run: Path, new: dict[str, Result], keep_earlier: bool) -> dict[str, Result]:
+    """The users whose new results replace those before: with `keep_earlier`, all but those who would lose an adapter.
+
+    The adapters before are set aside then, once; without it, earlier ones go with the adapters that they preceded.
+    """
+    if not keep_earlier:
+        drop_earlier(run, new)
+        return new
+    before: dict[str, Result | None] = dict.fromkeys(new)
+    before |= {result.user_id: result for result in RunResults(run) if result.user_id in new}
+    losing = {user for user, old in before.items() if old is not None and old.has_adapter and not new[user].has_adapter}
+    replaced = {  # after a kill some are replaced already
+        user: old
+        for user, old in before.items()
+        if new[user].has_adapter and adapter_name(old) != adapter_name(new[user])
+    }
+    if replaced:
+        set_aside(run, replaced)
+        drop_earlier(run, replaced, replaced)
+    return {user: result for user, result in new.items() if user not in losing}
+
+
 def _adapters(run: Path, inner: Path, new: dict[str, Result]) -> None:
     """Copies the new users' adapters; an earlier adapter of such a user is removed."""
     before = {result.user_id: result.path for result in RunResults(run) if result.user_id in new}
@@ -163,9 +193,10 @@ def _adapters(run: Path, inner: Path, new: dict[str, Result]) -> None:
             shutil.rmtree(run / old)
 
 
-def _in_place(file: Path, more: Path) -> Iterator[bytes]:
-    """The lines of a file with one line a user: changed users in their places, new users at the end."""
-    new = {json.loads(line)["user_id"]: line for line in more.read_bytes().splitlines(keepends=True)}
+def _in_place(file: Path, more: Path, users: Collection[str]) -> Iterator[bytes]:
+    """The lines of a file with one line a user: these `users` of `more` in their places, new users at the end."""
+    lines_of = {json.loads(line)["user_id"]: line for line in more.read_bytes().splitlines(keepends=True)}
+    new = {user: line for user, line in lines_of.items() if user in users}
     with file.open("rb") as lines:
         for line in lines:
             yield new.pop(json.loads(line)["user_id"], line)
