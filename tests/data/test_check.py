@@ -52,6 +52,7 @@ def test_everything_is_counted(tmp_path: Path) -> None:
             "rejected": {"minimum": 1, "median": 1.0, "p95": 2, "maximum": 2},
         },
         "screened_out": {"repetition": 1, "identical": 1},
+        "ties": 0,
         "on_both_sides": 1,
         "chosen_is_longer": pytest.approx(2 / 3),
         "clean_labels": 0.5,

@@ -116,11 +116,16 @@ def test_the_last_consent_counts(ledger):
     assert ledger.consent("Ada") == "own"
 
 
-def test_pairs_are_choices_with_a_preferred_answer():
-    assert choice(1, verdict="tie").pair is None
+def test_pairs_are_choices_with_a_preferred_answer_and_ties():
+    tie = choice(1, verdict="tie")
+    assert tie.preferred is None
+    assert (tie.pair["chosen"], tie.pair["rejected"], tie.pair["tie"]) == ("left 1", "right 1", True)
+    assert "place" not in tie.pair
     assert choice(1, verdict="both_bad").pair is None
     assert choice(1, right="left 1").pair is None
     pair = choice(1, verdict="right").pair
+    assert choice(1, verdict="right").preferred == "right 1"
+    assert "tie" not in pair
     assert (pair["chosen"], pair["rejected"], pair["place"]) == ("right 1", "left 1", "2/2")
 
 

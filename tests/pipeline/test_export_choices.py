@@ -58,9 +58,9 @@ def test_each_user_comes_with_all_pairs_and_the_order_of_time(run, config, ledge
     add(ledger, choice(10, "Ada", right="left 10"))
     ledger.undo("Ada 4", "Ada")
     out = tmp_path / "out/choices.jsonl"
-    assert export_choices(run, config, ledger, out) == ExportedChoices(users=2, chosen=5, earlier=3)
+    assert export_choices(run, config, ledger, out) == ExportedChoices(users=2, chosen=7, earlier=3)
     pairs = read_pairs(out, 0.25)
-    assert Counter(pair.user_id for pair in pairs) == {"Ada": 5, "new user": 3}
+    assert Counter(pair.user_id for pair in pairs) == {"Ada": 6, "new user": 4}
     before = [pair for pair in read_pairs(tmp_path / "pairs.jsonl", 0.25) if pair.user_id == "Ada"]
     again = [pair for pair in pairs if pair.source == "form"]
     facts = ("prompt", "chosen", "rejected", "id", "split", "clean_choice", "place", "weight", "created_at")
@@ -70,7 +70,8 @@ def test_each_user_comes_with_all_pairs_and_the_order_of_time(run, config, ledge
     chosen = {pair.id: (pair.chosen, pair.place) for pair in pairs if pair.source == "collect"}
     assert chosen["Ada 0"] == ("left 0", (1, 2))
     assert chosen["Ada 1"] == ("right 1", (2, 2))
-    assert check([out]).pairs == 8
+    assert [pair.id for pair in pairs if pair.tie] == ["Ada 2", "new user 2"]
+    assert (check([out]).pairs, check([out]).ties) == (10, 2)
     assert out.stat().st_mode & 0o777 == 0o600
 
 
@@ -87,6 +88,26 @@ def test_a_second_export_holds_no_pair_twice_and_drops_undone_ones(run, config, 
     assert export_choices(run, config, ledger, second) == ExportedChoices(users=1, chosen=3, earlier=3)
     ids = [pair.id for pair in read_pairs(second, 0.25)]
     assert ids == ["Ada-0", "Ada-1", "Ada-2", "Ada 0", "Ada 1", "Ada 3"]
+
+
+def test_a_tie_that_the_run_has_comes_along(run, config, ledger, tmp_path):
+    for number, verdict in enumerate(("left", "tie")):
+        add(ledger, choice(number, "new user", verdict))
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    export_choices(run, config, ledger, first)
+    ledger.close()
+    RunDir(run).add_source(str(first))
+    RunDir(run).change_users(PairStore(config.users.path, 0.25, RunDir(run).selection).user_digests)
+    (run / CHOICES).unlink()
+    later = ChoiceLedger(run / CHOICES)
+    add(later, choice(7, "new user"))
+    export_choices(run, config, later, second)
+    later.close()
+    assert [(pair.id, pair.tie) for pair in read_pairs(second, 0.25)] == [
+        ("new user 0", False),
+        ("new user 1", True),
+        ("new user 7", False),
+    ]
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from persona_rlhf.cli import app
@@ -95,3 +96,15 @@ def test_a_population_has_a_row_for_every_different_answer(place):
     assert people.user_ids == tuple(users)
     assert len(people.features) == len({text for pair in pairs for text in (pair.chosen, pair.rejected)})
     assert people.chosen.shape == people.rejected.shape == people.users.shape == (480,)
+
+
+def test_a_tie_is_one_preference_each_way(tmp_path):
+    def population(*rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps({"user_id": "ann", "prompt": "p", **row}) + "\n" for row in rows))
+        pairs = read_pairs(path, 0)
+        return population_of(scaled_features(["a", "b c"]), pairs)
+
+    one, other = {"chosen": "a", "rejected": "b c"}, {"chosen": "b c", "rejected": "a"}
+    tied, both = population(one | {"tie": True}), population(one, other)
+    assert all(torch.equal(*parts) for parts in zip(tied[:4], both[:4], strict=True))

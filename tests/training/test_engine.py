@@ -20,10 +20,10 @@ DPO = DpoSettings(epochs=2, learning_rate=2e-3)
 SCRIPT = Path(__file__).with_name("killed_training.py")
 
 
-def _engine(users, bank=None, slots=8, state=None, dpo=DPO, every=20) -> Engine:
-    adapted = AdaptedModel(tiny_base(), LORA)
+def _engine(users, bank=None, slots=8, state=None, dpo=DPO, every=20, lora=LORA) -> Engine:
+    adapted = AdaptedModel(tiny_base(), lora)
     reference = Reference(adapted)
-    reference.add(row for user in users for pair in user.train for row in (pair.chosen, pair.rejected))
+    reference.add(row for user in users for pair in user.taught for row in (pair.chosen, pair.rejected))
     if bank is not None:
         reference.add(bank.rows())
     fleet = FleetSettings(slots=slots, checkpoint_every=every)
@@ -192,3 +192,27 @@ def test_training_learns_what_the_user_prefers():
     assert all(report.loss < 0.3 and report.accuracy == 1 and report.margin > 1 for report in course[-1])
     after = engine.adapted.base.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_tie_pulls_its_margin_back_to_zero_and_a_preference_does_not():
+    """With all layers, and with frozen ones below, whose states of a user's rows are read from the cache."""
+    dpo = DPO.model_copy(update={"epochs": 12, "learning_rate": 5e-3})
+    for lora in (LORA, LoraSettings(rank=4, alpha=8, layers={"top": 0.5})):
+        [rows] = _users(1)
+        ties = [pair._replace(probability=0.5) for pair in rows.train[:4]]
+        margins = {}
+        for kind, user in (("tied", rows._replace(train=rows.train[4:], ties=ties)), ("preferred", rows)):
+            engine = _engine([user], dpo=dpo, lora=lora)
+            [trained] = list(engine.run())
+            assert trained.pairs == 8
+            reference = Reference(engine.adapted)
+            every = [row for pair in rows.train for row in (pair.chosen, pair.rejected)]
+            reference.add(every)
+            with engine.adapted.using(trained.adapter[None]):
+                scores = [score.logp for score in engine.adapted.score([every])[0]]
+            base = [reference[row] for row in every]
+            shift = [score - of_base for score, of_base in zip(scores, base, strict=True)]
+            margins[kind] = [chosen - rejected for chosen, rejected in zip(shift[::2], shift[1::2], strict=True)]
+        assert min(margins["preferred"]) > 4
+        assert min(margins["tied"][4:]) > 4
+        assert max(map(abs, margins["tied"][:4])) < 1

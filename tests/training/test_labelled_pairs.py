@@ -62,6 +62,21 @@ def test_fewer_pairs_give_weaker_labels(basis, pool):
     assert 0.5 < strengths[0] < strengths[1] < strengths[2]
 
 
+def test_a_tie_is_one_preference_each_way(basis, pool):
+    plain = user(3, True)
+    tie = plain.train[0]._replace(probability=0.5)
+    turned = PairRow(replace(tie.pair, chosen=tie.pair.rejected, rejected=tie.pair.chosen), tie.rejected, tie.chosen)
+    tied, use = with_labels(plain._replace(ties=[tie]), basis, pool)
+    both, _ = with_labels(plain._replace(train=[*plain.train, tie, turned]), basis, pool)
+    expected = [one.probability for one in both.labelled]
+    assert [one.probability for one in tied.labelled] == pytest.approx(expected, abs=1e-12)
+    assert all(
+        0.5 < one < other.probability
+        for one, other in zip(expected, with_labels(plain, basis, pool)[0].labelled, strict=True)
+    )
+    assert (use.pairs, tied.taught[:4]) == (4, [*plain.train, tie])
+
+
 def test_one_pair_of_endless_answers_does_not_outweigh_the_others(basis, pool):
     endless = user(12, True)
     endless.train.append(row("ann", "endless", "one", "word " * 100_000))

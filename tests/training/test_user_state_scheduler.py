@@ -36,6 +36,14 @@ def test_a_labelled_pair_is_shown_once_and_a_real_one_every_epoch(pairs, labelle
     assert sum(len(schedule.pairs(step)) for step in range(math.ceil(first / 3))) == first
 
 
+def test_ties_are_shown_every_epoch_like_preferences():
+    rows = user_rows("user", 5, seed=0)
+    rows = rows._replace(train=rows.train[:2], ties=rows.train[2:4], labelled=rows.train[4:])
+    schedule = UserSchedule(rows, DpoSettings(epochs=3, pairs_per_step=2), 0)
+    shown = Counter(pair.pair.id for step in range(schedule.steps) for pair in schedule.pairs(step))
+    assert shown == Counter([row.pair.id for row in rows.judged] * 3 + [rows.labelled[0].pair.id])
+
+
 def test_the_order_belongs_to_the_user_and_the_seed():
     def order(user_id: str, seed: int) -> list[int]:
         schedule = UserSchedule(user_rows(user_id, 12, seed=0), DpoSettings(epochs=2), seed)

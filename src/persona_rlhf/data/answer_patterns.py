@@ -40,11 +40,12 @@ class AnswerPattern(NamedTuple):
 def answer_patterns(pairs: Iterable[PreferencePair], settings: PatternSettings) -> list[AnswerPattern]:
     """The patterns of all users whose share is above the settings' with confidence 1 - `level`, in file order.
 
-    The bound is Clopper and Pearson's. It is exact for choices that are independent of each other.
+    The bound is Clopper and Pearson's. It is exact for choices that are independent of each other. Ties do not count.
     """
     by_user: dict[str, list[PreferencePair]] = {}
     for pair in pairs:
-        by_user.setdefault(pair.user_id, []).append(pair)
+        if not pair.tie:
+            by_user.setdefault(pair.user_id, []).append(pair)
     return [pattern for user, theirs in by_user.items() for pattern in _patterns_of(user, theirs, settings)]
 
 

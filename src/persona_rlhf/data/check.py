@@ -55,6 +55,7 @@ class DataSummary:
     users_without_heldout: int
     words: dict[str, Spread]  # of prompt, chosen, rejected
     screened_out: dict[str, int]  # by reason
+    ties: int  # pairs whose answers the user holds alike
     on_both_sides: int  # prompts that a user's `split` column puts in train and in heldout
     chosen_is_longer: (
         float  # share of the pairs of unequal length, in characters: near 0 or 1, length alone predicts the choice
@@ -113,7 +114,7 @@ def _summary(pairs: list[PreferencePair], notes: RowNotes) -> DataSummary:
     }
     longer: dict[str, list[bool]] = {}
     for pair in pairs:
-        if len(pair.chosen) != len(pair.rejected):
+        if len(pair.chosen) != len(pair.rejected) and not pair.tie:
             longer.setdefault(pair.user_id, []).append(len(pair.chosen) > len(pair.rejected))
     unequal = [chosen for of_user in longer.values() for chosen in of_user]
     per_user = [counts.total() for counts in splits.values()]
@@ -131,6 +132,7 @@ def _summary(pairs: list[PreferencePair], notes: RowNotes) -> DataSummary:
         users_without_heldout=sum(not counts["heldout"] for counts in splits.values()),
         words={name: _spread(counts) for name, counts in words.items()},
         screened_out=dict(Counter(pair.kind for pair in dropped)),
+        ties=sum(pair.tie for pair in pairs),
         on_both_sides=sum(len(sides) > 1 for sides in splits_of_prompt.values()),
         chosen_is_longer=sum(unequal) / len(unequal) if unequal else 0.5,
         clean_labels=sum(labels) / len(labels) if labels else None,
@@ -180,6 +182,7 @@ def notes_of(summary: DataSummary) -> dict[str, int]:
     notes = {
         "users with nothing to train on": summary.users_without_train,
         "users with nothing held out": summary.users_without_heldout,
+        "pairs that are ties": summary.ties,
         "prompts in train and held out": summary.on_both_sides,
         **{f"will be dropped, {kind}": count for kind, count in summary.screened_out.items()},
         **{f"users who {_PATTERNS[kind]}": count for kind, count in patterns.items()},

@@ -64,14 +64,22 @@ class Choice(NamedTuple):
     source: str
 
     @property
+    def preferred(self) -> str | None:
+        """The preferred answer; None where there is none, or both are the same."""
+        answers = {"left": self.left, "right": self.right}
+        return None if self.left == self.right else answers.get(self.verdict)
+
+    @property
     def pair(self) -> dict[str, Any] | None:
-        """The choice as a row of preferences; None where neither answer is preferred, or both are the same."""
-        if self.verdict not in ("left", "right") or self.left == self.right:
+        """The choice as a row of preferences; None where both answers are the same, or both are bad."""
+        if self.verdict == "both_bad" or self.left == self.right:
             return None
-        chosen, rejected = (self.left, self.right) if self.verdict == "left" else (self.right, self.left)
-        place = "1/2" if self.verdict == "left" else "2/2"
+        chosen, rejected = (self.right, self.left) if self.verdict == "right" else (self.left, self.right)
+        order: dict[str, Any] = {"tie": True}
+        if self.verdict != "tie":
+            order = {"place": "1/2" if self.verdict == "left" else "2/2"}
         pair = {"user_id": self.user_id, "prompt": self.prompt, "chosen": chosen, "rejected": rejected}
-        return {**pair, "id": self.id, "created_at": self.at, "source": self.source, "place": place}
+        return {**pair, "id": self.id, "created_at": self.at, "source": self.source, **order}
 
 
 _VERSION = 1

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from persona_rlhf.common.errors import Problem, did_you_mean
 
 REQUIRED = ("user_id", "prompt", "chosen", "rejected")
-OPTIONAL = ("id", "created_at", "source", "weight", "split", "clean_choice", "place")
+OPTIONAL = ("id", "created_at", "source", "weight", "split", "clean_choice", "place", "tie")
 KNOWN = REQUIRED + OPTIONAL
 LONGEST_USER_ID = 128  # characters
 
@@ -146,10 +146,13 @@ def _source_fault(value: object) -> ColumnFault | None:
     return text_fault("source", value)
 
 
-def _clean_choice_fault(value: object) -> ColumnFault | None:
-    return (
-        None if isinstance(value, bool) else ColumnFault("clean_choice", f"must be true or false, not {shown(value)}")
-    )
+def _truth_fault(column: str) -> Callable[[object], ColumnFault | None]:
+    """The check of a column of truth values."""
+
+    def fault(value: object) -> ColumnFault | None:
+        return None if isinstance(value, bool) else ColumnFault(column, f"must be true or false, not {shown(value)}")
+
+    return fault
 
 
 CHECKS: Mapping[str, Callable[[object], ColumnFault | None]] = {  # of the optional columns
@@ -158,8 +161,9 @@ CHECKS: Mapping[str, Callable[[object], ColumnFault | None]] = {  # of the optio
     "source": _source_fault,
     "weight": _weight_fault,
     "split": _split_fault,
-    "clean_choice": _clean_choice_fault,
+    "clean_choice": _truth_fault("clean_choice"),
     "place": _place_fault,
+    "tie": _truth_fault("tie"),
 }
 
 

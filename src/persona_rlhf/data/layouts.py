@@ -40,6 +40,7 @@ _ROLE_COLUMNS = {
     "split": "split",
     "clean label": "clean_choice",
     "place": "place",
+    "tie": "tie",
 }
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's names
 
@@ -48,7 +49,8 @@ class Arranged(NamedTuple):
     """A row with the columns `prompt`, `chosen` and `rejected`, and notes on how it was read.
 
     `ignored` are columns and message fields that nothing reads. `read_as` tells which other layout was read. `taken` is
-    the column of each role: user, prompt, chosen and rejected, and time, id, source, weight, split and clean label.
+    the column of each role: user, prompt, chosen and rejected, and time, id, source, weight, split, clean label, place
+    and tie.
     """
 
     columns: dict[str, Any]

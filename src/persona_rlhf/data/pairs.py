@@ -184,6 +184,13 @@ class PreferencePair:
     file: str
     line: int
     place: tuple[int, int] | None = None  # of the chosen answer, among how many; None if unknown
+    tie: bool = False  # the user holds both answers alike, so their columns have no order
+
+    @property
+    def orders(self) -> list[tuple[str, str]]:
+        """The preferred and the other answer; of a tie, both orders, since it counts as half a preference each way."""
+        ordered = (self.chosen, self.rejected)
+        return [ordered, ordered[::-1]] if self.tie else [ordered]
 
 
 class RowNotes(NamedTuple):
@@ -311,6 +318,7 @@ def parse_row(row: object, file: str, line: int, notes: RowNotes | None = None) 
         file=file,
         line=line,
         place=place_of(columns["place"]) if "place" in columns else None,
+        tie=columns.get("tie", False),
     )
 
 
@@ -360,13 +368,16 @@ def content_id(user_id: str, prompt: Prompt, chosen: str, rejected: str) -> str:
 
 
 def assign_splits(pairs: list[PreferencePair], undecided: list[int], share: float) -> None:
-    """Assigns, in place, the split of rows without one: that of the prompt's other rows, or by hash."""
+    """Assigns, in place, the split of rows without one: that of the prompt's other rows, or by hash.
+
+    Ties have no order to predict, so a prompt that has nothing but ties is trained on.
+    """
     unassigned = set(undecided)
     decided = {(pair.user_id, pair.prompt): pair.split for i, pair in enumerate(pairs) if i not in unassigned}
     prompts: dict[str, list[Prompt]] = {}
     for index in undecided:
         pair = pairs[index]
-        if (pair.user_id, pair.prompt) not in decided:
+        if (pair.user_id, pair.prompt) not in decided and not pair.tie:
             prompts.setdefault(pair.user_id, []).append(pair.prompt)
     held = {user_id: held_out(user_id, user_prompts, share) for user_id, user_prompts in prompts.items()}
     for index in undecided:

@@ -16,11 +16,12 @@ from persona_rlhf.data.pairs import PreferencePair, Split, first_problems, parse
 
 
 class ExportSummary(NamedTuple):
-    """The outcome of an export: pairs written, and their users."""
+    """The outcome of an export: pairs written, their users, and ties, for which these formats have no place."""
 
     format: str
     pairs: int
     users: int
+    ties: int
     path: Path
 
     def to_json(self) -> dict[str, Any]:
@@ -30,6 +31,8 @@ class ExportSummary(NamedTuple):
     def sentences(self) -> Iterator[str]:
         """The outcome as sentences."""
         yield f"{counted(self.pairs, 'pair')} of {counted(self.users, 'user')} written to {self.path}."
+        if self.ties:
+            yield f"  {counted(self.ties, 'tie')} left out: the format has no place for one."
 
 
 class _ShownPair(NamedTuple):
@@ -53,25 +56,32 @@ def export_file(name: str, src: Path | str, out: Path) -> ExportSummary:
         raise InputError([Problem("data export", None, "FORMAT", sentence)])
     if out.suffix != ".json" or out.exists():
         raise InputError([Problem(str(out), None, None, "the output is a new file of one JSON list; name it *.json")])
-    users: Counter[str] = Counter()
+    users, ties = Counter[str](), Counter[str]()
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, _listed(src, EXPORTS[name], users))
-    return ExportSummary(name, users.total(), len(users), out)
+    atomic_write(out, _listed(src, EXPORTS[name], users, ties))
+    return ExportSummary(name, users.total(), len(users), ties.total(), out)
 
 
-def _listed(src: Path | str, arrange: Callable[[_ShownPair], dict[str, Any]], users: Counter[str]) -> Iterator[str]:
-    """The text of a JSON list, an object a line. Raises InputError naming every bad row at the end."""
+def _listed(
+    src: Path | str, arrange: Callable[[_ShownPair], dict[str, Any]], users: Counter[str], ties: Counter[str]
+) -> Iterator[str]:
+    """The text of a JSON list, an object a line; pairs and ties are counted by user.
+
+    Raises InputError naming every bad row at the end.
+    """
     problems: list[Problem] = []
     for row in parsed_rows(src):
         if isinstance(row, Problem):
             problems.append(row)
+        elif row[0].tie:
+            ties[row[0].user_id] += 1
         elif not problems:
             yield ",\n" if users else "[\n"
             users[row[0].user_id] += 1
             yield json.dumps(arrange(_shown(*row)), ensure_ascii=False)
     if problems:
         raise InputError(first_problems(problems))
-    yield "\n]\n"
+    yield "\n]\n" if users else "[]\n"
 
 
 def _shown(pair: PreferencePair, split: Split | None) -> _ShownPair:

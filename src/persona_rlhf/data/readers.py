@@ -291,10 +291,10 @@ def _cells(path: Path, table: Any, skipped: int) -> Iterator[RawRow | Problem]:
 
 
 def _cell(name: str, cell: str | None) -> object:
-    """The value of a CSV cell: an empty optional one is absent; `weight` and `clean_choice` are parsed."""
+    """The value of a CSV cell: an empty optional one is absent; `weight` and truth values are parsed."""
     if name in ("user_id", "prompt", "chosen", "rejected") or cell is None:
         return cell
-    if name == "clean_choice":
+    if name in ("clean_choice", "tie"):
         return {"": None, "true": True, "false": False}.get(cell.casefold(), cell)
     if name == "weight" and cell:
         try:

@@ -191,12 +191,13 @@ def screen(
     """Drops pairs that cannot or must not teach, and quarantines those that teach against tier one.
 
     Dropped: an empty text; identical answers; a repetition of an earlier pair of the user; both sides of a
-    contradiction (the same user, prompt and texts with the choice reversed); a pair whose rejected answer meets a
-    requirement that its chosen one breaks; and a near copy of a prompt of the gate, whichever answer is chosen.
+    contradiction (the same user, prompt and texts, decided otherwise); a held-out tie; a pair whose rejected answer
+    meets a requirement that its chosen one breaks; and a near copy of a prompt of the gate, whichever is chosen.
     Quarantined: the prompt is a probe of a restriction; or one of the `screens` finds it, or a turn of it, forbidden
     while `chosen` is no refusal, and no review in `reviews` accepts the pair; or it is a near copy of a probe, and the
     user has more of these than `TOLERATED_COPIES`. With `settings.quarantine` off these are kept and flagged, and near
-    copies stay. Each screen is called once, with the distinct requests of the pairs that no earlier screen found.
+    copies stay. A tie counts as a preference for either answer. Each screen is called once, with the distinct requests
+    of the pairs that no earlier screen found.
     `refuses` is the judge of answers: a refusal that turns into help must not count as one.
     """
     usable, dropped = unfit_to_teach(pairs)
@@ -233,7 +234,7 @@ def fit(rows: Sequence[UserRows], tokenizer: ChatTokenizer, context: int) -> Fit
     control = control_tokens(tokenizer)
     dropped: list[Dropped] = []
 
-    def fitting(split: list[PairRow]) -> list[PairRow]:
+    def fitting(split: Sequence[PairRow]) -> list[PairRow]:
         kept: list[PairRow] = []
         for row in split:
             reason = _unreadable(row, control, context)
@@ -243,7 +244,9 @@ def fit(rows: Sequence[UserRows], tokenizer: ChatTokenizer, context: int) -> Fit
                 dropped.append(Dropped(row.pair, reason, "dropped"))
         return kept
 
-    fitted = [UserRows(user.user_id, fitting(user.train), fitting(user.heldout)) for user in rows]
+    fitted = [
+        UserRows(user.user_id, fitting(user.train), fitting(user.heldout), ties=fitting(user.ties)) for user in rows
+    ]
     return Fitted(fitted, dropped)
 
 
@@ -262,24 +265,30 @@ def screening_rows(dropped: Sequence[Dropped]) -> Iterator[dict[str, str | int]]
 
 def unfit_to_teach(pairs: Sequence[PreferencePair]) -> tuple[list[PreferencePair], list[Dropped]]:
     """The pairs that are usable by their texts alone, and the dropped ones."""
-    first: dict[tuple[str, Prompt, str, str], PreferencePair] = {}
+    first: dict[tuple[str, Prompt, str, str, bool], PreferencePair] = {}
     for pair in pairs:
-        first.setdefault((pair.user_id, pair.prompt, pair.chosen, pair.rejected), pair)
+        for order in pair.orders:
+            first.setdefault((pair.user_id, pair.prompt, *order, pair.tie), pair)
     usable: list[PreferencePair] = []
     dropped: list[Dropped] = []
     for pair in pairs:
         texts = {"prompt": pair.prompt[-1].content, "chosen": pair.chosen, "rejected": pair.rejected}
         empty = next((name for name, text in texts.items() if not text.strip()), None)
-        same = first[pair.user_id, pair.prompt, pair.chosen, pair.rejected]
-        opposite = first.get((pair.user_id, pair.prompt, pair.rejected, pair.chosen))
+        same = first[pair.user_id, pair.prompt, pair.chosen, pair.rejected, pair.tie]
+        reverse = first.get((pair.user_id, pair.prompt, pair.rejected, pair.chosen, False))
+        opposite = reverse or first.get((pair.user_id, pair.prompt, pair.chosen, pair.rejected, not pair.tie))
         if empty is not None:
             reason = f"empty: `{empty}` holds no text"
         elif pair.chosen == pair.rejected:
             reason = "identical: chosen and rejected are the same text"
         elif opposite is not None:
-            reason = f"contradiction: at {opposite.file}:{opposite.line} this user prefers the other answer"
+            verdict = "holds both answers alike" if opposite.tie else "prefers one of them"
+            verdict = verdict if pair.tie or opposite.tie else "prefers the other answer"
+            reason = f"contradiction: at {opposite.file}:{opposite.line} this user {verdict}"
         elif same is not pair:
             reason = f"repetition: the same stands at {same.file}:{same.line}"
+        elif pair.tie and pair.split == "heldout":
+            reason = "tie: its prompt is held out, and two answers alike have no order to predict"
         else:
             usable.append(pair)
             continue
@@ -298,8 +307,9 @@ def _against_requirements(
     for pair in pairs:
         request = next((message.content for message in reversed(pair.prompt) if message.role == "user"), "")
         verdicts = (
-            (rule.id, satisfied(rule, request, pair.chosen), satisfied(rule, request, pair.rejected))
+            (rule.id, satisfied(rule, request, preferred), satisfied(rule, request, other))
             for rule in policy.requirements
+            for preferred, other in pair.orders
         )
         against = next((rule for rule, chosen, rejected in verdicts if chosen is False and rejected is True), None)
         if against is None:
@@ -363,7 +373,7 @@ def _against_restrictions(
         rule = next((rules[text] for text in turns if text in rules), None)
         if rule is not None:
             reasons[index] = f"probe: the prompt is one of the restriction `{rule}`"
-        elif screens and not (is_refusal(pair.chosen) and refuses(pair.chosen)):  # the rules cost less
+        elif screens and not all(is_refusal(text) and refuses(text) for text, _ in pair.orders):  # the rules cost less
             complying.append(index)
     requests = {index: _requests_in(pairs[index].prompt, refuses) for index in complying}
     findings: dict[Prompt, str] = {}
@@ -374,8 +384,10 @@ def _against_restrictions(
         findings |= {prompt: finding for prompt, finding in results if finding is not None}
     for index, of_pair in requests.items():
         finding = next((findings[request] for request in of_pair if request in findings), None)
-        if finding is not None and not refuses(pairs[index].chosen):
-            reasons[index] = f"{finding}, and chosen is no refusal"
+        pair = pairs[index]
+        if finding is not None and not all(refuses(preferred) for preferred, _ in pair.orders):
+            unlike = "an answer of the tie" if pair.tie else "chosen"
+            reasons[index] = f"{finding}, and {unlike} is no refusal"
     return dict(sorted(reasons.items()))
 
 

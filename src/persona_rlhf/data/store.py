@@ -75,10 +75,12 @@ class PairStore:
                 if (number := numbers[pair.user_id]) is None:
                     continue
                 hashed = (pair.user_id, pair.prompt, pair.chosen, pair.rejected, split, pair.weight, pair.clean_choice)
-                content = json.dumps((*hashed, pair.id, pair.created_at, pair.source, pair.file, pair.line, pair.place))
+                about = (pair.id, pair.created_at, pair.source, pair.file, pair.line, pair.place, pair.tie)
+                content = json.dumps((*hashed, *about))
                 self._rows.execute("INSERT INTO pairs VALUES (?, ?)", (number, content))
                 before = self._digests[number] or b""
-                self._digests[number] = hashlib.sha256(before + json.dumps(hashed).encode()).digest()
+                marked = (*hashed, True) if pair.tie else hashed  # without ties, the hash of before there were any
+                self._digests[number] = hashlib.sha256(before + json.dumps(marked).encode()).digest()
         if problems:
             raise InputError(first_problems(problems, faults))
         self.left_out = len(left_out)  # number of users in the files who stay out
@@ -129,12 +131,11 @@ class PairStore:
             user_id, prompt, chosen, rejected, split, weight, clean, *rest = json.loads(content)
             if split is None:
                 undecided.append(len(pairs))
-            id_, moment, source, file, line, place = rest
+            id_, moment, source, file, line, place, tie = rest
             messages = tuple(Message(*message) for message in prompt)
             fields = (chosen, rejected, id_, moment, source, weight)
-            pairs.append(
-                PreferencePair(user_id, messages, *fields, split or "train", clean, file, line, place and tuple(place))
-            )
+            about = (clean, file, line, place and tuple(place), tie)
+            pairs.append(PreferencePair(user_id, messages, *fields, split or "train", *about))
         assign_splits(pairs, undecided, self._heldout)
         return pairs
 

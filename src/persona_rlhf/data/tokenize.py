@@ -145,7 +145,10 @@ class Row(NamedTuple):
 
 
 class PairRow(NamedTuple):
-    """A pair with its two rows, which share their prompt, and the probability of its label: 1 for a user's choice."""
+    """A pair with its two rows, which share their prompt, and the probability of its label.
+
+    It is 1 for a user's choice, and 0.5 for a tie.
+    """
 
     pair: PreferencePair
     chosen: Row
@@ -161,7 +164,8 @@ def both_rows(pairs: Iterable[PairRow]) -> list[Row]:
 class UserRows(NamedTuple):
     """One user's rows, each split in file order; `deciding` are the held-out pairs that decide early stopping.
 
-    `labelled` are pairs of the base's answers that the user's posterior labels (`reward_basis`).
+    `labelled` are pairs of the base's answers that the user's posterior labels (`reward_basis`). `ties` are pairs to
+    train on whose answers the user holds alike.
     """
 
     user_id: str
@@ -169,11 +173,17 @@ class UserRows(NamedTuple):
     heldout: list[PairRow]
     deciding: Sequence[PairRow] = ()
     labelled: Sequence[PairRow] = ()
+    ties: Sequence[PairRow] = ()
+
+    @property
+    def judged(self) -> list[PairRow]:
+        """The pairs to train on that the user judged: preferences, then ties."""
+        return [*self.train, *self.ties]
 
     @property
     def taught(self) -> list[PairRow]:
         """All pairs that the loss is computed on."""
-        return [*self.train, *self.labelled]
+        return [*self.judged, *self.labelled]
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: ChatTokenizer) -> tuple[int, ...]:
@@ -225,11 +235,14 @@ def tokenize(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer, context:
 
 
 def by_user(pairs: Iterable[PairRow]) -> list[UserRows]:
-    """The rows of every user, in the order of their first pairs."""
+    """The rows of every user, in the order of their first pairs. Held-out ties, which tell nothing, are left out."""
     users: dict[str, UserRows] = {}
     for row in pairs:
         user = users.setdefault(row.pair.user_id, UserRows(row.pair.user_id, [], []))
-        (user.train if row.pair.split == "train" else user.heldout).append(row)
+        if not row.pair.tie:
+            (user.train if row.pair.split == "train" else user.heldout).append(row)
+        elif row.pair.split == "train":
+            users[row.pair.user_id] = user._replace(ties=(*user.ties, row))
     return list(users.values())
 
 
@@ -257,7 +270,7 @@ def tokenize_readable(pairs: Sequence[PreferencePair], tokenizer: ChatTokenizer)
     for pair, prompt, answers in texts:
         chosen, rejected = (row_of(prompt, text) for text in answers)
         if isinstance(chosen, Row) and isinstance(rejected, Row):
-            tokenized.append(PairRow(pair, chosen, rejected))
+            tokenized.append(PairRow(pair, chosen, rejected, 0.5 if pair.tie else 1.0))
         else:
             column, reason = ("rejected", rejected) if isinstance(chosen, Row) else ("chosen", chosen)
             unreadable.append(UnreadablePair(pair, column, f"template: {reason}"))

@@ -30,9 +30,10 @@ class ExportedChoices(NamedTuple):
 def export_choices(run: Path, config: Config, ledger: ChoiceLedger, out: Path, shared: bool = False) -> ExportedChoices:
     """Writes the pairs of every user who preferred an answer: those that the run has, then those of the choices.
 
-    `add` replaces a user's pairs by those of its source, so a source holds all of them. Ties, undone choices and equal
-    answers are left out. `shared` writes for `basis fit` instead: only choices that were made for sharing, of users who
-    still consent to it. Raises InputError for an `out` that is no new .jsonl file, for a ledger without pairs, and
+    `add` replaces a user's pairs by those of its source, so a source holds all of them. Undone choices, equal answers
+    and two bad answers are left out. So are users who preferred no answer, whose ties alone cannot train an adapter.
+    `shared` writes for `basis fit` instead: only choices that were made for sharing, of users who still consent to it.
+    Raises InputError for an `out` that is no new .jsonl file, for a ledger without pairs, and
     where the run's pairs cannot be read.
     """
     if out.suffix != ".jsonl" or out.exists():
@@ -55,13 +56,14 @@ def export_choices(run: Path, config: Config, ledger: ChoiceLedger, out: Path, s
 
 
 def _preferred(ledger: ChoiceLedger, shared: bool) -> Rows:
-    """The choices with a preferred answer as rows."""
+    """The choices, as rows, of users who preferred an answer."""
     rows: Rows = {}
-    for choice in ledger.choices():
-        pair = choice.pair
-        if pair is not None and (choice.consent == "shared" or not shared):
+    choices = [choice for choice in ledger.choices() if choice.consent == "shared" or not shared]
+    for choice in choices:
+        if (pair := choice.pair) is not None:
             rows.setdefault(choice.user_id, []).append(pair)
-    return {user: pairs for user, pairs in rows.items() if not shared or ledger.consent(user) == "shared"}
+    users = {choice.user_id for choice in choices if choice.preferred is not None}
+    return {user: rows[user] for user in rows if user in users and (not shared or ledger.consent(user) == "shared")}
 
 
 def _earlier(run: Path, config: Config, users: Iterable[str], saved: Collection[str]) -> Rows:
@@ -91,6 +93,7 @@ def _row(pair: PreferencePair) -> dict[str, Any]:
         "created_at": pair.created_at,
         "source": pair.source,
         "clean_choice": pair.clean_choice,
+        "tie": pair.tie or None,
         "place": None if pair.place is None else f"{pair.place[0]}/{pair.place[1]}",
     }
     return {key: value for key, value in row.items() if value is not None}
@@ -124,7 +127,7 @@ def collected_users(run: Path, ledger: ChoiceLedger) -> list[CollectedUser]:
     collected = []
     for user in ledger.users():
         choices = by_user.get(user.user_id, [])
-        waiting = sum(one.pair is not None and one.id not in trained for one in choices)
+        waiting = sum(one.preferred is not None and one.id not in trained for one in choices)
         figures = (user.standing, user.preferred, waiting, *_repeats(choices), user.undone, user.last)
         collected.append(CollectedUser(user.user_id, *figures, user.user_id in deletions))
     gone = [user_id for user_id in sorted(deletions) if user_id not in {user.user_id for user in collected}]
@@ -150,9 +153,8 @@ def _repeats(choices: list[Choice]) -> tuple[int, int]:
     repeated = alike = 0
     for choice in choices:
         key = choice.prompt, frozenset((choice.left, choice.right))
-        preferred = choice.pair["chosen"] if choice.pair is not None else None
         if key in earlier:
             repeated += 1
-            alike += earlier[key] == preferred
-        earlier[key] = preferred
+            alike += earlier[key] == choice.preferred
+        earlier[key] = choice.preferred
     return repeated, alike

@@ -102,12 +102,13 @@ def basis_fit(inputs: BasisInputs, model: str, seed: int = 0, on_progress: OnPro
 
 
 def population_of(features: AnswerFeatures, pairs: Sequence[PreferencePair]) -> Population:
-    """The pairs as a population; every different answer is one row of features."""
+    """The pairs as a population; every different answer is one row of features. A tie is one preference each way."""
     places: dict[str, int] = {}
+    orders = [(pair.user_id, *order) for pair in pairs for order in pair.orders]
     chosen, rejected = (
         torch.tensor([places.setdefault(text, len(places)) for text in texts])
-        for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+        for texts in ([text for _, text, _ in orders], [text for _, _, text in orders])
     )
     numbers: dict[str, int] = {}
-    users = torch.tensor([numbers.setdefault(pair.user_id, len(numbers)) for pair in pairs])
+    users = torch.tensor([numbers.setdefault(user_id, len(numbers)) for user_id, _, _ in orders])
     return Population(features(list(places)), chosen, rejected, users, tuple(numbers))

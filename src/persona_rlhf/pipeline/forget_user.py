@@ -184,7 +184,7 @@ def _keys(outside: ExternalPaths, selection: UserSelection, number: int) -> set[
 
         def keys(pairs: Sequence[PreferencePair]) -> set[bytes]:
             rows = tokenize(pairs, tokenizer, sys.maxsize)
-            return {key_of(row) for user in rows for row in both_rows((*user.train, *user.heldout))}
+            return {key_of(row) for user in rows for row in both_rows((*user.judged, *user.heldout))}
 
         user_pairs = store.of(range(number, number + 1))
         user_keys = keys(user_pairs)

@@ -64,7 +64,7 @@ def impact(run: Path, groups: Path | None = None, ask: bool = False, on_progress
         users.append(
             UserEvidence(
                 measures=result.measures,
-                pairs=[(pair.chosen, pair.rejected) for pair in pairs[result.user_id]],
+                pairs=[(pair.chosen, pair.rejected) for pair in pairs[result.user_id] if not pair.tie],
                 trained=result.pairs.train,
                 seconds=result.seconds,
                 curve=curves[result.user_id],

@@ -264,7 +264,8 @@ def _probe_steps(
     constraint = None if thin is None else constraint_of(thin, config.constraint, config.seed)
     dpo = config.dpo.model_copy(update={"epochs": 1, "early_stop": None})
     probed = [
-        [user._replace(train=user.train[:few], deciding=(), labelled=()) for user in cohort] for cohort in cohorts
+        [user._replace(train=user.train[:few], deciding=(), labelled=(), ties=()) for user in cohort]
+        for cohort in cohorts
     ]
     users = [user for cohort in probed for user in cohort]
     clock = perf_counter()

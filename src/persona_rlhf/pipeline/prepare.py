@@ -87,7 +87,7 @@ class Chunk(NamedTuple):
     def data_of(self, user: UserRows) -> DataInfo:
         """Counts and fingerprint of a user's pairs; no text."""
         out = sum(dropped.pair.user_id == user.user_id and not dropped.trained for dropped in self.dropped)
-        return DataInfo.of([row.pair for row in (*user.train, *user.heldout, *user.deciding)], out)
+        return DataInfo.of([row.pair for row in (*user.judged, *user.heldout, *user.deciding)], out)
 
     def untrained(self, user: UserRows) -> Result:
         """The result of a user without a pair to train on."""

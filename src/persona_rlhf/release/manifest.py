@@ -91,13 +91,12 @@ def _kind(source: str | None) -> str:
 
 
 def fingerprint(pairs: Sequence[PreferencePair]) -> str:
-    """sha256 over the sorted hashes of the pairs: their ids, contents, weights and splits."""
-    rows = sorted(
-        hashlib.sha256(
-            json.dumps([pair.id, pair.prompt, pair.chosen, pair.rejected, pair.weight, pair.split]).encode()
-        ).hexdigest()
+    """sha256 over the sorted hashes of the pairs: their ids, contents, weights and splits, and whether they tie."""
+    contents = (
+        [pair.id, pair.prompt, pair.chosen, pair.rejected, pair.weight, pair.split, *(("tie",) if pair.tie else ())]
         for pair in pairs
     )
+    rows = sorted(hashlib.sha256(json.dumps(content).encode()).hexdigest() for content in contents)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 

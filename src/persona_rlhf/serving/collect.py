@@ -163,11 +163,11 @@ class FeedbackPages:
         since = [choice for choice in choices if weights in (choice.left_by, choice.right_by)]
         return {
             "answered": len(choices),
-            "preferred": sum(choice.pair is not None for choice in choices),
+            "preferred": sum(choice.preferred is not None for choice in choices),
             "first_update": self._settings.first_update,
             "adapted": weights is not None,
             "updated": weights is not None and bool(choices) and not since,
-            "since": sum(choice.pair is not None for choice in since),
+            "since": sum(choice.preferred is not None for choice in since),
         }
 
     async def _wishes(self, session: Session, _: Request) -> Response:

@@ -186,7 +186,7 @@ class Engine:
             samples = [self.constraint.sample(*place) for place in zip(users, slots.steps, strict=True)]
         constraint_rows = [sample.rows for sample in samples] or [[]] * len(users)
         states = [
-            self.states.of(user, schedule.rows.train, user_pairs, rows)
+            self.states.of(user, schedule.rows.judged, user_pairs, rows)
             for user, schedule, user_pairs, rows in zip(users, schedules, pairs, constraint_rows, strict=True)
         ]
         gradient, loss = self._gradients(pairs, samples, states, say)
@@ -299,7 +299,7 @@ class Engine:
             fault or "",
             slots.steps[place],
             slots.seconds[place],
-            len(self.schedules[user_id].rows.train),
+            len(self.schedules[user_id].rows.judged),
             dict(zip(names, slots.duals.traces(place), strict=True)),
         )
         if self.state is not None:

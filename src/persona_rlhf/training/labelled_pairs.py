@@ -49,15 +49,15 @@ def differences_of(basis: RewardBasis, rows: Sequence[PairRow]) -> Float[Tensor,
 def with_labels(user: UserRows, basis: RewardBasis, pool: AnswerPool) -> tuple[UserRows, BasisUse]:
     """The user with labelled pairs, one a prompt of the pool: the two answers that the posterior holds furthest apart.
 
-    The posterior stands on the user's training pairs alone. A pair that it orders without doubt counts like a real one;
-    one that it cannot order teaches that both answers are alike.
+    The posterior stands on the pairs that the user judged alone; a tie is one preference each way. A pair that it
+    orders without doubt counts like a real one; one that it cannot order teaches that both answers are alike.
     """
-    posterior = basis.posterior(differences_of(basis, user.train))
+    posterior = basis.posterior(torch.cat([differences_of(basis, user.judged), -differences_of(basis, user.ties)]))
     places = _furthest(posterior.margin(pool.differences).abs(), pool.prompts)
     chances = posterior.probability(pool.differences)
     labelled = [_ordered(pool.rows[place], float(chances[place])) for place in places]
     prior = basis.posterior(pool.differences[:0])
-    use = BasisUse(basis.sha256, len(user.train), len(labelled), _gain(posterior, prior, pool))
+    use = BasisUse(basis.sha256, len(user.judged), len(labelled), _gain(posterior, prior, pool))
     return user._replace(labelled=labelled), use
 
 

@@ -137,7 +137,7 @@ def user_generator(seed: int, user_id: str, purpose: str) -> torch.Generator:
 class UserSchedule:
     """One user's passes over its pairs: `steps` steps of up to `pairs_per_step` pairs, shuffled each epoch.
 
-    Every epoch holds all training pairs and an equal part of the labelled ones, each of which is seen once.
+    Every epoch holds all pairs that the user judged, and an equal part of the labelled ones, each seen once.
     """
 
     def __init__(self, rows: UserRows, settings: DpoSettings, seed: int) -> None:
@@ -151,7 +151,7 @@ class UserSchedule:
 
     def _shuffled(self, epoch: int, generator: torch.Generator) -> list[int]:
         """The places of an epoch's pairs in `UserRows.taught`."""
-        real, labelled = len(self.rows.train), len(self.rows.labelled)
+        real, labelled = len(self.rows.judged), len(self.rows.labelled)
         first, last = (real + labelled * turn // self.settings.epochs for turn in (epoch, epoch + 1))
         places = [*range(real), *range(first, last)]
         return [places[n] for n in torch.randperm(len(places), generator=generator).tolist()]
