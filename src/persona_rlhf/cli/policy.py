@@ -227,6 +227,69 @@ def policy_sign(
     note(f"Signature: {signature}")
 
 
+CardFormat = Annotated[Literal["policy-card"], typer.Argument(metavar="FORMAT", help="policy-card (JSON).")]
+
+
+@policy_commands.command("export")
+@with_exit_codes
+def policy_export(
+    card_format: CardFormat,
+    document: Annotated[Path, typer.Argument(metavar="DOC", help="A policy document of tier one or two.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file for the card.")],
+    details: Annotated[
+        Path, typer.Option("--details", metavar="FILE", help="The deployment: a card (YAML or JSON) without our rules.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Write a policy document as a Policy Card (arXiv 2510.24383), with the deployment from --details."""
+    import json
+
+    from persona_rlhf.common.files import find
+    from persona_rlhf.config.convert import write_new
+    from persona_rlhf.config.loader import read_yaml
+    from persona_rlhf.policy.card_export import export_card, unplaced_keys
+    from persona_rlhf.policy.documents import read_document
+
+    source, problems = read_document(document)
+    if source is None or problems:
+        raise InputError(problems)
+    write_new(json.dumps(export_card(source, read_yaml(find(details))), indent=2) + "\n", out)
+    unplaced = unplaced_keys(source)
+    if as_json:
+        print_json({"path": str(out), "unplaced": unplaced})
+    named = [f"{rule}: {', '.join(keys)}" for rule, keys in unplaced.get("rules", {}).items()]
+    for line in named + (["issuer: contact"] if "issuer" in unplaced else []):
+        note(visible(f"Without a field in a card, so in references.notes: {line}"))
+    note(f"Policy Card: {out}")
+
+
+@policy_commands.command("import")
+@with_exit_codes
+def policy_import(
+    card_format: CardFormat,
+    card: Annotated[Path, typer.Argument(metavar="SRC", help="A card that `policy export` wrote; it may be edited.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file for the policy document.")],
+    details: Annotated[
+        Path | None, typer.Option("--details", metavar="FILE", help="A new file for the rest of the card.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a Policy Card as a policy document; whatever no document expresses is an error, or listed."""
+    from persona_rlhf.config.convert import write_new
+    from persona_rlhf.config.loader import dump_yaml, read_yaml
+    from persona_rlhf.policy.card_import import import_card
+
+    read = import_card(read_yaml(card))
+    write_new(dump_yaml(read.document), out)
+    if details is not None:
+        write_new(dump_yaml(read.details), details)
+    if as_json:
+        print_json({"path": str(out), "rest": read.details})
+    if details is None:
+        note(f"Left out, as no policy document has it: {', '.join(read.details)}. Keep it with --details FILE.")
+    note(f"Policy document: {out}")
+
+
 @policy_commands.command("packet")
 @with_exit_codes
 def policy_packet(

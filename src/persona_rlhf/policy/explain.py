@@ -359,6 +359,7 @@ def why(policy: Policy, entry: RuleEntry) -> Table:
         "version": entry.version,
         "why": rule.rationale or "its document gives no rationale",
         "contact": entry.contact,
+        "references": str(rule.references or ""),
         "in force": f"{'yes' if entry.in_force else 'no'}{f' ({entry.dates})' if entry.dates else ''}",
         "after merging": _merged(policy, entry).removeprefix("; "),
         "also known as": str(hazards().get(rule.category, "")) if isinstance(rule, RestrictionRule) else "",

@@ -157,6 +157,17 @@ class When(Section):
         return f"prompts about {self.topic}" if self.topic is not None else f"prompts with /{self.pattern}/"
 
 
+class FrameworkReferences(Section):
+    """Clauses of frameworks that a rule answers to, in the tokens of each."""
+
+    nist: list[Text] = Field([], description="NIST AI Risk Management Framework, such as MANAGE-1.")
+    iso_42001: list[Text] = Field([], description="ISO/IEC 42001, such as ISO42001-8.")
+    eu_ai_act: list[Text] = Field([], description="EU AI Act, such as EUAA-AnnexIV-3.")
+
+    def __str__(self) -> str:
+        return ", ".join([*self.nist, *self.iso_42001, *self.eu_ai_act])
+
+
 class RuleSection(HashedSection):
     """The keys of every rule, whatever its kind."""
 
@@ -164,6 +175,9 @@ class RuleSection(HashedSection):
     version: Text | None = Field(None, description="Version of the rule; else that of the document.")
     rationale: Text | None = Field(None, description="Why there is this rule, for those whom it binds.")
     contact: Text | None = Field(None, description="Where to ask about the rule; else the issuer's contact.")
+    references: FrameworkReferences | None = Field(
+        None, description="Clauses of nist, iso_42001 and eu_ai_act that the rule answers to; a policy card maps them."
+    )
     valid_from: IsoDate | None = Field(None, description="First day on which the rule is in force (UTC, in quotes).")
     valid_until: IsoDate | None = Field(None, description="Last day on which the rule is in force (UTC, in quotes).")
 
