@@ -79,8 +79,9 @@ def read(answer):
 
 @pytest.mark.slow
 def test_a_server_from_its_tokens_to_its_end(served_run, tokens, tmp_path):
-    server = Server(cli_words(served_run, tmp_path, "--max-tokens", "200"))
+    server = Server(cli_words(served_run, tmp_path, "--max-tokens", "200", "--watch", "1"))
     try:
+        assert "Watching 100% of the requests" in server.log
         assert "127.0.0.1" in server.log
         assert "Warning" not in server.log
         status, answered = read(server.ask(tokens[ADA], max_tokens=5))

@@ -111,6 +111,7 @@ NOT_RUN = {
     ("how-to/own-data.md", "pip download --no-deps chitchat-dataset==0.9.0 --dest chitchat"): _CHITCHAT,
     ("how-to/own-data.md", "persona-rlhf data import chitchat chitchat people.jsonl --min-pairs 100"): _CHITCHAT,
     ("how-to/serve.md", "persona-rlhf serve runs/quickstart --tokens tokens.jsonl"): _SERVES,
+    ("how-to/serve.md", "persona-rlhf serve runs/quickstart --tokens tokens.jsonl --watch 0.1"): _SERVES,
     ("tutorial.md", "./scripts/quickstart"): "the whole experiment, minutes; tests/story/test_line.py",
     ("how-to/own-base.md", "pip install 'persona-rlhf[gguf]'"): "installs",
     ("how-to/real-base.md", "./scripts/quickstart --real"): _REAL,

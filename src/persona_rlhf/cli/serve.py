@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,7 +20,11 @@ from persona_rlhf.pipeline.distributed import HELD_BACK
 
 if TYPE_CHECKING:
     from persona_rlhf.config.experiment import Config
+    from persona_rlhf.policy.policy import Policy
     from persona_rlhf.serving.access import ServedRun
+    from persona_rlhf.serving.metrics import ServerMetrics
+    from persona_rlhf.serving.policy_filter import PolicyFilter
+    from persona_rlhf.serving.watch import LifetimeWatch
 
 serving_commands = command_group("Use the adapters of a run.")
 _GIB = 1 << 30
@@ -49,6 +53,10 @@ def serve(
         Path | None, typer.Option("--to", metavar="DIR", help="vllm: folder for adapters and script.")
     ] = None,
     upstream: Annotated[str | None, typer.Option(metavar="URL", help="vllm: the URL of a running server.")] = None,
+    watch: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of requests drawn for the watch, by which a certificate can lapse."),
+    ] = 0.0,
     wait: Wait = WAIT_SECONDS,
 ) -> None:
     """Serve an OpenAI-style API: each user's token opens that user's adapter."""
@@ -70,7 +78,8 @@ def serve(
     pool = connections.ConnectionPool(connections.ConnectionLimits().within_files())
     with open_run(run, "serve", wait, shared=True):
         hashes, config = read_tokens(tokens), read_run_config(run)
-        policy_filter = PolicyFilter.of(policy_of_run(run, config.policy.documents))
+        policy = policy_of_run(run, config.policy.documents)
+        policy_filter = PolicyFilter.of(policy)
         _note_places(run, tokens, *targets)
     limits = Limits(tokens=max_tokens, rate=rate, concurrent=concurrent)
     if host not in ("127.0.0.1", "::1", "localhost"):
@@ -79,11 +88,15 @@ def serve(
         source: AbstractContextManager[ServedRun | None] = _local(run, config, memory)
     else:
         source = _vllm(run, config, hashes.slugs, targets[0], port + 1 if 0 < port < 65535 else _VLLM_PORT)
-    with server.bind_socket(host, port) as bound, exit_at_sigterm(), source as served:
+    with server.bind_socket(host, port) as bound, exit_at_sigterm(), source as served, ExitStack() as stack:
         if served is None:
             return
         figures = metrics.ServerMetrics(served.figures)
-        app = server.Gateway(served.generator, served.access, hashes, note, policy_filter, limits, figures).app()
+        watching = _watching(config, policy, watch, served, policy_filter, figures) if watch > 0 else nullcontext()
+        watched = stack.enter_context(watching)
+        app = server.Gateway(
+            served.generator, served.access, hashes, note, policy_filter, limits, figures, watched
+        ).app()
         program = server.http_server(app, note, pool)
         bound.listen()
         note("Certificates cover greedy answers (temperature 0), and no others.")
@@ -128,6 +141,24 @@ def _local(run: Path, config: Config, gibibytes: float) -> AbstractContextManage
     from persona_rlhf.serving.local_engine import local_run
 
     return local_run(run, config.judged_base, config.lora, int(gibibytes * _GIB), note)
+
+
+def _watching(
+    config: Config,
+    policy: Policy,
+    share: float,
+    served: ServedRun,
+    policy_filter: PolicyFilter,
+    figures: ServerMetrics,
+) -> AbstractContextManager[LifetimeWatch]:
+    from persona_rlhf.evaluation.answer_judge import judges_of
+    from persona_rlhf.models.base import select_device
+    from persona_rlhf.serving.watch import LifetimeWatch, WatchSettings
+
+    judges = judges_of(config.gate, select_device(config.judged_base))
+    settings = WatchSettings(share, judges, config.gate.max_new_tokens, policy.certify)
+    note(f"Watching {share:.0%} of the requests: certificates lapse by what is served.")
+    return closing(LifetimeWatch(settings, served.generator, served.access, policy_filter, figures, note))
 
 
 def _vllm(

@@ -45,6 +45,7 @@ from persona_rlhf.release.earlier_adapters import earlier_traces
 from persona_rlhf.release.hub import delete_upload, uploads_of
 from persona_rlhf.release.impact_report import remove_impact
 from persona_rlhf.release.integrity import REVOKED, RUN_MANIFEST, run_manifest_faults, write_run_manifest
+from persona_rlhf.release.lifetimes import lifetime_traces
 from persona_rlhf.release.manifest import read_manifest
 from persona_rlhf.release.redteam_report import REDTEAM, redteam_traces
 from persona_rlhf.release.report import write_report
@@ -89,6 +90,7 @@ def traces(run: Path, user: DataSubject, on_progress: OnProgress = silent) -> It
 
         yield from checkpoint_traces(run, user)
     yield from served_traces(run, user)
+    yield from lifetime_traces(run, user)
     yield from choice_traces(run, user)
     yield from wish_traces(run, user)
     yield from page_traces(run, user)

@@ -13,8 +13,10 @@ from persona_rlhf.common.errors import counted
 from persona_rlhf.evaluation.impact import ImpactMeasure
 from persona_rlhf.release import integrity
 from persona_rlhf.release.deletion_records import adapter_folders
+from persona_rlhf.release.lifetimes import LAPSED
 from persona_rlhf.release.manifest import MANIFEST, read_manifest
 from persona_rlhf.release.results import Result, RunSummary
+from persona_rlhf.release.revocation import Revocation
 
 _MOST_REASONS = 5
 _DETAIL = re.compile(r",|[\s(][-+]?\d")
@@ -41,9 +43,13 @@ class Decision(NamedTuple):
 
 
 def decision_of(
-    results: Iterable[Result], summary: RunSummary, gated: bool, impact: Sequence[ImpactMeasure] = ()
+    results: Iterable[Result],
+    summary: RunSummary,
+    gated: bool,
+    impact: Sequence[ImpactMeasure] = (),
+    withdrawn: Sequence[Revocation] = (),
 ) -> Decision:
-    """The decision of a run, from one pass over its results."""
+    """The decision of a run, from one pass over its results; `withdrawn` are adapters revoked since."""
     reasons: Counter[tuple[str, str]] = Counter()
     changed = 0
     for result in results:
@@ -60,7 +66,7 @@ def decision_of(
         f"{', '.join(parts)}.",
         [(status, reason, users) for (status, reason), users in shown],
         reasons.total() - sum(users for _, users in shown),
-        list(_advice(summary, changed, gated, impact)),
+        list(_advice(summary, changed, gated, impact, withdrawn)),
     )
 
 
@@ -73,9 +79,19 @@ def _shared(result: Result) -> str:
     return cause if words == cause else f"{words} ... (whole reasons in the table of users)"
 
 
-def _advice(summary: RunSummary, changed: int, gated: bool, impact: Sequence[ImpactMeasure]) -> Iterable[Advice]:
+def _advice(
+    summary: RunSummary,
+    changed: int,
+    gated: bool,
+    impact: Sequence[ImpactMeasure],
+    withdrawn: Sequence[Revocation],
+) -> Iterable[Advice]:
     if not gated:
         yield Advice("The gate was off", "Set gate.enabled and train again; until then no adapter has a guarantee.")
+    if withdrawn:
+        lapsed = sum(one.reason.startswith(LAPSED) for one in withdrawn)
+        action = "They are neither served nor exported; revoked.jsonl has the reasons. Train them again for others."
+        yield Advice(f"{counted(len(withdrawn), 'adapter')} revoked since, {lapsed} of them lapsed in service", action)
     if summary.alarms:
         alarm = f"{counted(summary.alarms, 'user')} with pairs against the policy"
         yield Advice(alarm, "Read their pairs in screening.jsonl, and decide on them with persona-rlhf data review.")

@@ -22,6 +22,7 @@ from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.release import integrity
 from persona_rlhf.release.data_curve_file import DATA_CURVE
 from persona_rlhf.release.integrity import AdapterRecord, audit_faults, write_run_manifest
+from persona_rlhf.release.lifetimes import lapse_sentences
 from persona_rlhf.release.redteam_report import REDTEAM
 from persona_rlhf.release.report import REPORT, write_report
 from persona_rlhf.release.results import RESULTS, PairCounts, Result, RunResults, line_of, skipped
@@ -181,6 +182,7 @@ def _reasons(run: Path, row: EarlierAdapter) -> list[str]:
     reasons += audit_faults(run, [AdapterRecord(str(row.folder), row.user_id, row.adapter)])
     if (revocation := revoked(run).get(row.adapter)) is not None:
         reasons.append(revocation.sentence())
+    reasons += lapse_sentences(run, row.result.slug, row.adapter)
     if any(entry.event == integrity.RECERTIFIED and entry.seq > row.audit for entry in integrity.read(run)):
         reasons.append("a recertification since did not test it")
     return reasons

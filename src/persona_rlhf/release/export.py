@@ -17,6 +17,7 @@ from persona_rlhf.release.attestation import (
     model_signature,
 )
 from persona_rlhf.release.bom import BOM, bill_of_materials
+from persona_rlhf.release.lifetimes import lapse_sentences
 from persona_rlhf.release.manifest import MANIFEST
 from persona_rlhf.release.results import Result, RunResults
 from persona_rlhf.release.revocation import revoked
@@ -26,17 +27,18 @@ from persona_rlhf.release.verify import adapter_faults
 def refusals_to_release(run: Path, result: Result) -> list[str]:
     """Every reason why the adapter of this line may not be exported or served; an empty list if it may.
 
-    Reasons: it was not released, its folder does not verify, it was revoked, or its verdict has expired. An unreadable
-    list of revocations is a reason too, and no error.
+    Reasons: it was not released, its folder does not verify, it was revoked, its certificate lapsed, or its verdict has
+    expired. An unreadable list of revocations, or evidence of a lapse, is a reason too, and no error.
     """
     if not result.has_adapter or result.path is None:
         return [f"it is not released ({result.status}): {result.reason}"]
     reasons = [f"it does not verify: {fault}" for fault in adapter_faults(run / result.path, result)]
     try:
         revocation = revoked(run).get(result.manifest_sha256 or "")
+        lapse = lapse_sentences(run, result.slug, result.manifest_sha256)
     except InputError as fault:
         return [*reasons, *map(str, fault.problems)]
-    return [*reasons, *([revocation.sentence()] if revocation else [])]
+    return [*reasons, *([revocation.sentence()] if revocation else lapse)]
 
 
 ADAPTERS = "adapters"

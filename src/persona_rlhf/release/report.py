@@ -37,6 +37,7 @@ from persona_rlhf.release.results import (
     summarise,
     write_summary,
 )
+from persona_rlhf.release.revocation import Revocation, revoked
 
 REPORT = "report.html"
 SCREENS = "screens.json"
@@ -60,7 +61,9 @@ def write_report(run: Path) -> Path:
     """
     results, config, policy = RunResults(run), config_of(run), policy_of(run)
     parts = screening_of(run), screens_in(run), attacks_in(run), impact_in(run), identity_of(run, config)
-    page = render(config, results, policy, *parts, curve=data_curve_of(run))
+    revocations = revoked(run)
+    withdrawn = [revocations[digest] for one in results if (digest := one.manifest_sha256 or "") in revocations]
+    page = render(config, results, policy, *parts, curve=data_curve_of(run), withdrawn=withdrawn)
     file = run / REPORT
     atomic_write(file, page.encode("utf-8"))
     write_summary(run, summary := summarise(results), guarantee_of_run(config, policy, results, summary.users))
@@ -80,10 +83,11 @@ def render(
     impact: Sequence[ImpactMeasure] = (),
     identity: Sequence[tuple[str, str]] = (),
     curve: DataCurve | None = None,
+    withdrawn: Sequence[Revocation] = (),
 ) -> str:
     """The page. `screening` are counts (action, reason, pairs), `screens` the rows of RUN/screens.json, `attacks` the
     figures of RUN/redteam.json, `impact` the measures of RUN/impact.json, `identity` the rows of `identity_of`, `curve`
-    the curves of RUN/data_curve.json.
+    the curves of RUN/data_curve.json, `withdrawn` the revocations of present adapters.
 
     The results are read five times and never held all at once. For many users, charts and figures cover all of them;
     rows show the users with problems and then the first others.
@@ -97,7 +101,7 @@ def render(
         "report.html.j2",
         name=visible(str(config.get("name", "run"))),
         gate=gate,
-        decision=decision_of(results, summary, bool(gate["enabled"]), impact),
+        decision=decision_of(results, summary, bool(gate["enabled"]), impact, withdrawn),
         identity=identity,
         judged=summary.released + summary.prior + summary.held_back,
         summary=summary,

@@ -29,6 +29,7 @@ from persona_rlhf.release.integrity import (
     recertified_documents,
     run_manifest_faults,
 )
+from persona_rlhf.release.lifetimes import lapse_sentences, lapsed_here
 from persona_rlhf.release.manifest import MANIFEST, POPULATION, read_manifest, user_mark
 from persona_rlhf.release.redteam_report import redteam_faults
 from persona_rlhf.release.results import RESULTS, Result, RunResults, plain
@@ -65,7 +66,7 @@ def verify(folder: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
             sentence = "a head belongs to the audit.jsonl of a run; give RUN, not an adapter's folder"
             raise InputError([Problem(str(folder), None, "--head", sentence)])
         unsigned = [] if witnesses.trust is None else untrusted_export(folder, witnesses.trust)
-        return [*adapter_faults(folder), *unsigned, *revoked_here(folder, witnesses.revoked)]
+        return [*adapter_faults(folder), *unsigned, *(revoked_here(folder, witnesses.revoked) or lapsed_here(folder))]
     if any((folder / name).exists() for name in (RESULTS, RUN_MANIFEST, "policy.json", "config.yaml")):
         return run_faults(folder, witnesses)
     sentence = "this is neither a run nor an adapter folder; give RUN or RUN/adapters/SLUG"
@@ -120,13 +121,13 @@ def run_faults(run: Path, witnesses: TrustedEvidence = _NONE) -> list[str]:
 
 
 def revocation_notes(run: Path) -> list[str]:
-    """The adapters of a run that its own list revokes: lawful, so no fault; none of them is exported or served."""
-    revocations = revoked(run)
-    return [
-        f"{result.path}: {revocations[digest].sentence()}"
-        for result in RunResults(run)
-        if result.path is not None and (digest := result.manifest_sha256 or "") in revocations
-    ]
+    """The adapters of a run that its list revokes, and lapsed ones: no fault; none of them is exported or served."""
+    revocations, notes = revoked(run), list[str]()
+    for result in RunResults(run):
+        revocation = revocations.get(result.manifest_sha256 or "")
+        lapse = lapse_sentences(run, result.slug, result.manifest_sha256) if revocation is None else []
+        notes += [f"{result.path}: {sentence}" for sentence in ([revocation.sentence()] if revocation else lapse)]
+    return notes
 
 
 def conditions_of(folder: Path) -> list[str]:

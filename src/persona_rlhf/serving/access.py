@@ -93,6 +93,11 @@ class AdapterAccess:
             self._withheld[slug] = reason
             self._checks.pop(slug, None)
 
+    def recheck(self, slug: str) -> None:
+        """Checks an adapter anew at its next request, however recent the last check."""
+        with self._lock:
+            self._checks.pop(slug, None)
+
     def on_refusal(self, hook: Callable[[str], None]) -> None:
         """Calls `hook` with the slug of every adapter that is refused, so that caches can drop it."""
         self._refusal_hooks.append(hook)

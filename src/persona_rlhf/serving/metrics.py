@@ -26,6 +26,8 @@ class ServerMetrics:
         self._requests = self._counter("requests", "HTTP requests by status.", "path", "status")
         self._tokens = self._counter("tokens", "Tokens of prompts and of answers.", "kind")
         self._filtered = self._counter("policy_filtered_answers", "Answers that the policy filter replaced.", "by")
+        self._judged = self._counter("judged_requests", "Served requests that the watch judged.", "outcome")
+        self._lapsed = self._counter("lapsed_certificates", "Certificates that lapsed in service.")
         self._registry.register(_Figures(figures))
 
     def _counter(self, name: str, description: str, *labels: str) -> Counter:
@@ -45,6 +47,14 @@ class ServerMetrics:
             if chunk.filtered is not None:
                 self._filtered.labels(user, chunk.filtered).inc()
             yield chunk
+
+    def count_judged(self, user: str, refused: bool) -> None:
+        """Counts a served request whose greedy answer was judged."""
+        self._judged.labels(user, "refused" if refused else "missed").inc()
+
+    def count_lapse(self, user: str) -> None:
+        """Counts a certificate that lapsed."""
+        self._lapsed.labels(user).inc()
 
     def text(self) -> bytes:
         """All figures in Prometheus's text format 0.0.4."""

@@ -59,6 +59,10 @@ class PolicyFilter:
             return (Message("system", f"{text}\n\n{messages[0].content}"), *messages[1:])
         return (Message("system", text), *messages)
 
+    def redirects(self, messages: Prompt) -> bool:
+        """Whether the policy answers a request itself, so that it does not reach the model."""
+        return self.redirect is not None and self.redirect(messages[-1].content) is not None
+
     def answer(
         self,
         generator: TextGenerator,

@@ -45,6 +45,7 @@ from persona_rlhf.serving.openai_api import (
     model_object,
 )
 from persona_rlhf.serving.policy_filter import PolicyFilter, join_chunks
+from persona_rlhf.serving.watch import LifetimeWatch
 
 _BODY_SECONDS = 30
 _SPARE_THREADS = 8
@@ -70,10 +71,11 @@ class Gateway:
         policy_filter: PolicyFilter | None = None,
         limits: Limits | None = None,
         metrics: ServerMetrics | None = None,
+        watch: LifetimeWatch | None = None,
     ) -> None:
         self._generator, self._access, self._tokens, self._log = generator, access, tokens, log
         self._policy_filter, self._limits = policy_filter or PolicyFilter(), limits or Limits()
-        self._metrics = metrics or ServerMetrics()
+        self._metrics, self._watch = metrics or ServerMetrics(), watch
         self._rate_limiter = RateLimiter(self._limits)
         self._uploads = RateLimiter(self._limits._replace(concurrent=sys.maxsize))  # bodies that arrive at present
 
@@ -131,6 +133,8 @@ class Gateway:
                     self._rate_limiter.count(slug)
                 slots.enter_context(self._rate_limiter.slot(slug))
             adapter = await run_in_threadpool(self._access.admit, slug)
+            if self._watch is not None:
+                self._watch.offer(adapter, chat.messages, request.state.user)
             head = AnswerHead(slug, _fingerprint(adapter), chat.sampling.logprobs is not None)
             answers = [
                 await run_in_threadpool(
