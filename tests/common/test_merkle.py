@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persona_rlhf.common import merkle
 from persona_rlhf.common.merkle import MerkleTree, TreeHead, extends, includes
 
 # The eight leaves and the roots that implementations of RFC 6962 test with
@@ -100,3 +101,18 @@ def test_a_text_that_is_no_head_is_refused(text):
         TreeHead.parse(text)
     head = MerkleTree(LEAVES).head()
     assert TreeHead.parse(f" {head}\n") == head
+
+
+def test_the_paths_of_all_lines_cost_one_walk_over_the_leaves(monkeypatch):
+    """3,001 lines have 3,000 nodes. Each path needs at most 12 more of subtrees that are not full."""
+    tree, nodes = MerkleTree([b"%d" % n for n in range(3001)]), 0
+
+    def counted(left: bytes, right: bytes) -> bytes:
+        nonlocal nodes
+        nodes += 1
+        return sha(b"\1", left, right)
+
+    monkeypatch.setattr(merkle, "_node", counted)
+    for index in range(3001):
+        tree.inclusion(index)
+    assert nodes < 3000 + 12 * 3001

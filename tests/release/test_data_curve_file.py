@@ -18,7 +18,11 @@ from persona_rlhf.release.report import write_report
 from persona_rlhf.release.verify import verify
 
 USERS = [UserCurve(name, name, 1, [CurvePoint(n, 0.5, 0.2, 0.8, 5) for n in (0, 1)]) for name in ("ann", "bob")]
-DAMAGED = ("{", "[]", "{}", '{"reward": "basis", "users": [1]}', "\udcff")
+DAMAGED = (
+    *("{", "[]", "{}", '{"reward": "basis", "users": [1]}', "\udcff"),
+    '{"reward": "basis", "users": []}',
+    '{"reward": "basis", "users": [{"user_id": "ann", "slug": "ann", "pairs": 1, "points": []}]}',
+)
 
 
 @pytest.mark.parametrize("content", DAMAGED)

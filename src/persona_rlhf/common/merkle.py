@@ -29,23 +29,57 @@ class TreeHead(NamedTuple):
 
 
 class MerkleTree:
-    """The tree over lines (bytes), of which it keeps the hashes."""
+    """The tree over lines (bytes): the hashes of its leaves, and of every full subtree once it was asked for.
+
+    So the paths of many lines cost one walk over the leaves, and then the logarithm of the size each.
+    """
 
     def __init__(self, lines: Sequence[bytes]) -> None:
         self._leaves = [leaf_hash(line) for line in lines]
+        self._full: dict[tuple[int, int], bytes] = {}
 
     def head(self, size: int | None = None) -> TreeHead:
         """The head of the first `size` lines, or of all."""
         size = len(self._leaves) if size is None else size
-        return TreeHead(size, _root(self._leaves[:size]).hex())
+        return TreeHead(size, self._root(0, size).hex())
 
     def inclusion(self, index: int) -> list[str]:
         """The path of the line with this index (from 0), from the leaf up (`PATH` of RFC 6962)."""
-        return [node.hex() for node in _path(index, self._leaves)]
+        return [node.hex() for node in self._path(index, 0, len(self._leaves))]
 
     def consistency(self, size: int) -> list[str]:
         """The proof that the first `size` lines begin this tree (`PROOF` of RFC 6962); 0 < size."""
-        return [node.hex() for node in _subproof(size, self._leaves, True)]
+        return [node.hex() for node in self._subproof(size, 0, len(self._leaves), True)]
+
+    def _root(self, start: int, size: int) -> bytes:
+        """The root over `size` leaves from `start` on."""
+        if size < 2:
+            return self._leaves[start] if size else hashlib.sha256().digest()
+        if (start, size) in self._full:
+            return self._full[start, size]
+        split = _split(size)
+        root = _node(self._root(start, split), self._root(start + split, size - split))
+        if size == 2 * split:
+            self._full[start, size] = root
+        return root
+
+    def _path(self, index: int, start: int, size: int) -> list[bytes]:
+        """The path of a leaf, by its index in the subtree of `size` leaves from `start` on."""
+        if size == 1:
+            return []
+        split = _split(size)
+        if index < split:
+            return [*self._path(index, start, split), self._root(start + split, size - split)]
+        return [*self._path(index - split, start + split, size - split), self._root(start, split)]
+
+    def _subproof(self, before: int, start: int, size: int, whole: bool) -> list[bytes]:
+        """The nodes that show the first `before` leaves of this subtree; `whole` where they are the whole old tree."""
+        if before == size:
+            return [] if whole else [self._root(start, size)]
+        split = _split(size)
+        if before <= split:
+            return [*self._subproof(before, start, split, whole), self._root(start + split, size - split)]
+        return [*self._subproof(before - split, start + split, size - split, False), self._root(start, split)]
 
 
 def leaf_hash(line: bytes) -> bytes:
@@ -57,36 +91,9 @@ def _node(left: bytes, right: bytes) -> bytes:
     return hashlib.sha256(b"\1" + left + right).digest()
 
 
-def _root(leaves: Sequence[bytes]) -> bytes:
-    if len(leaves) < 2:
-        return leaves[0] if leaves else hashlib.sha256().digest()
-    split = _split(len(leaves))
-    return _node(_root(leaves[:split]), _root(leaves[split:]))
-
-
 def _split(size: int) -> int:
     """The largest power of two below `size`, which is at least 2."""
     return 1 << (size - 1).bit_length() - 1
-
-
-def _path(index: int, leaves: Sequence[bytes]) -> list[bytes]:
-    if len(leaves) == 1:
-        return []
-    split = _split(len(leaves))
-    left, right = leaves[:split], leaves[split:]
-    if index < split:
-        return [*_path(index, left), _root(right)]
-    return [*_path(index - split, right), _root(left)]
-
-
-def _subproof(size: int, leaves: Sequence[bytes], whole: bool) -> list[bytes]:
-    if size == len(leaves):
-        return [] if whole else [_root(leaves)]
-    split = _split(len(leaves))
-    left, right = leaves[:split], leaves[split:]
-    if size <= split:
-        return [*_subproof(size, left, whole), _root(right)]
-    return [*_subproof(size - split, right, False), _root(left)]
 
 
 def includes(head: TreeHead, index: int, line: bytes, path: Sequence[str]) -> bool:

@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
+from persona_rlhf.common.clock import now
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import append_whole
 from persona_rlhf.common.json_lines import read_json_lines
@@ -33,7 +33,7 @@ def append_pair(
         "prompt": [message._asdict() for message in prompt],
         "chosen": chosen,
         "rejected": rejected,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "created_at": now(),
         "source": source,
     }
     pair = parse_row(row, str(run / LEDGER), 0)
@@ -82,8 +82,7 @@ def mark_of(pair: PreferencePair) -> str:
 
 def decide(file: Path, pair: PreferencePair, decision: Decision, reason: str, reviewer: str) -> Review:
     """Appends a decision to the file and flushes it to the disk; the last decision about a pair counts."""
-    at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    review = Review(pair.user_id, mark_of(pair), decision, reason, reviewer, at)
+    review = Review(pair.user_id, mark_of(pair), decision, reason, reviewer, now())
     with file.open("ab") as stream:
         append_whole(stream, json.dumps(review._asdict()).encode() + b"\n")
     return review

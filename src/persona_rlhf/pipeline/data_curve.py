@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
 
+from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.run_lock import locks_run
 from persona_rlhf.config.experiment import read_run_config
 from persona_rlhf.data.pairs import PreferencePair
@@ -29,8 +30,8 @@ MOST_USERS = 200
 def data_curve(run: Path, on_progress: OnProgress = silent) -> tuple[DataCurve, Path]:
     """Computes the curves of a run's users and writes RUN/data_curve.json and the report; no base is loaded.
 
-    Pairs that the screen took out are left out. Raises InputError where the run is not finished, its pairs changed
-    since, or its basis cannot be read.
+    Pairs that the screen took out are left out, and ties. Raises InputError where the run is not finished, its pairs
+    changed since, its basis cannot be read, or no user has a pair on both sides.
     """
     config, run_dir = read_run_config(run), RunDir(run)
     run_dir.need_finished("its curves are computed")
@@ -39,7 +40,10 @@ def data_curve(run: Path, on_progress: OnProgress = silent) -> tuple[DataCurve, 
     run_dir.check_same({PAIRS: store.fingerprint})
     numbers = [number for number, user in enumerate(store.user_digests) if user is not None]
     numbers = sorted(Random(config.seed).sample(numbers, min(MOST_USERS, len(numbers))))
-    users = list(_labelled(store, numbers, _screened_out(run)))
+    users = labelled_users(store, numbers, _screened_out(run))
+    if not users:
+        sentence = "no user has both a preference to train on and a held-out one, so there is no curve"
+        raise InputError([Problem(str(run), None, "--data-curve", sentence)])
     results = {result.user_id: result for result in RunResults(run)}
     reward, counter = TextReward.of(basis, users), UserCounter("fitting", len(users), on_progress)
     curves = list[UserCurve]()
@@ -60,14 +64,18 @@ def _screened_out(run: Path) -> set[tuple[str, str, int]]:
     return {(row["user_id"], row["file"], row["line"]) for row in rows if row["action"] in out}
 
 
-def _labelled(store: PairStore, numbers: Iterable[int], out: set[tuple[str, str, int]]) -> Iterable[LabelledUser]:
+def labelled_users(store: PairStore, numbers: Iterable[int], out: set[tuple[str, str, int]]) -> list[LabelledUser]:
+    """The users of these numbers who have preferences on both sides, without the pairs in `out` and without ties."""
+    users = []
     for number in numbers:
         pairs = [
             pair for pair in store.of(range(number, number + 1)) if (pair.user_id, pair.file, pair.line) not in out
         ]
-        if pairs:
-            yield LabelledUser(pairs[0].user_id, _part(pairs, "train"), _part(pairs, "heldout"))
+        train, heldout = _part(pairs, "train"), _part(pairs, "heldout")
+        if train and heldout:
+            users.append(LabelledUser(train[0].user_id, train, heldout))
+    return users
 
 
 def _part(pairs: Sequence[PreferencePair], split: str) -> list[PreferencePair]:
-    return [pair for pair in pairs if pair.split == split]
+    return [pair for pair in pairs if pair.split == split and not pair.tie]

@@ -10,11 +10,11 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from persona_rlhf.common.clock import now
 from persona_rlhf.common.errors import InputError, Problem, did_you_mean
 from persona_rlhf.common.files import pseudonym
 from persona_rlhf.common.run_lock import locks_run
@@ -223,7 +223,7 @@ def forget(run: Path, user_id: str, data: bool = False, on_progress: OnProgress 
         raise InputError([Problem(str(run), None, "--user", f"no user `{user_id}` in this run{_near(run, user_id)}")])
     order = {
         "user": user.pseudonym,
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "at": now(),
         "data": data,
         "removed": [_entry(run, trace, user) for trace in (*pieces, *sources)],
         "others": others_adapters(run, user.pseudonym),

@@ -14,11 +14,11 @@ import json
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any, Literal, NamedTuple
 
+from persona_rlhf.common.clock import now
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write, shipped_root
 from persona_rlhf.config.experiment import PolicySettings
@@ -343,8 +343,7 @@ def draw_probes(pool: PrivatePool, per_category: int, rng: Random | None = None)
             drawn += unit
             taken.update(probe.category for probe in unit)
     ids = {name: tuple(sorted(p.id for p in drawn if p.category == name)) for name in sorted(sizes)}
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Draw(len(pool.draws) + 1, now, ids, bank_hash(drawn))
+    return Draw(len(pool.draws) + 1, now(), ids, bank_hash(drawn))
 
 
 def write_draw(bank: PrivateBank) -> Path:

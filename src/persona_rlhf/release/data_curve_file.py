@@ -84,7 +84,10 @@ def data_curve_of(run: Path) -> DataCurve | None:
         return None
     try:
         content = json.loads(file.read_bytes())
-        return _CURVE.validate_python({key: content[key] for key in DataCurve._fields})
+        curve = _CURVE.validate_python({key: content[key] for key in DataCurve._fields})
+        if not curve.users or not all(user.points for user in curve.users):
+            raise ValueError("a curve without a point")
+        return curve
     except (OSError, ValueError, LookupError, TypeError) as fault:
         sentence = f"the curves cannot be read ({type(fault).__name__}); `evaluate RUN --data-curve` writes them again"
         raise InputError([Problem(str(file), None, None, sentence)]) from fault
