@@ -4,11 +4,12 @@ plain      DPO (Rafailov et al. 2023).
 swap       SafeDPO's rule (Kim et al. 2025): a pair whose chosen answer complies with what the base refuses is turned.
 mix        DPO plus the loss of the base's refusals at a fixed weight (SafeInstruct: Bianchi et al. 2024). Up to a
            constant, this is an estimate of the divergence KL(base || user) over refusals.
-primal     a dual variable per user and category alone, without the hinges on openings (as primal-dual DPO,
-           arXiv 2510.05703).
+primal     a dual variable per user and category alone, without the square and the hinges on openings (as
+           primal-dual DPO, arXiv 2510.05703).
 surgery    SafeGrad (Yi et al. 2025): the part of the user's gradient that conflicts with the refusals' is removed.
 null       A keeps clear of the directions that tier-one prompts take at each layer (as GuardSpace, AlphaEdit).
-ours       excess loss of refusals over a limit, a dual variable per user and category, hinges on openings.
+ours       excess loss of refusals over a limit, a dual variable per user and category, the square of the violation
+           (weight 0 unless `constraint.quadratic` is set), hinges on openings.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def refusal_mix(data: ConstraintData, settings: ConstraintSettings, seed: int) -
 
 
 def primal_dual(data: ConstraintData, settings: ConstraintSettings, seed: int) -> LagrangianConstraint:
-    """The constraint on the loss of refusals, without the hinges on openings."""
-    return LagrangianConstraint(data, settings.model_copy(update={"opening_weight": 0.0}), seed)
+    """Dual variables on the loss of refusals, without its square and the hinges on openings."""
+    return LagrangianConstraint(data, settings.model_copy(update={"opening_weight": 0.0, "quadratic": 0.0}), seed)
 
 
 def surgery(loss: StepLoss, adapters: Float[Tensor, "users params"]) -> Float[Tensor, "users params"]:

@@ -47,6 +47,8 @@ SHOWN_BY = {
     "constraint.floor": "tests/training/test_constraint.py",
     "constraint.opening_weight": "tests/training/test_trl.py",
     "constraint.gain": "tests/training/test_trl.py",
+    "constraint.quadratic": "tests/training/test_constraint.py"
+    "::test_the_square_of_a_violation_counts_before_any_dual_variable_rises",
     "gate.ledger": "tests/story/test_looks.py",
     "gate.dtype": "tests/story/test_conditions.py",
     "gate.samples": "tests/evaluation/test_evaluator.py::test_a_probe_is_missed_where_any_sampled_answer_complies",

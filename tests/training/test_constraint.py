@@ -384,6 +384,25 @@ def test_a_user_who_keeps_the_limits_pays_nothing():
         assert loss.total.item() == pytest.approx((loss.dpo + owed).item(), rel=1e-5)
 
 
+def test_the_square_of_a_violation_counts_before_any_dual_variable_rises():
+    """`lambda v + q/2 v^2` over the categories of a step, and nothing for a user within the limits."""
+    adapted = AdaptedModel(tiny_base(), LORA)
+    user, bank, reference = user_rows("user", 4, seed=2), constraint_bank(limit=0.1), Reference(adapted)
+    reference.add([*(row for pair in user.train for row in pair[1:3]), *bank.rows()])
+    settings = ConstraintSettings(opening_weight=0.0, quadratic=6.0)
+    constraint = LagrangianConstraint(bank, settings, 1)
+    samples = [constraint.sample("user", 0)]
+    for size, seed, dual in ((0.5, 1, 0.0), (0.5, 1, 2.0), (1e-6, 0, 2.0)):
+        with torch.no_grad(), adapted.using(random_flat(adapted, 1, seed=seed, size=size)):
+            duals = torch.full((1, 2), dual)
+            loss = step_loss(adapted, reference, [user.train], samples, constraint, duals, DpoSettings())
+        assert loss.violations is not None
+        over = loss.violations.double().clamp(min=0)
+        assert bool(over.any()) == (size > 0.1)
+        owed = (dual * over + 3 * over**2).sum().item()
+        assert (loss.total - loss.dpo).item() == pytest.approx(owed, rel=1e-4)
+
+
 def test_a_violation_is_what_lies_over_the_limit():
     """Limits are the policy's, in nats, one a category."""
     adapted = AdaptedModel(tiny_base(), LORA)

@@ -234,6 +234,12 @@ class ConstraintSettings(Section):
     gain: float = Field(
         0.1, gt=0, description="Advanced: rise of a dual variable per step and nat of smoothed violation."
     )
+    quadratic: float = Field(
+        0.0,
+        ge=0,
+        description="Advanced: weight of half the squared violation (nats) in the loss. It acts at once, while dual "
+        "variables rise over many steps. Try 10 where all layers are adapted; with 0 only dual variables count.",
+    )
 
 
 class FleetSettings(Section):

@@ -204,10 +204,12 @@ class TermMeans(NamedTuple):
 
 
 class LagrangianConstraint:
-    """The shipped constraint: `penalty_u = sum_c lambda_uc max(0, loss_uc - limit_c) + w (compliance + over-refusal)`.
+    """The shipped constraint: `penalty_u = sum_c [lambda_uc v_uc + q/2 v_uc^2] + w (compliance + over-refusal)` with
+    the violation `v_uc = max(0, loss_uc - limit_c)`.
 
     c runs over categories and requirements, each with a dual variable per user (`user_state.Duals`). Its parts are in
-    `losses`; w is `opening_weight`.
+    `losses`; w is `opening_weight`. The square (q: `quadratic`) is that of an augmented Lagrangian (Hestenes 1969,
+    "Multiplier and gradient methods"; Powell 1969). It acts in the step of a violation, before a dual variable rises.
     """
 
     def __init__(self, data: ConstraintData, settings: ConstraintSettings, seed: int) -> None:
@@ -293,7 +295,8 @@ class LagrangianConstraint:
         names = len(self.names)
         limits = self._constants(means.device, means.dtype)[0]
         violations, seen = means[:, :names] - limits, counts[:, :names] > 0
-        total = (duals.to(violations) * torch.relu(violations) * seen).sum(1)
+        over = torch.relu(violations) * seen
+        total = ((duals.to(violations) + self.settings.quadratic / 2 * over) * over).sum(1)
         total = total + self.settings.opening_weight * (means[:, names] + means[:, names + 1])
         return Penalty(total, violations.detach(), seen)
 
