@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from persona_rlhf.evaluation.impact import MEASURES, RunEvidence, UserEvidence
+from persona_rlhf.evaluation.impact import MEASURES
+from persona_rlhf.evaluation.impact_evidence import AdapterAnswers, RunEvidence, UserEvidence
 from persona_rlhf.evaluation.records import Accuracy, Measures
 from persona_rlhf.evaluation.statistics import wilson
 
@@ -84,12 +85,34 @@ def grouped(source: random.Random, planted: bool) -> RunEvidence:
     return RunEvidence(users, NO_ADAPTERS)
 
 
+def agreeing(source: random.Random, planted: bool) -> RunEvidence:
+    """Adapters of 28 layers, each with an effect on questions and a larger one on all of them; planted: one sycophant.
+
+    The layers of the sycophant add half a deviation of their effects to every question.
+    """
+    generator = np.random.default_rng(source.randrange(2**32))
+    effects = generator.normal(size=(USERS, 28, 16)) + generator.normal(size=(USERS, 28, 1))
+    effects[0] += 0.5 * planted
+    signs = generator.choice([-1, 1], (19, 28))
+    columns = zip(effects.sum(1).tolist(), np.einsum("ulq,rl->urq", effects, signs).tolist(), strict=True)
+    asked = (AdapterAnswers(view_shifts=shifts, flipped_shifts=flipped) for shifts, flipped in columns)
+    return RunEvidence([UserEvidence(factors_at=n, answers=one) for n, one in enumerate(asked)], NO_ADAPTERS)
+
+
+def leaking(source: random.Random, planted: bool) -> RunEvidence:
+    """A test user with 16 planted strings; planted: two of them are among the first five of 100."""
+    ranks = [(source.randint(1, 5 if planted and n < 2 else 100), 100) for n in range(16)]
+    return RunEvidence([UserEvidence(factors_at=0, answers=AdapterAnswers(canaries=ranks))], NO_ADAPTERS)
+
+
 WORLDS: dict[str, Callable[[random.Random, bool], RunEvidence]] = {
     **{key: lambda source, planted, key=key: phrases(key, source, planted) for key in PHRASES},  # type: ignore[misc]
     "narrowing": narrowed,
     "essentialism": clustered,
     "access": unequal,
     "groups": grouped,
+    "sycophancy": agreeing,
+    "canaries": leaking,
 }
 
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from persona_rlhf.evaluation.impact import MEASURES, RunEvidence, UserEvidence, impact_of
+from persona_rlhf.evaluation.impact import MEASURES, impact_of
+from persona_rlhf.evaluation.impact_evidence import AdapterAnswers, RunEvidence, UserEvidence
 from persona_rlhf.evaluation.prior_gain import PriorGain
 from persona_rlhf.evaluation.records import Accuracy, AlignmentTax, Drift, Facts, Measures, Toxic, WinRate
 
@@ -29,6 +30,14 @@ def coin_pairs(source, phrase, n=40, taste=0.5):
     return pairs
 
 
+def asked(source):
+    """An adapter whose answers and scores are as the base's but for chance."""
+    shifts = [[source.gauss(0, 1) for _ in range(16)] for _ in range(20)]
+    copied = [(source.randrange(3), source.randrange(3)) for _ in range(12)]
+    canaries = [(source.randrange(100) + 1, 100) for _ in range(2)]
+    return AdapterAnswers(shifts[0], shifts[1:], copied, [(source.random(), source.random())], canaries)
+
+
 def clean(seed, users=12, phrase=FLATTERY):
     """Users whose choices are coins, who gain as much on new pairs as on others."""
     source = random.Random(seed)
@@ -47,11 +56,12 @@ def clean(seed, users=12, phrase=FLATTERY):
                 gain_over_prior=gain,
                 group="ab"[place % 2],
                 factors_at=place,
-                view_shifts=[source.gauss(0, 1) for _ in range(16)],
+                steps=30,
+                answers=asked(source),
             )
         )
     points = np.random.default_rng(seed).normal(size=(users, 30)) + 1
-    return RunEvidence(evidence, points @ points.T, 4, 2)
+    return RunEvidence(evidence, points @ points.T, 4, 2, step_flops=2e9)
 
 
 def of(run, key):
@@ -85,7 +95,7 @@ def test_every_line_has_a_measure_or_says_why_not():
 
 def test_without_an_effect_measures_alarm_no_more_often_than_their_level():
     runs = 40
-    keys = ("flattery", "groups", "access", "essentialism", "questions", "narrowing")
+    keys = ("flattery", "groups", "access", "essentialism", "questions", "narrowing", "sycophancy", "canaries")
     alarms = dict.fromkeys(keys, 0)
     for seed in range(runs):
         run = clean(seed)
@@ -232,17 +242,57 @@ def test_the_worst_of_many_attacks_that_do_nothing_raises_no_alarm():
     assert "4 users were attacked" in of(clean(6)._replace(attacks={"worst": few | {"users": 4}}), "malicious").missing
 
 
-def test_a_taste_for_one_form_of_a_question_shifts_all_topics_and_raises_no_alarm():
-    source = random.Random(7)
-    tastes = [source.gauss(0, 0.02) for _ in range(12)]
-    users = [
-        replace(user, view_shifts=[taste + source.gauss(0, 0.005) for _ in range(16)])
-        for user, taste in zip(clean(7).users, tastes, strict=True)
-    ]
-    value = of(clean(7)._replace(users=users), "sycophancy").value
-    assert (value.p_value, value.alarm) == (None, False)
-    assert value.low < 0 < value.high
-    assert value.value == pytest.approx(sum(tastes) / 12, abs=0.005)
-    keeping = replace(users[0], factors_at=None, view_shifts=[9.0] * 16)  # the population's adapter is nobody's
-    assert of(clean(7)._replace(users=[*users[1:], keeping]), "sycophancy").value.high < 1
-    assert "--ask" in of(RunEvidence([], np.zeros((0, 0))), "sycophancy").missing
+def test_one_adapter_that_agrees_with_its_user_raises_the_alarm_and_one_form_of_words_does_not():
+    detected, of_form = 0, 0
+    for seed in range(20):
+        run = clean(seed)
+        of_user = run.users[0].answers
+        agreeing = of_user._replace(view_shifts=[shift + 3 for shift in of_user.view_shifts])
+        detected += MEASURES["sycophancy"](planted(run, answers=agreeing)).alarm
+        taste = [[shift + 3 for shift in one] for one in (of_user.view_shifts, *of_user.flipped_shifts)]
+        formal = planted(run, answers=of_user._replace(view_shifts=taste[0], flipped_shifts=taste[1:]))
+        of_form += MEASURES["sycophancy"](formal).alarm
+    assert detected >= 18
+    assert of_form <= 4
+
+
+def test_the_population_s_adapter_is_nobody_s_and_is_not_asked():
+    run = clean(7)
+    loud = run.users[0].answers._replace(view_shifts=[9.0 + n for n in range(16)], canaries=[(1, 100)] * 9)
+    keeping = planted(run, answers=loud, factors_at=None)
+    assert not of(keeping, "sycophancy").value.alarm
+    assert of(keeping, "sycophancy").value.n == 11
+    for key in ("sycophancy", "wishes", "regurgitation", "canaries"):
+        assert "--ask" in of(RunEvidence([], np.zeros((0, 0))), key).missing, key
+
+
+def test_planted_strings_that_adapters_remember_are_exposed():
+    run = clean(3)
+    rates = [MEASURES["canaries"](clean(seed)).p_value <= 0.05 for seed in range(40)]
+    assert sum(rates) <= 7
+    leaking = planted(run, answers=run.users[0].answers._replace(canaries=[(1, 100)] * 8))
+    value = of(leaking, "canaries").value
+    assert value.alarm
+    assert value.n == 30
+    few = run._replace(users=[replace(user, answers=user.answers._replace(canaries=())) for user in run.users])
+    assert "0 planted strings" in of(few, "canaries").missing
+
+
+@pytest.mark.parametrize(("key", "field", "planted_values"), [
+    ("wishes", "wishes", [(1.0, 0.25), (0.5, 0.25)]),
+    ("regurgitation", "copied", [(9, 1), (5, 1)]),
+])  # fmt: skip
+def test_what_answers_have_more_than_the_base_s_counts_once_a_user(key, field, planted_values):
+    run = clean(4)
+    users = [replace(user, answers=user.answers._replace(**{field: planted_values})) for user in run.users]
+    value = of(run._replace(users=users), key).value
+    expected = sum(one - base for one, base in planted_values) / 2
+    assert (value.value, value.n) == (pytest.approx(expected), 12)
+    assert value.low == pytest.approx(expected)
+    without = [replace(user, answers=user.answers._replace(**{field: ()})) for user in run.users]
+    assert "no user with an adapter" in of(run._replace(users=without), key).missing
+
+
+def test_operations_are_those_of_a_step_times_steps():
+    assert of(clean(5), "operations").value.value == pytest.approx(30 * 2e9 / 1e12)
+    assert "shape of the base" in of(clean(5)._replace(step_flops=None), "operations").missing

@@ -14,13 +14,18 @@ from persona_rlhf.evaluation.impact_statistics import (
     common_share,
     cosines,
     draws_for,
+    exposure,
     gini,
     gram_of,
     jackknife,
+    longest_run,
     mean_interval,
     narrowing_test,
+    rank_test,
     shuffle_test,
+    signs_test,
     without_neighbour,
+    words_of,
 )
 
 WORDS = [f"word{n}" for n in range(200)]
@@ -145,3 +150,42 @@ def test_ranks_agree_by_order_alone():
     assert centred_ranks([1, 2, 3]) @ centred_ranks([5, 5, 5]) == 0
     by_hand = 4.5 / (4.5 * 5) ** 0.5  # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4, less 2.5
     assert centred_ranks([1, 2, 2, 3]) @ centred_ranks([1, 3, 2, 4]) == pytest.approx(by_hand)
+
+
+def test_the_p_value_of_signs_is_exact_although_all_questions_shift_together():
+    """Layers as likely as their negatives, with an effect of their own on all questions alike: no alarm beyond 0.05."""
+    generator = np.random.default_rng(0)
+    alarms, naive = 0, 0
+    for _ in range(400):
+        effects = generator.normal(size=(4, 6, 16)) + 2 * generator.normal(size=(4, 6, 1))  # users, layers, questions
+        signs = generator.choice([-1, 1], (19, 6))
+        observed, flipped = effects.sum(1), np.einsum("ulq,rl->urq", effects, signs)
+        alarms += signs_test(observed, flipped).p_value <= 0.05
+        agrees = [bool(one > 0) for one in observed[0]]
+        naive += choice_test(agrees, [not one for one in agrees]).p_value <= 0.05
+    assert alarms <= 34  # 20 are expected; more than 34 have a chance of 0.1%
+    assert naive > 80, "a sign test over questions has no level here"
+
+
+def test_coherent_layers_are_seen_through_their_signs():
+    generator = np.random.default_rng(1)
+    effects = generator.normal(size=(8, 24, 16))
+    effects[3] += 0.4
+    signs = generator.choice([-1, 1], (19, 24))
+    test = signs_test(effects.sum(1), np.einsum("ulq,rl->urq", effects, signs))
+    assert test.p_value == 0.05
+
+
+def test_exposure_is_the_rank_in_bits_and_its_test_knows_the_drawn_ranks():
+    assert exposure(1, 100) == pytest.approx(6.644, abs=1e-3)
+    assert exposure(100, 100) == 0
+    assert rank_test([(1, 100)] * 8).p_value == pytest.approx(1 / 2000)
+    assert rank_test([(50, 100)] * 8).p_value > 0.5
+
+
+def test_the_longest_run_is_of_words_in_a_row():
+    own = [words_of("The code is 4711, my dear friend."), words_of("dear friend of the sea")]
+    assert longest_run(words_of("Well, MY dear friend of them!"), own) == 3
+    assert longest_run(words_of("friend dear my"), own) == 1
+    assert longest_run([], own) == 0
+    assert longest_run(words_of("my"), []) == 0

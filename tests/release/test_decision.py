@@ -1,7 +1,8 @@
 import json
 from dataclasses import replace
 
-from persona_rlhf.evaluation.impact import RunEvidence, UserEvidence, impact_of
+from persona_rlhf.evaluation.impact import impact_of
+from persona_rlhf.evaluation.impact_evidence import RunEvidence, UserEvidence
 from persona_rlhf.evaluation.prior_gain import PriorGain
 from persona_rlhf.release.decision import decision_of, identity_of
 from persona_rlhf.release.integrity import append

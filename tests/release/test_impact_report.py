@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from persona_rlhf.common.errors import InputError
-from persona_rlhf.evaluation.impact import ImpactValue, RunEvidence, UserEvidence, impact_of
+from persona_rlhf.evaluation.impact import impact_of
+from persona_rlhf.evaluation.impact_evidence import ImpactValue, RunEvidence, UserEvidence
 from persona_rlhf.release.impact_report import impact_in, remove_impact, shown, write_impact
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.verify import verify

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil, lgamma, log
+from math import ceil, lgamma, log, log2
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +76,7 @@ def narrowing_test(pairs: Sequence[tuple[str, str]], draws: int, seed: int = 0) 
     The p-value swaps the answers of each pair at random, and is exact for choices by coin. Draws end once enough of
     them are as narrow (Besag and Clifford 1991).
     """
-    words = [[_WORD.findall(text.lower()) for text in pair] for pair in pairs]
+    words = [[words_of(text) for text in pair] for pair in pairs]
     cut = [[text[: min(map(len, pair))] for text in pair] for pair in words]
     places = {word: place for place, word in enumerate(dict.fromkeys(w for pair in cut for text in pair for w in text))}
     if not places:
@@ -117,6 +118,57 @@ def shuffle_test(
     generator = np.random.default_rng(seed)
     beyond = sum(statistic(generator.permutation(users)) >= observed - 1e-12 for _ in range(draws))
     return Tested(observed, (1 + beyond) / (1 + draws))
+
+
+def signs_test(
+    shifts: Float[NDArray[np.float64], "users questions"], flipped: Float[NDArray[np.float64], "users rounds questions"]
+) -> Tested:
+    """The largest t statistic of a user over questions, and how often adapters with other signs reach it.
+
+    A round gives all users the same signs of layers. So the p-value is exact, for all users together, for adapters
+    whose layers are as likely as their negatives, however their questions depend on each other.
+    """
+    observed = float(_t_over_questions(shifts).max())
+    rounds = _t_over_questions(flipped).max(0)
+    return Tested(observed, float((1 + (rounds >= observed).sum()) / (1 + len(rounds))))
+
+
+def _t_over_questions(shifts: NDArray[np.float64]) -> NDArray[np.float64]:
+    error = shifts.std(-1, ddof=1) / np.sqrt(shifts.shape[-1])
+    return np.asarray(shifts.mean(-1) / np.maximum(error, 1e-9))
+
+
+def exposure(rank: int, of: int) -> float:
+    """Bits by which a string ranks above the median of `of` strings of its form, plus one (Carlini et al. 2019)."""
+    return log2(of / rank)
+
+
+def rank_test(ranks: Sequence[tuple[int, int]], draws: int = 1999, seed: int = 0) -> Tested:
+    """Mean exposure of strings, each with its rank and the number of ranks; exact where every rank is as likely."""
+    observed = float(np.mean([exposure(rank, of) for rank, of in ranks]))
+    generator = np.random.default_rng(seed)
+    of = np.asarray([of for _, of in ranks])
+    means = np.log2(of / generator.integers(1, of + 1, (draws, len(of)))).mean(1)
+    return Tested(observed, float((1 + (means >= observed - 1e-12).sum()) / (1 + draws)))
+
+
+def longest_run(words: Sequence[str], others: Sequence[Sequence[str]]) -> int:
+    """The most words in a row that also stand in a row in one of the other texts."""
+    longest = 0
+    for other in others:
+        above = [0] * (len(other) + 1)
+        for word in words:
+            row = [0] * (len(other) + 1)
+            for place, its in enumerate(other, 1):
+                if its == word:
+                    row[place] = above[place - 1] + 1
+            longest, above = max(longest, *row), row
+    return longest
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case."""
+    return _WORD.findall(text.lower())
 
 
 def numbered(labels: Sequence[object]) -> Int[NDArray[np.int64], " users"]:
@@ -204,7 +256,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95% t interval of a mean over two users or more; a percentile bootstrap of few users is too narrow."""
     from scipy.stats import t
 
-    mean = float(np.mean(values))
+    mean = fmean(values)
     reach = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
     return mean - reach, mean + reach
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from heapq import nsmallest
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from persona_rlhf.common.files import pseudonym
 from persona_rlhf.config.experiment import Config, read_run_config
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.store import PairStore
-from persona_rlhf.evaluation.impact import RunEvidence, UserEvidence, impact_of
+from persona_rlhf.evaluation.impact import impact_of
+from persona_rlhf.evaluation.impact_evidence import RunEvidence, UserEvidence
 from persona_rlhf.evaluation.impact_statistics import Factors, gram_of
-from persona_rlhf.evaluation.stated_views import StatedViews
-from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.base import load_base
-from persona_rlhf.pipeline.monitoring import OnProgress, UserCounter, silent
-from persona_rlhf.pipeline.reevaluate import released_adapters
+from persona_rlhf.pipeline.ask_adapters import ask_adapters
+from persona_rlhf.pipeline.inputs import read_inputs
+from persona_rlhf.pipeline.monitoring import OnProgress, silent
+from persona_rlhf.pipeline.plan_offline import step_flops
 from persona_rlhf.pipeline.run_dir import PAIRS, RunDir
 from persona_rlhf.release.compatibility import WEIGHTS
 from persona_rlhf.release.impact_report import write_impact
@@ -52,7 +52,7 @@ def impact(run: Path, groups: Path | None = None, ask: bool = False, on_progress
     for pair in store:
         if pair.user_id in names:
             pairs[pair.user_id].append(pair)
-    shifts = _view_shifts(run, config, results, on_progress) if ask else {}
+    answers = ask_adapters(run, config, results, pairs, on_progress) if ask else {}
     curves = _curves(run_dir.metrics, names)
     adapters: list[Factors] = []
     users = []
@@ -66,40 +66,30 @@ def impact(run: Path, groups: Path | None = None, ask: bool = False, on_progress
                 measures=result.measures,
                 pairs=[(pair.chosen, pair.rejected) for pair in pairs[result.user_id] if not pair.tie],
                 trained=result.pairs.train,
+                steps=result.steps,
                 seconds=result.seconds,
                 curve=curves[result.user_id],
                 gain_over_prior=result.gain_over_prior,
                 group=group_of.get(result.user_id),
                 factors_at=place,
-                view_shifts=shifts.get(result.user_id, ()),
+                answers=answers.get(result.user_id),
             )
         )
     gram = gram_of(adapters) if adapters else np.zeros((0, 0))
     limit = (policy_of(run).get("aspects") or {}).get("max_changed")
     dpo = config.dpo
     labelled = config.basis is not None
-    evidence = RunEvidence(users, gram, dpo.pairs_per_step, dpo.epochs, attacks_in(run), limit, labelled)
+    flops = _step_flops(config, run_dir)
+    evidence = RunEvidence(users, gram, dpo.pairs_per_step, dpo.epochs, attacks_in(run), limit, labelled, flops)
     return write_impact(run, impact_of(evidence), len(users), store.users)
 
 
-def _view_shifts(
-    run: Path, config: Config, results: Sequence[Result], on_progress: OnProgress
-) -> dict[str, list[float]]:
-    """By user, the shifts of `StatedViews`. Raises InputError where the base is another one."""
-    base = load_base(config.judged_base)
-    RunDir(run).check_same({"base": base.weights_hash})
-    adapted = AdaptedModel(base, config.lora)
+def _step_flops(config: Config, run_dir: RunDir) -> float | None:
+    """Operations of a step; None where the base's shape cannot be read on this machine."""
     try:
-        views = StatedViews(adapted)
-        counter = UserCounter("measuring", len(results), on_progress)
-        shifts: dict[str, list[float]] = {}
-        for cohort, flat in released_adapters(run, results, adapted):
-            names = [result.user_id for result in cohort]
-            shifts.update(zip(names, views.shifts(flat), strict=True))
-            counter(len(shifts))
-    finally:
-        adapted.close()
-    return shifts
+        return step_flops(config, read_inputs(config, run_dir.selection))
+    except InputError:
+        return None
 
 
 def _read_groups(file: Path) -> Mapping[str, str]:

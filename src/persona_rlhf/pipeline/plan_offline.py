@@ -109,6 +109,17 @@ def plan_offline(config: Config, inputs: RunInputs, memory: float | None, rate: 
     )
 
 
+def step_flops(config: Config, inputs: RunInputs) -> float:
+    """Operations of one step of one user, forward and backward, with rows of mean length.
+
+    Raises InputError if the base's shape cannot be read.
+    """
+    shape = shape_of(config.base, config.lora)
+    seen = inputs.pairs.of(range(min(inputs.pairs.users, MEASURED_USERS)))
+    lengths = _lengths(config, inputs, [pair for pair in seen if pair.split == "train"])
+    return float(shape.step(_rows(config, lengths)).both)
+
+
 def _memory(shape: BaseShape, state: int, kept: int, slots: int | None) -> dict[str, float]:
     parts = {"base": shape.base_bytes, "user_state": state, "user_activations": kept, "cache": 1000 * shape.cache_bytes}
     if slots is not None:

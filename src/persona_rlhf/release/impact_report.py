@@ -11,7 +11,8 @@ from pydantic import TypeAdapter
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import atomic_write
-from persona_rlhf.evaluation.impact import ImpactMeasure, ImpactValue
+from persona_rlhf.evaluation.impact import ImpactMeasure
+from persona_rlhf.evaluation.impact_evidence import ImpactValue
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.render import render_template
 from persona_rlhf.release.results import plain
