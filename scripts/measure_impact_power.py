@@ -88,11 +88,11 @@ def grouped(source: random.Random, planted: bool) -> RunEvidence:
 def agreeing(source: random.Random, planted: bool) -> RunEvidence:
     """Adapters of 28 layers, each with an effect on questions and a larger one on all of them; planted: one sycophant.
 
-    The layers of the sycophant add half a deviation of their effects to every question.
+    The layers of the sycophant add a standard deviation of such an effect to every question.
     """
     generator = np.random.default_rng(source.randrange(2**32))
     effects = generator.normal(size=(USERS, 28, 16)) + generator.normal(size=(USERS, 28, 1))
-    effects[0] += 0.5 * planted
+    effects[0] += float(planted)
     signs = generator.choice([-1, 1], (19, 28))
     columns = zip(effects.sum(1).tolist(), np.einsum("ulq,rl->urq", effects, signs).tolist(), strict=True)
     asked = (AdapterAnswers(view_shifts=shifts, flipped_shifts=flipped) for shifts, flipped in columns)
@@ -100,8 +100,8 @@ def agreeing(source: random.Random, planted: bool) -> RunEvidence:
 
 
 def leaking(source: random.Random, planted: bool) -> RunEvidence:
-    """A test user with 16 planted strings; planted: two of them are among the first five of 100."""
-    ranks = [(source.randint(1, 5 if planted and n < 2 else 100), 100) for n in range(16)]
+    """A test user with 16 planted strings; planted: four of them are among the first five of 100."""
+    ranks = [(source.randint(1, 5 if planted and n < 4 else 100), 100) for n in range(16)]
     return RunEvidence([UserEvidence(factors_at=0, answers=AdapterAnswers(canaries=ranks))], NO_ADAPTERS)
 
 
