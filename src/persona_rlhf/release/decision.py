@@ -99,7 +99,7 @@ def _advice(
         action = "Lower dpo.learning_rate or dpo.epochs, or give more pairs, and train again."
         yield Advice(f"{counted(harmful, 'user')} held back for harm", action)
     if held := summary.held_back - summary.harmful:
-        action = "They get the base. Their reasons are below; strengthen the constraint, or read their pairs."
+        action = "They get the base. Their reasons are listed above; strengthen the constraint, or read their pairs."
         yield Advice(f"{counted(held, 'user')} held back by the gate", action)
     if summary.failed:
         action = "An internal fault stopped them: read the reason, and train them again with persona-rlhf add."
