@@ -267,9 +267,10 @@ def test_a_probe_is_missed_where_any_sampled_answer_complies(adapted, adapters, 
     def outcomes(samples: int):
         gate = GateSettings(max_new_tokens=8, samples=samples)
         examination = Evaluator(adapted, policy(), judge, gate, EvaluationSettings(), users=2, seed=7)
-        prompts = examination._certify.prompts
-        base = [r for name in examination._base_outcomes.values() for r in name]
-        return prompts, base, examination._sampled(adapters[:2], torch.ones(2), prompts)
+        exam = examination._exam
+        prompts = exam.split.prompts
+        base = [r for name in exam.base_outcomes.values() for r in name]
+        return prompts, base, exam._sampled(adapters[:2], torch.ones(2), prompts)
 
     prompts, greedy, all_true = outcomes(0)
     assert all(map(all, all_true))

@@ -42,8 +42,9 @@ class Scripted(Evaluator):
     before: Any = None
     base = SimpleNamespace(weights_hash="0" * 64)
     conditions = ("float32",)
+    composition = SimpleNamespace(record=lambda user_id: {})
 
-    def verdicts(self, flat, demands, draws, rows=(), recorded=()):
+    def verdicts(self, flat, demands, draws, rows=(), recorded=(), users=()):
         if self.before is not None:
             self.before()
 
@@ -268,7 +269,7 @@ class Drawing(Scripted):
     drawn: list[Any] = field(default_factory=list)
     pool: dict[str, Unit] = field(default_factory=lambda: {f"unit {n}": Unit("c", [n]) for n in range(400)})  # type: ignore[assignment]
 
-    def verdicts(self, flat, demands, draws, rows=(), recorded=()):
+    def verdicts(self, flat, demands, draws, rows=(), recorded=(), users=()):
         asked: list[int] = []
 
         def refused(alpha, units):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -168,7 +169,13 @@ def verify(
     from persona_rlhf.release.integrity import read_head
     from persona_rlhf.release.revocation import read_list
     from persona_rlhf.release.signing import SELF_DECLARED, read_trust
-    from persona_rlhf.release.verify import TrustedEvidence, conditions_of, is_adapter, revocation_notes
+    from persona_rlhf.release.verify import (
+        TrustedEvidence,
+        compositions_of,
+        conditions_of,
+        is_adapter,
+        revocation_notes,
+    )
     from persona_rlhf.release.verify import verify as faults_of
 
     folder = Path(place)
@@ -191,12 +198,13 @@ def verify(
         faults = verify_remote(place, witnesses)
     elif is_adapter(folder):
         faults = faults_of(folder, witnesses)
-        notes += [*(unchecked_signatures(folder) if trust is None else ()), *conditions_of(folder)]
+        notes += [*(unchecked_signatures(folder) if trust is None else ())]
+        notes += [*conditions_of(folder), *compositions_of(folder)]
     else:
         with open_run(folder, "verify", wait, shared=True):
             faults = faults_of(folder, witnesses)
             notes = [*([] if faults else revocation_notes(folder)), *notes]
-            notes += [*conditions_of(folder), *_runs_otherwise(folder)]
+            notes += [*conditions_of(folder), *compositions_of(folder), *_runs_otherwise(folder)]
     _report(place, faults, notes, as_json)
 
 
@@ -206,17 +214,22 @@ def _runs_otherwise(folder: Path) -> list[str]:
         return []
     from persona_rlhf.config.experiment import read_run_config
     from persona_rlhf.models.base import select_device, select_dtype
+    from persona_rlhf.policy.enforcement import system_prompt
     from persona_rlhf.release.deletion_records import adapter_folders
     from persona_rlhf.release.manifest import MANIFEST, read_manifest, uncertified
+    from persona_rlhf.release.verify import uncertified_prompts
+    from persona_rlhf.serving.policy_filter import policy_of_run
 
     try:
-        base = read_run_config(folder).judged_base
+        config = read_run_config(folder)
+        base, policy = config.judged_base, policy_of_run(folder, config.policy.documents)
         device = select_device(base)
     except InputError:  # it names files or devices that this machine lacks: nothing can be served here
         return []
     running = {"dtype": str(select_dtype(base, device)).removeprefix("torch."), "device": device.type}
     manifests = (read_manifest(adapter / MANIFEST)[0] or {} for adapter in adapter_folders(folder))
-    return sorted({f"Here: {sentence}." for content in manifests if (sentence := uncertified(content, running))})
+    otherwise = sorted({f"Here: {sentence}." for content in manifests if (sentence := uncertified(content, running))})
+    return otherwise + uncertified_prompts(folder, partial(system_prompt, policy))
 
 
 def _report(place: str, faults: list[str], notes: list[str], as_json: bool) -> None:

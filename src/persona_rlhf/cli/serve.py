@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -72,6 +73,8 @@ def serve(
         raise typer.BadParameter("--engine vllm takes --to DIR, or --upstream URL of a vLLM that runs already")
     server, connections, metrics = server_modules()
     from persona_rlhf.config.experiment import read_run_config
+    from persona_rlhf.policy.enforcement import system_prompt
+    from persona_rlhf.release.verify import uncertified_prompts
     from persona_rlhf.serving.access import Limits, read_tokens
     from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
 
@@ -91,6 +94,8 @@ def serve(
     with server.bind_socket(host, port) as bound, exit_at_sigterm(), source as served, ExitStack() as stack:
         if served is None:
             return
+        for sentence in uncertified_prompts(run, partial(system_prompt, policy)):
+            note(sentence)
         figures = metrics.ServerMetrics(served.figures)
         watching = _watching(config, policy, watch, served, policy_filter, figures) if watch > 0 else nullcontext()
         watched = stack.enter_context(watching)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import islice
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.evaluation import EvaluationSettings, GateSettings
 from persona_rlhf.data.pairs import Message
 from persona_rlhf.data.tokenize import UserRows, prompt_ids
+from persona_rlhf.evaluation.certify_exam import CertifyExam, ProbeSplit, entries_at
 from persona_rlhf.evaluation.classifier import SecondJudge
 from persona_rlhf.evaluation.gate import (
     Demands,
@@ -49,27 +49,16 @@ from persona_rlhf.evaluation.refusals import (
 from persona_rlhf.evaluation.sample_size import HARMLESS_PROMPTS, check_side_effects
 from persona_rlhf.evaluation.sequential import certify_sequentially, check_pool, check_units
 from persona_rlhf.evaluation.spending import next_share
-from persona_rlhf.evaluation.statistics import Clustered, Count, by_cluster
+from persona_rlhf.evaluation.statistics import Count
 from persona_rlhf.evaluation.still_base import StillBase, without_limit
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, conditions_of
 from persona_rlhf.policy.clusters import Outcomes, Unit
+from persona_rlhf.policy.composition import Composition
 from persona_rlhf.policy.hazards import Probe, Split, unseen_topics_certify
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.private_banks import unit_name
-
-
-class ProbeSplit(NamedTuple):
-    """The probes of one split, as prompts, and the places of each category among them."""
-
-    probes: list[Probe]
-    prompts: list[PromptIds]
-    places: dict[str, list[int]]
-
-    def by_category(self, refused: Sequence[bool]) -> dict[str, list[bool]]:
-        """Outcomes in the order of `prompts`, by category."""
-        return {name: [refused[n] for n in places] for name, places in self.places.items()}
 
 
 class Evaluator:
@@ -123,7 +112,8 @@ class Evaluator:
         self.likeness = BaseLikeness(adapted, self._ordinary, self._to_harmless, self._facts)
         self._required = RequirementPrompts(policy.requirements, REQUIREMENT_PROMPTS, policy.certify.delta)
         self._required_prompts = [self._ids(text) for text in self._required.prompts]
-        self._certify = self._split(policy.probes("certify"))
+        self.composition, self._second = Composition(policy, seed), second
+        self._certify = self._behind(self._system, self._split(policy.probes("certify")))
         test, shifts = policy.probes("test"), not unseen_topics_certify(policy.probes("certify"))
         seen, unseen = ([p for p in test if (shifts and p.novelty == "topic") == new] for new in (False, True))
         self._test = self._split(seen, evaluation.test_probes)
@@ -169,13 +159,13 @@ class Evaluator:
         """Raises InputError where the base itself does not pass the gate: nothing could be certified then."""
         check_side_effects(self.first_look, len(self._gated_harmless), self._facts.of_base())
         if self.gate.sequential:
-            check_units(self.first_look, self._base_outcomes, self._policy.draws_from_pool)
+            check_units(self.first_look, self._exam.base_outcomes, self._policy.draws_from_pool)
         else:
-            check_base(self.first_look, self._base_outcomes)
+            check_base(self.first_look, self._exam.base_outcomes)
 
     def base_counts(self, demands: Demands) -> tuple[Count, dict[str, Count]]:
         """The base's own refusals of certify units, pooled and by category: those of a user who gets no adapter."""
-        return demands.count_units(self._base_outcomes, self._base_outcomes)[:2]
+        return demands.count_units(self._exam.base_outcomes, self._exam.base_outcomes)[:2]
 
     def base_refuses(self, prompts: Sequence[PromptIds]) -> list[bool]:
         """Whether the opening of the base's greedy answer refuses, for each prompt (token ids).
@@ -194,23 +184,51 @@ class Evaluator:
         draws: Sequence[Sequence[str]] = (),
         rows: Sequence[UserRows] = (),
         recorded: Sequence[Mapping[float, StillBase]] = (),
+        users: Sequence[str] = (),
     ) -> list[Verdict]:
         """The gate's verdict on every user of a cohort, all tests in lockstep over the `certify` probes.
 
         `demands`: one per user, since users are at different looks (`Demands.at_look`). `draws`: the names of the units
         that each user's look draws, in their order (`gate.sequential`). `rows`: those of each user, whose held-out
         pairs may hold the adapter back; none are tested without. `recorded`: in place of measures, those of each user's
-        release by alpha. Raises InputError where the base itself does not pass a first look.
+        release by alpha. `users`: their ids, by which the policy's system prompt may differ (`certify.with`); without
+        them it is that of everybody. Raises InputError where the base itself does not pass a first look.
         """
-        certify = self._certify
-        base = self._base_outcomes
+        if self.gate.enabled:
+            self.check_base()
+        groups: dict[str, list[int]] = {}
+        for place in range(len(demands)):
+            system = self.composition.system_prompt(users[place]) if users else self._system
+            groups.setdefault(system, []).append(place)
+        verdicts: dict[int, Verdict] = {}
+        for system, places in groups.items():
+            exam = self._exam if system == self._system else self._exam_behind(system)
+            of_group = self._verdicts(
+                exam,
+                flat[places],
+                entries_at(demands, places),
+                entries_at(draws, places),
+                entries_at(rows, places),
+                entries_at(recorded, places),
+            )
+            verdicts |= zip(places, of_group, strict=True)
+        return [verdicts[place] for place in range(len(demands))]
+
+    def _verdicts(
+        self,
+        exam: CertifyExam,
+        flat: Float[Tensor, "users params"],
+        demands: Sequence[Demands],
+        draws: Sequence[Sequence[str]],
+        rows: Sequence[UserRows],
+        recorded: Sequence[Mapping[float, StillBase]],
+    ) -> list[Verdict]:
+        """The verdicts on users who share an exam."""
+        base = exam.base_outcomes
         tested: dict[tuple[int, float], Outcomes] = {}
 
         def test(users: list[int], alphas: list[float]) -> list[Outcomes]:
-            scales = torch.tensor(alphas, device=flat.device)
-            refused = refusal_outcomes(self._adapted, flat[users], scales, certify.prompts, self._answers).refused
-            sampled = self._sampled(flat[users], scales, certify.prompts)
-            outcomes: list[Outcomes] = [certify.by_category(both(*user)) for user in zip(refused, sampled, strict=True)]
+            outcomes = exam.outcomes(flat[users], torch.tensor(alphas, device=flat.device))
             tested.update(zip(zip(users, alphas, strict=True), outcomes, strict=True))
             return outcomes
 
@@ -219,24 +237,22 @@ class Evaluator:
                 return [recorded[user].get(alpha, StillBase()) for user, alpha in zip(users, alphas, strict=True)]
             return self._still_base(flat[users], alphas, [rows[user] for user in users] if rows else [])
 
+        def measured(users: list[int], alphas: list[float]) -> list[SideEffects]:
+            return self.side_effects(flat[users], torch.tensor(alphas, device=flat.device))
+
         users, largest = list(range(flat.shape[0])), self.gate.alphas[-1]
         if self.gate.enabled and self.gate.sequential:
-            self.check_base()
             drawn = [[self.pool[name] for name in names] for names in draws]
-            return [self._sequential(flat, user, demands[user], base, drawn[user], likeness) for user in users]
+            return [self._sequential(exam, flat[[user]], demands[user], drawn[user], user, likeness) for user in users]
         if self.gate.enabled:
-            self.check_base()
-
-            def measured(users: list[int], alphas: list[float]) -> list[SideEffects]:
-                return self.side_effects(flat[users], torch.tensor(alphas, device=flat.device))
-
             verdicts = certify_cohort(demands, base, self.gate.alphas, test, measured, likeness)
         else:
             tests = test(users, [largest] * len(users))
             verdicts = [release_unjudged(demands[user], base, largest, outcomes) for user, outcomes in enumerate(tests)]
         released = [tested.get((user, verdict.alpha), base) for user, verdict in enumerate(verdicts)]
+        pool = [name for name in self.demands.categories if name in self.demands.in_pool]
         return [
-            verdict._replace(clusters=self._clustered(outcomes))
+            verdict._replace(clusters=exam.split.clustered(outcomes, pool, self.demands.level))
             for verdict, outcomes in zip(verdicts, released, strict=True)
         ]
 
@@ -257,52 +273,49 @@ class Evaluator:
 
     def _sequential(
         self,
-        cohort: Float[Tensor, "users params"],
-        user: int,
+        exam: CertifyExam,
+        flat: Float[Tensor, "one params"],
         demands: Demands,
-        base: Outcomes,
         drawn: Sequence[Unit],
+        user: int,
         likeness: Likeness,
     ) -> Verdict:
-        """The sequential gate's verdict on one user: probes are asked as they are drawn."""
-        certify, flat = self._certify, cohort[[user]]
+        """The sequential gate's verdict on one `user` of a cohort: probes are asked as they are drawn."""
 
         def refused(alpha: float, units: Sequence[Unit]) -> list[bool]:
-            places = [certify.places[unit.category][place] for unit in units for place in unit.places]
-            prompts, alphas = [certify.prompts[place] for place in places], torch.tensor([alpha], device=flat.device)
-            [outcomes] = refusal_outcomes(self._adapted, flat, alphas, prompts, self._answers).refused
-            [sampled] = self._sampled(flat, alphas, prompts)
-            answers = iter(both(outcomes, sampled))
-            return [all(list(islice(answers, len(unit.places)))) for unit in units]
+            return exam.refused_units(flat, torch.tensor([alpha], device=flat.device), units)
 
         def measured(alpha: float) -> SideEffects:
             return self.side_effects(flat, torch.tensor([alpha], device=flat.device))[0]
 
         like = lambda alpha: likeness([user], [alpha])[0]  # noqa: E731
-        return certify_sequentially(demands, base, self.gate.alphas, drawn, refused, measured, like)
+        return certify_sequentially(demands, exam.base_outcomes, self.gate.alphas, drawn, refused, measured, like)
 
     @cached_property
-    def _base_outcomes(self) -> Outcomes:
-        """The base's refusals of certify probes."""
-        [sampled] = self._sampled(None, None, self._certify.prompts)
-        return self._certify.by_category(both(self._answers.refused(self._certify.prompts), sampled))
+    def _system(self) -> str:
+        """The system prompt before the probes of users without wishes."""
+        return self.composition.system_prompt("")
 
-    def _sampled(
-        self,
-        flat: Float[Tensor, "users params"] | None,
-        alphas: Float[Tensor, " users"] | None,
-        prompts: Sequence[PromptIds],
-    ) -> list[list[bool]]:
-        """By user, or of the base alone: whether all of `gate.samples` sampled answers to each prompt refuse."""
-        users = 1 if flat is None else flat.shape[0]
-        refused = [[True] * len(prompts) for _ in range(users)]
-        for number in range(self.gate.samples):
-            with self._adapted.using(flat, alphas):
-                seed = self._seed + number
-                answers = self._adapted.generate([prompts] * users, self.gate.max_new_tokens, 1.0, seed)
-                whole = self._answers.as_written([prompts] * users, answers)
-            refused = [both(*user) for user in zip(refused, whole, strict=True)]
-        return refused
+    @cached_property
+    def _exam(self) -> CertifyExam:
+        """The exam of users without wishes, whose base answers are kept."""
+        return CertifyExam(self._adapted, self._certify, self._answers, self.gate.samples, self._seed)
+
+    def _exam_behind(self, system: str) -> CertifyExam:
+        """The exam behind the system prompt of a user with wishes, with base answers of its own."""
+        try:
+            split = self._behind(system, self._certify)
+        except InputError as fault:  # it costs this user, and not the run
+            raise ValueError(str(fault)) from fault
+        of_base = self._judge, self.gate.max_new_tokens, self._second, self._prompt_texts
+        answers = BaseAnswers(self._adapted, *of_base)
+        return CertifyExam(self._adapted, split, answers, self.gate.samples, self._seed)
+
+    def _behind(self, system: str, split: ProbeSplit) -> ProbeSplit:
+        """The probes behind a system prompt and the memories of each (`certify.with`)."""
+        split = split.behind(system, self.composition, self._adapted.base)
+        self._prompt_texts |= {ids: probe.prompt for ids, probe in zip(split.prompts, split.probes, strict=True)}
+        return split
 
     def side_effects(self, flat: Float[Tensor, "users params"], alphas: Float[Tensor, " users"]) -> list[SideEffects]:
         """The effects of adapters beside refusals of probes, as far as the policy demands something of them.
@@ -326,15 +339,6 @@ class Evaluator:
             with self._adapted.using(flat, alphas):
                 facts = self._facts.ask(len(alphas))
         return [SideEffects(*effects) for effects in zip(newly, facts, strict=True)]
-
-    def _clustered(self, outcomes: Outcomes) -> Clustered:
-        """The pool's refusals of certify probes, by topic and by phrasing."""
-        certify, pool = self._certify, [name for name in self.demands.categories if name in self.demands.in_pool]
-        probes = [certify.probes[n] for name in pool for n in certify.places[name]]
-        refused = [outcome for name in pool for outcome in outcomes[name]]
-        topics, phrasings = ([getattr(probe, of) for probe in probes] for of in ("topic", "phrasing"))
-        level = self.demands.level
-        return Clustered(by_cluster(refused, topics, level), by_cluster(refused, phrasings, level))
 
     def measures(
         self, flat: Float[Tensor, "users params"], users: Sequence[UserRows], alphas: Sequence[float]
@@ -406,11 +410,6 @@ class Evaluator:
         ids = prompt_ids((Message("user", text),), self._adapted.base.tokenizer)
         self._prompt_texts[ids] = text
         return ids
-
-
-def both(one: Sequence[bool], other: Sequence[bool]) -> list[bool]:
-    """Where both are true."""
-    return [first and second for first, second in zip(one, other, strict=True)]
 
 
 def _newly_refused(refused: Sequence[bool], prompts: Sequence[PromptIds], base: BaseAnswers) -> Refused | None:

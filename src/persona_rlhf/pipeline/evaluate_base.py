@@ -30,6 +30,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.pipeline.inputs import REAL_POLICY
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent, watched
+from persona_rlhf.policy.composition import Composition
 from persona_rlhf.policy.hazards import Probe
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.policy.policy import Policy
@@ -159,8 +160,9 @@ def perplexity_ratio(before: Sequence[TextScore], after: Sequence[TextScore]) ->
     return Ratio(exp(log_ratio), exp(log_ratio - half), exp(log_ratio + half))
 
 
-def _ids(adapted: AdaptedModel, text: str) -> PromptIds:
-    return prompt_ids((Message("user", text),), adapted.base.tokenizer)
+def _ids(adapted: AdaptedModel, text: str, system: str = "") -> PromptIds:
+    before = (Message("system", system),) if system else ()
+    return prompt_ids((*before, Message("user", text)), adapted.base.tokenizer)
 
 
 UNKNOWN = "unknown (say it with base.aligned_by=...)"
@@ -247,6 +249,13 @@ def _measured(
         texts.update((_ids(adapted, prompt), prompt) for prompt in prompts)
         return of.refused([_ids(adapted, prompt) for prompt in prompts])
 
+    composition = Composition(policy, settings.seed)
+
+    def composed(probe: Probe) -> PromptIds:
+        ids = _ids(adapted, probe.prompt, composition.message(composition.system_prompt(""), probe))
+        texts[ids] = probe.prompt
+        return ids
+
     def of(split: str) -> dict[str, list[str]]:
         probes = policy.probes(split)  # type: ignore[arg-type]
         return {name: [p.prompt for p in probes if p.category == name] for name in demands.categories}
@@ -256,7 +265,10 @@ def _measured(
     plain = some(ordinary, most)
     texts_to_write = sum(map(len, [*probes.values(), *of("dev").values(), near, plain]))
     with watched([adapted], ProgressEvent("measuring"), on_progress, texts_to_write):
-        outcomes = {name: refused(prompts, answers) for name, prompts in probes.items()}
+        outcomes = {
+            name: answers.refused([composed(probe) for probe in policy.probes("certify") if probe.category == name])
+            for name in probes
+        }
         sampled, text_judge = {}, judges.text_judge()
         with adapted.using(None):
             for name, prompts in of("dev").items():

@@ -116,7 +116,7 @@ class GateLooks:
         units = [self.ledger.fresh_units(key, self.pool) for key in keys]
         of_looks = [demands.at_look(look.share, look.number) for look in looks]
         draws, measures = [[unit.name for unit in fresh] for fresh in units], [one.still_base for one in recorded]
-        verdicts = self.evaluator.verdicts(flat, of_looks, draws, rows, measures)
+        verdicts = self.evaluator.verdicts(flat, of_looks, draws, rows, measures, users)
         drawn = [units_drawn(verdict) if sequential else 0 for verdict in verdicts]
         columns = zip(keys, looks, units, drawn, strict=True)
         ends = {key: fresh[n - 1].place if n else look.start for key, look, fresh, n in columns} if sequential else {}
@@ -257,8 +257,10 @@ def enter_earlier(ledger: Ledger, run: Path, earlier: EarlierLooks) -> EarlierLo
 
 def _exam(config: Config, policy: Policy, evaluator: Evaluator) -> str:
     """sha256 of everything besides an adapter that decides its verdict."""
+    composed = evaluator.composition.record("")  # users' wishes are in the hash of the policy
     return _sha256(
-        {
+        ({"composed": composed} if composed else {})
+        | {
             "bank": policy.bank,
             "policy": policy.hash,
             "demands": asdict(evaluator.demands),

@@ -121,7 +121,8 @@ def judge(
     info = BaseInfo.of(base.name, base.weights_hash, config.base.quantization)
     used, conditions = looks.ledger.uses(looks.bank), ready.examination.conditions
     demands, settings = ready.examination.demands, manifest_settings(config)
-    provenance = Provenance.of(info, ready.policy, demands, settings, used, conditions)
+    composition = ready.examination.composition
+    provenance = Provenance.of(info, ready.policy, demands, settings, used, conditions, composition)
     head = integrity.append_all(looks.audit_run, [event for user in judged_users for event in judgements(user)])
     stamp, nested = Stamp(head, last_day(config.gate.valid_days)), ready.pairs.users > _FEW
     files = AdapterFiles(ready.adapted, config.lora, info)

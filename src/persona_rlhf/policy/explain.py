@@ -142,8 +142,9 @@ def _demands(documents: Sequence[PolicyDocument]) -> dict[tuple[int, str], _Dema
             demands[tier, "certify.delta"] = _Amount(f"error at most {certify.delta:g}", -certify.delta, -1.0)
             if (share := certify.max_over_refusal) is not None:
                 demands[tier, "certify.max_over_refusal"] = _Amount(f"at most {share:g}", -share, -1.0)
-        changed = document.aspects.max_changed
-        if changed is not None:
+            if parts := certify.with_:
+                demands[tier, "certify.with"] = _Among(", ".join(parts), frozenset(parts), grows=True)
+        if (changed := document.aspects.max_changed) is not None:
             demands[tier, "aspects.max_changed"] = _Amount(f"at most {changed:g}", -changed, -1.0)
         for _, rule in document.rules:
             if isinstance(rule, RestrictionRule):

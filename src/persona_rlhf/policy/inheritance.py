@@ -135,6 +135,10 @@ def _weaker_bound(upper: PolicyDocument, lower: PolicyDocument) -> Iterator[Prob
     if share is not None and most is not None and share > most:
         there = upper.where(("certify", "max_over_refusal"))
         yield lower.problem(("certify", "max_over_refusal"), _looser(share, most, there))
+    stated, demanded = lower.certify.with_, upper.certify.with_ or []
+    if stated is not None and not set(demanded) <= set(stated):
+        there = upper.where(("certify", "with"))
+        yield lower.problem(("certify", "with"), _looser(", ".join(stated), ", ".join(demanded), there))
 
 
 def _wider_aspects(upper: PolicyDocument, lower: PolicyDocument) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import find
@@ -18,7 +18,15 @@ from persona_rlhf.policy.hazards import CATEGORIES, Probe, more_probes, read_pro
 from persona_rlhf.policy.judges import plain, skeleton
 from persona_rlhf.policy.private_banks import PrivateBank
 from persona_rlhf.policy.properties import applies
-from persona_rlhf.policy.rule_schema import ACTIONS, Action, Certify, PreferenceRule, RestrictionRule, required_property
+from persona_rlhf.policy.rule_schema import (
+    ACTIONS,
+    Action,
+    CertifiedWith,
+    Certify,
+    PreferenceRule,
+    RestrictionRule,
+    required_property,
+)
 from persona_rlhf.policy.rules import Requirement, Restriction
 
 
@@ -172,11 +180,13 @@ def _read_banks(
 def merge_certify(documents: Sequence[PolicyDocument]) -> Certify:
     """The strictest bound of all documents."""
     bounds = [document.certify for document in documents if document.certify is not None]
+    parts = [part for part in get_args(CertifiedWith) if any(part in (b.with_ or ()) for b in bounds)]
     over_refusal = (b.max_over_refusal for b in bounds if b.max_over_refusal is not None)
     return Certify(
         min_refusal=max(b.min_refusal for b in bounds),
         delta=min(b.delta for b in bounds),
         max_over_refusal=min(over_refusal, default=None),
+        **{"with": parts or None},
     )
 
 

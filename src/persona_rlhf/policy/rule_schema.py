@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import date
 from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from persona_rlhf.config.loader import Section
 from persona_rlhf.policy.judges import skeleton, topic_names
@@ -81,8 +81,8 @@ class HashedSection(Section):
 
     def hashed(self) -> dict[str, object]:
         """The keys and values for hashing; later keys only where they differ from their default."""
-        fields = type(self).model_fields
-        dumped = self.model_dump(mode="json")
+        fields = {field.alias or name: field for name, field in type(self).model_fields.items()}
+        dumped = self.model_dump(mode="json", by_alias=True)
         return {key: v for key, v in dumped.items() if key in self.first_edition or v != fields[key].default}
 
 
@@ -95,6 +95,10 @@ class Issuer(HashedSection):
     name: str = Field(min_length=1, description="Name of the issuer, as people should read it.")
     user_id: str | None = Field(None, min_length=1, description="The end user; without it tier three is everybody's.")
     contact: Text | None = Field(None, description="Where to ask about the document.")
+
+
+CertifiedWith = Literal["system", "memories"]
+"""A part of the prompt that the gate puts before a probe: the policy's system prompt, or memories about a user."""
 
 
 class Certify(HashedSection):
@@ -111,6 +115,20 @@ class Certify(HashedSection):
         description="Share of harmless prompts that an adapter may refuse where the base answers; the gate holds back "
         "an adapter that may refuse more. At least 300 prompts are asked.",
     )
+    with_: list[CertifiedWith] | None = Field(
+        None,
+        alias="with",
+        min_length=1,
+        description="What stands before every certify probe at the gate: the policy's `system` prompt, up to ten "
+        "written `memories` about a user, or both. Lower tiers can add to it.",
+    )
+
+    @field_validator("with_")
+    @classmethod
+    def _once_each(cls, parts: list[CertifiedWith] | None) -> list[CertifiedWith] | None:
+        if parts is not None and len(set(parts)) < len(parts):
+            raise ValueError(f"name each part once, got {parts}")
+        return parts
 
 
 class Aspects(HashedSection):

@@ -144,7 +144,8 @@ class Exporter:
         assert verdict.admitted and verdict.alpha > 0, f"{user_id} is held back"  # noqa: PT018
         files = self.adapter.of(flat, verdict.alpha)
         start = None if prior else self.start
-        files[CARD] = card(self.provenance, data, verdict, measures, spending, prior, start).encode()
+        composed = self.provenance.composed(user_id)
+        files[CARD] = card(self.provenance, data, verdict, measures, spending, prior, start, composed).encode()
         entries = manifest_of(user_id, self.provenance, data, verdict, files, self.stamp, spending, prior, start)
         manifest = rendered(entries)
         name = slug(user_id)

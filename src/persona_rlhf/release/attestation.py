@@ -116,7 +116,7 @@ def certificate_predicate(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "conditions": manifest.get("conditions"),
         "validUntil": verdict.get("valid_until"),
         "auditHead": manifest.get("audit"),
-    }
+    } | ({"certifiedWith": manifest["certified_with"]} if "certified_with" in manifest else {})
 
 
 def paper_faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -13,6 +14,7 @@ from persona_rlhf.evaluation.gate import POOLED, DemandCount, Verdict
 from persona_rlhf.evaluation.records import Measures
 from persona_rlhf.evaluation.spending import Spending
 from persona_rlhf.evaluation.statistics import Count, FixedCount, HarmlessCount, ShareCount
+from persona_rlhf.policy.composition import composed_sentence
 from persona_rlhf.release.compatibility import max_lora_rank
 from persona_rlhf.release.manifest import MANIFEST, BaseInfo, DataInfo, Provenance
 from persona_rlhf.release.render import render_template
@@ -26,10 +28,11 @@ def card(
     spending: Spending | None = None,
     prior: bool = False,
     start: str | None = None,
+    composed: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """README.md of an adapter folder: YAML front matter that the hub reads, and a page for people.
 
-    `prior`: the adapter is the population's. `start` is as in `manifest_of`.
+    `prior`: the adapter is the population's. `start` is as in `manifest_of`, `composed` that of the user's manifest.
     """
     body = render_template(
         "card.md.j2",
@@ -40,6 +43,7 @@ def card(
         spending=spending,
         prior=prior,
         start=start,
+        composed=composed_sentence(composed) if composed else "",
         conditions=provenance.conditions,
         dtype=None if provenance.conditions is None else provenance.conditions.dtype,
         data=data,

@@ -21,6 +21,7 @@ from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.evaluation.gate import Demands, Verdict
 from persona_rlhf.evaluation.records import Conditions
 from persona_rlhf.evaluation.spending import Spending
+from persona_rlhf.policy.composition import Composition, text_sha256
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.policy.private_banks import BankInfo
 from persona_rlhf.release.results import PairCounts, plain
@@ -106,6 +107,7 @@ class Provenance:
 
     bank: the origin of the `certify` probes, without a text of them
     bank_looks: looks at this bank that the ledger counts; None where there is none
+    composition: the text before certify probes (`certify.with`)
     """
 
     base: BaseInfo
@@ -117,6 +119,7 @@ class Provenance:
     bank: BankInfo
     bank_looks: int | None = None
     conditions: Conditions | None = None
+    composition: Composition | None = None
 
     @staticmethod
     def of(
@@ -126,6 +129,7 @@ class Provenance:
         settings: Mapping[str, Any],
         bank_looks: int | None = None,
         conditions: Conditions | None = None,
+        composition: Composition | None = None,
     ) -> Provenance:
         """The provenance of a run; policy documents are listed without their paths."""
         documents = tuple(
@@ -133,9 +137,12 @@ class Provenance:
             for d in policy.documents
             if d.tier < 3
         )
-        return Provenance(
-            base, policy.hash, policy.tier_one_hash, documents, demands, settings, policy.bank, bank_looks, conditions
-        )
+        hashes = policy.hash, policy.tier_one_hash
+        return Provenance(base, *hashes, documents, demands, settings, policy.bank, bank_looks, conditions, composition)
+
+    def composed(self, user_id: str) -> dict[str, Any]:
+        """The text before a user's certify probes, as manifests name it; empty where there was none."""
+        return {} if self.composition is None else self.composition.record(user_id)
 
     def demands_at(self, spending: Spending | None) -> Demands:
         """The demands at a user's look; those of all looks together where none was counted."""
@@ -204,6 +211,8 @@ def manifest_of(
         content["adapter"] = POPULATION
     if start is not None:
         content["start"] = {"sha256": start}
+    if composed := provenance.composed(user_id):
+        content["certified_with"] = composed
     if provenance.conditions is not None:
         content["conditions"] = plain(provenance.conditions)
     if stamp.head is not None:
@@ -230,6 +239,19 @@ def uncertified(manifest: Mapping[str, Any], running: Mapping[str, str]) -> str 
         return None
     here, there = (", ".join(str(values[name]) for name in other) for values in (running, certified))
     return f"certified in {there}, but this engine runs {here}: the certificate does not cover its answers"
+
+
+def uncertified_prompt(manifest: Mapping[str, Any], running: str) -> str | None:
+    """A sentence on a system prompt that stands before requests and that the gate did not certify; None for none.
+
+    `running` is the policy's system prompt for the adapter's user, "" where there is none.
+    """
+    certified = (manifest.get("certified_with") or {}).get("system_prompt_sha256")
+    if certified == (text_sha256(running) if running else None):
+        return None
+    before = "without a system prompt" if certified is None else "behind another system prompt"
+    here = "the policy's stands before" if running else "none stands before"
+    return f"certified {before}, but here {here} requests: the certificate does not cover the answers"
 
 
 def user_mark(user_id: str, salt: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from persona_rlhf.evaluation.records import Conditions
 from persona_rlhf.evaluation.statistics import MissedUnits, SequentialBound, share_bound
 from persona_rlhf.evaluation.still_base import StillBase
 from persona_rlhf.policy.bound import Bound, look_share
+from persona_rlhf.policy.composition import composed_sentence
 from persona_rlhf.release.attestation import PAPERS, paper_faults, untrusted_export
 from persona_rlhf.release.compatibility import CARD, CONFIG, WEIGHTS, lint
 from persona_rlhf.release.deletion_records import adapter_folders, forgotten_faults
@@ -30,7 +31,7 @@ from persona_rlhf.release.integrity import (
     run_manifest_faults,
 )
 from persona_rlhf.release.lifetimes import lapse_sentences, lapsed_here
-from persona_rlhf.release.manifest import MANIFEST, POPULATION, read_manifest, user_mark
+from persona_rlhf.release.manifest import MANIFEST, POPULATION, read_manifest, uncertified_prompt, user_mark
 from persona_rlhf.release.redteam_report import redteam_faults
 from persona_rlhf.release.results import RESULTS, Result, RunResults, plain
 from persona_rlhf.release.revocation import Revocation, revocation_faults, revoked, revoked_here, today
@@ -136,6 +137,25 @@ def conditions_of(folder: Path) -> list[str]:
     contents = (read_manifest(adapter / MANIFEST)[0] or {} for adapter in adapters)
     sentences = {Conditions(**one["conditions"]).sentence() for one in contents if one.get("conditions")}
     return [f"{sentence[0].upper()}{sentence[1:]}; anything else is not covered." for sentence in sorted(sentences)]
+
+
+def compositions_of(folder: Path) -> list[str]:
+    """The texts before the certify probes of the adapters of a run, or of one adapter, each as a sentence."""
+    adapters = [folder] if (folder / MANIFEST).is_file() else adapter_folders(folder)
+    contents = (read_manifest(adapter / MANIFEST)[0] or {} for adapter in adapters)
+    sentences = {composed_sentence(one["certified_with"]) for one in contents if one.get("certified_with")}
+    return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sorted(sentences)]
+
+
+def uncertified_prompts(run: Path, prompt_of: Callable[[str], str]) -> list[str]:
+    """Sentences on system prompts that stand before requests here and that the gate did not certify.
+
+    `prompt_of` gives the policy's system prompt for a user id, "" for none.
+    """
+    released = [result for result in RunResults(run) if result.path is not None]
+    contents = ((read_manifest(run / str(one.path) / MANIFEST)[0], one.user_id) for one in released)
+    sentences = (uncertified_prompt(content, prompt_of(user)) for content, user in contents if content is not None)
+    return sorted({f"Here: {sentence}." for sentence in sentences if sentence is not None})
 
 
 def adapter_faults(folder: Path, result: Result | None = None, policy_hash: str | None = None) -> list[str]:
