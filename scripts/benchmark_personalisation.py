@@ -22,7 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations, islice, pairwise
+from itertools import combinations, islice, pairwise, product
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from generate_users import SampledPrompt, differing, draw_prompts, draw_tastes, sample
 from jaxtyping import Float
+from reward_rivals import agreed, fit_prototypes, flipped
 from torch import Tensor
 
 from persona_rlhf.common.files import atomic_write, find
@@ -50,7 +51,7 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.simulation.users import Utility, properties, read_utilities
-from persona_rlhf.training.answer_features import scaled_features
+from persona_rlhf.training.answer_features import BUCKETS, scaled_features
 from persona_rlhf.training.cache import Reference, rows_ahead
 from persona_rlhf.training.engine import Engine
 from persona_rlhf.training.labelled_pairs import AnswerPool, answer_pool, with_labels
@@ -66,6 +67,7 @@ from persona_rlhf.training.reward_basis import (
 )
 
 COUNTS = (0, 1, 3, 5, 10, 20, 40, 80)
+POISONED = (0, 5, 20, 80)  # pairs of users whose basis was fitted on a poisoned population
 PAIRS, TEST, LEAST_TEST = 80, 100, 40
 SPARE = 1.25  # some drawn users have too few prompts where their taste shows
 SHARES = (0.3, 0.4, 0.3)  # of the pool's prompts: the population's, the new users' pairs, the test
@@ -216,9 +218,9 @@ def measure_rewards(cells: Cells, pool: Sequence[SampledPrompt], seed: int, opti
     tuned, unseen = people[:TUNED], people[TUNED : TUNED + options.users]
     truth = torch.tensor([list(properties(text).values()) for text in world.texts], dtype=torch.float64)
     truth = truth / truth.std(0).clamp_min(1e-9)
-    words = world.rows[:, -2048:]
+    words = world.rows[:, -BUCKETS:]
     spaces = {"ridge on the features": world.rows, "bag of words": words}
-    pooled = population_margin(population, world.rows)
+    pooled, prototypes = population_margin(population, world.rows), fit_prototypes(population, seed=seed)
 
     def individual(rows: Tensor, variance: float) -> Callable[[NewUser, int], Tensor]:
         def margins(user: NewUser, count: int) -> Tensor:
@@ -234,13 +236,19 @@ def measure_rewards(cells: Cells, pool: Sequence[SampledPrompt], seed: int, opti
 
         return max(RIDGES, key=score)
 
-    coordinates = basis.coordinates(world.rows)
+    def shared(basis: RewardBasis) -> Callable[[NewUser, int], Tensor]:
+        coordinates = basis.coordinates(world.rows)
+        return lambda user, count: basis.posterior(world.differences(coordinates, user.learnt)[:count]).margin(
+            world.differences(coordinates, user.test)
+        )
+
     methods: dict[str, Callable[[NewUser, int], Tensor]] = {
         "population": lambda user, count: world.differences(pooled[:, None], user.test)[:, 0],
-        **{name: individual(rows, best(rows)) for name, rows in spaces.items()},
-        "reward basis": lambda user, count: basis.posterior(world.differences(coordinates, user.learnt)[:count]).margin(
-            world.differences(coordinates, user.test)
+        "prototypes": lambda user, count: prototypes.margins(
+            world.differences(world.rows, user.learnt)[:count], world.differences(world.rows, user.test)
         ),
+        **{name: individual(rows, best(rows)) for name, rows in spaces.items()},
+        "reward basis": shared(basis),
         "true properties": lambda user, count: (
             world.differences(truth, user.test)
             @ approximate(
@@ -257,6 +265,14 @@ def measure_rewards(cells: Cells, pool: Sequence[SampledPrompt], seed: int, opti
                 row = {"accuracy": values, "seconds": seconds}
                 cells.add(part="rewards", **setting, method=name, pairs=count, **row)
     measure_calibration(cells, world, basis, unseen, setting)
+    for attack, share in product((flipped, agreed), options.poisoned):
+        name = f"reward basis, {share:.0%} of its users {attack.__name__}"
+        missing = [n for n in POISONED if cells.missing(part="rewards", **setting, method=name, pairs=n)]
+        if missing:
+            method = shared(fit_basis(world.features, attack(population, share, seed), seed=seed))
+            for count in missing:
+                values = [round(accuracy(method(user, count), user.test.clean), 4) for user in unseen]
+                cells.add(part="rewards", **setting, method=name, pairs=count, accuracy=values)
 
 
 def population_margin(population: Population, rows: Float[Tensor, "answers width"]) -> Float[Tensor, " answers"]:
@@ -466,6 +482,7 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=1400, help="users that the basis is fitted on")
     parser.add_argument("--basis", type=Path, help="adapters: a fitted basis, in place of a population")
     parser.add_argument("--users", type=int, default=200, help="unseen users a seed")
+    parser.add_argument("--poisoned", type=float, nargs="*", default=[], help="rewards: shares of poisoned users")
     parser.add_argument("--pairs", type=int, nargs="+", default=[80], help="real pairs of an adapter's user")
     options = parser.parse_args()
     cells, models = Cells(options.cells), list[AdaptedModel]()

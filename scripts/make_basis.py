@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes prompts for the base, and a reward basis of users with drawn tastes, as in data/basis; none is of data/users.
 
-    python scripts/make_basis.py --out /tmp/basis    # 1,400 users, about 75 pairs each; some twenty minutes on one core
+    python scripts/make_basis.py --out /tmp/basis    # 1,400 users, about 67 pairs each; some ten minutes on one core
 
 The prompts are ordinary ones of the bundled world; none is a prompt of data/users or a probe. The users' pairs are made
 by `generate_users.py` in a temporary folder, those of prompts of data/users are left out, and `persona-rlhf basis fit`

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-BUCKETS = 2048
+BUCKETS = 4096
 """Buckets of words (Weinberger et al. 2009, feature hashing); two words that share one count as the same word."""
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")

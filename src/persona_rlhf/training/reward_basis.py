@@ -43,7 +43,7 @@ _LEAST_SPREAD = 0.02  # of a direction that is kept, against the widest
 _SCALES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # of the prior, in standard deviations of a direction over answers
 _FIRST = 20  # pairs of a user from which the scale of the prior predicts the others
 _ROUNDS = 10
-_FORMAT = 2
+_FORMAT = 3
 _NOTES = "persona-rlhf"  # one entry: safetensors writes several in any order
 
 
@@ -75,13 +75,13 @@ class Population(NamedTuple):
 class Prior(NamedTuple):
     """Independent Student t distributions of a user's weights: `location`, one common scale, and degrees of freedom.
 
-    With one degree (Cauchy) few weights are large. The location is the population's mean, which a user without a pair
-    has.
+    Half a degree has heavier tails than a Cauchy distribution: most weights are near the location and few are far. The
+    location is the population's mean, which a user without a pair has.
     """
 
     location: Float[Tensor, " rank"]
     scale: float
-    degrees: float = 1.0
+    degrees: float = 0.5
 
 
 class Posterior(NamedTuple):
@@ -127,8 +127,8 @@ class RewardBasis:
         return Posterior(approximated.mean[0], approximated.covariance[0])
 
     def save(self, file: Path) -> None:
-        """Writes the basis as safetensors: numbers alone, no text and no user."""
-        tensors = {"scale": self.features.scale, "directions": self.directions}
+        """Writes the basis as safetensors: numbers alone, no text and no user. Directions have single precision."""
+        tensors = {"scale": self.features.scale, "directions": self.directions.float()}
         tensors["location"] = self.prior.location
         notes = {"format": _FORMAT, "prior": [self.prior.scale, self.prior.degrees], "base": self.base}
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def load_basis(file: Path) -> RewardBasis:
     except Exception as fault:  # safetensors raises its own kinds
         sentence = f"this is no reward basis ({fault}); fit it again"
         raise InputError([Problem(str(file), None, None, sentence)]) from fault
-    return RewardBasis(AnswerFeatures(tensors["scale"]), tensors["directions"], prior, base, sha256_of(file))
+    return RewardBasis(AnswerFeatures(tensors["scale"]), tensors["directions"].double(), prior, base, sha256_of(file))
 
 
 def fit_basis(
@@ -180,7 +180,7 @@ def fit_basis(
     factors = _minimise(pairs, turned, ridge, lambda w: sparsity * (w.square() + _ROUNDING**2).sqrt().sum())
     spread = (population.features.float() @ factors.directions).double().std(0)
     kept = spread > _LEAST_SPREAD * spread.max()
-    directions = factors.directions.double()[:, kept] / spread[kept]
+    directions = (factors.directions.double()[:, kept] / spread[kept]).float().double()  # as it is saved
     location = (factors.weights.double()[:, kept] * spread[kept]).mean(0)
     return RewardBasis(features, directions, _fit_prior(pairs, directions, location))
 
