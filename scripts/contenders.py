@@ -8,8 +8,8 @@ primal     a dual variable per user and category alone, without the square and t
            primal-dual DPO, arXiv 2510.05703).
 surgery    SafeGrad (Yi et al. 2025): the part of the user's gradient that conflicts with the refusals' is removed.
 null       A keeps clear of the directions that tier-one prompts take at each layer (as GuardSpace, AlphaEdit).
-ours       excess loss of refusals over a limit, a dual variable per user and category, the square of the violation
-           (weight 0 unless `constraint.quadratic` is set), hinges on openings.
+ours       excess loss of refusals over a limit, a dual variable per user and category, hinges on openings.
+squared    the same with the square of the violation, four refusal rows a step, and an anchor: for all layers.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ Projection = Callable[[Float[Tensor, "users params"]], None]
 
 class Contender(NamedTuple):
     """A way to train: the constraint (None: no constraint rows), the gradient of its loss, what it does to pairs first
-    and to adapters after each step."""
+    and to adapters after each step, and the anchor (`dpo.anchor`; None: the config's)."""
 
     constraint: Callable[[ConstraintData, ConstraintSettings, int], ConstraintFunctional] | None
     gradient: GradientRule = total_gradient
     prepare: Callable[[Prepared, UserRows], UserRows] = lambda _, rows: rows
     projection: Callable[[AdaptedModel, ConstraintData], Projection] | None = None
+    anchor: float | None = None
 
     def train(
         self,
@@ -64,7 +65,8 @@ class Contender(NamedTuple):
     ) -> list[TrainedUser]:
         """Trains these users in the one training loop."""
         constraint = self.constraint and self.constraint(data, config.constraint, config.seed)
-        engine = Engine(adapted, users, reference, constraint, config.dpo, fleet, config.seed, gradient=self.gradient)
+        dpo = config.dpo if self.anchor is None else config.dpo.model_copy(update={"anchor": self.anchor})
+        engine = Engine(adapted, users, reference, constraint, dpo, fleet, config.seed, gradient=self.gradient)
         if self.projection is None:
             return list(engine.run())
         project = self.projection(adapted, data)
@@ -96,6 +98,11 @@ def refusal_mix(data: ConstraintData, settings: ConstraintSettings, seed: int) -
 def primal_dual(data: ConstraintData, settings: ConstraintSettings, seed: int) -> LagrangianConstraint:
     """Dual variables on the loss of refusals, without its square and the hinges on openings."""
     return LagrangianConstraint(data, settings.model_copy(update={"opening_weight": 0.0, "quadratic": 0.0}), seed)
+
+
+def squared(data: ConstraintData, settings: ConstraintSettings, seed: int) -> LagrangianConstraint:
+    """The shipped constraint, stiff enough for all layers."""
+    return LagrangianConstraint(data, settings.model_copy(update={"quadratic": 10.0, "rows_per_step": 4}), seed)
 
 
 def surgery(loss: StepLoss, adapters: Float[Tensor, "users params"]) -> Float[Tensor, "users params"]:
@@ -162,4 +169,5 @@ CONTENDERS = {
     "surgery": Contender(FixedWeights, gradient=surgery),
     "null": Contender(LagrangianConstraint, projection=null_space),
     "ours": Contender(LagrangianConstraint),
+    "squared": Contender(squared, anchor=0.3),
 }

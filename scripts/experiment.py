@@ -118,6 +118,7 @@ def cells_in_order(seeds: Sequence[int] = (0,)) -> list[Cell]:
     pairs = ("plain", "ours")
     first, others = DECIDING + STRONGEST, [name for name in POPULATIONS if name not in DECIDING + STRONGEST]
     order = [Cell(population, method) for population, method in product(first, pairs)]
+    order += [Cell(population, "squared") for population in POPULATIONS]
     order += [Cell(population, method) for method, population in product(RIVALS[:2], DECIDING[1:])]
     order += [Cell(population, method) for population, method in product(others, pairs)]
     order += [Cell(population, method) for method, population in product(RIVALS, DECIDING)]

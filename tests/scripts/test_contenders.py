@@ -43,7 +43,7 @@ def test_every_contender_trains_in_its_own_way(adapters):
     assert len(distinct) == len(others)
 
 
-@pytest.mark.parametrize("name", ["mix", "primal", "surgery", "ours"])
+@pytest.mark.parametrize("name", ["mix", "primal", "surgery", "ours", "squared"])
 def test_a_constraint_functional_has_a_penalty_for_every_sample(contenders, name):
     functional = contenders.CONTENDERS[name].constraint(constraint_bank(), ConstraintSettings(rows_per_step=3), 1)
     assert isinstance(functional, ConstraintFunctional)
