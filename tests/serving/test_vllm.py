@@ -26,7 +26,8 @@ from persona_rlhf.release.engine_layout import (
 from persona_rlhf.release.results import PairCounts, Result
 from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, SamplingParams, TextChunk, TokenLogprob, Usage
 from persona_rlhf.serving.policy_filter import join_chunks
-from persona_rlhf.serving.vllm import VllmGenerator, upstream_address, vllm_run, withhold_mixed_up
+from persona_rlhf.serving.vllm import VllmGenerator, upstream_address, withhold_mixed_up
+from persona_rlhf.serving.vllm_process import vllm_run
 from tests.serving.conftest import slugs
 from tests.serving.vllm_stand_in import stand_in
 

@@ -171,7 +171,7 @@ def _vllm(
 ) -> AbstractContextManager[ServedRun | None]:
     from persona_rlhf.models.base import weights_hash
     from persona_rlhf.serving.access import AdapterAccess
-    from persona_rlhf.serving.vllm import vllm_run
+    from persona_rlhf.serving.vllm_process import vllm_run
 
     if (stored := config.base.quantization) is not None:
         sentence = f"its adapters were judged on weights stored as {stored}; --engine builtin serves them"

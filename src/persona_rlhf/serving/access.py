@@ -55,7 +55,7 @@ class AdapterAccess:
         self._only, self._stamp = only, (0, 0)
         self.results: dict[str, Result] = {}
         self._checks: dict[str, tuple[float, AdmittedAdapter | None]] = {}  # time of the check, and its result
-        self._withheld: dict[str, str] = {}
+        self._withheld: dict[str | None, str] = {}  # by the hash of the manifest
         self._refusal_hooks: list[Callable[[str], None]] = []
         self._lock = threading.Lock()
         self.refresh()
@@ -88,9 +88,9 @@ class AdapterAccess:
         return adapter
 
     def withhold(self, slug: str, reason: str) -> None:
-        """Refuses an adapter from now on, for a reason that its files do not show."""
+        """Refuses an adapter from now on, for a reason that its files do not show. Other weights are not refused."""
         with self._lock:
-            self._withheld[slug] = reason
+            self._withheld[self.results[slug].manifest_sha256] = reason
             self._checks.pop(slug, None)
 
     def recheck(self, slug: str) -> None:
@@ -108,6 +108,10 @@ class AdapterAccess:
         assert path is not None, f"{slug} is not released"
         return self.run / path
 
+    def admitted(self, slug: str) -> AdmittedAdapter | None:
+        """A user's adapter, verified now; None if it may not be served."""
+        return self._verify(slug)[0]
+
     def reasons(self, slug: str) -> list[str]:
         """All reasons why a user's adapter may not be served; empty if it may."""
         return self._verify(slug)[1]
@@ -116,8 +120,8 @@ class AdapterAccess:
         result = self.results.get(slug)
         if result is None:
             return None, ["the run has no such user"]
-        if slug in self._withheld:
-            return None, [self._withheld[slug]]
+        if result.manifest_sha256 in self._withheld:
+            return None, [self._withheld[result.manifest_sha256]]
         if reasons := refusals_to_release(self.run, result):
             return None, reasons
         manifest, faults = read_manifest(self.folder(slug) / MANIFEST)

@@ -1,26 +1,19 @@
-"""vLLM as the engine of `serve`: launcher, and the proxy to its API."""
+"""vLLM as an engine of `serve`: the proxy to its API, and the test of its adapters at the start."""
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from pathlib import Path
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import httpx
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.data.pairs import Message, Prompt
-from persona_rlhf.release.engine_layout import ZERO_NAME, engine_name, write_layout
-from persona_rlhf.release.manifest import certified_dtype
-from persona_rlhf.serving.access import AdapterAccess, ServedRun
+from persona_rlhf.release.engine_layout import ZERO_NAME, engine_name
+from persona_rlhf.serving.access import AdapterAccess
 from persona_rlhf.serving.openai_api import (
     AdmittedAdapter,
     APIError,
@@ -36,6 +29,11 @@ _TIMEOUT_SECONDS = 300.0
 _COMPLETIONS = "/v1/chat/completions"
 
 
+def engine_model(adapter: AdmittedAdapter | None) -> str:
+    """The engine's name of an adapter, or of the zero adapter for the base."""
+    return ZERO_NAME if adapter is None else engine_name(adapter.slug, adapter.weights_sha256)
+
+
 class VllmGenerator(NamedTuple):
     """The TextGenerator over a vLLM server at `address`. Its error messages are not passed on."""
 
@@ -46,7 +44,7 @@ class VllmGenerator(NamedTuple):
         self, adapter: AdmittedAdapter | None, messages: Prompt, sampling: SamplingParams
     ) -> Iterator[TextChunk]:
         """See `TextGenerator.generate`."""
-        model = ZERO_NAME if adapter is None else engine_name(adapter.slug, adapter.weights_sha256)
+        model = engine_model(adapter)
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         client = httpx.Client(base_url=self.address, headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=False)
         request = client.build_request("POST", _COMPLETIONS, json=_body(model, messages, sampling))
@@ -160,39 +158,6 @@ def _events(response: httpx.Response) -> Iterator[Mapping[str, Any]]:
 KEY = "VLLM_API_KEY"
 """vLLM's own variable for its API key; the gateway needs the same key."""
 
-_START_SECONDS = 1_800  # a large base is read from a slow disk, and compiled
-
-
-@contextmanager
-def vllm_run(
-    access: AdapterAccess, model: str, rank: int, target: Path | str, port: int, note: Callable[[str], None]
-) -> Iterator[ServedRun | None]:
-    """vLLM over the adapters that may be served now, checked (`withhold_mixed_up`) before it is used.
-
-    A `target` URL names a running server. For a `target` folder, the layout is written there and vLLM is started at
-    `port`; None if vLLM is not installed. Raises InputError if it does not start, or has no layout of this version.
-    """
-    if isinstance(target, str):
-        upstream = VllmGenerator(upstream_address(target), os.environ.get(KEY))
-        withhold_mixed_up(upstream, access)
-        yield ServedRun(upstream, access)
-        return
-    folders = {slug: access.folder(slug) for slug in access.results if not access.reasons(slug)}
-    dtypes = {dtype for folder in folders.values() if (dtype := certified_dtype(folder)) is not None}
-    dtype = min(dtypes) if len(dtypes) == 1 else None
-    script = write_layout(target, model, rank, folders, "127.0.0.1", port, dtype)
-    note(
-        f"vLLM runs kernels of its own, in {dtype or 'the type of the files'}: certificates do not cover its rounding."
-    )
-    note(f"Layout of {len(folders)} adapters: {target}; the command is in {script}")
-    if shutil.which("vllm") is None:
-        note(f"vLLM is not installed here. Where it is, run {script}; then serve with --upstream and its address.")
-        yield None
-        return
-    with _running(script, f"http://127.0.0.1:{port}") as upstream:
-        withhold_mixed_up(upstream, access)
-        yield ServedRun(upstream, access)
-
 
 _PROBE = (Message("user", "Hello! Please introduce yourself in one sentence."),)
 _PROBE_TOKENS = 8  # few: rounding may differ with the batch, and a difference grows from token to token
@@ -209,8 +174,9 @@ def withhold_mixed_up(upstream: VllmGenerator, access: AdapterAccess) -> None:
     if ZERO_NAME not in loaded:
         sentence = f"this engine has no adapter {ZERO_NAME}; write the layout again with --to, and start vLLM from it"
         raise InputError([Problem(url, None, "--upstream", sentence)])
-    adapters = [None, *(access.admit(slug) for slug in access.results if not access.reasons(slug))]
-    present = [one for one in adapters if one is None or engine_name(one.slug, one.weights_sha256) in loaded]
+    served = [one for slug in access.results if (one := access.admitted(slug)) is not None]
+    adapters = [None, *served]
+    present = [one for one in adapters if one is None or engine_model(one) in loaded]
     for one in adapters:
         if one is not None and one not in present:
             access.withhold(one.slug, "the engine has not loaded the adapter of its manifest; write the layout again")
@@ -226,21 +192,3 @@ def withhold_mixed_up(upstream: VllmGenerator, access: AdapterAccess) -> None:
             raise InputError([Problem(url, None, "--upstream", sentence)])
         if first != second and one is not None:
             access.withhold(one.slug, "the engine answers otherwise while other adapters are used beside this one")
-
-
-@contextmanager
-def _running(script: Path, url: str) -> Iterator[VllmGenerator]:
-    """The server of a script while it is used; its random key keeps other clients off its port."""
-    upstream = VllmGenerator(upstream_address(url), secrets.token_urlsafe(32))
-    process = subprocess.Popen([script.resolve()], env=os.environ | {KEY: upstream.key or ""})
-    try:
-        deadline = time.monotonic() + _START_SECONDS
-        while not upstream.healthy:
-            if process.poll() is not None or time.monotonic() > deadline:
-                sentence = f"vLLM did not start (exit code {process.poll()}); its own messages are above"
-                raise InputError([Problem(str(script), None, None, sentence)])
-            time.sleep(0.2)
-        yield upstream
-    finally:
-        process.terminate()
-        process.wait()
