@@ -26,6 +26,7 @@ SHOWN_BY = {
         "tests/data/test_answer_patterns.py",
     ),
     "screening.personal_data": "tests/data/test_personal_data.py",
+    "screening.presidio": "tests/data/test_presidio.py",
     "policy.private_banks": "tests/policy/test_private_banks.py"
     "::test_a_draw_takes_the_place_of_the_public_certify_probes",
     "policy.split_key": "tests/policy/test_private_banks.py"

@@ -74,7 +74,7 @@ def test_every_sweep_on_a_page_reads(page):
     for block in blocks(page, "yaml"):
         if "tier:" in block or page_name(page) == "how-to/machines.md" or "kpis_thresholds:" in block:
             continue  # documents, details of cards, files of others: test_policy_page.py, test_machines_page.py
-        if block.startswith(("policy:", "gate:")):  # a part of a config
+        if block.startswith(("policy:", "gate:", "screening:")):  # a part of a config
             rows = re.findall(r"^\| `([\w.]+)` \|", generator.config_page(), re.MULTILINE)
             tree = parse_yaml(block, page_name(page)).tree
             assert {f"{section}.{key}" for section, keys in tree.items() for key in keys} <= set(rows)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import DataPath, ExistingPath, ModelName, atomic_folder, find, shipped_root
@@ -133,10 +133,20 @@ class ScreeningSettings(Section):
         "keep",
         description="Advanced: addresses and numbers that name a person: keep them, mask them, or drop their pairs.",
     )
+    presidio: str | None = Field(
+        None,
+        description="Advanced: spaCy pipeline (package or folder) with which Presidio also finds names; extra `[pii]`.",
+    )
     reviews: ExistingPath | None = Field(
         None,
         description="Advanced: an earlier run's decisions about quarantined pairs (RUN/reviews.jsonl).",
     )
+
+    @model_validator(mode="after")
+    def _uses_its_finder(self) -> ScreeningSettings:
+        if self.presidio is not None and self.personal_data == "keep":
+            raise ValueError("`presidio` finds personal data, and `personal_data: keep` trains on it; mask or drop it")
+        return self
 
     @property
     def files(self) -> list[Path]:

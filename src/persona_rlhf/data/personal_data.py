@@ -1,12 +1,12 @@
 """Personal data in texts: addresses and numbers that name a person, by their form and by their check digits.
 
-Names and postal addresses have no such form and are not looked for.
+Names have no such form: another finder, such as `data/presidio.py`, may look for them beside these.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Literal, NamedTuple
@@ -23,6 +23,10 @@ class PersonalDatum(NamedTuple):
     kind: str
     start: int
     end: int
+
+
+Finder = Callable[[str], Iterable[PersonalDatum]]
+"""Finds further personal data in a text; where places overlap, the earlier one counts."""
 
 
 class _Form(NamedTuple):
@@ -92,28 +96,33 @@ _FORMS: Mapping[str, _Form] = {
 """A text is searched for these in their order; places do not overlap."""
 
 
-def personal_data(text: str) -> list[PersonalDatum]:
-    """The personal data in a text, by place."""
+def personal_data(text: str, more: Finder | None = None) -> list[PersonalDatum]:
+    """The personal data in a text, by place; `more` looks for further kinds."""
     places, taken = list[PersonalDatum](), bytearray(len(text))
-    for kind, form in _FORMS.items():
-        for match in form.pattern.finditer(text):
-            start, end = match.span()
-            if form.holds(match.group()) and not any(taken[start:end]):
-                taken[start:end] = bytes([1]) * (end - start)
-                places.append(PersonalDatum(kind, start, end))
+    for datum in (*_by_form(text), *(more(text) if more is not None else ())):
+        if not any(taken[datum.start : datum.end]):
+            taken[datum.start : datum.end] = bytes([1]) * (datum.end - datum.start)
+            places.append(datum)
     return sorted(places, key=lambda datum: datum.start)
 
 
-def masked(text: str) -> str:
+def _by_form(text: str) -> Iterator[PersonalDatum]:
+    for kind, form in _FORMS.items():
+        for match in form.pattern.finditer(text):
+            if form.holds(match.group()):
+                yield PersonalDatum(kind, *match.span())
+
+
+def masked(text: str, more: Finder | None = None) -> str:
     """The text with the name of its kind in brackets in place of each piece of personal data, such as `[email]`."""
     parts, end = list[str](), 0
-    for datum in personal_data(text):
+    for datum in personal_data(text, more):
         parts += [text[end : datum.start], f"[{datum.kind}]"]
         end = datum.end
     return "".join(parts) + text[end:]
 
 
-def kinds_in(pair: PreferencePair) -> dict[str, list[str]]:
+def kinds_in(pair: PreferencePair, more: Finder | None = None) -> dict[str, list[str]]:
     """The kinds of personal data in each column of a pair that has some."""
     texts = {
         "prompt": [message.content for message in pair.prompt],
@@ -121,7 +130,7 @@ def kinds_in(pair: PreferencePair) -> dict[str, list[str]]:
         "rejected": [pair.rejected],
     }
     kinds = {
-        column: sorted({datum.kind for text in column_texts for datum in personal_data(text)})
+        column: sorted({datum.kind for text in column_texts for datum in personal_data(text, more)})
         for column, column_texts in texts.items()
     }
     return {column: of_column for column, of_column in kinds.items() if of_column}
@@ -134,28 +143,28 @@ class Treated(NamedTuple):
     findings: list[Dropped]
 
 
-def treat(pairs: Sequence[PreferencePair], treatment: Treatment) -> Treated:
-    """Drops or masks pairs with personal data. A finding names kinds and columns, and repeats no text."""
+def treat(pairs: Sequence[PreferencePair], treatment: Treatment, more: Finder | None = None) -> Treated:
+    """Drops or masks pairs with personal data, that of `more` too. A finding names kinds and columns alone."""
     if treatment == "keep":
         return Treated(list(pairs), [])
     treated, findings = list[PreferencePair](), list[Dropped]()
     for pair in pairs:
-        kinds = kinds_in(pair)
+        kinds = kinds_in(pair, more)
         if not kinds:
             treated.append(pair)
             continue
         places = "; ".join(f"{', '.join(of_column)} in `{column}`" for column, of_column in kinds.items())
         reason = f"personal data: {places}"
         if treatment == "mask":
-            pair = _masked_pair(pair)
+            pair = _masked_pair(pair, more)
             treated.append(pair)
         findings.append(Dropped(pair, reason, "masked" if treatment == "mask" else "dropped"))
     return Treated(treated, findings)
 
 
-def _masked_pair(pair: PreferencePair) -> PreferencePair:
-    prompt = tuple(Message(message.role, masked(message.content)) for message in pair.prompt)
-    return replace(pair, prompt=prompt, chosen=masked(pair.chosen), rejected=masked(pair.rejected))
+def _masked_pair(pair: PreferencePair, more: Finder | None) -> PreferencePair:
+    prompt = tuple(Message(message.role, masked(message.content, more)) for message in pair.prompt)
+    return replace(pair, prompt=prompt, chosen=masked(pair.chosen, more), rejected=masked(pair.rejected, more))
 
 
 def counted_kinds(pairs: Sequence[PreferencePair]) -> Iterator[str]:

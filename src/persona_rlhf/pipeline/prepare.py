@@ -18,7 +18,8 @@ from persona_rlhf.config.training import BasisSettings
 from persona_rlhf.data.feedback import Review
 from persona_rlhf.data.near_copies import NearCopyIndex
 from persona_rlhf.data.pairs import PreferencePair, first_problems
-from persona_rlhf.data.personal_data import treat
+from persona_rlhf.data.personal_data import Finder, treat
+from persona_rlhf.data.presidio import Presidio
 from persona_rlhf.data.screening import Dropped, fit, screen
 from persona_rlhf.data.store import PairStore
 from persona_rlhf.data.tokenize import UserRows, by_user, halved, tokenize_readable, unreadable_prompts
@@ -58,6 +59,7 @@ class Prepared(NamedTuple):
     sign: Signer | None = None
     basis: RewardBasis | None = None
     start: ForeignAdapter | None = None
+    finder: Finder | None = None
 
     def first_adapter(self, user_id: str) -> Float[Tensor, " params"] | None:
         """The adapter that a user begins with by `users.start`; None where it names none."""
@@ -114,6 +116,7 @@ def prepare(
     inputs = inputs or read_inputs(config)
     policy, pairs, _, ordinary, _, reviews, rules, start = inputs
     sign = None if config.release.signing_key is None else signer(config.release.signing_key)
+    finder = None if config.screening.presidio is None else Presidio(config.screening.presidio)
     adapted = AdaptedModel(load_base(config.base), config.lora)
     if start is not None and check:
         problems = fit_problems(start, config.base, adapted.base.weights_hash, adapted.spans)
@@ -125,7 +128,8 @@ def prepare(
     if answers is not None:
         read_answers(examination, answers)
     near_copies = NearCopyIndex.of(policy, ordinary)
-    ready = Prepared(config, policy, adapted, examination, pairs, judges, (), reviews, near_copies, sign, basis, start)
+    shared = (reviews, near_copies, sign, basis, start, finder)
+    ready = Prepared(config, policy, adapted, examination, pairs, judges, (), *shared)
     with ready.watched(ProgressEvent("preparing"), on_progress):
         if check:
             check_prompts(ready)
@@ -240,7 +244,7 @@ def label_pairs(ready: Prepared, chunk: Chunk, pool: AnswerPool | None) -> Chunk
 
 def _prepared(ready: Prepared, given: Sequence[PreferencePair]) -> Chunk:
     base = ready.adapted.base
-    pairs, personal = treat(given, ready.config.screening.personal_data)
+    pairs, personal = treat(given, ready.config.screening.personal_data, ready.finder)
     screens = [calibrated.screen for calibrated in ready.screens]
     unreadable = unreadable_prompts(pairs, base.tokenizer, base.context)  # no screen of a model can read them either
     left_out = {pair.pair for pair in unreadable}
