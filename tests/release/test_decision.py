@@ -20,6 +20,7 @@ def test_the_first_sentence_counts_verdicts_and_reasons_are_of_users_without_an_
     assert made.sentence == "3 of 6 users released, 1 held back, 1 skipped, 1 failed."
     assert sum(users for *_, users in made.reasons) == 3
     assert {status for status, *_ in made.reasons} == {"held back", "skipped", "failed"}
+    assert not any(reason.startswith("held back") for _, reason, _ in made.reasons)
     many = [replace(results[0], status="skipped", reason=f"reason {n}") for n in range(9)]
     assert (len(decision(many).reasons), decision(many).further) == (5, 4)
 

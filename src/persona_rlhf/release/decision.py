@@ -73,7 +73,7 @@ def decision_of(
 def _shared(result: Result) -> str:
     """The reason of a user, for the population's adapter without the user's figures: with them no two are the same."""
     if result.status != "prior":
-        return result.reason
+        return result.reason.removeprefix("held back: ")  # the status says so
     cause = result.reason.partition("(of the population's adapter: ")[2].removesuffix(")") or result.reason
     words = _DETAIL.split(cause, maxsplit=1)[0]
     return cause if words == cause else f"{words} ... (whole reasons in the table of users)"
