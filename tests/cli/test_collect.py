@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,8 @@ def choices(served_run):
             add(ledger, choice(number, user, verdict))
     add(ledger, choice(9, "Ada", "left", prompt="prompt 0", left="right 0", right="left 0"))  # the other answer now
     ledger.undo("new\x1b[2J 0", "new\x1b[2J")
+    ledger.record_update("Ada", "begun", "base", 3, "more.jsonl")
+    ledger.record_update("Ada", "not_released", "base", 3, "safety")
     ledger.close()
     return served_run
 
@@ -48,6 +51,8 @@ def test_the_status_has_numbers_and_nobodys_text(choices):
     assert code == 0
     assert list(users) == ["Ada", "new\x1b[2J", "gone"]
     figures = {"choices": 4, "preferred": 3, "waiting": 3, "repeated": 1, "alike": 0, "undone": 0}
+    update = users["Ada"].pop("update")
+    assert re.fullmatch(r"not released: safety, 20[-0-9T:]+Z", update)
     assert users["Ada"] == figures | {"last": "2026-11-30T10:00:00Z", "deletion_wished": False}
     assert (users["new\x1b[2J"]["preferred"], users["new\x1b[2J"]["undone"]) == (1, 1)
     assert users["gone"]["deletion_wished"]

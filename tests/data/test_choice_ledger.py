@@ -85,6 +85,8 @@ def test_an_undone_choice_stays_in_the_file_and_counts_no_more(ledger):
         "DELETE FROM choices",
         "DELETE FROM undos",
         "DELETE FROM consents",
+        "DELETE FROM updates",
+        "UPDATE updates SET adapter = 'x'",
         "INSERT OR REPLACE INTO choices SELECT * FROM choices",
         "REPLACE INTO undos SELECT 1, pseudonym, 'new', user_id, at FROM undos",
     ],
@@ -93,12 +95,34 @@ def test_lines_are_neither_changed_nor_removed(ledger, statement):
     add(ledger, choice(1))
     ledger.undo("Ada 1", "Ada")
     ledger.record_consent("Ada", "own")
+    update = ledger.record_update("Ada", "begun", "base", 1, "more.jsonl")
     with sqlite3.connect(ledger.file) as other, pytest.raises(sqlite3.IntegrityError, match="append-only"):
         other.execute(statement)
     other.close()
     assert ledger.ids() == {"Ada 1"}
     assert ledger.choices() == []
     assert ledger.consent("Ada") == "own"
+    assert ledger.updates("Ada") == ledger.updates() == [update]
+
+
+def test_a_ledger_of_the_format_before_gets_a_table_of_updates(tmp_path):
+    file = tmp_path / "choices.db"
+    earlier = ChoiceLedger(file)
+    add(earlier, choice(1))
+    earlier.close()
+    with sqlite3.connect(file) as other:
+        other.execute("DROP TABLE updates")
+        other.execute("PRAGMA user_version = 1")
+    other.close()
+    for _ in range(2):
+        ledger = ChoiceLedger(file)
+        ledger.record_update("Ada", "released", "a" * 64)
+        ledger.close()
+    ledger = ChoiceLedger(file)
+    assert ledger.choices() == [choice(1)]
+    assert [one.event for one in ledger.updates("Ada")] == ["released", "released"]
+    assert ledger.updates("Bob") == []
+    ledger.close()
 
 
 @pytest.mark.parametrize("wrong", [{"verdict": "middle"}, {"seconds": -1.0}, {"consent": "all"}])
@@ -162,10 +186,11 @@ def test_nothing_of_a_user_is_left_in_the_bytes(tmp_path):
             texts = {key: f"{name} {key} " * 50 for key in ("prompt", "left", "right", "reason")}
             add(ledger, choice(number, name, **texts))
     ledger.undo(f"{CANARY} 3", CANARY)
+    ledger.record_update(CANARY, "begun", "base", 1, f"{CANARY}.jsonl")
     assert b"CANARY" in bytes_of(file)
     before = ledger.choices("Ada")
     [trace] = choice_traces(tmp_path, user)
-    assert (trace.path, trace.what, trace.pieces) == (file, "choices", 42)
+    assert (trace.path, trace.what, trace.pieces) == (file, "choices", 43)
     trace.remove()  # while another connection is open
     assert b"CANARY" not in bytes_of(file)
     assert "\U0001f426".encode() not in bytes_of(file)

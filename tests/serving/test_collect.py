@@ -88,11 +88,12 @@ class Site:
     """The pages of a run without a run, and browsers on them."""
 
     def __init__(self, run: Path):
-        (run / "state").mkdir(parents=True)
+        (run / "state").mkdir(parents=True, exist_ok=True)
         self.run, self.writer, self.access, self.log = run, Writer(), ReleasedAccess(["Ada"]), []
         self.ledger = ChoiceLedger(run / CHOICES, lambda: forgotten(run))
         self.open = OpenComparisons(lambda: forgotten(run))
-        self.policy_filter, self.candidates, self.address = PolicyFilter(), 3, ""
+        self.policy_filter, self.candidates, self.settings = PolicyFilter(), 3, CollectSettings(3)
+        self.noticed = []
         self.restart()
 
     def restart(self, limits: Limits = LIMITS):
@@ -100,10 +101,18 @@ class Site:
         self.open = OpenComparisons(lambda: forgotten(self.run))
         sampler = AnswerSampler(self.writer, self.access, self.policy_filter, BASE, 64, self.candidates)
         suggestions = Suggestions([f"suggestion {n}" for n in range(40)])
-        settings = CollectSettings(3, self.address)
         desk = WishDesk(self.run, tuple(map(find, DOCUMENTS)), policy())
         self.app = FeedbackPages(
-            self.run, sampler, self.ledger, suggestions, self.open, desk, self.log.append, settings, limits
+            self.run,
+            sampler,
+            self.ledger,
+            suggestions,
+            self.open,
+            desk,
+            self.log.append,
+            self.settings,
+            limits,
+            lambda: self.noticed.append(len(self.ledger.choices())),
         ).app()
 
     def link(self, user="Ada", days=1.0) -> str:
@@ -567,7 +576,7 @@ def test_a_form_needs_the_sessions_token_and_this_site(site, path):
 
 @pytest.mark.parametrize("address", ["http://feedback.example", "http://Feedback.example:80/"])
 def test_a_form_may_come_from_the_address_that_a_proxy_serves(site, address):
-    site.address = address
+    site.settings = CollectSettings(3, address)
     site.restart()
     browser = site.browser()
     browser.get("/data")
@@ -737,7 +746,7 @@ def test_a_form_under_way_is_not_saved_after_a_deletion_in_another_tab(site, mon
     response = browser.send(form, verdict="left", reason="CANARY", tone="CANARY")
     assert response.status_code == (503 if form == "/choose" else 401)
     assert "Your choices are deleted" in other.response.text
-    assert site.ledger.everything("Ada") == {"choices": [], "consents": []}
+    assert site.ledger.everything("Ada") == {"choices": [], "consents": [], "updates": []}
     assert not any(b"CANARY" in file.read_bytes() for file in site.run.rglob("*") if file.is_file())
 
 

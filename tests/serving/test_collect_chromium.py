@@ -7,8 +7,12 @@ from itertools import count
 
 import pytest
 
+from persona_rlhf.release.earlier_adapters import EarlierAdapter
+from persona_rlhf.serving import collect, collect_progress
 from persona_rlhf.serving.collect import LIMITS
+from persona_rlhf.serving.collect_links import remove_links
 from persona_rlhf.serving.openai_api import TextChunk, Usage
+from tests.data.test_choice_ledger import add, choice
 from tests.serving.live import live
 from tests.serving.test_collect import HOSTILE, site  # noqa: F401 - a fixture
 
@@ -142,6 +146,56 @@ def test_an_expired_link_says_so(visit, site):
     assert page.get_by_text("opens with your personal link").is_visible()
 
 
+def test_a_link_that_expires_in_the_middle_keeps_the_choices(visit, site):
+    page = visit()
+    page.keyboard.press("1")
+    page.wait_for_selector(".pair")
+    page.keyboard.press("1")
+    page.wait_for_selector(".undo")
+    tab = page.context.new_page()
+    tab.goto(page.address)
+    remove_links(site.run, "Ada")
+    page.get_by_label("Your prompt").fill("hello")
+    page.get_by_role("button", name="Write two answers").click()
+    page.wait_for_selector("text=opens with your personal link")
+    tab.get_by_role("button", name="Undo").click()
+    tab.wait_for_selector("text=opens with your personal link")
+    assert len(site.ledger.choices()) == 1
+    page.goto(page.address + site.link())
+    page.wait_for_selector("text=1 choice")
+
+
+class Changed:
+    """An assistant that was updated, and the one before, in place of a run's files."""
+
+    def __init__(self, site, monkeypatch):
+        self.site, self.names, self.present = site, ["old", "new"], "new"
+        site.ledger.record_consent("Ada", "own")
+        site.ledger.record_update("Ada", "released", "new", 3)
+        for module, name in ((collect, "change_adapter"), (collect_progress, "other_adapter")):
+            monkeypatch.setattr(module, name, getattr(self, name))
+
+    def change_adapter(self, run, ledger, user_id, adapter):
+        self.present = adapter
+
+    def other_adapter(self, run, user_id):
+        return EarlierAdapter(user_id, next(name for name in self.names if name != self.present), 0, {})
+
+
+@pytest.mark.parametrize("options", [{}, {"java_script_enabled": False, **PHONE}])
+def test_back_to_the_assistant_before_and_forward_by_a_button(visit, site, monkeypatch, options):
+    changed = Changed(site, monkeypatch)
+    page = visit(**options)
+    page.get_by_role("link", name="Your data").click()
+    page.get_by_role("button", name="Go back to the one before").click()
+    page.wait_for_selector("text=New answers come from the assistant that you chose.")
+    assert changed.present == "old"
+    page.get_by_role("link", name="Your data").click()
+    page.get_by_role("button", name="Use the newer one again").click()
+    page.wait_for_selector("text=Ask for two answers")
+    assert changed.present == "new"
+
+
 def test_a_deletion_asks_once_more(visit, site):
     page = visit()
     page.keyboard.press("1")
@@ -158,7 +212,9 @@ def test_a_deletion_asks_once_more(visit, site):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(visit, scheme):
+def test_axe_finds_nothing(visit, site, scheme, monkeypatch):
+    Changed(site, monkeypatch)
+    add(site.ledger, choice(1))  # of another adapter than the present one, so that the page tells of an update
     axe = pytest.importorskip("axe_core_python.sync_playwright", reason="axe-core-python is not installed").Axe()
     page = visit(color_scheme=scheme, bypass_csp=True, viewport={"width": 360, "height": 740})
 

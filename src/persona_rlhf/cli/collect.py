@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +45,10 @@ def collect(
     first_update: Annotated[
         int, typer.Option(min=1, help="Choices that the page names as enough for a first update.")
     ] = 20,
+    update_after: Annotated[
+        int | None,
+        typer.Option(min=1, help="New choices after which a user's adapter is trained in the background."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
     candidates: Annotated[
         int, typer.Option(min=2, max=8, help="Answers sampled for a prompt; the two that differ most are shown.")
@@ -83,7 +88,15 @@ def collect(
             _export(run, config, choices, export, shared, as_json)
         else:
             _serve(
-                run, config, choices, user, prompts, (host, port, address), days, first_update, (max_tokens, candidates)
+                run,
+                config,
+                choices,
+                user,
+                prompts,
+                (host, port, address),
+                days,
+                (first_update, update_after),
+                (max_tokens, candidates),
             )
     finally:
         choices.close()
@@ -120,10 +133,11 @@ def _status_table(users: list[CollectedUser]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("user", "choices", "with a better answer", "not trained yet", "repeated alike", "undone", "last")
+    heads = ("user", "choices", "with a better answer", "not trained yet", "repeated alike", "undone", "last", "update")
+    table = Table(*heads)
     for one in users:
         alike = f"{one.alike} of {one.repeated}" if one.repeated else ""
-        figures = (one.choices, one.preferred, one.waiting, alike, one.undone, one.last)
+        figures = (one.choices, one.preferred, one.waiting, alike, one.undone, one.last, one.update)
         table.add_row(Text(visible(one.user_id)), *map(str, figures))
     return table
 
@@ -136,14 +150,17 @@ def _serve(
     prompts: Path,
     place: tuple[str, int, str | None],
     days: float,
-    first_update: int,
+    updates: tuple[int, int | None],
     sampling: tuple[int, int],
 ) -> None:
     server, connections, _ = server_modules()
     from persona_rlhf.data.wish_documents import WishDesk
+    from persona_rlhf.pipeline.background_updates import BackgroundUpdates
+    from persona_rlhf.pipeline.stop_advice import stop_advice
     from persona_rlhf.release.deletion_records import forgotten
-    from persona_rlhf.serving.collect import CollectSettings, FeedbackPages
+    from persona_rlhf.serving.collect import CollectSettings, FeedbackPages, do_nothing
     from persona_rlhf.serving.collect_links import make_links
+    from persona_rlhf.serving.collect_progress import never
     from persona_rlhf.serving.comparisons import AnswerSampler, OpenComparisons, Suggestions
     from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
 
@@ -156,6 +173,8 @@ def _serve(
         note(f"Warning: {host} can be reached from other machines, and this is plain HTTP: put TLS before it.")
     from persona_rlhf.serving.local_engine import local_run
 
+    first_update, update_after = updates
+    background = None if update_after is None else BackgroundUpdates(run, config, choices, update_after, note)
     with (
         server.bind_socket(host, port) as bound,
         exit_at_sigterm(),
@@ -165,10 +184,20 @@ def _serve(
         sampler = AnswerSampler(
             served.generator, served.access, PolicyFilter.of(policy), served.access.weights_hash, *sampling
         )
-        settings = CollectSettings(first_update, address)
+        settings = CollectSettings(
+            update_after or first_update, address, update_after is not None, stop_advice(run, config) or never
+        )
         desk = WishDesk(run, tuple(config.policy.documents), policy)
         pages = FeedbackPages(
-            run, sampler, choices, suggestions, OpenComparisons(lambda: forgotten(run)), desk, note, settings
+            run,
+            sampler,
+            choices,
+            suggestions,
+            OpenComparisons(lambda: forgotten(run)),
+            desk,
+            note,
+            settings,
+            on_choice=background.wake if background is not None else do_nothing,
         )
         program = server.http_server(pages.app(), note, pool)
         bound.listen()
@@ -177,7 +206,8 @@ def _serve(
         note(f"Links expire after {days:g} days, and are stored nowhere; --user USER_ID makes another one.")
         note("Answers are sampled (temperature 0.8); certificates cover greedy ones.")
         note(f"Serving the feedback page of {run} at {address}; SIGTERM finishes running answers.")
-        program.run(sockets=[bound])
+        with background.going_on() if background is not None else nullcontext():
+            program.run(sockets=[bound])
 
 
 def _need_user_id(run: Path, user: str | None) -> None:

@@ -40,9 +40,10 @@ def forget(
     """Delete one user everywhere and write a proof."""
     from persona_rlhf.common.files import pseudonym
     from persona_rlhf.pipeline import forget_user
+    from persona_rlhf.pipeline.background_updates import without_update
     from persona_rlhf.release.deletion_records import proof_file
 
-    with open_run(run, "forget", wait):
+    with without_update(run, user), open_run(run, "forget", wait):
         with progress_display() as display:
             done = forget_user.forget(run, user, data, display)
         uploads = forget_user.forget_uploads(run)  # last: a hub that does not answer keeps nothing else waiting

@@ -82,8 +82,32 @@ class Choice(NamedTuple):
         return {**pair, "id": self.id, "created_at": self.at, "source": self.source, **order}
 
 
-_VERSION = 1
-_TABLES = ("choices", "undos", "consents")
+HARM, SAFETY, FEW, FAULT = "harm", "safety", "few", "fault"
+"""Causes for which no new adapter came of a training: it no longer is the base or is worse by held-out pairs, the
+gate, no pair was left after screening, and a fault."""
+
+UpdateEvent = Literal["begun", "released", "not_released", "failed", "restored"]
+
+
+class Update(NamedTuple):
+    """A step in the updates of a user's adapter: a training that begins or ends, or the way back to another adapter.
+
+    `adapter` is the sha256 of a manifest, or BASE: before a training that begins, else after the step. `choices` counts
+    the user's choices with a preferred answer at the time. `detail` is the source of pairs of a training that begins,
+    and the cause where no new adapter came of it.
+    """
+
+    id: str
+    user_id: str
+    event: UpdateEvent
+    adapter: str
+    choices: int
+    detail: str
+    at: str
+
+
+_VERSION = 2  # 1 had no table of updates
+_TABLES = ("choices", "undos", "consents", "updates")
 _LINE = "number INTEGER PRIMARY KEY, pseudonym TEXT NOT NULL, id TEXT NOT NULL UNIQUE, user_id TEXT NOT NULL"
 _SCHEMA = (
     f"""CREATE TABLE choices ({_LINE}, prompt TEXT NOT NULL, left TEXT NOT NULL, right TEXT NOT NULL,
@@ -95,21 +119,29 @@ _SCHEMA = (
     f"CREATE TABLE undos ({_LINE}, at TEXT NOT NULL)",  # its id is that of the choice
     f"CREATE TABLE consents ({_LINE}, scope TEXT NOT NULL CHECK (scope IN {CONSENTS}), at TEXT NOT NULL)",
     "CREATE TABLE erasing (pseudonym TEXT PRIMARY KEY)",  # users whose deletion is not finished
-    *(
-        f"CREATE TRIGGER {table}_{name} BEFORE {act} BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
-        for table in _TABLES
-        for name, act in (
-            ("updated", f"UPDATE ON {table}"),
-            ("deleted", f"DELETE ON {table} WHEN OLD.pseudonym NOT IN (SELECT pseudonym FROM erasing)"),
-            (
-                "replaced",
-                f"INSERT ON {table} WHEN EXISTS (SELECT 1 FROM {table} WHERE number = NEW.number OR id = NEW.id)",
-            ),
-        )
-    ),
-    f"PRAGMA user_version = {_VERSION}",
 )
-_COLUMNS = ", ".join(Choice._fields)
+_UPDATES = f"""CREATE TABLE updates ({_LINE}, event TEXT NOT NULL CHECK (event IN {get_args(UpdateEvent)}),
+    adapter TEXT NOT NULL, choices INTEGER NOT NULL, detail TEXT NOT NULL, at TEXT NOT NULL)"""
+
+
+def _append_only(table: str) -> list[str]:
+    """The triggers that refuse changes and removals of a table's lines."""
+    acts = {
+        "updated": f"UPDATE ON {table}",
+        "deleted": f"DELETE ON {table} WHEN OLD.pseudonym NOT IN (SELECT pseudonym FROM erasing)",
+        "replaced": f"INSERT ON {table} WHEN EXISTS (SELECT 1 FROM {table} WHERE number = NEW.number OR id = NEW.id)",
+    }
+    refuse = "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
+    return [f"CREATE TRIGGER {table}_{name} BEFORE {act} {refuse}" for name, act in acts.items()]
+
+
+def _steps(version: int) -> list[str]:
+    """The statements that lead from a version of the file to the present one; 0 is an empty file."""
+    first = [*_SCHEMA, *(trigger for table in _TABLES[:3] for trigger in _append_only(table))]
+    return [*(first if version == 0 else ()), _UPDATES, *_append_only("updates"), f"PRAGMA user_version = {_VERSION}"]
+
+
+_COLUMNS, _UPDATE_COLUMNS = ", ".join(Choice._fields), ", ".join(Update._fields)
 _BUSY_SECONDS = 30.0
 
 
@@ -158,8 +190,8 @@ class ChoiceLedger:
                 self._rows.execute(f"PRAGMA {setting}")
             with self._writing():
                 version = self._one("PRAGMA user_version")
-                if version == 0 and self._one("SELECT COUNT(*) FROM sqlite_master") == 0:
-                    for statement in _SCHEMA:
+                if version == 1 or (version == 0 and self._one("SELECT COUNT(*) FROM sqlite_master") == 0):
+                    for statement in _steps(version):
                         self._rows.execute(statement)
                     version = _VERSION
         except sqlite3.DatabaseError as fault:
@@ -227,7 +259,7 @@ class ChoiceLedger:
         return [Choice(*row) for row in self._all(f"{query} AND user_id = ? ORDER BY number", user_id)]
 
     def everything(self, user_id: str) -> dict[str, list[dict[str, Any]]]:
-        """All that is kept of a user: choices, each with the time at which it was undone or None, and consents."""
+        """All that is kept of a user: choices, each with the time at which it was undone or None, consents, updates."""
         columns = ", ".join(f"choices.{name}" for name in Choice._fields)
         choices = self._all(
             f"SELECT {columns}, undos.at FROM choices LEFT JOIN undos USING (id) WHERE choices.user_id = ? "
@@ -238,7 +270,23 @@ class ChoiceLedger:
         return {
             "choices": [dict(zip((*Choice._fields, "undone_at"), row, strict=True)) for row in choices],
             "consents": [dict(zip(("scope", "at"), row, strict=True)) for row in consents],
+            "updates": [update._asdict() for update in self.updates(user_id)],
         }
+
+    def record_update(
+        self, user_id: str, event: UpdateEvent, adapter: str, choices: int = 0, detail: str = ""
+    ) -> Update:
+        """Notes a step in the updates of a user's adapter. Raises InputError as `append` does."""
+        update = Update(secrets.token_hex(16), user_id, event, adapter, choices, detail, now())
+        self._add("updates", update._asdict())
+        return update
+
+    def updates(self, user_id: str | None = None) -> list[Update]:
+        """The steps in the updates of a user's adapter, or of all, in their order."""
+        query = f"SELECT {_UPDATE_COLUMNS} FROM updates"
+        if user_id is None:
+            return [Update(*row) for row in self._all(f"{query} ORDER BY number")]
+        return [Update(*row) for row in self._all(f"{query} WHERE user_id = ? ORDER BY number", user_id)]
 
     def ids(self) -> set[str]:
         """The ids of all choices, undone ones among them."""

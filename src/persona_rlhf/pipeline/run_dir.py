@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -127,9 +127,10 @@ class RunDir:
             raise InputError([Problem(str(self.users), None, None, sentence)]) from fault
         return UserSelection(tuple(users), forgotten(self.path), tuple(self.sources))
 
-    def add_source(self, source: str) -> None:
-        """Makes a file the last source of pairs."""
-        sources = [*(other for other in self.sources if other != source), source]
+    def add_source(self, source: str, without: Collection[Path] = ()) -> None:
+        """Makes a file the last source of pairs, and leaves others out."""
+        gone = {file.resolve() for file in (Path(source), *without)}
+        sources = [*(other for other in self.sources if Path(other).resolve() not in gone), source]
         self.write(self.path / SOURCES, json.dumps(sources, indent=2) + "\n")
 
     def begin_with(self, other: RunDir) -> None:

@@ -16,6 +16,7 @@ from persona_rlhf.config.experiment import read_run_config
 from persona_rlhf.data.erasure import DataSubject
 from persona_rlhf.data.store import PairStore, UserSelection
 from persona_rlhf.pipeline.distributed import WorkShare
+from persona_rlhf.pipeline.export_choices import UPDATES
 from persona_rlhf.pipeline.inputs import read_inputs
 from persona_rlhf.pipeline.looks import earlier_looks, enter_earlier, ledger_of
 from persona_rlhf.pipeline.monitoring import OnProgress, ProgressEvent, silent
@@ -140,7 +141,7 @@ def complete_addition(run: Path) -> None:
     atomic_write(run / RESULTS, _in_place(run / RESULTS, inner / RESULTS, joining))
     for name in ("screening.jsonl", "metrics.jsonl"):
         atomic_write(run / name, _replaced(run / name, inner / name, new.__contains__))
-    run_dir.add_source(mark["source"])
+    run_dir.add_source(mark["source"], superseded := _superseded(run, Path(mark["source"])))
     added = {user[0]: user for user in RunDir(inner).selection.user_digests if user is not None}
     before = [user if user is None else added.get(user[0], user) for user in run_dir.selection.user_digests]
     names = {user[0] for user in before if user is not None}
@@ -156,7 +157,17 @@ def complete_addition(run: Path) -> None:
         integrity.append(run, ADDED_EVENT, seal=inner_seal, users=users)
     for name in (RESULTS, "screening.jsonl", "metrics.jsonl", SOURCES, REDTEAM, DATA_CURVE, REPORT, integrity.AUDIT):
         write_run_manifest(run, only=name)
+    for file in superseded:
+        file.unlink()
     remove_folder(inner)
+
+
+def _superseded(run: Path, source: Path) -> list[Path]:
+    """Files of earlier updates of the same user from the feedback page: the new one has all of the user's pairs."""
+    if source.parent.resolve() != (run / UPDATES).resolve():
+        return []
+    of_user = source.parent.glob(f"{source.stem.rpartition('-')[0]}-*.jsonl")
+    return [file for file in sorted(of_user) if file.name != source.name]
 
 
 def _joining(run: Path, new: dict[str, Result], keep_earlier: bool) -> dict[str, Result]:

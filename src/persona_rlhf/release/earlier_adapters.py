@@ -40,6 +40,10 @@ _NONE = PairCounts(0, 0, 0)
 _NO_RESULTS: Mapping[str, Result | None] = MappingProxyType({})
 
 
+class NotRestoredError(InputError):
+    """An adapter that does not come back: it is not there, or may not be released any more."""
+
+
 class EarlierAdapter(NamedTuple):
     """An adapter set aside, by the sha256 of its manifest or BASE, with the user's line of results at the time.
 
@@ -108,8 +112,9 @@ def drop_earlier(run: Path, user_ids: Collection[str], kept: Mapping[str, Result
 def restore(run: Path, user_id: str, adapter: str, wait: float = WAIT_SECONDS) -> Result:
     """Makes an earlier adapter the user's, and sets the present one aside; the user's line of results then.
 
-    It can go on while other users are trained. The next start of a program completes it after a kill. Raises InputError
-    where no such adapter is set aside, or it may not be released any more.
+    It can go on while other users are trained. The next start of a program completes it after a kill. Raises
+    NotRestoredError where no such adapter is set aside, or it may not be released any more; InputError where the lock
+    stays taken.
     """
     with run_lock(run, "restore", part="restoring", wait=wait):
         _finish(run)
@@ -202,8 +207,8 @@ def _is(row: EarlierAdapter, user_id: str, adapter: str) -> bool:
     return (row.user_id, row.adapter) == (user_id, adapter)
 
 
-def _refused(run: Path, sentence: str) -> InputError:
-    return InputError([Problem(str(run), None, "--user", sentence)])
+def _refused(run: Path, sentence: str) -> NotRestoredError:
+    return NotRestoredError([Problem(str(run), None, "--user", sentence)])
 
 
 def earlier_traces(run: Path, user: DataSubject) -> Iterator[Trace]:

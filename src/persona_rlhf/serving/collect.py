@@ -44,7 +44,8 @@ from persona_rlhf.serving.collect_forms import (
     wish_fields,
     wishes_of,
 )
-from persona_rlhf.serving.collect_links import Link, Links, form_token, remove_links
+from persona_rlhf.serving.collect_links import Link, Links, Session, remove_links
+from persona_rlhf.serving.collect_progress import StopAdvice, UserProgress, change_adapter, never
 from persona_rlhf.serving.collect_views import HEADERS, STATIC, page
 from persona_rlhf.serving.comparisons import AnswerPair, AnswerSampler, OpenComparisons, Suggestions
 from persona_rlhf.serving.openai_api import APIError
@@ -57,31 +58,30 @@ _CLIENT_LEFT = 499
 T = TypeVar("T")
 
 
-class Session(NamedTuple):
-    """A user with the secret of a link."""
-
-    user_id: str
-    token: str
-    expires: str  # the day on which the link expires
-
-    @property
-    def form_token(self) -> str:
-        """The CSRF token of the session's forms."""
-        return form_token(self.token)
-
-
 class CollectSettings(NamedTuple):
-    """The operator's settings: preferred answers that give a first update, and the address of links, if any."""
+    """The operator's settings: preferred answers that give an update, and the address of links, if any.
+
+    `automatic` updates begin by themselves. `advice` says whether more answers would change little.
+    """
 
     first_update: int = 20
     address: str = ""
+    automatic: bool = False
+    advice: StopAdvice = never
 
 
 Handler = Callable[[Session, Form], Awaitable[Response]]
 
 
+def do_nothing() -> None:
+    """Does nothing after a choice."""
+
+
 class FeedbackPages:
-    """The pages and forms of all users of a run. `log` receives faults and deletions, for the operator."""
+    """The pages and forms of all users of a run. `log` receives faults and deletions, for the operator.
+
+    `on_choice` is called after each choice that was saved.
+    """
 
     def __init__(
         self,
@@ -94,11 +94,15 @@ class FeedbackPages:
         log: Callable[[str], None],
         settings: CollectSettings | None = None,
         limits: Limits = LIMITS,
+        on_choice: Callable[[], None] = do_nothing,
     ) -> None:
         self._run, self._sampler, self._ledger, self._log = run, sampler, ledger, log
         self._suggestions, self._open, self._desk = suggestions, comparisons, desk
         self._settings, self._limits = settings or CollectSettings(), limits
         self._links, self._rate = Links(run), RateLimiter(limits)
+        self._on_choice = on_choice
+        updates = self._settings.first_update, self._settings.automatic
+        self._user_progress = UserProgress(run, ledger, sampler, *updates, self._settings.advice)
         self._site = site_of(self._settings.address)  # a proxy may put its own Host in place of this one
         self._asking: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._places = asyncio.Semaphore(limits.concurrent)  # for users whose answers are being written
@@ -120,6 +124,7 @@ class FeedbackPages:
             "/choose": self._choose,
             "/undo": self._undo,
             "/pause": self._pause,
+            "/assistant": self._change,
             "/wishes": self._wish,
             "/delete": self._delete,
             "/enter": self._replace,
@@ -156,19 +161,7 @@ class FeedbackPages:
         return self._page(session, "prompt", status, **content, last=last, **await self._progress(session))
 
     async def _progress(self, session: Session) -> dict[str, Any]:
-        """The user's numbers, and whether the adapter is newer than all choices."""
-        choices = await run_in_threadpool(self._ledger.choices, session.user_id)
-        adapter = await run_in_threadpool(self._sampler.adapter, session.user_id)
-        weights = None if adapter is None else adapter.weights_sha256
-        since = [choice for choice in choices if weights in (choice.left_by, choice.right_by)]
-        return {
-            "answered": len(choices),
-            "preferred": sum(choice.preferred is not None for choice in choices),
-            "first_update": self._settings.first_update,
-            "adapted": weights is not None,
-            "updated": weights is not None and bool(choices) and not since,
-            "since": sum(choice.preferred is not None for choice in since),
-        }
+        return await run_in_threadpool(self._user_progress.content, session.user_id)
 
     async def _wishes(self, session: Session, _: Request) -> Response:
         wishes = await run_in_threadpool(self._desk.saved, session.user_id)
@@ -240,6 +233,7 @@ class FeedbackPages:
         choice = comparison.decided(verdict, reason[:_LONGEST_REASON], consent)
         saved = await run_in_threadpool(self._ledger.append, choice)
         self._open.drop(session.user_id, comparison.id)
+        self._on_choice()
         return _to("/?note=saved" if saved else "/?note=repeated")
 
     async def _undo(self, session: Session, form: Form) -> Response:
@@ -254,6 +248,13 @@ class FeedbackPages:
         if (comparison := self._open.of(session.user_id)) is not None:
             comparison.pause()
         return _to("/?note=paused")
+
+    async def _change(self, session: Session, form: Form) -> Response:
+        """Goes back to the adapter before, or forward again; the pair that is open came from the present one."""
+        change = partial(change_adapter, self._run, self._ledger, session.user_id, form.get("adapter", ""))
+        await run_in_threadpool(change)
+        self._open.drop(session.user_id)
+        return _to("/?note=changed")
 
     async def _wish(self, session: Session, form: Form) -> Response:
         """Writes the user's document of tier three; a wish that a tier above forbids is explained, and not saved."""

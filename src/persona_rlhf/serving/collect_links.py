@@ -35,6 +35,19 @@ class Link(NamedTuple):
         return datetime.fromisoformat(self.expires) <= datetime.now(UTC)
 
 
+class Session(NamedTuple):
+    """A user with the secret of a link."""
+
+    user_id: str
+    token: str
+    expires: str  # the day on which the link expires
+
+    @property
+    def form_token(self) -> str:
+        """The CSRF token of the session's forms."""
+        return form_token(self.token)
+
+
 def make_links(run: Path, user_ids: Iterable[str], days: float) -> dict[str, str]:
     """New secrets by user, which expire after `days`; only their hashes are stored. Earlier links stay valid."""
     expires = (datetime.now(UTC) + timedelta(days=days)).isoformat(timespec="seconds")

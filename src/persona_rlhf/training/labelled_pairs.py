@@ -39,10 +39,13 @@ def answer_pool(basis: RewardBasis, rows: Sequence[PairRow]) -> AnswerPool:
 
 
 def differences_of(basis: RewardBasis, rows: Sequence[PairRow]) -> Float[Tensor, "pairs rank"]:
-    """Coordinates of chosen less rejected answers, shortened as in the fit: no single pair outweighs all others."""
-    chosen, rejected = (
-        basis.features(texts) for texts in ([row.pair.chosen for row in rows], [row.pair.rejected for row in rows])
-    )
+    """Coordinates of chosen less rejected answers, as `text_differences` has them."""
+    return text_differences(basis, [row.pair.chosen for row in rows], [row.pair.rejected for row in rows])
+
+
+def text_differences(basis: RewardBasis, first: Sequence[str], second: Sequence[str]) -> Float[Tensor, "pairs rank"]:
+    """Coordinates of first less second answers, shortened as in the fit: no single pair outweighs all others."""
+    chosen, rejected = basis.features(first), basis.features(second)
     return basis.coordinates((chosen - rejected) * shrinkage(chosen - rejected)[:, None])
 
 

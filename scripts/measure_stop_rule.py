@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""The regret of the rule that tells users of the feedback page when to stop. One table.
+
+    python scripts/measure_stop_rule.py --pool pool.jsonl [--users 60] [--seed 777]
+
+Simulated users whom the basis has not seen choose between two answers of the base to random prompts, by their noisy
+tastes; ties are dropped. The rule (`training/stopping.py`) stops a user where the expected gain of 20 more choices, on
+200 other pairs, falls below a threshold. Accuracy is noise-free on pairs of test prompts.
+Regret is the accuracy after 80 choices less that at the stop. Beside it stands the regret of a fixed number of choices:
+the mean number at which the rule stopped. Intervals (95%) are over users.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from statistics import fmean, median
+from typing import NamedTuple
+
+import torch
+from benchmark_personalisation import PAIRS, World, accuracy, draw_choices, read_pool
+from generate_users import draw_tastes
+from measure_active_choice import Questions, coordinates, interval, questions_of
+
+from persona_rlhf.common.files import find
+from persona_rlhf.simulation.users import Utility
+from persona_rlhf.training.reward_basis import RewardBasis, load_basis
+from persona_rlhf.training.stopping import expected_gain
+
+MOST = 80
+THRESHOLDS = (0.06, 0.05, 0.04, 0.03, 0.02)
+_POOL = 200  # pairs that the rule looks at
+
+
+class UserPath(NamedTuple):
+    """A user's noise-free accuracy and the rule's expected gain after 0 to MOST choices."""
+
+    accuracy: list[float]
+    gain: list[float]
+
+
+def path_of(taste: Utility, world: World, basis: RewardBasis, questions: Questions) -> UserPath:
+    """The choices of one user, one after the other."""
+    rng = Random(f"stop {taste.user_id}")
+    test = draw_choices(taste, world.test, 100, Random(f"test {taste.user_id}"))
+    tested = coordinates(world, basis, list(zip(test.chosen, test.rejected, strict=True)))
+    order = rng.sample(range(len(questions.texts)), len(questions.texts))
+    pool = questions.differences[torch.tensor(order[-_POOL:])]
+    learnt, reached, gains = list[torch.Tensor](), list[float](), list[float]()
+    while True:
+        posterior = basis.posterior(torch.stack(learnt) if learnt else questions.differences[:0])
+        reached.append(accuracy(tested @ posterior.mean, test.clean))
+        gains.append(expected_gain(posterior, pool))
+        if len(learnt) == MOST:
+            return UserPath(reached, gains)
+        first, second = questions.texts[place := order.pop(0)]
+        while math.isclose(taste(first), taste(second), abs_tol=1e-9):
+            first, second = questions.texts[place := order.pop(0)]
+        sign = 1 if rng.random() < taste.chance(first, second) else -1
+        learnt.append(sign * questions.differences[place])
+
+
+def stop_of(gains: Sequence[float], threshold: float) -> int:
+    """The number of choices after which the rule stops."""
+    return next((n for n, gain in enumerate(gains) if gain < threshold), MOST)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pool", type=Path, required=True)
+    parser.add_argument("--basis", type=Path, default=find("data/basis/quickstart.safetensors"))
+    parser.add_argument("--users", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=777)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if not options.pool.exists():
+        parser.error(f"{options.pool} does not exist; benchmark_personalisation.py samples it")
+    pool = read_pool(options.pool, lambda: None, 0)  # type: ignore[arg-type, return-value]
+    basis, world = load_basis(options.basis), World(pool, options.seed)
+    tastes, questions = draw_tastes(options.users, pool, PAIRS // 2, options.seed), questions_of(world, basis)
+    paths = [path_of(taste, world, basis, questions) for taste in tastes]
+    print(
+        f"{options.users} users, {len(questions.texts)} pairs; accuracy after {MOST} choices: "
+        f"{interval([path.accuracy[-1] for path in paths])}\n"
+    )
+    print("| threshold | choices: median (least to most) | accuracy at the stop | regret | regret of a fixed number |")
+    print("|---|---|---|---|---|")
+    for threshold in THRESHOLDS:
+        stops = [stop_of(path.gain, threshold) for path in paths]
+        fixed = round(fmean(stops))
+        at = [path.accuracy[stop] for path, stop in zip(paths, stops, strict=True)]
+        regret = [path.accuracy[-1] - value for path, value in zip(paths, at, strict=True)]
+        plain = [path.accuracy[-1] - path.accuracy[fixed] for path in paths]
+        counts = f"{median(stops):g} ({min(stops)} to {max(stops)})"
+        cells = (f"{threshold:g}", counts, interval(at), interval(regret), f"{fixed}: {interval(plain)}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
