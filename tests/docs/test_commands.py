@@ -36,6 +36,7 @@ _REAL = "half an hour over a downloaded base; tests/scripts/test_quickstart.py"
 _PRIVATE = "needs a folder of private probes; tests/pipeline/test_rotate_bank.py, tests/story/test_private_banks.py"
 _IMPORTS = "needs files of others; tests/data/test_preference_import.py"
 _COLLECTS = "serves until it is stopped; tests/cli/test_collect.py"
+_UPDATES = "serves until it is stopped; tests/story/test_collect.py"
 _RAY = "needs Ray; tests/story/test_ray.py, tests/pipeline/test_ray_shards.py"
 _EXPERIMENT = "trains for minutes; tests/scripts/test_experiment.py"
 _CHOICES = "needs choices of a person; tests/story/test_collect.py"
@@ -55,6 +56,7 @@ NOT_RUN = {
     ("how-to/machines.md", "persona-rlhf train experiment.yaml --run runs/first --ray local"): _RAY,
     ("how-to/machines.md", "persona-rlhf train experiment.yaml --run runs/first --ray 10.0.0.5:6379 --resume"): _RAY,
     ("how-to/collect.md", "persona-rlhf collect runs/quickstart --user rosa"): _COLLECTS,
+    ("how-to/collect.md", "persona-rlhf collect runs/quickstart --update-after 20"): _UPDATES,
     ("README.md", "persona-rlhf collect runs/first --user rosa"): _COLLECTS,
     ("README.md", "persona-rlhf collect runs/first --export choices.jsonl"): _CHOICES,
     ("how-to/collect.md", "persona-rlhf collect runs/quickstart --status"): _CHOICES,
