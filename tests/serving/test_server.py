@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import threading
 import time
@@ -16,7 +17,10 @@ import pytest
 
 from persona_rlhf.common.files import slug
 from persona_rlhf.data.pairs import Message
-from persona_rlhf.release.results import PairCounts, read_results, skipped
+from persona_rlhf.evaluation.gate import certify
+from persona_rlhf.evaluation.statistics import Clustered, by_cluster
+from persona_rlhf.release.manifest import DataInfo
+from persona_rlhf.release.results import PairCounts, outcome, read_results, skipped, write_results
 from persona_rlhf.release.revocation import revoke
 from persona_rlhf.serving import access as access_module
 from persona_rlhf.serving import local_engine
@@ -26,6 +30,8 @@ from persona_rlhf.serving.local_engine import AdapterCache, BatchingEngine, Loca
 from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, SamplingParams, TextChunk, Usage
 from persona_rlhf.serving.policy_filter import FALLBACK, PolicyFilter, join_chunks
 from persona_rlhf.serving.server import Gateway
+from persona_rlhf.training.engine import TrainedUser
+from tests.release.conftest import DEMANDS, measures, pairs_of, refusals
 from tests.serving.conftest import RELEASED, slugs
 from tests.serving.live import live
 
@@ -436,6 +442,24 @@ def test_an_answer_that_has_begun_ends_and_the_next_request_of_a_revoked_adapter
         refused = list(clients.map(lambda n: local.post(stream=n % 2 == 0), range(16)))
     assert {response.status_code for response in refused} == {403}
     assert local.generator.cache.slugs == []
+
+
+def test_an_adapter_that_was_trained_anew_is_served_without_a_restart(run, access, local, monkeypatch):
+    monkeypatch.setattr(access_module, "RECHECK_SECONDS", 0.0)
+    before = access.admit(ADA)
+    shutil.rmtree(run.path / "adapters" / ADA)
+    verdict = certify(DEMANDS, refusals(0), (1.0,), lambda _: refusals(0))
+    verdict = verdict._replace(clusters=Clustered(*(by_cluster([True] * 4, list("aabc"), 0.05),) * 2))
+    data, weights = DataInfo.of(pairs_of("Ada"), 0), -run.flats["Ada"]
+    written = run.exporter.write("Ada", weights, verdict, measures(0.7), data)
+    trained = TrainedUser("Ada", weights, "trained", "", 12, 1.5, 2, {})
+    anew = outcome(trained, data.pairs, verdict, measures(0.7), written, DEMANDS.in_pool, 0)
+    results = read_results(run.path)
+    write_results(run.path, [anew if one.user_id == "Ada" else one for one in results])
+    assert access.admit(ADA).weights_sha256 != before.weights_sha256
+    assert local.post().status_code == 200
+    (run.path / "results.jsonl").unlink()
+    assert local.post().status_code == 200
 
 
 def test_a_long_prompt_is_refused_before_it_is_tokenised(local, monkeypatch):

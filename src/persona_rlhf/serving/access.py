@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,8 +72,13 @@ class AdapterAccess:
     def admit(self, slug: str) -> AdmittedAdapter:
         """The one check of a request: its adapter, verified at most RECHECK_SECONDS ago.
 
-        Raises APIError (403) if the adapter may not be served.
+        Results that `add` replaced since are read first. Raises APIError (403) if the adapter may not be served.
         """
+        if self._is_due(slug):
+            with suppress(
+                InputError, OSError
+            ):  # results that cannot be read: the adapters of those before are verified
+                self.refresh()
         with self._lock:
             checked_at, adapter = self._checks.get(slug, (-math.inf, None))
             if time.monotonic() - checked_at >= RECHECK_SECONDS:
@@ -86,6 +91,10 @@ class AdapterAccess:
                 hook(slug)
             raise APIError(403, "The adapter behind this model may not be served at present.", "adapter_not_served")
         return adapter
+
+    def _is_due(self, slug: str) -> bool:
+        with self._lock:
+            return time.monotonic() - self._checks.get(slug, (-math.inf, None))[0] >= RECHECK_SECONDS
 
     def withhold(self, slug: str, reason: str) -> None:
         """Refuses an adapter from now on, for a reason that its files do not show. Other weights are not refused."""
