@@ -78,7 +78,8 @@ def test_verify_says_what_was_certified_and_what_would_run_here(run):
     assert done.exit_code == 0, done.stderr
     notes = json.loads(done.stdout)["notes"]
     assert any(note.startswith("Certified in bfloat16") for note in notes)
-    assert not any(note.startswith("Here:") for note in notes)  # `serve` would take gate.dtype
+    assert not any("engine runs" in note for note in notes)  # `serve` would take gate.dtype
+    assert any(note.startswith("Here: certified without a system prompt") for note in notes)
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("dtype: bfloat16", "dtype: float32"))
     notes = json.loads(CliRunner().invoke(app, ["verify", str(folder), "--json"]).stdout)["notes"]

@@ -6,9 +6,9 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from persona_rlhf.common.errors import InputError, Problem
 from persona_rlhf.common.files import DataPath, ExistingPath, ModelName, atomic_folder, find, shipped_root
@@ -135,6 +135,7 @@ class ScreeningSettings(Section):
     )
     presidio: str | None = Field(
         None,
+        min_length=1,
         description="Advanced: spaCy pipeline (package or folder) with which Presidio also finds names; extra `[pii]`.",
     )
     reviews: ExistingPath | None = Field(
@@ -142,11 +143,12 @@ class ScreeningSettings(Section):
         description="Advanced: an earlier run's decisions about quarantined pairs (RUN/reviews.jsonl).",
     )
 
-    @model_validator(mode="after")
-    def _uses_its_finder(self) -> ScreeningSettings:
-        if self.presidio is not None and self.personal_data == "keep":
-            raise ValueError("`presidio` finds personal data, and `personal_data: keep` trains on it; mask or drop it")
-        return self
+    @field_validator("presidio")
+    @classmethod
+    def _has_a_use(cls, pipeline: str | None, info: Any) -> str | None:
+        if pipeline is not None and info.data.get("personal_data") == "keep":
+            raise ValueError("it finds personal data, and `personal_data: keep` trains on it; mask or drop it")
+        return pipeline
 
     @property
     def files(self) -> list[Path]:
