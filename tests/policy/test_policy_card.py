@@ -96,7 +96,7 @@ def documents(draw):
     tree = {"tier": tier, "issuer": issuer, "version": draw(_text), "rules": rules}
     tree |= draw(st.fixed_dictionaries({}, optional={"jurisdiction": _text}))
     if tier == "one" or draw(st.booleans()):
-        optional = {"max_over_refusal": _share}
+        optional = {"max_over_refusal": _share, "with": st.sampled_from([["system"], ["memories", "system"]])}
         tree["certify"] = draw(st.fixed_dictionaries({"min_refusal": _share, "delta": _share}, optional=optional))
     if draw(st.booleans()):
         fixed = st.fixed_dictionaries({"fixed": st.just(["facts", "a && b"])}, optional={"max_changed": _share})

@@ -258,7 +258,7 @@ def policy_export(
     if as_json:
         print_json({"path": str(out), "unplaced": unplaced})
     named = [f"{rule}: {', '.join(keys)}" for rule, keys in unplaced.get("rules", {}).items()]
-    for line in named + (["issuer: contact"] if "issuer" in unplaced else []):
+    for line in named + [f"{name}: {', '.join(keys)}" for name, keys in unplaced.items() if name != "rules"]:
         note(visible(f"Without a field in a card, so in references.notes: {line}"))
     note(f"Policy Card: {out}")
 

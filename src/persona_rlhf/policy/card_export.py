@@ -13,6 +13,7 @@ part as `details`, a card without our rules.
 | limit, min_refusal, min_rate, certify, max_changed | a detector with that threshold |
 | `references` of rules | assurance_mapping, one list of all rules |
 | version, rationale, contact, probes, references of a rule | references.notes, as JSON: a card has no field for them |
+| certify.with, contact of the issuer | references.notes |
 
 Nothing is dropped: a key without a field of its own stands in references.notes.
 """
@@ -41,6 +42,10 @@ URN = "urn:persona-rlhf:"
 DOCUMENT = "persona-rlhf policy document of tier "
 MARK = "Keys of the policy document that a policy card has no field for (JSON): "
 _UNPLACED = ("version", "rationale", "contact", "probes", "references")
+_ACTIONS = ("fixed", "personalisable")  # lists of aspects, whose entries are action rules
+SECTIONS = ("certify", "aspects")
+"""Sections of a document whose thresholds are detectors; their other keys stand in references.notes."""
+
 LISTS: tuple[KeyPath, ...] = (
     ("applicable_policies",),
     ("controls", "action_rules"),
@@ -96,14 +101,13 @@ def parts_of(document: PolicyDocument) -> Tree:
     policy = {"name": f"{DOCUMENT}{tier}", "jurisdiction": document.jurisdiction or "", "version": document.version}
     parts["applicable_policies"].append(policy)
     actions: list[Tree] = parts["controls"]["action_rules"]
-    for kind, effect in (("fixed", "deny"), ("personalisable", "allow")):
+    for kind, effect in zip(_ACTIONS, ("deny", "allow"), strict=True):
         for n, aspect in enumerate(getattr(document.aspects, kind), 1):
             condition = _written([("aspect", "==", aspect)])
             actions.append(_action_rule(f"{kind}-{n:03d}-{aspect}", "personalise", "answer", condition, effect))
-    sections = {"certify": document.certify, "aspects": document.aspects}
-    for name, section in sections.items():
-        for key, value in ({} if section is None else section.model_dump()).items():
-            if f"{name}.{key}" in FIGURES and value is not None:
+    for name in SECTIONS:
+        for key, value in _keys_of(document, name).items():
+            if f"{name}.{key}" in FIGURES:
                 _add_figure(parts, f"{name}.{key}", None, value)
     for n, rule in enumerate(rules_of(document), 1):
         if isinstance(rule, RestrictionRule):
@@ -124,11 +128,21 @@ def rules_of(document: PolicyDocument) -> list[Rule]:
     return sorted(rules, key=lambda rule: not isinstance(rule, RestrictionRule))
 
 
+def _keys_of(document: PolicyDocument, name: str) -> Tree:
+    """The keys of one of SECTIONS that the document states."""
+    section = getattr(document, name)
+    return {} if section is None else section.model_dump(exclude_none=True, by_alias=True)
+
+
 def unplaced_keys(document: PolicyDocument) -> Tree:
-    """The keys that stand in references.notes, by their rule: `{"rules": {ID: {KEY: VALUE}}, "issuer": {...}}`."""
+    """The keys that stand in references.notes: `{"rules": {ID: {KEY: VALUE}}, "issuer": {...}, "certify": {...}}`."""
     unplaced: Tree = {}
     if document.issuer.contact is not None:
         unplaced["issuer"] = {"contact": document.issuer.contact}
+    for name in SECTIONS:
+        keys = _keys_of(document, name)
+        if rest := {key: keys[key] for key in keys if f"{name}.{key}" not in FIGURES and key not in _ACTIONS}:
+            unplaced[name] = rest
     for rule in rules_of(document):
         dumped = rule.model_dump(exclude_none=True)
         keys = {key: dumped[key] for key in _UNPLACED if key in dumped}

@@ -22,6 +22,7 @@ from persona_rlhf.policy.card_export import (
     LISTS,
     LISTS_AND_KPIS,
     MARK,
+    SECTIONS,
     URN,
     Tree,
     node_at,
@@ -188,7 +189,9 @@ class _CardReader:
         path = ("references", "notes")
         try:
             unplaced = json.loads(text)
-            tree.get("issuer", {}).update(unplaced.pop("issuer", {}))
+            for name in ("issuer", *SECTIONS):
+                if name in unplaced:
+                    node_at(tree, (name,)).update(unplaced.pop(name))
             for identity, keys in unplaced.pop("rules", {}).items():
                 by_id[identity].update(keys)
             for key in unplaced:
