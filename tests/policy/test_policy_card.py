@@ -254,3 +254,7 @@ def test_the_commands_write_new_files_and_say_what_has_no_field(tmp_path, monkey
     assert meaning(document(read_yaml(tmp_path / "back.yaml").tree)) == meaning(document(tier_one()))
     assert run(app, ["policy", "import", "policy-card", "card.json", "back.yaml"]).exit_code == 2
     assert run(app, ["policy", "check", "back.yaml"]).exit_code == 2, "no bank of this category"
+    for rest, out in (("details.yaml", "new.yaml"), ("gone/rest.yaml", "new.yaml"), ("new.yaml", "./new.yaml")):
+        done = run(app, ["policy", "import", "policy-card", "card.json", out, "--details", rest])
+        assert done.exit_code == 2, done.output
+        assert not (tmp_path / "new.yaml").exists(), "both files are written, or none"

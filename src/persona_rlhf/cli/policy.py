@@ -275,14 +275,14 @@ def policy_import(
     as_json: Json = False,
 ) -> None:
     """Read a Policy Card as a policy document; whatever no document expresses is an error, or listed."""
-    from persona_rlhf.config.convert import write_new
+    from persona_rlhf.config.convert import write_all_new
     from persona_rlhf.config.loader import dump_yaml, read_yaml
     from persona_rlhf.policy.card_import import import_card
 
+    if details is not None and details.resolve() == out.resolve():
+        raise typer.BadParameter("--details needs a file of its own")
     read = import_card(read_yaml(card))
-    write_new(dump_yaml(read.document), out)
-    if details is not None:
-        write_new(dump_yaml(read.details), details)
+    write_all_new({out: dump_yaml(read.document), **({details: dump_yaml(read.details)} if details else {})})
     if as_json:
         print_json({"path": str(out), "rest": read.details})
     if details is None:

@@ -179,13 +179,22 @@ def import_config(path: Path) -> ImportedConfig:
 
 def write_new(text: str, out: Path) -> None:
     """Writes a text to a new file. Raises InputError if it exists, or its folder does not."""
-    if out.exists():
-        sentence = "this file exists already and is not overwritten; name a new file"
-        raise InputError([Problem(str(out), None, None, sentence)])
-    try:
+    write_all_new({out: text})
+
+
+def write_all_new(texts: Mapping[Path, str]) -> None:
+    """Writes texts to new files. Raises InputError, and writes none, naming each that exists or lacks its folder."""
+    problems = []
+    for out in texts:
+        if out.exists():
+            sentence = "this file exists already and is not overwritten; name a new file"
+            problems.append(Problem(str(out), None, None, sentence))
+        elif not out.parent.is_dir():
+            problems.append(Problem(str(out), None, None, "this folder does not exist; make it first"))
+    if problems:
+        raise InputError(problems)
+    for out, text in texts.items():
         atomic_write(out, text)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError([Problem(str(out), None, None, "this folder does not exist; make it first")]) from None
 
 
 _LLAMA_FACTORY = frozenset({"stage", "finetuning_type", "pref_beta", "pref_loss"})
