@@ -57,7 +57,7 @@ class AdapterAccess:
         self._checks: dict[str, tuple[float, AdmittedAdapter | None]] = {}  # time of the check, and its result
         self._withheld: dict[str | None, str] = {}  # by the hash of the manifest
         self._refusal_hooks: list[Callable[[str], None]] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `admit` holds it while it refreshes
         self.refresh()
 
     def refresh(self) -> None:
@@ -74,14 +74,11 @@ class AdapterAccess:
 
         Results that `add` replaced since are read first. Raises APIError (403) if the adapter may not be served.
         """
-        if self._is_due(slug):
-            with suppress(
-                InputError, OSError
-            ):  # results that cannot be read: the adapters of those before are verified
-                self.refresh()
         with self._lock:
             checked_at, adapter = self._checks.get(slug, (-math.inf, None))
             if time.monotonic() - checked_at >= RECHECK_SECONDS:
+                with suppress(InputError, OSError):  # results that cannot be read: those before are verified
+                    self.refresh()
                 adapter, reasons = self._verify(slug)
                 self._checks[slug] = (time.monotonic(), adapter)
                 if reasons:
@@ -91,10 +88,6 @@ class AdapterAccess:
                 hook(slug)
             raise APIError(403, "The adapter behind this model may not be served at present.", "adapter_not_served")
         return adapter
-
-    def _is_due(self, slug: str) -> bool:
-        with self._lock:
-            return time.monotonic() - self._checks.get(slug, (-math.inf, None))[0] >= RECHECK_SECONDS
 
     def withhold(self, slug: str, reason: str) -> None:
         """Refuses an adapter from now on, for a reason that its files do not show. Other weights are not refused."""
