@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -103,16 +104,20 @@ class BackgroundUpdates:
         """The user whose training was interrupted, else the first one with enough new choices."""
         last = {update.user_id: update for update in self._ledger.updates() if update.event != "restored"}
         interrupted = [user for user, update in last.items() if update.event == "begun"]
-        due = (user.user_id for user in self._ledger.users() if self._is_due(user, last.get(user.user_id)))
-        return next((user for user in (*interrupted, *due) if not self._gone(user)), None)
+        return next((user for user in chain(interrupted, self._due(last)) if not self._gone(user)), None)
 
-    def _is_due(self, user: UserChoices, last: Update | None) -> bool:
-        if user.preferred < self._after:
-            return False
-        if last is not None and last.event == "failed" and user.preferred - last.choices < self._after:
-            return False
-        pairs = [choice.id for choice in self._ledger.choices(user.user_id) if choice.preferred is not None]
-        return len(set(pairs) - trained_ids(self._run)) >= self._after
+    def _due(self, last: Mapping[str, Update]) -> Iterator[str]:
+        """The users with enough choices that no source of the run has; `last` has the last step of each."""
+        candidates = [user for user in self._ledger.users() if self._may_be_due(user, last.get(user.user_id))]
+        trained = trained_ids(self._run) if candidates else set()  # it reads all sources
+        for user in candidates:
+            pairs = {choice.id for choice in self._ledger.choices(user.user_id) if choice.preferred is not None}
+            if len(pairs - trained) >= self._after:
+                yield user.user_id
+
+    def _may_be_due(self, user: UserChoices, last: Update | None) -> bool:
+        before = last.choices if last is not None and last.event == "failed" else 0
+        return user.preferred - before >= self._after
 
     def update(self, user: str) -> None:
         """Trains one user, and notes the outcome; a stop, or the user's deletion, leaves the training as it is."""
