@@ -33,7 +33,8 @@ from torch import Tensor
 from persona_rlhf.common.files import find
 from persona_rlhf.evaluation.statistics import bootstrap
 from persona_rlhf.simulation.users import Utility
-from persona_rlhf.training.reward_basis import Posterior, RewardBasis, load_basis, shrinkage
+from persona_rlhf.training.labelled_pairs import text_differences
+from persona_rlhf.training.reward_basis import Posterior, RewardBasis, load_basis
 
 COUNTS = (5, 10, 15, 20, 40)
 RANDOM = "random"
@@ -51,13 +52,7 @@ def questions_of(world: World, basis: RewardBasis) -> Questions:
     """All pairs of answers to the prompts of new users."""
     pairs = [(n, *pair) for n, prompt in enumerate(world.fresh) for pair in combinations(prompt.answers, 2)]
     texts = [(first, second) for _, first, second in pairs]
-    return Questions(texts, torch.tensor([n for n, _, _ in pairs]), coordinates(world, basis, texts))
-
-
-def coordinates(world: World, basis: RewardBasis, texts: Sequence[tuple[str, str]]) -> Float[Tensor, "pairs rank"]:
-    """Coordinates of first less second answers, shortened as in training."""
-    first, second = (basis.features([pair[side] for pair in texts]) for side in (0, 1))
-    return basis.coordinates((first - second) * shrinkage(first - second)[:, None])
+    return Questions(texts, torch.tensor([n for n, _, _ in pairs]), text_differences(basis, *zip(*texts, strict=True)))
 
 
 def information(posterior: Posterior, differences: Float[Tensor, "pairs rank"]) -> Float[Tensor, " pairs"]:
@@ -107,7 +102,7 @@ def curve(taste: Utility, world: World, basis: RewardBasis, questions: Questions
     """The choices of one user, one after the other."""
     rng, asked = Random(f"{method} {taste.user_id}"), set[int]()
     test = draw_choices(taste, world.test, 100, Random(f"test {taste.user_id}"))
-    tested = coordinates(world, basis, list(zip(test.chosen, test.rejected, strict=True)))
+    tested = text_differences(basis, test.chosen, test.rejected)
     choose, order = choosers(questions, asked)[method], rng.sample(range(len(world.fresh)), len(world.fresh))
     learnt, tied, reached = list[Tensor](), 0, list[float]()
     for count in range(1, COUNTS[-1] + 1):
@@ -131,8 +126,18 @@ def interval(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f} ({between.low:.3f} to {between.high:.3f})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+class Simulation(NamedTuple):
+    """Unseen users, the world of prompts and answers, the basis, and the questions that the users may get."""
+
+    tastes: Sequence[Utility]
+    world: World
+    basis: RewardBasis
+    questions: Questions
+
+
+def simulation(description: str | None) -> Simulation:
+    """The simulation that the command line of a script asks for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", type=Path, required=True)
     parser.add_argument("--basis", type=Path, default=find("data/basis/quickstart.safetensors"))
     parser.add_argument("--users", type=int, default=60)
@@ -143,9 +148,14 @@ def main() -> None:
         parser.error(f"{options.pool} does not exist; benchmark_personalisation.py samples it")
     pool = read_pool(options.pool, lambda: None, 0)  # type: ignore[arg-type, return-value]
     basis, world = load_basis(options.basis), World(pool, options.seed)
-    tastes, questions = draw_tastes(options.users, pool, PAIRS // 2, options.seed), questions_of(world, basis)
+    tastes = draw_tastes(options.users, pool, PAIRS // 2, options.seed)
+    return Simulation(tastes, world, basis, questions_of(world, basis))
+
+
+def main() -> None:
+    tastes, world, basis, questions = simulation(__doc__)
     heads = [f"{count} choices" for count in COUNTS]
-    print(f"{options.users} users, {len(world.fresh)} prompts, {len(questions.texts)} pairs\n")
+    print(f"{len(tastes)} users, {len(world.fresh)} prompts, {len(questions.texts)} pairs\n")
     print(f"| question | ties | {' | '.join(heads)} | 15 chosen less 40 random |\n|{'---|' * (len(COUNTS) + 3)}")
     random = list[float]()
     for ties in (False, True):

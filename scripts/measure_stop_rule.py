@@ -12,22 +12,19 @@ the mean number at which the rule stopped. Intervals (95%) are over users.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from random import Random
 from statistics import fmean, median
 from typing import NamedTuple
 
 import torch
-from benchmark_personalisation import PAIRS, World, accuracy, draw_choices, read_pool
-from generate_users import draw_tastes
-from measure_active_choice import Questions, coordinates, interval, questions_of
+from benchmark_personalisation import World, accuracy, draw_choices
+from measure_active_choice import Questions, interval, simulation
 
-from persona_rlhf.common.files import find
 from persona_rlhf.simulation.users import Utility
-from persona_rlhf.training.reward_basis import RewardBasis, load_basis
+from persona_rlhf.training.labelled_pairs import text_differences
+from persona_rlhf.training.reward_basis import RewardBasis
 from persona_rlhf.training.stopping import expected_gain
 
 MOST = 80
@@ -46,7 +43,7 @@ def path_of(taste: Utility, world: World, basis: RewardBasis, questions: Questio
     """The choices of one user, one after the other."""
     rng = Random(f"stop {taste.user_id}")
     test = draw_choices(taste, world.test, 100, Random(f"test {taste.user_id}"))
-    tested = coordinates(world, basis, list(zip(test.chosen, test.rejected, strict=True)))
+    tested = text_differences(basis, test.chosen, test.rejected)
     order = rng.sample(range(len(questions.texts)), len(questions.texts))
     pool = questions.differences[torch.tensor(order[-_POOL:])]
     learnt, reached, gains = list[torch.Tensor](), list[float](), list[float]()
@@ -69,21 +66,10 @@ def stop_of(gains: Sequence[float], threshold: float) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pool", type=Path, required=True)
-    parser.add_argument("--basis", type=Path, default=find("data/basis/quickstart.safetensors"))
-    parser.add_argument("--users", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=777)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if not options.pool.exists():
-        parser.error(f"{options.pool} does not exist; benchmark_personalisation.py samples it")
-    pool = read_pool(options.pool, lambda: None, 0)  # type: ignore[arg-type, return-value]
-    basis, world = load_basis(options.basis), World(pool, options.seed)
-    tastes, questions = draw_tastes(options.users, pool, PAIRS // 2, options.seed), questions_of(world, basis)
+    tastes, world, basis, questions = simulation(__doc__)
     paths = [path_of(taste, world, basis, questions) for taste in tastes]
     print(
-        f"{options.users} users, {len(questions.texts)} pairs; accuracy after {MOST} choices: "
+        f"{len(tastes)} users, {len(questions.texts)} pairs; accuracy after {MOST} choices: "
         f"{interval([path.accuracy[-1] for path in paths])}\n"
     )
     print("| threshold | choices: median (least to most) | accuracy at the stop | regret | regret of a fixed number |")
