@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,27 +11,13 @@ from persona_rlhf.release.approval_packet import write_packet
 from persona_rlhf.release.impact_report import write_impact
 from persona_rlhf.release.report import write_report
 from persona_rlhf.release.run_comparison import compare_runs
+from tests.browser import MARKS, chromium  # noqa: F401 - the fixture
 from tests.release.test_impact_report import measures
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = MARKS
 PHONE = {"width": 360, "height": 740}
 SHEET = {"width": 718, "height": 1047}  # A4 less two centimetres, at 96 dots an inch
 PAGES = ("report", "impact", "packet", "comparison")
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

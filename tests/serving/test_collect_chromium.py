@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from itertools import count
 
 import pytest
@@ -12,27 +11,13 @@ from persona_rlhf.serving import collect, collect_progress
 from persona_rlhf.serving.collect import LIMITS
 from persona_rlhf.serving.collect_links import remove_links
 from persona_rlhf.serving.openai_api import TextChunk, Usage
+from tests.browser import MARKS, chromium  # noqa: F401 - the fixture
 from tests.data.test_choice_ledger import add, choice
 from tests.serving.live import live
 from tests.serving.test_collect import HOSTILE, site  # noqa: F401 - a fixture
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = MARKS
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
