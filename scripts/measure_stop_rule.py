@@ -28,7 +28,7 @@ from persona_rlhf.training.reward_basis import RewardBasis
 from persona_rlhf.training.stopping import expected_gain
 
 MOST = 80
-THRESHOLDS = (0.06, 0.05, 0.04, 0.03, 0.02)
+THRESHOLDS = (0.04, 0.02, 0.01, 0.005)
 _POOL = 200  # pairs that the rule looks at
 
 

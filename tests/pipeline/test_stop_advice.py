@@ -9,7 +9,6 @@ import pytest
 from persona_rlhf.common.files import find
 from persona_rlhf.config.experiment import Config
 from persona_rlhf.evaluation.data_curve import CurvePoint, UserCurve
-from persona_rlhf.pipeline import stop_advice as module
 from persona_rlhf.pipeline.run_dir import RunDir
 from persona_rlhf.pipeline.stop_advice import PosteriorAdvice, stop_advice
 from persona_rlhf.release.data_curve_file import DataCurve, write_data_curve
@@ -37,7 +36,6 @@ def shorter(count: int):
 def test_advice_comes_after_enough_choices_that_agree(advice, monkeypatch):
     gains = []
     gain = PosteriorAdvice.gain
-    monkeypatch.setattr(module, "LEAST_GAIN", 0.01)  # of these few pairs, on which little is to be gained
     monkeypatch.setattr(PosteriorAdvice, "gain", lambda *arguments: gains.append(gain(*arguments)) or gains[-1])
     assert not advice(shorter(9))
     assert gains == []

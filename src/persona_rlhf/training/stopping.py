@@ -12,7 +12,7 @@ from persona_rlhf.training.reward_basis import Posterior
 
 MORE = 20
 """Choices that are looked ahead."""
-LEAST_GAIN = 0.04
+LEAST_GAIN = 0.01
 """Expected gain in accuracy of MORE choices below which more answers change little."""
 
 _NODES = 21  # of the quadrature over the posterior's next mean
