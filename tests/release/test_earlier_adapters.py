@@ -28,10 +28,11 @@ from persona_rlhf.release.earlier_adapters import (
 from persona_rlhf.release.integrity import AUDIT, ended, write_run_manifest
 from persona_rlhf.release.manifest import DataInfo
 from persona_rlhf.release.results import read_results, write_results
-from persona_rlhf.release.revocation import revoke
+from persona_rlhf.release.revocation import revoke, revoked
 from persona_rlhf.release.verify import verify
 from tests.pipeline.cut_short import DONE, KILLED, cut_short
 from tests.release.conftest import DEMANDS, measures, pairs_of, refusals
+from tests.release.test_lifetimes import lapse
 
 USER = "Ada"
 
@@ -101,6 +102,17 @@ def test_an_adapter_that_may_not_be_released_does_not_come_back(updated):
     restore(run.path, USER, old)
     revoke(run.path, [replace(result_of(run.path, USER), manifest_sha256=new)], "a new law")
     with pytest.raises(InputError, match="revoked on .* a new law"):
+        restore(run.path, USER, new)
+    assert adapter_name(result_of(run.path, USER)) == old
+
+
+def test_a_lapsed_adapter_does_not_come_back_before_its_revocation_is_listed(updated):
+    run, old, new = updated
+    _, (life, lapsed) = lapse(run, result_of(run.path, USER))
+    assert (lapsed, life.manifest_sha256) == (True, new)
+    assert new not in revoked(run.path), "a kill may come before the list"
+    restore(run.path, USER, old)
+    with pytest.raises(InputError, match="its certificate lapsed"):
         restore(run.path, USER, new)
     assert adapter_name(result_of(run.path, USER)) == old
 
