@@ -73,8 +73,8 @@ def test_each_users_logits_are_those_of_peft_and_without_adapters_the_base_s(cas
         reference = adapted.logits(batch)
         expected = torch.cat([_full_logits(case.oracles[n // 2], row) for n, row in enumerate(rows)])
         plain = torch.cat([_full_logits(bare, row) for row in rows])
-    assert torch.allclose(logits, expected, rtol=0, atol=1e-5)
-    assert torch.allclose(reference, plain, rtol=0, atol=1e-5)
+    assert torch.allclose(logits, expected, rtol=0, atol=3e-5)
+    assert torch.allclose(reference, plain, rtol=0, atol=3e-5)
     assert (expected - plain).abs().mean() > 0.02, "adapters that change nothing show nothing"
     ids = torch.tensor([rows[2].completion])
     with torch.no_grad():
