@@ -32,6 +32,8 @@ SHOWN_BY = {
     "policy.split_key": "tests/policy/test_private_banks.py"
     "::test_a_split_key_changes_the_bank_and_no_hash_of_the_policy",
     "screening.reviews": "tests/data/test_screening.py::test_what_a_person_accepted_is_trained_and_rings_no_alarm",
+    "lora.products": "tests/models/test_multi_lora.py"
+    "::test_over_sixteen_bits_logps_are_those_of_exact_products_within_rounding",
     "users.start": "tests/release/test_foreign_fit.py::test_a_user_begins_where_peft_ends",
     "basis.prompts": "tests/pipeline/test_base_answers.py",
     "basis.prior_level": "tests/story/test_basis.py",

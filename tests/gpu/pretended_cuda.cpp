@@ -356,6 +356,29 @@ void fallback(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* 
   }
 }
 
+void launched(const std::string& name) {
+  if (paused) return;
+  ++launches;
+  if (by_name) { std::lock_guard<std::mutex> guard(lock); ++names[name]; }
+}
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, c10::IntArrayRef, const std::optional<Tensor>& weight, std::optional<double> epsilon) {
+  launched("aten::_fused_rms_norm");
+  Tensor exact = as_host(x).to(at::kFloat), factor = exact.square().mean(-1, true).add(*epsilon).rsqrt();
+  Tensor y = exact.mul(factor).mul(as_host(*weight).to(at::kFloat)).to(x.scalar_type());
+  return {as_device(y, x.device()), as_device(factor, x.device())};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& gradient, const Tensor& x, c10::IntArrayRef, const Tensor& factor,
+                                             const std::optional<Tensor>& weight, std::array<bool, 2> wanted) {
+  launched("aten::_fused_rms_norm_backward");
+  TORCH_CHECK(!wanted[1], "the pretended GPU has no gradient of a norm's weight");
+  Tensor f = as_host(factor), normed = as_host(x).to(at::kFloat).mul(f);
+  Tensor pull = as_host(gradient).to(at::kFloat).mul(as_host(*weight).to(at::kFloat));
+  Tensor result = pull.sub(normed.mul(pull.mul(normed).mean(-1, true))).mul(f).to(x.scalar_type());
+  return {as_device(result, x.device()), Tensor()};
+}
+
 py::dict counts() {
   py::dict d;
   d["launches"] = launches.load(); d["h2d"] = h2d.load(); d["d2h"] = d2h.load(); d["d2d"] = d2d.load();
@@ -393,6 +416,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_local_scalar_dense", TORCH_FN(local_scalar));
   m.impl("is_pinned", TORCH_FN(is_pinned));
   m.impl("record_stream", TORCH_FN(record_stream));
+  // A build for CUDA has a kernel each of these; one for the CPU takes them apart.
+  m.impl("_fused_rms_norm", TORCH_FN(rms_norm));
+  m.impl("_fused_rms_norm_backward", TORCH_FN(rms_norm_backward));
+  m.impl("silu_backward", torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -30,8 +30,9 @@ machine = enable()
 
 LORA = LoraSettings(rank=4)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-LAUNCHES_PER_LAYER = 221
-"""Kernels of a training step in one layer of a Llama, all its linear layers adapted."""
+LAUNCHES_PER_LAYER = {"float32": (132, 44), "base": (106, 33)}
+"""Kernels of a step of training and of decoding, in one layer of a Llama with all its linear layers adapted, by the
+type of the adapters' products."""
 
 
 def base_on(device, dtype=torch.bfloat16, **shape):
@@ -83,10 +84,40 @@ def test_no_fast_path_is_lost_in_bfloat16():
     assert adapted.patch is not None
 
 
-def test_launches_grow_with_layers_and_not_with_users():
-    few, many, crowd = step_of(layers=2), step_of(layers=4), step_of(layers=4, users=8)
-    assert (many.launches - few.launches) / 2 <= LAUNCHES_PER_LAYER
+@pytest.mark.parametrize("products", ["float32", "base"])
+def test_launches_grow_with_layers_and_not_with_users(products):
+    lora = LoraSettings(rank=4, products=products)
+    few, many, crowd = (step_of(users, layers, lora=lora) for users, layers in ((4, 2), (4, 4), (8, 4)))
+    assert (many.launches - few.launches) / 2 <= LAUNCHES_PER_LAYER[products][0]
     assert crowd.launches == many.launches
+
+
+@pytest.mark.parametrize("products", ["float32", "base"])
+def test_launches_of_decoding_grow_with_layers_and_not_with_users(products):
+    def launches(layers, users=4):
+        adapted = AdaptedModel(base_on(CUDA, layers=layers), LoraSettings(rank=4, products=products))
+        with torch.no_grad(), adapted.patched(), adapted.using(random_flat(adapted, users)):
+            choose = lambda logits, _: logits.argmax(-1)  # noqa: E731
+            steps = decode(adapted.base, users, prompts_of(4) * (users // 4), choose, [False] * users, block=8)
+            for _ in range(8):
+                next(steps)
+            with Watch() as watch:
+                next(steps)
+        return watch.launches / 8
+
+    assert (launches(4) - launches(2)) / 2 <= LAUNCHES_PER_LAYER[products][1]
+    assert launches(2, users=8) == launches(2)
+
+
+def test_products_in_the_type_of_the_base_train_nearly_the_same():
+    """Moments and adapters stay in float32; products are rounded to eight bits of mantissa."""
+    exact, rounded = (
+        {user.user_id: user.adapter for user in engine_on(base_on(CUDA), lora=LoraSettings(rank=4, products=p)).run()}
+        for p in ("float32", "base")
+    )
+    for user, adapter in exact.items():
+        assert rounded[user].dtype == torch.float32
+        assert 0 < (rounded[user] - adapter).norm() <= 0.1 * adapter.norm()
 
 
 def test_attention_of_a_step_is_flash():

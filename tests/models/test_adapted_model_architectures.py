@@ -10,8 +10,8 @@ from persona_rlhf.common.errors import InputError
 from persona_rlhf.config.training import DpoSettings, FleetSettings, LoraSettings, TopLayers
 from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.adapted_model import AdaptedModel
-from persona_rlhf.models.multi_lora import adaptable_layers
 from persona_rlhf.models.packing import collate
+from persona_rlhf.models.target_layers import adaptable_layers
 from persona_rlhf.release.adapter import AdapterFiles, read_adapter
 from persona_rlhf.release.compatibility import lint
 from persona_rlhf.release.manifest import BaseInfo

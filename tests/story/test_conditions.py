@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     shrink(folder, ("Ann",))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        config = read_config("experiment.yaml", [*OVERRIDES, "gate.dtype=bfloat16"])
+        config = read_config("experiment.yaml", [*OVERRIDES, "gate.dtype=bfloat16", "lora.products=base"])
         train(config, Path("run"))
         yield Path("run"), config
 
@@ -40,9 +40,13 @@ def test_manifest_and_card_name_the_computation_of_the_gate(run):
     manifest = json.loads((folder / result.path / "persona.json").read_text())
     assert manifest["conditions"] == {
         "dtype": "bfloat16", "attention": "sdpa", "device": "cpu", "max_new_tokens": 96, "samples": 0,
+        "products": "bfloat16",
     }  # fmt: skip
     card = (folder / result.path / "README.md").read_text()
-    assert "certified in bfloat16 with sdpa attention on cpu, by greedy answers of up to 96 tokens" in card
+    assert (
+        "certified in bfloat16, adapters multiplied in bfloat16, with sdpa attention on cpu, "
+        "by greedy answers of up to 96 tokens"
+    ) in card
     assert "--dtype bfloat16" in card
 
 
@@ -56,6 +60,7 @@ def test_the_recipe_of_the_card_loads_the_certified_type(run):
     names: dict[str, object] = {}
     exec(recipe, names)
     assert str(names["base"].dtype) == "torch.bfloat16"
+    assert {str(p.dtype) for n, p in names["model"].named_parameters() if "lora_" in n} == {"torch.bfloat16"}  # type: ignore[attr-defined]
     assert isinstance(names["tokenizer"], type(AutoTokenizer.from_pretrained(find("data/base"))))
 
 

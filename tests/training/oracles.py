@@ -20,7 +20,8 @@ from persona_rlhf.config.training import DpoSettings, LoraSettings
 from persona_rlhf.data.tokenize import Row, UserRows
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base
-from persona_rlhf.models.multi_lora import LayerSpan, adaptable_layers, attach, detach, fresh_adapter
+from persona_rlhf.models.multi_lora import LayerSpan, attach, detach, fresh_adapter
+from persona_rlhf.models.target_layers import adaptable_layers
 from persona_rlhf.training.user_state import UserSchedule, user_generator
 
 OPTIONS: dict[str, Any] = {
@@ -105,7 +106,7 @@ def ordered_trainer(
     Only the sampler is replaced: TRL tokenizes, collates, runs the reference, clips and steps as it always does.
     `named` go to the trainer, `options` to DPOConfig.
     """
-    spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank, 1.0)
+    spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank)
     detach(base.model, list(spans))
     words = base.tokenizer
 

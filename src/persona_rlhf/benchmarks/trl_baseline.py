@@ -32,7 +32,8 @@ from persona_rlhf.config.training import BaseSettings, DpoSettings, LoraSettings
 from persona_rlhf.data.pairs import Message, PreferencePair, read_pairs
 from persona_rlhf.data.tokenize import PairRow, Row, UserRows, tokenize
 from persona_rlhf.models.base import Base, load_base, multiplies_bfloat16, set_product_precision
-from persona_rlhf.models.multi_lora import LayerSpan, adaptable_layers, attach, detach, fresh_adapter, lora_matrices
+from persona_rlhf.models.multi_lora import LayerSpan, attach, detach, fresh_adapter, lora_matrices
+from persona_rlhf.models.target_layers import adaptable_layers
 from persona_rlhf.training.cache import Reference
 from persona_rlhf.training.constraint import ConstraintData, ConstraintExample
 from persona_rlhf.training.trl import TokenDPOTrainer, quiet
@@ -228,7 +229,7 @@ def workload_on(base: Base, people: Sequence[UserRows], epochs: int) -> Workload
     """The workload of these users on a loaded base."""
     lora, dpo = LoraSettings(), DpoSettings(epochs=epochs)
     bank, device = _made_bank(len(base.tokenizer)), base.device
-    spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank, lora.alpha / lora.rank)
+    spans = attach(base.model, adaptable_layers(base.model, lora.target_modules), lora.rank)
     detach(base.model, list(spans))
     return Workload(base, people, list(spans.values()), lora, dpo, bank, _clock(device))
 

@@ -133,6 +133,10 @@ class LoraSettings(Section):
     layers: Literal["all"] | TopLayers = Field(
         "all", description="Decoder layers to adapt: all, or {top: share}, which trains faster and learns less."
     )
+    products: Literal["float32", "base"] = Field(
+        "float32",
+        description="Advanced: type of the adapters' matrix products, also at the gate; base is the type of the base.",
+    )
 
 
 class EarlyStopSettings(Section):

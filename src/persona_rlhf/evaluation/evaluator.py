@@ -127,7 +127,8 @@ class Evaluator:
     @property
     def conditions(self) -> Conditions:
         """The computation of the answers that the gate judges."""
-        return Conditions(*conditions_of(self.base), self.gate.max_new_tokens, self.gate.samples)
+        gate, products = self.gate, self._adapted.products
+        return Conditions(*conditions_of(self.base), gate.max_new_tokens, gate.samples, products)
 
     @property
     def probes(self) -> list[PromptIds]:

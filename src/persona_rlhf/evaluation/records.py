@@ -64,7 +64,8 @@ class Perplexity(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """The computation of the gate's answers: type of the base's weights, attention, device, and decoding.
+    """The computation of the gate's answers: types of the base's weights and of the adapters' products, attention,
+    device, and decoding.
 
     Answers are greedy, of at most `max_new_tokens` (an answer that reads as a refusal there is continued). Beside each
     stand `samples` answers at temperature 1.
@@ -75,12 +76,15 @@ class Conditions(NamedTuple):
     device: str
     max_new_tokens: int
     samples: int = 0
+    products: str = "float32"
 
     def sentence(self) -> str:
         """The conditions in words."""
+        adapters = "" if self.products in ("float32", "float64") else f", adapters multiplied in {self.products},"
         sampled = f" and {self.samples} sampled at temperature 1" if self.samples else ""
         return (
-            f"certified in {self.dtype} with {self.attention} attention on {self.device}, by greedy answers{sampled} "
+            f"certified in {self.dtype}{adapters} with {self.attention} attention on {self.device}, "
+            f"by greedy answers{sampled} "
             f"of up to {self.max_new_tokens} tokens"
         )
 

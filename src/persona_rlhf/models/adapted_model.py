@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -15,12 +15,7 @@ from persona_rlhf.data.tokenize import Row
 from persona_rlhf.models.attention import packed_attention
 from persona_rlhf.models.base import Base
 from persona_rlhf.models.device import device_bytes
-from persona_rlhf.models.fast_paths import (
-    EquivalenceCheck,
-    ForwardPatch,
-    compiled_patch,
-    handwritten_patch,
-)
+from persona_rlhf.models.fast_paths import EquivalenceCheck, ForwardPatch, compiled_patch, handwritten_patch
 from persona_rlhf.models.generation import Generated, generate_answers
 from persona_rlhf.models.last_layer import LastLayerPruning, last_layer_pruning
 from persona_rlhf.models.model_split import (
@@ -40,18 +35,15 @@ from persona_rlhf.models.multi_lora import (
     detach,
     group_by_input,
     lora_matrices,
-    target_layers,
+    places_of_b,
+    scaled_factors,
 )
 from persona_rlhf.models.packing import EMPTY, Batch, RowPlace, collate, pack
 from persona_rlhf.models.passes import PassRows, run_in_passes
 from persona_rlhf.models.row_answers import decode_answers, stepped_logits
-from persona_rlhf.models.row_decoding import (
-    CachedTokens,
-    LayerTokens,
-    RowCache,
-    token_places,
-)
+from persona_rlhf.models.row_decoding import CachedTokens, LayerTokens, RowCache, token_places
 from persona_rlhf.models.scores import GreedyScore, RowScore, greedy_scores, logps_and_greedy
+from persona_rlhf.models.target_layers import target_layers
 
 _Value = TypeVar("_Value")
 
@@ -86,7 +78,7 @@ class AdaptedModel:
         self.base = base
         self.scale = lora.alpha / lora.rank
         names, first, self.notice = target_layers(base.model, lora)
-        self.spans = attach(base.model, names, lora.rank, self.scale)
+        self.spans = attach(base.model, names, lora.rank)
         self._layers = [self.layer(span) for span in self.spans.values()]
         self.on_rows: OnRows = lambda completed, begun: None
         self.patch: ForwardPatch | None = None
@@ -94,6 +86,8 @@ class AdaptedModel:
         with torch.no_grad():
             group_by_input(self._layers, lambda: self._run(base.model, self._check.collated(self._check.rows)))
         self.params_per_user = max(span.stop for span in self.spans.values())
+        self._in_b = places_of_b(list(self.spans.values())).to(base.device)
+        self._factor_dtype = base.model.dtype if lora.products == "base" else torch.float32
         self.tokens_per_pass, self.tokens_per_generation = _tokens_per_pass(base.device)
         self._equal_lines = base.device.type != "cpu"  # a GPU prefers padding to one user after the other
         self._split = split_model(base.model)
@@ -118,6 +112,11 @@ class AdaptedModel:
         """Whether a step computes the same number of tokens for every user, that of the longest."""
         return self._equal_lines or not self.packs_rows
 
+    @property
+    def products(self) -> str:
+        """The type of the adapters' matrix products, by name."""
+        return str(self._factor_dtype).removeprefix("torch.")
+
     def close(self) -> None:
         """Removes the stacked layers from the base."""
         detach(self.base.model, list(self.spans))
@@ -140,8 +139,9 @@ class AdaptedModel:
         outer = [(layer.a, layer.b) for layer in self._layers]
         inner: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(outer)
         if flat is not None:
-            stacks = lora_matrices(flat.to(self.base.device), list(self.spans.values()))
-            inner = [(a, b if alphas is None else b * alphas.to(b)[:, None, None]) for a, b in stacks]
+            factors = scaled_factors(flat.to(self.base.device), self._in_b, self.scale, alphas)
+            factors = factors.to(torch.float64 if flat.dtype == torch.float64 else self._factor_dtype)
+            inner = [*lora_matrices(factors, list(self.spans.values()))]
         try:
             for layer, (a, b) in zip(self._layers, inner, strict=True):
                 layer.a, layer.b = a, b
@@ -224,9 +224,12 @@ class AdaptedModel:
             for layer in self._layers:
                 layer.rows_per_user = rows_per_user
                 inside.callback(layer.end_pass)
-            if self.patch is not None:
-                inside.enter_context(self.patch.on())
+            inside.enter_context(self.patched())
             yield
+
+    def patched(self) -> AbstractContextManager[None]:
+        """Inside, the base computes by its fast equivalents, where there are any."""
+        return nullcontext() if self.patch is None else self.patch.on()
 
     def step(
         self, tokens: Sequence[int], cache: RowCache, slots: Sequence[int], rows_per_user: Sequence[int]
@@ -402,7 +405,10 @@ class AdaptedModel:
                 steps += 1
                 self.on_rows(count / max_new_tokens, 0)
 
-            generated = generate_answers(self.base, len(prompts), inputs, seeds, max_new_tokens, temperature, on_step)
+            with self.patched():
+                generated = generate_answers(
+                    self.base, len(prompts), inputs, seeds, max_new_tokens, temperature, on_step
+                )
             self.on_rows(count * (1 - steps / max_new_tokens), 0)
             for (user, n), answer in zip(pass_rows, generated, strict=True):
                 if n is not None:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
@@ -116,15 +117,23 @@ class CompiledFunction:
 
     differentiable: positions of the arguments that get gradients, all of one size
     large: elements from which on a tensor is large
+    small: an equivalent for smaller tensors; None means the original
     """
 
-    def __init__(self, original: Callable[..., Any], differentiable: Sequence[int], large: int) -> None:
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        differentiable: Sequence[int],
+        large: int,
+        small: Callable[..., Any] | None = None,
+    ) -> None:
         self._original, self._differentiable, self._large = original, differentiable, large
+        self._small = small or original
         self.chosen: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         if args[self._differentiable[0]].numel() < self._large:
-            return self._original(*args)
+            return self._small(*args)
         if self.chosen is None:
             self.chosen = self._compile(args)
         try:
@@ -157,17 +166,19 @@ class CompiledFunction:
 
 
 def compiled_patch(model: PreTrainedModel, large: int = _LARGE) -> ForwardPatch:
-    """A model's norms, rotary embeddings and gated activations, each compiled to one kernel.
+    """A model's norms by torch's own kernel; rotary embeddings and gated activations, each compiled to one kernel.
 
-    An MLP with further steps gives other logits; the equivalence check of the whole patch rejects it.
+    Norms that torch's kernel does not compute, such as Gemma's, are compiled too. An MLP with further steps, or another
+    rotation, gives other logits; the equivalence check of the whole patch rejects it.
     """
-    norms: list[Any] = [m for m in model.modules() if "RMSNorm" in type(m).__name__]
+    fused = {m: forward for m in model.modules() if (forward := _rms_norm_of(m, torch_rms_norm)) is not None}
+    norms: list[Any] = [m for m in model.modules() if "RMSNorm" in type(m).__name__ and m not in fused]
     by_class = {kind: CompiledFunction(kind.forward, [1], large) for kind in {type(norm) for norm in norms}}
     gate = CompiledFunction(_gate, [0, 1], large)
     mlps = [m for m in model.modules() if all(hasattr(m, name) for name in _GATED)]
     forwards: dict[nn.Module, Callable[..., Any]] = {norm: partial(by_class[type(norm)], norm) for norm in norms}
-    forwards |= {mlp: partial(_mlp, mlp, gate) for mlp in mlps}
-    rotary = {place: CompiledFunction(getattr(place, ROTARY), [0, 1], large) for place in rotary_modules(model)}
+    forwards |= fused | {mlp: partial(_mlp, mlp, gate) for mlp in mlps}
+    rotary = {place: CompiledFunction(getattr(place, ROTARY), [0, 1], large, rotate) for place in rotary_modules(model)}
     return ForwardPatch(forwards, rotary)
 
 
@@ -184,7 +195,7 @@ def handwritten_patch(model: PreTrainedModel) -> ForwardPatch:
 
     A model that rotates in another way gives other logits; the equivalence check rejects the patch.
     """
-    norms = {m: forward for m in model.modules() if (forward := _rms_norm_of(m)) is not None}
+    norms = {m: forward for m in model.modules() if (forward := _rms_norm_of(m, rms_norm)) is not None}
     return ForwardPatch(norms, dict.fromkeys(rotary_modules(model), rotate))
 
 
@@ -216,19 +227,27 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.addcmul_(normed, along).mul_(factor), None, None
 
 
-def _rms_norm_of(norm: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """`rms_norm` with a module's weight, or with 1 + weight as in Gemma, whichever equals the module on random rows.
+def torch_rms_norm(
+    weight: Float[Tensor, " width"], epsilon: float, hidden_states: Float[Tensor, "*rows width"]
+) -> Float[Tensor, "*rows width"]:
+    """`rms_norm` by torch, which has a kernel for it on a GPU."""
+    return F.rms_norm(hidden_states, weight.shape, weight, epsilon)
 
-    None for any other module.
+
+def _rms_norm_of(norm: nn.Module, function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor] | None:
+    """A norm with a module's weight, or with 1 + weight as in Gemma, whichever equals the module on random rows.
+
+    None for any other module, and for 1 + weight in 16 bits, which would round it.
     """
     weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if "RMSNorm" not in type(norm).__name__ or weight is None or weight.dim() != 1 or epsilon is None:
         return None
     rows = 3 * torch.randn(2, 3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-    for factor in (weight.detach(), 1 + weight):
-        forward = partial(rms_norm, factor, epsilon)
+    exact = weight.dtype in (torch.float32, torch.float64)
+    for factor in (weight.detach(), 1 + weight) if exact else (weight.detach(),):
+        forward = partial(function, factor, epsilon)
         with torch.no_grad():
-            if torch.allclose(forward(rows), norm(rows), rtol=1e-5, atol=1e-6):
+            if torch.allclose(forward(rows), norm(rows), rtol=1e-5 if exact else 2**-7, atol=1e-6):
                 return forward
     return None
 

@@ -74,7 +74,9 @@ class _Gather(torch.autograd.Function):
         gather: DeterministicGather = ctx.gather
         if not len(gradient):
             return gradient.new_zeros(len(gather.first_reader), *gradient.shape[1:]), None
-        grad_x = gradient.index_select(0, gather.first_reader).index_fill_(0, gather.unread, 0)
+        grad_x = gradient.index_select(0, gather.first_reader)
+        if len(gather.unread):
+            grad_x.index_fill_(0, gather.unread, 0)
         for sources, places in gather.later_readers:
             grad_x.index_add_(0, sources, gradient.index_select(0, places))  # no source twice
         return grad_x, None

@@ -1,25 +1,21 @@
-"""LoRA for many users at once: stacked A and B on frozen linear layers, and the choice of layers that get them."""
+"""LoRA for many users at once: stacked A and B on frozen linear layers."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from persona_rlhf.common.errors import InputError, Problem
-from persona_rlhf.config.training import LoraSettings
-from persona_rlhf.models.base import Fp8Linear, dequantize, is_linear, is_quantized
-from persona_rlhf.models.model_split import decoder_layers, layer_number
+from persona_rlhf.models.base import Fp8Linear, dequantize, is_quantized
 
 
 class LayerSpan(NamedTuple):
@@ -53,18 +49,36 @@ def lora_matrices(
     ]
 
 
-class MultiLoRALinear(nn.Module):
-    """A frozen linear layer with one LoRA adapter per user: `y = W x + scale B_u A_u x` (Hu et al. 2021, equation 3).
+def places_of_b(spans: Sequence[LayerSpan]) -> Bool[Tensor, " params"]:
+    """The places of the flat vector that hold a B."""
+    places = torch.zeros(max(span.stop for span in spans), dtype=torch.bool)
+    for span in spans:
+        places[span.b_start : span.stop] = True
+    return places
 
-    Rows are user-major: the first rows are user 0's, the next ones user 1's. `rows_per_user` counts them; None means
-    equally many for every user. So rows are neither sorted nor gathered. While `a` and `b` are None the layer is the
-    frozen one.
+
+def scaled_factors(
+    flat: Float[Tensor, "users params"],
+    in_b: Bool[Tensor, " params"],
+    scale: float,
+    alphas: Float[Tensor, " users"] | None,
+) -> Float[Tensor, "users params"]:
+    """Adapters with `scale` in A and each user's `alpha` in B: layers need neither then."""
+    one = flat.new_tensor(1.0) if alphas is None else alphas.to(flat)[:, None]
+    return flat * torch.where(in_b, one, flat.new_tensor(scale))
+
+
+class MultiLoRALinear(nn.Module):
+    """A frozen linear layer with one LoRA adapter per user: `y = W x + B_u A_u x` (Hu et al. 2021, equation 3).
+
+    The scale alpha / rank is in A, see `AdaptedModel.using`. Rows are user-major: the first rows are user 0's, the next
+    ones user 1's. `rows_per_user` counts them; None means equally many for every user. So rows are neither sorted nor
+    gathered. While `a` and `b` are None the layer is the frozen one.
     """
 
-    def __init__(self, frozen: nn.Linear | Conv1D | Fp8Linear, scale: float) -> None:
+    def __init__(self, frozen: nn.Linear | Conv1D | Fp8Linear) -> None:
         super().__init__()
         self.frozen = frozen
-        self.scale = scale
         self.a: Float[Tensor, "users rank inputs"] | None = None
         self.b: Float[Tensor, "users outputs rank"] | None = None
         self.rows_per_user: Sequence[int] | None = None
@@ -96,7 +110,7 @@ class MultiLoRALinear(nn.Module):
     def end_pass(self) -> None:
         """Ends a forward pass: equal rows per user again, and no cached outputs."""
         self.rows_per_user = None
-        self.group.clear()
+        self.group.end_pass()
 
     def frozen_output(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
         """`W x + bias`, outside of autograd."""
@@ -128,30 +142,53 @@ class SharedInputLayers:
     """Layers that read the same input, such as queries, keys and values.
 
     The first one called computes the outputs of all. Their A are one matrix then, and the input's gradients are summed
-    in place.
+    in place. Without gradients that matrix is made once for all passes with the same adapters.
     """
 
     def __init__(self, layers: Sequence[MultiLoRALinear]) -> None:
         self.layers = layers
+        self._stack: tuple[list[Tensor], list[int], Tensor] | None = None
         self._input: tuple[Tensor, int] | None = None
         self._cached: dict[MultiLoRALinear, Float[Tensor, "rows outputs"]] = {}
 
     def output(self, layer: MultiLoRALinear, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "rows outputs"]:
         """Output of `layer` for `x`. The other layers' outputs are kept until each is called with the same tensor."""
-        version = 0 if x.is_inference() else x._version
+        version = _version(x)
         if self._input is None or self._input[0] is not x or self._input[1] != version or layer not in self._cached:
-            factors = [factor for member in self.layers for factor in (member.a, member.b)]
+            factors: list[Any] = [factor for member in self.layers for factor in (member.a, member.b)]
             rows = x.reshape(-1, x.shape[-1])
-            outputs = _MultiLoRA.apply(rows, self.layers, layer.rows_per_user, *factors)  # type: ignore[no-untyped-call]
+            stack = None if torch.is_grad_enabled() else self._stacked(factors[::2])
+            outputs = _MultiLoRA.apply(rows, self.layers, layer.rows_per_user, stack, *factors)  # type: ignore[no-untyped-call]
             self._input, self._cached = (x, version), dict(zip(self.layers, outputs, strict=True))
         y = self._cached.pop(layer)
         if not self._cached:
             self._input = None
         return y
 
-    def clear(self) -> None:
+    def _stacked(self, downs: list[Tensor]) -> Float[Tensor, "users ranks inputs"]:
+        """All A as one matrix, which is kept while they stay the same."""
+        versions = [_version(down) for down in downs]
+        if (
+            self._stack is None
+            or versions != self._stack[1]
+            or any(one is not other for one, other in zip(self._stack[0], downs, strict=True))
+        ):
+            self._stack = downs, versions, _side_by_side(downs)
+        return self._stack[2]
+
+    def end_pass(self) -> None:
         """Drops cached outputs."""
         self._input, self._cached = None, {}
+
+    def clear(self) -> None:
+        """Drops cached outputs and the matrix of all A."""
+        self.end_pass()
+        self._stack = None
+
+
+def _version(x: Tensor) -> int:
+    """The number of changes in place; 0 for a tensor of inference mode, which has none."""
+    return 0 if x.is_inference() else x._version
 
 
 def group_by_input(layers: Sequence[MultiLoRALinear], forward: Callable[[], object]) -> None:
@@ -183,11 +220,12 @@ class _MultiLoRA(torch.autograd.Function):
         x: Tensor,
         layers: Sequence[MultiLoRALinear],
         rows_per_user: Sequence[int] | None,
+        stack: Tensor | None,
         *factors: Tensor,
     ) -> tuple[Tensor, ...]:
         ys = [layer.frozen_output(x) for layer in layers]
         lows, ranks = [], [a.shape[1] for a in factors[::2]]
-        downs = torch.cat([a * layer.scale for a, layer in zip(factors[::2], layers, strict=True)], dim=1)
+        downs = _side_by_side(factors[::2]) if stack is None else stack
         for rows, *rest in _by_user(rows_per_user, [x, *ys], [downs, *factors[1::2]]):
             outputs, (down, *ups) = rest[: len(layers)], rest[len(layers) :]
             low = down @ rows.to(down.dtype).mT
@@ -208,8 +246,7 @@ class _MultiLoRA(torch.autograd.Function):
             grad_x = layers[0].input_gradient(grad_ys[0])
             for layer, grad_y in zip(layers[1:], grad_ys[1:], strict=True):
                 layer.add_input_gradient(grad_x, grad_y)
-        downs = torch.cat(factors[::2], dim=1)
-        ups = [_scaled_copy(b.mT, layer.scale) for b, layer in zip(factors[1::2], layers, strict=True)]
+        downs, ups = _side_by_side(factors[::2]), [_transposed(b) for b in factors[1::2]]
         grad_downs, grad_ups = torch.empty_like(downs), [torch.empty_like(up) for up in ups]
         users = _by_user(
             ctx.rows_per_user, [x, x if grad_x is None else grad_x, *grad_ys], [downs, grad_downs, *ups, *grad_ups]
@@ -228,7 +265,7 @@ class _MultiLoRA(torch.autograd.Function):
             if grad_x is not None:
                 _add_product(grad_rows, grad_low.mT, down)
         grad_as = grad_downs.split_with_sizes(ctx.ranks, dim=1)
-        return grad_x, None, None, *(grad for a, b in zip(grad_as, grad_ups, strict=True) for grad in (a, b.mT))
+        return grad_x, None, None, None, *(grad for a, b in zip(grad_as, grad_ups, strict=True) for grad in (a, b.mT))
 
 
 def _by_user(
@@ -247,9 +284,13 @@ def _by_user(
         yield from zip(*parts, *(factor.unbind() for factor in factors), strict=True)
 
 
-def _scaled_copy(b: Float[Tensor, "users rank outputs"], scale: float) -> Float[Tensor, "users rank outputs"]:
-    """`b * scale`, contiguous although `b` is a transposed view: products with it are twice as fast."""
-    return torch.mul(b, scale, out=torch.empty(b.shape, dtype=b.dtype, device=b.device))
+def _side_by_side(downs: Sequence[Float[Tensor, "users rank inputs"]]) -> Float[Tensor, "users ranks inputs"]:
+    return downs[0] if len(downs) == 1 else torch.cat(list(downs), dim=1)
+
+
+def _transposed(b: Float[Tensor, "users outputs rank"]) -> Float[Tensor, "users rank outputs"]:
+    """B with the rank first. On a CPU it is a copy, since products with a transposed view take twice the time."""
+    return b.mT if b.device.type == "cuda" else b.mT.contiguous()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -262,14 +303,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.baddbmm_(left, right)
 
 
-def attach(model: PreTrainedModel, names: Sequence[str], rank: int, scale: float) -> dict[str, LayerSpan]:
+def attach(model: PreTrainedModel, names: Sequence[str], rank: int) -> dict[str, LayerSpan]:
     """Replaces each named layer by a `MultiLoRALinear`; returns the layers' spans in the flat vector."""
     spans: dict[str, LayerSpan] = {}
     start = 0
     for name in names:
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        layer = MultiLoRALinear(getattr(parent, leaf), scale)
+        layer = MultiLoRALinear(getattr(parent, leaf))
         outputs, inputs = layer.shape
         setattr(parent, leaf, layer)
         spans[name] = LayerSpan(name, inputs, outputs, rank, start)
@@ -292,112 +333,3 @@ def fresh_adapter(spans: Sequence[LayerSpan], generator: torch.Generator) -> Flo
         bound = 1 / math.sqrt(span.inputs)
         flat[span.start : span.b_start].uniform_(-bound, bound, generator=generator)
     return flat
-
-
-class TargetLayers(NamedTuple):
-    """Layers to adapt.
-
-    names: module names, in the order of the model
-    first: number of the lowest decoder layer that is adapted
-    notice: a sentence on layers that `all-linear` covers but that cannot be adapted; None without such layers
-    """
-
-    names: list[str]
-    first: int
-    notice: str | None
-
-
-def target_layers(model: PreTrainedModel, lora: LoraSettings) -> TargetLayers:
-    """Layers of this model that `lora` selects. Raises InputError for names that match nothing or cannot be adapted."""
-    stack, first = "", 0
-    decoder = decoder_layers(model)
-    if lora.layers != "all" and decoder is not None:
-        stack, first = decoder[0], len(decoder[1]) - max(1, round(lora.layers.top * len(decoder[1])))
-
-    def selected(name: str) -> bool:
-        number = layer_number(name, stack)
-        return first == 0 or (number is not None and number >= first)
-
-    names = [name for name in adaptable_layers(model, lora.target_modules) if selected(name)]
-    if lora.target_modules != "all-linear":
-        return TargetLayers(names, first, None)
-    reasons = unadaptable_layers(model).items()
-    skipped = {(re.sub(r"\.\d+\.", ".*.", name), reason) for name, reason in reasons if selected(name)}
-    listed = ", ".join(f"{name} ({reason})" for name, reason in sorted(skipped))
-    notice = f"Layers without adapters, which stay as the base has them: {listed}" if skipped else None
-    return TargetLayers(names, first, notice)
-
-
-def adaptable_layers(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[str]:
-    """Names of the linear layers to adapt, in the order of the model.
-
-    `all-linear` has PEFT's meaning: every linear layer but the output head. Names match as in PEFT, whole or by their
-    last parts. Raises InputError for a name that matches nothing, or a layer that cannot be adapted.
-    """
-    base, head, unadaptable = model.name_or_path or "the base", model.get_output_embeddings(), unadaptable_layers(model)
-    linear = [name for name, m in model.named_modules() if is_linear(m) and m is not head and name not in unadaptable]
-    if target_modules == "all-linear":
-        if not linear:
-            raise InputError([Problem(base, None, None, "the base has no linear layer to adapt")])
-        return linear
-    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-    problems, chosen = [], set()
-    for target in targets:
-        matches = [name for name in names if name == target or name.endswith("." + target)]
-        bad = [name for name in matches if name not in linear]
-        if not matches:
-            leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            sentence = f"`{target}` names no layer of the base; its linear layers are {', '.join(leaves)}"
-            problems.append(Problem(base, None, "lora.target_modules", sentence))
-        elif bad:
-            reason = unadaptable.get(bad[0], "it is no plain linear layer within the decoder")
-            sentence = (
-                f"`{bad[0]}` cannot be adapted: {reason}; leave `{target}` out, or name the layers you mean in full"
-            )
-            problems.append(Problem(base, None, "lora.target_modules", sentence))
-        chosen.update(matches)
-    if problems:
-        raise InputError(problems)
-    return [name for name in linear if name in chosen]
-
-
-def unadaptable_layers(model: PreTrainedModel) -> dict[str, str]:
-    """Layers with weight matrices that can carry no adapter, each with the reason.
-
-    Embeddings and the output head are left out.
-    """
-    head = model.get_output_embeddings()
-    layers = [(n, m) for n, m in model.named_modules() if m is not head and not isinstance(m, nn.Embedding)]
-    nonlinear = {
-        name: f"a {type(module).__name__} is no plain linear layer"
-        for name, module in layers
-        if not is_linear(module) and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-    }
-    experts = _read_as_experts(model, {name.rsplit(".", 1)[-1] for name, module in layers if is_linear(module)})
-    misread = {
-        name: "PEFT would take it for a fused expert" for name, _ in layers if name.rsplit(".", 1)[-1] in experts
-    }
-    return misread | nonlinear
-
-
-def _read_as_experts(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
-    """Last names of linear layers that PEFT takes for experts of a mixture, which newer models fuse."""
-    if all(parameter.dim() < 3 for parameter in model.parameters()):
-        return set()
-    from peft import LoraConfig
-
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # an older PEFT takes names as they are
-        return set()
-    experts = set()
-    for name in names:
-        config = LoraConfig(target_modules=[name])
-        try:
-            convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # it is one of two that must be named together
-            experts.add(name)
-        else:
-            experts |= {name} - set(config.target_modules or ())
-    return experts

@@ -229,7 +229,7 @@ def certified_dtype(folder: Path) -> str | None:
 
 
 def uncertified(manifest: Mapping[str, Any], running: Mapping[str, str]) -> str | None:
-    """A sentence on the computation that an engine runs (dtype, attention, device) and the gate did not certify.
+    """A sentence on the computation that an engine runs, such as its dtype, and the gate did not certify.
 
     None where it is the same, and for manifests of earlier versions, which do not name it.
     """
@@ -237,7 +237,7 @@ def uncertified(manifest: Mapping[str, Any], running: Mapping[str, str]) -> str 
     other = [name for name, value in running.items() if name in certified and certified[name] != value]
     if not other:
         return None
-    here, there = (", ".join(str(values[name]) for name in other) for values in (running, certified))
+    here, there = (", ".join(dict.fromkeys(str(values[name]) for name in other)) for values in (running, certified))
     return f"certified in {there}, but this engine runs {here}: the certificate does not cover its answers"
 
 

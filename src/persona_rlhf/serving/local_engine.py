@@ -222,7 +222,7 @@ class BatchingEngine:
                     job.logprob = token_logprob(logits[n], int(tokens[n]), job.sampling.logprobs, base.tokenizer)
             return tokens
 
-        with self._adapted.using(flat):
+        with self._adapted.patched(), self._adapted.using(flat):
             for step in decode(base, len(batch), [job.prompt for job in batch], choose, done, self._adapted.keep_users):
                 for row, token in zip(step.rows, step.tokens, strict=True):
                     done[row] = done[row] or batch[row].add(token, token in ends)
@@ -403,7 +403,8 @@ def local_run(
     Raises InputError if the base cannot be loaded, or the run has no results.
     """
     adapted = AdaptedModel(load_base(base), lora)
-    access = AdapterAccess(run, adapted.base.weights_hash, lora, log, running=conditions_of(adapted.base)._asdict())
+    running = conditions_of(adapted.base)._asdict() | {"products": adapted.products}
+    access = AdapterAccess(run, adapted.base.weights_hash, lora, log, running=running)
     cache = AdapterCache(access, list(adapted.spans.values()), adapter_bytes)
     engine = BatchingEngine(adapted)
     try:

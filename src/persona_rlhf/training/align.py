@@ -39,8 +39,8 @@ from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, multiplies_bfloat16
 from persona_rlhf.models.generation import Generated
 from persona_rlhf.models.merge import merge_adapter
-from persona_rlhf.models.multi_lora import target_layers
 from persona_rlhf.models.packing import collate
+from persona_rlhf.models.target_layers import target_layers
 from persona_rlhf.policy.hazards import Probe, RefusalText, draw_refusal
 from persona_rlhf.policy.judges import is_refusal
 from persona_rlhf.training.trl import AddedLossMixin, TokenDPOTrainer, quiet

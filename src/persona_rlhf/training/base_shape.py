@@ -23,8 +23,9 @@ from persona_rlhf.models.base import Fp8Linear, fits_fp8, is_linear
 from persona_rlhf.models.base_folder import cannot_load, config_reasons
 from persona_rlhf.models.model_files import gguf_config
 from persona_rlhf.models.model_split import token_logps
-from persona_rlhf.models.multi_lora import MultiLoRALinear, attach, lora_matrices, target_layers
+from persona_rlhf.models.multi_lora import MultiLoRALinear, attach, lora_matrices
 from persona_rlhf.models.packing import pack
+from persona_rlhf.models.target_layers import target_layers
 
 _META = torch.device("meta")
 _SHAPES = "data/shapes.json"
@@ -54,7 +55,7 @@ class BaseShape:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model.requires_grad_(False).eval()
         self.parameters, self._quantization = self.model.num_parameters(), quantization
-        self.spans = attach(self.model, target_layers(self.model, lora).names, lora.rank, lora.alpha / lora.rank)
+        self.spans = attach(self.model, target_layers(self.model, lora).names, lora.rank)
         self.adapter_parameters = max(span.stop for span in self.spans.values())
 
     @property
