@@ -19,6 +19,7 @@ from persona_rlhf.data.choice_ledger import CHOICES, DELETIONS, ChoiceLedger
 from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.release.served_places import served_places
 from persona_rlhf.serving.collect_links import Links
+from persona_rlhf.serving.server import bind_socket
 from tests.data.test_choice_ledger import add, choice
 from tests.serving.collect_browser import Forms
 from tests.serving.conftest import base, base_folder, run, served_run  # noqa: F401 - fixtures
@@ -83,6 +84,11 @@ def test_mistakes_are_said_before_anything_is_loaded(served_run, tmp_path):
     assert collect(served_run, "--user", "")[0] == 2
     assert collect(served_run, "--user", "x" * 129)[0] == 2
     assert collect(served_run, "--user", "Ada", "--prompts", tmp_path / "nowhere")[0] == 2
+    with bind_socket("127.0.0.1", 0) as taken:
+        taken.listen()
+        code, _, err = collect(served_run, "--port", 0, "--admin-port", taken.getsockname()[1])
+    assert code == 2
+    assert "name another --admin-port" in err
     (served_run.path / "forgotten").mkdir()
     (served_run.path / f"forgotten/{pseudonym('Ada')}.json").write_text("{}")
     code, _, err = collect(served_run, "--user", "Ada")
@@ -107,10 +113,11 @@ def test_a_page_from_its_link_to_a_choice_and_a_kill(served_run):
             log += line
         return process, log.split("Serving")[1].split(" at ")[1].split(";")[0]
 
-    process, address = start("--user", "Ada")
+    process, address = start("--user", "Ada", "--admin-port", "0")
     try:
         link = json.loads(process.stdout.readline())["link"]
         assert link.startswith(address)
+        admin = json.loads(process.stdout.readline())["admin"]
         with httpx.Client(follow_redirects=True, timeout=60) as browser:
             page = browser.get(link)
             for action, fields in (
@@ -123,6 +130,12 @@ def test_a_page_from_its_link_to_a_choice_and_a_kill(served_run):
                 page = browser.post(address + action, data=form | fields)
                 assert page.status_code == 200, page.text
             assert "Which answer do you like better?" in page.text
+        with httpx.Client(follow_redirects=True, timeout=60) as browser:
+            page = browser.get(admin)
+            assert page.status_code == 200, page.text
+            assert "<bdi>Ada</bdi>" in page.text
+            assert "w5 w6" not in page.text
+            assert browser.get(f"{address}/enter/{admin.rpartition('/')[2]}").status_code == 401
     finally:
         process.kill()
         process.communicate()

@@ -57,6 +57,7 @@ NOT_RUN = {
     ("how-to/machines.md", "persona-rlhf train experiment.yaml --run runs/first --ray 10.0.0.5:6379 --resume"): _RAY,
     ("how-to/collect.md", "persona-rlhf collect runs/quickstart --user rosa"): _COLLECTS,
     ("how-to/collect.md", "persona-rlhf collect runs/quickstart --update-after 20"): _UPDATES,
+    ("how-to/collect.md", "persona-rlhf collect runs/quickstart --admin-port 8011"): _COLLECTS,
     ("README.md", "persona-rlhf collect runs/first --user rosa"): _COLLECTS,
     ("README.md", "persona-rlhf collect runs/first --export choices.jsonl"): _CHOICES,
     ("how-to/collect.md", "persona-rlhf collect runs/quickstart --status"): _CHOICES,

@@ -16,10 +16,11 @@ import pytest
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import pseudonym
 from persona_rlhf.data.choice_ledger import CHOICES, ChoiceLedger
+from persona_rlhf.data.collected_users import collected_users
 from persona_rlhf.data.erasure import DataSubject
 from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.pipeline.background_updates import BackgroundUpdates, without_update
-from persona_rlhf.pipeline.export_choices import UPDATES, collected_users
+from persona_rlhf.pipeline.export_choices import UPDATES, trained_ids
 from persona_rlhf.pipeline.run_dir import RunDir
 from persona_rlhf.release.deletion_records import forgotten
 from persona_rlhf.release.results import PairCounts, skipped, write_results
@@ -126,7 +127,9 @@ def test_a_user_is_trained_when_enough_choices_prefer_an_answer(updates):
     assert updates.next_ends("released") is None
     updates.choose(8)
     assert updates.next_ends("released") == "Ada"
-    assert [one.update.partition(",")[0] for one in collected_users(updates.run, updates.ledger)] == ["released"] * 2
+    assert [
+        one.update.partition(",")[0] for one in collected_users(updates.run, updates.ledger, trained_ids(updates.run))
+    ] == ["released"] * 2
 
 
 @pytest.mark.parametrize(("status", "cause"), [("held_back", "safety"), ("skipped", "few"), ("failed", "fault")])
@@ -135,7 +138,7 @@ def test_an_adapter_that_is_not_released_is_noted_with_its_cause(updates, status
     updates.next_ends(status)
     assert updates.steps() == [("begun", ""), ("not_released", cause)]
     assert updates.next_ends(status) is None  # not again with the same pairs
-    [user] = collected_users(updates.run, updates.ledger)
+    [user] = collected_users(updates.run, updates.ledger, trained_ids(updates.run))
     assert user.update.startswith(f"not released: {cause}, 20")
 
 

@@ -25,10 +25,10 @@ from persona_rlhf.data.wish_documents import WishDesk, document_file
 from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.deletion_records import forgotten
 from persona_rlhf.release.served_places import note_place
-from persona_rlhf.serving import collect as collect_module
 from persona_rlhf.serving.access import Limits
 from persona_rlhf.serving.collect import LIMITS, CollectSettings, FeedbackPages
 from persona_rlhf.serving.collect_links import make_links
+from persona_rlhf.serving.collect_views import STATIC
 from persona_rlhf.serving.comparisons import AnswerSampler, OpenComparisons, Suggestions
 from persona_rlhf.serving.openai_api import APIError, TextChunk, Usage
 from persona_rlhf.serving.policy_filter import PolicyFilter
@@ -784,4 +784,4 @@ def test_static_files_are_those_of_the_page_alone(site):
         assert browser.get(f"/static/{name}").status_code == 200
     for name in ("..%2fcollect.py", "collect_base.html.j2", "%2e%2e/collect.py", ""):
         assert browser.get(f"/static/{name}").status_code in (401, 404), name
-    assert collect_module.STATIC.keys() == {"collect.css", "collect.js", "collect.svg"}
+    assert STATIC.keys() == {"collect.css", "collect.js", "collect.svg"}

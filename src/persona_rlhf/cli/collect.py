@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,14 +16,17 @@ from persona_rlhf.common.errors import InputError, Problem, counted, visible
 from persona_rlhf.common.run_lock import WAIT_SECONDS
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from rich.table import Table
 
     from persona_rlhf.config.experiment import Config
     from persona_rlhf.data.choice_ledger import ChoiceLedger
-    from persona_rlhf.pipeline.export_choices import CollectedUser
+    from persona_rlhf.data.collected_users import CollectedUser
     from persona_rlhf.policy.policy import Policy
 
 _GIB = 1 << 30
+_ADMIN_CONNECTIONS = 16
 
 
 def collect(
@@ -48,6 +52,10 @@ def collect(
     update_after: Annotated[
         int | None,
         typer.Option(min=1, help="New choices after which a user's adapter is trained in the background."),
+    ] = None,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Serve the operator's page on this port of 127.0.0.1; 0 is any free one."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
     candidates: Annotated[
@@ -97,6 +105,7 @@ def collect(
                 days,
                 (first_update, update_after),
                 (max_tokens, candidates),
+                admin_port,
             )
     finally:
         choices.close()
@@ -117,9 +126,10 @@ def _export(run: Path, config: Config, choices: ChoiceLedger, out: Path, shared:
 
 
 def _print_status(run: Path, choices: ChoiceLedger, as_json: bool) -> None:
-    from persona_rlhf.pipeline.export_choices import collected_users
+    from persona_rlhf.data.collected_users import collected_users
+    from persona_rlhf.pipeline.export_choices import trained_ids
 
-    users = collected_users(run, choices)
+    users = collected_users(run, choices, trained_ids(run))
     if as_json:
         print_json([user._asdict() for user in users])
         return
@@ -152,6 +162,7 @@ def _serve(
     days: float,
     updates: tuple[int, int | None],
     sampling: tuple[int, int],
+    admin_port: int | None,
 ) -> None:
     server, connections, _ = server_modules()
     from persona_rlhf.data.wish_documents import WishDesk
@@ -177,6 +188,7 @@ def _serve(
     background = None if update_after is None else BackgroundUpdates(run, config, choices, update_after, note)
     with (
         server.bind_socket(host, port) as bound,
+        _admin_socket(admin_port) as admin_bound,
         exit_at_sigterm(),
         local_run(run, config.judged_base, config.lora, _GIB, note) as served,
     ):
@@ -206,8 +218,37 @@ def _serve(
         note(f"Links expire after {days:g} days, and are stored nowhere; --user USER_ID makes another one.")
         note("Answers are sampled (temperature 0.8); certificates cover greedy ones.")
         note(f"Serving the feedback page of {run} at {address}; SIGTERM finishes running answers.")
-        with background.going_on() if background is not None else nullcontext():
+        with (
+            background.going_on() if background is not None else nullcontext(),
+            nullcontext() if admin_bound is None else _admin_page(run, choices, admin_bound, updates),
+        ):
             program.run(sockets=[bound])
+
+
+def _admin_socket(port: int | None) -> AbstractContextManager[socket | None]:
+    server, _, _ = server_modules()
+    return nullcontext() if port is None else server.bind_socket("127.0.0.1", port, "--admin-port")
+
+
+@contextmanager
+def _admin_page(run: Path, choices: ChoiceLedger, bound: socket, updates: tuple[int, int | None]) -> Iterator[None]:
+    """Serves the operator's page beside the users', and prints its link."""
+    server, connections, _ = server_modules()
+    from persona_rlhf.data.collected_users import collected_users
+    from persona_rlhf.pipeline.export_choices import trained_ids
+    from persona_rlhf.serving.collect_admin import AdminPage
+
+    first_update, update_after = updates
+
+    def users() -> list[CollectedUser]:
+        return collected_users(run, choices, trained_ids(run))
+
+    admin = AdminPage(users, choices.updates, update_after or first_update, update_after is not None, note)
+    pool = connections.ConnectionPool(connections.ConnectionLimits(connections=_ADMIN_CONNECTIONS))
+    bound.listen()
+    typer.echo(json.dumps({"admin": f"http://127.0.0.1:{bound.getsockname()[1]}/enter/{admin.token}"}))
+    with server.served_beside(admin.app(), bound, note, pool):
+        yield
 
 
 def _need_user_id(run: Path, user: str | None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import traceback
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -22,10 +21,9 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from persona_rlhf.common.clock import now
-from persona_rlhf.common.errors import InputError, visible
+from persona_rlhf.common.errors import visible
 from persona_rlhf.common.files import pseudonym
 from persona_rlhf.data.choice_ledger import CONSENTS, DELETIONS, VERDICTS, ChoiceLedger
 from persona_rlhf.data.erasure import DataSubject
@@ -44,16 +42,16 @@ from persona_rlhf.serving.collect_forms import (
     wish_fields,
     wishes_of,
 )
+from persona_rlhf.serving.collect_guard import PageGuard
 from persona_rlhf.serving.collect_links import Link, Links, Session, remove_links
 from persona_rlhf.serving.collect_progress import StopAdvice, UserProgress, change_adapter, never
-from persona_rlhf.serving.collect_views import HEADERS, STATIC, page
+from persona_rlhf.serving.collect_views import page, static_file
 from persona_rlhf.serving.comparisons import AnswerPair, AnswerSampler, OpenComparisons, Suggestions
 from persona_rlhf.serving.openai_api import APIError
 from persona_rlhf.serving.server import read_body
 
 LIMITS = Limits(body=1 << 18, rate=120, concurrent=24)
 _LONGEST_REASON = 1_000
-_CLIENT_LEFT = 499
 
 T = TypeVar("T")
 
@@ -99,7 +97,7 @@ class FeedbackPages:
         self._run, self._sampler, self._ledger, self._log = run, sampler, ledger, log
         self._suggestions, self._open, self._desk = suggestions, comparisons, desk
         self._settings, self._limits = settings or CollectSettings(), limits
-        self._links, self._rate = Links(run), RateLimiter(limits)
+        self._links, self._rate, self._guard = Links(run), RateLimiter(limits), PageGuard(log)
         self._on_choice = on_choice
         updates = self._settings.first_update, self._settings.automatic
         self._user_progress = UserProgress(run, ledger, sampler, *updates, self._settings.advice)
@@ -112,11 +110,11 @@ class FeedbackPages:
         """The ASGI app."""
         app = FastAPI(title="persona-rlhf collect", openapi_url=None, docs_url=None, redoc_url=None)
         app.add_api_route("/health", self._health, methods=["GET"])
-        app.add_api_route("/static/{name}", self._safely(_static), methods=["GET"])
-        app.add_api_route("/enter/{token}", self._safely(self._enter), methods=["GET"])
+        app.add_api_route("/static/{name}", self._guard.safely(static_file), methods=["GET"])
+        app.add_api_route("/enter/{token}", self._guard.safely(self._enter), methods=["GET"])
         pages = (("/", self._home), ("/wishes", self._wishes), ("/data", self._data), ("/choices.json", self._choices))
         for path, show in pages:
-            app.add_api_route(path, self._safely(partial(self._shown, show)), methods=["GET"])
+            app.add_api_route(path, self._guard.safely(partial(self._shown, show)), methods=["GET"])
         forms: dict[str, Handler] = {
             "/consent": self._consent,
             "/ask": self._ask,
@@ -130,8 +128,8 @@ class FeedbackPages:
             "/enter": self._replace,
         }
         for path, handle in forms.items():
-            app.add_api_route(path, self._safely(partial(self._handled, handle)), methods=["POST"])
-        app.add_exception_handler(HTTPException, self._missing)
+            app.add_api_route(path, self._guard.safely(partial(self._handled, handle)), methods=["POST"])
+        app.add_exception_handler(HTTPException, self._guard.missing)
         return app
 
     # Reading pages
@@ -364,54 +362,6 @@ class FeedbackPages:
         who = {"user_id": session.user_id, "form_token": session.form_token} if session else {"user_id": ""}
         return page(name, status, **who, **content)
 
-    def _safely(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """An endpoint whose exceptions become pages, and whose responses carry the headers of all pages."""
-
-        async def respond(request: Request) -> Response:
-            try:
-                response = await endpoint(request)
-            except PageError as error:
-                response = self._page(None, "error", error.status, sentence=error.sentence)
-            except APIError as error:
-                response = self._page(None, "error", error.status, sentence=error.message)
-                if error.retry_after is not None:
-                    response.headers["Retry-After"] = str(error.retry_after)
-            except ClientDisconnect:
-                response = Response(status_code=_CLIENT_LEFT)  # nobody reads it
-            except InputError as fault:
-                self._log(f"Not done: {fault}")
-                response = self._page(
-                    None, "error", 503, sentence="This could not be done now. Please try again later."
-                )
-            except Exception as fault:
-                self._log_fault(fault)
-                response = self._page(
-                    None, "error", 500, sentence="The page failed here, and nothing was saved. Please try again."
-                )
-            response.headers.update(HEADERS)
-            return response
-
-        return respond
-
-    def _log_fault(self, fault: Exception) -> None:
-        """Logs type and place of a fault; its message may hold users' text."""
-        last = traceback.extract_tb(fault.__traceback__)[-1]
-        self._log(f"Internal fault: {type(fault).__name__} at {Path(last.filename).name}:{last.lineno}")
-
-    async def _missing(self, _: Request, fault: Exception) -> Response:
-        status = fault.status_code if isinstance(fault, HTTPException) else 404
-        sentence = "There is nothing here." if status == 404 else f"{HTTPStatus(status).phrase}."
-        response = self._page(None, "error", status, sentence=sentence)
-        response.headers.update(HEADERS)
-        return response
-
 
 def _to(path: str) -> Response:
     return RedirectResponse(path, HTTPStatus.SEE_OTHER)
-
-
-async def _static(request: Request) -> Response:
-    file = STATIC.get(str(request.path_params["name"]))
-    if file is None:
-        raise PageError(404, "There is nothing here.")
-    return Response(file.content, media_type=file.kind)

@@ -8,11 +8,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+from fastapi import Request
 from fastapi.responses import HTMLResponse, Response
 from jinja2 import Environment
 
 from persona_rlhf.common.errors import counted
 from persona_rlhf.release.render import environment
+from persona_rlhf.serving.collect_forms import PageError
 
 CSP = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -58,6 +60,14 @@ def page(name: str, status: int = 200, **content: Any) -> Response:
     """A page of a template, with its texts escaped."""
     active = _ACTIVE.get(name, "")
     return HTMLResponse(_environment().get_template(f"collect_{name}.html.j2").render(content, active=active), status)
+
+
+async def static_file(request: Request) -> Response:
+    """A file that a page loads. Raises PageError (404) for another one."""
+    file = STATIC.get(str(request.path_params["name"]))
+    if file is None:
+        raise PageError(404, "There is nothing here.")
+    return Response(file.content, media_type=file.kind)
 
 
 @cache

@@ -11,9 +11,10 @@ import hmac
 import secrets
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -267,25 +268,30 @@ async def _not_found(request: Request, fault: Exception) -> Response:
     )
 
 
-def bind_socket(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet (port 0: any free one). Raises InputError if it cannot be bound."""
+def bind_socket(host: str, port: int, option: str = "--port") -> socket.socket:
+    """A bound socket that does not listen yet (port 0: any free one). Raises InputError if it cannot be bound.
+
+    `option` is the one that names the port.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
     except OSError as fault:
-        raise _cannot_listen(host, port, fault) from fault
+        raise _cannot_listen(host, port, option, fault) from fault
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)
     except OSError as fault:
         bound.close()
-        raise _cannot_listen(host, port, fault) from fault
+        raise _cannot_listen(host, port, option, fault) from fault
     return bound
 
 
-def _cannot_listen(host: str, port: int, fault: OSError) -> InputError:
-    sentence = f"cannot listen on {host}:{port} ({fault.strerror}); name another --host or --port"
-    return InputError([Problem("serve", None, "--port", sentence)])
+def _cannot_listen(host: str, port: int, option: str, fault: OSError) -> InputError:
+    sentence = (
+        f"cannot listen on {host}:{port} ({fault.strerror}); name another {'--host or ' * (option == '--port')}{option}"
+    )
+    return InputError([Problem("serve", None, option, sentence)])
 
 
 class _Server(uvicorn.Server):
@@ -320,3 +326,18 @@ def http_server(app: FastAPI, log: Callable[[str], None], pool: ConnectionPool) 
         timeout_graceful_shutdown=_FINISH_SECONDS,
     )
     return _Server(config, log)
+
+
+@contextmanager
+def served_beside(
+    app: FastAPI, bound: socket.socket, log: Callable[[str], None], pool: ConnectionPool
+) -> Iterator[None]:
+    """Serves an app in a thread for a block."""
+    server = http_server(app, log, pool)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="beside")
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
