@@ -34,8 +34,10 @@ from persona_rlhf.evaluation.statistics import bootstrap
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
 from persona_rlhf.release.results import RunResults
-from persona_rlhf.serving.comparisons import AnswerPair, AnswerSampler
+from persona_rlhf.serving.answer_sampler import AnswerSampler
+from persona_rlhf.serving.comparisons import AnswerPair
 from persona_rlhf.serving.local_engine import local_run
+from persona_rlhf.serving.pair_writing import written_pair
 from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
 from persona_rlhf.simulation.users import Utility
 
@@ -92,7 +94,7 @@ class Loop:
 
             def of_user(number: int) -> list[AnswerPair]:
                 user_id = self.people[number].taste.user_id
-                return [sampler.compare(user_id, prompt) for prompt in prompts[number]]
+                return [written_pair(sampler.begin(user_id, prompt)) for prompt in prompts[number]]
 
             return list(threads.map(of_user, range(len(self.people))))
 

@@ -26,10 +26,11 @@ from persona_rlhf.policy.policy import Policy
 from persona_rlhf.release.deletion_records import forgotten
 from persona_rlhf.release.served_places import note_place
 from persona_rlhf.serving.access import Limits
+from persona_rlhf.serving.answer_sampler import AnswerSampler
 from persona_rlhf.serving.collect import LIMITS, CollectSettings, FeedbackPages
 from persona_rlhf.serving.collect_links import make_links
 from persona_rlhf.serving.collect_views import STATIC
-from persona_rlhf.serving.comparisons import AnswerSampler, OpenComparisons, Suggestions
+from persona_rlhf.serving.comparisons import OpenComparisons, Suggestions
 from persona_rlhf.serving.openai_api import APIError, TextChunk, Usage
 from persona_rlhf.serving.policy_filter import PolicyFilter
 from tests.data.test_choice_ledger import add, choice

@@ -6,6 +6,7 @@ from itertools import count
 
 import pytest
 
+from persona_rlhf.data.choice_ledger import SAFETY
 from persona_rlhf.release.earlier_adapters import EarlierAdapter
 from persona_rlhf.serving import collect, collect_progress
 from persona_rlhf.serving.collect import LIMITS
@@ -15,6 +16,8 @@ from tests.browser import MARKS, chromium  # noqa: F401 - the fixture
 from tests.data.test_choice_ledger import add, choice
 from tests.serving.live import live
 from tests.serving.test_collect import HOSTILE, site  # noqa: F401 - a fixture
+from tests.serving.test_collect_admin import Desk
+from tests.serving.test_collect_stream import SlowWriter
 
 pytestmark = MARKS
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
@@ -148,6 +151,67 @@ def test_a_link_that_expires_in_the_middle_keeps_the_choices(visit, site):
     assert len(site.ledger.choices()) == 1
     page.goto(page.address + site.link())
     page.wait_for_selector("text=1 choice")
+
+
+@pytest.mark.parametrize("options", [{}, {"java_script_enabled": False, **PHONE}])
+def test_both_answers_grow_side_by_side_and_once_each(visit, site, options):
+    slow = SlowWriter()
+    page = visit(**options)
+    site.writer.chunks = slow.chunks
+    page.get_by_label("Your prompt").fill("hello")
+    page.get_by_role("button", name="Write two answers").click(no_wait_after=True)
+    page.wait_for_selector(".pair:visible:has-text('19>')")
+    shown = [part for part in page.locator(".pair").all() if part.is_visible()]
+    assert len(shown) == 1
+    assert [answer.is_visible() for answer in shown[0].locator(".answer").all()] == [True, True]
+    assert page.get_by_text("You choose when both are whole.").is_visible()
+    assert page.get_by_role("button", name="Equally good").count() == 0
+    slow.go.set()
+    page.get_by_role("button", name="Equally good").wait_for()
+    assert page.get_by_text("Both answers are whole.").is_visible()
+    assert not page.get_by_text("You choose when both are whole.").is_visible()
+    assert [part.is_visible() for part in page.locator(".pair").all()][-2:] == [False, True]
+    if not options:
+        page.keyboard.press("3")
+    else:
+        page.get_by_role("button", name="Equally good").click()
+    page.wait_for_selector(".undo")
+    assert [choice.verdict for choice in site.ledger.choices()] == ["tie"]
+
+
+def test_a_reload_while_the_answers_are_written_asks_nothing_anew(visit, site):
+    slow = SlowWriter()
+    page = visit()
+    site.writer.chunks = slow.chunks
+    page.get_by_label("Your prompt").fill("hello")
+    page.get_by_role("button", name="Write two answers").click(no_wait_after=True)
+    page.wait_for_selector(".pair:visible:has-text('19>')")
+    page.reload(wait_until="commit")
+    page.wait_for_selector(".pair:visible:has-text('19>')")
+    slow.go.set()
+    page.get_by_role("button", name="Equally good").wait_for()
+    assert len(site.writer.requests) == 3
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_operators_page_fits_a_phone_and_axe_finds_nothing(chromium, tmp_path, scheme):
+    axe = pytest.importorskip("axe_core_python.sync_playwright", reason="axe-core-python is not installed").Axe()
+    desk = Desk(tmp_path / "run")
+    for user in ("Ada", "a" * 128, HOSTILE[:100]):
+        desk.fill(user, ("left", "right", "tie"))
+    desk.ledger.record_update("Ada", "not_released", "base", 2, SAFETY)
+    admin = desk.page()
+    context = chromium.new_context(color_scheme=scheme, bypass_csp=True, **PHONE)
+    with live(admin.app()) as port:
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{port}/enter/{admin.token}")
+        assert page.get_by_role("rowheader").count() == 3
+        assert fits(page)
+        assert not [(fault["id"], fault["nodes"][0]["html"]) for fault in axe.run(page)["violations"]]
+        page.get_by_role("link", name="Read the numbers again").click()
+        assert page.get_by_text("the gate did not release it").is_visible()
+    context.close()
+    desk.ledger.close()
 
 
 class Changed:

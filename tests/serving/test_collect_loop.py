@@ -20,9 +20,10 @@ from persona_rlhf.evaluation.gate import certify
 from persona_rlhf.pipeline.export_choices import export_choices
 from persona_rlhf.release.manifest import DataInfo
 from persona_rlhf.release.results import outcome, read_results, write_results
+from persona_rlhf.serving.answer_sampler import AnswerSampler
 from persona_rlhf.serving.collect import FeedbackPages
 from persona_rlhf.serving.collect_links import make_links
-from persona_rlhf.serving.comparisons import AnswerSampler, OpenComparisons, Suggestions
+from persona_rlhf.serving.comparisons import OpenComparisons, Suggestions
 from persona_rlhf.serving.local_engine import local_run
 from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
 from persona_rlhf.training.engine import TrainedUser

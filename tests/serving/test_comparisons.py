@@ -6,7 +6,9 @@ import pytest
 
 from persona_rlhf.common.files import pseudonym, slug
 from persona_rlhf.release.results import read_results, write_results
-from persona_rlhf.serving.comparisons import AnswerPair, AnswerSampler, OpenComparisons, SampledAnswer
+from persona_rlhf.serving.answer_sampler import AnswerSampler
+from persona_rlhf.serving.comparisons import AnswerPair, OpenComparisons, SampledAnswer
+from persona_rlhf.serving.pair_writing import written_pair
 from persona_rlhf.serving.policy_filter import PolicyFilter
 from tests.serving.test_collect import Writer
 
@@ -32,9 +34,9 @@ def test_results_that_add_replaced_are_read_again(run, sampler):
 
 
 def test_the_base_writes_for_an_adapter_that_is_withheld(run, sampler, access, log):
-    assert sampler.compare("Ada", "w5").left.author == sampler.adapter("Ada").weights_sha256
+    assert written_pair(sampler.begin("Ada", "w5")).left.author == sampler.adapter("Ada").weights_sha256
     access.withhold(slug("Ada"), "it is being examined")
-    pair = sampler.compare("Ada", "w5")
+    pair = written_pair(sampler.begin("Ada", "w5"))
     assert (pair.left.author, pair.right.author, pair.base) == ("base", "base", access.weights_hash)
     assert any("it is being examined" in line for line in log)
 

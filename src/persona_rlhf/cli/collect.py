@@ -169,10 +169,11 @@ def _serve(
     from persona_rlhf.pipeline.background_updates import BackgroundUpdates
     from persona_rlhf.pipeline.stop_advice import stop_advice
     from persona_rlhf.release.deletion_records import forgotten
+    from persona_rlhf.serving.answer_sampler import AnswerSampler
     from persona_rlhf.serving.collect import CollectSettings, FeedbackPages, do_nothing
     from persona_rlhf.serving.collect_links import make_links
     from persona_rlhf.serving.collect_progress import never
-    from persona_rlhf.serving.comparisons import AnswerSampler, OpenComparisons, Suggestions
+    from persona_rlhf.serving.comparisons import OpenComparisons, Suggestions
     from persona_rlhf.serving.policy_filter import PolicyFilter, policy_of_run
 
     host, port, address = place

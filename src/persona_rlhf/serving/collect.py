@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import RedirectResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from persona_rlhf.common.clock import now
@@ -32,6 +33,7 @@ from persona_rlhf.data.wish_documents import WishDesk, document_file
 from persona_rlhf.release.deletion_records import forgotten
 from persona_rlhf.release.served_places import ledger_choices
 from persona_rlhf.serving.access import Limits, RateLimiter
+from persona_rlhf.serving.answer_sampler import AnswerSampler
 from persona_rlhf.serving.collect_forms import (
     LONGEST_PROMPT,
     Form,
@@ -45,9 +47,11 @@ from persona_rlhf.serving.collect_forms import (
 from persona_rlhf.serving.collect_guard import PageGuard
 from persona_rlhf.serving.collect_links import Link, Links, Session, remove_links
 from persona_rlhf.serving.collect_progress import StopAdvice, UserProgress, change_adapter, never
+from persona_rlhf.serving.collect_stream import growing_page
 from persona_rlhf.serving.collect_views import page, static_file
-from persona_rlhf.serving.comparisons import AnswerPair, AnswerSampler, OpenComparisons, Suggestions
+from persona_rlhf.serving.comparisons import AnswerPair, OpenComparisons, Suggestions
 from persona_rlhf.serving.openai_api import APIError
+from persona_rlhf.serving.pair_writing import PairWriting
 from persona_rlhf.serving.server import read_body
 
 LIMITS = Limits(body=1 << 18, rate=120, concurrent=24)
@@ -145,8 +149,16 @@ class FeedbackPages:
             return await self._prompt_page(session, notice=notice, more=request.query_params.get("more", ""))
         if notice == "paused" and comparison.shown_at is None:
             return self._page(session, "paused")
+        if comparison.fault:
+            self._open.drop(session.user_id, comparison.id)
+            return await self._prompt_page(session, comparison.prompt, comparison.fault, status=503)
+        content: dict[str, Any] = {"notice": notice, "form_token": session.form_token, "user_id": session.user_id}
+        content |= await self._progress(session)
+        if not comparison.finished:
+            parts = growing_page(comparison, partial(self._is_open, comparison), **content)
+            return StreamingResponse(parts, media_type="text/html; charset=utf-8")
         comparison.show()
-        return self._page(session, "comparison", comparison=comparison, notice=notice, **await self._progress(session))
+        return page("comparison", comparison=comparison, growing=False, **content)
 
     async def _prompt_page(
         self, session: Session, prompt: str = "", fault: str = "", notice: str = "", more: str = "", status: int = 200
@@ -196,16 +208,37 @@ class FeedbackPages:
         if await run_in_threadpool(self._ledger.consent, session.user_id) is None:
             return _to("/")
         before = self._open.of(session.user_id)
-        async with self._asking[session.user_id], self._places:
-            if self._open.of(session.user_id) in (None, before):
-                try:
-                    comparison = await run_in_threadpool(self._sampler.compare, session.user_id, prompt)
-                except APIError as error:
-                    if error.status >= 500:
-                        raise
+        async with self._asking[session.user_id]:
+            comparison = self._open.of(session.user_id)
+            if comparison not in (None, before) or (comparison and comparison.being_written(prompt)):
+                return _to("/")
+            await self._places.acquire()
+            try:
+                writing = await run_in_threadpool(self._sampler.begin, session.user_id, prompt)
+                self._open.put(writing.pair)
+            except BaseException as error:
+                self._places.release()
+                if isinstance(error, APIError) and error.status < 500:
                     return await self._prompt_page(session, prompt, error.message, status=400)
-                self._open.put(comparison)
-        return _to("/")
+                raise
+        response = _to("/")
+        response.background = BackgroundTask(self._write, writing)
+        return response
+
+    async def _write(self, writing: PairWriting) -> None:
+        """Writes the answers of a pair after the response: the page that follows shows them as they grow."""
+        try:
+            await run_in_threadpool(writing.write, partial(self._is_open, writing.pair))
+        except APIError as error:
+            writing.pair.fault = error.message
+        except Exception as fault:
+            self._guard.log_fault(fault)
+            writing.pair.fault = "The answers could not be written. Please try again."
+        finally:
+            self._places.release()
+
+    def _is_open(self, comparison: AnswerPair) -> bool:
+        return self._open.of(comparison.user_id) is comparison
 
     async def _skip(self, session: Session, form: Form) -> Response:
         self._open.drop(session.user_id, form.get("comparison", ""))
@@ -221,6 +254,8 @@ class FeedbackPages:
         if comparison is None or comparison.id != form.get("comparison", ""):
             saved = await run_in_threadpool(self._ledger.has, form.get("comparison", ""))
             return _to("/?note=repeated" if saved else "/?note=closed")
+        if not comparison.finished:
+            return _to("/")
         if comparison.same and verdict in ("left", "right"):
             raise PageError(
                 400, "Both answers are the same, so neither can be better. Go back, and press another button."

@@ -10,7 +10,7 @@ import hmac
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from http import HTTPStatus
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -116,8 +116,9 @@ class AdminPage:
     def _page(self) -> Response:
         users = self._users()
         updates = user_updates(users, self._updates(), self._wanted)
-        content = {"users": users, "updates": updates, "wanted": self._wanted, "automatic": self._automatic}
-        return page("admin", user_id="", sums=_sums(users), agreement=_agreement(users), **content)
+        numbers: dict[str, Any] = {"users": users, "sums": _sums(users), "agreement": _agreement(users)}
+        settings: dict[str, Any] = {"wanted": self._wanted, "automatic": self._automatic}
+        return page("admin", user_id="", updates=updates, **numbers, **settings)
 
 
 def _sums(users: Collection[CollectedUser]) -> Mapping[str, int]:

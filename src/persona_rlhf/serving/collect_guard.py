@@ -1,4 +1,4 @@
-"""What every page of `collect` has around it: exceptions become pages, and responses carry the headers of all pages."""
+"""Pages instead of exceptions, and the headers of all pages, around every page of `collect`."""
 
 from __future__ import annotations
 

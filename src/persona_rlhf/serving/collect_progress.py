@@ -15,8 +15,8 @@ from persona_rlhf.release.earlier_adapters import (
     restore,
     result_of,
 )
+from persona_rlhf.serving.answer_sampler import AnswerSampler
 from persona_rlhf.serving.collect_forms import PageError
-from persona_rlhf.serving.comparisons import AnswerSampler
 
 StopAdvice = Callable[[Sequence[Choice]], bool]
 """Whether more answers would change little, from a user's choices."""

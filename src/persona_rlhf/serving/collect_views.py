@@ -57,9 +57,13 @@ STATIC: Mapping[str, StaticFile] = {
 
 
 def page(name: str, status: int = 200, **content: Any) -> Response:
-    """A page of a template, with its texts escaped."""
-    active = _ACTIVE.get(name, "")
-    return HTMLResponse(_environment().get_template(f"collect_{name}.html.j2").render(content, active=active), status)
+    """A page of a template."""
+    return HTMLResponse(render(name, **content), status)
+
+
+def render(name: str, **content: Any) -> str:
+    """The text of a template, with the texts in it escaped."""
+    return _environment().get_template(f"collect_{name}.html.j2").render(content, active=_ACTIVE.get(name, ""))
 
 
 async def static_file(request: Request) -> Response:

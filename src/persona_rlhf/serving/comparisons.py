@@ -1,4 +1,4 @@
-"""Comparisons of the feedback page: two sampled answers to a prompt, shown in random order until a user chooses."""
+"""Comparisons of the feedback page: two answers to a prompt, shown until a user chooses; and suggested prompts."""
 
 from __future__ import annotations
 
@@ -8,24 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import NamedTuple
 
 from persona_rlhf.common.clock import now
-from persona_rlhf.common.files import pseudonym, slug
-from persona_rlhf.data.choice_ledger import BASE, POLICY, Choice, Consent, Verdict
-from persona_rlhf.data.pairs import Message
-from persona_rlhf.policy.judges import shingles
-from persona_rlhf.release.results import Result
-from persona_rlhf.serving.access import AdapterAccess
-from persona_rlhf.serving.openai_api import AdmittedAdapter, APIError, SamplingParams, TextChunk, TextGenerator
-from persona_rlhf.serving.policy_filter import PolicyFilter, join_chunks
+from persona_rlhf.common.files import pseudonym
+from persona_rlhf.data.choice_ledger import Choice, Consent, Verdict
 
 SOURCE = "collect"
 """The source of pairs that come from the page."""
-
-_TEMPERATURE = 0.8  # greedy answers would be the same
-_SEEDS = 1 << 31
 
 
 class SampledAnswer(NamedTuple):
@@ -45,6 +35,8 @@ class AnswerPair:
     left: SampledAnswer
     right: SampledAnswer
     base: str  # hash of the base's weights
+    finished: bool = True  # whether both answers are whole
+    fault: str = ""  # why they never will be, for the user
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     seconds: float = 0.0
     shown_at: float | None = None  # of the monotonic clock; None while it is paused
@@ -53,6 +45,10 @@ class AnswerPair:
     def same(self) -> bool:
         """Whether the answers do not differ, so that neither can be preferred."""
         return self.left.text == self.right.text
+
+    def being_written(self, prompt: str) -> bool:
+        """Whether these are answers to the prompt that will be whole."""
+        return self.prompt == prompt and not self.finished and not self.fault
 
     def show(self) -> None:
         """Starts the clock, if it stands."""
@@ -97,78 +93,6 @@ class AnswerPair:
             SampledAnswer(choice.right, choice.right_by, choice.right_seed),
             choice.base,
         )
-
-
-class AnswerSampler:
-    """Samples answers from a user's released adapter, or from the base for a user without one."""
-
-    def __init__(
-        self,
-        generator: TextGenerator,
-        access: AdapterAccess,
-        policy_filter: PolicyFilter,
-        base: str,
-        max_tokens: int,
-        candidates: int = 4,
-    ) -> None:
-        """`base` is the hash of the base's weights; `candidates` answers are sampled, of which two are shown."""
-        self._generator, self._access, self._policy_filter = generator, access, policy_filter
-        self._base, self._most, self._candidates = base, max_tokens, candidates
-
-    def adapter(self, user_id: str) -> AdmittedAdapter | None:
-        """The user's adapter that may be served at present; None where there is none, which means the base."""
-        self._access.refresh()
-        result: Result | None = self._access.results.get(slug(user_id))
-        if result is None or result.user_id != user_id or not result.has_adapter:
-            return None
-        try:
-            return self._access.admit(result.slug)
-        except APIError:  # `access` logs the reason
-            return None
-
-    def compare(self, user_id: str, prompt: str) -> AnswerPair:
-        """The two of several sampled answers that have the fewest words in common, in random order.
-
-        Like answers teach little. Both are equal only where all samples are. Raises APIError where the engine cannot
-        answer the prompt.
-        """
-        adapter = self.adapter(user_id)
-        seeds = [secrets.randbelow(_SEEDS) for _ in range(self._candidates)]
-        answers = self._answers(user_id, adapter, prompt, seeds)
-        first, second = min(combinations(answers, 2), key=lambda pair: _likeness(pair[0].text, pair[1].text))
-        left, right = (first, second) if secrets.randbelow(2) else (second, first)
-        return AnswerPair(user_id, prompt, left, right, self._base)
-
-    def _answers(
-        self, user_id: str, adapter: AdmittedAdapter | None, prompt: str, seeds: Sequence[int]
-    ) -> list[SampledAnswer]:
-        """Answers that are all started before the first is read, so that they are generated together."""
-        messages = (Message("user", prompt),)
-        started = [
-            self._policy_filter.answer(
-                self._generator, user_id, adapter, messages, SamplingParams(self._most, _TEMPERATURE, seed=seed)
-            )
-            for seed in seeds
-        ]
-        answers = [join_chunks(chunks) for chunks in started]
-        return [
-            SampledAnswer(answer.text, _author(answer, adapter), seed)
-            for answer, seed in zip(answers, seeds, strict=True)
-        ]
-
-
-def _likeness(one: str, other: str) -> float:
-    """The share of neighbouring words that two texts have in common; above 1 for equal texts."""
-    if one == other:
-        return 2.0
-    first, second = shingles(one), shingles(other)
-    return len(first & second) / len(first | second)
-
-
-def _author(answer: TextChunk, adapter: AdmittedAdapter | None) -> str:
-    if answer.filtered in ("redirect", "fallback"):
-        return POLICY
-    return BASE if adapter is None or answer.filtered == "base" else adapter.weights_sha256
 
 
 class OpenComparisons:
