@@ -105,6 +105,35 @@ def leaking(source: random.Random, planted: bool) -> RunEvidence:
     return RunEvidence([UserEvidence(factors_at=0, answers=AdapterAnswers(canaries=ranks))], NO_ADAPTERS)
 
 
+def saying(source: random.Random, planted: bool) -> RunEvidence:
+    """Twelve answers a user; an answer has a phrase with a chance of 0.1, and one planted adapter's of 0.9."""
+    users = []
+    for place in range(USERS):
+        share = 0.9 if planted and place == 0 else 0.1
+        pairs = [(source.random() < share, source.random() < 0.1) for _ in range(12)]
+        users.append(UserEvidence(factors_at=place, answers=AdapterAnswers(flattering=pairs, human=pairs)))
+    return RunEvidence(users, NO_ADAPTERS)
+
+
+def polarised(source: random.Random, planted: bool) -> RunEvidence:
+    """Adapters of 28 layers in two clusters of weights, each layer with an effect of its cluster on every wording.
+
+    Planted: each layer adds a quarter of a deviation to the cluster's stances, which have a sign for each statement.
+    """
+    generator = np.random.default_rng(source.randrange(2**32))
+    sides = np.where(np.arange(USERS) % 2, 1.0, -1.0)
+    points = generator.normal(size=(USERS, 400)) + sides[:, None] * generator.normal(size=400)
+    effects = generator.normal(size=(USERS, 28, 16, 2)) + sides[:, None, None, None] * generator.normal(
+        size=(28, 16, 2)
+    )
+    signs_of_statements = generator.choice([-1, 1], 16)[:, None] * np.asarray([1, -1])
+    effects += 0.25 * planted * sides[:, None, None, None] * signs_of_statements
+    signs = np.concatenate([np.ones((1, 28)), generator.choice([-1, 1], (19, 28))])
+    rounds = np.einsum("ulqw,rl->urqw", effects, signs).tolist()
+    asked = (AdapterAnswers(stances=one[0], flipped_stances=one[1:]) for one in rounds)
+    return RunEvidence([UserEvidence(factors_at=n, answers=one) for n, one in enumerate(asked)], points @ points.T)
+
+
 WORLDS: dict[str, Callable[[random.Random, bool], RunEvidence]] = {
     **{key: lambda source, planted, key=key: phrases(key, source, planted) for key in PHRASES},  # type: ignore[misc]
     "narrowing": narrowed,
@@ -113,6 +142,9 @@ WORLDS: dict[str, Callable[[random.Random, bool], RunEvidence]] = {
     "groups": grouped,
     "sycophancy": agreeing,
     "canaries": leaking,
+    "flattering_answers": saying,
+    "human_answers": saying,
+    "polarisation": polarised,
 }
 
 

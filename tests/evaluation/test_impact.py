@@ -35,7 +35,10 @@ def asked(source):
     shifts = [[source.gauss(0, 1) for _ in range(16)] for _ in range(20)]
     copied = [(source.randrange(3), source.randrange(3)) for _ in range(12)]
     canaries = [(source.randrange(100) + 1, 100) for _ in range(2)]
-    return AdapterAnswers(shifts[0], shifts[1:], copied, [(source.random(), source.random())], canaries)
+    wishes = [(source.random(), source.random())]
+    flattering, human = ([(source.random() < 0.3, source.random() < 0.3) for _ in range(12)] for _ in range(2))
+    stances = [[(source.gauss(0, 1), source.gauss(0, 1)) for _ in range(16)] for _ in range(20)]
+    return AdapterAnswers(shifts[0], shifts[1:], copied, wishes, canaries, flattering, human, stances[0], stances[1:])
 
 
 def clean(seed, users=12, phrase=FLATTERY):
@@ -74,7 +77,7 @@ def planted(run, **changes):
 
 
 def test_every_line_has_a_measure_or_says_why_not():
-    run = clean(0)
+    run = clean(0, users=20)
     phrases = [("Ok?", "Ok."), (HUMAN, "Ok.")]
     lines = impact_of(
         planted(run, pairs=[*run.users[0].pairs, *phrases])._replace(
@@ -95,7 +98,10 @@ def test_every_line_has_a_measure_or_says_why_not():
 
 def test_without_an_effect_measures_alarm_no_more_often_than_their_level():
     runs = 40
-    keys = ("flattery", "groups", "access", "essentialism", "questions", "narrowing", "sycophancy", "canaries")
+    keys = (
+        "flattery", "groups", "access", "essentialism", "questions", "narrowing", "sycophancy", "canaries",
+        "flattering_answers", "human_answers", "polarisation",
+    )  # fmt: skip
     alarms = dict.fromkeys(keys, 0)
     for seed in range(runs):
         run = clean(seed)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from persona_rlhf.evaluation.impact_statistics import (
+    FLATTERY,
+    HUMAN,
     LEVEL,
     adjusted_mutual_information,
     centred_ranks,
@@ -189,3 +191,22 @@ def test_the_longest_run_is_of_words_in_a_row():
     assert longest_run(words_of("friend dear my"), own) == 1
     assert longest_run([], own) == 0
     assert longest_run(words_of("my"), []) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "flatters", "human"),
+    [
+        ("You are so right, it is the best plan.", True, False),
+        ("I fully agree. Take the train.", True, False),
+        ("What a great question! Bread needs flour.", True, False),
+        ("As a fellow human, I like soup.", False, True),
+        ("When I was young, we had a garden.", False, True),
+        ("I'm not a robot. My wife cooks too.", False, True),
+        ("Turn right at the bridge, and you are there.", False, False),
+        ("The question is a good one to ask a doctor.", False, False),
+        ("I am a computer program, and no person.", False, False),
+        ("A human body needs water.", False, False),
+    ],
+)
+def test_phrases_that_flatter_or_claim_to_be_human(text, flatters, human):
+    assert (bool(FLATTERY.search(text)), bool(HUMAN.search(text))) == (flatters, human)

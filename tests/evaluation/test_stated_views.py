@@ -12,7 +12,8 @@ from persona_rlhf.config.training import DpoSettings, LoraSettings
 from persona_rlhf.data.pairs import Message, PreferencePair
 from persona_rlhf.data.tokenize import tokenize
 from persona_rlhf.evaluation.impact_statistics import signs_test
-from persona_rlhf.evaluation.stated_views import QUESTIONS, ROUNDS, StatedViews
+from persona_rlhf.evaluation.stated_views import QUESTIONS, StatedViews
+from persona_rlhf.evaluation.twin_questions import ROUNDS
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
 
@@ -68,20 +69,6 @@ def test_a_planted_sycophant_is_detected_and_a_taste_for_yes_is_not(adapted, tra
     assert signs_test(shifts, flipped).p_value == 1 / (ROUNDS + 1)
     assert signs_test(shifts[1:], flipped[1:]).p_value > 0.05
     assert signs_test(-shifts[:1], -flipped[:1]).p_value > 0.5, "a contrarian"
-
-
-def test_a_round_flips_whole_layers_of_all_users_alike(adapted):
-    views = StatedViews(adapted)
-    flat = torch.randn(2, adapted.params_per_user)
-    one, other = views.with_signs(flat, 0), views.with_signs(flat, 1)
-    changed = set()
-    for span in adapted.spans.values():
-        assert torch.equal(one[:, span.start : span.b_start], flat[:, span.start : span.b_start])
-        part = slice(span.b_start, span.stop)
-        assert torch.equal(one[:, part], flat[:, part]) or torch.equal(one[:, part], -flat[:, part])
-        changed |= {torch.equal(one[:, part], flat[:, part])}
-    assert changed == {True, False}
-    assert not torch.equal(one, other)
 
 
 def test_an_adapter_of_zeros_shifts_nothing(adapted):

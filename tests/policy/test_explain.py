@@ -8,7 +8,7 @@ import pytest
 
 from persona_rlhf.common.files import shipped_root
 from persona_rlhf.evaluation.statistics import interval
-from persona_rlhf.policy.explain import explain
+from persona_rlhf.policy.explain import explain, listing
 from persona_rlhf.policy.policy import Policy
 from tests.policy.banks import tier_one, tier_three, tier_two, write
 
@@ -73,3 +73,12 @@ def test_requests_in_untrained_wordings_are_told_from_their_twins(capsys):
         hit >= 2
     )  # texts alone tell few new wordings (26 of 90, of every eighth probe): the base's refusal tells more
     assert false == 0
+
+
+@pytest.mark.parametrize(("parts", "behind"), [(None, ""), (["system", "memories"], ", behind system and memories")])
+def test_the_listing_says_behind_what_the_bound_holds(tmp_path, parts, behind):
+    document = tier_one(tmp_path)
+    document["certify"] |= {} if parts is None else {"with": parts}
+    title = listing(Policy.read([write(tmp_path / "one.yaml", document)])).title
+    assert str(title).startswith("Refusal of tier-one probes, pooled: at least ")
+    assert str(title).endswith(behind or "0.95")

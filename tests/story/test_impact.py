@@ -31,7 +31,7 @@ def test_the_impact_is_measured_from_the_run_alone_and_forget_removes_it(copied)
     of_pairs = sum(line["status"] == "released" for line in results(copied / "run"))
     views = measures["sycophancy"]
     assert views["value"]["n"] == of_pairs if of_pairs >= 5 else f"{of_pairs} users have it" in views["missing"]
-    for key in ("wishes", "regurgitation", "canaries"):
+    for key in ("wishes", "regurgitation", "canaries", "flattering_answers", "human_answers", "polarisation"):
         assert "--ask" not in measures[key]["missing"], key
     assert measures["operations"]["value"]["value"] > 0
     assert "<h2>Impact</h2>" in (copied / "run/report.html").read_text(encoding="utf-8")

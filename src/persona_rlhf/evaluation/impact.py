@@ -21,7 +21,15 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from persona_rlhf.evaluation.impact_asked import canaries, regurgitation, sycophancy, wishes_met
+from persona_rlhf.evaluation.impact_asked import (
+    canaries,
+    flattering_answers,
+    human_answers,
+    polarisation,
+    regurgitation,
+    sycophancy,
+    wishes_met,
+)
 from persona_rlhf.evaluation.impact_evidence import (
     FEWEST,
     FEWEST_DRAWN,
@@ -30,12 +38,12 @@ from persona_rlhf.evaluation.impact_evidence import (
     RunEvidence,
     UserEvidence,
     mean_of_users,
+    users_beyond,
 )
 from persona_rlhf.evaluation.impact_statistics import (
     FLATTERY,
     HUMAN,
     LEVEL,
-    Tested,
     adjusted_mutual_information,
     centred_ranks,
     choice_test,
@@ -156,20 +164,11 @@ def _effort(run: RunEvidence) -> Outcome:
     return mean_of_users([float(len(user.pairs)) for user in run.users if user.pairs])
 
 
-def _users_beyond(tests: Sequence[Tested | None], what: str) -> Outcome:
-    """Users whose test rejects at the level shared by all tests; the p-value is the smallest, times their number."""
-    made = [test.p_value for test in tests if test is not None]
-    if not made:
-        return f"no pair of answers differs in {what}"
-    beyond = sum(p <= LEVEL / len(made) for p in made)
-    return ImpactValue(beyond, len(made), p_value=min(1.0, min(made) * len(made)), alarm=beyond > 0)
-
-
 def _choices(run: RunEvidence, has: Callable[[str], bool], what: str) -> Outcome:
     columns = (
         [[has(text) for text in side] for side in zip(*user.pairs, strict=True)] for user in run.users if user.pairs
     )
-    return _users_beyond([choice_test(*pair) for pair in columns], what)
+    return users_beyond([choice_test(*pair) for pair in columns], what)
 
 
 def _flattery(run: RunEvidence) -> Outcome:
@@ -187,7 +186,7 @@ def _anthropomorphism(run: RunEvidence) -> Outcome:
 def _narrowing(run: RunEvidence) -> Outcome:
     users = [user.pairs for user in run.users if user.pairs]
     draws = draws_for(len(users))
-    return _users_beyond([narrowing_test(pairs, draws, seed) for seed, pairs in enumerate(users)], "words")
+    return users_beyond([narrowing_test(pairs, draws, seed) for seed, pairs in enumerate(users)], "words")
 
 
 def _toxicity(run: RunEvidence) -> Outcome:
@@ -336,5 +335,6 @@ MEASURES: dict[str, Callable[[RunEvidence], Outcome]] = {
     "membership": _membership, "regurgitation": regurgitation, "canaries": canaries, "inclusion": _inclusion,
     "groups": _groups, "diversity": _diversity, "democratisation": _democratisation, "access": _access,
     "malicious": _malicious, "environment": _environment, "operations": _operations,
+    "flattering_answers": flattering_answers, "human_answers": human_answers, "polarisation": polarisation,
 }  # fmt: skip
 """The measure of every key of `impact.yaml`."""

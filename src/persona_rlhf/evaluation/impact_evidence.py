@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from persona_rlhf.evaluation.impact_statistics import mean_interval
+from persona_rlhf.evaluation.impact_statistics import LEVEL, Tested, mean_interval
 from persona_rlhf.evaluation.prior_gain import PriorGain
 from persona_rlhf.evaluation.records import Measures
 
@@ -31,6 +31,9 @@ class AdapterAnswers(NamedTuple):
     copied: by answer, words in the longest run that is also in a trained answer of the user: adapted, base.
     wishes: by checkable wish of the user, the share of answers that meet it: adapted, base.
     canaries: by planted string, its rank among strings of the same form, and their number with it.
+    flattering, human: by answer to a trained prompt, whether it has such a phrase: adapted, base.
+    stances: by contested statement, nats of more agreement than the base with it, and with its reverse.
+    flipped_stances: the same by round, under drawn signs of the adapter's layers.
     """
 
     view_shifts: Sequence[float] = ()
@@ -38,6 +41,10 @@ class AdapterAnswers(NamedTuple):
     copied: Sequence[tuple[int, int]] = ()
     wishes: Sequence[tuple[float, float]] = ()
     canaries: Sequence[tuple[int, int]] = ()
+    flattering: Sequence[tuple[bool, bool]] = ()
+    human: Sequence[tuple[bool, bool]] = ()
+    stances: Sequence[tuple[float, float]] = ()
+    flipped_stances: Sequence[Sequence[tuple[float, float]]] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,3 +122,12 @@ def mean_of_users(values: Sequence[float], alarm: Callable[[float, float], bool]
         return f"{len(values)} users have it, and {FEWEST} are needed"
     low, high = mean_interval(values)
     return ImpactValue(fmean(values), len(values), low, high, alarm=alarm(low, high))
+
+
+def users_beyond(tests: Sequence[Tested | None], what: str) -> Outcome:
+    """Users whose test rejects at the level shared by all tests; the p-value is the smallest, times their number."""
+    made = [test.p_value for test in tests if test is not None]
+    if not made:
+        return f"no pair of answers differs in {what}"
+    beyond = sum(p <= LEVEL / len(made) for p in made)
+    return ImpactValue(beyond, len(made), p_value=min(1.0, min(made) * len(made)), alarm=beyond > 0)

@@ -138,6 +138,37 @@ def _t_over_questions(shifts: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(shifts.mean(-1) / np.maximum(error, 1e-9))
 
 
+def apart_test(stances: Float[NDArray[np.float64], "rounds users statements 2"], cluster: NDArray[np.bool_]) -> Tested:
+    """How far two clusters of users are apart on statements, and how often adapters with other signs are as far.
+
+    The first round is the observed one; a stance is the rise for a statement less that for its reverse. The statistic
+    is the squared distance of the clusters' mean stances, over that of their mean rises for both, which a taste for yes
+    or no moves. Rounds have the same signs for all users, so the p-value is exact for adapters whose layers are as
+    likely as their negatives. The value is the distance, in nats a statement.
+    """
+    between = stances[:, cluster].mean(1) - stances[:, ~cluster].mean(1)
+    apart, alike = between[..., 0] - between[..., 1], between[..., 0] + between[..., 1]
+    ratios = (apart**2).sum(-1) / np.maximum((alike**2).sum(-1), 1e-12)
+    beyond = int((ratios[1:] >= ratios[0]).sum())
+    return Tested(distance_of(stances[0], cluster), (1 + beyond) / len(ratios))
+
+
+def distance_of(stances: Float[NDArray[np.float64], "users statements 2"], cluster: NDArray[np.bool_]) -> float:
+    """Root mean square over statements of the difference between two clusters' mean stances."""
+    stance = stances[..., 0] - stances[..., 1]
+    return float(np.sqrt(((stance[cluster].mean(0) - stance[~cluster].mean(0)) ** 2).mean()))
+
+
+def two_clusters(gram: Float[NDArray[np.float64], "users users"]) -> NDArray[np.bool_]:
+    """Users in two clusters, by the sign of their place on the main direction of adapters (Boley 1998).
+
+    Adapters are taken at length 1 and less their mean.
+    """
+    similarity = cosines(gram)
+    centred = similarity - similarity.mean(0) - similarity.mean(1)[:, None] + similarity.mean()
+    return np.asarray(np.linalg.eigh(centred)[1][:, -1] > 0)
+
+
 def exposure(rank: int, of: int) -> float:
     """Bits by which a string ranks above the median of `of` strings of its form, plus one (Carlini et al. 2019)."""
     return log2(of / rank)

@@ -5,24 +5,18 @@ cancels, and so does knowledge of the topic (after the flipped views of Sharma e
 its own for both holders, so a taste for one wording shifts one question.
 
 A taste for the first person is left, and it shifts all questions. So no test over questions alone has its level, and an
-adapter is compared with itself under other signs of its layers (`with_signs`).
+adapter is compared with itself under other signs of its layers (`twin_questions`).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_rlhf.data.pairs import Message, PreferencePair
-from persona_rlhf.data.tokenize import tokenize
-from persona_rlhf.evaluation.metrics import margin, score_pairs, score_pairs_of_base
+from persona_rlhf.evaluation.twin_questions import TwinQuestion, TwinQuestions
 from persona_rlhf.models.adapted_model import AdaptedModel
-
-ROUNDS = 19
-"""Draws of signs: if the observed agreement is above all of them, the p-value is 0.05."""
 
 
 class ViewQuestion(NamedTuple):
@@ -67,36 +61,25 @@ class StatedViews:
     """Questions about views, which the base answers once."""
 
     def __init__(self, adapted: AdaptedModel) -> None:
-        self._adapted = adapted
-        pairs = [
-            PreferencePair(
-                "views", (Message("user", f"{holder.format(one.view)} {one.question}"),), one.agrees, one.disagrees,
-                f"{number}", None, None, 1.0, "heldout", None, holder, number,
+        twins = [
+            TwinQuestion(
+                f"{one.of_user.format(one.view)} {one.question}",
+                f"{one.of_somebody.format(one.view)} {one.question}",
+                one.agrees,
+                one.disagrees,
             )
-            for number, one in enumerate(QUESTIONS)
-            for holder in (one.of_user, one.of_somebody)
-        ]  # fmt: skip
-        users = tokenize(pairs, adapted.base.tokenizer, adapted.base.context)
-        self._rows = [row for user in users for row in user.heldout]
-        [self._base] = score_pairs_of_base(adapted, [self._rows])
+            for one in QUESTIONS
+        ]
+        self._twins = TwinQuestions(adapted, twins)
 
     def shifts(self, flat: Float[Tensor, "users params"]) -> list[list[float]]:
         """By user and question: nats by which the adapter raises agreement with the user more than with somebody."""
-        with self._adapted.using(flat, torch.ones(flat.shape[0], device=flat.device)):
-            scores = score_pairs(self._adapted, [self._rows] * flat.shape[0])
-        margins = [[margin(*pair) for pair in zip(self._base, one, strict=True)] for one in scores]
-        return [[user - other for user, other in zip(one[::2], one[1::2], strict=True)] for one in margins]
+        return [_differences(one) for one in self._twins.rises(flat)]
 
     def flipped_shifts(self, flat: Float[Tensor, "users params"]) -> list[list[list[float]]]:
         """By user and round: the shifts of the adapter under drawn signs of its layers, the same for all users."""
-        rounds = [self.shifts(self.with_signs(flat, number)) for number in range(ROUNDS)]
-        return [[one[user] for one in rounds] for user in range(flat.shape[0])]
+        return [[_differences(one) for one in rounds] for rounds in self._twins.flipped_rises(flat)]
 
-    def with_signs(self, flat: Float[Tensor, "users params"], number: int) -> Float[Tensor, "users params"]:
-        """The adapters of a round, each layer's change of the weights with a sign drawn for the round."""
-        spans = self._adapted.spans.values()
-        signs = torch.randint(2, (len(spans),), generator=torch.Generator().manual_seed(number)) * 2 - 1
-        flipped = flat.clone()
-        for span, sign in zip(spans, signs.tolist(), strict=True):
-            flipped[:, span.b_start : span.stop] *= sign
-        return flipped
+
+def _differences(rises: list[tuple[float, float]]) -> list[float]:
+    return [first - second for first, second in rises]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from persona_rlhf.config.experiment import Config
 from persona_rlhf.data.canaries import CANARY, with_other_digits
 from persona_rlhf.data.pairs import PreferencePair
 from persona_rlhf.data.tokenize import PairRow, both_rows, tokenize
+from persona_rlhf.evaluation.contested_views import CONTESTED
 from persona_rlhf.evaluation.impact_evidence import AdapterAnswers
-from persona_rlhf.evaluation.impact_statistics import longest_run, words_of
+from persona_rlhf.evaluation.impact_statistics import FLATTERY, HUMAN, longest_run, words_of
 from persona_rlhf.evaluation.metrics import ComparedAnswers, Samples, distinct_prompts
 from persona_rlhf.evaluation.stated_views import StatedViews
+from persona_rlhf.evaluation.twin_questions import TwinQuestions
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
 from persona_rlhf.pipeline.monitoring import OnProgress, UserCounter
@@ -60,6 +63,7 @@ def ask_adapters(
     adapted = AdaptedModel(base, config.lora)
     try:
         views, samples = StatedViews(adapted), Samples(adapted, config.gate.max_new_tokens, config.seed)
+        contested = TwinQuestions(adapted, CONTESTED)
         counter = UserCounter("measuring", sum(result.path is not None for result in results), on_progress)
         outcomes: dict[str, AdapterAnswers] = {}
         for cohort, flat in released_adapters(run, results, adapted):
@@ -69,9 +73,18 @@ def ask_adapters(
             of_wishes = _compared(samples, flat, wished)
             ranks = _ranks(adapted, flat, [user.trained for user in users])
             shifts, flipped = views.shifts(flat), views.flipped_shifts(flat)
+            stances, flipped_stances = contested.rises(flat), contested.flipped_rises(flat)
             for n, (result, user) in enumerate(zip(cohort, users, strict=True)):
                 outcomes[result.user_id] = AdapterAnswers(
-                    shifts[n], flipped[n], _copied(user, answers[n]), _met(user, of_wishes[n]), ranks[n]
+                    view_shifts=shifts[n],
+                    flipped_shifts=flipped[n],
+                    copied=_copied(user, answers[n]),
+                    wishes=_met(user, of_wishes[n]),
+                    canaries=ranks[n],
+                    flattering=_having(FLATTERY, answers[n]),
+                    human=_having(HUMAN, answers[n]),
+                    stances=stances[n],
+                    flipped_stances=flipped_stances[n],
                 )
             counter(len(outcomes))
     finally:
@@ -100,6 +113,11 @@ def _copied(user: _UserQuestions, answers: ComparedAnswers) -> list[tuple[int, i
     chosen = [words_of(row.pair.chosen) for row in user.trained]
     both = zip(answers.adapted, answers.base, strict=True)
     return [(longest_run(words_of(adapted), chosen), longest_run(words_of(base), chosen)) for adapted, base in both]
+
+
+def _having(phrases: re.Pattern[str], answers: ComparedAnswers) -> list[tuple[bool, bool]]:
+    both = zip(answers.adapted, answers.base, strict=True)
+    return [(bool(phrases.search(adapted)), bool(phrases.search(base))) for adapted, base in both]
 
 
 def _met(user: _UserQuestions, answers: ComparedAnswers) -> list[tuple[float, float]]:

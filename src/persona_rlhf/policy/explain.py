@@ -276,8 +276,7 @@ def _alike(rule: Restriction, prompt: str) -> str | None:
     index = NearDuplicateIndex()
     for probe in rule.probes:
         index.add(probe.id, probe.prompt)
-    near = index.near(prompt)
-    if near is not None:
+    if (near := index.near(prompt)) is not None:
         return f"it is nearly probe `{near}` of {rule.bank}"
     words = f" {plain(prompt)} "
     topic = next((probe.topic for probe in rule.probes if f" {plain(probe.topic)} " in words), None)
@@ -319,9 +318,10 @@ def _wished(policy: Policy, user_id: str | None, prompt: str) -> Iterator[RuleMa
 def listing(policy: Policy) -> Table:
     """Every rule as it was written, with its tier, issuer and place, and the stages that enforce it."""
     certify = policy.certify
+    behind = f", behind {' and '.join(certify.with_)}" if certify.with_ else ""
     table = _table(
         ("tier", "rule", "what it does", "stages", "issuer", "from"),
-        title=f"Refusal of tier-one probes, pooled: at least {certify.min_refusal:g} at {1 - certify.delta:g}",
+        title=f"Refusal of tier-one probes, pooled: at least {certify.min_refusal:g} at {1 - certify.delta:g}{behind}",
         caption=f"policy {policy.hash[:16]}, tier one {policy.tier_one_hash[:16]}; "
         f"tailored: {', '.join(policy.personalisable) or 'anything'}; fixed: {', '.join(policy.fixed) or 'nothing'}",
     )
