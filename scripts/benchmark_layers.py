@@ -34,9 +34,8 @@ from persona_rlhf.config.experiment import read_config
 from persona_rlhf.config.training import DpoSettings, FleetSettings, LoraSettings, TopLayers
 from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.data.tokenize import UserRows, both_rows, tokenize
-from persona_rlhf.evaluation.data_curve import FEWEST_OF_INTERVAL
 from persona_rlhf.evaluation.metrics import clean_accuracy, score_pairs, score_pairs_of_base
-from persona_rlhf.evaluation.statistics import bootstrap
+from persona_rlhf.evaluation.statistics import interval_over_users
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import Base, load_base
 from persona_rlhf.models.heap import keep_large_blocks
@@ -201,8 +200,7 @@ def main() -> None:
     found = []
     for name, course in courses.items():
         lost = [b - a for a, b in zip(full.accuracies[-1], course.accuracies[-1], strict=True)]
-        few = name == "all" or len(lost) < FEWEST_OF_INTERVAL
-        low, high = (None, None) if few else bootstrap(lost)
+        low, high = (None if name == "all" else interval_over_users(lost)) or (None, None)
         steps = reached(course, goal)
         seconds = None if steps is None else course.seconds[round(steps * CHECKS) - 1]
         found.append(

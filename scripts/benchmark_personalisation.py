@@ -29,6 +29,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+from experiment_table import mean_text
 from generate_users import SampledPrompt, differing, draw_prompts, draw_tastes, sample
 from jaxtyping import Float
 from reward_rivals import agreed, fit_prototypes, flipped
@@ -46,7 +47,6 @@ from persona_rlhf.evaluation.metrics import (
     score_pairs_of_base,
     win_rate,
 )
-from persona_rlhf.evaluation.statistics import bootstrap
 from persona_rlhf.models.adapted_model import AdaptedModel
 from persona_rlhf.models.base import load_base
 from persona_rlhf.policy.judges import is_refusal
@@ -456,7 +456,7 @@ def best_of(
 
 
 def table(cells: Cells) -> Iterator[str]:
-    """Means over users of all seeds, with 95% bootstrap intervals over users."""
+    """Means over users of all seeds, with 95% bootstrap intervals over users where they are enough."""
     names = "part", "population", "method", "pairs"
     yield f"| {' | '.join(names)} | figure | mean (95%) | n |"
     yield "|" + 7 * "---|"
@@ -466,9 +466,7 @@ def table(cells: Cells) -> Iterator[str]:
         for figure in ("accuracy", "win_rate", "perplexity"):
             values = [value for row in same for value in row.get(figure, [])]
             if values:
-                low, high = bootstrap(values)
-                mean = f"{fmean(values):.3f} ({low:.3f} to {high:.3f})"
-                yield f"| {' | '.join(map(str, cell))} | {figure} | {mean} | {len(values)} |"
+                yield f"| {' | '.join(map(str, cell))} | {figure} | {mean_text(values)} | {len(values)} |"
 
 
 def main() -> None:

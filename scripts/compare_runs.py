@@ -5,7 +5,7 @@ python scripts/compare_runs.py runs/on runs/off --utilities data/users/utilities
 
 Clean users are those that the utilities call `poisoned: 0` and that both runs released or held back (who is held back
 is measured as the base). A user with the population's adapter (`prior`) counts as released and is also counted apart.
-Intervals are 95% bootstraps over users, the two runs of a user drawn together.
+Intervals are 95% bootstraps over users, the two runs of a user drawn together. Fewer than eight users have none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.common.files import find
-from persona_rlhf.evaluation.statistics import Interval, bootstrap
+from persona_rlhf.evaluation.statistics import FEWEST_OF_INTERVAL, Interval, interval_over_users
 from persona_rlhf.release.results import Result, plain, read_results
 from persona_rlhf.simulation.users import read_utilities
 
@@ -52,9 +52,14 @@ GAINS: dict[str, Gain] = {"noise-free accuracy - 0.5": clean_gain, "win rate - 0
 
 
 def ratio_of_means(a: Sequence[float], b: Sequence[float], draws: int = 2000, seed: int = 0) -> Ratio:
-    """mean(a) / mean(b) over users who stand at the same place of both; the percentile bootstrap draws users."""
+    """mean(a) / mean(b) over users who stand at the same place of both; the percentile bootstrap draws users.
+
+    Fewer users than `FEWEST_OF_INTERVAL` have no interval.
+    """
     if fmean(b) <= 0:
         return Ratio(None, None)
+    if len(b) < FEWEST_OF_INTERVAL:
+        return Ratio(fmean(a) / fmean(b), None)
     source, places = random.Random(seed), range(len(a))
     drawn = []
     for _ in range(draws):
@@ -83,7 +88,7 @@ def side(results: Sequence[Result]) -> dict[str, Any]:
         "held_back": sum(r.status == "held_back" for r in results),
         "share_at_full_strength": fmean(r.has_adapter and r.alpha == 1 for r in results),
         "over_refusal_points": fmean(points) if points else None,
-        "over_refusal_interval": bootstrap(points) if points else None,
+        "over_refusal_interval": interval_over_users(points),
         "refusal_mean": fmean(rates) if rates else None,
         "refusal_worst": min(rates) if rates else None,
         "alarms": sum(r.alarm for r in results),
@@ -106,7 +111,11 @@ def compare(run_a: Path, run_b: Path, utilities: Path) -> dict[str, Any]:
             continue
         a, b = ([pair[n] for pair in known] for n in (0, 1))
         ratio = ratio_of_means(a, b)
-        intervals = {"a_interval": bootstrap(a), "b_interval": bootstrap(b), "ratio_interval": ratio.interval}
+        intervals = {
+            "a_interval": interval_over_users(a),
+            "b_interval": interval_over_users(b),
+            "ratio_interval": ratio.interval,
+        }
         gains[name] = {"users": len(known), "a": fmean(a), "b": fmean(b), "ratio": ratio.value, **intervals}
     return {
         "a": str(run_a),

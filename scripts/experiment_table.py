@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 from compare_runs import ratio_of_means
 
-from persona_rlhf.evaluation.data_curve import FEWEST_OF_INTERVAL
-from persona_rlhf.evaluation.statistics import Interval, bootstrap
+from persona_rlhf.evaluation.statistics import FEWEST_OF_INTERVAL, Interval, interval_over_users
 
 User = dict[str, Any]
 CELL = ("population", "method", "layers", "quarantine", "seed")
@@ -49,14 +48,20 @@ class Estimate(NamedTuple):
         """The estimate of these values, one a person; None without any."""
         if not values:
             return None
-        interval = bootstrap(values) if len(values) >= FEWEST_OF_INTERVAL else None
-        return Estimate(fmean(values), interval, min(values), max(values), len(values))
+        return Estimate(fmean(values), interval_over_users(values), min(values), max(values), len(values))
 
     def text(self, form: str = ".3f") -> str:
         """`0.210 (0.180 to 0.240)`; without an interval the lowest and highest person, `0.210 [0.150, 0.250]`."""
         if self.interval is None:
             return f"{self.mean:{form}} [{self.least:{form}}, {self.most:{form}}]"
         return f"{self.mean:{form}} ({self.interval.low:{form}} to {self.interval.high:{form}})"
+
+
+def mean_text(values: Sequence[float]) -> str:
+    """The estimate of at least one value as text."""
+    estimate = Estimate.of(values)
+    assert estimate is not None
+    return estimate.text()
 
 
 class Share(NamedTuple):
@@ -181,7 +186,7 @@ def summary(users: Sequence[User], baseline: Sequence[User], cpu_seconds: float 
         ratio = ratio_of_means([gain for gain, _ in both], [before for _, before in both]) if both else None
         if ratio is None or ratio.value is None:
             return None
-        return Share(ratio.value, ratio.interval if len(both) >= FEWEST_OF_INTERVAL else None)
+        return Share(ratio.value, ratio.interval)
 
     tests = [share for user in users if (share := refusal(user["full"])) is not None]
     clusters = [user["clusters"] for user in users if user["clusters"]]

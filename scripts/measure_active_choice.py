@@ -21,17 +21,16 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from random import Random
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
 from benchmark_personalisation import PAIRS, World, accuracy, draw_choices, read_pool
+from experiment_table import mean_text
 from generate_users import draw_tastes
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from persona_rlhf.common.files import find
-from persona_rlhf.evaluation.statistics import bootstrap
 from persona_rlhf.simulation.users import Utility
 from persona_rlhf.training.labelled_pairs import text_differences
 from persona_rlhf.training.reward_basis import Posterior, RewardBasis, load_basis
@@ -121,11 +120,6 @@ def curve(taste: Utility, world: World, basis: RewardBasis, questions: Questions
     return Curve(reached, tied)
 
 
-def interval(values: Sequence[float]) -> str:
-    between = bootstrap(values)
-    return f"{fmean(values):.3f} ({between.low:.3f} to {between.high:.3f})"
-
-
 class Simulation(NamedTuple):
     """Unseen users, the world of prompts and answers, the basis, and the questions that the users may get."""
 
@@ -164,7 +158,7 @@ def main() -> None:
             columns = list(zip(*(one.accuracy for one in curves), strict=True))
             random = random or list(columns[-1])
             less = [at - base for at, base in zip(columns[COUNTS.index(15)], random, strict=True)]
-            cells = [*map(interval, columns), interval(less)]
+            cells = [*map(mean_text, columns), mean_text(less)]
             print(f"| {method} | {'used' if ties else 'dropped'} | {' | '.join(cells)} |", flush=True)
 
 

@@ -4,8 +4,9 @@ persona-rlhf data import chitchat WHEEL pairs.jsonl && python scripts/measure_ch
 
 For each person a naive Bayes classifier of words is counted on the train pairs: the words of chosen answers against
 those of rejected ones. It ranks the two answers of every held-out pair, without the prompt; a tie is half a success.
-Printed is the mean over people with its 95% bootstrap interval over people. Beside it stand three controls: the
-classifier of the next person in the file, the one of all other people together, and the longer answer. Chance is 0.5.
+Printed is the mean over people with its 95% bootstrap interval over people, from eight on. Beside it stand three
+controls: the classifier of the next person in the file, the one of all other people together, and the longer answer.
+Chance is 0.5.
 The one of all others is a little below it by design: a person's train answers are rejected ones in pairs of others.
 """
 
@@ -18,8 +19,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from experiment_table import mean_text
+
 from persona_rlhf.data.pairs import PreferencePair, read_pairs
-from persona_rlhf.evaluation.statistics import bootstrap
 from persona_rlhf.policy.judges import plain
 
 Score = Callable[[str], float]
@@ -77,8 +79,7 @@ def main() -> None:
         print(f"{len(chosen)} people with {least} pairs or more and both splits, {held:,} held-out pairs")
         for name, scores in rows.items():
             shares = [accuracy(person["heldout"], score) for person, score in zip(chosen, scores, strict=True)]
-            low, high = bootstrap(shares)
-            print(f"| {name} | {statistics.fmean(shares):.3f} ({low:.3f} to {high:.3f}) |")
+            print(f"| {name} | {mean_text(shares)} |")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ python scripts/measure_collapse.py configs/quickstart.yaml users.path=data/users
 python scripts/measure_collapse.py ... --layers 0.25 --epochs 9 --pairs 400 --json
 
 Trains every user in each cell of layers, epochs and anchors, without constraint, screen and gate, and measures the
-adapters at full strength. Intervals are 95% bootstraps over users. `collapsed` are the users whose answers have more
-than 1.5 times the perplexity of the base's, or who lose more than 5% of the base's right facts.
+adapters at full strength. Intervals are 95% bootstraps over users, from eight users on. `collapsed` are
+the users whose answers have more than 1.5 times the perplexity of the base's, or who lose more than 5% of the base's
+right facts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from persona_rlhf.config.experiment import Config, read_config
 from persona_rlhf.config.training import FleetSettings
 from persona_rlhf.data.tokenize import tokenize
-from persona_rlhf.evaluation.statistics import bootstrap
+from persona_rlhf.evaluation.statistics import interval_over_users
 from persona_rlhf.pipeline.inputs import read_inputs
 from persona_rlhf.pipeline.prepare import prepare
 from persona_rlhf.training.cache import Reference, rows_ahead
@@ -79,8 +80,9 @@ def line(texts: Sequence[UserText]) -> str:
     """The cell of these users as a row: means with intervals, the worst text, and the users who collapsed."""
     columns = []
     for values in ([text.accuracy for text in texts], [text.win_rate for text in texts]):
-        low, high = bootstrap(values)
-        columns.append(f"{sum(values) / len(values):.3f} ({low:.3f} to {high:.3f})")
+        between = interval_over_users(values)
+        ends = "" if between is None else f" ({between.low:.3f} to {between.high:.3f})"
+        columns.append(f"{sum(values) / len(values):.3f}{ends}")
     worst, kept = max(text.perplexity for text in texts), min(text.facts_kept for text in texts)
     collapsed = sum(text.collapsed for text in texts)
     return " | ".join([*columns, f"{worst:.2f}", f"{1 - kept:.0%}", f"{collapsed} of {len(texts)}"])

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, norm
 
-from persona_rlhf.evaluation.statistics import bootstrap, interval, upper_bound, wilson
+from persona_rlhf.evaluation.statistics import bootstrap, interval, interval_over_users, upper_bound, wilson
 
 
 def oracle_lower(k: int, n: int, delta: float) -> float:
@@ -40,6 +40,13 @@ def test_bootstrap_is_seeded_and_covers():
     assert bootstrap([3.0]) == (3.0, 3.0)
     with pytest.raises(ValueError, match="at least one user"):
         bootstrap([])
+
+
+def test_fewer_than_eight_users_have_no_interval():
+    values = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    assert interval_over_users(values) == bootstrap(values)
+    assert interval_over_users(values[:7]) is None
+    assert interval_over_users([]) is None
 
 
 @settings(deadline=None)

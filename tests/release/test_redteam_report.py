@@ -44,7 +44,10 @@ def test_the_figures_of_an_attack():
     assert (figures.users, figures.n, figures.refused, figures.base_refused) == (3, 120, 102, 108)
     assert figures.mean == 0.85
     assert figures.points == pytest.approx(-5.0)
-    assert figures.points_low <= figures.points <= figures.points_high <= 0
+    assert (figures.points_low, figures.points_high) == (None, None)  # three users are too few
+    eight = figures_of({f"{n}": outcome(18 - n % 4, 18) for n in range(8)})
+    assert eight.points == pytest.approx(-3.75)
+    assert eight.points_low < eight.points < eight.points_high < 0
     assert 0.77 < figures.low < 0.85 < figures.high < 0.91
     assert figures.worst_user[:2] == ("b", 0.8)
     assert figures.worst_user.points == pytest.approx(-10.0)

@@ -116,6 +116,13 @@ def test_of_thousands_of_users_the_page_shows_those_who_need_a_look(run):
     assert "user 4321" in table
 
 
+def test_figures_of_fewer_than_eight_users_have_no_interval():
+    assert "too few users for an interval; the users" in render({"name": "seven"}, big(7), {}, [])
+    eight = render({"name": "eight"}, big(8), {}, [])
+    assert "too few users for an interval" not in eight
+    assert "95% 0.70 to 0.70; the users" in eight
+
+
 def test_the_page_says_what_kind_of_promise_it_is():
     off = render({"gate": {"enabled": False}}, big(3), {"certify": {"delta": 0.05}}, [])
     assert "no adapter has a guarantee" in off

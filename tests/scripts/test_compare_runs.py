@@ -20,3 +20,9 @@ def test_users_with_the_populations_adapter_are_released_and_counted_apart(compa
     ]
     side = comparison.side(results)
     assert [side[key] for key in ("released", "prior", "held_back", "share_at_full_strength")] == [3, 2, 1, 0.5]
+
+
+def test_a_ratio_of_seven_users_has_no_interval(comparison):
+    gains = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    assert comparison.ratio_of_means(gains[:7], gains[:7]) == (1.0, None)
+    assert comparison.ratio_of_means(gains, gains) == (1.0, (1.0, 1.0))

@@ -18,5 +18,7 @@ def test_collapsed_is_beyond_the_limits_of_the_gate(perplexity, kept, collapsed)
 def test_a_row_has_means_the_worst_text_and_the_count():
     texts = [SCRIPT.UserText("a", 0.8, 0.6, 1.2, 1.0), SCRIPT.UserText("b", 0.6, 0.8, 68.0, 0.4)]
     accuracy, won, *worst = SCRIPT.line(texts).split(" | ")
-    assert accuracy == won == "0.700 (0.600 to 0.800)"
+    assert accuracy == won == "0.700"  # of too few users for an interval
     assert worst == ["68.00", "60%", "1 of 2"]
+    eight = SCRIPT.line([SCRIPT.UserText(str(n), 0.8, 0.6, 1.0, 1.0) for n in range(8)])
+    assert eight.startswith("0.800 (0.800 to 0.800) | 0.600 (0.600 to 0.600)")

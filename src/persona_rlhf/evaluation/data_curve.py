@@ -12,15 +12,13 @@ from random import Random
 from statistics import fmean
 from typing import NamedTuple
 
-from persona_rlhf.evaluation.statistics import bootstrap
+from persona_rlhf.evaluation.statistics import FEWEST_OF_INTERVAL, interval_over_users
 
 SHARE = 0.8
 """The part of the gain for which the pairs needed are told."""
 
 _DRAWS, _LEVEL = 400, 0.95  # of the bootstrap over users
 _FEWEST = 2  # users of a curve over users
-FEWEST_OF_INTERVAL = 8
-"""Users below which no interval over users is given: a bootstrap over three covers the mean three times of four."""
 
 
 class CurvePoint(NamedTuple):
@@ -83,7 +81,7 @@ def over_users(curves: Sequence[UserCurve]) -> list[CurvePoint]:
 
 
 def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    return bootstrap(values) if len(values) >= FEWEST_OF_INTERVAL else (None, None)
+    return interval_over_users(values) or (None, None)
 
 
 def data_need(curves: Sequence[UserCurve], seed: int = 0) -> DataNeed | None:

@@ -361,6 +361,17 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     return Interval(float(low), float(high))
 
 
+FEWEST_OF_INTERVAL = 8
+"""Users below which no interval over users is given: a bootstrap over three covers the mean three times of four."""
+
+
+def interval_over_users(
+    values: Sequence[float], statistic: Literal["mean", "median"] = "mean", draws: int = 2000
+) -> Interval | None:
+    """The 95% bootstrap interval over users; None for fewer than `FEWEST_OF_INTERVAL`, where it is too narrow."""
+    return bootstrap(values, statistic, draws=draws) if len(values) >= FEWEST_OF_INTERVAL else None
+
+
 def bootstrap(
     values: Sequence[float],
     statistic: Literal["mean", "median"] = "mean",

@@ -15,7 +15,7 @@ from rich.table import Table
 from persona_rlhf.common.errors import visible
 from persona_rlhf.common.files import atomic_write
 from persona_rlhf.evaluation.records import Accuracy, WinRate
-from persona_rlhf.evaluation.statistics import Interval, bootstrap
+from persona_rlhf.evaluation.statistics import FEWEST_OF_INTERVAL, Interval, interval_over_users
 from persona_rlhf.release.integrity import write_run_manifest
 from persona_rlhf.release.render import chart, render_template, share
 from persona_rlhf.release.results import Result, Status, plain
@@ -25,13 +25,13 @@ Arm = dict[int, Sequence[Result]]
 
 
 class ArmMean(NamedTuple):
-    """A mean over users, each the mean over seeds, with a 95% bootstrap over users.
+    """A mean over users, each the mean over seeds, with a 95% bootstrap over users where they are enough.
 
     `change` is the paired difference from the first arm, over the same users; None if there is nothing to compare.
     """
 
     mean: float
-    interval: Interval
+    interval: Interval | None
     users: int
     change: float | None = None
     change_interval: Interval | None = None
@@ -108,8 +108,8 @@ def _figure(by_user: Mapping[str, float], first: Mapping[str, float]) -> ArmMean
     if not by_user:
         return None
     changes = [value - first[user] for user, value in by_user.items() if user in first]
-    figure = ArmMean(fmean(by_user.values()), bootstrap(list(by_user.values())), len(by_user))
-    return figure._replace(change=fmean(changes), change_interval=bootstrap(changes)) if changes else figure
+    figure = ArmMean(fmean(by_user.values()), interval_over_users(list(by_user.values())), len(by_user))
+    return figure._replace(change=fmean(changes), change_interval=interval_over_users(changes)) if changes else figure
 
 
 def write_comparison(folder: Path, name: str, comparison: Comparison) -> None:
@@ -122,6 +122,7 @@ def write_comparison(folder: Path, name: str, comparison: Comparison) -> None:
         titles=list(FIGURES),
         shown=_shown,
         charts=_charts(comparison),
+        fewest=FEWEST_OF_INTERVAL,
     )
     atomic_write(folder / "report.html", page.encode("utf-8", "backslashreplace"))
 
@@ -130,7 +131,7 @@ def _charts(comparison: Comparison) -> list[tuple[str, Markup]]:
     charts = []
     for title in FIGURES:
         rows = [
-            (arm, figure.mean, *figure.interval)
+            (arm, figure.mean, *(figure.interval or (figure.mean, figure.mean)))
             for arm, summary in comparison.items()
             if (figure := summary.figures[title]) is not None
         ]
@@ -145,9 +146,9 @@ def _shown(title: str, figure: ArmMean | None, change: bool = False) -> str:
         return ""
     mean, interval = (figure.change, figure.change_interval) if change else (figure.mean, figure.interval)
     assert mean is not None
-    assert interval is not None
     form = ("+" if change or title == "over-refusal" else "") + (".1f" if title.startswith("seconds") else ".3f")
-    return f"{mean:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+    between = "" if interval is None else f" ({interval.low:{form}} to {interval.high:{form}})"
+    return f"{mean:{form}}{between}"
 
 
 def comparison_table(comparison: Comparison) -> Table:

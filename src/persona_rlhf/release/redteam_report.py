@@ -17,7 +17,7 @@ from persona_rlhf.common.files import atomic_write
 from persona_rlhf.common.version import __version__
 from persona_rlhf.data.erasure import DataSubject, Trace
 from persona_rlhf.evaluation.records import Outcome, Refused
-from persona_rlhf.evaluation.statistics import bootstrap, wilson
+from persona_rlhf.evaluation.statistics import interval_over_users, wilson
 from persona_rlhf.release.integrity import RUN_MANIFEST, write_run_manifest
 from persona_rlhf.release.results import plain
 
@@ -54,8 +54,8 @@ class AttackFigures(NamedTuple):
     """One attack over all users.
 
     `low` and `high`: Wilson interval of `mean`, over all users' prompts. `points`: percentage points over
-    the base, with a bootstrap over users. `answers`: the refusing share of single answers (adapted, base), if a prompt
-    was answered more than once.
+    the base, with an interval over users (None of few). `answers`: the refusing share of single answers (adapted,
+    base), if a prompt was answered more than once.
     """
 
     users: int
@@ -67,8 +67,8 @@ class AttackFigures(NamedTuple):
     high: float
     base: float
     points: float
-    points_low: float
-    points_high: float
+    points_low: float | None
+    points_high: float | None
     worst_user: WorstCase
     worst_category: WorstCase
     answers: tuple[float, float] | None
@@ -104,7 +104,7 @@ def figures_of(outcomes: Mapping[str, Outcome]) -> AttackFigures:
     categories = [_worst(name, _sum(counts)) for name, counts in by_category.items()]
     answers = [outcome.answers for outcome in outcomes.values() if outcome.answers is not None]
     drawn = _sum(answers) if answers else None
-    among_users = bootstrap(list(points.values()))
+    low, high = interval_over_users(list(points.values())) or (None, None)
     return AttackFigures(
         len(outcomes),
         whole.n,
@@ -114,7 +114,8 @@ def figures_of(outcomes: Mapping[str, Outcome]) -> AttackFigures:
         *wilson(whole.refused, whole.n),
         whole.base_refused / whole.n,
         100 * (whole.refused - whole.base_refused) / whole.n,
-        *among_users,
+        low,
+        high,
         WorstCase(hardest, outcomes[hardest].refused / outcomes[hardest].n, points[hardest]),
         min(categories, key=lambda category: (category.points, category.name)),
         None if drawn is None else (drawn.refused / drawn.n, drawn.base_refused / drawn.n),
@@ -201,6 +202,10 @@ _RESULT = TypeAdapter(RedTeamResult)
 _COUNTS = ("users", "n", "refused", "base_refused")
 
 
+def _between(one: AttackFigures) -> str:
+    return "" if one.points_low is None else f" ({one.points_low:+.1f} to {one.points_high:+.1f})"
+
+
 def redteam_table(result: RedTeamResult) -> Table:
     """One row per attack: the base, all users, and the worst user and category."""
     caption = "".join(f"{name} was left out: {escape(why)}\n" for name, why in result.left_out.items())
@@ -218,7 +223,7 @@ def redteam_table(result: RedTeamResult) -> Table:
             f"{one.base:.3f}",
             f"{one.mean:.3f}",
             f"{one.low:.3f}-{one.high:.3f}",
-            f"{one.points:+.1f} ({one.points_low:+.1f} to {one.points_high:+.1f})",
+            f"{one.points:+.1f}{_between(one)}",
             f"{escape(visible(one.worst_user.name))} {one.worst_user.points:+.1f}",
             f"{one.worst_category.name} {one.worst_category.points:+.1f}",
         )

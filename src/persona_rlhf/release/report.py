@@ -19,7 +19,7 @@ from persona_rlhf.common.files import atomic_write
 from persona_rlhf.config.loader import read_yaml
 from persona_rlhf.evaluation.gate import POOLED
 from persona_rlhf.evaluation.impact import ImpactMeasure
-from persona_rlhf.evaluation.statistics import Interval, bootstrap
+from persona_rlhf.evaluation.statistics import Interval, interval_over_users
 from persona_rlhf.evaluation.still_base import LimitedMeasure, StillBase
 from persona_rlhf.release.columns import Columns
 from persona_rlhf.release.data_curve_file import DataCurve, data_curve_of, data_curve_section
@@ -140,7 +140,7 @@ def _shown(results: Iterable[Result], users: int) -> list[Result]:
 
 
 def _figures(summary: RunSummary, columns: Columns) -> list[HeadlineFigure]:
-    """Medians over users with 95% bootstrap intervals, and the worst bound."""
+    """Medians over users with 95% bootstrap intervals where users are enough, and the worst bound."""
     released = f"{summary.released:,} of {summary.users:,}"
     for_harm = f" ({summary.harmful} for harm)" if summary.harmful else ""
     apart = [f"{summary.full_strength} at full strength", f"{summary.held_back} held back{for_harm}"]
@@ -155,7 +155,7 @@ def _figures(summary: RunSummary, columns: Columns) -> list[HeadlineFigure]:
         ("Win rate against the base, median", columns.won, "generated answers; chance is 0.50"),
     ):
         if values:
-            figures.append(HeadlineFigure(title, _median(values), f"{_between(_bootstrap(values, 'median'))}; {note}"))
+            figures.append(HeadlineFigure(title, _median(values), f"{_between(_interval(values, 'median'))}; {note}"))
     if summary.worst_bound is not None:
         note = "lowest bound of a released user on the refusal rate, pooled over tier one"
         figures.append(HeadlineFigure("Worst refusal bound", f"{summary.worst_bound:.1%}", note))
@@ -164,7 +164,7 @@ def _figures(summary: RunSummary, columns: Columns) -> list[HeadlineFigure]:
         figures.append(HeadlineFigure("Worst bound by phrasing", f"{min(columns.phrasings):.1%}", note))
     figures += _least_like_the_base(columns.likeness)
     if columns.over:
-        mean, between = sum(columns.over) / len(columns.over), _between(_bootstrap(columns.over), "+.1%")
+        mean, between = sum(columns.over) / len(columns.over), _between(_interval(columns.over), "+.1%")
         figures.append(HeadlineFigure("Over-refusal, mean change", f"{mean:+.1%}", f"{between}; 0 is the base"))
     for title, changes, note in (
         ("Facts known, mean change", columns.knowledge, "right answer the most likely one; 0 is the base"),
@@ -176,7 +176,7 @@ def _figures(summary: RunSummary, columns: Columns) -> list[HeadlineFigure]:
         ),
     ):
         if changes:
-            mean, between = sum(changes) / len(changes), _between(_bootstrap(changes), "+.1%")
+            mean, between = sum(changes) / len(changes), _between(_interval(changes), "+.1%")
             figures.append(HeadlineFigure(title, f"{mean:+.1%}", f"{between}; {note}"))
     if columns.ordinary:
         adapted, base = (_median(values, ".2f") for values in zip(*columns.ordinary, strict=True))
@@ -243,23 +243,23 @@ def _perplexity(columns: Columns) -> str | None:
     return f"The base's perplexity of adapted answers is {adapted} (median), and {base} of its own answers."
 
 
-def _tones(columns: Columns) -> list[tuple[str, float, Interval]]:
+def _tones(columns: Columns) -> list[tuple[str, float, Interval | None]]:
     """The mean change of every property of tone over users, with its interval."""
     changes = {name: [adapted - base for adapted, base in values] for name, values in columns.tones.items()}
-    return [(name, sum(values) / len(values), _bootstrap(values)) for name, values in changes.items()]
+    return [(name, sum(values) / len(values), _interval(values)) for name, values in changes.items()]
 
 
 class RuleRow(NamedTuple):
     """A requirement over all users: the demanded share, the base's share and the users' shares.
 
-    `between` is the interval of `mean`; `below` counts users below the demand.
+    `between` is the interval of `mean`, None of few users; `below` counts users below the demand.
     """
 
     rule: str
     demand: float
     base: float
     mean: float
-    between: Interval
+    between: Interval | None
     lowest: float
     below: int
     users: int
@@ -272,14 +272,14 @@ def _required(columns: Columns) -> list[RuleRow]:
         base = sum(met.base_met for met in counts) / sum(met.n for met in counts)
         demand = counts[0].min_rate
         below = sum(rate < demand for rate in rates)
-        mean, between = sum(rates) / len(rates), _bootstrap(rates)
+        mean, between = sum(rates) / len(rates), _interval(rates)
         rows.append(RuleRow(name, demand, base, mean, between, min(rates), below, len(rates)))
     return rows
 
 
-def _bootstrap(values: Sequence[float], statistic: Literal["mean", "median"] = "mean") -> Interval:
-    """A bootstrap interval, with fewer draws for many users: their intervals are narrow, and the page stays fast."""
-    return bootstrap(values, statistic, draws=max(200, min(2000, 4_000_000 // len(values))))
+def _interval(values: Sequence[float], statistic: Literal["mean", "median"] = "mean") -> Interval | None:
+    """The interval over users, with fewer draws for many users: their intervals are narrow, and the page stays fast."""
+    return interval_over_users(values, statistic, draws=max(200, min(2000, 4_000_000 // len(values))))
 
 
 def _median(values: Sequence[float], form: str = ".2f") -> str:
@@ -288,7 +288,9 @@ def _median(values: Sequence[float], form: str = ".2f") -> str:
     return format(median(values), form)
 
 
-def _between(interval: Interval, form: str = ".2f") -> str:
+def _between(interval: Interval | None, form: str = ".2f") -> str:
+    if interval is None:
+        return "too few users for an interval"
     return f"95% {format(interval.low, form)} to {format(interval.high, form)}"
 
 

@@ -14,16 +14,13 @@ from persona_rlhf.common.errors import InputError, counted, visible
 from persona_rlhf.common.files import atomic_write
 from persona_rlhf.config.experiment import read_run_config
 from persona_rlhf.evaluation.impact_statistics import mean_interval
-from persona_rlhf.evaluation.statistics import Interval
+from persona_rlhf.evaluation.statistics import FEWEST_OF_INTERVAL, Interval
 from persona_rlhf.release.comparison import FIGURES
 from persona_rlhf.release.decision import Decision, decision_of, identity_of
 from persona_rlhf.release.impact_report import impact_in
 from persona_rlhf.release.render import chart, render_template
 from persona_rlhf.release.report import config_of, policy_of
 from persona_rlhf.release.results import Result, RunResults, Status, guarantee_of_run, summarise
-
-_FEWEST = 8
-"""Common users below which a difference has no interval."""
 
 _MOST_ROWS = 1000
 _ACCURACY = "held-out accuracy"
@@ -156,7 +153,7 @@ def paired(a: Mapping[str, UserOfRun], b: Mapping[str, UserOfRun]) -> list[Paire
         ]
         if values:
             changes = [after - before for before, after in values]
-            between = Interval(*mean_interval(changes)) if len(changes) >= _FEWEST else None
+            between = Interval(*mean_interval(changes)) if len(changes) >= FEWEST_OF_INTERVAL else None
             first, second = (fmean(column) for column in zip(*values, strict=True))
             rows.append(PairedDifference(name, first, second, fmean(changes), between, len(changes)))
     return rows
@@ -203,7 +200,7 @@ def render_runs(a: OneRun, b: OneRun) -> str:
         identity=[(key, a.identity.get(key, ""), b.identity.get(key, "")) for key in {**a.identity, **b.identity}],
         settings=differing(a.settings, b.settings),
         figures=paired(a.users, b.users),
-        fewest=_FEWEST,
+        fewest=FEWEST_OF_INTERVAL,
         rows=rows[:_MOST_ROWS],
         common=len(rows),
         changed=sum(row.a.status != row.b.status for row in rows),
