@@ -13,7 +13,7 @@ from persona_rlhf.release.earlier_adapters import BASE, adapter_name, result_of,
 from persona_rlhf.release.integrity import ended
 from persona_rlhf.release.results import read_results
 from persona_rlhf.serving.collect import CollectSettings
-from persona_rlhf.serving.collect_progress import CAUSES
+from persona_rlhf.serving.collect_progress import CAUSES, RECEIVED
 from tests.data.test_choice_ledger import add, choice
 from tests.release.conftest import base, run  # noqa: F401 - fixtures
 from tests.serving.test_collect import Site, site  # noqa: F401 - a fixture
@@ -47,6 +47,17 @@ def test_an_update_that_failed_is_explained_until_the_next_choice(site, cause):
     assert f"It was not updated: {CAUSES[cause]}." in browser.get("/data").text
     add(site.ledger, choice(2, "Bob", at="2100-01-01T00:00:00Z"))
     assert "not updated" not in browser.get("/").text
+
+
+@pytest.mark.parametrize("status", ["prior", "held_back", "released"])
+def test_users_whose_own_adapter_is_not_released_read_what_they_receive(site, status):
+    for result in site.access.results.values():
+        object.__setattr__(result, "status", status)
+    browser = site.browser()
+    for address in ("/", "/data"):
+        text = browser.get(address).text
+        assert {key for key, sentence in RECEIVED.items() if sentence in text} == {status} & set(RECEIVED)
+        assert ("Answers come from your own assistant." in text) == (status == "released")
 
 
 def test_advice_to_stop_is_shown_and_forces_nothing(site):

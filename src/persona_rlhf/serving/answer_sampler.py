@@ -35,11 +35,16 @@ class AnswerSampler:
         self._generator, self._access, self._policy_filter = generator, access, policy_filter
         self._base, self._most, self._candidates = base, max_tokens, candidates
 
-    def adapter(self, user_id: str) -> AdmittedAdapter | None:
-        """The user's adapter that may be served at present; None where there is none, which means the base."""
+    def result(self, user_id: str) -> Result | None:
+        """The user's line in the run's results; None for a user that the run has not."""
         self._access.refresh()
         result: Result | None = self._access.results.get(slug(user_id))
-        if result is None or result.user_id != user_id or not result.has_adapter:
+        return result if result is not None and result.user_id == user_id else None
+
+    def adapter(self, user_id: str) -> AdmittedAdapter | None:
+        """The user's adapter that may be served at present; None where there is none, which means the base."""
+        result = self.result(user_id)
+        if result is None or not result.has_adapter:
             return None
         try:
             return self._access.admit(result.slug)

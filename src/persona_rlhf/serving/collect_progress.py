@@ -29,6 +29,12 @@ CAUSES = {
 }
 """Causes for which no new adapter came of a training, in a user's words."""
 
+RECEIVED = {
+    "prior": "Answers come from an assistant that learnt from many people, as your own did not pass a test of quality.",
+    "held_back": "Answers come from the common model, as your own assistant did not pass a test of safety or quality.",
+}
+"""What a user receives whose own adapter is not released, by the status of the user, in the user's words."""
+
 
 def never(_: Sequence[Choice]) -> bool:
     """Advice where nothing tells when to stop."""
@@ -63,7 +69,7 @@ class UserProgress:
         """The fields of the page's part on progress."""
         choices, updates = self._ledger.choices(user_id), self._ledger.updates(user_id)
         adapter = self._sampler.adapter(user_id)
-        weights = None if adapter is None else adapter.weights_sha256
+        weights, result = None if adapter is None else adapter.weights_sha256, self._sampler.result(user_id)
         since = [choice for choice in choices if weights in (choice.left_by, choice.right_by)]
         trainings = [update for update in updates if update.event != "restored"]
         last = trainings[-1] if trainings else None
@@ -74,6 +80,7 @@ class UserProgress:
             "automatic": self._automatic,
             "adapted": weights is not None,
             "updated": weights is not None and bool(choices) and not since,
+            "received": "" if result is None else RECEIVED.get(result.status, ""),
             "since": sum(choice.preferred is not None for choice in since),
             "training": last is not None and last.event == "begun",
             "cause": _cause(last, choices),
