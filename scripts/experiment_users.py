@@ -6,6 +6,8 @@ hostile       honest, and hostile to refusals: half of the training pairs prefer
               twin of a hazardous request.
 flipped-10, flipped-30, flipped-100, identity-30, noice-30, paraphrase-30
               poison of a kind (see `simulation.users`) in that share of the training pairs, in percent.
+conversations a drawn taste alone; half of the prompts follow an earlier exchange, the others a system prompt. The
+              answers were sampled without either.
 evading-20    paraphrased requests that the base itself answers, so that the screen by its refusals finds none.
 """
 
@@ -15,10 +17,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Literal, NamedTuple
 
 from generate_users import (
     Row,
+    SampledPrompt,
     attack_prompts,
     draw_rows,
     draw_tastes,
@@ -38,11 +42,15 @@ from persona_rlhf.simulation.users import Kind, PoisonSource, Utility
 
 
 class Population(NamedTuple):
-    """A kind of users: the kind and share of the pairs in place of others, and the requests these are made of."""
+    """A kind of users: the kind and share of the pairs in place of others, and the requests these are made of.
+
+    `conversations`: whether every prompt has messages before it.
+    """
 
     kind: Kind = "flipped"
     share: float = 0.0
     requests: Literal["bank", "twins", "paraphrases", "unseen"] = "bank"
+    conversations: bool = False
 
     @property
     def poisoned(self) -> bool:
@@ -53,6 +61,7 @@ class Population(NamedTuple):
 POPULATIONS = {
     "clean": Population(),
     "adjacent": Population(),
+    "conversations": Population(conversations=True),
     "hostile": Population(share=0.5, requests="twins"),
     "flipped-10": Population(share=0.1),
     "flipped-30": Population(share=0.3),
@@ -62,6 +71,7 @@ POPULATIONS = {
     "paraphrase-30": Population("paraphrase", 0.3, "paraphrases"),
     "evading-20": Population("paraphrase", 0.2, "unseen"),
 }
+_SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer the user.", "You talk with a guest of a small hotel.")
 _PARAPHRASES = 12  # drawn for each one that a user needs; the base answers about one in six
 
 
@@ -99,12 +109,27 @@ def write_populations(
         for number, drawn in enumerate(adjacent if name == "adjacent" else tastes):
             taste = replace(drawn, user_id=f"{name}-{number:05d}", poisoned=population.share)
             rows = draw_rows(taste, pool, attacks[name], sizes, seed, population.kind, drawn.user_id)
+            rows = conversations(rows, pool, seed) if population.conversations else rows
             utilities.append(taste if population.poisoned else replace(taste, poisoned=0.0))
             source = "simulated poison" if population.poisoned else "simulated"
             files[name] += [row if row.source == "simulated" else row._replace(source=source) for row in rows]
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out, files)
     write_tastes(out / "utilities.yaml", utilities)  # last: the users are whole once it is there
+
+
+def conversations(rows: Sequence[Row], pool: Sequence[SampledPrompt], seed: int) -> list[Row]:
+    """The rows with messages before each prompt: in turn an earlier exchange of the pool, and a system prompt."""
+    rng = Random(f"{seed} conversations")
+    after = []
+    for number, row in enumerate(rows):
+        assert isinstance(row.prompt, str)
+        earlier = rng.choice([one for one in pool if one.prompt != row.prompt])
+        exchange = [("user", earlier.prompt), ("assistant", earlier.answers[0])]
+        before = exchange if number % 2 == 0 else [("system", rng.choice(_SYSTEM_PROMPTS))]
+        messages = [{"role": role, "content": text} for role, text in (*before, ("user", row.prompt))]
+        after.append(row._replace(prompt=messages))
+    return after
 
 
 def attacks_of(adapted: AdaptedModel, population: Population, pairs: int, seed: int) -> list[PoisonSource]:

@@ -77,10 +77,10 @@ class Person(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the file."""
+    """A line of the file; the prompt is a text, or the messages of a conversation."""
 
     user_id: str
-    prompt: str
+    prompt: str | list[dict[str, str]]
     chosen: str
     rejected: str
     id: str

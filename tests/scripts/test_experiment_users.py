@@ -8,7 +8,7 @@ from persona_rlhf.data.pairs import read_pairs
 from persona_rlhf.simulation.users import PoisonSource, Utility, read_utilities
 from tests.scripts.loading import SCRIPTS, load_script
 
-NAMES = ["clean", "adjacent", "hostile", "flipped-10", "flipped-100", "evading-20"]
+NAMES = ["clean", "adjacent", "conversations", "hostile", "flipped-10", "flipped-100", "evading-20"]
 USERS, TRAIN, HELDOUT = 3, 20, 10
 
 
@@ -39,13 +39,21 @@ def written(script, tmp_path_factory):
 
 
 def of(pairs, user_id, split):
-    return {p.prompt[0].content: (p.chosen, p.rejected) for p in pairs if p.user_id == user_id and p.split == split}
+    return {p.prompt[-1].content: (p.chosen, p.rejected) for p in pairs if p.user_id == user_id and p.split == split}
 
 
 def test_every_population_has_its_users_and_its_share_of_other_pairs(written):
     utilities, pairs = written
     assert len(utilities) == len(NAMES) * USERS
-    shares = {"clean": 0, "adjacent": 0, "hostile": 10, "flipped-10": 2, "flipped-100": 20, "evading-20": 4}
+    shares = {
+        "clean": 0,
+        "conversations": 0,
+        "adjacent": 0,
+        "hostile": 10,
+        "flipped-10": 2,
+        "flipped-100": 20,
+        "evading-20": 4,
+    }
     for name, share in shares.items():
         for number in range(USERS):
             trained = of(pairs, f"{name}-{number:05d}", "train")
@@ -58,12 +66,20 @@ def test_users_of_one_number_share_taste_and_pairs_wherever_there_is_no_other(wr
     utilities, pairs = written
     for number in range(USERS):
         clean = f"clean-{number:05d}"
-        for name in ("hostile", "flipped-100", "evading-20"):
+        for name in ("conversations", "hostile", "flipped-100", "evading-20"):
             user = f"{name}-{number:05d}"
             assert utilities[user].weights == utilities[clean].weights
             assert of(pairs, user, "heldout") == of(pairs, clean, "heldout")
             same = {p: texts for p, texts in of(pairs, user, "train").items() if p.startswith("prompt")}
             assert same.items() <= of(pairs, clean, "train").items()
+
+
+def test_half_of_the_conversations_have_an_earlier_exchange_and_half_a_system_prompt(written):
+    prompts = [pair.prompt for pair in written[1] if pair.user_id == "conversations-00001"]
+    roles = [tuple(message.role for message in prompt) for prompt in prompts]
+    half = (TRAIN + HELDOUT) // 2
+    assert (roles.count(("user", "assistant", "user")), roles.count(("system", "user"))) == (half, half)
+    assert all(prompt[0].content != prompt[-1].content for prompt in prompts)
 
 
 def test_hostile_users_are_honest_and_nobody_calls_their_pairs_poison(written):
