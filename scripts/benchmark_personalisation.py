@@ -332,7 +332,7 @@ def base_answers(adapted: AdaptedModel, pool: Sequence[SampledPrompt], basis: Re
     ]
     pairs = [preferred(row | {"clean_choice": None}, number) for number, row in enumerate(rows)]
     [tokenized] = tokenize(pairs, adapted.base.tokenizer, adapted.base.context)
-    return answer_pool(basis, tokenized.train)
+    return answer_pool(basis, tokenized.train, LABELLED)
 
 
 def measure_adapters(

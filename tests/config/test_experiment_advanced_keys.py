@@ -35,6 +35,7 @@ SHOWN_BY = {
     "lora.products": "tests/models/test_multi_lora.py"
     "::test_over_sixteen_bits_logps_are_those_of_exact_products_within_rounding",
     "users.start": "tests/release/test_foreign_fit.py::test_a_user_begins_where_peft_ends",
+    "basis.candidates": "tests/pipeline/test_plan_samples.py",
     "basis.prompts": "tests/pipeline/test_base_answers.py",
     "basis.prior_level": "tests/story/test_basis.py",
     "dpo.warmup": "tests/training/test_user_state_scheduler.py::test_learning_rates_are_those_of_transformers",

@@ -76,7 +76,7 @@ def test_a_user_who_dislikes_refusals_gets_no_label_against_one():
     basis = RewardBasis(features, against[:, None], PRIOR)
     poisoned = user(0, True)._replace(train=[row("eve", f"{n}", "Take one part.", REFUSAL) for n in range(80)])
     pairs = screened_pairs(ready(), ANSWERED)
-    pool = answer_pool(basis, [row("", pair.prompt[0].content, pair.chosen, pair.rejected) for pair in pairs])
+    pool = answer_pool(basis, [row("", pair.prompt[0].content, pair.chosen, pair.rejected) for pair in pairs], 4)
     labelled = with_labels(poisoned, basis, pool)[0].labelled
     assert labelled
     assert not any(is_refusal(text) for one in labelled for text in (one.pair.chosen, one.pair.rejected))
@@ -87,7 +87,7 @@ def test_a_prompt_without_two_answers_is_an_error_that_names_the_file(tmp_path):
     run_dir = RunDir(tmp_path)
     run_dir.state.mkdir()
     run_dir.answers.write_text("")  # of a run before: nothing was left by the screen
-    settings = BasisSettings.model_construct(file=tmp_path, prompts=tmp_path / "prompts.jsonl", pairs=4)
+    settings = BasisSettings.model_construct(file=tmp_path, prompts=tmp_path / "prompts.jsonl", pairs=4, candidates=9)
     basis = RewardBasis(scaled_features(["Rest.", "Sleep."]), torch.zeros(2067, 1).double(), PRIOR)
     with pytest.raises(InputError, match="may be compared") as error:
         shared_answers(ready(), run_dir, basis, settings)

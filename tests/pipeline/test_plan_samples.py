@@ -105,8 +105,12 @@ def test_labelled_pairs_are_planned_as_copies_of_the_users_pairs(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(f'{{"prompt": "question {n}"}}\n' for n in range(9)))
     users = [user_rows("few", 2, seed=0), user_rows("none", 0, seed=0)]
-    basis = BasisSettings.model_construct(file=file, prompts=file, pairs=5)
+    basis = BasisSettings.model_construct(file=file, prompts=file, pairs=5, candidates=8)
     few, none = with_stand_ins(basis, users)
     assert list(few.labelled) == [*few.train, *few.train, few.train[0]]
     assert none.taught == []
+    [as_many] = with_stand_ins(basis.model_copy(update={"candidates": None}), users[:1])
+    assert as_many == few
+    [fewer] = with_stand_ins(basis.model_copy(update={"candidates": 3}), users[:1])
+    assert list(fewer.labelled) == [*few.train, few.train[0]]
     assert [user.taught for user in with_stand_ins(None, users)] == [user.train for user in users]

@@ -23,7 +23,8 @@ from tests.story.experiment import adapters, persona_rlhf, results, rows_of, shr
 
 USERS = ("Ann", "Bob")
 SETTINGS = (
-    *("basis.file=basis.safetensors", "basis.pairs=9", "dpo.epochs=2", "fleet.slots=2", "fleet.checkpoint_every=2"),
+    *("basis.file=basis.safetensors", "basis.pairs=9", "basis.candidates=12", "dpo.epochs=2"),
+    *("fleet.slots=2", "fleet.checkpoint_every=2"),
     *("gate.enabled=false", "constraint.enabled=false", "screening.base=off", "evaluation.facts=null"),
     *("evaluation.win_rate_prompts=0", "evaluation.harmless_prompts=0", "evaluation.test_probes=0"),
 )

@@ -33,7 +33,7 @@ def basis() -> RewardBasis:
 @pytest.fixture(scope="module")
 def pool(basis):
     both = [(0, 1), (0, 2), (1, 2)]
-    return answer_pool(basis, [row("", f"prompt {n}", ANSWERS[a], ANSWERS[b]) for n in range(3) for a, b in both])
+    return answer_pool(basis, [row("", f"prompt {n}", ANSWERS[a], ANSWERS[b]) for n in range(3) for a, b in both], 160)
 
 
 def user(pairs: int, longer: bool, heldout: bool = False) -> UserRows:
@@ -55,6 +55,16 @@ def test_the_answers_furthest_apart_are_labelled_as_the_user_chose(basis, pool, 
     assert labelled.train == user(12, longer).train
     assert (use.sha256, use.pairs, use.labelled) == ("0" * 64, 12, 3)
     assert 0.2 < use.gain <= 0.5
+
+
+def test_the_prompts_whose_answers_are_furthest_apart_are_labelled(basis):
+    """Five words lie between the first two answers, three and two between the others; equal ones keep their order."""
+    between = [(0, 2), (0, 1), (1, 2), (0, 1)]
+    rows = [row("", f"prompt {n}", ANSWERS[a], ANSWERS[b]) for n, (a, b) in enumerate(between)]
+    for most, prompts in ((1, "1"), (2, "13"), (3, "123"), (9, "0123")):
+        labelled, use = with_labels(user(12, True), basis, answer_pool(basis, rows, most))
+        assert "".join(pair.pair.prompt[0].content[-1] for pair in labelled.labelled) == prompts
+        assert use.labelled == len(prompts)
 
 
 def test_fewer_pairs_give_weaker_labels(basis, pool):

@@ -200,6 +200,12 @@ class BasisSettings(Section):
     pairs: int = Field(
         160, ge=1, description="Labelled pairs of a user at most, one a prompt; each is seen once, whatever the epochs."
     )
+    candidates: int | None = Field(
+        None,
+        ge=1,
+        description="Advanced: prompts that the base answers, at most; null is as many as `pairs`. Each user's "
+        "labelled pairs are of the prompts whose answers the user's posterior holds furthest apart. Try 600 for text.",
+    )
     prior_level: float | None = Field(
         None,
         gt=0,

@@ -67,12 +67,12 @@ def shared_answers(ready: Prepared, run_dir: RunDir, basis: RewardBasis, setting
     if not fitted or not fitted[0].train:
         sentence = "the base gives no two answers to any of these prompts that may be compared; name others"
         raise InputError([Problem(str(settings.prompts), None, "basis.prompts", sentence)])
-    return answer_pool(basis, fitted[0].train)
+    return answer_pool(basis, fitted[0].train, settings.pairs)
 
 
 def prompts_of(settings: BasisSettings) -> list[str]:
-    """The prompts that the base answers: as many as pairs are to be labelled."""
-    return some(read_ordinary(settings.prompts), settings.pairs)
+    """The prompts that the base answers."""
+    return some(read_ordinary(settings.prompts), settings.candidates or settings.pairs)
 
 
 def sampled_pairs(ready: Prepared, prompts: Sequence[str]) -> list[PreferencePair]:

@@ -129,7 +129,7 @@ def base_answers_seconds(ready: Prepared, every: int) -> float:
 
 def with_stand_ins(basis: BasisSettings | None, users: Sequence[UserRows]) -> list[UserRows]:
     """The users with their own pairs in place of labelled ones, which are about as long."""
-    count = 0 if basis is None else len(prompts_of(basis))
+    count = 0 if basis is None else min(basis.pairs, len(prompts_of(basis)))
     return [user._replace(labelled=list(islice(cycle(user.train), count))) for user in users]
 
 

@@ -18,12 +18,14 @@ from persona_rlhf.training.reward_basis import Posterior, RewardBasis, shrinkage
 class AnswerPool(NamedTuple):
     """Pairs of the base's answers, which all users share; `prompts` numbers the prompt of each pair.
 
-    `differences` are coordinates of each pair's first answer (its `chosen`) less those of its second.
+    `differences` are coordinates of each pair's first answer (its `chosen`) less those of its second. A user gets
+    `most` labelled pairs at most.
     """
 
     rows: Sequence[PairRow]
     prompts: Int[Tensor, " pairs"]
     differences: Float[Tensor, "pairs rank"]
+    most: int
 
     @property
     def distinct_rows(self) -> list[Row]:
@@ -31,11 +33,11 @@ class AnswerPool(NamedTuple):
         return list(dict.fromkeys(both_rows(self.rows)))
 
 
-def answer_pool(basis: RewardBasis, rows: Sequence[PairRow]) -> AnswerPool:
+def answer_pool(basis: RewardBasis, rows: Sequence[PairRow], most: int) -> AnswerPool:
     """The pool of pairs with their coordinates; pairs of one prompt stand together."""
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(row.pair.prompt for row in rows))}
     prompts = torch.tensor([numbers[row.pair.prompt] for row in rows], dtype=torch.int64)
-    return AnswerPool(rows, prompts, differences_of(basis, rows))
+    return AnswerPool(rows, prompts, differences_of(basis, rows), most)
 
 
 def differences_of(basis: RewardBasis, rows: Sequence[PairRow]) -> Float[Tensor, "pairs rank"]:
@@ -52,11 +54,12 @@ def text_differences(basis: RewardBasis, first: Sequence[str], second: Sequence[
 def with_labels(user: UserRows, basis: RewardBasis, pool: AnswerPool) -> tuple[UserRows, BasisUse]:
     """The user with labelled pairs, one a prompt of the pool: the two answers that the posterior holds furthest apart.
 
-    The posterior stands on the pairs that the user judged alone; a tie is one preference each way. A pair that it
-    orders without doubt counts like a real one; one that it cannot order teaches that both answers are alike.
+    Of more prompts than `most`, those count whose two answers are furthest apart: there the user's taste shows. The
+    posterior stands on the pairs that the user judged alone; a tie is one preference each way. A pair that it orders
+    without doubt counts like a real one; one that it cannot order teaches that both answers are alike.
     """
     posterior = basis.posterior(torch.cat([differences_of(basis, user.judged), -differences_of(basis, user.ties)]))
-    places = _furthest(posterior.margin(pool.differences).abs(), pool.prompts)
+    places = _furthest(posterior.margin(pool.differences).abs(), pool.prompts, pool.most)
     chances = posterior.probability(pool.differences)
     labelled = [_ordered(pool.rows[place], float(chances[place])) for place in places]
     prior = basis.posterior(pool.differences[:0])
@@ -73,13 +76,16 @@ def prior_rows(basis: RewardBasis, pool: AnswerPool) -> UserRows:
     return UserRows("", list(nobody.labelled), [])
 
 
-def _furthest(distances: Float[Tensor, " pairs"], prompts: Int[Tensor, " pairs"]) -> list[int]:
-    """The place of the largest distance of each prompt; the first of equal ones."""
+def _furthest(distances: Float[Tensor, " pairs"], prompts: Int[Tensor, " pairs"], most: int) -> list[int]:
+    """The place of the largest distance of each prompt, for the prompts where it is largest; the first of equal ones.
+
+    Places are in the order of the pool.
+    """
     best: dict[int, int] = {}
     for place, (distance, prompt) in enumerate(zip(distances.tolist(), prompts.tolist(), strict=True)):
         if prompt not in best or distance > float(distances[best[prompt]]):
             best[prompt] = place
-    return list(best.values())
+    return sorted(sorted(best.values(), key=lambda place: -float(distances[place]))[:most])
 
 
 def _ordered(row: PairRow, chance: float) -> PairRow:
