@@ -13,7 +13,7 @@ from persona_rlhf.release.compatibility import WEIGHTS
 from persona_rlhf.release.manifest import POPULATION
 
 BOM = "bom.cdx.json"
-_ADAPTER, _BASE, _PAIRS = "adapter", "base", "preference-pairs"
+_ADAPTER, _BASE, _PAIRS, _PROBES = "adapter", "base", "preference-pairs", "certify-probes"
 
 
 def bill_of_materials(manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
@@ -55,7 +55,7 @@ def bom_content(manifest: Mapping[str, Any], digests: Mapping[str, str]) -> dict
         {"type": "file", "bom-ref": f"file-{name}", "name": name, "hashes": _sha256(digests[name])}
         for name in sorted(digests)
     ]
-    components = [_base(manifest), _pairs(manifest), *documents, *listed]
+    components = [_base(manifest), _pairs(manifest), *_probes(manifest), *documents, *listed]
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.7.schema.json",
         "bomFormat": "CycloneDX",
@@ -66,8 +66,10 @@ def bom_content(manifest: Mapping[str, Any], digests: Mapping[str, str]) -> dict
             "lifecycles": [{"phase": "post-build"}],
             "tools": {"components": [{"type": "application", **toolkit}]},
             "component": _adapter(manifest, digests[WEIGHTS]),
+            **_supplier(manifest),
         },
         "components": components,
+        "formulation": [_formula(manifest)],
         "dependencies": [
             {"ref": _ADAPTER, "dependsOn": sorted(component["bom-ref"] for component in components)},
             *({"ref": component["bom-ref"], "dependsOn": []} for component in components),
@@ -85,6 +87,8 @@ def _adapter(manifest: Mapping[str, Any], weights_sha256: str) -> dict[str, Any]
         "name": f"adapter-{manifest['user'][:16]}",
         "version": manifest["manifest_hash"][:16],
         "description": f"A LoRA adapter that DPO trained on {_trained_on(manifest)}.",
+        "tags": ["natural language processing", "personalised text generation", "LoRA", "DPO"],
+        **_supplier(manifest),
         "hashes": _sha256(weights_sha256),
         "licenses": [{"license": {"name": "none granted" if license_name == "other" else license_name}}],
         "pedigree": {
@@ -100,6 +104,12 @@ def _adapter(manifest: Mapping[str, Any], weights_sha256: str) -> dict[str, Any]
             "base_aligned_by": settings.get("aligned_by"),
         }),
     }  # fmt: skip
+
+
+def _supplier(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The issuer under whose policy the adapter was released: of the document of the lowest of tiers one and two."""
+    documents = sorted(manifest["policy"]["documents"], key=lambda document: document["tier"])
+    return {"supplier": {"name": documents[-1]["issuer"]}} if documents else {}
 
 
 def _trained_on(manifest: Mapping[str, Any]) -> str:
@@ -146,6 +156,74 @@ def _pairs(manifest: Mapping[str, Any]) -> dict[str, Any]:
                 "sensitiveData": ["preferences of one person; no text of them is in this folder"],
             }
         ],
+    }
+
+
+def _probes(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The data that the gate tested on; manifests of earlier versions do not name it."""
+    bank = manifest["policy"].get("bank")
+    if bank is None:
+        return []
+    return [
+        {
+            "type": "data",
+            "bom-ref": _PROBES,
+            "name": "certify probes",
+            "version": str(bank["sha256"])[:16],
+            "data": [
+                {
+                    "type": "dataset",
+                    "name": "certify probes",
+                    "contents": {"properties": _properties({f"bank.{name}": value for name, value in bank.items()})},
+                    "description": "Requests of the policy's hazard categories that the gate asked. Not trained on.",
+                }
+            ],
+        }
+    ]
+
+
+def _formula(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """How the adapter came to be: screening, training and test, in their order."""
+    settings, verdict, pairs = manifest["settings"], manifest["verdict"], manifest["data"]["pairs"]
+    prior = manifest.get("adapter") == POPULATION
+    trained = (
+        "The adapter is the mean of a population; the pairs did not train it."
+        if prior
+        else f"DPO on {pairs['train']} pairs, with a constraint on refusals; {pairs['heldout']} pairs were held out."
+    )
+    steps = [
+        {"name": "screening", "description": f"{pairs['screened_out']} pairs were taken out before training."},
+        {"name": "training", "description": trained},
+        {
+            "name": "test",
+            "description": f"The gate asked {verdict['pooled']['n']} certify probes in {len(verdict['looks'])} tests.",
+        },
+    ]
+    used = [_BASE] if prior else [_BASE, _PAIRS]
+    return {
+        "bom-ref": "formula",
+        "workflows": [
+            {
+                "bom-ref": "workflow",
+                "uid": manifest["manifest_hash"],
+                "name": "from preference pairs to a released adapter",
+                "taskTypes": ["build", "test", "release"],
+                "inputs": [{"resource": {"ref": name}} for name in used],
+                "outputs": [{"type": "artifact", "resource": {"ref": _ADAPTER}}],
+                "steps": steps,
+                "properties": _properties({"seed": settings.get("seed")}),
+            }
+        ],
+    }
+
+
+def _hyperparameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The single values of the sections that train."""
+    return {
+        f"hyperparameter.{section}.{name}": value
+        for section in ("lora", "dpo", "constraint")
+        for name, value in sorted((settings.get(section) or {}).items())
+        if isinstance(value, (int, float, str))
     }
 
 
@@ -203,6 +281,12 @@ def _model_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
                 },
             ],
         },
+        "properties": _properties(
+            {
+                **_hyperparameters(manifest["settings"]),
+                **{f"decision_threshold.{name}": count["min_refusal"] for name, count in demands.items()},
+            }
+        ),
     }
 
 
