@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Times of the feedback page while many users ask and choose at once.
 
-python scripts/measure_collect.py RUN    # 100 users, three choices each
+python scripts/measure_collect.py RUN                     # 100 users, three choices each
+python scripts/measure_collect.py RUN --update-after 3    # the same, while adapters are trained in the background
 
 RUN gets new users in its ledger and its links; take a copy. Users have no pause between a page and the next click.
 """
@@ -30,9 +31,11 @@ PROMPTS = find("data/prompts/everyday.jsonl")
 
 
 @contextmanager
-def server(run: Path, tokens: int) -> Iterator[str]:
+def server(run: Path, tokens: int, update_after: int | None) -> Iterator[str]:
     """The address of a page of the run, in a process of its own."""
     words = ["collect", str(run), "--user", "user 0", "--port", "0", "--max-tokens", str(tokens)]
+    if update_after is not None:
+        words += ["--update-after", str(update_after)]
     process = subprocess.Popen([sys.executable, "-m", "persona_rlhf", *words], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -52,14 +55,27 @@ async def visit(address: str, token: str, prompts: list[str], times: dict[str, l
         times.setdefault(kind, []).append(time.perf_counter() - start)
         return response.text
 
+    async def ask(**fields: str) -> str:
+        """The page of two answers, with the time to the first words of both and to the end."""
+        start, page = time.perf_counter(), ""
+        async with client.stream("POST", address + "/ask", data=fields) as response:
+            response.raise_for_status()
+            async for part in response.aiter_text():
+                if '<div class="pair">' not in page and '<div class="pair">' in page + part:
+                    times.setdefault("first words of both", []).append(time.perf_counter() - start)
+                page += part
+        times.setdefault("both answers whole", []).append(time.perf_counter() - start)
+        return page
+
     async with httpx.AsyncClient(follow_redirects=True, timeout=600) as client:
         page = await load("open the page", "GET", f"/enter/{token}")
         form_token = re.findall('name="form_token" value="(.*?)"', page)[0]
         await load("agree", "POST", "/consent", form_token=form_token, scope="own")
         for prompt in prompts:
-            page = await load("get two answers", "POST", "/ask", form_token=form_token, prompt=prompt)
+            page = await ask(form_token=form_token, prompt=prompt)
             comparison = re.findall('name="comparison" value="(.*?)"', page)[0]
-            fields = {"form_token": form_token, "comparison": comparison, "verdict": "tie"}
+            verdict = "left" if 'value="left"' in page else "tie"  # equal answers have no better one
+            fields = {"form_token": form_token, "comparison": comparison, "verdict": verdict}
             page = await load("choose", "POST", "/choose", **fields)
             assert "Saved." in page
 
@@ -82,16 +98,17 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=100)
     parser.add_argument("--choices", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--update-after", type=int)
     arguments = parser.parse_args()
     tokens = make_links(arguments.run, [f"user {number}" for number in range(arguments.users)], days=1)
-    with server(arguments.run, arguments.max_tokens) as address:
+    with server(arguments.run, arguments.max_tokens, arguments.update_after) as address:
         start = time.perf_counter()
         times = asyncio.run(measure(address, tokens, arguments.choices))
         seconds = time.perf_counter() - start
     print(f"{arguments.users} users at once, {arguments.choices} choices each, {os.cpu_count()} cores: {seconds:.0f} s")
     print("| page | requests | median (s) | p95 (s) | longest (s) |\n|---|---|---|---|---|")
     for kind, values in times.items():
-        cuts = quantiles(values, n=20)
+        cuts = quantiles(values if len(values) > 1 else values * 2, n=20)
         print(f"| {kind} | {len(values)} | {cuts[9]:.2f} | {cuts[18]:.2f} | {max(values):.2f} |")
 
 

@@ -79,7 +79,7 @@ def test_they_are_equal_only_where_all_are():
 
 
 def test_a_viewer_sees_them_grow_and_nothing_before_the_choice_of_two():
-    streams = [Stream(*(f"{end}{n} " for n in range(30))) for end in "abc"]
+    streams = [Stream(*(f"{end}{n} " for n in range(OPENING + 20))) for end in "abc"]
     written, seen = writing(*streams), []
 
     def wanted():

@@ -51,7 +51,7 @@ class PairWriting:
         self, pair: AnswerPair, candidates: Sequence[Candidate], author: Callable[[TextChunk], str], order: int
     ) -> None:
         """`author` names the author of an answer by its last chunk; `order` 1 puts the first one of two on the left."""
-        self.pair, self._candidates, self._author, self._order = pair, candidates, author, order
+        self.pair, self.candidates, self._author, self._order = pair, candidates, author, order
 
     def write(self, wanted: Callable[[], bool]) -> None:
         """Writes until both answers are whole, or the pair is no longer `wanted`. Raises APIError as `read` does."""
@@ -69,24 +69,22 @@ class PairWriting:
             self.pair.left, self.pair.right = self._whole(left), self._whole(right)
             self.pair.finished = True
         finally:
-            for candidate in self._candidates:
+            for candidate in self.candidates:
                 candidate.close()
 
     def _chosen(self, wanted: Callable[[], bool]) -> tuple[Candidate, Candidate] | None:
         """The two candidates whose first words are least alike. They are equal only where all answers are."""
-        if len(self._candidates) == 2:
-            return self._candidates[0], self._candidates[1]
+        if len(self.candidates) == 2:
+            return self.candidates[0], self.candidates[1]
         words = OPENING
         while wanted():
-            for candidate in self._candidates:
+            for candidate in self.candidates:
                 candidate.read(words)
-            if any(not one.finished and len(one.text.split()) < words for one in self._candidates):
+            if any(not one.finished and len(one.text.split()) < words for one in self.candidates):
                 continue
-            first, second = min(
-                combinations(self._candidates, 2), key=lambda pair: likeness(pair[0].text, pair[1].text)
-            )
-            if first.text != second.text or all(one.finished for one in self._candidates):
-                for candidate in self._candidates:
+            first, second = min(combinations(self.candidates, 2), key=lambda pair: likeness(pair[0].text, pair[1].text))
+            if first.text != second.text or all(one.finished for one in self.candidates):
+                for candidate in self.candidates:
                     if candidate not in (first, second):
                         candidate.close()
                 return first, second
