@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import torch
 from benchmark_personalisation import World, accuracy, draw_choices
-from measure_active_choice import Questions, interval, simulation
+from experiment_table import mean_text
+from measure_active_choice import Questions, simulation
 
 from persona_rlhf.simulation.users import Utility
 from persona_rlhf.training.labelled_pairs import text_differences
@@ -70,7 +71,7 @@ def main() -> None:
     paths = [path_of(taste, world, basis, questions) for taste in tastes]
     print(
         f"{len(tastes)} users, {len(questions.texts)} pairs; accuracy after {MOST} choices: "
-        f"{interval([path.accuracy[-1] for path in paths])}\n"
+        f"{mean_text([path.accuracy[-1] for path in paths])}\n"
     )
     print("| threshold | choices: median (least to most) | accuracy at the stop | regret | regret of a fixed number |")
     print("|---|---|---|---|---|")
@@ -81,7 +82,7 @@ def main() -> None:
         regret = [path.accuracy[-1] - value for path, value in zip(paths, at, strict=True)]
         plain = [path.accuracy[-1] - path.accuracy[fixed] for path in paths]
         counts = f"{median(stops):g} ({min(stops)} to {max(stops)})"
-        cells = (f"{threshold:g}", counts, interval(at), interval(regret), f"{fixed}: {interval(plain)}")
+        cells = (f"{threshold:g}", counts, mean_text(at), mean_text(regret), f"{fixed}: {mean_text(plain)}")
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

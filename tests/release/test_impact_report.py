@@ -3,6 +3,7 @@ import re
 
 import numpy as np
 import pytest
+from markupsafe import escape
 
 from persona_rlhf.common.errors import InputError
 from persona_rlhf.evaluation.impact import impact_of
@@ -28,7 +29,7 @@ def test_the_page_has_every_measure_needs_no_network_and_is_sealed(run):
     assert "<script" not in text
     assert "6 of 9 users, drawn by a hash" in text
     for measure in measures():
-        assert f"{measure.line}: {measure.name}" in text
+        assert escape(f"{measure.line}: {measure.name}") in text
     assert text.count("Not measured:") == sum(measure.value is None for measure in measures())
     assert "Users whose choices reward claims to be human: 6 (p = " in text, "an alarm, at the top"
     write_report(run.path)

@@ -25,7 +25,12 @@ RETIRED: Mapping[str, Any] = {
 }
 """Each retired key (all retired in 0.2) with the value that is fixed now. The code beside each value is its reason."""
 
-ADDED: Mapping[str, Any] = {"dpo.anchor": 0.0, "screening.personal_data": "keep", "gate.still_base": None}
+ADDED: Mapping[str, Any] = {
+    "dpo.anchor": 0.0,
+    "screening.personal_data": "keep",
+    "gate.still_base": None,
+    "lora.products": "float32",
+}
 """Keys that runs of earlier versions lack, with the value that does as those runs did; a new config has other
 defaults."""
 

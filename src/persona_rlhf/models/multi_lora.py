@@ -64,8 +64,23 @@ def scaled_factors(
     alphas: Float[Tensor, " users"] | None,
 ) -> Float[Tensor, "users params"]:
     """Adapters with `scale` in A and each user's `alpha` in B: layers need neither then."""
-    one = flat.new_tensor(1.0) if alphas is None else alphas.to(flat)[:, None]
-    return flat * torch.where(in_b, one, flat.new_tensor(scale))
+    in_a, one = flat.new_full((), scale), flat.new_full((), 1.0)  # made on the device: a number would be copied to it
+    factors = torch.where(in_b, one if alphas is None else alphas.to(flat)[:, None], in_a)
+    scaled: Tensor = _Scaled.apply(flat, factors)  # type: ignore[no-untyped-call]
+    return scaled
+
+
+class _Scaled(torch.autograd.Function):
+    """A product with constant factors, through which several backward passes may go, as passes of one step do."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, factors: Tensor) -> Tensor:
+        ctx.factors = factors
+        return flat * factors
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factors, None
 
 
 class MultiLoRALinear(nn.Module):

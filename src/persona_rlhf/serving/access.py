@@ -143,7 +143,7 @@ class AdapterAccess:
             reasons.append("its manifest changed during the check")
         if manifest["base"]["weights_sha256"] != self.weights_hash:
             reasons.append("it was released for another base: the hash of the weights is not that of this one")
-        if manifest["settings"]["lora"] != self._lora:
+        if {"products": "float32"} | manifest["settings"]["lora"] != self._lora:  # earlier versions had no such key
             reasons.append("it was trained with other LoRA settings than those of this run's config")
         return reasons
 
